@@ -1,0 +1,1 @@
+"""PaliGemma learns to ground phrases in images by reinforcement."""

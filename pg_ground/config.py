@@ -1,0 +1,321 @@
+"""The whole configuration as one tree of frozen dataclasses, and its strict passage from `ml_collections`.
+
+A recipe in `configs/` starts from `template()`, a locked `ConfigDict` with every default, and changes what it needs; flags
+change it further; `parse` turns the result into `Config`. Functions take their own section, never the root.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ml_collections import config_dict
+
+from pg_ground.types import UserError
+
+
+@dataclass(frozen=True)
+class Vision:
+    """The SigLIP tower. Defaults: So400m/14 as in PaliGemma 1 and 2 (arXiv 2407.07726)."""
+
+    width: int = 1152
+    depth: int = 27
+    mlp_dim: int = 4304
+    num_heads: int = 16
+    patch_size: int = 14  # pixels
+
+
+@dataclass(frozen=True)
+class Text:
+    """The Gemma decoder. Defaults: Gemma 1 2B as in PaliGemma 1 (arXiv 2407.07726)."""
+
+    width: int = 2048
+    depth: int = 18
+    mlp_dim: int = 16384
+    num_heads: int = 8
+    num_kv_heads: int = 1
+    head_dim: int = 256
+    vocab_size: int = 257_152
+    query_scale: float = 256**-0.5  # queries are multiplied by it: head_dim**-0.5, but 144**-0.5 in Gemma 2 27B
+    post_norms: bool = False  # Gemma 2: a second RMSNorm after attention and after the MLP
+    attn_softcap: float = 0.0  # Gemma 2: 50; 0 is off
+    final_softcap: float = 0.0  # Gemma 2 pretraining: 30; PaliGemma 2 transfers with 0 (arXiv 2412.03555)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes and numerics of the policy."""
+
+    image_size: int = 224  # pixels, square
+    vision: Vision = field(default_factory=Vision)
+    text: Text = field(default_factory=Text)
+    dtype: str = "float32"  # of activations: float32 or bfloat16; parameters stay float32
+    remat: str = "nothing_saveable"  # a name in jax.checkpoint_policies, or "none" to keep all activations
+    logits_block: int = 8  # completion tokens whose vocabulary softmax is held at once
+    loc_init: str = "normal"  # rows of <locNNNN> from nothing: "normal", or "sinusoid" (neighbouring bins start alike)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One dataset, as an entry."""
+
+    uri: str = ""  # "jsonl:PATH" or "synthetic:SPLIT?side=PIXELS&…"
+    image: str = "image"  # dotted path to the image in a record: pixels, encoded bytes or a file name
+    image_root: str = ""  # folder that file names are relative to; "" is the folder of the records
+    phrase: str = "phrase"  # dotted path to the text that `prompt` and `name` may use as {phrase}
+    asks: str = "boxes"  # what an answer consists of: "boxes" or "points"
+    boxes: str = ""  # dotted path to one box or a list of boxes; "" for none
+    box_format: str = "xyxy_px"  # {xyxy,yxyx,xywh,cxcywh}_{px,frac,percent,bin}
+    points: str = ""  # dotted path to one point or a list of points; "" for none
+    point_format: str = "xy_px"  # {xy,yx}_{px,frac,percent,bin}
+    prompt: str = "detect {phrase}"  # template over the record's fields, without BOS and newline
+    name: str = "{phrase}"  # what stands behind the loc tokens of an answer; "" for nothing
+    weight: float = 1.0  # relative share of the mixture
+
+
+@dataclass(frozen=True)
+class Data:
+    """How records become batches; shared by all sources."""
+
+    tokenizer: str = ""  # path of a PaliGemma sentencepiece model; "" is the small one of the package
+    prompt_length: int = 32  # tokens, BOS and newline included
+    suffix_length: int = 16  # tokens, EOS included
+    max_boxes: int = 1  # gold boxes (or points) per question that a batch has room for
+    bad_record_share: float = 0.1  # a run stops when more than this share of the records read cannot be used
+    read_threads: int = 2  # records prepared at once, per process
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """One optax chain: clip, adamw or muon, schedule."""
+
+    name: str = "adamw"  # or "muon" (Jordan 2024) for matrices with adamw for the rest
+    lr: float = 1e-5
+    schedule: str = "constant"  # after warm-up: "constant", or "cosine" or "linear" down to 0 at the stage's end
+    warmup_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.999
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0  # global norm of the gradient; 0 is off
+
+
+@dataclass(frozen=True)
+class Sft:
+    """Supervised fine-tuning: cross-entropy on the suffix."""
+
+    steps: int = 1000
+    batch_size: int = 16  # questions a step, over all devices
+    micro_batches: int = 1  # a step's questions are worked through in this many parts
+    label_smoothing: float = 0.0  # share of the target spread over the whole vocabulary
+    loc_smoothing_bins: float = 0.0  # standard deviation of a Gaussian over neighbouring loc bins; 0 is off
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    sources: Mapping[str, Source] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RewardSettings:
+    """Constants of the rewards that have any."""
+
+    gaussian_alpha: float = 0.5  # sigma of gaussian_point and gaussian_coverage as a share of the box's sides
+    distance_sigma_px: float = 100.0  # sigma of distance_gaussian …
+    distance_max_size_px: float = 640.0  # … in an image scaled so that its longer side has this many pixels
+
+
+@dataclass(frozen=True)
+class Grpo:
+    """Group-relative policy optimisation."""
+
+    steps: int = 1000
+    batch_size: int = 8  # prompts a step, over all devices
+    group_size: int = 8  # completions a prompt
+    micro_batches: int = 1  # an update's prompts are worked through in this many parts
+    updates_per_rollout: int = 1  # optimizer steps on one rollout (mu in the GRPO paper)
+    max_new_tokens: int = 16
+    temperature: float = 1.0  # of sampling, and of the log-probabilities in the loss
+    top_p: float = 1.0  # nucleus; 1 is the whole distribution
+    algorithm: str = "grpo"  # a row of pg_ground.rl.loss.ALGORITHMS: grpo, dr_grpo, dapo, gspo, rloo
+    clip_low: float | None = None  # instead of the row's own; so are the next two
+    clip_high: float | None = None
+    kl_coef: float | None = None  # weight of KL(policy || reference policy); 0 needs no reference policy
+    rewards: Mapping[str, float] = field(default_factory=lambda: {"iou": 1.0, "format": 0.2})  # weight 0: only measured
+    reward_settings: RewardSettings = field(default_factory=RewardSettings)
+    optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-6))
+    sources: Mapping[str, Source] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Held-out measurement, with greedy and with sampled answers."""
+
+    sources: Mapping[str, Source] = field(default_factory=dict)
+    examples: int = 256  # of each source
+    batch_size: int = 64
+    every: int = 0  # steps between measurements; 0 is only at the start of a run and at the end of each stage
+    max_new_tokens: int = 16
+    temperature: float = 1.0  # of the sampled answers
+
+
+@dataclass(frozen=True)
+class Log:
+    """What a run writes, and how often."""
+
+    every: int = 10  # steps between lines of metrics.jsonl
+    samples_every: int = 200  # steps between pictures of rollouts; 0 is never
+    samples: int = 4  # prompts in such a picture
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """When the run is saved, and how much of that is kept."""
+
+    every: int = 500  # steps; the end of a stage is always saved
+    keep: int = 2  # newest checkpoints that stay
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """How devices are laid out."""
+
+    data: int = -1  # devices along the axis that splits prompts and parameters; -1 is all there are
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run."""
+
+    seed: int = 0
+    init: str = ""  # big_vision .npz to start from; "" is random weights
+    stages: tuple[str, ...] = ("sft", "grpo")  # in this order, one working directory
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    sft: Sft = field(default_factory=Sft)
+    grpo: Grpo = field(default_factory=Grpo)
+    eval: Eval = field(default_factory=Eval)
+    log: Log = field(default_factory=Log)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    mesh: Mesh = field(default_factory=Mesh)
+
+
+def template() -> config_dict.ConfigDict:
+    """Returns every default as a locked `ConfigDict`: assigning to a name that does not exist is an error."""
+    return _to_config_dict(Config()).lock()
+
+
+def section(value: Any) -> config_dict.ConfigDict:
+    """Returns a dataclass of this file (an `Optimizer`, say) as a locked `ConfigDict`, so that flags can reach its fields."""
+    return _to_config_dict(value).lock()
+
+
+def parse(config: Mapping[str, Any] | config_dict.ConfigDict) -> Config:
+    """Returns the `Config` that `config` spells out.
+
+    Raises:
+      UserError: a name that does not exist (with the nearest that does), a value of another type, or one out of range.
+    """
+    tree = config.to_dict() if isinstance(config, config_dict.ConfigDict) else config
+    parsed = _build(Config, tree, "config")
+    _check(parsed)
+    return parsed
+
+
+def nearest(name: str, names: typing.Iterable[str]) -> str:
+    """Returns `name`'s nearest neighbour among `names` as a question to the user, or the list of them."""
+    names = sorted(names)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(names) or 'none'}"
+
+
+def _to_config_dict(value: Any) -> config_dict.ConfigDict:
+    out = config_dict.ConfigDict(type_safe=True)
+    for f in dataclasses.fields(value):
+        child = getattr(value, f.name)
+        if dataclasses.is_dataclass(child):
+            child = _to_config_dict(child)
+        elif isinstance(child, Mapping):
+            child = config_dict.ConfigDict(dict(child))
+        elif child is None:
+            child = config_dict.placeholder(_type_behind_none(value, f.name))
+        out[f.name] = child
+    return out
+
+
+def _type_behind_none(owner: Any, name: str) -> type:
+    hint = typing.get_type_hints(type(owner))[name]
+    return next(t for t in typing.get_args(hint) if t is not types.NoneType)
+
+
+def _build(kind: type, tree: Mapping[str, Any], path: str) -> Any:
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{path} is {tree!r}, but it is a section with {', '.join(f.name for f in dataclasses.fields(kind))}")
+    hints = typing.get_type_hints(kind)
+    for name in tree:
+        if name not in hints:
+            raise UserError(f"{path}.{name} does not exist: {nearest(name, hints)}")
+    return kind(**{name: _convert(hints[name], value, f"{path}.{name}") for name, value in tree.items()})
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, path)
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        return None if value is None else _convert(args[0], value, path)
+    if origin is tuple and isinstance(value, (tuple, list)):
+        return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return {k: _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise UserError(f"{path} is {value!r}, but it must be of type {getattr(hint, '__name__', hint)}")
+    return value
+
+
+def _check(c: Config) -> None:
+    """Raises UserError for a value that no run could use."""
+
+    def need(ok: bool, path: str, value: Any, right: str) -> None:
+        if not ok:
+            raise UserError(f"config.{path} is {value!r}: it must be {right}")
+
+    def one_of(path: str, value: str, names: tuple[str, ...]) -> None:
+        need(value in names, path, value, f"one of {', '.join(names)}")
+
+    need(len(c.stages) > 0 and len(set(c.stages)) == len(c.stages), "stages", c.stages, "one or more of sft, grpo, each once")
+    for stage in c.stages:
+        one_of("stages", stage, ("sft", "grpo"))
+        sources = c.sft.sources if stage == "sft" else c.grpo.sources
+        need(len(sources) > 0, f"{stage}.sources", dict(sources), "at least one source")
+    one_of("model.dtype", c.model.dtype, ("float32", "bfloat16"))
+    one_of("model.loc_init", c.model.loc_init, ("normal", "sinusoid"))
+    need(c.model.image_size % c.model.vision.patch_size == 0, "model.image_size", c.model.image_size, f"a multiple of the patch, {c.model.vision.patch_size}")
+    need(c.model.vision.width % c.model.vision.num_heads == 0, "model.vision.width", c.model.vision.width, "a multiple of num_heads")
+    need(c.model.text.num_heads % c.model.text.num_kv_heads == 0, "model.text.num_heads", c.model.text.num_heads, "a multiple of num_kv_heads")
+    need(c.model.text.vocab_size > 1024 + 128, "model.text.vocab_size", c.model.text.vocab_size, "more than its 1,152 loc and seg tokens")
+    need(c.grpo.group_size >= 2, "grpo.group_size", c.grpo.group_size, "at least 2: a completion is compared with the others of its group")
+    need(c.grpo.temperature > 0, "grpo.temperature", c.grpo.temperature, "above 0")
+    need(0 < c.grpo.top_p <= 1, "grpo.top_p", c.grpo.top_p, "in (0, 1]")
+    need(c.eval.temperature > 0, "eval.temperature", c.eval.temperature, "above 0")
+    need(0 <= c.sft.label_smoothing < 1, "sft.label_smoothing", c.sft.label_smoothing, "in [0, 1)")
+    need(c.sft.loc_smoothing_bins >= 0, "sft.loc_smoothing_bins", c.sft.loc_smoothing_bins, "0 or more")
+    for name, stage in (("sft", c.sft), ("grpo", c.grpo)):
+        one_of(f"{name}.optimizer.name", stage.optimizer.name, ("adamw", "muon"))
+        one_of(f"{name}.optimizer.schedule", stage.optimizer.schedule, ("constant", "cosine", "linear"))
+        need(stage.batch_size % stage.micro_batches == 0, f"{name}.batch_size", stage.batch_size, f"a multiple of micro_batches, {stage.micro_batches}")
+    positive = ("sft.steps", "sft.batch_size", "sft.micro_batches", "grpo.steps", "grpo.batch_size", "grpo.micro_batches",
+                "grpo.updates_per_rollout", "grpo.max_new_tokens", "eval.examples", "eval.batch_size", "eval.max_new_tokens",
+                "data.prompt_length", "data.suffix_length", "data.max_boxes", "data.read_threads", "log.every", "log.samples",
+                "checkpoint.every", "checkpoint.keep", "model.logits_block")  # fmt: skip
+    for path in positive:
+        head, name = path.split(".")
+        value = getattr(getattr(c, head), name)
+        need(value > 0, path, value, "above 0")
+    for head, sources in (("sft", c.sft.sources), ("grpo", c.grpo.sources), ("eval", c.eval.sources)):
+        for name, source in sources.items():
+            path = f"{head}.sources.{name}"
+            one_of(f"{path}.asks", source.asks, ("boxes", "points"))
+            need(source.weight > 0, f"{path}.weight", source.weight, "above 0")
+            need(bool(source.boxes if source.asks == "boxes" else source.points), f"{path}.{source.asks}", "", f"the path of the {source.asks} it asks for")

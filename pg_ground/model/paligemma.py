@@ -1,0 +1,199 @@
+"""PaliGemma as three functions of its parameters: prefill, extend, completion_logps (arXiv 2407.07726, 2412.03555).
+
+Prefix-LM: image and prompt see each other in both directions; a completion token sees the prefix and its own past; nothing in
+the prefix sees a completion. So the prefix is computed once per prompt, exactly, whatever the number of completions.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from pg_ground.config import Model
+from pg_ground.model.gemma import Decoder, KeyValues, softcap
+from pg_ground.model.siglip import Tower
+from pg_ground.types import PrefixCache, SuffixCache
+
+Params = Any
+"""A tree of arrays under big_vision's names: `img/…` and `llm/…`."""
+
+Score = Callable[[Float[Array, "B G t V"], Int[Array, "B G t"]], Any]
+"""Turns float32 logits and the tokens they should predict into a tree of `[B, G, t]` arrays."""
+
+
+class Network(nn.Module):
+    """The parameters, and the two passes through them that everything else is made of."""
+
+    config: Model
+
+    def setup(self) -> None:
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        self.img = Tower(c.vision, c.text.width, dtype, c.remat)
+        self.llm = Decoder(c.text, dtype, c.remat, c.loc_init)
+
+    def prefix(
+        self, image: Float[Array, "B H W 3"], prompt: Int[Array, "B L"], prompt_mask: Bool[Array, "B L"]
+    ) -> tuple[PrefixCache, Float[Array, "B D"]]:
+        """Returns the cache of image and prompt, and the hidden state of the last prompt token."""
+        seen = self.img(image)
+        x = jnp.concatenate([seen, self.llm.embed(prompt)], axis=1)
+        mask = jnp.concatenate([jnp.ones(seen.shape[:2], bool), prompt_mask], axis=1)
+        positions = jnp.cumsum(mask, axis=1) - 1
+        hidden, own = self.llm(x[:, None], positions[:, None], None, mask[:, None, None])
+        last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+        hidden = jnp.take_along_axis(hidden[:, 0], last[:, None, None], axis=1)[:, 0]
+        return PrefixCache(own.k[:, :, 0], own.v[:, :, 0], mask), hidden
+
+    def suffix(
+        self, prefix: PrefixCache, suffix: SuffixCache | None, tokens: Int[Array, "B G t"]
+    ) -> tuple[Float[Array, "B G t D"], SuffixCache]:
+        """Returns the hidden states of the next t tokens of each completion, and the cache with them in it."""
+        t = tokens.shape[2]
+        start = 0 if suffix is None else suffix.length
+        own = None if suffix is None else KeyValues(suffix.k, suffix.v)
+        slots = t if suffix is None else suffix.k.shape[3]
+        past = jnp.arange(slots) <= start + jnp.arange(t)[:, None]
+        positions = prefix.mask.sum(axis=1)[:, None, None] + start + jnp.arange(t)
+        hidden, own = self.llm(
+            self.llm.embed(tokens),
+            jnp.broadcast_to(positions, tokens.shape),
+            own,
+            past[None, None],
+            KeyValues(prefix.k, prefix.v),
+            prefix.mask,
+            start,
+        )
+        return hidden, SuffixCache(own.k, own.v, jnp.asarray(start + t))
+
+    def vocabulary(self) -> Float[Array, "V D"]:
+        return self.llm.vocabulary()
+
+    def __call__(self, image, prompt, prompt_mask, tokens):  # noqa: ANN001, ANN204, touches every parameter once for init
+        cache, _ = self.prefix(image, prompt, prompt_mask)
+        return self.suffix(cache, None, tokens)
+
+
+@dataclass(frozen=True)
+class PaliGemma:
+    """The policy. Holds sizes only: parameters are the first argument of every method."""
+
+    config: Model
+
+    @cached_property
+    def network(self) -> Network:
+        return Network(self.config)
+
+    def init(self, key: Array) -> Params:
+        """Returns random float32 parameters."""
+        size = self.config.image_size
+        image = jnp.zeros((1, size, size, 3), jnp.float32)
+        prompt = jnp.zeros((1, 1), jnp.int32)
+        return self.network.init(key, image, prompt, jnp.ones((1, 1), bool), prompt[:, None])["params"]
+
+    def prefill(
+        self,
+        params: Params,
+        image: Float[Array, "B H W 3"],
+        prompt: Int[Array, "B L"],
+        prompt_mask: Bool[Array, "B L"],
+    ) -> tuple[PrefixCache, Float[Array, "B V"]]:
+        """Returns the cache of image ([-1, 1]) and prompt, and float32 logits of the first completion token.
+
+        Prompts may be padded on either side; `prompt_mask` is True at real tokens, of which there is at least one.
+        """
+        cache, hidden = self._apply(params, "prefix", image, prompt, prompt_mask)
+        return cache, self._logits(params, hidden)
+
+    def suffix_cache(self, prefix: PrefixCache, group_size: int, length: int) -> SuffixCache:
+        """Returns an empty cache for `group_size` completions of up to `length` tokens of each prompt."""
+        layers, b, _, k, h = prefix.k.shape
+        zeros = jnp.zeros((layers, b, group_size, length, k, h), prefix.k.dtype)
+        return SuffixCache(zeros, zeros, jnp.int32(0))
+
+    def extend(
+        self, params: Params, prefix: PrefixCache, suffix: SuffixCache, tokens: Int[Array, "B G t"]
+    ) -> tuple[Float[Array, "B G t V"], SuffixCache]:
+        """Returns float32 logits of the token after each of `tokens`, and the suffix cache with these in it.
+
+        t = 1 decodes; t = T scores whole completions. Each completion attends to the one prefix cache of its prompt.
+        """
+        hidden, suffix = self._apply(params, "suffix", prefix, suffix, tokens)
+        return self._logits(params, hidden), suffix
+
+    def completion_logps(
+        self,
+        params: Params,
+        image: Float[Array, "B H W 3"],
+        prompt: Int[Array, "B L"],
+        prompt_mask: Bool[Array, "B L"],
+        tokens: Int[Array, "B G T"],
+        mask: Bool[Array, "B G T"],
+        temperature: float = 1.0,
+    ) -> tuple[Float[Array, "B G T"], Float[Array, "B G T"]]:
+        """Returns natural log-probabilities of `tokens` and the entropies (nats) they were drawn with; 0 where not `mask`.
+
+        Both belong to the softmax of logits / `temperature`.
+        """
+
+        def score(logits: Float[Array, "B G t V"], chosen: Int[Array, "B G t"]) -> tuple[Array, Array]:
+            logps = jax.nn.log_softmax(logits / temperature)
+            entropy = -jnp.sum(jnp.exp(logps) * logps, axis=-1)
+            return jnp.take_along_axis(logps, chosen[..., None], axis=-1)[..., 0], entropy
+
+        logps, entropy = self.completion_scores(params, image, prompt, prompt_mask, tokens, score)
+        return jnp.where(mask, logps, 0), jnp.where(mask, entropy, 0)
+
+    def completion_scores(
+        self,
+        params: Params,
+        image: Float[Array, "B H W 3"],
+        prompt: Int[Array, "B L"],
+        prompt_mask: Bool[Array, "B L"],
+        tokens: Int[Array, "B G T"],
+        score: Score,
+    ) -> Any:
+        """Returns `score`'s tree of `[B, G, T]` arrays for `tokens`, teacher-forced.
+
+        The vocabulary is only ever spread out for `config.logits_block` completion tokens at once, in the backward pass too.
+        """
+        cache, first = self._apply(params, "prefix", image, prompt, prompt_mask)
+        hidden, _ = self._apply(params, "suffix", cache, None, tokens[:, :, :-1])
+        first = jnp.broadcast_to(first[:, None, None], (*tokens.shape[:2], 1, first.shape[-1]))
+        hidden = jnp.concatenate([first, hidden], axis=2)
+        return in_blocks(lambda h, chosen: score(self._logits(params, h), chosen), self.config.logits_block, hidden, tokens)
+
+    def _apply(self, params: Params, method: str, *args: Any) -> Any:
+        return self.network.apply({"params": params}, *args, method=method)
+
+    def _logits(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        table = self._apply(params, "vocabulary").astype(hidden.dtype)
+        logits = jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
+        cap = self.config.text.final_softcap
+        return softcap(logits, cap) if cap else logits
+
+
+def in_blocks(f: Callable[[Array, Array], Any], block: int, hidden: Float[Array, "B G T D"], tokens: Int[Array, "B G T"]) -> Any:
+    """Returns `f(hidden, tokens)`, computed over `block` slots of T at a time and recomputed in the backward pass."""
+    length = tokens.shape[2]
+    blocks = math.ceil(length / block)
+    if blocks == 1:
+        return jax.checkpoint(f)(hidden, tokens)
+    pad = blocks * block - length
+
+    def split(x: Array) -> Array:
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 3))
+        return jnp.moveaxis(x.reshape(*x.shape[:2], blocks, block, *x.shape[3:]), 2, 0)
+
+    def join(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, 2)
+        return x.reshape(*x.shape[:2], blocks * block)[:, :, :length]
+
+    scores = jax.lax.map(lambda parts: jax.checkpoint(f)(*parts), (split(hidden), split(tokens)))
+    return jax.tree.map(join, scores)

@@ -1,0 +1,91 @@
+"""The SigLIP vision tower, with big_vision's parameter names (big_vision/models/vit.py)."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+from pg_ground.config import Vision
+
+
+class MlpBlock(nn.Module):
+    mlp_dim: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+        width = x.shape[-1]
+        x = nn.Dense(self.mlp_dim, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())(x)
+        x = nn.gelu(x, approximate=True)
+        return nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())(x)
+
+
+class EncoderBlock(nn.Module):
+    """One pre-norm block; the second result is for `nn.scan`, which wants one."""
+
+    mlp_dim: int
+    num_heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B P D"], _: None) -> tuple[Float[Array, "B P D"], None]:
+        y = nn.LayerNorm(dtype=self.dtype)(x)
+        attend = nn.MultiHeadDotProductAttention(
+            self.num_heads, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), deterministic=True
+        )
+        x = x + attend(y, y)
+        y = nn.LayerNorm(dtype=self.dtype)(x)
+        return x + MlpBlock(self.mlp_dim, self.dtype)(y), None
+
+
+class Encoder(nn.Module):
+    config: Vision
+    dtype: jnp.dtype
+    remat: str
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+        c = self.config
+        blocks = nn.scan(
+            rematerialised(EncoderBlock, self.remat),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=c.depth,
+        )
+        x, _ = blocks(c.mlp_dim, c.num_heads, self.dtype, name="encoderblock")(x, None)
+        return nn.LayerNorm(dtype=self.dtype, name="encoder_norm")(x)
+
+
+class Tower(nn.Module):
+    """Image to one embedding per patch, in row-major order, as wide as the decoder.
+
+    `head` is the multimodal projector: PaliGemma makes it the classifier head of a tower without pooling.
+    """
+
+    config: Vision
+    out_width: int
+    dtype: jnp.dtype
+    remat: str
+
+    @nn.compact
+    def __call__(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B P D"]:
+        c = self.config
+        patch = (c.patch_size, c.patch_size)
+        x = nn.Conv(c.width, patch, strides=patch, padding="VALID", dtype=self.dtype, name="embedding")(image)
+        x = x.reshape(x.shape[0], -1, c.width)
+        posemb = self.param("pos_embedding", nn.initializers.normal(c.width**-0.5), (1, x.shape[1], c.width))
+        x = x + posemb.astype(x.dtype)
+        x = Encoder(c, self.dtype, self.remat, name="Transformer")(x)
+        return nn.Dense(self.out_width, dtype=self.dtype, name="head")(x)
+
+
+def rematerialised(block: type[nn.Module], policy: str) -> type[nn.Module]:
+    """Returns `block` with its activations recomputed in the backward pass, but for what the named policy saves.
+
+    `policy` is a name in `jax.checkpoint_policies`, or "none" to keep everything. The block is meant for a scan, which
+    already prevents the common-subexpression elimination that would undo it.
+    """
+    if policy == "none":
+        return block
+    return nn.remat(block, prevent_cse=False, policy=getattr(jax.checkpoint_policies, policy))

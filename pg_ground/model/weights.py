@@ -1,0 +1,103 @@
+"""Parameters from big_vision's `.npz` files and back. Names are big_vision's own, so nothing is renamed."""
+
+import zipfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from pg_ground.config import Model, Text, Vision
+from pg_ground.model.paligemma import PaliGemma
+from pg_ground.types import UserError
+
+
+def load(path: str | Path, config: Model | None = None) -> tuple[PaliGemma, Any]:
+    """Returns the model and the float32 parameters of a big_vision `.npz`.
+
+    Without `config` the sizes are read from the shapes in the file; what shapes can't tell is PaliGemma's: attention
+    soft-cap 50 in Gemma 2, no final soft-cap, queries scaled by head_dim**-0.5 (144**-0.5 in the 27B decoder).
+
+    Raises:
+      UserError: no such file, no PaliGemma in it, or names and shapes that are not `config`'s (all of them, with both shapes).
+    """
+    flat = read_npz(path)
+    model = PaliGemma(config or config_of_shapes({name: value.shape for name, value in flat.items()}, str(path)))
+    shapes = flatten(jax.eval_shape(model.init, jax.random.key(0)))
+    wrong = [f"{name}: missing" for name in sorted(shapes.keys() - flat.keys())]
+    wrong += [f"{name}: not a parameter of this model" for name in sorted(flat.keys() - shapes.keys())]
+    wrong += [
+        f"{name}: {flat[name].shape} in the file, {shapes[name].shape} in the model"
+        for name in sorted(shapes.keys() & flat.keys())
+        if flat[name].shape != shapes[name].shape
+    ]
+    if wrong:
+        raise UserError(f"{path} does not fit the model: {'; '.join(wrong)}")
+    return model, unflatten({name: jnp.asarray(value, jnp.float32) for name, value in flat.items()})
+
+
+def save(path: str | Path, params: Any) -> None:
+    """Writes `params` as a big_vision `.npz`, names under `params/`."""
+    np.savez(path, **{f"params/{name}": np.asarray(value) for name, value in flatten(params).items()})
+
+
+def read_npz(path: str | Path) -> dict[str, np.ndarray]:
+    """Returns the arrays of a big_vision `.npz` by name, without the `params/` prefix; bfloat16 is stored as 2-byte void."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name.removeprefix("params/"): file[name] for name in file.files}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; a big_vision .npz checkpoint is wanted") from None
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as a big_vision .npz checkpoint: {error}") from None
+    return {name: a.view(ml_dtypes.bfloat16) if a.dtype == np.dtype("V2") else a for name, a in arrays.items()}
+
+
+def config_of_shapes(shapes: Mapping[str, tuple[int, ...]], path: str) -> Model:
+    """Returns the sizes that big_vision's parameter shapes imply."""
+    needed = ("img/embedding/kernel", "img/pos_embedding", "img/Transformer/encoderblock/MlpBlock_0/Dense_0/kernel",
+              "img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel", "llm/embedder/input_embedding",
+              "llm/layers/attn/q_einsum/w", "llm/layers/attn/kv_einsum/w", "llm/layers/mlp/linear")  # fmt: skip
+    missing = [name for name in needed if name not in shapes]
+    if missing:
+        raise UserError(f"{path} is no PaliGemma checkpoint: it lacks {', '.join(missing)}")
+    kernel, posemb, vit_mlp, vit_query, table, q, kv, mlp = (shapes[name] for name in needed)
+    side = round(posemb[1] ** 0.5)
+    gemma2 = "llm/layers/post_attention_norm/scale" in shapes
+    vision = Vision(width=kernel[3], depth=vit_mlp[0], mlp_dim=vit_mlp[2], num_heads=vit_query[2], patch_size=kernel[0])
+    text = Text(
+        width=table[1],
+        depth=q[0],
+        mlp_dim=mlp[1],
+        num_heads=q[1],
+        num_kv_heads=kv[2],
+        head_dim=q[3],
+        vocab_size=table[0],
+        query_scale=q[3] ** -0.5,
+        post_norms=gemma2,
+        attn_softcap=50.0 if gemma2 else 0.0,
+    )
+    if (text.width, text.num_heads) == (4608, 32):
+        text = replace(text, query_scale=(text.width / text.num_heads) ** -0.5)
+    return Model(image_size=side * vision.patch_size, vision=vision, text=text)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree of dicts by their slash-joined names."""
+    return {"/".join(str(key.key) for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the tree of dicts whose leaves have these slash-joined names."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *parents, leaf = name.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree

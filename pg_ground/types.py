@@ -1,0 +1,137 @@
+"""The values that flow between rooms, and the legend of their axes.
+
+Axes, in every signature of the package:
+
+    B prompts (one image each)    G completions of one prompt     L prefix text tokens     T completion tokens
+    K boxes or points             C names in a question           W tokens of a name       S prefix length (image + text)
+    H W pixels                    D width                         N heads                  V vocabulary
+
+Frames: `yxyx` and `yx` are fractions of the original image in [0, 1]; anything in pixels says `_px`.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+BOXES, POINTS = 0, 1
+"""What a question asks for: the values of `Gold.asks`."""
+
+
+class UserError(Exception):
+    """What the user gave cannot be used. Its text is one line: what was found, where, and what would be right."""
+
+
+class Boxes(NamedTuple):
+    """K slots for boxes. An unused slot has `valid` False; a used one may still be degenerate (y2 <= y1)."""
+
+    yxyx: Float[Array, "... K 4"]
+    label: Int[Array, "... K"]
+    """Index among the names of the question, -1 for a name that is not among them."""
+    valid: Bool[Array, "... K"]
+
+
+class Points(NamedTuple):
+    """K slots for points, read like `Boxes`."""
+
+    yx: Float[Array, "... K 2"]
+    label: Int[Array, "... K"]
+    valid: Bool[Array, "... K"]
+
+
+class Gold(NamedTuple):
+    """What the annotators drew for B questions.
+
+    A question about points may carry boxes too: they are the objects the points lie on, slot by slot.
+    """
+
+    boxes: Boxes
+    points: Points
+    asks: Int[Array, " B"]
+    """BOXES or POINTS: the kind of answer the question asks for."""
+    names: Int[Array, "B C W"]
+    """Token ids of the names an answer may use, PAD-padded; all PAD for a question whose answers carry no name."""
+
+
+class Example(NamedTuple):
+    """One question on the host: an image of the model's size, its text, and the annotation (numpy, K as it comes)."""
+
+    image: UInt8[np.ndarray, "H W 3"]
+    size: tuple[int, int]
+    """Width and height in pixels of the original image, after its EXIF orientation is applied."""
+    prompt: str
+    suffix: str
+    boxes: Boxes
+    points: Points
+    asks: int
+    names: tuple[str, ...]
+    source: str
+    """Name of the config entry it came from."""
+    index: int
+    """Record number within that source."""
+
+
+class Batch(NamedTuple):
+    """B questions, ready for the device."""
+
+    image: Float[Array, "B H W 3"]
+    """In [-1, 1]."""
+    prompt: Int[Array, "B L"]
+    prompt_mask: Bool[Array, "B L"]
+    suffix: Int[Array, "B T"]
+    suffix_mask: Bool[Array, "B T"]
+    """True up to and including EOS."""
+    gold: Gold
+    size: Int[Array, "B 2"]
+    """Width and height of the original image in pixels."""
+    source: Int[Array, " B"]
+    """Position of the source among the config's entries."""
+    index: Int[Array, " B"]
+
+
+class PrefixCache(NamedTuple):
+    """Keys and values of image and prompt, computed once per prompt and read by all its completions."""
+
+    k: Float[Array, "layers B S K H"]
+    v: Float[Array, "layers B S K H"]
+    mask: Bool[Array, "B S"]
+    """False at padding."""
+
+
+class SuffixCache(NamedTuple):
+    """Keys and values of the completion tokens so far; `length` of the T slots are filled."""
+
+    k: Float[Array, "layers B G T K H"]
+    v: Float[Array, "layers B G T K H"]
+    length: Int[Array, ""]
+
+
+class Rollout(NamedTuple):
+    """G sampled completions of each prompt."""
+
+    tokens: Int[Array, "B G T"]
+    """PAD after EOS."""
+    mask: Bool[Array, "B G T"]
+    """True up to and including EOS."""
+    logps: Float[Array, "B G T"]
+    """Natural log-probabilities under the policy that sampled, at the sampling temperature; 0 after EOS."""
+
+
+class Answer(NamedTuple):
+    """What B×G completions say, read from their token ids."""
+
+    boxes: Boxes
+    points: Points
+    stray: Int[Array, "B G"]
+    """Number of loc tokens that belong to no box and no point."""
+    finished: Bool[Array, "B G"]
+    """The completion ends in EOS."""
+    grammatical: Bool[Array, "B G"]
+    """The whole completion is an answer of the asked kind: `<loc>x4 name ; …` or `<loc>x2 name ; …`, then EOS."""
+
+
+class Rewards(NamedTuple):
+    """How good each completion is. NaN marks a completion that a reward cannot judge."""
+
+    total: Float[Array, "B G"]
+    parts: dict[str, Float[Array, "B G"]]
