@@ -1,7 +1,8 @@
 """The whole configuration as one tree of frozen dataclasses, and its strict passage from `ml_collections`.
 
-A recipe in `configs/` starts from `template()`, a locked `ConfigDict` with every default, and changes what it needs; flags
-change it further; `parse` turns the result into `Config`. Functions take their own section, never the root.
+A recipe in `configs/` starts from `template()`, a `ConfigDict` with every default, changes what it needs and returns it locked;
+flags change it further; `parse` turns the result into `Config` and is where a wrong name is caught, with its full path. Functions
+take their own section, never the root.
 """
 
 import dataclasses
@@ -55,7 +56,7 @@ class Model:
     dtype: str = "float32"  # of activations: float32 or bfloat16; parameters stay float32
     remat: str = "nothing_saveable"  # a name in jax.checkpoint_policies, or "none" to keep all activations
     logits_block: int = 8  # completion tokens whose vocabulary softmax is held at once
-    loc_init: str = "normal"  # rows of <locNNNN> from nothing: "normal", or "sinusoid" (neighbouring bins start alike)
+    coordinate_init: str = "normal"  # of <locNNNN> rows and patch positions, from nothing: "normal", or "sinusoid"
 
 
 @dataclass(frozen=True)
@@ -200,13 +201,13 @@ class Config:
 
 
 def template() -> config_dict.ConfigDict:
-    """Returns every default as a locked `ConfigDict`: assigning to a name that does not exist is an error."""
-    return _to_config_dict(Config()).lock()
+    """Returns every default as a `ConfigDict` for a recipe to change and to return locked."""
+    return _to_config_dict(Config())
 
 
 def section(value: Any) -> config_dict.ConfigDict:
-    """Returns a dataclass of this file (an `Optimizer`, say) as a locked `ConfigDict`, so that flags can reach its fields."""
-    return _to_config_dict(value).lock()
+    """Returns a dataclass of this file (a `Source`, say) as a `ConfigDict`, so that flags can reach its fields."""
+    return _to_config_dict(value)
 
 
 def parse(config: Mapping[str, Any] | config_dict.ConfigDict) -> Config:
@@ -229,13 +230,13 @@ def nearest(name: str, names: typing.Iterable[str]) -> str:
 
 
 def _to_config_dict(value: Any) -> config_dict.ConfigDict:
-    out = config_dict.ConfigDict(type_safe=True)
+    out = config_dict.ConfigDict(type_safe=False)
     for f in dataclasses.fields(value):
         child = getattr(value, f.name)
         if dataclasses.is_dataclass(child):
             child = _to_config_dict(child)
         elif isinstance(child, Mapping):
-            child = config_dict.ConfigDict(dict(child))
+            child = config_dict.ConfigDict(dict(child), type_safe=False)
         elif child is None:
             child = config_dict.placeholder(_type_behind_none(value, f.name))
         out[f.name] = child
@@ -290,7 +291,7 @@ def _check(c: Config) -> None:
         sources = c.sft.sources if stage == "sft" else c.grpo.sources
         need(len(sources) > 0, f"{stage}.sources", dict(sources), "at least one source")
     one_of("model.dtype", c.model.dtype, ("float32", "bfloat16"))
-    one_of("model.loc_init", c.model.loc_init, ("normal", "sinusoid"))
+    one_of("model.coordinate_init", c.model.coordinate_init, ("normal", "sinusoid"))
     need(c.model.image_size % c.model.vision.patch_size == 0, "model.image_size", c.model.image_size, f"a multiple of the patch, {c.model.vision.patch_size}")
     need(c.model.vision.width % c.model.vision.num_heads == 0, "model.vision.width", c.model.vision.width, "a multiple of num_heads")
     need(c.model.text.num_heads % c.model.text.num_kv_heads == 0, "model.text.num_heads", c.model.text.num_heads, "a multiple of num_kv_heads")

@@ -9,7 +9,7 @@ Axes, in every signature of the package:
 Frames: `yxyx` and `yx` are fractions of the original image in [0, 1]; anything in pixels says `_px`.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
@@ -135,3 +135,13 @@ class Rewards(NamedTuple):
 
     total: Float[Array, "B G"]
     parts: dict[str, Float[Array, "B G"]]
+
+
+class TrainState(NamedTuple):
+    """What a step changes. With the data iterator's state and the config's seed it is all that exact resume needs."""
+
+    step: Int[Array, ""]
+    """Steps done in this stage."""
+    params: Any
+    opt: Any
+    """State of the optax chain."""

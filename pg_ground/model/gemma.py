@@ -14,8 +14,8 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from pg_ground.config import Text
-from pg_ground.model.siglip import rematerialised
-from pg_ground.vocab import LOC_TOKENS, vocab_of_size
+from pg_ground.model.siglip import rematerialised, sinusoids
+from pg_ground.vocab import LOC_MAX, LOC_TOKENS, vocab_of_size
 
 MASKED = -2.3819763e38
 """What a masked attention logit becomes: big_vision's value, near the lowest float32."""
@@ -33,14 +33,14 @@ class Embedder(nn.Module):
 
     vocab_size: int
     width: int
-    loc_init: str
+    coordinate_init: str
 
     def setup(self) -> None:
         self.table = self.param("input_embedding", self._init, (self.vocab_size, self.width))
 
     def _init(self, key: Array, shape: tuple[int, int]) -> Float[Array, "V D"]:
         table = jax.random.normal(key, shape) * shape[1] ** -0.5
-        if self.loc_init == "sinusoid":
+        if self.coordinate_init == "sinusoid":
             loc0 = vocab_of_size(shape[0]).loc0
             table = table.at[loc0 : loc0 + LOC_TOKENS].set(loc_sinusoids(shape[1]))
         return table
@@ -134,7 +134,7 @@ class Block(nn.Module):
     config: Text
 
     @nn.compact
-    def __call__(self, x, positions, own, own_mask, prefix, prefix_mask, write_at):  # noqa: ANN001, as Attention's
+    def __call__(self, x, positions, own, own_mask, prefix, prefix_mask, write_at):
         def norm(name: str, y: Float[Array, "B G t D"]) -> Float[Array, "B G t D"]:
             return RMSNorm(name=name)(y)
 
@@ -150,10 +150,10 @@ class Decoder(nn.Module):
     config: Text
     dtype: jnp.dtype
     remat: str
-    loc_init: str
+    coordinate_init: str
 
     def setup(self) -> None:
-        self.embedder = Embedder(self.config.vocab_size, self.config.width, self.loc_init)
+        self.embedder = Embedder(self.config.vocab_size, self.config.width, self.coordinate_init)
         self.layers = nn.scan(
             rematerialised(Block, self.remat),
             variable_axes={"params": 0},
@@ -201,17 +201,12 @@ def normal_by_fan_in(axes: tuple[int, ...]) -> nn.initializers.Initializer:
 
 
 def loc_sinusoids(width: int) -> Float[Array, "1024 D"]:
-    """Returns one row per loc bin, of norm about 1, in which neighbouring bins are alike.
+    """Returns one row of norm 1 per loc bin, in which neighbouring bins are alike.
 
-    Sines and cosines of the bin's coordinate at wavelengths from two images down to 1/32 of one: with unrelated rows the 1024
-    bins are 1024 unrelated classes to a model trained from nothing.
+    With unrelated rows the 1024 bins are 1024 unrelated classes to a model that starts from nothing.
     """
-    waves = width // 2
-    coordinate = np.arange(LOC_TOKENS) / (LOC_TOKENS - 1)
-    frequency = np.pi * 2.0 ** np.linspace(0, 6, waves)
-    angle = coordinate[:, None] * frequency
-    rows = np.concatenate([np.sin(angle), np.cos(angle)], axis=1) / np.sqrt(waves)
-    return jnp.asarray(np.pad(rows, ((0, 0), (0, width - 2 * waves))), jnp.float32)
+    rows = sinusoids(np.arange(LOC_TOKENS) / LOC_MAX, width)
+    return jnp.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), jnp.float32)
 
 
 def rope(x: Float[Array, "B G t N H"], positions: Int[Array, "B G t"]) -> Float[Array, "B G t N H"]:

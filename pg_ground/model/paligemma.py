@@ -35,8 +35,8 @@ class Network(nn.Module):
     def setup(self) -> None:
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        self.img = Tower(c.vision, c.text.width, dtype, c.remat)
-        self.llm = Decoder(c.text, dtype, c.remat, c.loc_init)
+        self.img = Tower(c.vision, c.text.width, dtype, c.remat, c.coordinate_init)
+        self.llm = Decoder(c.text, dtype, c.remat, c.coordinate_init)
 
     def prefix(
         self, image: Float[Array, "B H W 3"], prompt: Int[Array, "B L"], prompt_mask: Bool[Array, "B L"]
@@ -75,7 +75,7 @@ class Network(nn.Module):
     def vocabulary(self) -> Float[Array, "V D"]:
         return self.llm.vocabulary()
 
-    def __call__(self, image, prompt, prompt_mask, tokens):  # noqa: ANN001, ANN204, touches every parameter once for init
+    def __call__(self, image, prompt, prompt_mask, tokens):
         cache, _ = self.prefix(image, prompt, prompt_mask)
         return self.suffix(cache, None, tokens)
 

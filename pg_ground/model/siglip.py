@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -67,6 +68,7 @@ class Tower(nn.Module):
     out_width: int
     dtype: jnp.dtype
     remat: str
+    coordinate_init: str
 
     @nn.compact
     def __call__(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B P D"]:
@@ -74,10 +76,31 @@ class Tower(nn.Module):
         patch = (c.patch_size, c.patch_size)
         x = nn.Conv(c.width, patch, strides=patch, padding="VALID", dtype=self.dtype, name="embedding")(image)
         x = x.reshape(x.shape[0], -1, c.width)
-        posemb = self.param("pos_embedding", nn.initializers.normal(c.width**-0.5), (1, x.shape[1], c.width))
+        init = sinusoids_2d if self.coordinate_init == "sinusoid" else nn.initializers.normal(c.width**-0.5)
+        posemb = self.param("pos_embedding", init, (1, x.shape[1], c.width))
         x = x + posemb.astype(x.dtype)
         x = Encoder(c, self.dtype, self.remat, name="Transformer")(x)
         return nn.Dense(self.out_width, dtype=self.dtype, name="head")(x)
+
+
+def sinusoids(coordinate: Float[np.ndarray, " n"], width: int) -> Float[np.ndarray, "n D"]:
+    """Returns one row of norm sqrt(width / 2) per coordinate in [0, 1], in which near coordinates are alike.
+
+    Sines and cosines at wavelengths from two images down to 1/32 of one.
+    """
+    waves = width // 2
+    angle = coordinate[:, None] * np.pi * 2.0 ** np.linspace(0, 6, waves)
+    rows = np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+    return np.pad(rows, ((0, 0), (0, width - 2 * waves)))
+
+
+def sinusoids_2d(_: Array, shape: tuple[int, int, int]) -> Float[Array, "1 P D"]:
+    """Returns position embeddings of a square grid: sinusoids of y, then of x."""
+    side, half = round(shape[1] ** 0.5), shape[2] // 2
+    centres = (np.arange(side) + 0.5) / side
+    y, x = np.repeat(centres, side), np.tile(centres, side)
+    rows = np.concatenate([sinusoids(y, half), sinusoids(x, shape[2] - half)], axis=1)
+    return jnp.asarray(rows[None], jnp.float32)
 
 
 def rematerialised(block: type[nn.Module], policy: str) -> type[nn.Module]:

@@ -1,5 +1,6 @@
-"""Parameters from big_vision's `.npz` files and back. Names are big_vision's own, so nothing is renamed."""
+"""Parameters from big_vision's `.npz` files and back, and from our own runs. Names are big_vision's, so nothing is renamed."""
 
+import json
 import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,22 +12,28 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from pg_ground.config import Model, Text, Vision
+from pg_ground import checkpoints, config
+from pg_ground.config import Config, Model, Text, Vision
 from pg_ground.model.paligemma import PaliGemma
 from pg_ground.types import UserError
 
 
-def load(path: str | Path, config: Model | None = None) -> tuple[PaliGemma, Any]:
-    """Returns the model and the float32 parameters of a big_vision `.npz`.
+def load(path: str | Path, sizes: Model | None = None) -> tuple[PaliGemma, Any]:
+    """Returns the model and the float32 parameters of a big_vision `.npz`, or of a run's newest checkpoint.
 
-    Without `config` the sizes are read from the shapes in the file; what shapes can't tell is PaliGemma's: attention
-    soft-cap 50 in Gemma 2, no final soft-cap, queries scaled by head_dim**-0.5 (144**-0.5 in the 27B decoder).
+    A run's working directory tells its sizes. Without `sizes` those of an `.npz` are read from the shapes in it; what shapes
+    can't tell is PaliGemma's: attention soft-cap 50 in Gemma 2, no final soft-cap, queries scaled by head_dim**-0.5 (144**-0.5
+    in the 27B decoder).
 
     Raises:
-      UserError: no such file, no PaliGemma in it, or names and shapes that are not `config`'s (all of them, with both shapes).
+      UserError: nothing there, no PaliGemma in it, or names and shapes that are not those of `sizes` (all, with both shapes).
     """
+    if Path(path).is_dir():
+        model = PaliGemma(run_config(Path(path)).model)
+        like = jax.eval_shape(model.init, jax.random.key(0))
+        return model, checkpoints.restore_tree(checkpoints.newest_params(Path(path)), like)
     flat = read_npz(path)
-    model = PaliGemma(config or config_of_shapes({name: value.shape for name, value in flat.items()}, str(path)))
+    model = PaliGemma(sizes or config_of_shapes({name: value.shape for name, value in flat.items()}, str(path)))
     shapes = flatten(jax.eval_shape(model.init, jax.random.key(0)))
     wrong = [f"{name}: missing" for name in sorted(shapes.keys() - flat.keys())]
     wrong += [f"{name}: not a parameter of this model" for name in sorted(flat.keys() - shapes.keys())]
@@ -38,6 +45,18 @@ def load(path: str | Path, config: Model | None = None) -> tuple[PaliGemma, Any]
     if wrong:
         raise UserError(f"{path} does not fit the model: {'; '.join(wrong)}")
     return model, unflatten({name: jnp.asarray(value, jnp.float32) for name, value in flat.items()})
+
+
+def run_config(workdir: Path) -> Config:
+    """Returns the configuration a run was started with.
+
+    Raises:
+      UserError: no run in that directory.
+    """
+    file = workdir / "config.json"
+    if not file.is_file():
+        raise UserError(f"{workdir} is not the working directory of a run: it has no config.json")
+    return config.parse(json.loads(file.read_text(encoding="utf-8")))
 
 
 def save(path: str | Path, params: Any) -> None:

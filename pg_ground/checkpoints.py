@@ -1,0 +1,85 @@
+"""A run's checkpoints, by orbax: asynchronous, atomic, sharded as the arrays are.
+
+`DIR/<step>/` has three items: `params`, `rest` (step within the stage, optimizer state) and `record` (JSON: stage, data iterator, …).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import orbax.checkpoint as ocp
+
+from pg_ground.types import TrainState, UserError
+
+
+class Checkpoints:
+    """The checkpoints in one directory. Leaving the context waits for what is still being written."""
+
+    def __init__(self, directory: Path, keep: int):
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True),
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._manager.close()
+
+    def latest(self) -> int | None:
+        """Returns the step of the newest whole checkpoint, None if there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, record: Mapping[str, Any]) -> None:
+        """Writes a checkpoint in the background, once the state has been copied to the host."""
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            rest=ocp.args.StandardSave({"step": state.step, "opt": state.opt}),
+            record=ocp.args.JsonSave(dict(record)),
+        )
+        self._manager.save(step, args=items)
+
+    def record(self, step: int) -> dict[str, Any]:
+        """Returns the JSON record of a checkpoint."""
+        return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """Returns the state of a checkpoint; `like` has its shapes, dtypes and shardings."""
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(like.params),
+            rest=ocp.args.StandardRestore({"step": like.step, "opt": like.opt}),
+        )
+        found = self._manager.restore(step, args=items)
+        return TrainState(found["rest"]["step"], found["params"], found["rest"]["opt"])
+
+
+def save_tree(path: Path, tree: Any) -> None:
+    """Writes a tree of arrays and waits until it is there; a partial write leaves nothing under `path`."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path.absolute(), tree, force=True)
+
+
+def restore_tree(path: Path, like: Any) -> Any:
+    """Returns the tree at `path`; `like` has its shapes, dtypes and shardings.
+
+    Raises:
+      UserError: nothing there.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist: a tree of arrays written by a run is wanted")
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path.absolute(), like)
+
+
+def newest_params(workdir: Path) -> Path:
+    """Returns the folder with the parameters of a run's newest checkpoint.
+
+    Raises:
+      UserError: no checkpoint there.
+    """
+    steps = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit() and (p / "params").is_dir()]
+    if not steps:
+        raise UserError(f"{workdir} has no checkpoint: expected {workdir / 'checkpoints'}/<step>/params")
+    return workdir / "checkpoints" / str(max(steps)) / "params"

@@ -1,0 +1,182 @@
+"""A policy, measured on held-out sources with greedy and with sampled answers.
+
+python -m pg_ground.evaluate --config=configs/quickstart.py (--workdir=D | --params=P) [--out=D]
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from pg_ground import boxes, cli, sharding
+from pg_ground.config import Config
+from pg_ground.data import pipeline
+from pg_ground.model import PaliGemma, weights
+from pg_ground.report import Table, ascii_table, write_whole
+from pg_ground.rl.rewards import read_answer
+from pg_ground.rl.rollout import sample
+from pg_ground.tokenizer import Tokenizer
+from pg_ground.tokenizer import load as load_tokenizer
+from pg_ground.types import POINTS, Batch, Rollout, UserError
+from pg_ground.vocab import Vocab
+
+GREEDY, SAMPLED = "greedy", "sampled"
+
+
+class Judged(NamedTuple):
+    """One completion of each prompt, judged against the first gold answer; NaN where a measure does not apply."""
+
+    iou: Float[Array, " B"]
+    """Of the first predicted box with the gold box; 0 without a box."""
+    in_box: Float[Array, " B"]
+    """1 where the first predicted point lies in the gold box of a question about points."""
+    malformed: Float[Array, " B"]
+    """1 where the completion is not an answer of the asked kind."""
+    unfinished: Float[Array, " B"]
+    """1 where the completion does not end in EOS."""
+
+
+def judge(rollout: Rollout, batch: Batch, vocab: Vocab) -> Judged:
+    """Returns how the first completion of each prompt compares with the annotation."""
+    answer = read_answer(rollout.tokens[:, :1], rollout.mask[:, :1], batch.gold.asks, batch.gold.names, vocab)
+    gold = batch.gold.boxes.yxyx[:, 0]
+    about_points = batch.gold.asks == POINTS
+    overlap = jnp.where(answer.boxes.valid[:, 0, 0], boxes.iou(answer.boxes.yxyx[:, 0, 0], gold), 0)
+    point = answer.points.yx[:, 0, 0]
+    inside = ((point >= gold[:, :2]) & (point <= gold[:, 2:])).all(axis=-1) & answer.points.valid[:, 0, 0]
+    located = about_points & batch.gold.boxes.valid[:, 0]
+    return Judged(
+        iou=jnp.where(about_points, jnp.nan, overlap),
+        in_box=jnp.where(located, inside, jnp.nan).astype(jnp.float32),
+        malformed=1.0 - answer.grammatical[:, 0],
+        unfinished=1.0 - answer.finished[:, 0],
+    )
+
+
+Answerer = Callable[[Any, Batch, Float[Array, ""], PRNGKeyArray], tuple[Rollout, Judged]]
+"""(params, batch, temperature, key) to one completion of each prompt and its judgement; temperature 0 is greedy."""
+
+
+def answerer(model: PaliGemma, vocab: Vocab, max_new_tokens: int) -> Answerer:
+    """Returns the compiled program that answers and judges a batch."""
+
+    def answer(params: Any, batch: Batch, temperature: Float[Array, ""], key: PRNGKeyArray) -> tuple[Rollout, Judged]:
+        inputs = (batch.image, batch.prompt, batch.prompt_mask)
+        rollout = sample(model, params, *inputs, key, 1, max_new_tokens, temperature)
+        return rollout, judge(rollout, batch, vocab)
+
+    return jax.jit(answer)
+
+
+class Evaluation(NamedTuple):
+    """What a measurement found."""
+
+    metrics: dict[str, float]
+    """`eval/<source>/<measure>`, fractions of 1."""
+    predictions: list[dict[str, Any]]
+    """One per question and mode (greedy, sampled)."""
+
+
+def evaluate(
+    answer: Answerer, params: Any, config: Config, tokenizer: Tokenizer, mesh: Mesh, bad: pipeline.BadRecords
+) -> Evaluation:
+    """Returns the measures of `params` on every source of `config.eval`, the same for the same parameters and seed."""
+    metrics: dict[str, float] = {}
+    predictions: list[dict[str, Any]] = []
+    key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
+    for position, (name, source) in enumerate(config.eval.sources.items()):
+        found: dict[str, list[Judged]] = {GREEDY: [], SAMPLED: []}
+        batches = pipeline.ordered_batches(
+            {name: source},
+            config.data,
+            tokenizer,
+            image_size=config.model.image_size,
+            batch_size=config.eval.batch_size,
+            examples=config.eval.examples,
+            bad=bad,
+        )
+        for number, (batch, counts) in enumerate(batches):
+            placed = sharding.put_batch(mesh, batch)
+            draw = jax.random.fold_in(jax.random.fold_in(key, position), number)
+            for mode, temperature in ((GREEDY, 0.0), (SAMPLED, config.eval.temperature)):
+                rollout, judged = jax.device_get(answer(params, placed, jnp.float32(temperature), draw))
+                rows = Judged(*(np.asarray(measure)[counts] for measure in judged))
+                found[mode].append(rows)
+                texts = [tokenizer.decode(rollout.tokens[row, 0].tolist()) for row in np.flatnonzero(counts)]
+                predictions += [
+                    {"source": name, "index": int(index), "mode": mode, "text": text, **_numbers(rows, row)}
+                    for row, (index, text) in enumerate(zip(batch.index[counts], texts, strict=True))
+                ]
+        bad.check(config.data.bad_record_share)
+        for mode, parts in found.items():
+            if parts:
+                columns = Judged(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+                prefix = f"eval/{name}/" if mode == GREEDY else f"eval/{name}/sampled_"
+                metrics |= {prefix + measure: value for measure, value in summary(columns).items()}
+    return Evaluation(metrics, predictions)
+
+
+def summary(judged: Judged) -> dict[str, float]:
+    """Returns means over questions: acc50, acc75, acc95, mean_iou for boxes; point_in_box for points; invalid shares."""
+    measures: dict[str, float] = {}
+    iou, in_box = judged.iou[~np.isnan(judged.iou)], judged.in_box[~np.isnan(judged.in_box)]
+    if len(iou):
+        measures |= {f"acc{percent}": float(np.mean(iou >= percent / 100)) for percent in (50, 75, 95)}
+        measures["mean_iou"] = float(np.mean(iou, dtype=np.float64))
+    if len(in_box):
+        measures["point_in_box"] = float(np.mean(in_box))
+    measures["malformed_fraction"] = float(np.mean(judged.malformed))
+    measures["unfinished_fraction"] = float(np.mean(judged.unfinished))
+    return measures | {"questions": float(len(judged.malformed))}
+
+
+def results_table(title: str, columns: dict[str, dict[str, float]], note: str = "") -> Table:
+    """Returns one row per measure, one column per moment (or run)."""
+    names = sorted({name for metrics in columns.values() for name in metrics if not name.endswith("/questions")})
+    rows = [
+        [name.removeprefix("eval/"), *(f"{metrics[name]:.3f}" if name in metrics else "" for metrics in columns.values())]
+        for name in names
+    ]
+    return Table(title, ["measure", *columns], rows, note)
+
+
+def check_vocabulary(tokenizer: Tokenizer, model: PaliGemma) -> None:
+    """Raises UserError if the tokenizer and the model count different numbers of tokens."""
+    mine, its = tokenizer.vocab.size, model.config.text.vocab_size
+    if mine != its:
+        raise UserError(f"the tokenizer (config.data.tokenizer) has {mine} tokens, but the model (model.text.vocab_size) {its}")
+
+
+def _numbers(judged: Judged, row: int) -> dict[str, float]:
+    values = {name: float(getattr(judged, name)[row]) for name in ("iou", "in_box", "malformed")}
+    return {name: value for name, value in values.items() if not np.isnan(value)}
+
+
+def main(argv: Sequence[str]) -> None:
+    config, own = cli.parse(argv, {"workdir": "", "params": "", "out": ""})
+    place = Path(own["workdir"] or own["params"] or cli.missing("--workdir=RUN or --params=CHECKPOINT"))
+    out = Path(own["out"] or (place if place.is_dir() else place.parent))
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    model, params = weights.load(place)
+    check_vocabulary(tokenizer, model)
+    mesh = sharding.make_mesh(config.mesh)
+    params = jax.device_put(params, sharding.fsdp(mesh, params))
+    answer = answerer(model, tokenizer.vocab, config.eval.max_new_tokens)
+    bad = pipeline.BadRecords()
+    found = evaluate(answer, params, config, tokenizer, mesh, bad)
+    out.mkdir(parents=True, exist_ok=True)
+    result = {"params": str(place), "bad_records": bad.counts(), **found.metrics}
+    write_whole(out / "eval.json", json.dumps(result, indent=1) + "\n")
+    write_whole(out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in found.predictions))
+    print(ascii_table(results_table("held out", {str(place): found.metrics})))
+    print(out / "eval.json")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,103 @@
+"""Sampling G completions of each prompt, as token ids, inside one compiled loop."""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from pg_ground.types import PrefixCache, Rollout, SuffixCache
+from pg_ground.vocab import CONTROL, EOS, PAD
+
+
+class Policy(Protocol):
+    """What this room needs of a model: see `pg_ground.model.paligemma.PaliGemma`, which is one."""
+
+    def prefill(self, params: Any, image: Array, prompt: Array, prompt_mask: Array) -> tuple[PrefixCache, Array]: ...
+
+    def suffix_cache(self, prefix: PrefixCache, group_size: int, length: int) -> SuffixCache: ...
+
+    def extend(
+        self, params: Any, prefix: PrefixCache, suffix: SuffixCache, tokens: Array
+    ) -> tuple[Array, SuffixCache]: ...
+
+
+class _Loop(NamedTuple):
+    t: Int[Array, ""]
+    logits: Float[Array, "B G V"]
+    cache: SuffixCache
+    tokens: Int[Array, "B G T"]
+    mask: Bool[Array, "B G T"]
+    logps: Float[Array, "B G T"]
+    alive: Bool[Array, "B G"]
+
+
+def sample(
+    model: Policy,
+    params: Any,
+    image: Float[Array, "B H W 3"],
+    prompt: Int[Array, "B L"],
+    prompt_mask: Bool[Array, "B L"],
+    key: PRNGKeyArray,
+    group_size: int = 8,
+    max_new_tokens: int = 32,
+    temperature: float | Float[Array, ""] = 1.0,
+    top_p: float = 1.0,
+    suppress: tuple[int, ...] = CONTROL,
+) -> Rollout:
+    """Returns `group_size` completions of each prompt, the same for the same key; the prefix is computed once per prompt.
+
+    `temperature` 0 is greedy. `top_p` keeps the smallest set of tokens with at least that probability (arXiv 1904.09751).
+    `suppress` lists ids that are never drawn. A completion ends with EOS and its row stays PAD from there; the loop ends when
+    every row has. `logps` are those of the whole softmax at `temperature` (at 1 when greedy), before `top_p` and `suppress`:
+    what `completion_logps` gives for the same tokens.
+    """
+    cache, first = model.prefill(params, image, prompt, prompt_mask)
+    shape = (prompt.shape[0], group_size, max_new_tokens)
+    temperature = jnp.asarray(temperature, jnp.float32)
+    scale = jnp.where(temperature > 0, temperature, 1.0)
+    banned = jnp.zeros(first.shape[-1], bool).at[jnp.array(suppress, int)].set(True)
+
+    def draw(logits: Float[Array, "B G V"], t: Int[Array, ""]) -> tuple[Int[Array, "B G"], Float[Array, "B G"]]:
+        logps = jax.nn.log_softmax(logits / scale)
+        allowed = jnp.where(banned, -jnp.inf, logps)
+        if top_p < 1:
+            allowed = nucleus(allowed, top_p)
+        drawn = jax.random.categorical(jax.random.fold_in(key, t), allowed)
+        chosen = jnp.where(temperature > 0, drawn, jnp.argmax(allowed, axis=-1))
+        return chosen, jnp.take_along_axis(logps, chosen[..., None], axis=-1)[..., 0]
+
+    def step(s: _Loop) -> _Loop:
+        chosen, logp = draw(s.logits, s.t)
+        token = jnp.where(s.alive, chosen, PAD)
+        logits, cache_ = model.extend(params, cache, s.cache, token[..., None])
+        return _Loop(
+            t=s.t + 1,
+            logits=logits[:, :, 0],
+            cache=cache_,
+            tokens=s.tokens.at[:, :, s.t].set(token),
+            mask=s.mask.at[:, :, s.t].set(s.alive),
+            logps=s.logps.at[:, :, s.t].set(jnp.where(s.alive, logp, 0)),
+            alive=s.alive & (chosen != EOS),
+        )
+
+    start = _Loop(
+        t=jnp.int32(0),
+        logits=jnp.broadcast_to(first[:, None], (*shape[:2], first.shape[-1])),
+        cache=model.suffix_cache(cache, group_size, max_new_tokens),
+        tokens=jnp.full(shape, PAD, jnp.int32),
+        mask=jnp.zeros(shape, bool),
+        logps=jnp.zeros(shape, jnp.float32),
+        alive=jnp.ones(shape[:2], bool),
+    )
+    end = jax.lax.while_loop(lambda s: (s.t < max_new_tokens) & s.alive.any(), step, start)
+    return Rollout(end.tokens, end.mask, end.logps)
+
+
+def nucleus(logps: Float[Array, "... V"], top_p: float) -> Float[Array, "... V"]:
+    """Returns `logps` with -inf outside the smallest set of likeliest tokens whose probabilities reach `top_p`."""
+    ordered = jnp.sort(logps, axis=-1, descending=True)
+    before = jnp.cumsum(jnp.exp(ordered), axis=-1) - jnp.exp(ordered)
+    kept = jnp.sum(before < top_p * jnp.exp(ordered).sum(axis=-1, keepdims=True), axis=-1, keepdims=True)
+    threshold = jnp.take_along_axis(ordered, kept - 1, axis=-1)
+    return jnp.where(logps >= threshold, logps, -jnp.inf)

@@ -1,0 +1,101 @@
+"""Text ⇄ PaliGemma's token ids, by a sentencepiece model that has the loc and seg pieces baked in."""
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+import sentencepiece
+
+from pg_ground.types import UserError
+from pg_ground.vocab import BOS, EOS, LOC_TOKENS, NEWLINE, PAD, SEG_TOKENS, UNK, Vocab, vocab_of_size
+
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+"""How sentencepiece writes a space inside a piece."""
+
+
+class Tokenizer(NamedTuple):
+    """A loaded model and where its special ids lie. Safe to use from several threads."""
+
+    pieces: sentencepiece.SentencePieceProcessor
+    vocab: Vocab
+
+    def text(self, text: str) -> list[int]:
+        """Returns the ids of `text` alone: no BOS, no newline, no EOS."""
+        return self.pieces.Encode(text)
+
+    def prefix(self, text: str) -> list[int]:
+        """Returns BOS, the ids of `text` and the newline that separates prefix from suffix.
+
+        The newline is tokenised apart, as big_vision does, so it never merges with the end of `text`.
+        """
+        return [BOS, *self.text(text), NEWLINE]
+
+    def suffix(self, text: str) -> list[int]:
+        """Returns the ids of `text` and EOS."""
+        return [*self.text(text), EOS]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the text up to the first EOS, without PAD, BOS and UNK; loc and seg tokens as `<locDDDD>`."""
+        ids = [int(i) for i in ids]
+        end = ids.index(EOS) if EOS in ids else len(ids)
+        return self.pieces.Decode([i for i in ids[:end] if i not in (PAD, BOS, UNK)])
+
+
+def load(path: str = "") -> Tokenizer:
+    """Returns the tokenizer of the model file at `path`; "" is the small one of the package.
+
+    Raises:
+      UserError: the file is missing, is no sentencepiece model, or does not have PaliGemma's special ids.
+    """
+    name = path or "the package's tiny.model"
+    pieces = _read(_bytes_of(path), name)
+    vocab = vocab_of_size(pieces.GetPieceSize())
+    _check_layout(pieces, vocab, name)
+    return Tokenizer(
+        pieces,
+        vocab._replace(separators=_ids_of(pieces, (";", SPACE + ";")), spaces=_ids_of(pieces, (SPACE,))),
+    )
+
+
+def _bytes_of(path: str) -> bytes:
+    if not path:
+        return (resources.files("pg_ground.assets") / "tiny.model").read_bytes()
+    try:
+        return Path(path).read_bytes()
+    except OSError as e:
+        raise UserError(f"tokenizer {path}: {e.strerror or e}; data.tokenizer names a sentencepiece .model file") from e
+
+
+def _read(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
+    pieces = sentencepiece.SentencePieceProcessor()
+    try:
+        loaded = pieces.LoadFromSerializedProto(model) if model else False
+    except RuntimeError:
+        loaded = False
+    if not loaded:
+        raise UserError(f"tokenizer {name}: {len(model)} bytes that are not a sentencepiece model")
+    return pieces
+
+
+def _check_layout(pieces: sentencepiece.SentencePieceProcessor, vocab: Vocab, name: str) -> None:
+    found = (pieces.pad_id(), pieces.eos_id(), pieces.bos_id(), pieces.unk_id(), pieces.PieceToId("\n"))
+    if found != (PAD, EOS, BOS, UNK, NEWLINE):
+        raise UserError(
+            f"tokenizer {name}: pad, eos, bos, unk and newline are ids {', '.join(map(str, found))}, "
+            f"but PaliGemma has {PAD}, {EOS}, {BOS}, {UNK}, {NEWLINE}"
+        )
+    for first, count, form in ((vocab.loc0, LOC_TOKENS, "<loc{:04d}>"), (vocab.seg0, SEG_TOKENS, "<seg{:03d}>")):
+        for i in range(count):
+            piece = form.format(i)
+            if first < 0 or pieces.Encode(piece) != [first + i]:
+                raise UserError(
+                    f"tokenizer {name}: {piece} is not piece {first + i} of {vocab.size}; the last 1,152 must be "
+                    "<loc0000>..<loc1023>, <seg000>..<seg127> as in paligemma_tokenizer.model (plain Gemma has none)"
+                )
+
+
+def _ids_of(pieces: sentencepiece.SentencePieceProcessor, names: Sequence[str]) -> tuple[int, ...]:
+    """Returns the ids of those of `names` that are pieces."""
+    ids = (pieces.PieceToId(name) for name in names)
+    return tuple(i for i in ids if i != UNK)

@@ -1,0 +1,243 @@
+"""Teaches a PaliGemma to ground phrases: supervised fine-tuning, then GRPO, in one working directory.
+
+python -m pg_ground.train --config=configs/quickstart.py --workdir=runs/quickstart [--config.grpo.steps=500 …]
+
+Started again on the same directory, it goes on where its newest checkpoint is, bit for bit.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from PIL import Image
+
+from pg_ground import checkpoints, cli, draw, metrics, optim, sharding
+from pg_ground.config import Config
+from pg_ground.data import pipeline
+from pg_ground.diary import Diary, Stopwatch, claim
+from pg_ground.evaluate import answerer, check_vocabulary, evaluate
+from pg_ground.model import PaliGemma, weights
+from pg_ground.rl import loss, rewards, update
+from pg_ground.rl.rollout import sample
+from pg_ground.tokenizer import Tokenizer
+from pg_ground.tokenizer import load as load_tokenizer
+from pg_ground.types import Answer, Batch, Rewards, Rollout, TrainState, UserError
+
+
+class Run(NamedTuple):
+    """What the stages of a run share."""
+
+    config: Config
+    workdir: Path
+    model: PaliGemma
+    tokenizer: Tokenizer
+    mesh: Mesh
+    diary: Diary
+    bad: pipeline.BadRecords
+
+
+def sft(run: Run, state: TrainState, batches: Any) -> TrainState:
+    """Returns the state at the end of the supervised stage."""
+    c = run.config.sft
+    learn = partial(
+        update.sft_step,
+        model=run.model,
+        optimizer=optim.optimizer(c.optimizer, c.steps),
+        vocab=run.tokenizer.vocab,
+        micro_batches=c.micro_batches,
+        label_smoothing=c.label_smoothing,
+        loc_smoothing_bins=c.loc_smoothing_bins,
+    )
+    learn = jax.jit(learn, donate_argnums=0, out_shardings=(placement(run, state), None))
+    for _ in range(int(state.step), c.steps):
+        watch = Stopwatch()
+        batch = watch.lap("data", sharding.put_batch(run.mesh, next(batches)))
+        state, updated = watch.lap("update", learn(state, batch))
+        run.diary.keep("sft", state, batches, measured(run, "sft", state, updated, watch))
+    return state
+
+
+def grpo(run: Run, state: TrainState, batches: Any) -> TrainState:
+    """Returns the state at the end of the reinforced stage."""
+    c, vocab = run.config.grpo, run.tokenizer.vocab
+    algorithm = loss.choose(c)
+    ref_params = reference(run, state) if algorithm.kl_coef else None
+
+    def roll(params: Any, batch: Batch, key: jax.Array) -> Rollout:
+        inputs = (batch.image, batch.prompt, batch.prompt_mask)
+        return sample(run.model, params, *inputs, key, c.group_size, c.max_new_tokens, c.temperature, c.top_p)
+
+    def judge(rollout: Rollout, batch: Batch) -> tuple[Answer, Rewards, jax.Array, dict[str, jax.Array]]:
+        answer = rewards.read_answer(rollout.tokens, rollout.mask, batch.gold.asks, batch.gold.names, vocab)
+        judged = rewards.score(answer, batch, c.rewards, c.reward_settings)
+        return answer, judged, algorithm.advantage(judged.total), rewards.measures(rollout, answer, judged)
+
+    learn = partial(
+        update.grpo_step,
+        model=run.model,
+        optimizer=optim.optimizer(c.optimizer, c.steps * c.updates_per_rollout),
+        algorithm=algorithm,
+        temperature=c.temperature,
+        micro_batches=c.micro_batches,
+        updates=c.updates_per_rollout,
+    )
+    roll, judge = jax.jit(roll), jax.jit(judge)
+    learn = jax.jit(learn, donate_argnums=0, out_shardings=(placement(run, state), None))
+    key = jax.random.key(run.config.seed)
+    for step in range(int(state.step), c.steps):
+        watch = Stopwatch()
+        batch = watch.lap("data", sharding.put_batch(run.mesh, next(batches)))
+        rollout = watch.lap("rollout", roll(state.params, batch, jax.random.fold_in(key, step)))
+        answer, judged, advantages, seen = watch.lap("score", judge(rollout, batch))
+        state, updated = watch.lap("update", learn(state, ref_params, batch, rollout, advantages))
+        pictures = partial(rollout_pictures, run, batch, rollout, answer, judged)
+        run.diary.keep("grpo", state, batches, measured(run, "grpo", state, seen | updated, watch), pictures)
+    return state
+
+
+STAGES: dict[str, Callable[[Run, TrainState, Any], TrainState]] = {"sft": sft, "grpo": grpo}
+
+
+def train(config: Config, workdir: Path) -> Path:
+    """Returns the path of the report of a run, having run (or finished) every stage.
+
+    Raises:
+      UserError: something in `config` does not fit the data, the devices, the checkpoint or the run already in `workdir`.
+    """
+    tokenizer, mesh, bad = load_tokenizer(config.data.tokenizer), sharding.make_mesh(config.mesh), pipeline.BadRecords()
+    check(config, mesh)
+    model, initial = begin(config)
+    check_vocabulary(tokenizer, model)
+    answer = answerer(model, tokenizer.vocab, config.eval.max_new_tokens)
+    streams = {stage: open_stream(config, stage, tokenizer, bad) for stage in config.stages}
+    claim(workdir, config)
+
+    def measure(params: Any) -> dict[str, float]:
+        return evaluate(answer, params, config, tokenizer, mesh, bad).metrics
+
+    with checkpoints.Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as saved:
+        found = saved.latest()
+        record = None if found is None else saved.record(found)
+        with metrics.open_metrics(workdir, found) as writer:
+            diary = Diary(config, workdir, writer, saved, measure, bad)
+            run = Run(config, workdir, model, tokenizer, mesh, diary, bad)
+            first = config.stages.index(record["stage"]) if record else 0
+            params = None
+            for stage in config.stages[first:]:
+                state = fresh_state(run, stage, initial if params is None else params)
+                if record and found is not None and stage == record["stage"]:
+                    state = saved.restore(found, state)
+                    streams[stage].set_state(record["batches"])
+                    diary.open_with(record)
+                elif params is None:
+                    diary.measure(0, stage, state.params)
+                params = STAGES[stage](run, state, streams[stage]).params
+    return diary.close()
+
+
+def begin(config: Config) -> tuple[PaliGemma, Callable[[], Any]]:
+    """Returns the model, and what makes its first parameters: those of `config.init`, or random ones."""
+    if config.init:
+        model, params = weights.load(config.init, None if Path(config.init).is_dir() else config.model)
+        return model, lambda: params
+    model = PaliGemma(config.model)
+    return model, partial(model.init, jax.random.key(config.seed))
+
+
+def check(config: Config, mesh: Mesh) -> None:
+    """Raises UserError for settings that do not fit the devices, the rewards or the algorithms there are."""
+    loss.choose(config.grpo)
+    rewards.check_names(config.grpo.rewards)
+    devices = mesh.shape["data"]
+    sizes = {
+        "sft.batch_size": config.sft.batch_size // config.sft.micro_batches,
+        "grpo.batch_size": config.grpo.batch_size // config.grpo.micro_batches,
+        "eval.batch_size": config.eval.batch_size,
+    }
+    for name, rows in sizes.items():
+        if rows % devices:
+            raise UserError(f"config.{name} puts {rows} questions through {devices} devices at once: it must be a multiple")
+
+
+def open_stream(config: Config, stage: str, tokenizer: Tokenizer, bad: pipeline.BadRecords) -> Any:
+    """Returns the endless batches of a stage."""
+    c = config.sft if stage == "sft" else config.grpo
+    return pipeline.training_batches(
+        c.sources,
+        config.data,
+        tokenizer,
+        image_size=config.model.image_size,
+        batch_size=c.batch_size,
+        seed=config.seed,
+        bad=bad,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def fresh_state(run: Run, stage: str, params: Any) -> TrainState:
+    """Returns the state a stage starts from, spread over the mesh; `params` may be a function that makes them there."""
+    c = run.config.sft if stage == "sft" else run.config.grpo
+    updates = c.steps * (run.config.grpo.updates_per_rollout if stage == "grpo" else 1)
+    optimizer = optim.optimizer(c.optimizer, updates)
+
+    def start(params: Any) -> TrainState:
+        return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+    if callable(params):
+        make = partial(lambda make: start(make()), params)
+        return jax.jit(make, out_shardings=placement(run, jax.eval_shape(make)))()
+    return jax.jit(start, out_shardings=placement(run, jax.eval_shape(start, params)))(params)
+
+
+def placement(run: Run, state: TrainState) -> Any:
+    """Returns the sharding of each array of a state."""
+    return sharding.fsdp(run.mesh, state)
+
+
+def reference(run: Run, state: TrainState) -> Any:
+    """Returns the policy at the start of this stage: the one at hand if it starts now, else the one then written down."""
+    path = run.workdir / "reference"
+    if int(state.step) == 0:
+        checkpoints.save_tree(path, state.params)
+        return jax.tree.map(jnp.copy, state.params)
+    return checkpoints.restore_tree(path, state.params)
+
+
+def measured(run: Run, stage: str, state: TrainState, found: dict[str, jax.Array], watch: Stopwatch) -> dict[str, float]:
+    """Returns the numbers of one step on the host: what it found, its learning rate, its times and rates."""
+    c = run.config.sft if stage == "sft" else run.config.grpo
+    group = run.config.grpo.group_size if stage == "grpo" else 1
+    mu = run.config.grpo.updates_per_rollout if stage == "grpo" else 1
+    values = {name: float(value) for name, value in jax.device_get(found).items()}
+    values["optim/lr"] = float(optim.schedule(c.optimizer, c.steps * mu)(int(state.step) * mu - 1))
+    seconds = sum(watch.seconds.values())
+    rates = {"perf/images_per_s": c.batch_size / seconds}
+    if stage == "grpo":
+        rates["perf/completions_per_s"] = c.batch_size * group / seconds
+        rates["perf/tokens_per_s"] = values["completion/length"] * c.batch_size * group / seconds
+    return values | watch.seconds | {"time/step_s": seconds} | rates
+
+
+def rollout_pictures(run: Run, batch: Batch, rollout: Rollout, answer: Answer, judged: Rewards) -> Image.Image:
+    """Returns the first prompts of a step with gold and sampled answers drawn on their images."""
+    batch, rollout, answer, judged = jax.device_get((batch, rollout, answer, judged))
+    panels = []
+    for row in range(min(run.config.log.samples, len(batch.prompt))):
+        prompt = run.tokenizer.decode(batch.prompt[row][batch.prompt_mask[row]].tolist())
+        texts = [run.tokenizer.decode(tokens.tolist()) for tokens in rollout.tokens[row]]
+        panels.append(draw.draw_rollout(batch, answer, judged, row, prompt.strip(), texts))
+    return draw.rollout_sheet(panels)
+
+
+def main(argv: Sequence[str]) -> None:
+    config, own = cli.parse(argv, {"workdir": cli.REQUIRED})
+    print(train(config, Path(own["workdir"])))
+
+
+if __name__ == "__main__":
+    cli.run(main)

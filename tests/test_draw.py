@@ -1,0 +1,171 @@
+"""Laws of `pg_ground.draw`: what is drawn lies where the fractions say, in the colour that the reward says."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pg_ground import draw
+from pg_ground.types import BOXES, POINTS, Answer, Batch, Boxes, Gold, Points, Rewards
+
+GREY = np.full((32, 32, 3), 120, np.uint8)
+RED = (255, 0, 0)
+
+
+def pixels(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture.convert("RGB"))
+
+
+def count(picture: Image.Image, color: tuple[int, int, int]) -> int:
+    return int((pixels(picture) == color).all(-1).sum())
+
+
+def rollout(rewards, gold=(0.2, 0.2, 0.8, 0.8), asks=BOXES, sampled=None):
+    """One prompt with a sample for each reward: boxes that follow the gold, or points at its middle."""
+    g = len(rewards)
+    boxes = np.tile(np.array(gold, np.float32), (1, g, 1, 1)) if sampled is None else np.array(sampled, np.float32)
+    slot = np.zeros((1, g, 1), np.int32)
+    as_points = np.full((1, g, 1), asks == POINTS)
+    answer = Answer(
+        boxes=Boxes(boxes, slot, ~as_points),
+        points=Points((boxes[..., :2] + boxes[..., 2:]) / 2, slot, as_points),
+        stray=np.zeros((1, g), np.int32),
+        finished=np.ones((1, g), bool),
+        grammatical=np.ones((1, g), bool),
+    )
+    at = np.array([[gold]], np.float32)
+    one = np.ones((1, 1), bool)
+    annotation = Gold(
+        boxes=Boxes(at, np.zeros((1, 1), np.int32), one),
+        points=Points((at[..., :2] + at[..., 2:]) / 2, np.zeros((1, 1), np.int32), one & (asks == POINTS)),
+        asks=np.array([asks]),
+        names=np.zeros((1, 1, 2), np.int32),
+    )
+    nothing = np.zeros((1, 1), np.int32)
+    batch = Batch(
+        image=np.zeros((1, 32, 32, 3), np.float32),
+        prompt=nothing, prompt_mask=nothing > 0, suffix=nothing, suffix_mask=nothing > 0,
+        gold=annotation, size=np.array([[200, 100]]), source=np.zeros(1, np.int32), index=np.zeros(1, np.int32),
+    )  # fmt: skip
+    return batch, answer, Rewards(np.array([rewards], np.float32), {})
+
+
+def test_to_uint8_spans_the_bytes_and_undoes_the_model_scale():
+    assert draw.to_uint8(np.array([[[-1.0, 0.0, 1.0]]], np.float32)).tolist() == [[[0, 128, 255]]]
+    assert draw.to_uint8(np.array([[[-3.0, 1.0, 3.0]]], np.float32)).tolist() == [[[0, 255, 255]]]
+    every = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    np.testing.assert_array_equal(draw.to_uint8(every.astype(np.float32) / 127.5 - 1), every)
+
+
+def test_panel_has_the_aspect_of_the_original():
+    assert draw.panel(GREY, boxes=[], points=[], size=(400, 100), scale_to=320).size == (320, 80)
+    assert draw.panel(GREY, boxes=[], points=[], size=(100, 400), scale_to=320).size == (80, 320)
+    assert draw.panel(GREY, boxes=[], points=[], scale_to=64).size == (64, 64)
+
+
+@pytest.mark.parametrize("size", [(400, 100), (90, 300), (64, 64)])
+def test_box_edges_lie_at_their_fractions_of_the_original(size):
+    y1, x1, y2, x2 = 0.25, 0.1, 0.75, 0.9
+    picture = draw.panel(GREY, boxes=[draw.Shape((y1, x1, y2, x2), RED)], points=[], size=size)
+    rows, columns = np.nonzero((pixels(picture) == RED).all(-1))
+    width, height = picture.size
+    assert abs(columns.min() - x1 * width) <= 1 and abs(columns.max() - x2 * width) <= 1
+    assert abs(rows.min() - y1 * height) <= 1 and abs(rows.max() - y2 * height) <= 1
+    assert pixels(picture)[height // 2, width // 2].tolist() == [120, 120, 120], "a box is an outline"
+    assert pixels(picture)[rows.min() - 1, width // 2].tolist() == [0, 0, 0], "with a dark halo"
+
+
+def test_point_is_a_cross_centred_at_its_fraction():
+    picture = draw.panel(GREY, boxes=[], points=[draw.Shape((0.75, 0.25), RED)], size=(200, 100))
+    rows, columns = np.nonzero((pixels(picture) == RED).all(-1))
+    assert abs(columns.mean() - 0.25 * picture.width) <= 1 and abs(rows.mean() - 0.75 * picture.height) <= 1
+    assert pixels(picture)[round(rows.mean()), columns.max() + 1].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("at", [(0, 0, 1, 1), (0.5, 0.5, 0.5, 0.5), (0.9, 0.8, 0.1, 0.2), (1, 1, 1, 1)])
+def test_any_box_that_tokens_can_spell_is_drawn_inside_the_picture(at):
+    picture = draw.panel(GREY, boxes=[draw.Shape(at, RED, label="a long name")], points=[], scale_to=96)
+    assert picture.size == (96, 96) and count(picture, RED) > 0
+
+
+def test_small_drawings_keep_square_pixels_and_photographs_are_smooth():
+    board = np.indices((8, 8)).sum(0)[..., None] % 2 * np.full(3, 255, np.uint8)
+    assert set(np.unique(pixels(draw.panel(board.astype(np.uint8), boxes=[], points=[])))) == {0, 255}
+    large = np.kron(board, np.ones((25, 25, 1))).astype(np.uint8)
+    assert len(np.unique(pixels(draw.panel(large, boxes=[], points=[], scale_to=321)))) > 2
+
+
+def test_caption_stands_beneath_and_leaves_the_picture_alone():
+    plain = draw.panel(GREY, boxes=[], points=[], size=(100, 100))
+    captioned = draw.panel(GREY, boxes=[], points=[], size=(100, 100), caption=["first", "second"])
+    assert captioned.width == plain.width and captioned.height > plain.height
+    np.testing.assert_array_equal(pixels(captioned)[: plain.height], pixels(plain))
+    assert (pixels(captioned)[plain.height :] != draw.PAPER).any(), "there is ink"
+
+
+def test_long_caption_is_wrapped_within_the_panel_and_cut():
+    words = draw.panel(GREY, boxes=[], points=[], caption="<loc0001>" * 400, scale_to=200)
+    strip = pixels(words)[200:]
+    assert (strip[:, -draw.PAD_PX // 2 :] == draw.PAPER).all(), "nothing runs over the right edge"
+    assert strip.shape[0] <= draw.LINE_PX * draw.CAPTION_LINES + 2 * draw.PAD_PX
+    assert draw.panel(GREY, boxes=[], points=[], caption="x" * 5000 + "\n\0é漢", scale_to=200).width == 200
+
+
+def test_reward_colours_get_brighter_and_end_at_viridis():
+    brightness = [np.dot(draw.reward_color(r), (0.299, 0.587, 0.114)) for r in np.linspace(0, 1, 33)]
+    assert (np.diff(brightness) > 0).all(), "readable without colour vision"
+    assert draw.reward_color(0.0) == draw.reward_color(-2.0) == draw.VIRIDIS[0]
+    assert draw.reward_color(1.0) == draw.reward_color(1.2) == draw.VIRIDIS[-1]
+    assert draw.reward_color(float("nan")) == draw.UNJUDGED
+
+
+def test_rollout_shows_gold_and_each_sample_in_the_colour_of_its_reward():
+    sampled = [[[[0.05, 0.05, 0.4, 0.4]], [[0.5, 0.5, 0.95, 0.95]], [[0.1, 0.6, 0.3, 0.9]]]]
+    batch, answer, rewards = rollout([0.0, 1.0, float("nan")], sampled=sampled)
+    picture = draw.draw_rollout(batch, answer, rewards, 0, "detect cat", ["a cat", "b cat", "c cat"])
+    seen = picture.crop((0, 0, picture.width, picture.width // 2))
+    for color in (draw.GOLD, draw.VIRIDIS[0], draw.VIRIDIS[-1], draw.UNJUDGED):
+        assert count(seen, color) > 100, color
+
+
+def test_rollout_of_points_draws_crosses():
+    batch, answer, rewards = rollout([1.0, 1.0], asks=POINTS, sampled=[[[[0, 0, 0.2, 0.2]], [[0.6, 0.6, 1, 1]]]])
+    picture = draw.draw_rollout(batch, answer, rewards, 0, "point cat", ["a", "b"])
+    rows, columns = np.nonzero((pixels(picture)[: picture.width // 2] == draw.VIRIDIS[-1]).all(-1))
+    assert {round(c / picture.width, 1) for c in (columns.min(), columns.max())} == {0.1, 0.8}
+    assert rows.max() < picture.width // 2
+
+
+def test_rollout_without_any_judged_completion_is_drawn():
+    batch, answer, rewards = rollout([float("nan")] * 2)
+    picture = draw.draw_rollout(batch, answer, rewards, 0, "detect cat", ["", "x"])
+    assert count(picture, draw.UNJUDGED) > 100
+
+
+def test_sheet_holds_every_panel_whole():
+    colors = [(i * 40, 10, 200) for i in range(5)]
+    panels = [Image.new("RGB", (30 + i, 50 - i), color) for i, color in enumerate(colors)]
+    sheet = draw.rollout_sheet(panels, columns=3)
+    for one, color in zip(panels, colors, strict=True):
+        assert count(sheet, color) == one.width * one.height
+
+
+def test_answer_is_drawn_at_original_resolution_in_pixels_of_the_original():
+    picture = draw.draw_answer(
+        GREY, (400, 200), [{"label": "cat", "xyxy_px": [100, 50, 300, 150]}], [{"label": "nose", "xy_px": [350, 30]}]
+    )
+    assert picture.size == (400, 200)
+    image = pixels(picture)
+    assert image[100, 100].tolist() == list(draw.LABEL_COLORS[0])
+    assert image[150, 200].tolist() == list(draw.LABEL_COLORS[0])
+    assert image[30, 350].tolist() == list(draw.LABEL_COLORS[1])
+
+
+def test_png_and_its_address_give_the_picture_back():
+    picture = draw.panel(GREY, boxes=[draw.Shape((0.1, 0.1, 0.5, 0.5), RED)], points=[])
+    head, _, data = draw.data_uri(picture).partition(",")
+    assert head == "data:image/png;base64"
+    assert base64.b64decode(data) == draw.png_bytes(picture)
+    np.testing.assert_array_equal(pixels(Image.open(io.BytesIO(draw.png_bytes(picture)))), pixels(picture))

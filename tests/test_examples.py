@@ -1,0 +1,307 @@
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pg_ground import tokenizer
+from pg_ground.config import Data, Source
+from pg_ground.data.examples import answer_text, check_formats, field_at, fill, resize, to_batch_row, to_example
+from pg_ground.data.sources import BadRecord, open_records
+from pg_ground.types import BOXES, POINTS, Example, UserError
+from pg_ground.vocab import EOS, NEWLINE, PAD
+
+SHARED = Path(__file__).parents[2] / "shared"
+needs_golden = pytest.mark.skipif(not (SHARED / "golden").exists(), reason="shared/golden is not here")
+needs_data = pytest.mark.skipif(not (SHARED / "data").exists(), reason="shared/data is not here")
+
+SOURCE = Source(uri="jsonl:x", boxes="box", points="", prompt="detect {phrase}", name="{phrase}")
+BLANK = np.zeros((40, 80, 3), np.uint8)
+
+
+def example(record: dict, image_size: int = 16, **settings) -> Example:
+    record = {"image": BLANK, "phrase": "red circle"} | record
+    return to_example(record, dataclasses.replace(SOURCE, **settings), "toy", 7, image_size, None)
+
+
+def kind_and_text(record: dict, **settings) -> tuple[str, str]:
+    with pytest.raises(BadRecord) as bad:
+        example(record, **settings)
+    return bad.value.kind, str(bad.value)
+
+
+def test_example_says_where_it_comes_from_and_what_it_asks():
+    made = example({"box": [8, 10, 40, 20]})
+    assert (made.size, made.source, made.index, made.asks) == ((80, 40), "toy", 7, BOXES)
+    assert made.image.shape == (16, 16, 3) and made.image.dtype == np.uint8
+    assert (made.prompt, made.names) == ("detect red circle", ("red circle",))
+    np.testing.assert_array_equal(made.boxes.yxyx, np.array([[0.25, 0.1, 0.5, 0.5]], np.float32))
+    assert made.boxes.valid.tolist() == [True] and made.boxes.label.tolist() == [0] and made.points.yx.shape == (0, 2)
+    assert made.suffix == "<loc0256><loc0102><loc0512><loc0512> red circle"
+
+
+def test_all_box_formats_agree():
+    whole = {"px": (80, 40), "frac": (1, 1), "percent": (100, 100), "bin": (1023, 1023)}
+    x1, y1, x2, y2 = 0.125, 0.25, 0.5, 0.875
+    orders = {
+        "xyxy": lambda w, h: [x1 * w, y1 * h, x2 * w, y2 * h],
+        "yxyx": lambda w, h: [y1 * h, x1 * w, y2 * h, x2 * w],
+        "xywh": lambda w, h: [x1 * w, y1 * h, (x2 - x1) * w, (y2 - y1) * h],
+        "cxcywh": lambda w, h: [(x1 + x2) / 2 * w, (y1 + y2) / 2 * h, (x2 - x1) * w, (y2 - y1) * h],
+    }
+    for order, written in orders.items():
+        for unit, (w, h) in whole.items():
+            made = example({"box": written(w, h)}, box_format=f"{order}_{unit}")
+            np.testing.assert_allclose(made.boxes.yxyx, [[y1, x1, y2, x2]], atol=1e-7, err_msg=f"{order}_{unit}")
+
+
+def test_all_point_formats_agree():
+    for unit, (w, h) in {"px": (80, 40), "frac": (1, 1), "percent": (100, 100), "bin": (1023, 1023)}.items():
+        for order, point in {"xy": [0.25 * w, 0.75 * h], "yx": [0.75 * h, 0.25 * w]}.items():
+            record = {"point": point}
+            made = example(record, asks="points", boxes="", points="point", point_format=f"{order}_{unit}")
+            np.testing.assert_allclose(made.points.yx, [[0.75, 0.25]], atol=1e-7)
+            assert made.asks == POINTS and made.suffix == "<loc0767><loc0256> red circle"
+
+
+@pytest.mark.parametrize("setting", ["box_format", "point_format"])
+def test_format_that_does_not_exist_is_refused_with_the_nearest(setting):
+    check_formats(SOURCE, "toy")
+    value = {"box_format": "xyxy_pixel", "point_format": "xy_pz"}[setting]
+    nearest = {"box_format": "xyxy_px", "point_format": "xy_px"}[setting]
+    with pytest.raises(UserError, match=f"toy: {setting} '{value}'.*{nearest}"):
+        check_formats(dataclasses.replace(SOURCE, **{setting: value}), "toy")
+
+
+def test_one_box_and_a_list_of_boxes_are_both_read():
+    one, many = [0, 0, 40, 20], [[0, 0, 40, 20], [40, 20, 80, 40]]
+    assert example({"box": one}).boxes.yxyx.tolist() == [[0, 0, 0.5, 0.5]]
+    made = example({"box": many})
+    assert made.boxes.yxyx.tolist() == [[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]]
+    first, second = "<loc0000><loc0000><loc0512><loc0512>", "<loc0512><loc0512><loc1023><loc1023>"
+    assert made.suffix == f"{first} red circle ; {second} red circle"
+    assert (
+        example({"box": many}, name="").suffix == f"{first} ; {second}" and example({"box": many}, name="").names == ()
+    )
+
+
+def test_points_may_carry_the_boxes_they_lie_in():
+    record = {"point": [[20, 10], [60, 30]], "box": [[0, 0, 40, 20], [40, 20, 80, 40]]}
+    made = example(record, asks="points", points="point")
+    assert made.boxes.yxyx.shape == (2, 4) and made.points.yx.tolist() == [[0.25, 0.25], [0.75, 0.75]]
+    assert made.suffix == "<loc0256><loc0256> red circle ; <loc0767><loc0767> red circle"
+    kind, text = kind_and_text(record | {"box": [0, 0, 40, 20]}, asks="points", points="point")
+    assert kind == "bad_box" and "1 boxes for 2 points" in text
+
+
+def test_loc_codes_round_half_to_even_and_stay_on_the_grid():
+    fractions = np.array([[0.5, 1.5, 2.5, 1022.5]]) / 1023
+    assert answer_text(fractions, "") == "<loc0000><loc0002><loc0002><loc1022>"
+    assert answer_text(np.array([[0.0, 1.0]]), "x") == "<loc0000><loc1023> x"
+    codes = np.arange(1024)
+    assert answer_text((codes / 1023).astype(np.float32)[None], "") == "".join(f"<loc{i:04d}>" for i in codes)
+
+
+def test_boxes_are_clipped_to_the_image():
+    np.testing.assert_array_equal(example({"box": [-10, -10, 90, 20]}).boxes.yxyx, [[0, 0, 0.5, 1]])
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        [5, 5, 5, 20],
+        [20, 5, 5, 20],
+        [100, 5, 120, 20],
+        [float("nan"), 0, 5, 5],
+        [0, 0, float("inf"), 5],
+        [1, 2, 3],
+        [],
+        [[]],
+        None,
+        "1,2,3,4",
+        [[0, 0, 5, 5], [1, 2]],
+        [[[0, 0, 5, 5]]],
+        {"x": 1},
+    ],
+)
+def test_unusable_box_is_a_bad_box(box):
+    kind, text = kind_and_text({"box": box})
+    assert kind == "bad_box" and "\n" not in text
+
+
+@pytest.mark.parametrize("point", [[90, 5], [5, -9], [float("nan"), 5], [1, 2, 3], [], None])
+def test_unusable_point_is_a_bad_point(point):
+    assert kind_and_text({"point": point}, asks="points", boxes="", points="point")[0] == "bad_point"
+
+
+def test_point_on_the_far_border_is_kept():
+    made = example({"point": [80.5, 40]}, asks="points", boxes="", points="point")
+    assert made.points.yx.tolist() == [[1, 1]]
+
+
+def test_dotted_paths_reach_into_objects_and_through_lists():
+    assert field_at({"objects": {"bbox": [1, 2]}}, "objects.bbox") == [1, 2]
+    assert field_at({"objects": [{"bbox": [1]}, {"bbox": [2]}]}, "objects.bbox") == [[1], [2]]
+    nested = {"objects": [{"bbox": [0, 0, 40, 20]}, {"bbox": [40, 20, 80, 40]}], "meta": {"text": "cat"}}
+    made = example(nested, boxes="objects.bbox", phrase="meta.text")
+    assert made.boxes.yxyx.shape == (2, 4) and made.prompt == "detect cat"
+
+
+@pytest.mark.parametrize("path", ["bbox", "box.x", "phrase.text", "objects.bbox"])
+def test_missing_field_is_named_with_those_that_exist(path):
+    kind, text = kind_and_text({"box": [0, 0, 4, 4], "objects": {"area": 3}}, boxes=path)
+    assert kind == "missing_field" and path in text
+    assert path != "bbox" or "image, phrase, box, objects" in text
+
+
+def test_templates_are_filled_from_the_record_once_and_in_single_spaces():
+    record = {"phrase": " a {b}\n cat ", "n": 3, "b": "dog", "meta": {"lang": "en"}}
+    assert fill("answer {meta.lang}  {phrase} x{n}{b}", record, "phrase") == "answer en a {b} cat x3dog"
+    assert fill("", record, "phrase") == "" and fill("detect {phrase}", record, "b") == "detect dog"
+
+
+@pytest.mark.parametrize(
+    "record, kind",
+    [({}, "missing_field"), ({"text": None}, "bad_text"), ({"text": ["a"]}, "bad_text"), ({"text": "  "}, "bad_text")],
+)
+def test_template_over_an_unusable_field_is_a_bad_record(record, kind):
+    assert kind_and_text({"box": [0, 0, 4, 4]} | record, prompt="detect {text}")[0] == kind
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_lie_on_the_upright_image(orientation):
+    """A file that its EXIF turns upright keeps the box where a viewer sees it, however its rows are stored."""
+    upright = np.zeros((40, 80, 3), np.uint8)
+    upright[10:20, 8:40] = 255
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.swapaxes(0, 1),
+        6: np.rot90(upright, 1),
+        7: upright[::-1, ::-1].swapaxes(0, 1),
+        8: np.rot90(upright, -1),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(stored)).save(file, "PNG", exif=exif)
+    made = example({"image": file.getvalue(), "box": [8, 10, 40, 20]}, image_size=80)
+    y1, x1, y2, x2 = (made.boxes.yxyx[0] * 80).round().astype(int)
+    assert made.size == (80, 40)
+    assert made.image[y1 + 2 : y2 - 2, x1 + 2 : x2 - 2].min() == 255
+    assert made.image.astype(int).sum() == pytest.approx(255 * 3 * (y2 - y1) * (x2 - x1), rel=0.01)
+
+
+def test_image_of_the_right_size_is_not_touched():
+    image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    np.testing.assert_array_equal(example({"image": image, "box": [0, 0, 4, 4]}).image, image)
+
+
+@needs_golden
+@pytest.mark.parametrize("name", ["640x480", "97x61", "30x20_up", "427x640"])
+@pytest.mark.parametrize("side", [42, 224])
+def test_resizing_equals_pillow_and_stays_within_a_grey_level_of_tensorflow(name, side):
+    golden = np.load(SHARED / "golden" / "preprocessing" / "images.npz")
+    image = np.asarray(Image.open(SHARED / "golden" / "preprocessing" / f"{name}.png").convert("RGB"))
+    resized = resize(image, side).astype(np.float32) / 127.5 - 1
+    np.testing.assert_allclose(resized, golden[f"{name}/{side}/pil_bilinear"], atol=1e-6)
+    grey_levels = np.abs(resized - golden[f"{name}/{side}/notebook_antialias_float"]) * 127.5
+    assert grey_levels.max() < 1.01 and grey_levels.mean() < 0.3
+
+
+@needs_data
+def test_photographs_convert_to_the_fractions_they_were_annotated_with():
+    folder = SHARED / "data" / "refcoco"
+    records = open_records(f"jsonl:{folder / 'triples.jsonl'}")
+    assert len(records) == 644
+    xyxy = dataclasses.replace(SOURCE, boxes="bbox_xyxy", phrase="expression", image_root=str(folder / "images"))
+    xywh = dataclasses.replace(xyxy, boxes="bbox_xywh", box_format="xywh_px")
+    for i in range(0, 644, 46):
+        row = records[i]
+        made = to_example(row, xyxy, "refcoco", i, 224, records.root)
+        w, h = row["width"], row["height"]
+        x1, y1, x2, y2 = row["bbox_xyxy"]
+        assert made.size == (w, h) and made.image.shape == (224, 224, 3) and made.names[0] in made.prompt
+        np.testing.assert_allclose(made.boxes.yxyx, [[y1 / h, x1 / w, y2 / h, x2 / w]], atol=1e-6)
+        other = to_example(row, xywh, "refcoco", i, 224, records.root)
+        np.testing.assert_allclose(other.boxes.yxyx, made.boxes.yxyx, atol=0.02 / min(w, h))
+
+
+@needs_data
+def test_points_in_percent_with_objects_for_coordinates_are_read_by_path():
+    rows = [json.loads(line) for line in (SHARED / "data" / "gui" / "test.jsonl").read_text().splitlines()]
+    source = dataclasses.replace(
+        SOURCE, asks="points", image="image_filename", points="test_samples.point", boxes="test_samples.bbox",
+        prompt="point to buttons", name="",
+    )  # fmt: skip
+    for i, row in enumerate(rows):
+        made = to_example(row, source, "gui", i, 56, SHARED / "data" / "gui")
+        assert made.size == (row["image_width"], row["image_height"])
+        y, x = made.points.yx.T
+        y1, x1, y2, x2 = made.boxes.yxyx.T
+        assert len(y) == row["sample_count"] and ((y1 <= y) & (y <= y2) & (x1 <= x) & (x <= x2)).all()
+
+
+def test_batch_row_has_the_shapes_and_types_of_a_batch_without_b():
+    tokens = tokenizer.load()
+    data = Data(prompt_length=10, suffix_length=16, max_boxes=3)
+    row = to_batch_row(example({"box": [[0, 0, 40, 20], [40, 20, 80, 40]]}), tokens, data, 2)
+    prompt, suffix = (
+        tokens.prefix("detect red circle"),
+        tokens.suffix(row_text := example({"box": [0, 0, 40, 20]}).suffix),
+    )
+    assert row.prompt.tolist() == prompt + [PAD] * (10 - len(prompt)) and NEWLINE in prompt
+    assert row.prompt_mask.sum() == len(prompt) and row.prompt_mask[: len(prompt)].all()
+    assert row.suffix[row.suffix_mask][-1] == EOS and (row.suffix[~row.suffix_mask] == PAD).all()
+    assert row_text and row.suffix[:6].tolist() == suffix[:6]
+    assert row.gold.boxes.valid.tolist() == [True, True, False] and row.gold.boxes.yxyx.shape == (3, 4)
+    assert row.gold.points.yx.shape == (3, 2) and not row.gold.points.valid.any()
+    assert row.gold.names.shape == (3, 16) and row.gold.asks == BOXES
+    name = tokens.text(" red circle")
+    assert row.gold.names[0].tolist() == name + [PAD] * (16 - len(name)) and not row.gold.names[1:].any()
+    assert (row.size.tolist(), int(row.source), int(row.index)) == ([80, 40], 2, 7)
+    assert row.image.dtype == np.float32 and row.image.min() == row.image.max() == -1
+    ints = (
+        row.prompt,
+        row.suffix,
+        row.size,
+        row.source,
+        row.index,
+        row.gold.asks,
+        row.gold.names,
+        row.gold.boxes.label,
+    )
+    assert {x.dtype for x in ints} == {np.dtype(np.int32)} and row.gold.boxes.yxyx.dtype == np.float32
+
+
+def test_image_of_a_batch_spans_minus_one_to_one():
+    image = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    row = to_batch_row(example({"image": image, "box": [0, 0, 4, 4]}), tokenizer.load(), Data(), 0)
+    np.testing.assert_allclose((row.image + 1) * 127.5, image, atol=1e-4)
+
+
+def test_name_of_the_gold_answer_follows_its_loc_tokens_in_the_suffix():
+    tokens = tokenizer.load()
+    row = to_batch_row(example({"box": [0, 0, 40, 20], "phrase": "café 12"}), tokens, Data(suffix_length=24), 0)
+    name = row.gold.names[0][row.gold.names[0] != PAD].tolist()
+    assert row.suffix[row.suffix_mask].tolist()[4:-1] == name
+
+
+@pytest.mark.parametrize(
+    "data, kind, setting",
+    [
+        (Data(prompt_length=4), "too_long", "data.prompt_length is 4"),
+        (Data(suffix_length=6), "too_long", "data.suffix_length is 6"),
+        (Data(max_boxes=1, suffix_length=64), "too_many_boxes", "data.max_boxes is 1"),
+    ],
+)
+def test_question_without_room_names_the_setting_to_raise(data, kind, setting):
+    made = example({"box": [[0, 0, 40, 20]] * (2 if kind == "too_many_boxes" else 1)})
+    with pytest.raises(BadRecord, match=setting) as bad:
+        to_batch_row(made, tokenizer.load(), data, 0)
+    assert bad.value.kind == kind

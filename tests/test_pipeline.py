@@ -1,0 +1,258 @@
+import io
+import json
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from pg_ground import tokenizer
+from pg_ground.config import Data, Source
+from pg_ground.data.pipeline import BadRecords, open_examples, ordered_batches, training_batches
+from pg_ground.data.sources import BadRecord
+from pg_ground.types import Batch, UserError
+
+SIDE = 8
+DATA = Data(prompt_length=8, suffix_length=8)
+
+
+@pytest.fixture(scope="module")
+def tokens() -> tokenizer.Tokenizer:
+    return tokenizer.load()
+
+
+def jpeg(value: int) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.full((SIDE, SIDE, 3), value, np.uint8)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def make_source(folder: Path, name: str, count: int, broken: tuple[int, ...] = (), weight: float = 1.0) -> Source:
+    """Writes `count` records with a JPEG each; those of `broken` are cut off."""
+    lines = []
+    for i in range(count):
+        data = jpeg(i % 256)
+        (folder / f"{name}{i}.jpg").write_bytes(data[: len(data) // 2] if i in broken else data)
+        lines.append(json.dumps({"image": f"{name}{i}.jpg", "phrase": "cat", "box": [0, 0, 4, 4]}))
+    (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return Source(uri=f"jsonl:{folder}/{name}.jsonl", boxes="box", weight=weight)
+
+
+def train(sources, tokens, *, batch_size=4, seed=0, data=DATA, bad=None, process=(0, 1)):
+    return training_batches(
+        sources, data, tokens, image_size=SIDE, batch_size=batch_size, seed=seed,
+        bad=bad or BadRecords(), process_index=process[0], process_count=process[1],
+    )  # fmt: skip
+
+
+def ordered(sources, tokens, *, examples, batch_size=4, data=DATA, bad=None, process=(0, 1)):
+    return ordered_batches(
+        sources, data, tokens, image_size=SIDE, batch_size=batch_size, examples=examples,
+        bad=bad or BadRecords(), process_index=process[0], process_count=process[1],
+    )  # fmt: skip
+
+
+def seen(batches: list[Batch]) -> list[tuple[int, int]]:
+    return [(int(s), int(i)) for b in batches for s, i in zip(b.source, b.index, strict=True)]
+
+
+def assert_same(left: list[Batch], right: list[Batch]) -> None:
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def test_batch_has_leading_b_on_every_leaf(tmp_path, tokens):
+    batch = next(train({"a": make_source(tmp_path, "a", 6)}, tokens))
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(batch)} == {4}
+    assert batch.image.shape == (4, SIDE, SIDE, 3) and batch.gold.boxes.yxyx.shape == (4, 1, 4)
+
+
+def test_every_epoch_shows_every_record_once_in_another_order(tmp_path, tokens):
+    indices = [i for _, i in seen(list(islice(train({"a": make_source(tmp_path, "a", 12)}, tokens), 9)))]
+    epochs = [indices[:12], indices[12:24], indices[24:]]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_order_is_a_function_of_the_seed(tmp_path, tokens):
+    source = {"a": make_source(tmp_path, "a", 30)}
+    first, again, other = (seen(list(islice(train(source, tokens, seed=s), 5))) for s in (1, 1, 2))
+    assert first == again != other
+
+
+def test_sources_of_one_length_are_shuffled_apart(tmp_path, tokens):
+    both = {"a": make_source(tmp_path, "a", 30), "b": make_source(tmp_path, "b", 30)}
+    order = seen(list(islice(train(both, tokens), 10)))
+    assert [i for s, i in order if s == 0] != [i for s, i in order if s == 1]
+
+
+def test_mixture_follows_the_weights_exactly(tmp_path, tokens):
+    weights = {"a": 1.0, "b": 2.5, "c": 0.5}
+    sources = {name: make_source(tmp_path, name, 5, weight=weight) for name, weight in weights.items()}
+    order = seen(list(islice(train(sources, tokens, batch_size=8), 10)))
+    assert Counter(s for s, _ in order) == {0: 20, 1: 50, 2: 10}
+    for start in range(0, 80, 8):
+        assert Counter(s for s, _ in order[start : start + 8]) == {0: 2, 1: 5, 2: 1}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_restored_iterator_continues_the_same_batches(tmp_path, tokens, threads):
+    data = Data(prompt_length=8, suffix_length=8, read_threads=threads)
+    sources = {"a": make_source(tmp_path, "a", 25, broken=(3, 9)), "b": make_source(tmp_path, "b", 7, weight=2.0)}
+    running = train(sources, tokens, data=data, bad=BadRecords())
+    for _ in range(5):
+        next(running)
+    state = json.loads(json.dumps(running.get_state()))
+    expected = list(islice(running, 12))
+    fresh = train(sources, tokens, data=data)
+    fresh.set_state(state)
+    assert_same(list(islice(fresh, 12)), expected)
+    running.set_state(state)
+    assert_same(list(islice(running, 12)), expected)
+
+
+def test_batches_do_not_depend_on_the_number_of_read_threads(tmp_path, tokens):
+    sources = {"a": make_source(tmp_path, "a", 25, broken=(4,))}
+    one, four = (
+        list(islice(train(sources, tokens, data=Data(prompt_length=8, suffix_length=8, read_threads=n)), 10))
+        for n in (1, 4)
+    )
+    assert_same(one, four)
+
+
+def test_processes_share_the_global_batch_without_overlap(tmp_path, tokens):
+    sources = {"a": make_source(tmp_path, "a", 40), "b": make_source(tmp_path, "b", 40)}
+    whole = list(islice(train(sources, tokens, batch_size=8), 5))
+    parts = [list(islice(train(sources, tokens, batch_size=8, process=(p, 2)), 5)) for p in (0, 1)]
+    for step in range(5):
+        assert parts[0][step].image.shape[0] == 4
+        assert sorted(seen([parts[0][step], parts[1][step]])) == sorted(seen([whole[step]]))
+
+
+def test_batch_that_does_not_split_over_the_processes_is_refused(tmp_path, tokens):
+    with pytest.raises(UserError, match="batch of 4 .* 3 processes"):
+        train({"a": make_source(tmp_path, "a", 6)}, tokens, process=(0, 3))
+
+
+def test_corrupt_image_is_counted_once_and_skipped_deterministically(tmp_path, tokens):
+    source = {"a": make_source(tmp_path, "a", 30, broken=(7, 20))}
+    runs = []
+    for _ in range(2):
+        bad = BadRecords()
+        runs.append(list(islice(train(source, tokens, bad=bad), 14)))
+        assert bad.counts() == {"corrupt_image": 2}
+        assert [(e["source"], e["index"], e["kind"]) for e in bad.entries()] == [
+            ("a", 7, "corrupt_image"),
+            ("a", 20, "corrupt_image"),
+        ]
+        assert "a7.jpg" in bad.entries()[0]["message"]
+    assert_same(runs[0], runs[1])
+    assert sorted(i for _, i in seen(runs[0])[:28]) == sorted(set(range(30)) - {7, 20})
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_too_many_bad_records_end_the_run_in_one_line(tmp_path, tokens, threads):
+    source = {"a": make_source(tmp_path, "a", 5, broken=(1, 2, 4))}
+    data = Data(prompt_length=8, suffix_length=8, read_threads=threads)
+    with pytest.raises(UserError) as refused:
+        list(islice(train(source, tokens, data=data), 50))
+    text = str(refused.value)
+    assert "source a" in text and "corrupt_image" in text and "record " in text and "\n" not in text
+
+
+def test_share_is_taken_source_by_source():
+    bad = BadRecords()
+    bad.read("good", 5000, n=1000)
+    bad.read("poor", 5000, n=200)
+    for i in range(20):
+        bad.add("poor", i, "bad_box", "flat")
+    bad.check(0.1)
+    bad.add("poor", 20, "missing_image", "gone")
+    with pytest.raises(UserError, match="source poor: 21 of 200 .*20 bad_box, 1 missing_image.*record 0: flat"):
+        bad.check(0.1)
+    bad.check(0.11)
+
+
+def test_first_bad_record_is_fatal_at_share_zero_and_none_is_at_one(tmp_path, tokens):
+    source = {"a": make_source(tmp_path, "a", 30, broken=(0,))}
+    strict = Data(prompt_length=8, suffix_length=8, bad_record_share=0.0)
+    with pytest.raises(UserError, match="1 of"):
+        list(islice(train(source, tokens, data=strict), 9))
+    bad = BadRecords()
+    bad.read("a", 4, n=3)
+    for i in range(3):
+        bad.add("a", i, "bad_box", "flat")
+    bad.check(1.0)
+
+
+def test_source_without_one_usable_record_is_fatal_at_any_share(tmp_path, tokens):
+    source = {"a": make_source(tmp_path, "a", 3, broken=(0, 1, 2))}
+    data = Data(prompt_length=8, suffix_length=8, bad_record_share=1.0)
+    with pytest.raises(UserError, match="3 of 3"):
+        next(train(source, tokens, data=data))
+    with pytest.raises(UserError, match="3 of 3"):
+        next(ordered(source, tokens, examples=2, data=data))
+
+
+def test_epochs_and_order_do_not_change_the_share(tmp_path, tokens):
+    """2 of 25 is 8 %, also while the second epoch happens to begin with the bad ones."""
+    source = {"a": make_source(tmp_path, "a", 25, broken=(3, 9))}
+    for seed in range(5):
+        list(islice(train(source, tokens, seed=seed, data=DATA), 20))
+    tight = Data(prompt_length=8, suffix_length=8, bad_record_share=0.07)
+    with pytest.raises(UserError, match="2 of"):
+        list(islice(train(source, tokens, data=tight), 20))
+
+
+def test_ordered_batches_show_each_source_once_in_order_and_mask_the_padding(tmp_path, tokens):
+    sources = {"a": make_source(tmp_path, "a", 9), "b": make_source(tmp_path, "b", 3)}
+    batches = list(ordered(sources, tokens, examples=6))
+    assert [mask.tolist() for _, mask in batches] == [[True] * 4, [True, True, False, False], [True, True, True, False]]
+    counted = [pair for b, mask in batches for pair, ok in zip(seen([b]), mask, strict=True) if ok]
+    assert counted == [(0, i) for i in range(6)] + [(1, i) for i in range(3)]
+    assert seen([batches[1][0]])[2:] == [(0, 5), (0, 5)]
+
+
+def test_ordered_batches_skip_bad_records_and_read_no_more_than_needed(tmp_path, tokens):
+    source = {"a": make_source(tmp_path, "a", 20, broken=(1, 2, 15))}
+    bad = BadRecords()
+    data = Data(prompt_length=8, suffix_length=8, bad_record_share=0.5)
+    batches = list(ordered(source, tokens, examples=5, bad=bad, data=data))
+    assert [i for b, mask in batches for (_, i), ok in zip(seen([b]), mask, strict=True) if ok] == [0, 3, 4, 5, 6]
+    assert [entry["index"] for entry in bad.entries()] == [1, 2]
+
+
+def test_processes_divide_ordered_batches_row_by_row(tmp_path, tokens):
+    source = {"a": make_source(tmp_path, "a", 7, broken=(2,))}
+    data = Data(prompt_length=8, suffix_length=8, bad_record_share=0.5)
+    whole = list(ordered(source, tokens, examples=6, data=data))
+    parts = [list(ordered(source, tokens, examples=6, data=data, process=(p, 2))) for p in (0, 1)]
+    assert len(whole) == len(parts[0]) == len(parts[1])
+    for (batch, mask), left, right in zip(whole, *parts, strict=True):
+        assert_same([batch], [jax.tree.map(lambda a, b: np.concatenate([a, b]), left[0], right[0])])
+        np.testing.assert_array_equal(mask, np.concatenate([left[1], right[1]]))
+
+
+def test_small_source_with_too_many_bad_records_ends_a_measurement(tmp_path, tokens):
+    source = {"a": make_source(tmp_path, "a", 4, broken=(0,))}
+    with pytest.raises(UserError, match="1 of . records"):
+        list(ordered(source, tokens, examples=4))
+
+
+def test_examples_by_index_raise_what_is_wrong_with_a_record(tmp_path):
+    source = make_source(tmp_path, "a", 3, broken=(1,))
+    opened = open_examples("a", source, DATA, SIDE)
+    assert len(opened) == 3 and opened[2].index == 2 and opened[2].image.shape == (SIDE, SIDE, 3)
+    with pytest.raises(BadRecord) as bad:
+        opened[1]
+    assert bad.value.kind == "corrupt_image"
+
+
+def test_source_that_cannot_be_opened_is_refused_at_once(tmp_path, tokens):
+    with pytest.raises(UserError, match="none.jsonl"):
+        train({"a": Source(uri=f"jsonl:{tmp_path}/none.jsonl", boxes="box")}, tokens)
+    good = make_source(tmp_path, "a", 3)
+    with pytest.raises(UserError, match="box_format"):
+        train({"a": Source(uri=good.uri, boxes="box", box_format="xyyx_px")}, tokens)

@@ -1,0 +1,132 @@
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pg_ground.data.sources import BadRecord, load_image, open_records
+from pg_ground.types import UserError
+
+ORIENTED = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a, 1),
+}
+"""What the EXIF standard asks a viewer to do to the stored rows, by orientation."""
+
+
+def pixels(height: int = 5, width: int = 7) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", orientation: int = 1) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    out = io.BytesIO()
+    image.save(out, kind, exif=exif)
+    return out.getvalue()
+
+
+def kind_of(value: object, root: Path | None = None) -> str:
+    with pytest.raises(BadRecord) as bad:
+        load_image(value, root)
+    return bad.value.kind
+
+
+def test_json_lines_are_read_in_any_order_and_blank_lines_do_not_count(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"n": 0}\n\n  \n{"n": 1, "t": "é"}\r\n{"n": 2}'.encode())
+    records = open_records(f"jsonl:{path}")
+    assert len(records) == 3 and records.root == tmp_path
+    assert [records[i] for i in (2, 0, 1)] == [{"n": 2}, {"n": 0}, {"n": 1, "t": "é"}]
+
+
+@pytest.mark.parametrize("line", [b'{"n": 1', b"[1, 2]", b'{"n": "\xff"}', b"nothing"])
+def test_broken_line_is_bad_when_read_and_only_then(tmp_path, line):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"n": 0}\n' + line + b'\n{"n": 2}\n')
+    records = open_records(f"jsonl:{path}")
+    assert records[0] == {"n": 0} and records[2] == {"n": 2}
+    with pytest.raises(BadRecord, match="byte 9 of a.jsonl") as bad:
+        records[1]
+    assert bad.value.kind == "bad_json"
+
+
+def test_records_that_cannot_be_opened_are_refused_by_name(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    for uri, found in (
+        (f"jsonl:{tmp_path}/missing.jsonl", "missing.jsonl"),
+        (f"jsonl:{tmp_path}/empty.jsonl", "empty.jsonl"),
+        (f"jsonl:{tmp_path}", "directory"),
+        ("jsonll:x", "did you mean jsonl"),
+        ("some/path.jsonl", "jsonl:PATH"),
+        ("", "jsonl:PATH"),
+    ):
+        with pytest.raises(UserError, match=found):
+            open_records(uri)
+
+
+def test_synthetic_scenes_open_by_uri():
+    records = open_records("synthetic:train?side=32")
+    record = records[3]
+    assert record["image"].shape == (32, 32, 3) and record["image"].dtype == np.uint8
+    x1, y1, x2, y2 = record["box"]
+    assert 0 <= x1 < x2 <= 32 and 0 <= y1 < y2 <= 32 and record["phrase"] and records.root is None
+    assert json.dumps(records[3]["box"]) == json.dumps(record["box"])
+
+
+def test_image_may_be_pixels_bytes_or_a_file_name(tmp_path):
+    data = encoded(Image.fromarray(pixels()))
+    (tmp_path / "a.png").write_bytes(data)
+    for value, root in ((pixels(), None), (data, None), ("a.png", tmp_path), (str(tmp_path / "a.png"), None)):
+        np.testing.assert_array_equal(load_image(value, root), pixels())
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_turns_the_pixels_upright(orientation):
+    stored = pixels()
+    loaded = load_image(encoded(Image.fromarray(stored), orientation=orientation), None)
+    np.testing.assert_array_equal(loaded, ORIENTED[orientation](stored))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])
+def test_every_mode_becomes_rgb(mode):
+    if mode == "I;16":
+        image = Image.fromarray(np.arange(35, dtype=np.uint16).reshape(5, 7) * 1800)
+        expected = (np.asarray(image) >> 8)[..., None].repeat(3, 2)
+    else:
+        image = Image.fromarray(pixels()).convert(mode)
+        expected = np.asarray(image.convert("RGB"))
+    np.testing.assert_array_equal(load_image(encoded(image, "TIFF" if mode == "CMYK" else "PNG"), None), expected)
+
+
+def test_grey_and_alpha_arrays_become_rgb():
+    grey = pixels()[..., 0]
+    np.testing.assert_array_equal(load_image(grey, None), np.stack([grey] * 3, -1))
+    np.testing.assert_array_equal(load_image(np.dstack([pixels(), grey]), None), pixels())
+
+
+def test_missing_images_are_told_from_corrupt_ones(tmp_path):
+    jpeg = encoded(Image.fromarray(pixels(64, 64)), "JPEG")
+    png = encoded(Image.fromarray(pixels(64, 64)))
+    (tmp_path / "cut.jpg").write_bytes(jpeg[: len(jpeg) // 2])
+    assert kind_of("none.jpg", tmp_path) == kind_of("", tmp_path) == kind_of(None) == kind_of(3.0) == "missing_image"
+    assert kind_of(".", tmp_path) == "missing_image"
+    assert kind_of("cut.jpg", tmp_path) == "corrupt_image"
+    for data in (
+        b"",
+        b"text",
+        jpeg[:200],
+        png[: len(png) // 2],
+        png[:8] + bytes(100),
+        png[:60] + b"\xff" * 50 + png[110:],
+    ):
+        assert kind_of(data) == "corrupt_image"
+    assert kind_of(pixels().astype(np.float32)) == kind_of(pixels()[:0]) == "corrupt_image"
