@@ -1,6 +1,7 @@
 """A run's checkpoints, by orbax: asynchronous, atomic, sharded as the arrays are.
 
-`DIR/<step>/` has three items: `params`, `rest` (step within the stage, optimizer state) and `record` (JSON: stage, data iterator, …).
+`DIR/<step>/` has three items: `params`; `rest`, the step within the stage and the optimizer's state; and `record`, which is JSON:
+stage, data iterator, means not yet written.
 """
 
 from collections.abc import Mapping

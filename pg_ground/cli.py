@@ -1,11 +1,13 @@
 """Command lines: `--config=FILE`, `--config.a.b=value`, a command's own flags; and errors as one line with exit code 2."""
 
+import ast
+import runpy
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from absl import flags
-from ml_collections import config_dict, config_flags
+from ml_collections import config_dict
 
 from pg_ground import config
 from pg_ground.config import Config
@@ -13,6 +15,9 @@ from pg_ground.types import UserError
 
 REQUIRED = None
 """Default of a flag that must be given."""
+
+Flags = Mapping[str, str | int | None]
+"""A command's own flags: name to default."""
 
 
 def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
@@ -25,91 +30,110 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     sys.exit(0)
 
 
-def parse(argv: Sequence[str], own: Mapping[str, str | int | None]) -> tuple[Config, dict[str, Any]]:
-    """Returns the configuration and the values of a command's `own` flags (name to default, `REQUIRED` for none).
+def parse(argv: Sequence[str], own: Flags) -> tuple[Config, dict[str, Any]]:
+    """Returns the configuration and the values of a command's `own` flags.
 
     Raises:
       UserError: a file that is missing or no config, a name that does not exist (with the nearest that does), a bad value.
     """
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    _define(values, own)
-    path, overrides = _config_arguments(argv)
-    _check_overrides(_load(path), overrides)
-    _parse(values, argv, own)
-    return config.parse(values["config"].value), {name: values[name].value for name in own}
-
-
-def parse_own(argv: Sequence[str], own: Mapping[str, str | int | None]) -> dict[str, Any]:
-    """Returns the values of a command's `own` flags, for a command without a config."""
-    values = flags.FlagValues()
-    _define(values, own)
-    _parse(values, argv, own)
-    return {name: values[name].value for name in own}
-
-
-def _define(values: flags.FlagValues, own: Mapping[str, str | int | None]) -> None:
-    for name, default in own.items():
-        define = flags.DEFINE_integer if isinstance(default, int) else flags.DEFINE_string
-        define(name, default, "", flag_values=values)
-
-
-def _parse(values: flags.FlagValues, argv: Sequence[str], own: Mapping[str, str | int | None]) -> None:
-    try:
-        rest = values(["", *argv])[1:]
-    except (flags.Error, ValueError, TypeError) as error:
-        raise UserError(str(error)) from None
-    if rest:
-        raise UserError(f"{rest[0]!r} is not a flag: flags look like --name=value")
-    missing = [name for name, default in own.items() if default is REQUIRED and values[name].value is None]
-    if missing:
-        raise UserError(f"--{missing[0]} is needed")
-
-
-def _config_arguments(argv: Sequence[str]) -> tuple[str, list[str]]:
-    """Returns the value of `--config` and the dotted paths of its overrides."""
-    path, overrides = "", []
-    for position, argument in enumerate(argv):
-        name, equals, value = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and name == "config":
-            path = value if equals else argv[position + 1] if position + 1 < len(argv) else ""
-        elif argument.startswith("-") and name.startswith("config."):
-            overrides.append(name.removeprefix("config."))
-    if not path:
+    given = _pairs(argv)
+    paths = [value for name, value in given if name == "config"]
+    if not paths:
         raise UserError("--config is needed: a file such as configs/quickstart.py")
-    return path, overrides
+    tree = load(paths[-1])
+    for name, value in given:
+        if name.startswith("config."):
+            override(tree, name, value)
+    return config.parse(tree), _own([pair for pair in given if pair[0].partition(".")[0] != "config"], own)
 
 
-def _load(path: str) -> config_dict.ConfigDict:
-    """Returns what `get_config` in the file returns; `FILE:ARGUMENT` passes it an argument."""
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
+def parse_own(argv: Sequence[str], own: Flags) -> dict[str, Any]:
+    """Returns the values of a command's `own` flags, for a command without a config."""
+    return _own(_pairs(argv), own)
+
+
+def load(path: str) -> config_dict.ConfigDict:
+    """Returns what `get_config` in a file returns; `FILE:ARGUMENT` passes it an argument.
+
+    Raises:
+      UserError: no such file, or one that does not run or has no `get_config`.
+    """
+    file, colon, argument = path.partition(":")
+    if not Path(file).is_file():
+        raise UserError(f"--config={path}: there is no file {file}")
     try:
-        values(["", f"--config={path}"])
-        return values["config"].value
-    except (OSError, flags.Error) as error:
-        raise UserError(f"--config={path} cannot be read: {error}") from None
+        get_config = runpy.run_path(file)["get_config"]
+        return get_config(argument) if colon else get_config()
     except UserError:
         raise
     except Exception as error:  # a config file is a program of the user's: whatever it raises is theirs to read, in one line
         raise UserError(f"--config={path} does not run: {type(error).__name__}: {error}") from None
 
 
-def _check_overrides(loaded: config_dict.ConfigDict, overrides: Sequence[str]) -> None:
-    for override in overrides:
-        node: Any = loaded
-        names = override.split(".")
-        for depth, name in enumerate(names):
-            place = ".".join(["config", *names[:depth]])
-            if not isinstance(node, config_dict.ConfigDict):
-                raise UserError(f"--config.{override}: {place} is a value, not a section")
-            if name not in node:
-                raise UserError(f"--config.{override}: {place}.{name} does not exist: {config.nearest(name, node)}")
-            node = node.get_oneway_ref(name).get() if node.get(name) is None else node[name]
-        if isinstance(node, config_dict.ConfigDict):
-            raise UserError(f"--config.{override} is a section: set one of {', '.join(sorted(node))}")
+def override(tree: config_dict.ConfigDict, path: str, text: str) -> None:
+    """Sets the value at `path` (`config.a.b`) to what `text` spells, in the type it has.
+
+    Raises:
+      UserError: no such path, or a text of another type.
+    """
+    *parents, name = path.split(".")[1:]
+    node: Any = tree
+    for depth, part in enumerate([*parents, name]):
+        place = ".".join(["config", *parents[:depth]])
+        if not isinstance(node, config_dict.ConfigDict):
+            raise UserError(f"--{path}: {place} is a value, not a section")
+        if part not in node:
+            raise UserError(f"{place}.{part} does not exist: {config.nearest(part, node)}")
+        if depth < len(parents):
+            node = node[part]
+    if isinstance(node[name], config_dict.ConfigDict):
+        raise UserError(f"--{path} is a section: set one of {', '.join(sorted(node[name]))}")
+    node[name] = _spelled(text, node.get_type(name), path)
 
 
 def missing(what: str) -> NoReturn:
     """Raises UserError: a flag among several that must be given."""
     raise UserError(f"{what} is needed")
+
+
+def _spelled(text: str, kind: type, path: str) -> Any:
+    if kind is str:
+        return text
+    try:
+        value = ast.literal_eval(text.capitalize() if kind is bool else text)
+        value = float(value) if kind is float and type(value) is int else value
+    except (ValueError, SyntaxError):
+        value = text
+    if kind is tuple and isinstance(value, (str, list)):
+        value = tuple(text.split(",")) if isinstance(value, str) else tuple(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"--{path}={text}: it must be of type {kind.__name__}")
+    return value
+
+
+def _pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns the flags in order: `--name=value` and `--name value` alike."""
+    found, rest = [], list(argv)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.partition("=")
+        if not name.startswith("-") or not name.strip("-"):
+            raise UserError(f"{argument!r} is not a flag: flags look like --name=value")
+        if not equals:
+            if not rest:
+                raise UserError(f"{argument} has no value: flags look like --name=value")
+            value = rest.pop(0)
+        found.append((name.lstrip("-"), value))
+    return found
+
+
+def _own(given: Sequence[tuple[str, str]], own: Flags) -> dict[str, Any]:
+    values: dict[str, Any] = dict(own)
+    for name, text in given:
+        if name not in own:
+            raise UserError(f"--{name} does not exist: {config.nearest(name, own)}")
+        values[name] = _spelled(text, int, name) if isinstance(own[name], int) else text
+    lacking = [name for name, value in values.items() if value is REQUIRED]
+    if lacking:
+        raise UserError(f"--{lacking[0]} is needed")
+    return values

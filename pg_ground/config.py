@@ -9,10 +9,11 @@ import dataclasses
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 from ml_collections import config_dict
 
 from pg_ground.types import UserError
@@ -65,7 +66,7 @@ class Source:
 
     uri: str = ""  # "jsonl:PATH" or "synthetic:SPLIT?side=PIXELS&…"
     image: str = "image"  # dotted path to the image in a record: pixels, encoded bytes or a file name
-    image_root: str = ""  # folder that file names are relative to; "" is the folder of the records
+    image_root: str = ""  # folder that file names are relative to, itself relative to the folder of the records
     phrase: str = "phrase"  # dotted path to the text that `prompt` and `name` may use as {phrase}
     asks: str = "boxes"  # what an answer consists of: "boxes" or "points"
     boxes: str = ""  # dotted path to one box or a list of boxes; "" for none
@@ -222,7 +223,7 @@ def parse(config: Mapping[str, Any] | config_dict.ConfigDict) -> Config:
     return parsed
 
 
-def nearest(name: str, names: typing.Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
     """Returns `name`'s nearest neighbour among `names` as a question to the user, or the list of them."""
     names = sorted(names)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
@@ -285,27 +286,32 @@ def _check(c: Config) -> None:
     def one_of(path: str, value: str, names: tuple[str, ...]) -> None:
         need(value in names, path, value, f"one of {', '.join(names)}")
 
-    need(len(c.stages) > 0 and len(set(c.stages)) == len(c.stages), "stages", c.stages, "one or more of sft, grpo, each once")
+    need(len(c.stages) > 0 and len(set(c.stages)) == len(c.stages), "stages", c.stages, "some of sft, grpo, each once")
     for stage in c.stages:
         one_of("stages", stage, ("sft", "grpo"))
         sources = c.sft.sources if stage == "sft" else c.grpo.sources
         need(len(sources) > 0, f"{stage}.sources", dict(sources), "at least one source")
+    vision, text = c.model.vision, c.model.text
     one_of("model.dtype", c.model.dtype, ("float32", "bfloat16"))
     one_of("model.coordinate_init", c.model.coordinate_init, ("normal", "sinusoid"))
-    need(c.model.image_size % c.model.vision.patch_size == 0, "model.image_size", c.model.image_size, f"a multiple of the patch, {c.model.vision.patch_size}")
-    need(c.model.vision.width % c.model.vision.num_heads == 0, "model.vision.width", c.model.vision.width, "a multiple of num_heads")
-    need(c.model.text.num_heads % c.model.text.num_kv_heads == 0, "model.text.num_heads", c.model.text.num_heads, "a multiple of num_kv_heads")
-    need(c.model.text.vocab_size > 1024 + 128, "model.text.vocab_size", c.model.text.vocab_size, "more than its 1,152 loc and seg tokens")
-    need(c.grpo.group_size >= 2, "grpo.group_size", c.grpo.group_size, "at least 2: a completion is compared with the others of its group")
+    one_of("model.remat", c.model.remat, ("none", *(n for n in dir(jax.checkpoint_policies) if not n.startswith("_"))))
+    need(c.model.image_size % vision.patch_size == 0, "model.image_size", c.model.image_size, "a multiple of patch_size")
+    need(vision.width % vision.num_heads == 0, "model.vision.width", vision.width, "a multiple of num_heads")
+    need(text.num_heads % text.num_kv_heads == 0, "model.text.num_heads", text.num_heads, "a multiple of num_kv_heads")
+    need(text.vocab_size > 1152, "model.text.vocab_size", text.vocab_size, "more than its 1,152 loc and seg tokens")
+    group = c.grpo.group_size
+    need(group >= 2, "grpo.group_size", group, "at least 2: a completion is compared with the others of its group")
     need(c.grpo.temperature > 0, "grpo.temperature", c.grpo.temperature, "above 0")
     need(0 < c.grpo.top_p <= 1, "grpo.top_p", c.grpo.top_p, "in (0, 1]")
     need(c.eval.temperature > 0, "eval.temperature", c.eval.temperature, "above 0")
     need(0 <= c.sft.label_smoothing < 1, "sft.label_smoothing", c.sft.label_smoothing, "in [0, 1)")
     need(c.sft.loc_smoothing_bins >= 0, "sft.loc_smoothing_bins", c.sft.loc_smoothing_bins, "0 or more")
+    need(0 <= c.data.bad_record_share <= 1, "data.bad_record_share", c.data.bad_record_share, "in [0, 1]")
     for name, stage in (("sft", c.sft), ("grpo", c.grpo)):
         one_of(f"{name}.optimizer.name", stage.optimizer.name, ("adamw", "muon"))
         one_of(f"{name}.optimizer.schedule", stage.optimizer.schedule, ("constant", "cosine", "linear"))
-        need(stage.batch_size % stage.micro_batches == 0, f"{name}.batch_size", stage.batch_size, f"a multiple of micro_batches, {stage.micro_batches}")
+        whole = stage.batch_size % max(stage.micro_batches, 1) == 0
+        need(whole, f"{name}.batch_size", stage.batch_size, f"a multiple of micro_batches, {stage.micro_batches}")
     positive = ("sft.steps", "sft.batch_size", "sft.micro_batches", "grpo.steps", "grpo.batch_size", "grpo.micro_batches",
                 "grpo.updates_per_rollout", "grpo.max_new_tokens", "eval.examples", "eval.batch_size", "eval.max_new_tokens",
                 "data.prompt_length", "data.suffix_length", "data.max_boxes", "data.read_threads", "log.every", "log.samples",
@@ -319,4 +325,5 @@ def _check(c: Config) -> None:
             path = f"{head}.sources.{name}"
             one_of(f"{path}.asks", source.asks, ("boxes", "points"))
             need(source.weight > 0, f"{path}.weight", source.weight, "above 0")
-            need(bool(source.boxes if source.asks == "boxes" else source.points), f"{path}.{source.asks}", "", f"the path of the {source.asks} it asks for")
+            asked = source.boxes if source.asks == "boxes" else source.points
+            need(bool(asked), f"{path}.{source.asks}", asked, f"the path of the {source.asks} it asks for")

@@ -88,7 +88,6 @@ class Diary:
         step, last = self.offset(stage) + done, done == self._lengths[stage]
         for name, value in metrics.items():
             self._window.setdefault(name, []).append(float(value))
-        self.bad.check(c.data.bad_record_share)
         if done % c.log.every == 0 or last:
             means = {name: statistics.fmean(values) for name, values in self._window.items()}
             counts = {f"data/bad_records/{kind}": float(count) for kind, count in self.bad.counts().items()}

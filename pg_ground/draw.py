@@ -48,7 +48,7 @@ NEAREST_FROM = 2.5
 class Shape(NamedTuple):
     """A box or a point to be drawn."""
 
-    at: Sequence[float]
+    at: Sequence[float | int]
     """Fractions of the image: y1, x1, y2, x2 of a box, or y, x of a point."""
     color: Color
     label: str = ""
@@ -180,7 +180,7 @@ def draw_answer(
     color = {label: LABEL_COLORS[i % len(LABEL_COLORS)] for i, label in enumerate(labels)}
     line = max(2, round(min(size) / 160))
 
-    def shape(one: Mapping[str, Any], xy: Sequence[float]) -> Shape:
+    def shape(one: Mapping[str, Any], xy: Sequence[float | int]) -> Shape:
         at = [v / (height if i % 2 == 0 else width) for i, v in enumerate(_swapped(xy))]
         return Shape(at, color[str(one["label"])], str(one["label"]), line)
 
@@ -329,20 +329,20 @@ def _points_row_of(points: Points, row: Any) -> list[list[float]]:
     return np.asarray(points.yx[row])[np.asarray(points.valid[row])].tolist()
 
 
-def _loc_text(shapes: Sequence[Sequence[float]]) -> str:
+def _loc_text(shapes: Sequence[Sequence[float | int]]) -> str:
     """Returns the shapes as the tokens a completion would spell them with."""
     bins = [np.clip(np.round(np.array(at) * LOC_MAX), 0, LOC_MAX).astype(int).tolist() for at in shapes]
     return " ; ".join("".join(f"<loc{b:04d}>" for b in one) for one in bins) or "nothing"
 
 
-def _pixels(at: Sequence[float], size: tuple[int, int]) -> list[int]:
+def _pixels(at: Sequence[float | int], size: tuple[int, int]) -> list[int]:
     """Returns the pixel rows and columns of `y, x` fractions, inside the picture."""
-    sides = (size[1] - 1, size[0] - 1)
-    return [round(min(max(float(v), 0.0), 1.0) * sides[i % 2]) for i, v in enumerate(at)]
+    sides = (size[1], size[0])
+    return [min(max(round(float(v) * sides[i % 2]), 0), sides[i % 2] - 1) for i, v in enumerate(at)]
 
 
-def _swapped(xy: Sequence[float]) -> list[float]:
-    return [v for i in range(0, len(xy), 2) for v in (xy[i + 1], xy[i])]
+def _swapped(xy: Sequence[float | int]) -> list[float]:
+    return [float(v) for i in range(0, len(xy), 2) for v in (xy[i + 1], xy[i])]
 
 
 def _one_line(text: str) -> str:

@@ -93,7 +93,7 @@ def evaluate(
     for position, (name, source) in enumerate(config.eval.sources.items()):
         found: dict[str, list[Judged]] = {GREEDY: [], SAMPLED: []}
         batches = pipeline.ordered_batches(
-            {name: source},
+            {f"eval/{name}": source},
             config.data,
             tokenizer,
             image_size=config.model.image_size,
@@ -113,7 +113,6 @@ def evaluate(
                     {"source": name, "index": int(index), "mode": mode, "text": text, **_numbers(rows, row)}
                     for row, (index, text) in enumerate(zip(batch.index[counts], texts, strict=True))
                 ]
-        bad.check(config.data.bad_record_share)
         for mode, parts in found.items():
             if parts:
                 columns = Judged(*(np.concatenate(column) for column in zip(*parts, strict=True)))

@@ -6,7 +6,7 @@ Run `python -m pg_ground.look --config=configs/toy.py --n=16 --out=look.html`.
 import html
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
@@ -18,6 +18,14 @@ from pg_ground.data.sources import BadRecord
 from pg_ground.types import POINTS, Boxes, Example, Points, UserError
 
 
+class Examples(Protocol):
+    """Questions by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
 class Look(NamedTuple):
     """A source of the config, opened."""
 
@@ -25,7 +33,7 @@ class Look(NamedTuple):
     sections: tuple[str, ...]
     """Where the config names it: sft, grpo, eval."""
     source: Source
-    examples: Sequence[Example]
+    examples: Examples
     """Indexing raises BadRecord at a record that cannot be used."""
 
 

@@ -29,7 +29,7 @@ SHOWN = (
 )
 """Metric and its short name, in the order of `progress_line`."""
 
-EVAL_SHOWN = ("acc50", "mean_iou")
+EVAL_SHOWN = ("acc50", "mean_iou", "point_in_box")
 
 
 class MetricsWriter:
@@ -37,7 +37,10 @@ class MetricsWriter:
 
     def __init__(self, workdir: Path, purge_step: int = 0):
         self._file = (workdir / FILE).open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(workdir / "tb"), purge_step=purge_step, flush_secs=10)
+        # A file's name is the second of its making: without the suffix, a quick restart would overwrite it.
+        suffix = f".from{purge_step}"
+        folder = str(workdir / "tb")
+        self._tensorboard = SummaryWriter(folder, purge_step=purge_step, flush_secs=10, filename_suffix=suffix)
 
     def __enter__(self) -> "MetricsWriter":
         return self

@@ -62,7 +62,8 @@ table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabul
 th, td { padding: .3rem .8rem; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th { color: var(--soft); font-weight: 600; }
 th.number, td.number { text-align: right; }
-.grid { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); }
+.grid { display: grid; gap: 1rem; align-items: start;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); }
 .card { background: var(--card); border-radius: .5rem; padding: .8rem; min-width: 0; }
 .card svg { width: 100%; height: auto; display: block; color: var(--ink); }
 .card svg text { font-family: system-ui, -apple-system, "Segoe UI", sans-serif !important; }
@@ -181,8 +182,9 @@ def _cell(value: Any) -> str:
 
 
 def _is_number_column(table: Table, column: int) -> bool:
-    values = [row[column] for row in table.rows if row[column] is not None]
-    return bool(values) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    """Returns whether the column holds only numbers, as values or as text, and gaps."""
+    texts = [_cell(row[column]) for row in table.rows if row[column] not in (None, "")]
+    return bool(texts) and all(re.fullmatch(r"[-+−]?[\d.,]+(e[-+]?\d+)?[%×]?|nan|inf", text) for text in texts)
 
 
 def _figure(caption: str, picture: Path | Image.Image) -> str:
@@ -215,13 +217,18 @@ def _charts(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[_Curve
     curves = _curves(metrics)
     evaluations: dict[str, list[_Curve]] = {}
     for curve in curves:
-        if curve.name.startswith("eval/"):
-            evaluations.setdefault(curve.name.rpartition("/")[0], []).append(curve)
+        if curve.name.startswith("eval/") and not curve.name.endswith("/questions"):
+            evaluations.setdefault(_evaluation_title(curve.name), []).append(curve)
     named = [(title, [c for c in curves if re.match(pattern, c.name)]) for title, pattern in CURVES]
     taken = {c.name for _, group in named for c in group} | {c.name for c in curves if c.name.startswith("eval/")}
     left = [(c.name, [c]) for c in curves if c.name not in taken]
-    measured = [(name.replace("eval/", "Evaluation: ", 1), group) for name, group in evaluations.items()]
-    return [(title, group) for title, group in [*named[:1], *measured, *named[1:], *left] if group]
+    return [(title, group) for title, group in [*named[:1], *evaluations.items(), *named[1:], *left] if group]
+
+
+def _evaluation_title(metric: str) -> str:
+    """Returns the chart of `eval/<benchmark>/<measure>` or `eval/<benchmark>/sampled_<measure>`."""
+    benchmark, _, measure = metric.removeprefix("eval/").rpartition("/")
+    return f"Evaluation: {benchmark}, {'sampled' if measure.startswith('sampled_') else 'greedy'} answers"
 
 
 def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[_Curve]:
@@ -237,9 +244,9 @@ def _curves(metrics: Sequence[Mapping[str, Any]]) -> list[_Curve]:
     return list(found.values())
 
 
-def _stage_starts(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, float]]:
+def _stage_starts(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
     """Returns each stage's name and the step it starts after: the last step of the stage before."""
-    starts: list[tuple[str, float]] = []
+    starts: list[tuple[str, int]] = []
     last = 0
     for row in metrics:
         if not starts or starts[-1][0] != row["stage"]:
@@ -248,7 +255,7 @@ def _stage_starts(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, float
     return starts
 
 
-def _legend_note(marks: Sequence[tuple[str, float]]) -> str:
+def _legend_note(marks: Sequence[tuple[str, int]]) -> str:
     stages = ", ".join(f"{name} from step {start}" for name, start in marks)
     text = f"Steps count over all stages ({stages}); a dotted line marks where a stage starts. "
     text += "Where a curve is drawn twice, the bold one is its running mean."
@@ -259,7 +266,7 @@ def _card(name: str, svg: str) -> str:
     return f'<div class="card"><h3>{html.escape(name)}</h3>{svg}</div>'
 
 
-def _svg(name: str, curves: Sequence[_Curve], marks: Sequence[tuple[str, float]]) -> str:
+def _svg(name: str, curves: Sequence[_Curve], marks: Sequence[tuple[str, int]]) -> str:
     """Returns a chart as inline SVG, whose text and axes take the page's text colour."""
     import matplotlib
 
@@ -300,10 +307,10 @@ def _top(values: Sequence[float]) -> float | None:
     return 1.08 * high or 1.0
 
 
-def _plot(axes: Any, curve: _Curve, color: str, style: str, marks: Sequence[tuple[str, float]]) -> None:
+def _plot(axes: Any, curve: _Curve, color: str, style: str, marks: Sequence[tuple[str, int]]) -> None:
     many = len(curve.steps) > MOVING and not re.match(EXACT, curve.name)
     marker = "o" if len(curve.steps) < 12 else ""
-    label = curve.name.rpartition("/")[2]
+    label = curve.name.rpartition("/")[2].removeprefix("sampled_")
     first = {"alpha": 0.3, "linewidth": 0.8} if many else {"linewidth": 1.6, "label": label, "marker": marker}
     axes.plot(curve.steps, curve.values, color=color, linestyle=style, markersize=3, **first)
     if not many:

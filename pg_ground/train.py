@@ -167,7 +167,7 @@ def open_stream(config: Config, stage: str, tokenizer: Tokenizer, bad: pipeline.
     """Returns the endless batches of a stage."""
     c = config.sft if stage == "sft" else config.grpo
     return pipeline.training_batches(
-        c.sources,
+        {f"{stage}/{name}": source for name, source in c.sources.items()},
         config.data,
         tokenizer,
         image_size=config.model.image_size,

@@ -80,6 +80,7 @@ def test_box_edges_lie_at_their_fractions_of_the_original(size):
 def test_point_is_a_cross_centred_at_its_fraction():
     picture = draw.panel(GREY, boxes=[], points=[draw.Shape((0.75, 0.25), RED)], size=(200, 100))
     rows, columns = np.nonzero((pixels(picture) == RED).all(-1))
+    # A line of two pixels lies half a pixel beside its place, which is itself rounded by up to half a pixel.
     assert abs(columns.mean() - 0.25 * picture.width) <= 1 and abs(rows.mean() - 0.75 * picture.height) <= 1
     assert pixels(picture)[round(rows.mean()), columns.max() + 1].tolist() == [0, 0, 0]
 

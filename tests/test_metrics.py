@@ -13,21 +13,21 @@ from pg_ground.types import UserError
 def write_run(workdir, steps, resume_step=None):
     with metrics.open_metrics(workdir, resume_step) as writer:
         for step in steps:
-            writer.write(step, "grpo", {"reward/total": np.float32(0.1) * step, "policy/kl": 1 / (step + 1)})
+            writer.write(step, "grpo", {"reward/total": float(np.float32(0.1)) * step, "policy/kl": 1 / (step + 1)})
 
 
 def test_lines_start_with_step_and_stage_and_keep_every_bit(tmp_path):
-    values = {"a/third": 1 / 3, "a/tiny": 5e-324, "a/f32": np.float32(0.1), "a/count": 7}
+    values = {"a/third": 1 / 3, "a/tiny": 5e-324, "a/f32": float(np.float32(0.1)), "a/count": 7.0}
     with metrics.open_metrics(tmp_path, None) as writer:
-        writer.write(np.int64(3), "sft", values)
+        writer.write(3, "sft", values)
     text = (tmp_path / "metrics.jsonl").read_text()
     assert text.startswith('{"step": 3, "stage": "sft", ') and text.endswith("}\n")
-    assert metrics.read_metrics(tmp_path) == [{"step": 3, "stage": "sft", **{k: float(v) for k, v in values.items()}}]
+    assert metrics.read_metrics(tmp_path) == [{"step": 3, "stage": "sft", **values}]
 
 
 def test_what_is_not_finite_becomes_null(tmp_path):
     with metrics.open_metrics(tmp_path, None) as writer:
-        writer.write(0, "grpo", {"a": math.nan, "b": math.inf, "c": -math.inf, "d": np.float32("nan"), "e": 1.0})
+        writer.write(0, "grpo", {"a": math.nan, "b": math.inf, "c": -math.inf, "d": float(np.float32("nan")), "e": 1.0})
     line = (tmp_path / "metrics.jsonl").read_text()
     strict = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     assert strict == {"step": 0, "stage": "grpo", "a": None, "b": None, "c": None, "d": None, "e": 1.0}
@@ -83,7 +83,6 @@ def test_no_file_reads_as_no_lines(tmp_path):
 
 
 def test_tensorboard_has_the_finite_values_and_is_told_what_resume_purges(tmp_path):
-    from tensorboardX.event_file_writer import RecordWriter  # noqa: F401  (the reader below mirrors its framing)
     from tensorboardX.proto.event_pb2 import Event
 
     write_run(tmp_path, range(3))
@@ -91,7 +90,7 @@ def test_tensorboard_has_the_finite_values_and_is_told_what_resume_purges(tmp_pa
         writer.write(2, "grpo", {"reward/total": 0.5, "policy/kl": math.nan})
     events = []
     for path in sorted((tmp_path / "tb").iterdir()):
-        data, at = path.read_bytes(), 0
+        data, at = path.read_bytes(), 0  # records: length u64, its checksum u32, the event, its checksum u32
         while at < len(data):
             length = int.from_bytes(data[at : at + 8], "little")
             events.append(Event.FromString(data[at + 12 : at + 12 + length]))

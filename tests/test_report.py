@@ -26,7 +26,8 @@ def lines(n=200):
         else:
             reward = None if step == n // 2 + 3 else step / n
             rows.append({"step": step, "stage": "grpo", "reward/total": reward, "reward/iou": 0.5, "own/thing": 1.0})
-    rows.append({"step": n, "stage": "grpo", "eval/val <i>/acc50": 0.5, "eval/val <i>/mean_iou": 0.25})
+    rows.append({"step": n, "stage": "grpo", "eval/val <i>/acc50": 0.5, "eval/val <i>/sampled_acc50": 0.25})
+    rows[-1]["eval/val <i>/questions"] = 256.0
     return rows
 
 
@@ -105,8 +106,9 @@ def test_equal_runs_give_equal_bytes(page, tmp_path):
 def test_every_metric_has_a_chart(page):
     _, text = page
     titles = [html.unescape(t) for t in re.findall(r"<h3>([^<]*)</h3><svg", text)]
-    assert titles == ["Reward", "Evaluation: val <i>", "SFT loss", "Learning rate", "own/thing"]
-    for metric in ("total", "iou", "acc50", "mean_iou"):
+    evaluations = ["Evaluation: val <i>, greedy answers", "Evaluation: val <i>, sampled answers"]
+    assert titles == ["Reward", *evaluations, "SFT loss", "Learning rate", "own/thing"]
+    for metric in ("total", "iou"):
         assert f">{metric}</text>" in text
 
 
@@ -154,6 +156,11 @@ def test_ascii_table_lines_up_and_numbers_stand_right():
         "grpo & more  0.7500    8  x",
         "greedy",
     ]
+
+
+def test_numbers_that_come_as_text_stand_right_too():
+    table = report.Table("", ("name", "a", "b"), (("x", "0.5", "1e-05"), ("y", "", "12.25%"), ("z", "-10.5", "3")))
+    assert [report._is_number_column(table, i) for i in range(3)] == [False, True, True]
 
 
 def test_ascii_table_without_rows_is_its_head():

@@ -41,7 +41,7 @@ def to_example(
     have passed `check_formats`.
 
     Args:
-      root: folder of the records, which file names are relative to unless `source.image_root` says otherwise.
+      root: folder of the records, which `source.image_root` is relative to.
 
     Raises:
       BadRecord: missing_field, missing_image, corrupt_image, bad_box, bad_point or bad_text.
@@ -50,7 +50,7 @@ def to_example(
     name = fill(source.name, record, source.phrase)
     if not prompt:
         raise BadRecord("bad_text", f"the prompt {source.prompt!r} comes out empty")
-    pixels = load_image(field_at(record, source.image), Path(source.image_root) if source.image_root else root)
+    pixels = load_image(field_at(record, source.image), root / source.image_root if root else None)
     size = (pixels.shape[1], pixels.shape[0])
     yxyx, yx = np.zeros((0, 4), np.float32), np.zeros((0, 2), np.float32)
     if source.boxes:

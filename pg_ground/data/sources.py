@@ -5,7 +5,6 @@ A record is a dict of whatever its dataset has; `examples.py` knows what a confi
 
 import io
 import json
-import os
 import struct
 import zlib
 from pathlib import Path
@@ -65,8 +64,8 @@ class JsonLines:
 
     def __init__(self, path: Path):
         try:
-            self._file = path.open("rb")
-            self._spans = _line_spans(self._file)
+            with path.open("rb") as file:
+                self._spans = _line_spans(file)
         except OSError as e:
             raise UserError(f"source jsonl:{path}: {e.strerror or e}") from e
         if not self._spans:
@@ -82,7 +81,9 @@ class JsonLines:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         start, length = self._spans[index]
-        line = os.pread(self._file.fileno(), length, start)
+        with self._path.open("rb") as file:
+            file.seek(start)
+            line = file.read(length)
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as e:

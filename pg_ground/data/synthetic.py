@@ -28,6 +28,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (245, 245, 245),
 }
 
+PAINTS = np.array(list(COLOURS.values()), np.float32)
+
 FORMS = ("circle", "square", "triangle", "cross")
 
 
@@ -54,16 +56,15 @@ class Scenes:
         places = _places(rng, self.shapes)
         image = _background(rng, self.side)
         for (colour, form), place in zip(kinds, places, strict=True):
-            paint = np.array(list(COLOURS.values())[colour]) + rng.uniform(-25, 25, 3)
-            alpha = _coverage(FORMS[form], place, self.side)[..., None]
-            image = image * (1 - alpha) + paint * alpha
+            paint = PAINTS[colour] + rng.random(3, np.float32) * 50 - 25
+            _paint(image, FORMS[form], place, paint)
         x1, y1, x2, y2 = places[0]
         width, height = x2 - x1, y2 - y1
         left, top, right, bottom = rng.uniform(0, self.loose, 4) if self.loose else np.zeros(4)
         box = np.clip([x1 - left * width, y1 - top * height, x2 + right * width, y2 + bottom * height], 0, 1)
         colour, form = kinds[0]
         return {
-            "image": np.clip(image, 0, 255).astype(np.uint8),
+            "image": np.minimum(np.maximum(image, 0), 255).astype(np.uint8),
             "phrase": f"{list(COLOURS)[colour]} {FORMS[form]}",
             "box": (box * self.side).tolist(),
             "point": [(x1 + x2) / 2 * self.side, (y1 + y2) / 2 * self.side],
@@ -129,24 +130,34 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
 
 
 def _background(rng: np.random.Generator, side: int) -> Float[np.ndarray, "side side 3"]:
-    """Returns a muted colour under coarse and fine coloured noise, in 0..255."""
-    coarse = rng.normal(0, 14, (6, 6, 3))
-    nearest_cell = np.arange(side) * 6 // side
-    base = rng.uniform(70, 170, 3)
-    return base + coarse[nearest_cell][:, nearest_cell] + rng.normal(0, 10, (side, side, 3))
+    """Returns a muted colour under coarse and fine coloured noise, in about 0..255."""
+    base = 70 + 100 * rng.random(3, np.float32)
+    coarse = base + 50 * (rng.random((6, 6, 3), np.float32) - 0.5)
+    cell = np.arange(side) * 6 // side
+    return coarse[cell[:, None], cell] + 35 * (rng.random((side, side, 3), np.float32) - 0.5)
 
 
-def _coverage(form: str, place: tuple[float, float, float, float], side: int) -> Float[np.ndarray, "side side"]:
-    """Returns how much of each pixel a shape covers, in [0, 1]; the shape touches all four sides of its box."""
+def _paint(
+    image: Float[np.ndarray, "side side 3"],
+    form: str,
+    place: tuple[float, float, float, float],
+    paint: Float[np.ndarray, " 3"],
+) -> None:
+    """Paints a shape onto `image`, edges antialiased; the shape touches all four sides of its box."""
+    side = len(image)
     x1, y1, x2, y2 = place
-    centres = (np.arange(side) + 0.5) / side
-    u = (np.abs(2 * centres - x1 - x2) / (x2 - x1))[None, :]
-    v = ((2 * centres - y1 - y2) / (y2 - y1))[:, None]
-    reach = {
-        "circle": lambda: np.sqrt(u**2 + v**2),
-        "square": lambda: np.maximum(u, np.abs(v)),
-        "triangle": lambda: np.maximum(v, 2 * u - v),
-        "cross": lambda: np.minimum(np.maximum(u, 3 * np.abs(v)), np.maximum(3 * u, np.abs(v))),
-    }[form]()
+    left, top, right, bottom = int(x1 * side), int(y1 * side), int(x2 * side) + 1, int(y2 * side) + 1
+    u = np.abs((2 * np.arange(left, min(right, side)) + 1) / side - x1 - x2)[None, :] / (x2 - x1)
+    v = ((2 * np.arange(top, min(bottom, side)) + 1) / side - y1 - y2)[:, None] / (y2 - y1)
+    if form == "circle":
+        reach = np.sqrt(u * u + v * v)
+    elif form == "square":
+        reach = np.maximum(u, np.abs(v))
+    elif form == "triangle":
+        reach = np.maximum(v, 2 * u - v)
+    else:
+        reach = np.minimum(np.maximum(u, 3 * np.abs(v)), np.maximum(3 * u, np.abs(v)))
     softness = min(x2 - x1, y2 - y1) * side / 2
-    return np.clip(0.5 + (1 - reach) * softness, 0, 1)
+    alpha = np.minimum(np.maximum(0.5 + (1 - reach) * softness, 0), 1)[..., None]
+    region = image[top:bottom, left:right]
+    region += alpha * (paint - region)

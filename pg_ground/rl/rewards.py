@@ -60,7 +60,8 @@ def read_answer(
 
     word = jnp.clip(before_in_segment(text), 0, names.shape[-1] - 1)
     spelled = jnp.take_along_axis(names[:, None, None], word[:, :, :, None, None], axis=-1)[..., 0]  # [B, G, T, C]
-    agree = jnp.einsum("BGTs,BGTC->BGsC", (within & text[..., None]).astype(jnp.int32), (spelled == tokens[..., None]).astype(jnp.int32))
+    correct = (spelled == tokens[..., None]).astype(jnp.int32)
+    agree = jnp.einsum("BGTs,BGTC->BGsC", (within & text[..., None]).astype(jnp.int32), correct)
     lengths = jnp.sum(names != PAD, axis=-1)
     matches = (agree == words[..., None]) & (words[..., None] == lengths[:, None, None]) & (lengths > 0)[:, None, None]
     label = jnp.where(matches.any(-1), jnp.argmax(matches, axis=-1), -1)

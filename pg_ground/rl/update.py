@@ -130,7 +130,7 @@ def _apply(state: TrainState, grads: Any, optimizer: optax.GradientTransformatio
 
 
 def accumulate(loss: LossAndMetrics, params: Any, batch: Any, parts: int) -> tuple[Any, Metrics]:
-    """Returns the gradient of `loss` summed over `parts` parts of `batch`, and its metrics; one part's activations live at once."""
+    """Returns the gradient of `loss` summed over `parts` parts of `batch`, and its metrics; one part's activations at once."""
     gradient = jax.grad(loss, has_aux=True)
     if parts == 1:
         grads, (sums, largest) = gradient(params, batch)
@@ -150,7 +150,10 @@ def accumulate(loss: LossAndMetrics, params: Any, batch: Any, parts: int) -> tup
 
 
 def split(tree: Any, parts: int) -> Any:
-    """Returns `[B, …]` leaves as `[parts, B / parts, …]`: part i has rows i, i + parts, …, so that a B split over devices stays so."""
+    """Returns `[B, …]` leaves as `[parts, B / parts, …]`.
+
+    Part i has rows i, i + parts, …: a B that is split over devices stays so within each part.
+    """
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), tree)
 
 

@@ -1,0 +1,95 @@
+"""One image and one prompt to boxes and points: JSON on stdout, and the picture.
+
+python -m pg_ground.predict --params=P --image=I --prompt="detect red circle" [--out=O.png] [--tokenizer=M] [--max_new_tokens=64]
+
+P is a big_vision .npz or the working directory of a run.
+"""
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pg_ground import cli, draw
+from pg_ground.boxes import decode_loc
+from pg_ground.data.examples import resize
+from pg_ground.data.sources import BadRecord, load_image
+from pg_ground.evaluate import check_vocabulary
+from pg_ground.model import weights
+from pg_ground.rl.rollout import sample
+from pg_ground.tokenizer import Tokenizer
+from pg_ground.tokenizer import load as load_tokenizer
+from pg_ground.types import UserError
+from pg_ground.vocab import EOS, LOC_TOKENS
+
+
+def predict(params_path: Path, image_path: Path, prompt: str, tokenizer_path: str, max_new_tokens: int) -> tuple[dict[str, Any], Any]:
+    """Returns the greedy answer (`text`, `boxes`, `points` in pixels of the original image), and the image itself.
+
+    Raises:
+      UserError: the checkpoint, the tokenizer or the image cannot be used.
+    """
+    if not tokenizer_path and params_path.is_dir():
+        tokenizer_path = weights.run_config(params_path).data.tokenizer
+    tokenizer = load_tokenizer(tokenizer_path)
+    try:
+        image = load_image(str(image_path), Path())
+    except BadRecord as bad:
+        raise UserError(f"--image={image_path}: {bad}") from None
+    model, params = weights.load(params_path)
+    check_vocabulary(tokenizer, model)
+    pixels = resize(image, model.config.image_size).astype(np.float32) / 127.5 - 1
+    ids = jnp.array([tokenizer.prefix(prompt)], jnp.int32)
+    answer = jax.jit(partial(sample, model, group_size=1, max_new_tokens=max_new_tokens, temperature=0.0))
+    rollout = answer(params, pixels[None], ids, jnp.ones(ids.shape, bool), jax.random.key(0))
+    tokens = rollout.tokens[0, 0][np.asarray(rollout.mask[0, 0])].tolist()
+    height, width = image.shape[:2]
+    return {"text": tokenizer.decode(tokens), **answers(tokens, tokenizer, (width, height))}, image
+
+
+def answers(tokens: Sequence[int], tokenizer: Tokenizer, size: tuple[int, int]) -> dict[str, list[dict[str, Any]]]:
+    """Returns the boxes and points that a completion writes, in pixels of an image of `size` (width, height), with labels.
+
+    The grammar is that of `pg_ground.rl.rewards.read_answer`: segments between ";", four loc tokens a box, two a point.
+    """
+    vocab = tokenizer.vocab
+    segments: list[list[int]] = [[]]
+    for token in tokens:
+        if token in vocab.separators:
+            segments.append([])
+        elif token != EOS:
+            segments[-1].append(token)
+    width, height = size
+    found: dict[str, list[dict[str, Any]]] = {"boxes": [], "points": []}
+    for segment in segments:
+        bins = [token - vocab.loc0 for token in segment if 0 <= token - vocab.loc0 < LOC_TOKENS]
+        label = tokenizer.decode([token for token in segment if not 0 <= token - vocab.loc0 < LOC_TOKENS]).strip()
+        place = [round(float(fraction), 6) for fraction in decode_loc(np.array(bins, np.int32))]
+        if len(place) == 4:
+            y1, x1, y2, x2 = place
+            found["boxes"].append({"label": label, "xyxy_px": [x1 * width, y1 * height, x2 * width, y2 * height]})
+        elif len(place) == 2:
+            found["points"].append({"label": label, "xy_px": [place[1] * width, place[0] * height]})
+    return found
+
+
+def main(argv: Sequence[str]) -> None:
+    required = cli.REQUIRED
+    own = {"params": required, "image": required, "prompt": required, "out": "", "tokenizer": "", "max_new_tokens": 64}
+    flags = cli.parse_own(argv, own)
+    found, image = predict(
+        Path(flags["params"]), Path(flags["image"]), flags["prompt"], flags["tokenizer"], flags["max_new_tokens"]
+    )
+    if flags["out"]:
+        picture = draw.draw_answer(image, (image.shape[1], image.shape[0]), found["boxes"], found["points"])
+        Path(flags["out"]).write_bytes(draw.png_bytes(picture))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,194 @@
+"""The whole program as a user runs it: both stages, what it leaves behind, and going on after a kill."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pg_ground.checkpoints import newest_params
+
+ROOT = Path(__file__).parents[1]
+STEPS = 12
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", f"pg_ground.{module}", *arguments]
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """One device, and programs compiled once for all runs of this file."""
+    cache = tmp_path_factory.mktemp("compiled")
+    ours = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XLA_FLAGS": ""}
+    return {**os.environ, **ours, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+
+
+def run(environment: dict[str, str], module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(module, *arguments), env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def train_tiny(environment: dict[str, str], workdir: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    return run(environment, "train", "--config=configs/tiny.py", f"--workdir={workdir}", *flags)
+
+
+@pytest.fixture(scope="session")
+def straight(environment, tmp_path_factory) -> Path:
+    """The working directory of a run of 6 + 6 steps that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("runs") / "straight"
+    done = train_tiny(environment, workdir)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("report.html")
+    return workdir
+
+
+def rows(workdir: Path) -> list[dict[str, float]]:
+    """Returns the lines of metrics.jsonl without what depends on the machine."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "perf/"))} for line in lines]
+
+
+def arrays(workdir: Path) -> dict[str, np.ndarray]:
+    """Returns every array of the newest checkpoint (parameters, optimizer, step) by name."""
+    import orbax.checkpoint as ocp
+
+    found: dict[str, np.ndarray] = {}
+    folder = newest_params(workdir).parent
+    for item in ("params", "rest"):
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            tree = checkpointer.restore(folder / item)
+        import jax
+
+        found |= {item + jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    return found
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert rows(one) == rows(other)
+    mine, theirs = arrays(one), arrays(other)
+    assert mine.keys() == theirs.keys() and len(mine) > 50
+    for name, value in mine.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name, strict=True)
+
+
+def test_a_run_leaves_what_the_contract_names(straight):
+    for name in ("config.json", "metrics.jsonl", "checkpoints", "tb", "samples", "report.html"):
+        assert (straight / name).exists(), name
+    written = rows(straight)
+    assert [row["stage"] for row in written] == sorted((row["stage"] for row in written), reverse=True)
+    last = {name for row in written for name in row}
+    assert {"sft/loss", "reward/total", "reward/iou", "reward/std", "group/zero_std_fraction", "policy/kl", "policy/entropy",
+            "policy/clip_fraction", "policy/logp_diff_max", "completion/length", "completion/malformed_fraction",
+            "completion/unfinished_fraction", "optim/grad_norm", "optim/lr", "eval/boxes/acc50",
+            "eval/points/point_in_box"} <= last  # fmt: skip
+    pictures = list((straight / "samples").glob("*.png"))
+    assert pictures and min(Image.open(pictures[0]).size) > 200
+
+
+def test_sampler_and_trainer_agree_at_every_step(straight):
+    differences = [row["policy/logp_diff_max"] for row in rows(straight) if "policy/logp_diff_max" in row]
+    assert len(differences) == 3 and max(differences) < 1e-5
+
+
+def test_starting_a_finished_run_again_changes_nothing(straight, environment):
+    before = (straight / "metrics.jsonl").read_bytes()
+    done = train_tiny(environment, straight)
+    assert done.returncode == 0, done.stderr
+    assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+def test_other_settings_in_the_same_directory_are_refused(straight, environment):
+    done = train_tiny(environment, straight, "--config.grpo.group_size=2")
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*config\.grpo\.group_size is 2, was 4.*--workdir\n", done.stderr), done.stderr
+
+
+def killed_and_resumed(environment: dict[str, str], workdir: Path, lines: int, delay_s: float) -> int:
+    """Returns the number of metrics lines at the kill -9, which comes `delay_s` after line number `lines`."""
+    process = subprocess.Popen(
+        command("train", "--config=configs/tiny.py", f"--workdir={workdir}"),
+        env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    file = workdir / "metrics.jsonl"
+    while process.poll() is None and not (file.exists() and file.read_bytes().count(b"\n") >= lines):
+        time.sleep(0.005)
+    time.sleep(delay_s)
+    alive = process.poll() is None
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    written = file.read_bytes().count(b"\n")
+    assert alive, "the run was over before the kill"
+    done = train_tiny(environment, workdir)
+    assert done.returncode == 0, done.stderr
+    return written
+
+
+def test_resume_continues_the_same_trajectory(straight, environment, tmp_path):
+    killed_and_resumed(environment, tmp_path / "run", lines=6, delay_s=0.0)
+    assert_same_run(straight, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lines", [2, 6], ids=["sft", "grpo"])
+@pytest.mark.parametrize("attempt", [0, 1, 2])
+def test_resume_is_exact_from_a_random_moment(straight, environment, tmp_path, lines, attempt):
+    delay_s = random.Random(10 * lines + attempt).uniform(0, 0.3)
+    killed_and_resumed(environment, tmp_path / "run", lines, delay_s)
+    assert_same_run(straight, tmp_path / "run")
+
+
+def test_evaluate_repeats_the_measures_of_the_run(straight, environment, tmp_path):
+    done = run(environment, "evaluate", "--config=configs/tiny.py", f"--workdir={straight}", f"--out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "eval.json").read_text())
+    last = rows(straight)[-1]
+    measures = {name: value for name, value in last.items() if name.startswith("eval/")}
+    assert measures and measures == {name: found[name] for name in measures}
+    predictions = (tmp_path / "predictions.jsonl").read_text().splitlines()
+    assert len(predictions) == 2 * 2 * 32 and {"source", "index", "mode", "text"} <= json.loads(predictions[0]).keys()
+
+
+def test_predict_answers_in_pixels_and_draws(straight, environment, tmp_path):
+    Image.fromarray(np.full((60, 90, 3), 128, np.uint8)).save(tmp_path / "grey.png")
+    arguments = [f"--params={straight}", f"--image={tmp_path / 'grey.png'}", "--prompt=detect red circle"]
+    done = run(environment, "predict", *arguments, f"--out={tmp_path / 'drawn.png'}", "--max_new_tokens=8")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout).keys() == {"text", "boxes", "points"}
+    assert Image.open(tmp_path / "drawn.png").size[0] >= 90
+
+
+def test_the_package_lists_its_commands(environment):
+    done = subprocess.run([sys.executable, "-m", "pg_ground"], env=environment, capture_output=True, text=True, check=True)
+    assert [line.split(".")[-1] for line in done.stdout.splitlines()[::2]] == ["train", "evaluate", "predict", "look"]
+
+
+ERRORS = {
+    "a name that does not exist": (["--config=configs/tiny.py", "--config.typo=1"], r"config\.typo does not exist"),
+    "a near miss": (["--config=configs/tiny.py", "--config.grpo.group_sise=4"], r"did you mean group_size\?"),
+    "a group of one": (["--config=configs/tiny.py", "--config.grpo.group_size=1"], r"config\.grpo\.group_size is 1: .* 2"),
+    "no such file": (["--config=configs/nowhere.py"], r"configs/nowhere\.py"),
+    "a word for a number": (["--config=configs/tiny.py", "--config.grpo.steps=many"], r"steps.*many"),
+    "an unknown flag": (["--config=configs/tiny.py", "--wrokdir=x"], r"wrokdir.*workdir"),
+    "an unknown algorithm": (["--config=configs/tiny.py", "--config.grpo.algorithm=grop"], r"did you mean grpo\?"),
+    "an unknown reward": (["--config=configs/tiny.py", "--config.grpo.rewards.iuo=1"], r"did you mean iou\?"),
+    "a missing source": (["--config=configs/photos.py"], r"photos\.jsonl"),
+    "a missing checkpoint": (["--config=configs/tiny.py", "--config.init=none.npz"], r"none\.npz: no such file"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_bad_input_ends_in_one_line_and_exit_code_2(name, environment, tmp_path):
+    arguments, message = ERRORS[name]
+    done = run(environment, "train", *arguments, f"--workdir={tmp_path / 'run'}")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert re.search(message, done.stderr), done.stderr
+    assert not (tmp_path / "run").exists()
