@@ -6,8 +6,9 @@ Everything is elementwise float arithmetic over leading axes and runs inside `ji
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
+from pg_ground.types import Array
 from pg_ground.vocab import LOC_MAX
 
 ONE_BIN = 1 / LOC_MAX

@@ -86,8 +86,9 @@ def override(tree: config_dict.ConfigDict, path: str, text: str) -> None:
             raise UserError(f"{place}.{part} does not exist: {config.nearest(part, node)}")
         if depth < len(parents):
             node = node[part]
-    if isinstance(node[name], config_dict.ConfigDict):
-        raise UserError(f"--{path} is a section: set one of {', '.join(sorted(node[name]))}")
+    value = node[name]
+    if isinstance(value, config_dict.ConfigDict):
+        raise UserError(f"--{path} is a section: set one of {', '.join(sorted(value.keys()))}")
     node[name] = _spelled(text, node.get_type(name), path)
 
 

@@ -56,6 +56,7 @@ class Model:
     text: Text = field(default_factory=Text)
     dtype: str = "float32"  # of activations: float32 or bfloat16; parameters stay float32
     remat: str = "nothing_saveable"  # a name in jax.checkpoint_policies, or "none" to keep all activations
+    scan_unroll: int = 1  # layers per turn of the loop over layers: more compile slower and, on a CPU, run faster
     logits_block: int = 8  # completion tokens whose vocabulary softmax is held at once
     coordinate_init: str = "normal"  # of <locNNNN> rows and patch positions, from nothing: "normal", or "sinusoid"
 
@@ -315,7 +316,7 @@ def _check(c: Config) -> None:
     positive = ("sft.steps", "sft.batch_size", "sft.micro_batches", "grpo.steps", "grpo.batch_size", "grpo.micro_batches",
                 "grpo.updates_per_rollout", "grpo.max_new_tokens", "eval.examples", "eval.batch_size", "eval.max_new_tokens",
                 "data.prompt_length", "data.suffix_length", "data.max_boxes", "data.read_threads", "log.every", "log.samples",
-                "checkpoint.every", "checkpoint.keep", "model.logits_block")  # fmt: skip
+                "checkpoint.every", "checkpoint.keep", "model.logits_block", "model.scan_unroll")  # fmt: skip
     for path in positive:
         head, name = path.split(".")
         value = getattr(getattr(c, head), name)

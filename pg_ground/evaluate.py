@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray
 
 from pg_ground import boxes, cli, sharding
 from pg_ground.config import Config
@@ -23,7 +23,7 @@ from pg_ground.rl.rewards import read_answer
 from pg_ground.rl.rollout import sample
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.tokenizer import load as load_tokenizer
-from pg_ground.types import POINTS, Batch, Rollout, UserError
+from pg_ground.types import POINTS, Array, Batch, Rollout, UserError
 from pg_ground.vocab import Vocab
 
 GREEDY, SAMPLED = "greedy", "sampled"

@@ -43,8 +43,15 @@ def optimizer(c: Optimizer, steps: int) -> optax.GradientTransformation:
     clip = optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity()
     if c.name == "adamw":
         return optax.chain(clip, optax.adamw(lr, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay))
-    rest = {"adam_b1": c.b1, "adam_b2": c.b2, "weight_decay": c.weight_decay, "adam_weight_decay": c.weight_decay}
-    return optax.chain(clip, muon(lr, muon_weight_dimension_numbers=matrices, **rest))
+    orthogonal = muon(
+        lr,
+        weight_decay=c.weight_decay,
+        adam_b1=c.b1,
+        adam_b2=c.b2,
+        adam_weight_decay=c.weight_decay,
+        muon_weight_dimension_numbers=matrices,
+    )
+    return optax.chain(clip, orthogonal)
 
 
 def matrices(params: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import UInt8
 
 from pg_ground import cli, draw
 from pg_ground.boxes import decode_loc
@@ -28,7 +29,9 @@ from pg_ground.types import UserError
 from pg_ground.vocab import EOS, LOC_TOKENS
 
 
-def predict(params_path: Path, image_path: Path, prompt: str, tokenizer_path: str, max_new_tokens: int) -> tuple[dict[str, Any], Any]:
+def predict(
+    params_path: Path, image_path: Path, prompt: str, tokenizer_path: str, max_new_tokens: int
+) -> tuple[dict[str, Any], UInt8[np.ndarray, "H W 3"]]:
     """Returns the greedy answer (`text`, `boxes`, `points` in pixels of the original image), and the image itself.
 
     Raises:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
@@ -71,7 +72,7 @@ def grpo(run: Run, state: TrainState, batches: Any) -> TrainState:
         inputs = (batch.image, batch.prompt, batch.prompt_mask)
         return sample(run.model, params, *inputs, key, c.group_size, c.max_new_tokens, c.temperature, c.top_p)
 
-    def judge(rollout: Rollout, batch: Batch) -> tuple[Answer, Rewards, jax.Array, dict[str, jax.Array]]:
+    def judge(rollout: Rollout, batch: Batch) -> tuple[Answer, Rewards, Any, dict[str, Any]]:
         answer = rewards.read_answer(rollout.tokens, rollout.mask, batch.gold.asks, batch.gold.names, vocab)
         judged = rewards.score(answer, batch, c.rewards, c.reward_settings)
         return answer, judged, algorithm.advantage(judged.total), rewards.measures(rollout, answer, judged)
@@ -208,13 +209,13 @@ def reference(run: Run, state: TrainState) -> Any:
     return checkpoints.restore_tree(path, state.params)
 
 
-def measured(run: Run, stage: str, state: TrainState, found: dict[str, jax.Array], watch: Stopwatch) -> dict[str, float]:
+def measured(run: Run, stage: str, state: TrainState, found: dict[str, Any], watch: Stopwatch) -> dict[str, float]:
     """Returns the numbers of one step on the host: what it found, its learning rate, its times and rates."""
     c = run.config.sft if stage == "sft" else run.config.grpo
     group = run.config.grpo.group_size if stage == "grpo" else 1
     mu = run.config.grpo.updates_per_rollout if stage == "grpo" else 1
     values = {name: float(value) for name, value in jax.device_get(found).items()}
-    values["optim/lr"] = float(optim.schedule(c.optimizer, c.steps * mu)(int(state.step) * mu - 1))
+    values["optim/lr"] = float(np.asarray(optim.schedule(c.optimizer, c.steps * mu)(int(state.step) * mu - 1)))
     seconds = sum(watch.seconds.values())
     rates = {"perf/images_per_s": c.batch_size / seconds}
     if stage == "grpo":

@@ -11,8 +11,12 @@ Frames: `yxyx` and `yx` are fractions of the original image in [0, 1]; anything 
 
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
+
+Array = jax.Array | np.ndarray
+"""Values have the same form on the device and, fetched or not yet put there, on the host."""
 
 BOXES, POINTS = 0, 1
 """What a question asks for: the values of `Gold.asks`."""

@@ -174,7 +174,7 @@ def to_batch_row(example: Example, tokenizer: Tokenizer, data: Data, source_posi
     gold = Gold(
         boxes=Boxes(*(_slots(x, data.max_boxes) for x in example.boxes)),
         points=Points(*(_slots(x, data.max_boxes) for x in example.points)),
-        asks=np.int32(example.asks),
+        asks=np.asarray(example.asks, np.int32),
         names=_name_ids(example.names, tokenizer, data),
     )
     return Batch(
@@ -185,8 +185,8 @@ def to_batch_row(example: Example, tokenizer: Tokenizer, data: Data, source_posi
         suffix_mask=suffix_mask,
         gold=gold,
         size=np.array(example.size, np.int32),
-        source=np.int32(source_position),
-        index=np.int32(example.index),
+        source=np.asarray(source_position, np.int32),
+        index=np.asarray(example.index, np.int32),
     )
 
 

@@ -197,9 +197,7 @@ def _shuffled(count: int, prepare: Callable[[int], Batch | None], seed: int, pos
     return grain.MapDataset.range(count).shuffle(seed=own_seed).repeat(None).map(prepare)
 
 
-def _usable_rows(
-    prepare: Callable[[int], Batch | None], count: int, wanted: int, at_once: int, threads: int
-) -> Iterator[Batch]:
+def _usable_rows(prepare: Callable[[int], Batch | None], count: int, wanted: int, at_once: int, threads: int) -> Iterator[Batch]:
     """Yields the first `wanted` usable rows of `count` records in order, reading no record more than that takes."""
     with ThreadPoolExecutor(threads) as pool:
         start = 0

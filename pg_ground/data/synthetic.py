@@ -108,11 +108,11 @@ def _kinds(rng: np.random.Generator, shapes: int, colours: int, forms: int) -> l
 
 def _places(rng: np.random.Generator, shapes: int) -> list[tuple[float, float, float, float]]:
     """Returns boxes (x1, y1, x2, y2) as fractions, of different sizes, that overlap little."""
-    largest = 0.42 if shapes <= 3 else 0.32
+    smallest, largest = (0.24, 0.48) if shapes <= 3 else (0.18, 0.32)
     while True:
         places: list[tuple[float, float, float, float]] = []
         for _ in range(40):
-            width, height = rng.uniform(0.18, largest) * rng.uniform(0.85, 1.15, 2)
+            width, height = rng.uniform(smallest, largest) * rng.uniform(0.85, 1.15, 2)
             x1, y1 = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
             place = (x1, y1, x1 + width, y1 + height)
             if all(_overlap(place, other) < 0.02 for other in places):

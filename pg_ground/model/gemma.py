@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from pg_ground.config import Text
 from pg_ground.model.siglip import rematerialised, sinusoids
+from pg_ground.types import Array
 from pg_ground.vocab import LOC_MAX, LOC_TOKENS, vocab_of_size
 
 MASKED = -2.3819763e38
@@ -101,7 +102,7 @@ class Attention(nn.Module):
         q = q.reshape(b, g, t, k, n // k, h)
         logits = jnp.einsum("BGtKRH,BGTKH->BGKRtT", q, own.k, preferred_element_type=jnp.float32)
         mask = jnp.broadcast_to(own_mask, (b, g, t, own.k.shape[2]))
-        if prefix is not None:
+        if prefix is not None and prefix_mask is not None:
             ahead = jnp.einsum("BGtKRH,BSKH->BGKRtS", q, prefix.k, preferred_element_type=jnp.float32)
             logits = jnp.concatenate([ahead, logits], axis=-1)
             behind = jnp.broadcast_to(prefix_mask[:, None, None], (b, g, t, prefix.k.shape[1]))
@@ -150,6 +151,7 @@ class Decoder(nn.Module):
     config: Text
     dtype: jnp.dtype
     remat: str
+    unroll: int
     coordinate_init: str
 
     def setup(self) -> None:
@@ -158,9 +160,10 @@ class Decoder(nn.Module):
             rematerialised(Block, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, 0, nn.broadcast, 0, nn.broadcast, nn.broadcast),
+            in_axes=(nn.broadcast, 0, nn.broadcast, 0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             out_axes=0,
             length=self.config.depth,
+            unroll=self.unroll,
         )(self.config)
         self.final_norm = RMSNorm()
 
@@ -183,8 +186,8 @@ class Decoder(nn.Module):
         `own` and `prefix` are stacked over layers. `own_mask[…, i, j]` lets token i see slot j of its own completion;
         `own` None means that `x` is all there is of it. Every token sees the slots of the prefix where `prefix_mask` holds.
         """
-        x, own = self.layers(x, positions, own, own_mask, prefix, prefix_mask, jnp.asarray(write_at))
-        return self.final_norm(x), own
+        x, written = self.layers(x, positions, own, own_mask, prefix, prefix_mask, jnp.asarray(write_at))
+        return self.final_norm(x), written
 
     def vocabulary(self) -> Float[Array, "V D"]:
         """Returns the table that `hidden @ table.T` turns into logits."""

@@ -13,12 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from pg_ground.config import Model
 from pg_ground.model.gemma import Decoder, KeyValues, softcap
 from pg_ground.model.siglip import Tower
-from pg_ground.types import PrefixCache, SuffixCache
+from pg_ground.types import Array, PrefixCache, SuffixCache
 
 Params = Any
 """A tree of arrays under big_vision's names: `img/…` and `llm/…`."""
@@ -35,8 +35,8 @@ class Network(nn.Module):
     def setup(self) -> None:
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        self.img = Tower(c.vision, c.text.width, dtype, c.remat, c.coordinate_init)
-        self.llm = Decoder(c.text, dtype, c.remat, c.coordinate_init)
+        self.img = Tower(c.vision, c.text.width, dtype, c.remat, c.scan_unroll, c.coordinate_init)
+        self.llm = Decoder(c.text, dtype, c.remat, c.scan_unroll, c.coordinate_init)
 
     def prefix(
         self, image: Float[Array, "B H W 3"], prompt: Int[Array, "B L"], prompt_mask: Bool[Array, "B L"]
@@ -90,7 +90,7 @@ class PaliGemma:
     def network(self) -> Network:
         return Network(self.config)
 
-    def init(self, key: Array) -> Params:
+    def init(self, key: PRNGKeyArray) -> Params:
         """Returns random float32 parameters."""
         size = self.config.image_size
         image = jnp.zeros((1, size, size, 3), jnp.float32)

@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from pg_ground.config import Vision
+from pg_ground.types import Array
 
 
 class MlpBlock(nn.Module):
@@ -43,6 +44,7 @@ class Encoder(nn.Module):
     config: Vision
     dtype: jnp.dtype
     remat: str
+    unroll: int
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
@@ -51,8 +53,9 @@ class Encoder(nn.Module):
             rematerialised(EncoderBlock, self.remat),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=c.depth,
+            unroll=self.unroll,
         )
         x, _ = blocks(c.mlp_dim, c.num_heads, self.dtype, name="encoderblock")(x, None)
         return nn.LayerNorm(dtype=self.dtype, name="encoder_norm")(x)
@@ -68,6 +71,7 @@ class Tower(nn.Module):
     out_width: int
     dtype: jnp.dtype
     remat: str
+    unroll: int
     coordinate_init: str
 
     @nn.compact
@@ -79,7 +83,7 @@ class Tower(nn.Module):
         init = sinusoids_2d if self.coordinate_init == "sinusoid" else nn.initializers.normal(c.width**-0.5)
         posemb = self.param("pos_embedding", init, (1, x.shape[1], c.width))
         x = x + posemb.astype(x.dtype)
-        x = Encoder(c, self.dtype, self.remat, name="Transformer")(x)
+        x = Encoder(c, self.dtype, self.remat, self.unroll, name="Transformer")(x)
         return nn.Dense(self.out_width, dtype=self.dtype, name="head")(x)
 
 

@@ -61,7 +61,8 @@ def run_config(workdir: Path) -> Config:
 
 def save(path: str | Path, params: Any) -> None:
     """Writes `params` as a big_vision `.npz`, names under `params/`."""
-    np.savez(path, **{f"params/{name}": np.asarray(value) for name, value in flatten(params).items()})
+    arrays: dict[str, Any] = {f"params/{name}": np.asarray(value) for name, value in flatten(params).items()}
+    np.savez(path, **arrays)
 
 
 def read_npz(path: str | Path) -> dict[str, np.ndarray]:

@@ -6,7 +6,9 @@ NaN marks a completion that no reward could judge: it leaves the statistics of i
 from collections.abc import Callable
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Float
+
+from pg_ground.types import Array
 
 EPSILON = 1e-4
 """Added to the standard deviation, as TRL does: groups whose rewards differ by less than this are not blown up to ±1."""

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from pg_ground.config import Grpo, nearest
 from pg_ground.rl import advantages
-from pg_ground.types import UserError
+from pg_ground.types import Array, UserError
 from pg_ground.vocab import LOC_MAX, LOC_TOKENS, Vocab
 
 LogRatio = Callable[[Float[Array, "B G T"], Bool[Array, "B G T"]], Float[Array, "B G T"]]

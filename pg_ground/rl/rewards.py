@@ -8,12 +8,12 @@ duplicate answer all cost, and an improper box counts as a prediction with simil
 from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float, Int
 
 from pg_ground import boxes
 from pg_ground.config import RewardSettings, nearest
 from pg_ground.rl.advantages import group_std
-from pg_ground.types import BOXES, POINTS, Answer, Batch, Boxes, Points, Rewards, Rollout, UserError
+from pg_ground.types import BOXES, POINTS, Answer, Array, Batch, Boxes, Points, Rewards, Rollout, UserError
 from pg_ground.vocab import EOS, LOC_TOKENS, PAD, Vocab
 
 Reward = Callable[[Answer, Batch, RewardSettings], Float[Array, "B G"]]
@@ -73,7 +73,7 @@ def read_answer(
     segments = segment[..., -1] + 1
     real = jnp.arange(length) < segments[..., None]
     complete = (locs == wanted[..., None]) & ((words > 0) == (named[..., None] > 0))
-    finished = eos.any(axis=-1)
+    finished = jnp.any(eos, axis=-1)
     return Answer(
         boxes=Boxes(*_first(is_box, (length + 1) // 5, fractions, label)),
         points=Points(*_first(is_point, (length + 1) // 3, fractions[..., :2], label)),
@@ -211,9 +211,7 @@ def _boxes_alike(answer: Answer, batch: Batch, similarity: Callable[[Array, Arra
     return _only(BOXES, batch, _matched(jnp.where(boxes.is_proper(predicted.yxyx)[..., None], alike, 0), predicted, gold))
 
 
-def _matched(
-    similarity: Float[Array, "B G P K"], predicted: Boxes | Points, gold: Boxes | Points
-) -> Float[Array, "B G"]:
+def _matched(similarity: Float[Array, "B G P K"], predicted: Boxes | Points, gold: Boxes | Points) -> Float[Array, "B G"]:
     same = predicted.label[..., None] == gold.label[:, None, None]
     return boxes.set_similarity(jnp.where(same, similarity, 0), predicted.valid, gold.valid[:, None])
 

@@ -4,9 +4,9 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
-from pg_ground.types import PrefixCache, Rollout, SuffixCache
+from pg_ground.types import Array, PrefixCache, Rollout, SuffixCache
 from pg_ground.vocab import CONTROL, EOS, PAD
 
 
@@ -17,19 +17,17 @@ class Policy(Protocol):
 
     def suffix_cache(self, prefix: PrefixCache, group_size: int, length: int) -> SuffixCache: ...
 
-    def extend(
-        self, params: Any, prefix: PrefixCache, suffix: SuffixCache, tokens: Array
-    ) -> tuple[Array, SuffixCache]: ...
+    def extend(self, params: Any, prefix: PrefixCache, suffix: SuffixCache, tokens: Array) -> tuple[Array, SuffixCache]: ...
 
 
 class _Loop(NamedTuple):
-    t: Int[Array, ""]
-    logits: Float[Array, "B G V"]
+    t: Int[jax.Array, ""]
+    logits: Float[jax.Array, "B G V"]
     cache: SuffixCache
-    tokens: Int[Array, "B G T"]
-    mask: Bool[Array, "B G T"]
-    logps: Float[Array, "B G T"]
-    alive: Bool[Array, "B G"]
+    tokens: Int[jax.Array, "B G T"]
+    mask: Bool[jax.Array, "B G T"]
+    logps: Float[jax.Array, "B G T"]
+    alive: Bool[jax.Array, "B G"]
 
 
 def sample(

@@ -6,13 +6,14 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from pg_ground.rl.loss import Algorithm, PolicyTerms, policy_loss, target_logps
-from pg_ground.types import Batch, Rollout, TrainState
+from pg_ground.types import Array, Batch, Rollout, TrainState
 from pg_ground.vocab import Vocab
 
-Metrics = dict[str, Float[Array, ""]]
+Metrics = dict[str, Any]
+"""float32 scalars by name."""
 
 LossAndMetrics = Callable[[Any, Any], tuple[Float[Array, ""], tuple[Metrics, Metrics]]]
 """(params, part of the batch) to a loss and two dicts of metrics; losses and the first dict add up over parts, of the second
