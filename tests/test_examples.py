@@ -83,9 +83,7 @@ def test_one_box_and_a_list_of_boxes_are_both_read():
     assert made.boxes.yxyx.tolist() == [[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]]
     first, second = "<loc0000><loc0000><loc0512><loc0512>", "<loc0512><loc0512><loc1023><loc1023>"
     assert made.suffix == f"{first} red circle ; {second} red circle"
-    assert (
-        example({"box": many}, name="").suffix == f"{first} ; {second}" and example({"box": many}, name="").names == ()
-    )
+    assert example({"box": many}, name="").suffix == f"{first} ; {second}" and example({"box": many}, name="").names == ()
 
 
 def test_points_may_carry_the_boxes_they_lie_in():

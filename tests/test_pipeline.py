@@ -116,8 +116,7 @@ def test_restored_iterator_continues_the_same_batches(tmp_path, tokens, threads)
 def test_batches_do_not_depend_on_the_number_of_read_threads(tmp_path, tokens):
     sources = {"a": make_source(tmp_path, "a", 25, broken=(4,))}
     one, four = (
-        list(islice(train(sources, tokens, data=Data(prompt_length=8, suffix_length=8, read_threads=n)), 10))
-        for n in (1, 4)
+        list(islice(train(sources, tokens, data=Data(prompt_length=8, suffix_length=8, read_threads=n)), 10)) for n in (1, 4)
     )
     assert_same(one, four)
 

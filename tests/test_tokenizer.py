@@ -31,9 +31,7 @@ def test_packaged_model_is_what_its_script_makes(tiny):
     assert make_tokenizer.make_model() == make_tokenizer.make_model() == path.read_bytes()
 
 
-@pytest.mark.parametrize(
-    "text", ["detect", "point", "segment", " to", " ;", " red", " circle", "red", " small", " left"]
-)
+@pytest.mark.parametrize("text", ["detect", "point", "segment", " to", " ;", " red", " circle", "red", " small", " left"])
 def test_everyday_words_are_single_pieces(tiny, text):
     assert len(tiny.text(text)) == 1
 
@@ -52,9 +50,7 @@ def test_name_behind_a_loc_token_reads_as_the_name_with_its_space(tiny, name):
     assert tiny.text(f"<loc0001>{' ' + name}") == [897, *tiny.text(" " + name)]
 
 
-@pytest.mark.parametrize(
-    "text", ["detect cat", "detect cat ", "detect cat\n", "", "two  spaces", "café 猫 12345", "tab\tç"]
-)
+@pytest.mark.parametrize("text", ["detect cat", "detect cat ", "detect cat\n", "", "two  spaces", "café 猫 12345", "tab\tç"])
 def test_decode_inverts_text(tiny, text):
     assert tiny.decode(tiny.text(text)) == text
 

@@ -71,7 +71,7 @@ def sample(
         logits, cache_ = model.extend(params, cache, s.cache, token[..., None])
         return _Loop(
             t=s.t + 1,
-            logits=logits[:, :, 0],
+            logits=jnp.asarray(logits)[:, :, 0],
             cache=cache_,
             tokens=s.tokens.at[:, :, s.t].set(token),
             mask=s.mask.at[:, :, s.t].set(s.alive),
