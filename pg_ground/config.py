@@ -183,6 +183,7 @@ class Mesh:
     """How devices are laid out."""
 
     data: int = -1  # devices along the axis that splits prompts and parameters; -1 is all there are
+    cpu_devices: int = 1  # devices that a CPU counts as: 2 keep two cores busy where the model is too small for one program
 
 
 @dataclass(frozen=True)
@@ -316,7 +317,7 @@ def _check(c: Config) -> None:
     positive = ("sft.steps", "sft.batch_size", "sft.micro_batches", "grpo.steps", "grpo.batch_size", "grpo.micro_batches",
                 "grpo.updates_per_rollout", "grpo.max_new_tokens", "eval.examples", "eval.batch_size", "eval.max_new_tokens",
                 "data.prompt_length", "data.suffix_length", "data.max_boxes", "data.read_threads", "log.every", "log.samples",
-                "checkpoint.every", "checkpoint.keep", "model.logits_block", "model.scan_unroll")  # fmt: skip
+                "checkpoint.every", "checkpoint.keep", "mesh.cpu_devices", "model.logits_block", "model.scan_unroll")  # fmt: skip
     for path in positive:
         head, name = path.split(".")
         value = getattr(getattr(c, head), name)

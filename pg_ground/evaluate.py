@@ -159,6 +159,7 @@ def _numbers(judged: Judged, row: int) -> dict[str, float]:
 
 def main(argv: Sequence[str]) -> None:
     config, own = cli.parse(argv, {"workdir": "", "params": "", "out": ""})
+    sharding.split_cpu(config.mesh)
     place = Path(own["workdir"] or own["params"] or cli.missing("--workdir=RUN or --params=CHECKPOINT"))
     out = Path(own["out"] or (place if place.is_dir() else place.parent))
     tokenizer = load_tokenizer(config.data.tokenizer)

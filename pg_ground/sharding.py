@@ -13,6 +13,11 @@ SMALL_BYTES = 4 * 2**20
 """Arrays up to this size are replicated, as big_vision does: gathering them costs more than holding them."""
 
 
+def split_cpu(c: config.Mesh) -> None:
+    """Makes the CPU count as `c.cpu_devices` devices; only before this process first uses one."""
+    jax.config.update("jax_num_cpu_devices", c.cpu_devices)
+
+
 def make_mesh(c: config.Mesh) -> Mesh:
     """Returns the mesh over the first `c.data` devices of all processes (all devices for -1).
 

@@ -237,6 +237,7 @@ def rollout_pictures(run: Run, batch: Batch, rollout: Rollout, answer: Answer, j
 
 def main(argv: Sequence[str]) -> None:
     config, own = cli.parse(argv, {"workdir": cli.REQUIRED})
+    sharding.split_cpu(config.mesh)
     print(train(config, Path(own["workdir"])))
 
 
