@@ -2,10 +2,10 @@
 
 python -m pg_ground.train --config=configs/quickstart.py --workdir=runs/quickstart
 
-The task is drawn on the fly (`synthetic:`): 48-pixel scenes with three shapes, "detect red circle" and "point to red circle". An
-answer is loc tokens alone, as in PaliGemma's RefCOCO transfer. The boxes that SFT learns from are drawn loosely: each side lies
-outside the shape by a random share, 0 to 60 %, of the shape's extent, so that the right box has IoU 0.39 with the mean label.
-Points are exact. GRPO is rewarded by IoU with the exact box, and by nearness to the point.
+The task is drawn on the fly (`synthetic:`): 48-pixel scenes with three shapes, "detect red circle" and "point to red circle".
+The boxes that SFT learns from are drawn loosely: each side lies outside the shape by a random share, 0 to 60 %, of the shape's
+extent, so that the right box has IoU 0.39 with the mean label. Points are exact. GRPO is rewarded by IoU with the exact box and
+by nearness to the exact point.
 
 Two arms spend the same compute on SFT alone, with the loose labels and with exact ones:
     --config=configs/quickstart.py:sft_loose    --config=configs/quickstart.py:sft_exact
@@ -36,7 +36,7 @@ def get_config(arm: str = "grpo") -> ConfigDict:
     c.model.remat = "none"
     c.model.scan_unroll = 3
     c.data.prompt_length = 8
-    c.data.suffix_length = 6
+    c.data.suffix_length = 8
 
     c.sft.steps = SFT_STEPS
     c.sft.batch_size = 32
@@ -47,7 +47,7 @@ def get_config(arm: str = "grpo") -> ConfigDict:
     c.grpo.steps = GRPO_STEPS
     c.grpo.batch_size = 32
     c.grpo.group_size = 8
-    c.grpo.max_new_tokens = 6
+    c.grpo.max_new_tokens = 8
     c.grpo.algorithm = "grpo"
     c.grpo.kl_coef = 0.0
     c.grpo.rewards = {"iou": 1.0, "distance_gaussian": 1.0, "format": 0.2}
@@ -57,7 +57,7 @@ def get_config(arm: str = "grpo") -> ConfigDict:
     c.eval.sources = {"boxes": boxes("heldout"), "points": points("heldout")}
     c.eval.examples = 512
     c.eval.batch_size = 128
-    c.eval.max_new_tokens = 6
+    c.eval.max_new_tokens = 8
     c.log.every = 25
     c.log.samples_every = 100
     c.checkpoint.every = 500
@@ -72,10 +72,10 @@ def get_config(arm: str = "grpo") -> ConfigDict:
 
 def boxes(split: str, loose: float = 0.0) -> ConfigDict:
     """Returns `detect {phrase}` on scenes whose boxes are drawn up to that share too wide on each side."""
-    return config.section(Source(uri=f"synthetic:{split}?side=48&loose={loose}", boxes="box", name=""))
+    return config.section(Source(uri=f"synthetic:{split}?side=48&loose={loose}", boxes="box"))
 
 
 def points(split: str) -> ConfigDict:
     """Returns `point to {phrase}`, with the exact boxes as the regions that points should lie in."""
     uri = f"synthetic:{split}?side=48"
-    return config.section(Source(uri=uri, asks="points", boxes="box", points="point", prompt="point to {phrase}", name=""))
+    return config.section(Source(uri=uri, asks="points", boxes="box", points="point", prompt="point to {phrase}"))

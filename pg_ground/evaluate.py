@@ -108,16 +108,23 @@ def evaluate(
                 rollout, judged = jax.device_get(answer(params, placed, jnp.float32(temperature), draw))
                 rows = Judged(*(np.asarray(measure)[counts] for measure in judged))
                 found[mode].append(rows)
-                texts = [tokenizer.decode(rollout.tokens[row, 0].tolist()) for row in np.flatnonzero(counts)]
-                predictions += [
-                    {"source": name, "index": int(index), "mode": mode, "text": text, **_numbers(rows, row)}
-                    for row, (index, text) in enumerate(zip(batch.index[counts], texts, strict=True))
-                ]
+                for number_of_row, row in enumerate(np.flatnonzero(counts)):
+                    predictions.append(
+                        {
+                            "source": name,
+                            "index": int(batch.index[row]),
+                            "mode": mode,
+                            "prompt": tokenizer.decode(batch.prompt[row][batch.prompt_mask[row]].tolist()).strip(),
+                            "text": tokenizer.decode(rollout.tokens[row, 0].tolist()),
+                            **_numbers(rows, number_of_row),
+                        }
+                    )
         for mode, parts in found.items():
             if parts:
                 columns = Judged(*(np.concatenate(column) for column in zip(*parts, strict=True)))
                 prefix = f"eval/{name}/" if mode == GREEDY else f"eval/{name}/sampled_"
                 metrics |= {prefix + measure: value for measure, value in summary(columns).items()}
+                metrics[f"eval/{name}/questions"] = float(len(columns.malformed))
     return Evaluation(metrics, predictions)
 
 
@@ -132,7 +139,7 @@ def summary(judged: Judged) -> dict[str, float]:
         measures["point_in_box"] = float(np.mean(in_box))
     measures["malformed_fraction"] = float(np.mean(judged.malformed))
     measures["unfinished_fraction"] = float(np.mean(judged.unfinished))
-    return measures | {"questions": float(len(judged.malformed))}
+    return measures
 
 
 def results_table(title: str, columns: dict[str, dict[str, float]], note: str = "") -> Table:
