@@ -46,8 +46,7 @@ def run_arm(arm: str, seed: int, workdir: Path) -> dict[str, Any]:
     lines = read_metrics(workdir)
     measured = [line for line in lines if MEASURES["acc@.5"] in line and line["step"] > 0]
     ends = {line["stage"]: {name: line[key] for name, key in MEASURES.items()} for line in measured}
-    steps = sum(line.get("time/step_s", 0.0) for line in lines)
-    return {"arm": arm, "seed": seed, "wall_s": json.loads(summary.read_text()), "step_s": steps, **ends}
+    return {"arm": arm, "seed": seed, "wall_s": json.loads(summary.read_text()), **ends}
 
 
 def table(results: Sequence[dict[str, Any]]) -> Table:

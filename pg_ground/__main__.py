@@ -7,7 +7,7 @@ COMMANDS = ("train", "evaluate", "predict", "look")
 
 
 def main() -> None:
-    """Prints each command with the first paragraph of its module, read without importing it."""
+    """Prints each command with the first paragraph of its module."""
     for name in COMMANDS:
         source = Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8")
         summary = (ast.get_docstring(ast.parse(source)) or "").split("\n\n")[0]

@@ -74,7 +74,7 @@ def gaussian_point(yx: Float[Array, "... 2"], gold: Float[Array, "... 4"], alpha
 def gaussian_coverage(yxyx: Float[Array, "... 4"], gold: Float[Array, "... 4"], alpha: float) -> Float[Array, "..."]:
     """Returns the Bhattacharyya coefficient in [0, 1] of two Gaussians with sigma = alpha · sides; 0 for improper boxes.
 
-    EasyDistill's plane reward as a sum of logarithms per axis, ¼·ln(4·Vp·Vg/(Vp+Vg)²)·2 − d²/(4(Vp+Vg)): no absolute epsilon, so
+    EasyDistill's plane reward as a sum of logarithms per axis, ¼·ln(4·Vp·Vg/(Vp+Vg)²) − d²/(4(Vp+Vg)): no absolute epsilon, so
     it holds in any frame.
     """
     proper = is_proper(yxyx)
@@ -83,7 +83,7 @@ def gaussian_coverage(yxyx: Float[Array, "... 4"], gold: Float[Array, "... 4"], 
     total = jnp.square(mine) + jnp.square(theirs)
     offset = jnp.square(centre(yxyx) - centre(gold))
     log_axis = 0.5 * (jnp.log(2.0) + jnp.log(mine) + jnp.log(theirs) - jnp.log(total)) - offset / (4 * total)
-    return jnp.where(proper, jnp.exp(log_axis.sum(axis=-1)), 0)
+    return jnp.where(proper, jnp.exp(jnp.minimum(log_axis.sum(axis=-1), 0)), 0)
 
 
 def distance_gaussian(

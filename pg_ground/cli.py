@@ -24,7 +24,7 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Runs `main` on the command line and exits: 0, or 2 with one line on stderr for what the user can mend."""
     try:
         main(sys.argv[1:])
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
@@ -62,11 +62,16 @@ def load(path: str) -> config_dict.ConfigDict:
     if not Path(file).is_file():
         raise UserError(f"--config={path}: there is no file {file}")
     try:
-        get_config = runpy.run_path(file)["get_config"]
-        return get_config(argument) if colon else get_config()
+        names = runpy.run_path(file)
+        if "get_config" not in names:
+            raise UserError(f"--config={path}: {file} has no function get_config, which returns the config")
+        return names["get_config"](argument) if colon else names["get_config"]()
     except UserError:
         raise
-    except Exception as error:  # a config file is a program of the user's: whatever it raises is theirs to read, in one line
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # a config file is a program of the user's: whatever it raises is theirs to read, in one line
         raise UserError(f"--config={path} does not run: {type(error).__name__}: {error}") from None
 
 
@@ -92,18 +97,13 @@ def override(tree: config_dict.ConfigDict, path: str, text: str) -> None:
     node[name] = _spelled(text, node.get_type(name), path)
 
 
-def missing(what: str) -> NoReturn:
-    """Raises UserError: a flag among several that must be given."""
-    raise UserError(f"{what} is needed")
-
-
 def _spelled(text: str, kind: type, path: str) -> Any:
     if kind is str:
         return text
     try:
         value = ast.literal_eval(text.capitalize() if kind is bool else text)
         value = float(value) if kind is float and type(value) is int else value
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         value = text
     if kind is tuple and isinstance(value, (str, list)):
         value = tuple(text.split(",")) if isinstance(value, str) else tuple(value)

@@ -7,16 +7,19 @@ take their own section, never the root.
 
 import dataclasses
 import difflib
+import operator
 import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 from ml_collections import config_dict
 
 from pg_ground.types import UserError
+
+REMAT = ("none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable")
+"""Values of `model.remat`: names of jax.checkpoint_policies, or none."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Model:
     vision: Vision = field(default_factory=Vision)
     text: Text = field(default_factory=Text)
     dtype: str = "float32"  # of activations: float32 or bfloat16; parameters stay float32
-    remat: str = "nothing_saveable"  # a name in jax.checkpoint_policies, or "none" to keep all activations
+    remat: str = "nothing_saveable"  # one of REMAT: which activations are kept for the backward pass; "none" keeps all
     scan_unroll: int = 1  # layers per turn of the loop over layers: more compile slower and, on a CPU, run faster
     logits_block: int = 8  # completion tokens whose vocabulary softmax is held at once
     coordinate_init: str = "normal"  # of <locNNNN> rows and patch positions, from nothing: "normal", or "sinusoid"
@@ -183,7 +186,7 @@ class Mesh:
     """How devices are laid out."""
 
     data: int = -1  # devices along the axis that splits prompts and parameters; -1 is all there are
-    cpu_devices: int = 1  # devices that a CPU counts as: 2 keep two cores busy where the model is too small for one program
+    cpu_devices: int = 0  # devices that a CPU counts as: 2 keep two cores busy where a model is small; 0 is as it is
 
 
 @dataclass(frozen=True)
@@ -251,7 +254,7 @@ def _type_behind_none(owner: Any, name: str) -> type:
     return next(t for t in typing.get_args(hint) if t is not types.NoneType)
 
 
-def _build(kind: type, tree: Mapping[str, Any], path: str) -> Any:
+def _build(kind: type, tree: Any, path: str) -> Any:
     if not isinstance(tree, Mapping):
         raise UserError(f"{path} is {tree!r}, but it is a section with {', '.join(f.name for f in dataclasses.fields(kind))}")
     hints = typing.get_type_hints(kind)
@@ -269,11 +272,11 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return None if value is None else _convert(args[0], value, path)
     if origin is tuple and isinstance(value, (tuple, list)):
         return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
-    if isinstance(origin, type) and issubclass(origin, Mapping):
+    if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
         return {k: _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if type(value) is not hint:
+    if origin is not None or type(value) is not hint:
         raise UserError(f"{path} is {value!r}, but it must be of type {getattr(hint, '__name__', hint)}")
     return value
 
@@ -293,10 +296,25 @@ def _check(c: Config) -> None:
         one_of("stages", stage, ("sft", "grpo"))
         sources = c.sft.sources if stage == "sft" else c.grpo.sources
         need(len(sources) > 0, f"{stage}.sources", dict(sources), "at least one source")
+    positive = (
+        "model.image_size", "model.vision.width", "model.vision.depth", "model.vision.mlp_dim", "model.vision.num_heads",
+        "model.vision.patch_size", "model.text.width", "model.text.depth", "model.text.mlp_dim", "model.text.num_heads",
+        "model.text.num_kv_heads", "model.text.head_dim", "model.logits_block", "model.scan_unroll", "sft.steps",
+        "sft.batch_size", "sft.micro_batches", "grpo.steps", "grpo.batch_size", "grpo.micro_batches",
+        "grpo.updates_per_rollout", "grpo.max_new_tokens", "eval.examples", "eval.batch_size", "eval.max_new_tokens",
+        "data.prompt_length", "data.suffix_length", "data.max_boxes", "data.read_threads", "log.every", "log.samples",
+        "checkpoint.every", "checkpoint.keep")  # fmt: skip
+    for path in positive:
+        value = operator.attrgetter(path)(c)
+        need(value > 0, path, value, "above 0")
+    for path in ("seed", "eval.every", "log.samples_every", "mesh.cpu_devices"):
+        value = operator.attrgetter(path)(c)
+        need(value >= 0, path, value, "0 or more")
+    need(c.model.text.head_dim % 2 == 0, "model.text.head_dim", c.model.text.head_dim, "even: RoPE turns pairs")
     vision, text = c.model.vision, c.model.text
     one_of("model.dtype", c.model.dtype, ("float32", "bfloat16"))
     one_of("model.coordinate_init", c.model.coordinate_init, ("normal", "sinusoid"))
-    one_of("model.remat", c.model.remat, ("none", *(n for n in dir(jax.checkpoint_policies) if not n.startswith("_"))))
+    one_of("model.remat", c.model.remat, REMAT)
     need(c.model.image_size % vision.patch_size == 0, "model.image_size", c.model.image_size, "a multiple of patch_size")
     need(vision.width % vision.num_heads == 0, "model.vision.width", vision.width, "a multiple of num_heads")
     need(text.num_heads % text.num_kv_heads == 0, "model.text.num_heads", text.num_heads, "a multiple of num_kv_heads")
@@ -308,20 +326,18 @@ def _check(c: Config) -> None:
     need(c.eval.temperature > 0, "eval.temperature", c.eval.temperature, "above 0")
     need(0 <= c.sft.label_smoothing < 1, "sft.label_smoothing", c.sft.label_smoothing, "in [0, 1)")
     need(c.sft.loc_smoothing_bins >= 0, "sft.loc_smoothing_bins", c.sft.loc_smoothing_bins, "0 or more")
+    for name, constant in vars(c.grpo.reward_settings).items():
+        need(constant > 0, f"grpo.reward_settings.{name}", constant, "above 0")
+    for name in ("clip_low", "clip_high", "kl_coef"):
+        own = getattr(c.grpo, name)
+        need(own is None or own >= 0, f"grpo.{name}", own, "0 or more")
     need(0 <= c.data.bad_record_share <= 1, "data.bad_record_share", c.data.bad_record_share, "in [0, 1]")
     for name, stage in (("sft", c.sft), ("grpo", c.grpo)):
         one_of(f"{name}.optimizer.name", stage.optimizer.name, ("adamw", "muon"))
+        need(stage.optimizer.warmup_steps >= 0, f"{name}.optimizer.warmup_steps", stage.optimizer.warmup_steps, "0 or more")
         one_of(f"{name}.optimizer.schedule", stage.optimizer.schedule, ("constant", "cosine", "linear"))
         whole = stage.batch_size % max(stage.micro_batches, 1) == 0
         need(whole, f"{name}.batch_size", stage.batch_size, f"a multiple of micro_batches, {stage.micro_batches}")
-    positive = ("sft.steps", "sft.batch_size", "sft.micro_batches", "grpo.steps", "grpo.batch_size", "grpo.micro_batches",
-                "grpo.updates_per_rollout", "grpo.max_new_tokens", "eval.examples", "eval.batch_size", "eval.max_new_tokens",
-                "data.prompt_length", "data.suffix_length", "data.max_boxes", "data.read_threads", "log.every", "log.samples",
-                "checkpoint.every", "checkpoint.keep", "mesh.cpu_devices", "model.logits_block", "model.scan_unroll")  # fmt: skip
-    for path in positive:
-        head, name = path.split(".")
-        value = getattr(getattr(c, head), name)
-        need(value > 0, path, value, "above 0")
     for head, sources in (("sft", c.sft.sources), ("grpo", c.grpo.sources), ("eval", c.eval.sources)):
         for name, source in sources.items():
             path = f"{head}.sources.{name}"

@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from PIL import Image
 
 from pg_ground import draw
 from pg_ground.checkpoints import Checkpoints
-from pg_ground.config import Config, parse
+from pg_ground.config import Config
 from pg_ground.data.pipeline import BadRecords
 from pg_ground.evaluate import results_table
 from pg_ground.metrics import MetricsWriter, progress_line, read_metrics
+from pg_ground.model.weights import run_config
 from pg_ground.report import ascii_table, write_report, write_whole
 from pg_ground.types import TrainState, UserError
 
@@ -61,8 +63,9 @@ class Diary:
         return sum(self._lengths[name] for name in self.config.stages[: self.config.stages.index(stage)])
 
     def open_with(self, record: Mapping[str, Any]) -> None:
-        """Takes up the means that were being gathered when a checkpoint was written."""
+        """Takes up the means and the bad records that had been gathered when a checkpoint was written."""
         self._window = {name: list(values) for name, values in record["window"].items()}
+        self.bad.set_state(record["bad_records"])
 
     def measure(self, step: int, stage: str, params: Any) -> None:
         """Writes the held-out measures of `params`."""
@@ -89,7 +92,7 @@ class Diary:
         for name, value in metrics.items():
             self._window.setdefault(name, []).append(float(value))
         if done % c.log.every == 0 or last:
-            means = {name: statistics.fmean(values) for name, values in self._window.items()}
+            means = {name: mean_of_finite(values) for name, values in self._window.items()}
             counts = {f"data/bad_records/{kind}": float(count) for kind, count in self.bad.counts().items()}
             self.writer.write(step, stage, means | counts)
             print(progress_line(step, self.total, stage, means), flush=True)
@@ -98,11 +101,15 @@ class Diary:
             self.measure(step, stage, state.params)
         if pictures is not None and ((c.log.samples_every and done % c.log.samples_every == 0) or last):
             folder = self.workdir / "samples"
-            folder.mkdir(exist_ok=True)
-            (folder / f"{stage}_{step:08d}.png").write_bytes(draw.png_bytes(pictures()))
+            write_whole(folder / f"{stage}_{step:08d}.png", draw.png_bytes(pictures()))
         if done % c.checkpoint.every == 0 or last:
             self._write_bad_records()
-            record = {"stage": stage, "batches": batches.get_state(), "window": self._window}
+            record = {
+                "stage": stage,
+                "batches": batches.get_state(),
+                "window": self._window,
+                "bad_records": self.bad.get_state(),
+            }
             self.checkpoints.save(step, state, record)
 
     def close(self) -> Path:
@@ -135,29 +142,38 @@ class Diary:
             write_whole(self.workdir / "bad_records.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
+def mean_of_finite(values: Sequence[float]) -> float:
+    """Returns the mean of those that are finite, NaN if none is: a reward is NaN at a step that had no question for it."""
+    finite = [value for value in values if math.isfinite(value)]
+    return statistics.fmean(finite) if finite else math.nan
+
+
+MAY_DIFFER = ("log.", "checkpoint.")
+"""Settings that a resumed run may change: they do not touch what is computed."""
+
+
 def claim(workdir: Path, config: Config) -> None:
     """Writes `config.json`, or checks that the run already there is this one.
 
     Raises:
-      UserError: the directory holds a run with other settings (how often to log, measure and save may differ).
+      UserError: the directory holds a checkpoint of a run with other settings (but for `MAY_DIFFER`).
     """
-    file = workdir / "config.json"
-    mine = json.loads(json.dumps(dataclasses.asdict(config)))
-    if file.is_file():
-        theirs = json.loads(json.dumps(dataclasses.asdict(parse(json.loads(file.read_text(encoding="utf-8"))))))
+    mine = _leaves(dataclasses.asdict(config))
+    if any((workdir / "checkpoints").glob("[0-9]*")):
+        theirs = _leaves(dataclasses.asdict(run_config(workdir)))
         differing = [
-            f"config.{name} is {new!r}, was {old!r}"
-            for (name, new), (_, old) in zip(_leaves(mine), _leaves(theirs), strict=False)
-            if new != old and not name.startswith(("log.", "checkpoint."))
+            f"config.{name} is {mine.get(name, 'absent')!r}, was {theirs.get(name, 'absent')!r}"
+            for name in sorted(mine.keys() | theirs.keys())
+            if mine.get(name, ()) != theirs.get(name, ()) and not name.startswith(MAY_DIFFER)
         ]
         if differing:
             raise UserError(f"{workdir} holds a run with other settings ({'; '.join(differing[:3])}): choose another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(mine, indent=1) + "\n")
+    write_whole(workdir / "config.json", json.dumps(dataclasses.asdict(config), indent=1) + "\n")
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    found: list[tuple[str, Any]] = []
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values of nested dicts by dotted name."""
+    found: dict[str, Any] = {}
     for name, value in tree.items():
-        found += _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+        found |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return found

@@ -166,18 +166,22 @@ def _numbers(judged: Judged, row: int) -> dict[str, float]:
 
 def main(argv: Sequence[str]) -> None:
     config, own = cli.parse(argv, {"workdir": "", "params": "", "out": ""})
-    sharding.split_cpu(config.mesh)
-    place = Path(own["workdir"] or own["params"] or cli.missing("--workdir=RUN or --params=CHECKPOINT"))
+    if bool(own["workdir"]) == bool(own["params"]):
+        raise UserError("one of --workdir=RUN and --params=CHECKPOINT is needed")
+    if not config.eval.sources:
+        raise UserError("config.eval.sources is empty: there is nothing to measure on")
+    place = Path(own["workdir"] or own["params"])
     out = Path(own["out"] or (place if place.is_dir() else place.parent))
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    model, params = weights.load(place)
-    check_vocabulary(tokenizer, model)
+    sharding.split_cpu(config.mesh)
     mesh = sharding.make_mesh(config.mesh)
+    sharding.check_rows(mesh, config.eval.batch_size, "eval.batch_size")
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    model, params = weights.load(place, config.model)
+    check_vocabulary(tokenizer, model)
     params = jax.device_put(params, sharding.fsdp(mesh, params))
     answer = answerer(model, tokenizer.vocab, config.eval.max_new_tokens)
     bad = pipeline.BadRecords()
     found = evaluate(answer, params, config, tokenizer, mesh, bad)
-    out.mkdir(parents=True, exist_ok=True)
     result = {"params": str(place), "bad_records": bad.counts(), **found.metrics}
     write_whole(out / "eval.json", json.dumps(result, indent=1) + "\n")
     write_whole(out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in found.predictions))

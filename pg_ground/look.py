@@ -1,6 +1,6 @@
 """The first examples of every source of a config, gold boxes and points drawn: one self-contained page.
 
-Run `python -m pg_ground.look --config=configs/toy.py --n=16 --out=look.html`.
+Run `python -m pg_ground.look --config=configs/quickstart.py --n=16 --out=look.html`.
 """
 
 import html
@@ -40,8 +40,6 @@ class Look(NamedTuple):
 def main(argv: Sequence[str]) -> None:
     """Writes the page and prints where it is."""
     config, flags = cli.parse(argv, {"n": 16, "out": cli.REQUIRED})
-    if not flags["out"]:
-        raise UserError("--out is missing: the path of the page to write, --out=look.html")
     if flags["n"] < 1:
         raise UserError(f"--n is {flags['n']}: it must be above 0")
     print(look(config, n=flags["n"], out=Path(flags["out"])))

@@ -1,7 +1,7 @@
 """A run's numbers: `metrics.jsonl`, its mirror for TensorBoard in `tb/`, and the line a person reads in the terminal.
 
 `step` counts over all stages of a run and never falls. Identical runs write identical bytes but for the values under
-`time/` and `perf/`, which depend on the machine.
+`time/` and `perf/`, which depend on the machine, and `data/`, which counts what was read ahead too.
 """
 
 import json

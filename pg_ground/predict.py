@@ -22,6 +22,7 @@ from pg_ground.data.examples import resize
 from pg_ground.data.sources import BadRecord, load_image
 from pg_ground.evaluate import check_vocabulary
 from pg_ground.model import weights
+from pg_ground.report import write_whole
 from pg_ground.rl.rollout import sample
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.tokenizer import load as load_tokenizer
@@ -85,13 +86,15 @@ def main(argv: Sequence[str]) -> None:
     required = cli.REQUIRED
     own = {"params": required, "image": required, "prompt": required, "out": "", "tokenizer": "", "max_new_tokens": 64}
     flags = cli.parse_own(argv, own)
+    if flags["max_new_tokens"] < 1:
+        raise UserError(f"--max_new_tokens={flags['max_new_tokens']}: it must be above 0")
     found, image = predict(
         Path(flags["params"]), Path(flags["image"]), flags["prompt"], flags["tokenizer"], flags["max_new_tokens"]
     )
+    print(json.dumps(found), flush=True)
     if flags["out"]:
         picture = draw.draw_answer(image, (image.shape[1], image.shape[0]), found["boxes"], found["points"])
-        Path(flags["out"]).write_bytes(draw.png_bytes(picture))
-    print(json.dumps(found))
+        write_whole(Path(flags["out"]), draw.png_bytes(picture))
 
 
 if __name__ == "__main__":

@@ -138,11 +138,11 @@ def page(title: str, body: str) -> str:
     )
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Puts `text` at `path` at once: a reader sees the old file or the new one, never half of it."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Puts `content` at `path` at once: a reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     os.replace(temporary, path)
 
 

@@ -14,8 +14,9 @@ SMALL_BYTES = 4 * 2**20
 
 
 def split_cpu(c: config.Mesh) -> None:
-    """Makes the CPU count as `c.cpu_devices` devices; only before this process first uses one."""
-    jax.config.update("jax_num_cpu_devices", c.cpu_devices)
+    """Makes the CPU count as `c.cpu_devices` devices (0 leaves it as it is); only before this process first uses one."""
+    if c.cpu_devices:
+        jax.config.update("jax_num_cpu_devices", c.cpu_devices)
 
 
 def make_mesh(c: config.Mesh) -> Mesh:
@@ -41,15 +42,28 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def check_rows(mesh: Mesh, rows: int, setting: str) -> None:
+    """Raises UserError if `rows` questions at once cannot be split evenly over the mesh."""
+    devices = mesh.shape["data"]
+    if rows % devices:
+        raise UserError(f"config.{setting} is {rows}: it must be a multiple of {devices}, the devices of the mesh")
+
+
 def fsdp(mesh: Mesh, tree: Any) -> Any:
-    """Returns a sharding for each leaf (array or shape): its largest axis that the devices divide, if it is large enough."""
+    """Returns a sharding for each leaf (array or shape): its largest axis that the devices divide, if it is large enough.
+
+    Raises:
+      UserError: a large array has no such axis; it is never replicated silently.
+    """
     count = mesh.shape["data"]
 
     def place(leaf: Any) -> NamedSharding:
         size = int(np.prod(leaf.shape)) * leaf.dtype.itemsize
         axes = [axis for axis in range(leaf.ndim) if leaf.shape[axis] % count == 0]
-        if size <= SMALL_BYTES or not axes:
+        if size <= SMALL_BYTES:
             return replicated(mesh)
+        if not axes:
+            raise UserError(f"an array of shape {leaf.shape} ({size} bytes) has no axis that {count} devices divide evenly")
         largest = max(axes, key=lambda axis: leaf.shape[axis])
         return NamedSharding(mesh, PartitionSpec(*(None,) * largest, "data"))
 

@@ -26,7 +26,7 @@ from pg_ground.rl import loss, rewards, update
 from pg_ground.rl.rollout import sample
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.tokenizer import load as load_tokenizer
-from pg_ground.types import Answer, Batch, Rewards, Rollout, TrainState, UserError
+from pg_ground.types import Answer, Batch, Rewards, Rollout, TrainState
 
 
 class Run(NamedTuple):
@@ -111,10 +111,12 @@ def train(config: Config, workdir: Path) -> Path:
     """
     tokenizer, mesh, bad = load_tokenizer(config.data.tokenizer), sharding.make_mesh(config.mesh), pipeline.BadRecords()
     check(config, mesh)
-    model, initial = begin(config)
+    model, params = begin(config)
     check_vocabulary(tokenizer, model)
     answer = answerer(model, tokenizer.vocab, config.eval.max_new_tokens)
     streams = {stage: open_stream(config, stage, tokenizer, bad) for stage in config.stages}
+    for name, source in config.eval.sources.items():
+        pipeline.open_examples(name, source, config.data, config.model.image_size)
     claim(workdir, config)
 
     def measure(params: Any) -> dict[str, float]:
@@ -127,24 +129,22 @@ def train(config: Config, workdir: Path) -> Path:
             diary = Diary(config, workdir, writer, saved, measure, bad)
             run = Run(config, workdir, model, tokenizer, mesh, diary, bad)
             first = config.stages.index(record["stage"]) if record else 0
-            params = None
             for stage in config.stages[first:]:
-                state = fresh_state(run, stage, initial if params is None else params)
+                state = fresh_state(run, stage, params)
                 if record and found is not None and stage == record["stage"]:
                     state = saved.restore(found, state)
                     streams[stage].set_state(record["batches"])
                     diary.open_with(record)
-                elif params is None:
+                elif stage == config.stages[0]:
                     diary.measure(0, stage, state.params)
                 params = STAGES[stage](run, state, streams[stage]).params
     return diary.close()
 
 
-def begin(config: Config) -> tuple[PaliGemma, Callable[[], Any]]:
-    """Returns the model, and what makes its first parameters: those of `config.init`, or random ones."""
+def begin(config: Config) -> tuple[PaliGemma, Any]:
+    """Returns the model, and its first parameters: those of `config.init`, or a function that makes random ones."""
     if config.init:
-        model, params = weights.load(config.init, None if Path(config.init).is_dir() else config.model)
-        return model, lambda: params
+        return weights.load(config.init, config.model)
     model = PaliGemma(config.model)
     return model, partial(model.init, jax.random.key(config.seed))
 
@@ -153,15 +153,11 @@ def check(config: Config, mesh: Mesh) -> None:
     """Raises UserError for settings that do not fit the devices, the rewards or the algorithms there are."""
     loss.choose(config.grpo)
     rewards.check_names(config.grpo.rewards)
-    devices = mesh.shape["data"]
-    sizes = {
-        "sft.batch_size": config.sft.batch_size // config.sft.micro_batches,
-        "grpo.batch_size": config.grpo.batch_size // config.grpo.micro_batches,
-        "eval.batch_size": config.eval.batch_size,
-    }
-    for name, rows in sizes.items():
-        if rows % devices:
-            raise UserError(f"config.{name} puts {rows} questions through {devices} devices at once: it must be a multiple")
+    for stage, c in (("sft", config.sft), ("grpo", config.grpo)):
+        if stage in config.stages:
+            sharding.check_rows(mesh, c.batch_size // c.micro_batches, f"{stage}.batch_size / micro_batches")
+    if config.eval.sources:
+        sharding.check_rows(mesh, config.eval.batch_size, "eval.batch_size")
 
 
 def open_stream(config: Config, stage: str, tokenizer: Tokenizer, bad: pipeline.BadRecords) -> Any:
@@ -173,7 +169,7 @@ def open_stream(config: Config, stage: str, tokenizer: Tokenizer, bad: pipeline.
         tokenizer,
         image_size=config.model.image_size,
         batch_size=c.batch_size,
-        seed=config.seed,
+        seed=config.seed + (1_000_003 if stage == "grpo" else 0),  # a stage does not see the scenes of the other again
         bad=bad,
         process_index=jax.process_index(),
         process_count=jax.process_count(),

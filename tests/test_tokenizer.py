@@ -20,7 +20,24 @@ def test_packaged_model_has_paligemmas_layout(tiny):
     assert tiny.vocab._replace(separators=(), spaces=()) == Vocab(size=2048, loc0=896, seg0=1920)
     pieces = [tiny.pieces.IdToPiece(i) for i in (0, 1, 2, 3, 4, 5, 6, 7, 105, 106, 107, 108, 896, 1919, 1920, 2047)]
     assert pieces == (
-        ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<2mass>", "[@BOS@]", "<unused0>", "<unused98>", "<start_of_turn>", "<end_of_turn>", "\n", "<loc0000>", "<loc1023>", "<seg000>", "<seg127>"]
+        [
+            "<pad>",
+            "<eos>",
+            "<bos>",
+            "<unk>",
+            "<mask>",
+            "<2mass>",
+            "[@BOS@]",
+            "<unused0>",
+            "<unused98>",
+            "<start_of_turn>",
+            "<end_of_turn>",
+            "\n",
+            "<loc0000>",
+            "<loc1023>",
+            "<seg000>",
+            "<seg127>",
+        ]
     )
 
 

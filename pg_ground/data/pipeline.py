@@ -52,6 +52,19 @@ class BadRecords:
         with self._lock:
             return [dict(bad[index]) for _, bad in sorted(self._entries.items()) for index in sorted(bad)]
 
+    def get_state(self) -> dict[str, Any]:
+        """Returns all of it as JSON."""
+        entries = self.entries()
+        with self._lock:
+            return {"size": dict(self._size), "read": dict(self._read), "entries": entries}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Takes up what `get_state` returned."""
+        with self._lock:
+            self._size, self._read = dict(state["size"]), Counter(state["read"])
+        for entry in state["entries"]:
+            self.add(entry["source"], entry["index"], entry["kind"], entry["message"])
+
     def check(self, share: float) -> None:
         """Raises UserError if more than `share` of a source, as far as it was read, or all of it cannot be used.
 

@@ -93,6 +93,10 @@ def open_scenes(split: str, options: Mapping[str, str]) -> Scenes:
     for name, (low, high) in limits.items():
         if not low <= getattr(scenes, name) <= high:
             raise UserError(f"synthetic:{split}?{name}={getattr(scenes, name)}: it must be from {low} to {high}")
+    if scenes.shapes > scenes.colours * scenes.forms:
+        raise UserError(f"synthetic:{split}: {scenes.shapes} shapes need as many different colours x forms")
+    if scenes.seed < 0:
+        raise UserError(f"synthetic:{split}?seed={scenes.seed}: it must be 0 or more")
     return scenes
 
 

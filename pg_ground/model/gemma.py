@@ -111,10 +111,11 @@ class Attention(nn.Module):
             logits = softcap(logits, c.attn_softcap)
         weights = jax.nn.softmax(jnp.where(mask[:, :, None, None], logits, MASKED), axis=-1).astype(x.dtype)
         split = weights.shape[-1] - own.k.shape[2]
-        out = jnp.einsum("BGKRtT,BGTKH->BGtKRH", weights[..., split:], own.v)
+        out = jnp.einsum("BGKRtT,BGTKH->BGtKRH", weights[..., split:], own.v, preferred_element_type=jnp.float32)
         if prefix is not None:
-            out = out + jnp.einsum("BGKRtS,BSKH->BGtKRH", weights[..., :split], prefix.v)
-        out = out.reshape(b, g, t, n, h)
+            behind = weights[..., :split]
+            out = out + jnp.einsum("BGKRtS,BSKH->BGtKRH", behind, prefix.v, preferred_element_type=jnp.float32)
+        out = out.astype(x.dtype).reshape(b, g, t, n, h)
         return Einsum((n, h, c.width), (0, 1), name="attn_vec_einsum")("BGtNH,NHD->BGtD", out), own
 
 

@@ -33,7 +33,11 @@ class EncoderBlock(nn.Module):
     def __call__(self, x: Float[Array, "B P D"], _: None) -> tuple[Float[Array, "B P D"], None]:
         y = nn.LayerNorm(dtype=self.dtype)(x)
         attend = nn.MultiHeadDotProductAttention(
-            self.num_heads, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform(), deterministic=True
+            self.num_heads,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.xavier_uniform(),
+            deterministic=True,
+            force_fp32_for_softmax=True,
         )
         x = x + attend(y, y)
         y = nn.LayerNorm(dtype=self.dtype)(x)

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from pg_ground.config import Config, Model, Text, Vision
 from pg_ground.model.paligemma import PaliGemma
 from pg_ground.types import UserError
 
+Shapes = Mapping[str, tuple[int, ...]]
+
 
 def load(path: str | Path, sizes: Model | None = None) -> tuple[PaliGemma, Any]:
     """Returns the model and the float32 parameters of a big_vision `.npz`, or of a run's newest checkpoint.
@@ -29,34 +32,50 @@ def load(path: str | Path, sizes: Model | None = None) -> tuple[PaliGemma, Any]:
       UserError: nothing there, no PaliGemma in it, or names and shapes that are not those of `sizes` (all, with both shapes).
     """
     if Path(path).is_dir():
-        model = PaliGemma(run_config(Path(path)).model)
+        theirs = run_config(Path(path)).model
+        model = PaliGemma(sizes or theirs)
+        check_fit(path, _shapes(PaliGemma(theirs)), _shapes(model))
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         like = jax.eval_shape(model.init, jax.random.key(0))
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
         return model, checkpoints.restore_tree(checkpoints.newest_params(Path(path)), like)
     flat = read_npz(path)
-    model = PaliGemma(sizes or config_of_shapes({name: value.shape for name, value in flat.items()}, str(path)))
-    shapes = flatten(jax.eval_shape(model.init, jax.random.key(0)))
-    wrong = [f"{name}: missing" for name in sorted(shapes.keys() - flat.keys())]
-    wrong += [f"{name}: not a parameter of this model" for name in sorted(flat.keys() - shapes.keys())]
+    shapes = {name: value.shape for name, value in flat.items()}
+    model = PaliGemma(sizes or config_of_shapes(shapes, str(path)))
+    check_fit(path, shapes, _shapes(model))
+    return model, unflatten({name: jnp.asarray(value, jnp.float32) for name, value in flat.items()})
+
+
+def check_fit(path: str | Path, found: Shapes, wanted: Shapes) -> None:
+    """Raises UserError listing every name that is missing, unknown or of another shape, with both shapes."""
+    wrong = [f"{name}: missing" for name in sorted(wanted.keys() - found.keys())]
+    wrong += [f"{name}: not a parameter of this model" for name in sorted(found.keys() - wanted.keys())]
     wrong += [
-        f"{name}: {flat[name].shape} in the file, {shapes[name].shape} in the model"
-        for name in sorted(shapes.keys() & flat.keys())
-        if flat[name].shape != shapes[name].shape
+        f"{name}: {found[name]} in the file, {wanted[name]} in the model"
+        for name in sorted(wanted.keys() & found.keys())
+        if found[name] != wanted[name]
     ]
     if wrong:
         raise UserError(f"{path} does not fit the model: {'; '.join(wrong)}")
-    return model, unflatten({name: jnp.asarray(value, jnp.float32) for name, value in flat.items()})
+
+
+def _shapes(model: PaliGemma) -> Shapes:
+    return {name: leaf.shape for name, leaf in flatten(jax.eval_shape(model.init, jax.random.key(0))).items()}
 
 
 def run_config(workdir: Path) -> Config:
     """Returns the configuration a run was started with.
 
     Raises:
-      UserError: no run in that directory.
+      UserError: no run in that directory, or a `config.json` that is none.
     """
     file = workdir / "config.json"
     if not file.is_file():
         raise UserError(f"{workdir} is not the working directory of a run: it has no config.json")
-    return config.parse(json.loads(file.read_text(encoding="utf-8")))
+    try:
+        return config.parse(json.loads(file.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise UserError(f"{file} is not JSON: {error}") from None
 
 
 def save(path: str | Path, params: Any) -> None:
@@ -68,12 +87,16 @@ def save(path: str | Path, params: Any) -> None:
 def read_npz(path: str | Path) -> dict[str, np.ndarray]:
     """Returns the arrays of a big_vision `.npz` by name, without the `params/` prefix; bfloat16 is stored as 2-byte void."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {name.removeprefix("params/"): file[name] for name in file.files}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a big_vision .npz checkpoint is wanted") from None
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        # what numpy raises for files that are empty, cut short, a single array or something else altogether
         raise UserError(f"{path} cannot be read as a big_vision .npz checkpoint: {error}") from None
+    strange = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+    if strange:
+        raise UserError(f"{path} is no big_vision .npz checkpoint: {strange[0]} in it is no array")
     return {name: a.view(ml_dtypes.bfloat16) if a.dtype == np.dtype("V2") else a for name, a in arrays.items()}
 
 

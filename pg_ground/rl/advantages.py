@@ -30,16 +30,16 @@ def group_std(rewards: Float[Array, "B G"]) -> Float[Array, "B 1"]:
 
 
 def centred(rewards: Float[Array, "B G"]) -> Float[Array, "B G"]:
-    """Returns reward minus the group's mean (Dr. GRPO, arXiv 2503.20783, eq. 3)."""
+    """Returns reward minus the group's mean (Dr. GRPO, arXiv 2503.20783, section 3)."""
     return jnp.where(jnp.isnan(rewards), 0, rewards - group_mean(rewards))
 
 
 def standardised(rewards: Float[Array, "B G"]) -> Float[Array, "B G"]:
-    """Returns (reward − mean) / (std + 1e-4) within the group (GRPO, arXiv 2402.03300, eq. 3, with TRL's epsilon)."""
+    """Returns (reward − mean) / (std + 1e-4) within the group (GRPO, arXiv 2402.03300, section 4.1.2, with TRL's epsilon)."""
     return centred(rewards) / (group_std(rewards) + EPSILON)
 
 
 def leave_one_out(rewards: Float[Array, "B G"]) -> Float[Array, "B G"]:
-    """Returns reward minus the mean of the group's other rewards (RLOO, arXiv 2402.14740, eq. 8)."""
+    """Returns reward minus the mean of the group's other rewards (RLOO, arXiv 2402.14740, section 3)."""
     judged = (~jnp.isnan(rewards)).sum(axis=1, keepdims=True)
     return centred(rewards) * judged / jnp.maximum(judged - 1, 1)

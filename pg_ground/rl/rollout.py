@@ -1,6 +1,6 @@
 """Sampling G completions of each prompt, as token ids, inside one compiled loop."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from pg_ground.types import Array, PrefixCache, Rollout, SuffixCache
 from pg_ground.vocab import CONTROL, EOS, PAD
 
 
+@runtime_checkable
 class Policy(Protocol):
     """What this room needs of a model: see `pg_ground.model.paligemma.PaliGemma`, which is one."""
 

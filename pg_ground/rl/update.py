@@ -1,7 +1,7 @@
 """One step of learning: from a batch to a new `TrainState`. Supervised and reinforced steps are siblings."""
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ LossAndMetrics = Callable[[Any, Any], tuple[Float[Array, ""], tuple[Metrics, Met
 the largest counts."""
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """What this room needs of a model."""
 
@@ -63,7 +64,7 @@ def sft_step(
         return value, ({"sft/loss": value, "sft/nll": -jnp.sum(hard[:, 0] * weights)}, {})
 
     grads, metrics = accumulate(loss, state.params, batch, micro_batches)
-    return _apply(state, grads, optimizer, state.step + 1), metrics | {"optim/grad_norm": optax.global_norm(grads)}
+    return _apply(state, grads, optimizer, state.step + 1), metrics | {"optim/grad_norm": optax.tree.norm(grads)}
 
 
 def grpo_step(
@@ -116,7 +117,7 @@ def grpo_step(
     def one_update(state: TrainState, _: None) -> tuple[TrainState, Metrics]:
         parts = (batch, rollout, advantages, weights, share, old_logps, ref_logps)
         grads, metrics = accumulate(loss, state.params, parts, micro_batches)
-        return _apply(state, grads, optimizer, state.step), metrics | {"optim/grad_norm": optax.global_norm(grads)}
+        return _apply(state, grads, optimizer, state.step), metrics | {"optim/grad_norm": optax.tree.norm(grads)}
 
     step = state.step
     state, metrics = jax.lax.scan(one_update, state, length=updates)

@@ -1,0 +1,153 @@
+"""What every test shares: eight virtual CPU devices, shape checks on the package, tiny models, and the way to `../shared`."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# JAX reads both when it is imported. Tolerances in these tests are those of float32 on a CPU. The XLA flags compile a gradient
+# of a tiny model in 1 s instead of 10; should a later jaxlib call one unknown, drop it: nothing but time depends on them.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import optax
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jaxtyping.install_import_hook("pg_ground", "beartype.beartype")
+
+from pg_ground.config import Model, Text, Vision  # noqa: E402
+from pg_ground.model import PaliGemma  # noqa: E402
+from pg_ground.types import BOXES, Batch, Boxes, Gold, Points  # noqa: E402
+from pg_ground.vocab import BOS, EOS, NEWLINE, PAD  # noqa: E402
+
+
+class Tiny(NamedTuple):
+    """A model with PaliGemma's structure, small enough to compile in a second, and random parameters of it."""
+
+    model: PaliGemma
+    params: Any
+
+
+PG1 = Model(
+    image_size=21,
+    vision=Vision(width=12, depth=2, mlp_dim=20, num_heads=2, patch_size=7),
+    text=Text(
+        width=24,
+        depth=2,
+        mlp_dim=40,
+        num_heads=4,
+        num_kv_heads=1,
+        head_dim=8,  # × num_heads is not width, so that mixing them up shows
+        vocab_size=1280,
+        query_scale=8**-0.5,
+    ),
+    remat="none",
+    logits_block=16,
+)
+"""Gemma 1 in small: one key-value head for all queries, no post-norms."""
+
+PG2 = replace(PG1, text=replace(PG1.text, num_kv_heads=2, post_norms=True, attn_softcap=50.0))
+"""Gemma 2 in small: grouped queries, post-norms, soft-capped attention. `final_softcap` is 0, as PaliGemma 2 transfers."""
+
+
+def random_params(model: PaliGemma) -> Any:
+    """Returns normal parameters of one size, biases and norm scales included: what is 0 or 1 at first could hide a mistake.
+
+    0.25 makes attention logits and vocabulary logits of a few units, so that softmax is neither flat nor saturated.
+    """
+    rng = np.random.default_rng(0)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    return jax.tree.map(lambda s: jnp.asarray(0.25 * rng.normal(size=s.shape), s.dtype), shapes)
+
+
+B, G, L, T = 8, 3, 6, 7
+"""Of `inputs`. B is a multiple of the eight devices and of the micro-batches; T is no multiple of blocks of 3 slots."""
+
+
+class Inputs(NamedTuple):
+    """What `completion_logps` takes after the parameters."""
+
+    image: jax.Array
+    prompt: jax.Array
+    prompt_mask: jax.Array
+    tokens: jax.Array
+    mask: jax.Array
+
+
+def inputs(model: PaliGemma, seed: int = 0) -> Inputs:
+    """Returns random images, prompts of 3 to 6 tokens and completions of 2 to 7 tokens."""
+    rng = np.random.default_rng(seed)
+    side = model.config.image_size
+    prompt_mask = np.arange(L) < rng.integers(3, L + 1, (B, 1))
+    prompt = np.where(prompt_mask, rng.integers(4, 100, (B, L)), PAD)
+    prompt[:, 0] = BOS
+    mask = np.arange(T) < rng.integers(2, T + 1, (B, G, 1))
+    tokens = rng.integers(NEWLINE + 1, model.config.text.vocab_size, (B, G, T))
+    last = mask & ~np.pad(mask[..., 1:], ((0, 0), (0, 0), (0, 1)))
+    tokens = np.where(last, EOS, np.where(mask, tokens, PAD))
+    image = rng.uniform(-1, 1, (B, side, side, 3)).astype(np.float32)
+    return Inputs(*map(jnp.asarray, (image, prompt, prompt_mask, tokens, mask)))
+
+
+CLOSE = 1e-5
+"""How near two ways of computing a tiny model's log-probabilities are, in float32: it knows a number to 2^-24 = 6e-8 of its size.
+
+Logits stay below 10, and each is the end of two layers of sums over at most 40 terms; taken in another order, these differ by
+some ten roundings of the largest number on the way: 1e-5 = 17 · 10 · 6e-8. A gradient adds such terms up over the tokens of a
+batch. Its error is measured against the parameter's whole norm, in which the roundings of single entries average out.
+"""
+
+
+def assert_close_trees(found: Any, expected: Any, bound: float = CLOSE) -> None:
+    """Fails where a leaf is further from the expected one than `bound` of its norm, and of 1e-3 of the whole tree's norm.
+
+    The second part is for leaves whose gradient is a small rest of large terms, as that of the key bias, which is 0 in theory.
+    """
+    whole = float(optax.tree.norm(expected))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
+        off, size = np.linalg.norm(a - b), np.linalg.norm(b)
+        assert off <= bound * (size + 1e-3 * whole), f"{jax.tree_util.keystr(path)}: off by {off}, of {size}"
+
+
+def unlabelled(image: Any, prompt: Any, prompt_mask: Any, suffix: Any, suffix_mask: Any) -> Batch:
+    """Returns a batch whose gold is empty: learning steps do not read it."""
+    b = len(prompt)
+    none, zeros = jnp.zeros((b, 1), bool), jnp.zeros((b, 1), jnp.int32)
+    gold = Gold(
+        Boxes(jnp.zeros((b, 1, 4)), zeros, none), Points(jnp.zeros((b, 1, 2)), zeros, none), jnp.full(b, BOXES), zeros[..., None]
+    )
+    size, row = jnp.full((b, 2), image.shape[1]), jnp.arange(b)
+    return Batch(image, prompt, prompt_mask, suffix, suffix_mask, gold, size, row, row)
+
+
+@pytest.fixture(scope="session")
+def pg1() -> Tiny:
+    model = PaliGemma(PG1)
+    return Tiny(model, random_params(model))
+
+
+@pytest.fixture(scope="session")
+def pg2() -> Tiny:
+    model = PaliGemma(PG2)
+    return Tiny(model, random_params(model))
+
+
+@pytest.fixture(scope="session", params=["pg1", "pg2"])
+def tiny(request) -> Tiny:
+    """Both tiny models, one after the other."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The folder with other implementations' numbers. It stands beside the project and is not part of it."""
+    path = Path(__file__).parents[2] / "shared" / "golden"
+    if not path.is_dir():
+        pytest.skip("../shared/golden is not here")
+    return path

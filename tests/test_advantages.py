@@ -1,0 +1,116 @@
+"""Advantages against TRL's, and their laws, in float64, where our own sums leave 1e-12."""
+
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pg_ground.rl.advantages import centred, group_mean, group_std, leave_one_out, standardised
+
+FLOAT32 = 1.5 * 2**-24
+"""TRL keeps rewards in float32; the largest advantage it is compared in is 1.5."""
+ROUNDING = 1e-12
+NAN = math.nan
+
+KINDS = pytest.mark.parametrize("compare", [centred, standardised, leave_one_out])
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def rewards():
+    return jnp.asarray(np.random.default_rng(0).uniform(size=(5, 8)))
+
+
+GOLDEN = [
+    ("E1 one group G=4 r=[1,0,.5,.25] scale=group", standardised, [[1, 0, 0.5, 0.25]]),
+    ("E1 scale=none (Dr.GRPO)", centred, [[1, 0, 0.5, 0.25]]),
+    ("E2 two groups G=4 r=[1,0,0,0 | .9,.8,.7,.2] scale=group", standardised, [[1, 0, 0, 0], [0.9, 0.8, 0.7, 0.2]]),
+    ("E2 scale=none", centred, [[1, 0, 0, 0], [0.9, 0.8, 0.7, 0.2]]),
+    ("E3 zero-variance group [1,1,1,1 | 0,1,0,1] scale=group", standardised, [[1, 1, 1, 1], [0, 1, 0, 1]]),
+    ("E4 unscorable (None->NaN) [1,NaN,0,.5] scale=group", standardised, [[1, NAN, 0, 0.5]]),
+    ("E5 two rewards iou=[.9,.5,.1,0] fmt=[1,1,0,1] w=[1,.5] sum_then_normalize", standardised, [[1.4, 1.0, 0.1, 0.5]]),
+    ("[1,0,.5,.25] G=4", leave_one_out, [[1, 0, 0.5, 0.25]]),
+    ("[1,0|.3,.8] G=2", leave_one_out, [[1, 0], [0.3, 0.8]]),
+]
+
+
+@pytest.mark.parametrize(("name", "compare", "rewards"), GOLDEN, ids=[name for name, *_ in GOLDEN])
+def test_advantages_equal_trls(golden, name, compare, rewards):
+    trl = json.loads((golden / "trl_losses.json").read_text())
+    expected = trl["rloo_advantages"][name] if compare is leave_one_out else trl["advantages"][name]["advantages"]
+    found = compare(jnp.asarray(rewards, jnp.float64))
+    np.testing.assert_allclose(found.ravel(), expected, rtol=0, atol=FLOAT32)
+
+
+@KINDS
+def test_group_advantages_sum_to_zero(rewards, compare):
+    found = compare(rewards)
+    np.testing.assert_allclose(found.sum(axis=1), 0, rtol=0, atol=ROUNDING)
+    assert (jnp.abs(found).max(axis=1) > 0.1).all()
+
+
+@KINDS
+def test_advantages_do_not_see_a_shift_of_the_rewards(rewards, compare):
+    shift = jnp.arange(5.0)[:, None]
+    np.testing.assert_allclose(compare(rewards + shift), compare(rewards), rtol=0, atol=ROUNDING)
+
+
+@KINDS
+def test_groups_do_not_see_one_another(rewards, compare):
+    np.testing.assert_array_equal(compare(rewards)[1:3], compare(rewards[1:3]))
+
+
+@KINDS
+def test_advantages_rank_as_the_rewards_do(rewards, compare):
+    np.testing.assert_array_equal(jnp.argsort(compare(rewards), axis=1), jnp.argsort(rewards, axis=1))
+
+
+@KINDS
+def test_a_group_of_equals_has_none(compare):
+    for value in (0.0, 0.25, -3.0):  # of these values the mean of 4 is exact
+        assert not compare(jnp.full((2, 4), value)).any()
+
+
+def test_scale_leaves_standardised_alone_but_for_epsilon(rewards):
+    """A = c / (s + 1e-4), so (s + 1e-4)·A is c whatever the scale; centred advantages grow with the rewards."""
+    for scale in (1.0, 100.0):
+        np.testing.assert_allclose(
+            standardised(scale * rewards) * (group_std(scale * rewards) + 1e-4), scale * centred(rewards), rtol=0, atol=1e-10
+        )
+    spread = jnp.std(standardised(rewards), axis=1, ddof=1)
+    np.testing.assert_allclose(spread, 1 - 1e-4 / (group_std(rewards)[:, 0] + 1e-4), rtol=0, atol=ROUNDING)
+
+
+def test_leave_one_out_is_reward_minus_the_mean_of_the_others(rewards):
+    others = (rewards.sum(axis=1, keepdims=True) - rewards) / 7
+    np.testing.assert_allclose(leave_one_out(rewards), rewards - others, rtol=0, atol=ROUNDING)
+
+
+@KINDS
+def test_unjudged_completions_get_0_and_leave_the_statistics(rewards, compare):
+    """What is left behaves as a smaller group."""
+    unjudged = jnp.concatenate([rewards[:, :6], jnp.full((5, 2), NAN)], axis=1)
+    found = compare(unjudged)
+    assert not found[:, 6:].any()
+    np.testing.assert_allclose(found[:, :6], compare(rewards[:, :6]), rtol=0, atol=ROUNDING)
+
+
+@KINDS
+def test_a_group_with_one_or_no_judged_completion_has_none(compare):
+    found = compare(jnp.asarray([[NAN] * 4, [NAN, 0.7, NAN, NAN], [0.0, 1.0, NAN, NAN]]))
+    assert not found[:2].any() and found[2, :2].all() and np.isfinite(found).all()
+
+
+def test_mean_and_spread_are_numpys(rewards):
+    some = rewards.at[0, 3].set(NAN).at[2, :4].set(NAN)
+    np.testing.assert_allclose(group_mean(some)[:, 0], np.nanmean(some, axis=1), rtol=ROUNDING)
+    np.testing.assert_allclose(group_std(some)[:, 0], np.nanstd(some, axis=1, ddof=1), rtol=ROUNDING)
+    assert group_mean(jnp.full((1, 3), NAN)) == 0 and group_std(jnp.full((1, 3), NAN)) == 0

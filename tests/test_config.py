@@ -1,0 +1,241 @@
+"""`parse` takes what fits and nothing else, every setting has a reader, and every recipe in `configs/` parses."""
+
+import ast
+import dataclasses
+import importlib.util
+import json
+import typing
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from pg_ground import config
+from pg_ground.config import Config, Grpo, Sft, Source, parse, section, template
+from pg_ground.types import UserError
+
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted((ROOT / "configs").glob("*.py"))
+BOXES = Source(uri="synthetic:train", boxes="box")
+
+
+def usable(**changes) -> dict:
+    """Returns the smallest tree that parses, with `changes` by dotted name."""
+    tree = {"sft": {"sources": {"a": {"uri": "jsonl:x", "boxes": "box"}}}}
+    tree["grpo"] = {"sources": dict(tree["sft"]["sources"])}
+    tree = json.loads(json.dumps(tree))
+    for name, value in changes.items():
+        *parents, leaf = name.split("__")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def refusal(tree: dict | ConfigDict) -> str:
+    with pytest.raises(UserError) as refused:
+        parse(tree)
+    text = str(refused.value)
+    assert "\n" not in text
+    return text
+
+
+def sections(kind: type = Config) -> list[type]:
+    """Returns the dataclass and those of its fields, down to the leaves."""
+    found = [kind]
+    for hint in typing.get_type_hints(kind).values():
+        for inner in (hint, *typing.get_args(hint)):
+            if dataclasses.is_dataclass(inner):
+                found += [s for s in sections(inner) if s not in found]
+    return found
+
+
+# what fits
+
+
+def test_what_is_not_said_has_its_default():
+    found = parse(usable(grpo__group_size=4))
+    assert found.grpo == dataclasses.replace(Grpo(), group_size=4, sources={"a": Source(uri="jsonl:x", boxes="box")})
+    assert found.model == Config().model and found.seed == 0
+
+
+def test_whole_numbers_are_floats_where_a_float_is_wanted():
+    found = parse(usable(grpo__temperature=1, grpo__clip_low=0, grpo__rewards={"iou": 1}))
+    assert type(found.grpo.temperature) is float and type(found.grpo.clip_low) is float
+    assert found.grpo.rewards == {"iou": 1.0} and type(found.grpo.rewards["iou"]) is float
+
+
+def test_template_and_parse_are_inverses():
+    tree = template()
+    for stage in (tree.sft, tree.grpo, tree.eval):
+        stage.sources = {"a": section(BOXES)}
+    one = {"a": BOXES}
+    expected = Config(sft=Sft(sources=one), grpo=Grpo(sources=one), eval=dataclasses.replace(Config().eval, sources=one))
+    assert parse(tree) == expected
+    assert parse(tree.lock()) == expected
+
+
+def test_template_takes_a_value_where_the_default_is_none():
+    tree = template()
+    tree.sft.sources = tree.grpo.sources = {"a": section(BOXES)}
+    assert parse(tree).grpo.clip_low is None
+    tree.grpo.clip_low = 0.1
+    assert parse(tree).grpo.clip_low == 0.1
+
+
+def test_a_locked_recipe_refuses_a_new_name():
+    tree = template().lock()
+    with pytest.raises(AttributeError):
+        tree.grpo.group_sise = 4
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+def test_every_recipe_is_locked_and_parses(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    recipe = module.get_config()
+    assert recipe.is_locked and isinstance(parse(recipe), Config)
+    assert f"configs/{path.name}" in module.__doc__, "the docstring gives the command"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
+def test_config_json_is_the_config(path):
+    """What a run writes down at its start, and reads back at its end or when it resumes."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = parse(module.get_config())
+    assert parse(json.loads(json.dumps(dataclasses.asdict(found)))) == found
+
+
+def test_there_are_recipes():
+    assert "tiny" in [path.stem for path in RECIPES]
+
+
+# what does not
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("grpo__group_sise", "config.grpo.group_sise does not exist: did you mean group_size?"),
+        ("model__text__widht", "config.model.text.widht does not exist: did you mean width?"),
+        ("grpo__optimizer__learning_rate", "config.grpo.optimizer.learning_rate does not exist: there are b1, b2, clip_norm"),
+        ("sft__sources__a__box_formats", "config.sft.sources.a.box_formats does not exist: did you mean box_format?"),
+        ("gpro", "config.gpro does not exist: did you mean grpo?"),
+    ],
+)
+def test_a_name_that_does_not_exist_is_given_in_full_with_the_nearest(name, message):
+    assert refusal(usable(**{name: 1})).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("grpo__group_size", 4.0, "config.grpo.group_size is 4.0, but it must be of type int"),
+        ("grpo__group_size", True, "config.grpo.group_size is True, but it must be of type int"),
+        ("grpo__group_size", "4", "config.grpo.group_size is '4', but it must be of type int"),
+        ("grpo__group_size", None, "config.grpo.group_size is None, but it must be of type int"),
+        ("grpo__temperature", True, "config.grpo.temperature is True, but it must be of type float"),
+        ("grpo__clip_low", "a", "config.grpo.clip_low is 'a', but it must be of type float"),
+        ("model__text__post_norms", 1, "config.model.text.post_norms is 1, but it must be of type bool"),
+        ("grpo__rewards", {"iou": "1"}, "config.grpo.rewards.iou is '1', but it must be of type float"),
+        ("stages", ["sft", 3], "config.stages[1] is 3, but it must be of type str"),
+        ("stages", "sft", "config.stages is 'sft', but it must be of type tuple"),
+        ("grpo__optimizer", 3, "config.grpo.optimizer is 3, but it is a section with name, lr"),
+        ("grpo__rewards", 3, "config.grpo.rewards is 3, but it must be"),
+        ("grpo__rewards", "iou", "config.grpo.rewards is 'iou', but it must be"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_its_full_name(name, value, message):
+    assert refusal(usable(**{name: value})).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("grpo__group_size", 1, "config.grpo.group_size is 1: it must be at least 2"),
+        ("grpo__temperature", 0.0, "config.grpo.temperature is 0.0: it must be above 0"),
+        ("grpo__top_p", 0.0, "config.grpo.top_p is 0.0: it must be in (0, 1]"),
+        ("grpo__top_p", 1.1, "config.grpo.top_p is 1.1"),
+        ("eval__temperature", 0.0, "config.eval.temperature is 0.0"),
+        ("sft__label_smoothing", 1.0, "config.sft.label_smoothing is 1.0: it must be in [0, 1)"),
+        ("sft__loc_smoothing_bins", -1.0, "config.sft.loc_smoothing_bins is -1.0"),
+        ("grpo__micro_batches", 3, "config.grpo.batch_size is 8: it must be a multiple of micro_batches, 3"),
+        ("sft__micro_batches", 0, "config.sft.micro_batches is 0"),
+        ("sft__micro_batches", 5, "config.sft.batch_size is 16: it must be a multiple of micro_batches, 5"),
+        ("grpo__optimizer__name", "adam", "config.grpo.optimizer.name is 'adam': it must be one of adamw, muon"),
+        ("sft__optimizer__schedule", "step", "config.sft.optimizer.schedule is 'step': it must be one of constant"),
+        ("model__remat", "nothing_savable", "config.model.remat is 'nothing_savable': it must be one of none, "),
+        ("model__remat", "save_only_these_names", "config.model.remat is 'save_only_these_names'"),  # makes a policy, is none
+        ("model__dtype", "float16", "config.model.dtype is 'float16': it must be one of float32, bfloat16"),
+        ("model__image_size", 225, "config.model.image_size is 225: it must be a multiple of"),
+        ("model__vision__num_heads", 7, "config.model.vision.width is 1152: it must be a multiple of num_heads"),
+        ("model__text__num_kv_heads", 3, "config.model.text.num_heads is 8: it must be a multiple of num_kv_heads"),
+        ("model__text__vocab_size", 1152, "config.model.text.vocab_size is 1152: it must be more than"),
+        ("stages", [], "config.stages is ()"),
+        ("stages", ["sft", "sft"], "config.stages is ('sft', 'sft')"),
+        ("stages", ["ppo"], "config.stages is 'ppo': it must be one of sft, grpo"),
+        ("grpo__sources", {}, "config.grpo.sources is {}: it must be at least one source"),
+        ("sft__sources__a__asks", "masks", "config.sft.sources.a.asks is 'masks': it must be one of boxes, points"),
+        ("sft__sources__a__asks", "points", "config.sft.sources.a.points is ''"),
+        ("grpo__sources__a__weight", 0.0, "config.grpo.sources.a.weight is 0.0: it must be above 0"),
+        ("checkpoint__keep", 0, "config.checkpoint.keep is 0: it must be above 0"),
+        ("model__logits_block", 0, "config.model.logits_block is 0: it must be above 0"),
+        ("model__image_size", 0, "config.model.image_size is 0"),
+        ("model__vision__patch_size", 0, "config.model.vision.patch_size is 0"),
+        ("model__vision__num_heads", 0, "config.model.vision.num_heads is 0"),
+        ("model__text__num_kv_heads", 0, "config.model.text.num_kv_heads is 0"),
+        ("model__text__depth", -1, "config.model.text.depth is -1"),
+    ],
+)
+def test_a_value_that_no_run_could_use_is_refused(name, value, message):
+    assert refusal(usable(**{name: value})).startswith(message)
+
+
+def test_stages_that_do_not_run_need_no_sources():
+    tree = usable(stages=["grpo"])
+    del tree["sft"]
+    assert parse(tree).stages == ("grpo",)
+    assert refusal({"stages": ["sft"]}).startswith("config.sft.sources is {}")
+
+
+# no dead settings
+
+
+def attributes_read(source: str) -> set[str]:
+    """Returns the names that `source` reads as attributes of something."""
+    return {n.attr for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+
+
+def read_outside_of_config() -> set[str]:
+    """Returns the attributes that the package reads, `config.py` aside: to check a setting is not to heed it."""
+    files = [path for path in (ROOT / "pg_ground").rglob("*.py") if path.name != "config.py"]
+    return set().union(*(attributes_read(path.read_text(encoding="utf-8")) for path in files))
+
+
+def unread(kind: type, read: set[str]) -> list[str]:
+    return [f"{s.__name__}.{f.name}" for s in sections(kind) for f in dataclasses.fields(s) if f.name not in read]
+
+
+def test_every_setting_has_a_reader():
+    assert unread(Config, read_outside_of_config()) == []
+
+
+def test_a_setting_without_a_reader_would_be_found():
+    @dataclasses.dataclass(frozen=True)
+    class Planted(Sft):
+        nobody_reads_this: int = 0
+
+    assert unread(Planted, read_outside_of_config()) == ["Planted.nobody_reads_this"]
+    assert {s.__name__ for s in sections()} == {
+        name for name, value in vars(config).items() if dataclasses.is_dataclass(value) and value.__module__ == config.__name__
+    }
+
+
+def test_every_setting_has_a_default_that_parses_back():
+    for kind in sections():
+        made = kind()
+        assert dataclasses.asdict(made).keys() == typing.get_type_hints(kind).keys()

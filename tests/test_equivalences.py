@@ -1,0 +1,235 @@
+"""Laws of the real model, on tiny ones with Gemma 1's and Gemma 2's structure: ways of computing the same number agree.
+
+Where one program runs twice on the same numbers, results are equal bit for bit; where two programs compute the same numbers, they
+are within `CLOSE`, which `conftest` derives.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import CLOSE, B, G, Inputs, L, T, assert_close_trees, inputs
+
+from pg_ground.model import PaliGemma
+from pg_ground.rl.rollout import sample
+from pg_ground.types import Rollout
+from pg_ground.vocab import CONTROL
+
+
+@pytest.fixture(scope="module")
+def logps_of() -> Callable[..., jax.Array]:
+    """(model, params, inputs) to log-probabilities; a model's program is compiled once per shape."""
+    compiled: dict[PaliGemma, Any] = {}
+
+    def logps(model: PaliGemma, params: Any, x: Inputs) -> jax.Array:
+        program = compiled.setdefault(model, jax.jit(lambda params, x: model.completion_logps(params, *x)[0]))
+        return program(params, x)
+
+    return logps
+
+
+@pytest.fixture(scope="module")
+def gradient_of() -> Callable[..., tuple[jax.Array, Any]]:
+    """(model, params, inputs) to log-probabilities, and to the gradient of their sum with fixed random weights."""
+    compiled: dict[PaliGemma, Any] = {}
+
+    def program(model: PaliGemma) -> Any:
+        def value(params: Any, x: Inputs, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+            logps, entropy = model.completion_logps(params, *x)
+            return jnp.sum(weights * (logps + 0.1 * entropy)), logps
+
+        return jax.jit(jax.grad(value, has_aux=True))
+
+    def gradient(model: PaliGemma, params: Any, x: Inputs) -> tuple[jax.Array, Any]:
+        weights = jnp.asarray(np.random.default_rng(1).normal(size=x.mask.size).reshape(x.mask.shape), jnp.float32)
+        grads, logps = compiled.setdefault(model, program(model))(params, x, weights)
+        return logps, grads
+
+    return gradient
+
+
+def changed(tiny: Any, **settings: Any) -> PaliGemma:
+    return PaliGemma(replace(tiny.model.config, **settings))
+
+
+# who sees whom
+
+
+def test_log_probabilities_before_a_token_do_not_move_by_one_bit(tiny, logps_of):
+    x = inputs(tiny.model)._replace(mask=jnp.ones((B, G, T), bool))
+    before = np.asarray(logps_of(*tiny, x))
+    for t in range(T):
+        other = jnp.where(x.tokens[..., t] == 500, 501, 500)
+        after = np.asarray(logps_of(*tiny, x._replace(tokens=x.tokens.at[..., t].set(other))))
+        np.testing.assert_array_equal(after[..., :t], before[..., :t])
+        assert (after[..., t:] != before[..., t:]).all()
+
+
+def test_completions_of_a_group_do_not_see_one_another(tiny, logps_of):
+    x = inputs(tiny.model)
+    before, after = (np.asarray(logps_of(*tiny, y)) for y in (x, x._replace(tokens=x.tokens.at[:, 1].set(700))))
+    np.testing.assert_array_equal(after[:, [0, 2]], before[:, [0, 2]])
+    assert (after[:, 1] != before[:, 1]).any()
+
+
+def test_prompts_of_a_batch_do_not_see_one_another(tiny, logps_of):
+    x, others = inputs(tiny.model), inputs(tiny.model, seed=1)
+    mixed = Inputs(*(jnp.concatenate([a[:2], b[2:]]) for a, b in zip(x, others, strict=True)))
+    before, after = np.asarray(logps_of(*tiny, x)), np.asarray(logps_of(*tiny, mixed))
+    np.testing.assert_array_equal(after[:2], before[:2])
+    assert (after[2:] != before[2:]).any(axis=(1, 2)).all()
+
+
+def test_every_prompt_token_sees_every_other_in_both_directions(tiny, logps_of):
+    """Prefix-LM: the last prompt token reaches the keys of the first, so both move the first completion token."""
+    x = inputs(tiny.model)
+    before = np.asarray(logps_of(*tiny, x))
+    for position in range(3):  # the shortest prompt has 3 tokens
+        after = np.asarray(logps_of(*tiny, x._replace(prompt=x.prompt.at[:, position].set(101))))
+        assert (np.abs(after - before)[..., 0].max(axis=1) > 100 * CLOSE).all()
+
+
+def test_another_image_changes_the_log_probabilities(tiny, logps_of):
+    """A model blind to its images would pass every other test here."""
+    x = inputs(tiny.model)
+    before, after = (np.asarray(logps_of(*tiny, y)) for y in (x, x._replace(image=jnp.roll(x.image, 1, axis=0))))
+    assert (np.abs(after - before)[..., 0].max(axis=1) > 1000 * CLOSE).all()
+
+
+def test_padding_of_the_prompt_changes_nothing_whatever_its_amount_and_side(tiny, logps_of):
+    x = inputs(tiny.model)
+    before = logps_of(*tiny, x)
+    lengths = np.asarray(x.prompt_mask.sum(axis=1))
+    for slots, left in ((L + 4, False), (L + 4, True)):
+        mask = np.arange(slots) < lengths[:, None]
+        mask = mask[:, ::-1] if left else mask
+        prompt = np.full(mask.shape, 77, np.int32)  # what stands at padding must not matter either
+        prompt[mask] = np.asarray(x.prompt)[np.asarray(x.prompt_mask)]
+        after = logps_of(*tiny, x._replace(prompt=jnp.asarray(prompt), prompt_mask=jnp.asarray(mask)))
+        np.testing.assert_allclose(after, before, rtol=0, atol=CLOSE)
+
+
+def test_masked_completion_tokens_say_0_and_change_nothing_before_them(tiny, logps_of):
+    x = inputs(tiny.model)
+    before, after = (np.asarray(logps_of(*tiny, y)) for y in (x, x._replace(tokens=jnp.where(x.mask, x.tokens, 900))))
+    np.testing.assert_array_equal(before, after)
+    assert (before[~np.asarray(x.mask)] == 0).all() and (before[np.asarray(x.mask)] < 0).all()
+
+
+# sampler and trainer
+
+
+def test_cached_decode_equals_full_forward(tiny):
+    """One token at a time, seven at once, and five then two."""
+    model, params = tiny
+    x = inputs(model)
+    prefix, _ = jax.jit(model.prefill)(params, x.image, x.prompt, x.prompt_mask)
+    extend = jax.jit(model.extend)
+
+    def decode(*parts: int) -> np.ndarray:
+        cache, found, start = model.suffix_cache(prefix, G, T), [], 0
+        for t in parts:
+            logits, cache = extend(params, prefix, cache, x.tokens[..., start : start + t])
+            found.append(logits)
+            start += t
+        assert cache.length == T
+        return np.concatenate(found, axis=2)
+
+    whole = decode(T)
+    assert whole.shape == (B, G, T, model.config.text.vocab_size) and np.abs(whole).max() < 10
+    for parts in ((1,) * T, (5, 2)):
+        np.testing.assert_allclose(decode(*parts), whole, rtol=0, atol=CLOSE)
+
+
+@pytest.fixture(scope="module")
+def rollout_of() -> Callable[..., Rollout]:
+    compiled: dict[tuple[PaliGemma, float], Any] = {}
+
+    def rollout(tiny: Any, params: Any, temperature: float = 0.8) -> Rollout:
+        x = inputs(tiny.model)[:3]
+        make = jax.jit(lambda params, key: sample(tiny.model, params, *x, key, G, T, temperature))
+        return compiled.setdefault((tiny.model, temperature), make)(params, jax.random.key(0))
+
+    return rollout
+
+
+def test_sampler_and_trainer_give_the_same_log_probabilities(tiny, rollout_of):
+    rollout = rollout_of(tiny, tiny.params)
+    x = inputs(tiny.model)
+    program = jax.jit(lambda params, *x: tiny.model.completion_logps(params, *x, temperature=0.8))
+    logps, _ = program(tiny.params, *x[:3], rollout.tokens, rollout.mask)
+    assert np.asarray(rollout.logps)[np.asarray(rollout.mask)].max() < 0
+    np.testing.assert_allclose(logps, rollout.logps, rtol=0, atol=CLOSE)
+
+
+def test_control_ids_are_never_sampled_even_by_a_model_that_wants_nothing_else(tiny, rollout_of):
+    """An embedding of 30s and one of −30s: whatever the hidden state, one of the two ids has a logit above all others."""
+    table = tiny.params["llm"]["embedder"]["input_embedding"]
+    rows = 30 * jnp.array([[1.0], [-1.0]]) * jnp.ones(table.shape[1])
+
+    def wanting(*ids: int) -> Rollout:
+        embedder = {"input_embedding": table.at[jnp.array(ids)].set(rows)}
+        return rollout_of(tiny, {**tiny.params, "llm": {**tiny.params["llm"], "embedder": embedder}})
+
+    assert np.isin(np.asarray(wanting(5, 6).tokens), [5, 6]).mean() > 0.9
+    for first, second in itertools.combinations(CONTROL, 2):
+        found = wanting(first, second)
+        tokens = np.asarray(found.tokens)[np.asarray(found.mask)]
+        assert not np.isin(tokens, CONTROL).any() and (tokens < tiny.model.config.text.vocab_size).all()
+
+
+# one prefix per prompt
+
+
+def repeated(x: Inputs) -> Inputs:
+    """Returns every completion as a prompt of its own."""
+    image, prompt, prompt_mask = (jnp.repeat(a, G, axis=0) for a in x[:3])
+    return Inputs(image, prompt, prompt_mask, x.tokens.reshape(B * G, 1, T), x.mask.reshape(B * G, 1, T))
+
+
+def test_a_shared_prefix_equals_a_repeated_one(tiny, gradient_of):
+    x = inputs(tiny.model)
+    shared, shared_grads = gradient_of(*tiny, x)
+    apart, apart_grads = gradient_of(*tiny, repeated(x))
+    np.testing.assert_allclose(shared, apart.reshape(B, G, T), rtol=0, atol=CLOSE)
+    assert_close_trees(shared_grads, apart_grads)
+
+
+# ways to save memory
+
+
+def test_vocabulary_in_blocks_equals_the_whole(pg1, gradient_of):
+    x = inputs(pg1.model)
+    assert pg1.model.config.logits_block >= T
+    whole, whole_grads = gradient_of(*pg1, x)
+    blocked, blocked_grads = gradient_of(changed(pg1, logits_block=3), pg1.params, x)
+    np.testing.assert_allclose(blocked, whole, rtol=0, atol=CLOSE)
+    assert_close_trees(blocked_grads, whole_grads)
+
+
+def test_rematerialised_layers_equal_kept_ones(pg2, gradient_of):
+    x = inputs(pg2.model)
+    assert pg2.model.config.remat == "none"
+    kept, kept_grads = gradient_of(*pg2, x)
+    again, again_grads = gradient_of(changed(pg2, remat="nothing_saveable"), pg2.params, x)
+    np.testing.assert_allclose(again, kept, rtol=0, atol=CLOSE)
+    assert_close_trees(again_grads, kept_grads)
+
+
+def test_unrolled_layers_equal_looped_ones(pg2, logps_of):
+    x = inputs(pg2.model)
+    assert pg2.model.config.scan_unroll == 1
+    np.testing.assert_allclose(logps_of(changed(pg2, scan_unroll=2), pg2.params, x), logps_of(*pg2, x), rtol=0, atol=CLOSE)
+
+
+def test_bfloat16_activations_stay_near_float32(tiny, logps_of):
+    """bfloat16 knows a number to 2^-9. Logits of a few units, each the end of some ten roundings, are off by a few hundredths."""
+    x = inputs(tiny.model)
+    off = np.abs(np.asarray(logps_of(changed(tiny, dtype="bfloat16"), tiny.params, x)) - np.asarray(logps_of(*tiny, x)))
+    off = off[np.asarray(x.mask)]
+    assert 2**-12 < np.median(off) < 10 * 2**-9 and off.max() < 100 * 2**-9

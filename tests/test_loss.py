@@ -1,0 +1,323 @@
+"""Each row of `ALGORITHMS` against TRL's losses and gradients, and the laws of the policy loss and of the supervised target.
+
+Everything here runs in float64, so that a bound is that of the numbers compared with: TRL's are printed to 8 decimals, and where
+both sides are ours a few hundred operations on values of order 1 leave 1e-12.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pg_ground.config import Grpo
+from pg_ground.rl.loss import (
+    ALGORITHMS,
+    Algorithm,
+    choose,
+    over_budget,
+    over_sequences,
+    over_tokens,
+    policy_loss,
+    target_logps,
+)
+from pg_ground.types import UserError
+from pg_ground.vocab import LOC_TOKENS, vocab_of_size
+
+PRINTED = 1e-8
+ROUNDING = 1e-12
+
+ROWS = pytest.mark.parametrize("row", ALGORITHMS)
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def trl(golden):
+    return json.loads((golden / "trl_losses.json").read_text())
+
+
+def groups(rows, group_size: int) -> jax.Array:
+    """Returns TRL's flat rows of completions as `[B, G, …]`."""
+    rows = jnp.asarray(rows)
+    return rows.reshape(-1, group_size, *rows.shape[1:])
+
+
+def loss_and_gradient(given: dict, row: Algorithm, group_size: int, budget: int = 0):
+    """Returns the loss, its gradient by log-probability (flat rows) and the terms; `budget` is the slots of a completion."""
+    width = budget or len(given["mask"][0])
+
+    def widened(rows) -> jax.Array:
+        return groups(np.pad(np.asarray(rows, float), ((0, 0), (0, width - len(rows[0])))), group_size)
+
+    logps, ref, mask = widened(given["logps"]), widened(given["ref"]), widened(given["mask"]) > 0
+    old = logps if given["old"] is None else widened(given["old"])
+    advantage = groups(given["advantages"], group_size)
+
+    def loss(logps):
+        terms = policy_loss(logps, old, ref if row.kl_coef else None, advantage, mask, row)
+        return jnp.sum(terms.loss * row.average(mask)), terms
+
+    (value, terms), gradient = jax.value_and_grad(loss, has_aux=True)(logps)
+    assert gradient.dtype == jnp.float64
+    return value, gradient.reshape(-1, width)[:, : len(given["mask"][0])], terms
+
+
+def made(row: str, **changes) -> Algorithm:
+    """Returns a row without its KL term, as TRL's default has none, with `changes`."""
+    return ALGORITHMS[row]._replace(kl_coef=0.0)._replace(**changes)
+
+
+GOLDEN = [
+    ("grpo", made("grpo")),
+    ("dr_grpo (L=8)", made("dr_grpo")),
+    ("dapo (default)", made("dapo", clip_high=0.2)),
+    ("dapo clip-higher eps_high=.28", made("dapo")),
+    ("gspo = grpo + sequence IS, eps 3e-4/4e-4", made("gspo")),
+    ("gspo = grpo + sequence IS, eps .2", made("gspo", clip_low=0.2, clip_high=0.2)),
+    ("rloo_loss (advantages as given)", made("rloo")),
+    ("grpo + k3 KL beta=.04, IS-weighted (TRL>=1.x default)", ALGORITHMS["grpo"]),
+    ("grpo + k3 KL beta=.04, plain k3 (use_bias_correction_kl=False)", ALGORITHMS["grpo"]._replace(kl_corrected=False)),
+]
+
+
+@pytest.mark.parametrize("inputs", ["A", "B"])
+@pytest.mark.parametrize(("name", "row"), GOLDEN, ids=[name for name, _ in GOLDEN])
+def test_loss_and_gradient_equal_trl(trl, name, row, inputs):
+    expected = (trl["loss"] | trl)[name][inputs]
+    given, group_size = trl["inputs"][inputs], {"A": 4, "B": 2}[inputs]
+    value, gradient, terms = loss_and_gradient(given, row, group_size, budget=8 if "L=8" in name else 0)
+    np.testing.assert_allclose(value, expected["loss"], rtol=0, atol=PRINTED)
+    np.testing.assert_allclose(gradient, expected["dloss_dlogps"], rtol=0, atol=PRINTED)
+    if "clip_ratio/region_mean" in expected.get("metrics", {}) and row.log_ratio is ALGORITHMS["grpo"].log_ratio:
+        mask = groups(given["mask"], group_size)
+        share = jnp.sum(terms.clipped[..., : mask.shape[2]] * mask) / mask.sum()
+        np.testing.assert_allclose(share, expected["metrics"]["clip_ratio/region_mean"], rtol=0, atol=PRINTED)
+
+
+def test_kl_estimate_equals_trls_k3(trl):
+    given = trl["inputs"]["B"]
+    _, _, terms = loss_and_gradient(given, ALGORITHMS["grpo"], 2)
+    mask = groups(given["mask"], 2)
+    expected = groups(trl["kl_B"]["k3=exp(ref-lp)-(ref-lp)-1"], 2)
+    np.testing.assert_allclose(terms.kl * mask, expected * mask, rtol=0, atol=ROUNDING)
+
+
+@pytest.fixture
+def random_batch():
+    """Log-probabilities of three policies near one another, advantages and ragged masks: 3 prompts × 4 × 5 tokens."""
+    rng = np.random.default_rng(0)
+    old = jnp.asarray(np.log(rng.uniform(0.05, 0.95, (3, 4, 5))))
+    logps, ref = (old + 0.3 * jnp.asarray(rng.normal(size=old.shape)) for _ in range(2))
+    advantage = jnp.asarray(rng.normal(size=(3, 4)))
+    mask = jnp.arange(5) < jnp.asarray(rng.integers(1, 6, (3, 4)))[..., None]
+    return logps, old, ref, advantage, mask
+
+
+def gradient_of(row: Algorithm, logps, old, ref, advantage, mask) -> jax.Array:
+    def loss(logps):
+        return jnp.sum(policy_loss(logps, old, ref, advantage, mask, row).loss * row.average(mask))
+
+    return jax.grad(loss)(logps)
+
+
+@ROWS
+def test_masked_tokens_have_no_gradient_and_no_say(random_batch, row):
+    logps, old, ref, advantage, mask = random_batch
+    row = ALGORITHMS[row]._replace(kl_coef=0.1)
+    gradient = gradient_of(row, logps, old, ref, advantage, mask)
+    assert not np.asarray(gradient)[~np.asarray(mask)].any()
+    assert np.asarray(gradient)[np.asarray(mask)].any()
+    other = jnp.where(mask, logps, -7.0)
+    np.testing.assert_array_equal(gradient_of(row, other, old, ref, advantage, mask), gradient)
+
+
+@ROWS
+def test_on_policy_gradient_is_reinforce(random_batch, row):
+    """−A·∇logp, averaged as the row averages: over a token's own weight, or over its whole completion's."""
+    logps, _, _, advantage, mask = random_batch
+    row = made(row)
+    gradient = gradient_of(row, logps, logps, None, advantage, mask)
+    weights = row.average(mask)
+    if row.log_ratio is ALGORITHMS["rloo"].log_ratio:  # a completion is one action: each token moves all of its probability
+        weights = mask * weights.sum(axis=-1, keepdims=True)
+    np.testing.assert_allclose(gradient, -advantage[..., None] * weights, rtol=0, atol=ROUNDING)
+
+
+@ROWS
+def test_on_policy_loss_is_minus_the_averaged_advantage(random_batch, row):
+    logps, _, _, advantage, mask = random_batch
+    terms = policy_loss(logps, logps, None, advantage, mask, made(row))
+    np.testing.assert_allclose(terms.loss, jnp.broadcast_to(-advantage[..., None], terms.loss.shape), rtol=0, atol=ROUNDING)
+    assert not terms.clipped.any() and not terms.kl.any()
+
+
+@pytest.mark.parametrize("row", ["grpo", "dr_grpo", "dapo"])
+def test_clipped_tokens_are_those_without_gradient(random_batch, row):
+    logps, old, _, advantage, mask = random_batch
+    gradient = gradient_of(made(row), logps, old, None, advantage, mask)
+    clipped = policy_loss(logps, old, None, advantage, mask, made(row)).clipped
+    np.testing.assert_array_equal((gradient == 0) & mask, clipped & mask)
+    assert 0 < int((clipped & mask).sum()) < int(mask.sum())
+
+
+@pytest.mark.parametrize(("row", "shared"), [("gspo", True), ("rloo", True), ("grpo", False)])
+def test_completion_ratios_clip_whole_completions(random_batch, row, shared):
+    logps, old, _, advantage, mask = random_batch
+    clipped = np.asarray(policy_loss(logps, old, None, advantage, mask, made(row)).clipped)
+    assert (clipped == clipped[..., :1]).all() == shared and clipped.any()
+
+
+def test_the_clip_binds_only_where_it_would_go_on(random_batch):
+    """A ratio beyond the clip is held only if the advantage pushes it further out (PPO's pessimistic minimum)."""
+    logps, old, _, advantage, mask = random_batch
+    ratio, a = jnp.exp(logps - old), advantage[..., None]
+    clipped = policy_loss(logps, old, None, advantage, mask, made("grpo")).clipped
+    np.testing.assert_array_equal(clipped, ((ratio > 1.2) & (a > 0)) | ((ratio < 0.8) & (a < 0)))
+
+
+def test_gspo_ratio_is_the_geometric_mean_and_rloo_the_product(random_batch):
+    logps, old, _, _, mask = random_batch
+    ratios = jnp.where(mask, jnp.exp(logps - old), 1.0)
+    for row, expected in (("gspo", jnp.prod(ratios, -1) ** (1 / mask.sum(-1))), ("rloo", jnp.prod(ratios, -1))):
+        found = jnp.exp(ALGORITHMS[row].log_ratio(logps - old, mask))
+        np.testing.assert_allclose(found, jnp.broadcast_to(expected[..., None], found.shape), rtol=ROUNDING)
+
+
+@ROWS
+def test_completions_without_advantage_have_no_gradient(random_batch, row):
+    logps, old, _, advantage, mask = random_batch
+    gradient = gradient_of(made(row), logps, old, None, advantage.at[1].set(0), mask)
+    assert not gradient[1].any() and gradient[0].any()
+
+
+@ROWS
+def test_enormous_ratios_stay_finite(random_batch, row):
+    """A float32 exp overflows at 89; a long completion's summed log-ratio reaches that."""
+    logps, _, ref, advantage, mask = (x.astype(jnp.float32) if x.dtype == jnp.float64 else x for x in random_batch)
+    for shift in (-200.0, 200.0):
+        terms = policy_loss(logps + shift, logps, ref, advantage, mask, ALGORITHMS[row]._replace(kl_coef=0.1))
+        assert terms.loss.dtype == jnp.float32 and np.isfinite(terms.loss).all() and np.isfinite(terms.kl).all()
+
+
+def test_k3_is_positive_and_0_only_at_the_reference(random_batch):
+    logps, old, ref, advantage, mask = random_batch
+    kl = policy_loss(logps, old, ref, advantage, mask, ALGORITHMS["grpo"]).kl
+    assert (kl > 0).all()
+    assert not policy_loss(logps, old, logps, advantage, mask, ALGORITHMS["grpo"]).kl.any()
+
+
+@pytest.mark.parametrize("corrected", [True, False])
+def test_corrected_k3_has_the_gradient_of_the_kl(corrected):
+    """In expectation over tokens drawn on-policy, computed over a whole vocabulary of 7; plain k3 has another gradient."""
+    rng = np.random.default_rng(1)
+    z, q = jnp.asarray(rng.normal(size=7)), jax.nn.log_softmax(jnp.asarray(rng.normal(size=7)))
+    row = made("grpo", kl_coef=1.0, kl_corrected=corrected)
+    drawn = jnp.exp(jax.nn.log_softmax(z))
+
+    def expected_penalty(z):
+        logps = jax.nn.log_softmax(z)[None, None]
+        old = jax.lax.stop_gradient(logps)
+        terms = policy_loss(logps, old, q[None, None], jnp.zeros((1, 1)), jnp.ones((1, 1, 7), bool), row)
+        return jnp.sum(drawn * terms.loss[0, 0])
+
+    def kl(z):
+        p = jax.nn.log_softmax(z)
+        return jnp.sum(jnp.exp(p) * (p - q))
+
+    np.testing.assert_allclose(expected_penalty(z), kl(z), rtol=0, atol=ROUNDING)
+    off = np.abs(jax.grad(expected_penalty)(z) - jax.grad(kl)(z)).max()
+    assert off < ROUNDING if corrected else off > 0.01
+
+
+def test_averages_weigh_as_they_say(random_batch):
+    *_, mask = random_batch
+    mask = mask.at[2, 3].set(False)  # a completion may be all padding
+    assert (mask.sum(axis=-1) == 0).sum() == 1
+    per_completion = over_sequences(mask).sum(axis=-1)
+    np.testing.assert_allclose(per_completion, jnp.where(mask.any(axis=-1), 1 / 12, 0), rtol=ROUNDING)
+    np.testing.assert_allclose(over_tokens(mask), mask / mask.sum(), rtol=ROUNDING)
+    np.testing.assert_allclose(over_budget(mask), mask / (3 * 4 * 5), rtol=ROUNDING)
+    for average in (over_sequences, over_tokens, over_budget):
+        assert not average(jnp.zeros_like(mask)).any()
+
+
+def test_choose_puts_the_users_numbers_over_the_rows():
+    assert choose(Grpo(algorithm="dapo")) == ALGORITHMS["dapo"]
+    changed = choose(Grpo(algorithm="dapo", clip_high=0.5, kl_coef=0.0))
+    assert changed == ALGORITHMS["dapo"]._replace(clip_high=0.5, kl_coef=0.0)
+    assert choose(Grpo(algorithm="grpo", kl_coef=0.0)).kl_coef == 0.0  # 0 is a value, not an absent one
+    assert choose(Grpo(algorithm="grpo", clip_low=0.1)).clip_low == 0.1
+
+
+def test_an_unknown_algorithm_is_refused_with_the_nearest():
+    with pytest.raises(UserError, match=r"config\.grpo\.algorithm 'dr_grop' does not exist: did you mean dr_grpo\?"):
+        choose(Grpo(algorithm="dr_grop"))
+
+
+VOCAB = vocab_of_size(1200)
+
+
+@pytest.fixture
+def targets():
+    """Random logits, and tokens of which one is text and the others loc tokens, two of them at the ends of the grid."""
+    logits = jnp.asarray(np.random.default_rng(2).normal(size=(1, 2, 3, VOCAB.size)))
+    tokens = VOCAB.loc0 + jnp.asarray([[[0, 500, LOC_TOKENS - 1], [7, -3, 300]]])
+    return logits, tokens
+
+
+def plain(logits, tokens):
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], -1)[..., 0]
+
+
+def test_without_smoothing_the_target_is_the_token(targets):
+    np.testing.assert_array_equal(target_logps(*targets, VOCAB, 0.0, 0.0), plain(*targets))
+
+
+def test_a_narrow_spread_is_the_plain_target(targets):
+    # the nearest other bin gets exp(−½/0.1²) = 2e-22 of the weight
+    np.testing.assert_allclose(target_logps(*targets, VOCAB, 0.0, 0.1), plain(*targets), rtol=ROUNDING)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 2.0, 30.0])
+def test_spread_is_a_gaussian_over_bins_and_leaves_text_alone(targets, sigma):
+    logits, tokens = targets
+    found = target_logps(logits, tokens, VOCAB, 0.0, sigma)
+    logps, k = np.asarray(jax.nn.log_softmax(logits)), np.arange(LOC_TOKENS)
+    for place in np.ndindex(1, 2, 3):
+        bin = int(tokens[place]) - VOCAB.loc0
+        if bin < 0:
+            np.testing.assert_array_equal(found[place], plain(logits, tokens)[place])
+            continue
+        weights = np.exp(-((k - bin) ** 2) / (2 * sigma**2))
+        expected = np.sum(weights / weights.sum() * logps[place][VOCAB.loc0 : VOCAB.seg0])
+        np.testing.assert_allclose(found[place], expected, rtol=ROUNDING)
+
+
+def test_label_smoothing_takes_its_share_for_all_other_tokens(targets):
+    logits, tokens = targets
+    logps = jax.nn.log_softmax(logits)
+    target = jnp.full(logits.shape, 0.3 / (VOCAB.size - 1))
+    target = jnp.where(jnp.arange(VOCAB.size) == tokens[..., None], 0.7, target)
+    found = target_logps(logits, tokens, VOCAB, 0.3, 0.0)
+    np.testing.assert_allclose(found, jnp.sum(target * logps, -1), rtol=ROUNDING)
+
+
+@pytest.mark.parametrize(("smoothing", "sigma"), [(0.0, 0.0), (0.3, 0.0), (0.0, 5.0), (0.3, 5.0)])
+def test_every_target_is_a_distribution(targets, smoothing, sigma):
+    """d/dlogits of Σ target·log_softmax sums to 0 over the vocabulary if the target sums to 1, as does each softmax."""
+    logits, tokens = targets
+    shift = 3.0
+    a, b = (target_logps(logits + s, tokens, VOCAB, smoothing, sigma) for s in (0.0, shift))
+    np.testing.assert_allclose(a, b, rtol=0, atol=ROUNDING * 10)
+    gradient = jax.grad(lambda x: target_logps(x, tokens, VOCAB, smoothing, sigma).sum())(logits)
+    target = gradient + jax.nn.softmax(logits)
+    np.testing.assert_allclose(target.sum(axis=-1), 1, rtol=0, atol=ROUNDING)
+    assert (target > -ROUNDING).all()
+    top = jnp.argmax(target, axis=-1)
+    np.testing.assert_array_equal(top, tokens)

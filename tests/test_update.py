@@ -1,0 +1,184 @@
+"""Laws of the two learning steps on real, tiny models: how a step is divided does not change it.
+
+Steps here are those of plain gradient descent with momentum, whose trace is the gradient itself. Adam would divide each gradient
+by its own size, so that an entry of 1e-9, which is all rounding, would move its parameter as far as one of 1.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import CLOSE, B, G, assert_close_trees, inputs, unlabelled
+
+from pg_ground import config, sharding
+from pg_ground.model import PaliGemma
+from pg_ground.rl import update
+from pg_ground.rl.loss import ALGORITHMS, policy_loss
+from pg_ground.types import Batch, Rollout, TrainState
+from pg_ground.vocab import vocab_of_size
+
+
+def batch_of(model: PaliGemma) -> tuple[Batch, Rollout, jax.Array]:
+    """Returns a batch, a rollout and advantages. The suffix is the first completion of each prompt."""
+    x = inputs(model)
+    batch = unlabelled(*x[:3], x.tokens[:, 0], x.mask[:, 0])
+    advantages = jnp.asarray(np.random.default_rng(2).normal(size=(B, G)), jnp.float32)
+    return batch, Rollout(x.tokens, x.mask, jnp.where(x.mask, -1.0, 0.0)), advantages
+
+
+def state_of(params: Any) -> tuple[TrainState, optax.GradientTransformation]:
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    return TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.init(params)), optimizer
+
+
+def sft_step(tiny: Any, micro_batches: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Returns a supervised step as a function, and its arguments."""
+    state, optimizer = state_of(tiny.params)
+    vocab = vocab_of_size(tiny.model.config.text.vocab_size)
+
+    def step(state: TrainState, batch: Batch) -> Any:
+        return update.sft_step(
+            state,
+            batch,
+            model=tiny.model,
+            optimizer=optimizer,
+            vocab=vocab,
+            micro_batches=micro_batches,
+            label_smoothing=0.1,
+            loc_smoothing_bins=2.0,
+        )
+
+    return step, (state, batch_of(tiny.model)[0])
+
+
+ROW = ALGORITHMS["dapo"]._replace(kl_coef=0.1)
+"""DAPO averages over the tokens of the whole batch, which micro-batches get wrong most easily."""
+
+TEMPERATURE = 0.8
+
+
+def grpo_step(tiny: Any, micro_batches: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Returns a reinforced step with two updates and a reference policy, and its arguments."""
+    state, optimizer = state_of(tiny.params)
+
+    def step(state: TrainState, ref_params: Any, batch: Batch, rollout: Rollout, advantages: jax.Array) -> Any:
+        return update.grpo_step(
+            state,
+            ref_params,
+            batch,
+            rollout,
+            advantages,
+            model=tiny.model,
+            optimizer=optimizer,
+            algorithm=ROW,
+            temperature=TEMPERATURE,
+            micro_batches=micro_batches,
+            updates=2,
+        )
+
+    ref_params = jax.tree.map(lambda a: 1.01 * a, tiny.params)
+    return step, (state, ref_params, *batch_of(tiny.model))
+
+
+def outcome(step: Callable[..., Any], args: tuple[Any, ...]) -> tuple[TrainState, dict[str, float]]:
+    state, metrics = jax.jit(step)(*args)
+    return jax.device_get(state), {name: float(value) for name, value in metrics.items()}
+
+
+@pytest.fixture(scope="module")
+def whole_steps(pg1, pg2) -> dict[str, tuple[TrainState, dict[str, float]]]:
+    """A supervised step of the one and a reinforced step of the other model, on one device and in one part."""
+    return {"sft": outcome(*sft_step(pg1, 1)), "grpo": outcome(*grpo_step(pg2, 1))}
+
+
+def assert_same_step(found: tuple[TrainState, dict[str, float]], expected: tuple[TrainState, dict[str, float]]) -> None:
+    """Compares the momentum too: it is the gradient itself, where parameters are mostly what they were before."""
+    (state, metrics), (expected_state, expected_metrics) = found, expected
+    assert state.step == expected_state.step == 1
+    assert_close_trees(state.params, expected_state.params)
+    assert_close_trees(state.opt, expected_state.opt)
+    assert metrics.keys() == expected_metrics.keys()
+    for name, value in metrics.items():
+        np.testing.assert_allclose(value, expected_metrics[name], rtol=CLOSE, atol=CLOSE, err_msg=name)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_micro_batches_do_not_change_a_supervised_step(pg1, whole_steps, parts):
+    assert_same_step(outcome(*sft_step(pg1, parts)), whole_steps["sft"])
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_micro_batches_do_not_change_a_reinforced_step(pg2, whole_steps, parts):
+    assert_same_step(outcome(*grpo_step(pg2, parts)), whole_steps["grpo"])
+
+
+def test_a_step_moves_the_parameters_and_the_second_update_is_off_policy(pg2, whole_steps):
+    """The control of the comparisons: they are between numbers that a step changes."""
+    state, metrics = whole_steps["grpo"]
+    moved = jax.tree.map(lambda a, b: a - np.asarray(b), state.params, pg2.params)
+    assert float(optax.tree.norm(moved)) > 1e-2 and metrics["optim/grad_norm"] > 0.1
+    assert metrics["policy/kl"] > 0 and metrics["policy/clip_fraction"] > 0
+
+
+def on_devices(mesh: Any, args: tuple[Any, ...], whole: int) -> tuple[Any, ...]:
+    """Returns `args` on the mesh: parameters and optimizer split as `train` does, the `[B, …]` rest along B."""
+    placed = [jax.device_put(tree, sharding.fsdp(mesh, tree)) for tree in args[:whole]]
+    return (*placed, *(sharding.put_batch(mesh, tree) for tree in args[whole:]))
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_eight_devices_make_the_step_of_one(request, whole_steps, monkeypatch, stage):
+    """Arrays up to 4 MiB are not split in earnest; here all are."""
+    monkeypatch.setattr(sharding, "SMALL_BYTES", 0)
+    mesh = sharding.make_mesh(config.Mesh())
+    assert mesh.size == 8
+    step, args = sft_step(request.getfixturevalue("pg1"), 1) if stage == "sft" else grpo_step(request.getfixturevalue("pg2"), 1)
+    args = on_devices(mesh, args, whole=1 if stage == "sft" else 2)
+    split = [leaf for leaf in jax.tree.leaves(args[0].params) if not leaf.is_fully_replicated]
+    assert len(split) > 10 and all(len(leaf.addressable_shards) == 8 for leaf in split)
+    state, metrics = jax.jit(step, out_shardings=(sharding.fsdp(mesh, args[0]), None))(*args)
+    kept = [leaf for leaf in jax.tree.leaves(state.params) if not leaf.is_fully_replicated]
+    assert len(kept) == len(split)
+    assert_same_step((jax.device_get(state), {name: float(value) for name, value in metrics.items()}), whole_steps[stage])
+
+
+def test_two_updates_are_policy_gradients_against_the_policy_that_sampled(pg2, whole_steps):
+    """Written out: both ratios are to the parameters before the step, and the reference is the third set of them."""
+    _, (state, ref_params, _, rollout, advantages) = grpo_step(pg2, 1)
+    optimizer = state_of(pg2.params)[1]
+    x = inputs(pg2.model)
+    logps = jax.jit(lambda params: pg2.model.completion_logps(params, *x, TEMPERATURE)[0])
+    old, ref = logps(state.params), logps(ref_params)
+
+    @jax.jit
+    def learn(params: Any, opt: Any) -> tuple[Any, Any]:
+        def loss(params: Any) -> jax.Array:
+            now = pg2.model.completion_logps(params, *x, TEMPERATURE)[0]
+            terms = policy_loss(now, old, ref, advantages, rollout.mask, ROW)
+            return jnp.sum(terms.loss * rollout.mask) / rollout.mask.sum()
+
+        updates, opt = optimizer.update(jax.grad(loss)(params), opt, params)
+        return optax.apply_updates(params, updates), opt
+
+    first = learn(state.params, state.opt)
+    second = learn(*first)
+    expected, metrics = whole_steps["grpo"]
+    assert_close_trees(expected.params, second[0])
+    assert_close_trees(expected.opt, second[1])
+    with pytest.raises(AssertionError, match="off by"):
+        assert_close_trees(expected.opt, first[1])
+    # the sampler's own log-probabilities are only compared with, and before the first update
+    assert metrics["policy/logp_diff_max"] == np.max(np.abs(old - rollout.logps) * rollout.mask)
+
+
+def test_split_and_join_are_inverses_and_keep_devices_together():
+    x = jnp.arange(24).reshape(8, 3)
+    for parts in (1, 2, 4, 8):
+        halves = update.split(x, parts)
+        assert halves.shape == (parts, 8 // parts, 3)
+        np.testing.assert_array_equal(halves[0, :, 0], x[::parts, 0])
+        np.testing.assert_array_equal(update.join(halves), x)
