@@ -12,6 +12,9 @@ from pg_ground.types import UserError
 SMALL_BYTES = 4 * 2**20
 """Arrays up to this size are replicated, as big_vision does: gathering them costs more than holding them."""
 
+LARGE_BYTES = 64 * 2**20
+"""An array above this size is never replicated for want of an axis that divides: that is an error."""
+
 
 def split_cpu(c: config.Mesh) -> None:
     """Makes the CPU count as `c.cpu_devices` devices (0 leaves it as it is); only before this process first uses one."""
@@ -53,17 +56,17 @@ def fsdp(mesh: Mesh, tree: Any) -> Any:
     """Returns a sharding for each leaf (array or shape): its largest axis that the devices divide, if it is large enough.
 
     Raises:
-      UserError: a large array has no such axis; it is never replicated silently.
+      UserError: an array above `LARGE_BYTES` has no such axis.
     """
     count = mesh.shape["data"]
 
     def place(leaf: Any) -> NamedSharding:
         size = int(np.prod(leaf.shape)) * leaf.dtype.itemsize
         axes = [axis for axis in range(leaf.ndim) if leaf.shape[axis] % count == 0]
-        if size <= SMALL_BYTES:
-            return replicated(mesh)
-        if not axes:
+        if not axes and size > LARGE_BYTES:
             raise UserError(f"an array of shape {leaf.shape} ({size} bytes) has no axis that {count} devices divide evenly")
+        if size <= SMALL_BYTES or not axes:
+            return replicated(mesh)
         largest = max(axes, key=lambda axis: leaf.shape[axis])
         return NamedSharding(mesh, PartitionSpec(*(None,) * largest, "data"))
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optax.contrib import MuonDimensionNumbers
 
 from pg_ground import config, optim
 from pg_ground.model import PaliGemma
@@ -25,8 +26,9 @@ def test_warm_up_rises_to_the_peak_and_the_schedule_ends_at_zero():
 
 
 def test_muon_takes_every_matrix_of_the_layers_and_nothing_else():
-    chosen = optim.matrices(tiny_params())
-    names = {name for name, spec in flatten(chosen).items() if spec is not None}
+    params = tiny_params()
+    specs = jax.tree.leaves(optim.matrices(params), is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers))
+    names = {name for name, spec in zip(flatten(params), specs, strict=True) if spec is not None}
     assert all(name.startswith(("img/", "llm/layers/")) for name in names)
     ends = {end for end, _, _ in optim.MATRICES}
     assert {end for end in ends if any(name.endswith(end) for name in names)} == ends

@@ -8,9 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
@@ -58,15 +61,12 @@ def rows(workdir: Path) -> list[dict[str, float]]:
 
 def arrays(workdir: Path) -> dict[str, np.ndarray]:
     """Returns every array of the newest checkpoint (parameters, optimizer, step) by name."""
-    import orbax.checkpoint as ocp
-
     found: dict[str, np.ndarray] = {}
     folder = newest_params(workdir).parent
     for item in ("params", "rest"):
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with warnings.catch_warnings(), ocp.PyTreeCheckpointer() as checkpointer:
+            warnings.simplefilter("ignore")  # orbax: no sharding given, that of the file is taken. It is what this wants
             tree = checkpointer.restore(folder / item)
-        import jax
-
         found |= {item + jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
     return found
 
@@ -90,7 +90,9 @@ def test_a_run_leaves_what_the_contract_names(straight):
             "completion/unfinished_fraction", "optim/grad_norm", "optim/lr", "eval/boxes/acc50",
             "eval/points/point_in_box"} <= last  # fmt: skip
     pictures = list((straight / "samples").glob("*.png"))
-    assert pictures and min(Image.open(pictures[0]).size) > 200
+    assert pictures
+    with Image.open(pictures[0]) as picture:
+        assert min(picture.size) > 200
 
 
 def test_sampler_and_trainer_agree_at_every_step(straight):
@@ -162,7 +164,8 @@ def test_predict_answers_in_pixels_and_draws(straight, environment, tmp_path):
     done = run(environment, "predict", *arguments, f"--out={tmp_path / 'drawn.png'}", "--max_new_tokens=8")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout).keys() == {"text", "boxes", "points"}
-    assert Image.open(tmp_path / "drawn.png").size[0] >= 90
+    with Image.open(tmp_path / "drawn.png") as picture:
+        assert picture.size[0] >= 90
 
 
 def test_the_package_lists_its_commands(environment):
@@ -177,6 +180,7 @@ ERRORS = {
     "no such file": (["--config=configs/nowhere.py"], r"configs/nowhere\.py"),
     "a word for a number": (["--config=configs/tiny.py", "--config.grpo.steps=many"], r"steps.*many"),
     "an unknown flag": (["--config=configs/tiny.py", "--wrokdir=x"], r"wrokdir.*workdir"),
+    "a file that does not run": (["--config=README.md"], r"README\.md does not run: SyntaxError"),
     "an unknown algorithm": (["--config=configs/tiny.py", "--config.grpo.algorithm=grop"], r"did you mean grpo\?"),
     "an unknown reward": (["--config=configs/tiny.py", "--config.grpo.rewards.iuo=1"], r"did you mean iou\?"),
     "a missing source": (["--config=configs/photos.py"], r"photos\.jsonl"),

