@@ -231,7 +231,7 @@ def parse(config: Mapping[str, Any] | config_dict.ConfigDict) -> Config:
 def nearest(name: str, names: Iterable[str]) -> str:
     """Returns `name`'s nearest neighbour among `names` as a question to the user, or the list of them."""
     names = sorted(names)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else f"there are {', '.join(names) or 'none'}"
 
 
