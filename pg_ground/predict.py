@@ -73,12 +73,13 @@ def answers(tokens: Sequence[int], tokenizer: Tokenizer, size: tuple[int, int]) 
     for segment in segments:
         bins = [token - vocab.loc0 for token in segment if 0 <= token - vocab.loc0 < LOC_TOKENS]
         label = tokenizer.decode([token for token in segment if not 0 <= token - vocab.loc0 < LOC_TOKENS]).strip()
-        place = [round(float(fraction), 6) for fraction in decode_loc(np.array(bins, np.int32))]
+        place = [float(fraction) for fraction in decode_loc(np.array(bins, np.int32))]
         if len(place) == 4:
             y1, x1, y2, x2 = place
-            found["boxes"].append({"label": label, "xyxy_px": [x1 * width, y1 * height, x2 * width, y2 * height]})
+            corners = [x1 * width, y1 * height, x2 * width, y2 * height]
+            found["boxes"].append({"label": label, "xyxy_px": [round(corner, 3) for corner in corners]})
         elif len(place) == 2:
-            found["points"].append({"label": label, "xy_px": [place[1] * width, place[0] * height]})
+            found["points"].append({"label": label, "xy_px": [round(place[1] * width, 3), round(place[0] * height, 3)]})
     return found
 
 

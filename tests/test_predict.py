@@ -29,7 +29,7 @@ def test_predict_and_rewards_read_the_same_answers():
         points = np.asarray(read.points.yx[row, 0][np.asarray(read.points.valid[row, 0])])
         pixels = np.array([500, 1000, 500, 1000])
         mine = np.array([[b["xyxy_px"][i] for i in (1, 0, 3, 2)] for b in found["boxes"]]).reshape(-1, 4)
-        np.testing.assert_allclose(mine, boxes * pixels, atol=1e-3)  # answers are rounded to 1e-6 of a side
+        np.testing.assert_allclose(mine, boxes * pixels, atol=1e-3)  # answers are rounded to 1e-3 pixels
         mine = np.array([p["xy_px"][::-1] for p in found["points"]]).reshape(-1, 2)
         np.testing.assert_allclose(mine, points * pixels[:2], atol=1e-3)
         seen += len(boxes) + len(points)
