@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 # JAX reads both when it is imported. Tolerances in these tests are those of float32 on a CPU. The XLA flags compile a gradient
 # of a tiny model in 1 s instead of 10. Only jaxlib 0.10 (the newest for Python 3.11) knows the second; nothing but time depends
 # on them, but an unknown flag ends the process.
-EMITTERS = " --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0" + EMITTERS)
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),
+)
 
 import jax
 import jax.numpy as jnp
