@@ -24,7 +24,8 @@ from pg_ground.types import UserError
 LOOSE = 0.6
 SFT_STEPS, GRPO_STEPS = 1000, 400
 SFT_STEPS_PER_GRPO_STEP = 3
-"""What one GRPO step costs in time (2.3 on two CPU devices, 2.9 on one; rounded up in favour of SFT), so that the arms spend the same."""
+"""What a GRPO step costs in time, so that the arms spend the same: 2.3 on two CPU devices and 2.9 on one, rounded up in favour
+of SFT."""
 
 
 def get_config(arm: str = "grpo") -> ConfigDict:
