@@ -26,6 +26,8 @@ SFT_STEPS, GRPO_STEPS = 1000, 400
 SFT_STEPS_PER_GRPO_STEP = 3
 """What a GRPO step costs in time, so that the arms spend the same: 2.3 on two CPU devices and 2.9 on one, rounded up in favour
 of SFT."""
+SEEDS = {"train": 0, "heldout": 1}
+"""The recipe was chosen looking at held-out scenes of seed 0: what is reported comes from scenes that no choice has seen."""
 
 
 def get_config(arm: str = "grpo") -> ConfigDict:
@@ -77,10 +79,10 @@ def get_config(arm: str = "grpo") -> ConfigDict:
 
 def boxes(split: str, loose: float = 0.0) -> ConfigDict:
     """Returns `detect {phrase}` on scenes whose boxes are drawn up to that share too wide on each side."""
-    return config.section(Source(uri=f"synthetic:{split}?side=48&loose={loose}", boxes="box"))
+    return config.section(Source(uri=f"synthetic:{split}?side=48&seed={SEEDS[split]}&loose={loose}", boxes="box"))
 
 
 def points(split: str) -> ConfigDict:
     """Returns `point to {phrase}`, with the exact boxes as the regions that points should lie in."""
-    uri = f"synthetic:{split}?side=48"
+    uri = f"synthetic:{split}?side=48&seed={SEEDS[split]}"
     return config.section(Source(uri=uri, asks="points", boxes="box", points="point", prompt="point to {phrase}"))
