@@ -11,8 +11,8 @@ Two arms spend the same compute on SFT alone, with the loose labels and with exa
     --config=configs/quickstart.py:sft_loose    --config=configs/quickstart.py:sft_exact
 All three over several seeds, in one table: python benchmarks/quickstart.py
 
-Hardware: two CPU cores. Time: under five minutes. Result on held-out scenes, three seeds: acc@.5 from 0.19-0.22 after SFT to
-0.60-0.69 after GRPO (2026-11-21, f9f5613; the whole table is in the README).
+Hardware: two CPU cores. Time: about four minutes. Result on held-out scenes, three seeds: acc@.5 from 0.20-0.24 after SFT to
+0.62-0.74 after GRPO (2026-11-21, 5151723; the whole table is in the README).
 """
 
 from ml_collections import ConfigDict
