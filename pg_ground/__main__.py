@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-COMMANDS = ("train", "evaluate", "predict", "look")
+COMMANDS = ("train", "evaluate", "predict", "look", "convert")
 
 
 def main() -> None:

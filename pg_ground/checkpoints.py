@@ -9,8 +9,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 
+from pg_ground.params import flatten
 from pg_ground.types import TrainState, UserError
 
 
@@ -74,13 +76,34 @@ def restore_tree(path: Path, like: Any) -> Any:
         return checkpointer.restore(path.absolute(), like)
 
 
-def newest_params(workdir: Path) -> Path:
-    """Returns the folder with the parameters of a run's newest checkpoint.
+def describe(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns shape and dtype of each array of the tree at `path`, by slash-joined name.
+
+    Raises:
+      UserError: nothing there, or something else than a tree of arrays.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist: a tree of arrays written by a run is wanted")
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.metadata(path.absolute()).item_metadata
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is no tree of arrays written by a run: {error}") from None
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flatten(tree.tree).items()}
+
+
+def newest(workdir: Path) -> Path:
+    """Returns the folder of a run's newest checkpoint.
 
     Raises:
       UserError: no checkpoint there.
     """
-    steps = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit() and (p / "params").is_dir()]
-    if not steps:
+    found = steps(workdir)
+    if not found:
         raise UserError(f"{workdir} has no checkpoint: expected {workdir / 'checkpoints'}/<step>/params")
-    return workdir / "checkpoints" / str(max(steps)) / "params"
+    return workdir / "checkpoints" / str(max(found))
+
+
+def steps(workdir: Path) -> list[int]:
+    """Returns the steps at which a run has a whole checkpoint."""
+    return [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit() and (p / "params").is_dir()]

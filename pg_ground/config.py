@@ -51,17 +51,61 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters (arXiv 2106.09685); which parameters are trained is said by `lr_factors`."""
+
+    rank: int = 0  # 0 is off
+    alpha: float = 16.0  # adapters are scaled by alpha / rank
+    dropout: float = 0.0  # share of an adapter's inputs dropped in supervised steps; sampling and GRPO drop nothing
+    pattern: str = "llm/layers/.*"  # regular expression of whole names of the matrices that get one
+
+
+@dataclass(frozen=True)
 class Model:
     """Sizes and numerics of the policy."""
 
     image_size: int = 224  # pixels, square
     vision: Vision = field(default_factory=Vision)
     text: Text = field(default_factory=Text)
-    dtype: str = "float32"  # of activations: float32 or bfloat16; parameters stay float32
+    lora: Lora = field(default_factory=Lora)
+    dtype: str = "float32"  # of activations: float32 or bfloat16
+    param_dtype: str = "float32"  # of the parameters that are trained, and so of the optimizer's state
+    frozen_dtype: str = "float32"  # of the parameters that are not; bfloat16 loses nothing where the checkpoint is bfloat16
     remat: str = "nothing_saveable"  # one of REMAT: which activations are kept for the backward pass; "none" keeps all
     scan_unroll: int = 1  # layers per turn of the loop over layers: more compile slower and, on a CPU, run faster
     logits_block: int = 8  # completion tokens whose vocabulary softmax is held at once
     coordinate_init: str = "normal"  # of <locNNNN> rows and patch positions, from nothing: "normal", or "sinusoid"
+
+
+DECODERS: dict[str, Text] = {
+    "pg1_3b": Text(),
+    "pg2_3b": Text(width=2304, depth=26, mlp_dim=9216, num_kv_heads=4, post_norms=True, attn_softcap=50.0),
+    "pg2_10b": Text(width=3584, depth=42, mlp_dim=14336, num_heads=16, num_kv_heads=8, post_norms=True, attn_softcap=50.0),
+    "pg2_28b": Text(
+        width=4608,
+        depth=46,
+        mlp_dim=36864,
+        num_heads=32,
+        num_kv_heads=16,
+        head_dim=128,
+        query_scale=144**-0.5,
+        post_norms=True,
+        attn_softcap=50.0,
+    ),
+}
+"""The decoders of PaliGemma 1 (arXiv 2407.07726) and 2 (arXiv 2412.03555). The final soft-cap of Gemma 2's pretraining (30) is
+off: PaliGemma 2 was transferred without it, and sampler and loss agree either way."""
+
+
+def variant(name: str, image_size: int = 224) -> Model:
+    """Returns the sizes of a published model: pg1_3b, pg2_3b, pg2_10b or pg2_28b, at 224, 448 or 896 pixels.
+
+    Raises:
+      UserError: no such model.
+    """
+    if name not in DECODERS:
+        raise UserError(f"there is no variant {name}: {nearest(name, DECODERS)}")
+    return Model(image_size=image_size, text=DECODERS[name])
 
 
 @dataclass(frozen=True)
@@ -194,7 +238,9 @@ class Config:
     """A run."""
 
     seed: int = 0
-    init: str = ""  # big_vision .npz to start from; "" is random weights
+    init: str = ""  # checkpoint to start from (.npz, Hugging Face directory, or a run's); "" is random weights
+    resample_positions: bool = False  # of `init`, where it was trained at another `model.image_size`; else that is an error
+    lr_factors: tuple[tuple[str, float], ...] = ()  # (pattern of names, factor), first match wins; 0 freezes; () is all, or LoRA
     stages: tuple[str, ...] = ("sft", "grpo")  # in this order, one working directory
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
@@ -226,6 +272,15 @@ def parse(config: Mapping[str, Any] | config_dict.ConfigDict) -> Config:
     parsed = _build(Config, tree, "config")
     _check(parsed)
     return parsed
+
+
+def parse_model(tree: Any, path: str) -> Model:
+    """Returns the `Model` that a mapping spells out; `path` says where it stands.
+
+    Raises:
+      UserError: a name that does not exist, or a value of another type.
+    """
+    return _build(Model, tree, path)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -271,7 +326,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin is types.UnionType:
         return None if value is None else _convert(args[0], value, path)
     if origin is tuple and isinstance(value, (tuple, list)):
-        return tuple(_convert(args[0], v, f"{path}[{i}]") for i, v in enumerate(value))
+        inner = args[:1] * len(value) if args[-1] is Ellipsis else args
+        if len(inner) != len(value):
+            raise UserError(f"{path} is {value!r}, but it must have {len(inner)} elements")
+        return tuple(_convert(kind, v, f"{path}[{i}]") for i, (kind, v) in enumerate(zip(inner, value, strict=True)))
     if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
         return {k: _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -312,7 +370,14 @@ def _check(c: Config) -> None:
         need(value >= 0, path, value, "0 or more")
     need(c.model.text.head_dim % 2 == 0, "model.text.head_dim", c.model.text.head_dim, "even: RoPE turns pairs")
     vision, text = c.model.vision, c.model.text
-    one_of("model.dtype", c.model.dtype, ("float32", "bfloat16"))
+    for name in ("dtype", "param_dtype", "frozen_dtype"):
+        one_of(f"model.{name}", getattr(c.model, name), ("float32", "bfloat16"))
+    lora = c.model.lora
+    need(lora.rank >= 0, "model.lora.rank", lora.rank, "0 or more")
+    need(lora.alpha > 0, "model.lora.alpha", lora.alpha, "above 0")
+    need(0 <= lora.dropout < 1, "model.lora.dropout", lora.dropout, "in [0, 1)")
+    for i, (_, factor) in enumerate(c.lr_factors):
+        need(factor >= 0, f"lr_factors[{i}][1]", factor, "0 (frozen) or more")
     one_of("model.coordinate_init", c.model.coordinate_init, ("normal", "sinusoid"))
     one_of("model.remat", c.model.remat, REMAT)
     need(c.model.image_size % vision.patch_size == 0, "model.image_size", c.model.image_size, "a multiple of patch_size")

@@ -2,7 +2,8 @@
 
 python -m pg_ground.predict --params=P --image=I --prompt="detect red circle" [--out=O.png] [--tokenizer=M] [--max_new_tokens=64]
 
-P is a big_vision .npz or the working directory of a run.
+P is a big_vision .npz, a Hugging Face directory, or a run. M is found in the latter two where they have one. One prompt may ask
+for several things: --prompt="detect cat ; dog".
 """
 
 import json
@@ -38,9 +39,7 @@ def predict(
     Raises:
       UserError: the checkpoint, the tokenizer or the image cannot be used.
     """
-    if not tokenizer_path and params_path.is_dir():
-        tokenizer_path = weights.run_config(params_path).data.tokenizer
-    tokenizer = load_tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path or weights.tokenizer_of(params_path))
     try:
         image = load_image(str(image_path), Path())
     except BadRecord as bad:

@@ -1,4 +1,4 @@
-"""Text ⇄ PaliGemma's token ids, by a sentencepiece model that has the loc and seg pieces baked in."""
+"""Text ⇄ PaliGemma's token ids, by a sentencepiece model that has the loc and seg pieces, or is given them here."""
 
 from collections.abc import Sequence
 from importlib import resources
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
 
 from pg_ground.types import UserError
 from pg_ground.vocab import BOS, EOS, LOC_TOKENS, NEWLINE, PAD, SEG_TOKENS, UNK, Vocab, vocab_of_size
@@ -45,17 +46,32 @@ class Tokenizer(NamedTuple):
 def load(path: str = "") -> Tokenizer:
     """Returns the tokenizer of the model file at `path`; "" is the small one of the package.
 
+    A model without any loc piece is taken for plain Gemma's: `<loc0000>`..`<loc1023>` and `<seg000>`..`<seg127>` are added behind
+    its last piece, as big_vision does.
+
     Raises:
       UserError: the file is missing, is no sentencepiece model, or does not have PaliGemma's special ids.
     """
     name = path or "the package's tiny.model"
-    pieces = _read(_bytes_of(path), name)
+    model = _bytes_of(path)
+    pieces = _read(model, name)
+    if pieces.PieceToId("<loc0000>") == UNK:
+        pieces = _read(with_loc_pieces(model), name)
     vocab = vocab_of_size(pieces.GetPieceSize())
     _check_layout(pieces, vocab, name)
     return Tokenizer(
         pieces,
         vocab._replace(separators=_ids_of(pieces, (";", SPACE + ";")), spaces=_ids_of(pieces, (SPACE,))),
     )
+
+
+def with_loc_pieces(model: bytes) -> bytes:
+    """Returns a sentencepiece model with the 1,152 loc and seg pieces behind its own, user-defined and of score 0."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # pyright: ignore[reportAttributeAccessIssue]: made at import
+    names = [f"<loc{i:04d}>" for i in range(LOC_TOKENS)] + [f"<seg{i:03d}>" for i in range(SEG_TOKENS)]
+    for name in names:
+        proto.pieces.add(piece=name, score=0.0, type=proto.SentencePiece.USER_DEFINED)
+    return proto.SerializeToString()
 
 
 def _bytes_of(path: str) -> bytes:
@@ -91,7 +107,7 @@ def _check_layout(pieces: sentencepiece.SentencePieceProcessor, vocab: Vocab, na
             if first < 0 or pieces.Encode(piece) != [first + i]:
                 raise UserError(
                     f"tokenizer {name}: {piece} is not piece {first + i} of {vocab.size}; the last 1,152 must be "
-                    "<loc0000>..<loc1023>, <seg000>..<seg127> as in paligemma_tokenizer.model (plain Gemma has none)"
+                    "<loc0000>..<loc1023>, <seg000>..<seg127> as in paligemma_tokenizer.model (or none, as in plain Gemma)"
                 )
 
 

@@ -8,11 +8,12 @@ Started again on the same directory, it goes on where its newest checkpoint is, 
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import Mesh
 from PIL import Image
 
@@ -22,6 +23,7 @@ from pg_ground.data import pipeline
 from pg_ground.diary import Diary, Stopwatch, claim
 from pg_ground.evaluate import answerer, check_vocabulary, evaluate
 from pg_ground.model import PaliGemma, weights
+from pg_ground.params import flatten, join, lr_factors, pick, unflatten
 from pg_ground.rl import loss, rewards, update
 from pg_ground.rl.rollout import sample
 from pg_ground.tokenizer import Tokenizer
@@ -35,6 +37,10 @@ class Run(NamedTuple):
     config: Config
     workdir: Path
     model: PaliGemma
+    frozen: Any
+    """The parameters that are not trained; those that are flow from stage to stage."""
+    factors: dict[str, float]
+    """What the learning rate of each trained parameter is multiplied by."""
     tokenizer: Tokenizer
     mesh: Mesh
     diary: Diary
@@ -47,17 +53,19 @@ def sft(run: Run, state: TrainState, batches: Any) -> TrainState:
     learn = partial(
         update.sft_step,
         model=run.model,
-        optimizer=optim.optimizer(c.optimizer, c.steps),
+        optimizer=optimizer_of(run, "sft"),
         vocab=run.tokenizer.vocab,
         micro_batches=c.micro_batches,
         label_smoothing=c.label_smoothing,
         loc_smoothing_bins=c.loc_smoothing_bins,
     )
-    learn = jax.jit(learn, donate_argnums=0, out_shardings=(placement(run, state), None))
-    for _ in range(int(state.step), c.steps):
+    learn = jax.jit(learn, donate_argnums=0, out_shardings=(sharding.fsdp(run.mesh, state), None))
+    key = jax.random.key(run.config.seed)
+    for step in range(int(state.step), c.steps):
         watch = Stopwatch()
         batch = watch.lap("data", sharding.put_batch(run.mesh, next(batches)))
-        state, updated = watch.lap("update", learn(state, batch))
+        dropout_key = jax.random.fold_in(key, step) if run.config.model.lora.dropout else None
+        state, updated = watch.lap("update", learn(state, run.frozen, batch, dropout_key=dropout_key))
         run.diary.keep("sft", state, batches, measured(run, "sft", state, updated, watch))
     return state
 
@@ -68,9 +76,9 @@ def grpo(run: Run, state: TrainState, batches: Any) -> TrainState:
     algorithm = loss.choose(c)
     ref_params = reference(run, state) if algorithm.kl_coef else None
 
-    def roll(params: Any, batch: Batch, key: jax.Array) -> Rollout:
+    def roll(params: Any, frozen: Any, batch: Batch, key: jax.Array) -> Rollout:
         inputs = (batch.image, batch.prompt, batch.prompt_mask)
-        return sample(run.model, params, *inputs, key, c.group_size, c.max_new_tokens, c.temperature, c.top_p)
+        return sample(run.model, join(frozen, params), *inputs, key, c.group_size, c.max_new_tokens, c.temperature, c.top_p)
 
     def judge(rollout: Rollout, batch: Batch) -> tuple[Answer, Rewards, Any, dict[str, Any]]:
         answer = rewards.read_answer(rollout.tokens, rollout.mask, batch.gold.asks, batch.gold.names, vocab)
@@ -80,21 +88,21 @@ def grpo(run: Run, state: TrainState, batches: Any) -> TrainState:
     learn = partial(
         update.grpo_step,
         model=run.model,
-        optimizer=optim.optimizer(c.optimizer, c.steps * c.updates_per_rollout),
+        optimizer=optimizer_of(run, "grpo"),
         algorithm=algorithm,
         temperature=c.temperature,
         micro_batches=c.micro_batches,
         updates=c.updates_per_rollout,
     )
     roll, judge = jax.jit(roll), jax.jit(judge)
-    learn = jax.jit(learn, donate_argnums=0, out_shardings=(placement(run, state), None))
+    learn = jax.jit(learn, donate_argnums=0, out_shardings=(sharding.fsdp(run.mesh, state), None))
     key = jax.random.key(run.config.seed)
     for step in range(int(state.step), c.steps):
         watch = Stopwatch()
         batch = watch.lap("data", sharding.put_batch(run.mesh, next(batches)))
-        rollout = watch.lap("rollout", roll(state.params, batch, jax.random.fold_in(key, step)))
+        rollout = watch.lap("rollout", roll(state.params, run.frozen, batch, jax.random.fold_in(key, step)))
         answer, judged, advantages, seen = watch.lap("score", judge(rollout, batch))
-        state, updated = watch.lap("update", learn(state, ref_params, batch, rollout, advantages))
+        state, updated = watch.lap("update", learn(state, run.frozen, ref_params, batch, rollout, advantages))
         pictures = partial(rollout_pictures, run, batch, rollout, answer, judged)
         run.diary.keep("grpo", state, batches, measured(run, "grpo", state, seen | updated, watch), pictures)
     return state
@@ -111,42 +119,96 @@ def train(config: Config, workdir: Path) -> Path:
     """
     tokenizer, mesh, bad = load_tokenizer(config.data.tokenizer), sharding.make_mesh(config.mesh), pipeline.BadRecords()
     check(config, mesh)
-    model, params = begin(config)
+    model = PaliGemma(config.model)
     check_vocabulary(tokenizer, model)
+    trained, frozen = layout(config, model, mesh)
+    started = bool(checkpoints.steps(workdir))
+    first = None if started else begin(config, model, trained | frozen)
     answer = answerer(model, tokenizer.vocab, config.eval.max_new_tokens)
     streams = {stage: open_stream(config, stage, tokenizer, bad) for stage in config.stages}
     for name, source in config.eval.sources.items():
         pipeline.open_examples(name, source, config.data, config.model.image_size)
     claim(workdir, config)
+    kept = keep_frozen(workdir, frozen, first)
+    params = None if first is None else pick(first, trained.__contains__)
+    del first
 
     def measure(params: Any) -> dict[str, float]:
-        return evaluate(answer, params, config, tokenizer, mesh, bad).metrics
+        return evaluate(answer, join(kept, params), config, tokenizer, mesh, bad).metrics
 
     with checkpoints.Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as saved:
         found = saved.latest()
         record = None if found is None else saved.record(found)
         with metrics.open_metrics(workdir, found) as writer:
             diary = Diary(config, workdir, writer, saved, measure, bad)
-            run = Run(config, workdir, model, tokenizer, mesh, diary, bad)
-            first = config.stages.index(record["stage"]) if record else 0
-            for stage in config.stages[first:]:
-                state = fresh_state(run, stage, params)
+            factors = lr_factors(trained | frozen, config.lr_factors)
+            run = Run(config, workdir, model, kept, factors, tokenizer, mesh, diary, bad)
+            print(size_line(run, trained, frozen), flush=True)
+            for stage in config.stages[config.stages.index(record["stage"]) if record else 0 :]:
                 if record and found is not None and stage == record["stage"]:
-                    state = saved.restore(found, state)
+                    state = saved.restore(found, state_like(run, stage, unflatten(trained)))
                     streams[stage].set_state(record["batches"])
                     diary.open_with(record)
-                elif stage == config.stages[0]:
-                    diary.measure(0, stage, state.params)
+                else:
+                    state = fresh_state(run, stage, params)
+                    if stage == config.stages[0]:
+                        diary.measure(0, stage, state.params)
                 params = STAGES[stage](run, state, streams[stage]).params
     return diary.close()
 
 
-def begin(config: Config) -> tuple[PaliGemma, Any]:
-    """Returns the model, and its first parameters: those of `config.init`, or a function that makes random ones."""
+def layout(config: Config, model: PaliGemma, mesh: Mesh) -> tuple[weights.Like, weights.Like]:
+    """Returns name, shape, dtype and place of the parameters that are trained, and of those that are frozen."""
+    shapes = flatten(jax.eval_shape(model.init, jax.random.key(0)))
+    factors = lr_factors(shapes, config.lr_factors)
+    dtypes = {name: jnp.dtype(config.model.param_dtype if factors[name] else config.model.frozen_dtype) for name in shapes}
+    like = {name: jax.ShapeDtypeStruct(leaf.shape, dtypes[name]) for name, leaf in shapes.items()}
+    places = sharding.fsdp(mesh, like)
+    like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name]) for name, leaf in like.items()}
+    return {name: like[name] for name in like if factors[name]}, {name: like[name] for name in like if not factors[name]}
+
+
+def begin(config: Config, model: PaliGemma, like: weights.Like) -> Any:
+    """Returns the first parameters, in their places: those of `config.init` with adapters that do nothing yet, or random ones."""
+    loaded: dict[str, Any] = {}
     if config.init:
-        return weights.load(config.init, config.model)
-    model = PaliGemma(config.model)
-    return model, partial(model.init, jax.random.key(config.seed))
+        found = weights.open_checkpoint(config.init, config.model, config.resample_positions)
+        loaded = found.read({name: leaf for name, leaf in like.items() if name in found.like})
+    rest = {name: leaf for name, leaf in like.items() if name not in loaded}
+
+    def make() -> dict[str, Any]:
+        made = flatten(model.init(jax.random.key(config.seed)))
+        return {name: made[name].astype(leaf.dtype) for name, leaf in rest.items()}
+
+    made = jax.jit(make, out_shardings={name: leaf.sharding for name, leaf in rest.items()})() if rest else {}
+    return unflatten(loaded | made)
+
+
+def keep_frozen(workdir: Path, frozen: weights.Like, first: Any) -> Any:
+    """Returns the frozen parameters, written down once beside the checkpoints so that a run is whole without `config.init`."""
+    path = workdir / "frozen"
+    if not frozen:
+        return {}
+    if first is None:
+        return checkpoints.restore_tree(path, unflatten(frozen))
+    kept = pick(first, frozen.__contains__)
+    checkpoints.save_tree(path, kept)
+    return kept
+
+
+def size_line(run: Run, trained: weights.Like, frozen: weights.Like) -> str:
+    """Returns in words how many parameters there are, how many are trained, and what they and the optimizer take."""
+
+    def size(leaves: Any) -> tuple[int, int]:
+        counts = [(int(np.prod(leaf.shape)), leaf.dtype.itemsize) for leaf in jax.tree.leaves(leaves)]
+        return sum(n for n, _ in counts), sum(n * width for n, width in counts)
+
+    optimizer = size(jax.eval_shape(optimizer_of(run, run.config.stages[0]).init, unflatten(trained)))[1]
+    (mine, mine_bytes), (kept, kept_bytes) = size(trained), size(frozen)
+    return (
+        f"{mine + kept:,} parameters ({mine_bytes + kept_bytes:,} bytes), "
+        f"{mine:,} of them trained ({mine_bytes:,} bytes); optimizer {optimizer:,} bytes"
+    )
 
 
 def check(config: Config, mesh: Mesh) -> None:
@@ -176,28 +238,31 @@ def open_stream(config: Config, stage: str, tokenizer: Tokenizer, bad: pipeline.
     )
 
 
-def fresh_state(run: Run, stage: str, params: Any) -> TrainState:
-    """Returns the state a stage starts from, spread over the mesh; `params` may be a function that makes them there."""
+def optimizer_of(run: Run, stage: str) -> optax.GradientTransformation:
+    """Returns the optimizer of a stage."""
     c = run.config.sft if stage == "sft" else run.config.grpo
     updates = c.steps * (run.config.grpo.updates_per_rollout if stage == "grpo" else 1)
-    optimizer = optim.optimizer(c.optimizer, updates)
-
-    def start(params: Any) -> TrainState:
-        return TrainState(jnp.int32(0), params, optimizer.init(params))
-
-    if callable(params):
-        make = partial(lambda make: start(make()), params)
-        return jax.jit(make, out_shardings=placement(run, jax.eval_shape(make)))()
-    return jax.jit(start, out_shardings=placement(run, jax.eval_shape(start, params)))(params)
+    return optim.optimizer(c.optimizer, updates, run.factors)
 
 
-def placement(run: Run, state: TrainState) -> Any:
-    """Returns the sharding of each array of a state."""
-    return sharding.fsdp(run.mesh, state)
+def fresh_state(run: Run, stage: str, params: Any) -> TrainState:
+    """Returns the state a stage starts from, spread over the mesh as `params` are."""
+    init = optimizer_of(run, stage).init
+    opt = jax.jit(init, out_shardings=sharding.fsdp(run.mesh, jax.eval_shape(init, params)))(params)
+    return TrainState(jax.device_put(jnp.int32(0), sharding.replicated(run.mesh)), params, opt)
+
+
+def state_like(run: Run, stage: str, params: Any) -> TrainState:
+    """Returns shapes, dtypes and places of a state of a stage, for a checkpoint to be read into."""
+    like = TrainState(
+        cast(Any, jax.ShapeDtypeStruct((), jnp.int32)), params, jax.eval_shape(optimizer_of(run, stage).init, params)
+    )
+    places = sharding.fsdp(run.mesh, like)
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like, places)
 
 
 def reference(run: Run, state: TrainState) -> Any:
-    """Returns the policy at the start of this stage: the one at hand if it starts now, else the one then written down."""
+    """Returns what is trained of the policy at the start of this stage; what is frozen is the policy's own, not a copy of it."""
     path = run.workdir / "reference"
     if int(state.step) == 0:
         checkpoints.save_tree(path, state.params)

@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pg_ground"
 
-WORDS = ("types", "vocab", "config")
+WORDS = ("types", "vocab", "config", "params")
 """Floor 0. In order: `config` may import the two before it."""
 
 CONCERNS = ("boxes", "tokenizer", "sharding", "optim", "metrics", "checkpoints", "draw", "report")
@@ -22,7 +22,7 @@ ASSETS = ("assets", "assets.make_tokenizer")
 """Floor 1 too: data files, and the script that makes them."""
 
 ROOMS = {
-    "model": ("siglip", "gemma", "paligemma", "weights"),
+    "model": ("lora", "siglip", "gemma", "paligemma", "files", "hugging_face", "weights"),
     "data": ("synthetic", "sources", "examples", "pipeline"),
     "rl": ("advantages", "loss", "rewards", "rollout", "update"),
 }

@@ -18,6 +18,7 @@ import pytest
 from conftest import unlabelled
 
 from pg_ground.model import PaliGemma, weights
+from pg_ground.params import flatten
 from pg_ground.rl import update
 from pg_ground.rl.rollout import sample
 from pg_ground.types import Batch, TrainState, UserError
@@ -90,6 +91,7 @@ def sft(r: Reference, label_smoothing: float) -> tuple[dict[str, jax.Array], dic
     def step(state: TrainState, batch: Batch) -> Any:
         return update.sft_step(
             state,
+            {},
             batch,
             model=r.model,
             optimizer=optimizer,
@@ -100,7 +102,7 @@ def sft(r: Reference, label_smoothing: float) -> tuple[dict[str, jax.Array], dic
         )
 
     state, metrics = jax.jit(step)(state, r.batch)
-    return metrics, weights.flatten(state.opt)
+    return metrics, flatten(state.opt)
 
 
 def test_sizes_are_read_from_the_shapes(reference):
@@ -190,7 +192,7 @@ def test_an_image_of_another_example_changes_the_greedy_answers(reference):
 def test_bfloat16_checkpoint(reference):
     model, params = weights.load(reference.folder / "ckpt_bf16.npz")
     assert model.config == reference.model.config
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(params))
     logits = jax.jit(lambda params, batch: suffix_logits(model, params, batch))(params, reference.batch)
     expected = predicting(reference, reference.io["text_logits_bf16ckpt"])
     mask = np.asarray(reference.batch.suffix_mask)

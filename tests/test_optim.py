@@ -8,7 +8,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from pg_ground import config, optim
 from pg_ground.model import PaliGemma
-from pg_ground.model.weights import flatten
+from pg_ground.params import MATRICES, flatten
 
 
 def tiny_params():
@@ -30,7 +30,7 @@ def test_muon_takes_every_matrix_of_the_layers_and_nothing_else():
     specs = jax.tree.leaves(optim.matrices(params), is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers))
     names = {name for name, spec in zip(flatten(params), specs, strict=True) if spec is not None}
     assert all(name.startswith(("img/", "llm/layers/")) for name in names)
-    ends = {end for end, _, _ in optim.MATRICES}
+    ends = {end for end, _, _ in MATRICES}
     assert {end for end in ends if any(name.endswith(end) for name in names)} == ends
     assert not any(word in name for name in names for word in ("embedd", "norm", "bias", "LayerNorm"))
 

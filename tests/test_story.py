@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from pg_ground.checkpoints import newest_params
+from pg_ground.checkpoints import newest
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
@@ -62,7 +62,7 @@ def rows(workdir: Path) -> list[dict[str, float]]:
 def arrays(workdir: Path) -> dict[str, np.ndarray]:
     """Returns every array of the newest checkpoint (parameters, optimizer, step) by name."""
     found: dict[str, np.ndarray] = {}
-    folder = newest_params(workdir).parent
+    folder = newest(workdir)
     for item in ("params", "rest"):
         with warnings.catch_warnings(), ocp.PyTreeCheckpointer() as checkpointer:
             warnings.simplefilter("ignore")  # orbax: no sharding given, that of the file is taken. It is what this wants
@@ -170,7 +170,7 @@ def test_predict_answers_in_pixels_and_draws(straight, environment, tmp_path):
 
 def test_the_package_lists_its_commands(environment):
     done = subprocess.run([sys.executable, "-m", "pg_ground"], env=environment, capture_output=True, text=True, check=True)
-    assert [line.split(".")[-1] for line in done.stdout.splitlines()[::2]] == ["train", "evaluate", "predict", "look"]
+    assert [line.split(".")[-1] for line in done.stdout.splitlines()[::2]] == ["train", "evaluate", "predict", "look", "convert"]
 
 
 ERRORS = {

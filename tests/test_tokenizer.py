@@ -1,7 +1,9 @@
 import json
+from importlib import resources
 from pathlib import Path
 
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 
 from pg_ground import tokenizer
 from pg_ground.types import UserError
@@ -96,10 +98,39 @@ def test_ids_and_texts_equal_big_visions():
 
 
 @needs_golden
-def test_plain_gemma_model_is_refused_by_name():
-    path = str(PREPROCESSING / "tiny_gemma_sp.model")
-    with pytest.raises(UserError, match="tiny_gemma_sp.model.*<loc0000>.*plain Gemma"):
-        tokenizer.load(path)
+def test_plain_gemmas_model_gets_the_pieces_that_paligemmas_has():
+    plain, baked = (tokenizer.load(str(PREPROCESSING / f"tiny_{name}_sp.model")) for name in ("gemma", "paligemma"))
+    assert plain.vocab == baked.vocab
+    names = [plain.pieces.IdToPiece(i) for i in range(plain.vocab.size)]
+    assert names == [baked.pieces.IdToPiece(i) for i in range(plain.vocab.size)]
+    for text in ("detect cat", "<loc0000><loc1023> cat ; <loc0007><seg000><seg127> a b", "<loc1024> <loc12>"):
+        assert plain.text(text) == baked.text(text)
+    assert plain.decode(plain.suffix("<loc0001><seg127> cat")) == "<loc0001><seg127> cat"
+
+
+def with_pieces(names: list[str]) -> bytes:
+    """Returns the package's model with other pieces at its end."""
+    proto = sentencepiece_model_pb2.ModelProto.FromString((resources.files("pg_ground.assets") / "tiny.model").read_bytes())
+    del proto.pieces[-1152:]
+    for name in names:
+        proto.pieces.add(piece=name, score=0.0, type=proto.SentencePiece.USER_DEFINED)
+    return proto.SerializeToString()
+
+
+def test_loc_pieces_that_are_not_contiguous_are_refused_by_name(tmp_path):
+    locs, segs = [f"<loc{i:04d}>" for i in range(1024)], [f"<seg{i:03d}>" for i in range(128)]
+    (tmp_path / "right.model").write_bytes(with_pieces(locs + segs))
+    tokenizer.load(str(tmp_path / "right.model"))
+    for names, said in (
+        (segs + locs, "<loc0000> is not piece 896"),
+        ([*locs[:500], "other", *locs[500:], *segs[:-1]], "<loc0000> is not piece 896|<loc0500> is not piece"),
+        (locs[::-1] + segs, "<loc0000> is not piece 896"),
+        (locs[:1000] + segs, "is not piece"),
+    ):
+        (tmp_path / "odd.model").write_bytes(with_pieces(names))
+        with pytest.raises(UserError, match=rf"odd\.model: .*({said})") as refused:
+            tokenizer.load(str(tmp_path / "odd.model"))
+        assert "\n" not in str(refused.value)
 
 
 def test_missing_and_corrupt_models_are_refused_in_one_line(tmp_path):

@@ -43,6 +43,7 @@ def sft_step(tiny: Any, micro_batches: int) -> tuple[Callable[..., Any], tuple[A
     def step(state: TrainState, batch: Batch) -> Any:
         return update.sft_step(
             state,
+            {},
             batch,
             model=tiny.model,
             optimizer=optimizer,
@@ -68,6 +69,7 @@ def grpo_step(tiny: Any, micro_batches: int) -> tuple[Callable[..., Any], tuple[
     def step(state: TrainState, ref_params: Any, batch: Batch, rollout: Rollout, advantages: jax.Array) -> Any:
         return update.grpo_step(
             state,
+            {},
             ref_params,
             batch,
             rollout,
@@ -181,4 +183,4 @@ def test_split_and_join_are_inverses_and_keep_devices_together():
         halves = update.split(x, parts)
         assert halves.shape == (parts, 8 // parts, 3)
         np.testing.assert_array_equal(halves[0, :, 0], x[::parts, 0])
-        np.testing.assert_array_equal(update.join(halves), x)
+        np.testing.assert_array_equal(update.unsplit(halves), x)

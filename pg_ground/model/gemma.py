@@ -13,7 +13,8 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Bool, Float, Int
 
-from pg_ground.config import Text
+from pg_ground.config import Lora, Text
+from pg_ground.model.lora import low_rank
 from pg_ground.model.siglip import rematerialised, sinusoids
 from pg_ground.types import Array
 from pg_ground.vocab import LOC_MAX, LOC_TOKENS, vocab_of_size
@@ -53,11 +54,14 @@ class Embedder(nn.Module):
 class Einsum(nn.Module):
     shape: tuple[int, ...]
     fan_in_axes: tuple[int, ...]
+    lora: Lora
 
     @nn.compact
     def __call__(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
         w = self.param("w", normal_by_fan_in(self.fan_in_axes), self.shape)
-        return jnp.einsum(equation, x, w.astype(x.dtype))
+        y = jnp.einsum(equation, x, w.astype(x.dtype))
+        more = low_rank(self, "w", equation, x, self.shape, self.lora)
+        return y if more is None else y + more
 
 
 class RMSNorm(nn.Module):
@@ -68,11 +72,12 @@ class RMSNorm(nn.Module):
         scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],))
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
-        return (y * (1 + scale)).astype(x.dtype)
+        return (y * (1 + scale.astype(jnp.float32))).astype(x.dtype)
 
 
 class Attention(nn.Module):
     config: Text
+    lora: Lora
 
     @nn.compact
     def __call__(
@@ -88,8 +93,8 @@ class Attention(nn.Module):
         c = self.config
         b, g, t, _ = x.shape
         n, k, h = c.num_heads, c.num_kv_heads, c.head_dim
-        q = Einsum((n, c.width, h), (1,), name="q_einsum")("BGtD,NDH->BGtNH", x)
-        new_k, new_v = Einsum((2, k, c.width, h), (2,), name="kv_einsum")("BGtD,cKDH->cBGtKH", x)
+        q = Einsum((n, c.width, h), (1,), self.lora, name="q_einsum")("BGtD,NDH->BGtNH", x)
+        new_k, new_v = Einsum((2, k, c.width, h), (2,), self.lora, name="kv_einsum")("BGtD,cKDH->cBGtKH", x)
         q = rope(q, positions) * c.query_scale
         new_k = rope(new_k, positions)
         if own is None:
@@ -116,34 +121,42 @@ class Attention(nn.Module):
             behind = weights[..., :split]
             out = out + jnp.einsum("BGKRtS,BSKH->BGtKRH", behind, prefix.v, preferred_element_type=jnp.float32)
         out = out.astype(x.dtype).reshape(b, g, t, n, h)
-        return Einsum((n, h, c.width), (0, 1), name="attn_vec_einsum")("BGtNH,NHD->BGtD", out), own
+        return Einsum((n, h, c.width), (0, 1), self.lora, name="attn_vec_einsum")("BGtNH,NHD->BGtD", out), own
 
 
 class FeedForward(nn.Module):
     """Gated MLP: (gelu(x W0) · x W1) W2."""
 
     config: Text
+    lora: Lora
 
     @nn.compact
     def __call__(self, x: Float[Array, "B G t D"]) -> Float[Array, "B G t D"]:
-        c = self.config
-        gating = self.param("gating_einsum", normal_by_fan_in((1,)), (2, c.width, c.mlp_dim)).astype(x.dtype)
-        linear = self.param("linear", normal_by_fan_in((0,)), (c.mlp_dim, c.width)).astype(x.dtype)
-        return (nn.gelu(x @ gating[0], approximate=True) * (x @ gating[1])) @ linear
+        up, down = (2, self.config.width, self.config.mlp_dim), (self.config.mlp_dim, self.config.width)
+        gating = self.param("gating_einsum", normal_by_fan_in((1,)), up).astype(x.dtype)
+        linear = self.param("linear", normal_by_fan_in((0,)), down).astype(x.dtype)
+        gate, value = x @ gating[0], x @ gating[1]
+        more = low_rank(self, "gating_einsum", "BGtD,cDF->cBGtF", x, up, self.lora)
+        if more is not None:
+            gate, value = gate + more[0], value + more[1]
+        hidden = nn.gelu(gate, approximate=True) * value
+        more = low_rank(self, "linear", "BGtF,FD->BGtD", hidden, down, self.lora)
+        return hidden @ linear if more is None else hidden @ linear + more
 
 
 class Block(nn.Module):
     config: Text
+    lora: Lora
 
     @nn.compact
     def __call__(self, x, positions, own, own_mask, prefix, prefix_mask, write_at):
         def norm(name: str, y: Float[Array, "B G t D"]) -> Float[Array, "B G t D"]:
             return RMSNorm(name=name)(y)
 
-        attn = Attention(self.config, name="attn")
+        attn = Attention(self.config, self.lora, name="attn")
         y, own = attn(norm("pre_attention_norm", x), positions, own, own_mask, prefix, prefix_mask, write_at)
         x = x + (norm("post_attention_norm", y) if self.config.post_norms else y)
-        y = FeedForward(self.config, name="mlp")(norm("pre_ffw_norm", x))
+        y = FeedForward(self.config, self.lora, name="mlp")(norm("pre_ffw_norm", x))
         x = x + (norm("post_ffw_norm", y) if self.config.post_norms else y)
         return x, own
 
@@ -154,18 +167,19 @@ class Decoder(nn.Module):
     remat: str
     unroll: int
     coordinate_init: str
+    lora: Lora
 
     def setup(self) -> None:
         self.embedder = Embedder(self.config.vocab_size, self.config.width, self.coordinate_init)
         self.layers = nn.scan(
             rematerialised(Block, self.remat),
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             in_axes=(nn.broadcast, 0, nn.broadcast, 0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             out_axes=0,
             length=self.config.depth,
             unroll=self.unroll,
-        )(self.config)
+        )(self.config, self.lora)
         self.final_norm = RMSNorm()
 
     def embed(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:

@@ -35,8 +35,8 @@ class Network(nn.Module):
     def setup(self) -> None:
         c = self.config
         dtype = jnp.dtype(c.dtype)
-        self.img = Tower(c.vision, c.text.width, dtype, c.remat, c.scan_unroll, c.coordinate_init)
-        self.llm = Decoder(c.text, dtype, c.remat, c.scan_unroll, c.coordinate_init)
+        self.img = Tower(c.vision, c.text.width, dtype, c.remat, c.scan_unroll, c.coordinate_init, c.lora)
+        self.llm = Decoder(c.text, dtype, c.remat, c.scan_unroll, c.coordinate_init, c.lora)
 
     def prefix(
         self, image: Float[Array, "B H W 3"], prompt: Int[Array, "B L"], prompt_mask: Bool[Array, "B L"]
@@ -158,19 +158,23 @@ class PaliGemma:
         prompt_mask: Bool[Array, "B L"],
         tokens: Int[Array, "B G T"],
         score: Score,
+        dropout_key: PRNGKeyArray | None = None,
     ) -> Any:
         """Returns `score`'s tree of `[B, G, T]` arrays for `tokens`, teacher-forced.
 
         The vocabulary is only ever spread out for `config.logits_block` completion tokens at once, in the backward pass too.
+        Inputs of adapters are dropped (`config.lora.dropout`) only where there is a `dropout_key`.
         """
-        cache, first = self._apply(params, "prefix", image, prompt, prompt_mask)
-        hidden, _ = self._apply(params, "suffix", cache, None, tokens[:, :, :-1])
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        cache, first = self._apply(params, "prefix", image, prompt, prompt_mask, dropout_key=keys[0])
+        hidden, _ = self._apply(params, "suffix", cache, None, tokens[:, :, :-1], dropout_key=keys[1])
         first = jnp.broadcast_to(first[:, None, None], (*tokens.shape[:2], 1, first.shape[-1]))
         hidden = jnp.concatenate([first, hidden], axis=2)
         return in_blocks(lambda h, chosen: score(self._logits(params, h), chosen), self.config.logits_block, hidden, tokens)
 
-    def _apply(self, params: Params, method: str, *args: Any) -> Any:
-        return self.network.apply({"params": params}, *args, method=method)
+    def _apply(self, params: Params, method: str, *args: Any, dropout_key: PRNGKeyArray | None = None) -> Any:
+        rngs = {} if dropout_key is None else {"dropout": dropout_key}
+        return self.network.apply({"params": params}, *args, method=method, rngs=rngs)
 
     def _logits(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         table = self._apply(params, "vocabulary").astype(hidden.dtype)

@@ -1,47 +1,79 @@
 """The SigLIP vision tower, with big_vision's parameter names (big_vision/models/vit.py)."""
 
+import re
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jaxtyping import Float
 
-from pg_ground.config import Vision
+from pg_ground.config import Lora, Vision
+from pg_ground.model.lora import low_rank
 from pg_ground.types import Array
 
 
+class Dense(nn.Module):
+    """einsum(x, kernel) + bias, with the kernel in big_vision's shape."""
+
+    equation: str
+    shape: tuple[int, ...]
+    lora: Lora
+    init: Callable[..., nn.initializers.Initializer] = nn.initializers.xavier_uniform
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        of_x, of_w, of_y = re.split(",|->", self.equation)
+        inner = [axis for axis, letter in enumerate(of_w) if letter in of_x]
+        outer = [axis for axis, letter in enumerate(of_w) if letter in of_y]
+        kernel = self.param("kernel", self.init(inner, outer), self.shape)
+        bias = self.param("bias", nn.initializers.zeros, tuple(self.shape[axis] for axis in outer))
+        y = jnp.einsum(self.equation, x, kernel.astype(x.dtype))
+        more = low_rank(self, "kernel", self.equation, x, self.shape, self.lora)
+        return (y if more is None else y + more) + bias.astype(x.dtype)
+
+
 class MlpBlock(nn.Module):
-    mlp_dim: int
-    dtype: jnp.dtype
+    config: Vision
+    lora: Lora
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
-        width = x.shape[-1]
-        x = nn.Dense(self.mlp_dim, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())(x)
-        x = nn.gelu(x, approximate=True)
-        return nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.xavier_uniform())(x)
+        width, hidden = self.config.width, self.config.mlp_dim
+        x = Dense("BPD,DF->BPF", (width, hidden), self.lora)(x)
+        return Dense("BPF,FD->BPD", (hidden, width), self.lora)(nn.gelu(x, approximate=True))
+
+
+class Attention(nn.Module):
+    """Multi-head attention of every patch to every patch."""
+
+    config: Vision
+    lora: Lora
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+        width, heads = self.config.width, self.config.num_heads
+        shape = (width, heads, width // heads)
+        q, k, v = (Dense("BPD,DNH->BPNH", shape, self.lora, name=name)(x) for name in ("query", "key", "value"))
+        logits = jnp.einsum("BPNH,BQNH->BNPQ", q * shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
+        y = jnp.einsum("BNPQ,BQNH->BPNH", weights, v)
+        return Dense("BPNH,NHD->BPD", (*shape[1:], width), self.lora, name="out")(y)
 
 
 class EncoderBlock(nn.Module):
     """One pre-norm block; the second result is for `nn.scan`, which wants one."""
 
-    mlp_dim: int
-    num_heads: int
+    config: Vision
     dtype: jnp.dtype
+    lora: Lora
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"], _: None) -> tuple[Float[Array, "B P D"], None]:
-        y = nn.LayerNorm(dtype=self.dtype)(x)
-        attend = nn.MultiHeadDotProductAttention(
-            self.num_heads,
-            dtype=self.dtype,
-            kernel_init=nn.initializers.xavier_uniform(),
-            deterministic=True,
-            force_fp32_for_softmax=True,
-        )
-        x = x + attend(y, y)
-        y = nn.LayerNorm(dtype=self.dtype)(x)
-        return x + MlpBlock(self.mlp_dim, self.dtype)(y), None
+        attention = Attention(self.config, self.lora, name="MultiHeadDotProductAttention_0")
+        x = x + attention(nn.LayerNorm(dtype=self.dtype)(x))
+        return x + MlpBlock(self.config, self.lora)(nn.LayerNorm(dtype=self.dtype)(x)), None
 
 
 class Encoder(nn.Module):
@@ -49,6 +81,7 @@ class Encoder(nn.Module):
     dtype: jnp.dtype
     remat: str
     unroll: int
+    lora: Lora
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
@@ -56,12 +89,12 @@ class Encoder(nn.Module):
         blocks = nn.scan(
             rematerialised(EncoderBlock, self.remat),
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=c.depth,
             unroll=self.unroll,
         )
-        x, _ = blocks(c.mlp_dim, c.num_heads, self.dtype, name="encoderblock")(x, None)
+        x, _ = blocks(c, self.dtype, self.lora, name="encoderblock")(x, None)
         return nn.LayerNorm(dtype=self.dtype, name="encoder_norm")(x)
 
 
@@ -77,6 +110,7 @@ class Tower(nn.Module):
     remat: str
     unroll: int
     coordinate_init: str
+    lora: Lora
 
     @nn.compact
     def __call__(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B P D"]:
@@ -87,8 +121,8 @@ class Tower(nn.Module):
         init = sinusoids_2d if self.coordinate_init == "sinusoid" else nn.initializers.normal(c.width**-0.5)
         posemb = self.param("pos_embedding", init, (1, x.shape[1], c.width))
         x = x + posemb.astype(x.dtype)
-        x = Encoder(c, self.dtype, self.remat, self.unroll, name="Transformer")(x)
-        return nn.Dense(self.out_width, dtype=self.dtype, name="head")(x)
+        x = Encoder(c, self.dtype, self.remat, self.unroll, self.lora, name="Transformer")(x)
+        return Dense("BPD,DO->BPO", (c.width, self.out_width), self.lora, nn.initializers.lecun_normal, name="head")(x)
 
 
 def sinusoids(coordinate: Float[np.ndarray, " n"], width: int) -> Float[np.ndarray, "n D"]:

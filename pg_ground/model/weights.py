@@ -1,55 +1,284 @@
-"""Parameters from big_vision's `.npz` files and back, and from our own runs. Names are big_vision's, so nothing is renamed."""
+"""Parameters from published checkpoints and from our own runs, and back. Names are big_vision's everywhere inside.
 
+What can be read: big_vision's `.npz`, Hugging Face directories, working directories of runs (or one of their checkpoints), and
+the orbax directories that `convert` writes. Each parameter goes tensor by tensor straight into its shards.
+"""
+
+import dataclasses
 import json
-import zipfile
-import zlib
-from collections.abc import Mapping
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from scipy import ndimage
 
-from pg_ground import checkpoints, config
-from pg_ground.config import Config, Model, Text, Vision
+from pg_ground import checkpoints, config, sharding
+from pg_ground.config import DECODERS, Config, Lora, Model, Text, Vision
+from pg_ground.model import files, hugging_face, lora
+from pg_ground.model.files import Stored, Where
 from pg_ground.model.paligemma import PaliGemma
+from pg_ground.params import flatten, is_adapter, unflatten
 from pg_ground.types import UserError
+from pg_ground.vocab import LOC_TOKENS, SEG_TOKENS
 
-Shapes = Mapping[str, tuple[int, ...]]
+TABLE = "llm/embedder/input_embedding"
+POSITIONS = "img/pos_embedding"
+
+GEMMA_ROWS = 256_000
+"""Entries of the plain Gemma vocabulary, before PaliGemma's loc and seg tokens."""
+
+GEMMA_TABLE_ROWS = (GEMMA_ROWS, 256_128)
+"""Rows that tables of plain Gemma have; what stands beyond its vocabulary is never trained."""
+
+MODEL_FILE = "model.json"
+"""Sizes beside the parameters in an orbax directory that `convert` writes."""
+
+Like = dict[str, jax.ShapeDtypeStruct]
+"""Shape, dtype and (where it has one) sharding of parameters by name."""
 
 
-def load(path: str | Path, sizes: Model | None = None) -> tuple[PaliGemma, Any]:
-    """Returns the model and the float32 parameters of a big_vision `.npz`, or of a run's newest checkpoint.
+class Checkpoint(NamedTuple):
+    """A checkpoint whose names and shapes have been checked and whose values are still to be read."""
 
-    A run's working directory tells its sizes. Without `sizes` those of an `.npz` are read from the shapes in it; what shapes
-    can't tell is PaliGemma's: attention soft-cap 50 in Gemma 2, no final soft-cap, queries scaled by head_dim**-0.5 (144**-0.5
-    in the 27B decoder).
+    model: PaliGemma
+    """Without adapters: those of a run are merged when it is read."""
+    like: Like
+    """Shapes and dtypes as stored."""
+    tensors: Mapping[str, Stored]
+    """Empty for orbax checkpoints, which are read whole (and sharded)."""
+    read: Callable[[Like], dict[str, jax.Array]]
+    """Returns the parameters by name with the wanted dtypes and shardings."""
+
+
+def load(
+    path: str | Path,
+    sizes: Model | None = None,
+    *,
+    mesh: Mesh | None = None,
+    dtype: str = "",
+    resample_positions: bool = False,
+) -> tuple[PaliGemma, Any]:
+    """Returns the model and the parameters of a checkpoint, split over `mesh` (else on the first device).
+
+    `path` is a big_vision `.npz`, a Hugging Face directory, a run (the newest of its checkpoints, adapters merged) or an orbax
+    directory written by `convert`. Sizes are read from it; what shapes can't tell is in its `config.json`, or else that of
+    the published model of these sizes; `sizes` says it for others. `dtype` "" keeps that of the file. The final soft-cap is
+    off unless `sizes` has one. Position embeddings of another resolution than `sizes.image_size` are an error, or are
+    resampled as big_vision does. A table of plain Gemma gets PaliGemma's 1,152 rows.
 
     Raises:
       UserError: nothing there, no PaliGemma in it, or names and shapes that are not those of `sizes` (all, with both shapes).
     """
-    if Path(path).is_dir():
-        theirs = run_config(Path(path)).model
-        model = PaliGemma(sizes or theirs)
-        check_fit(path, _shapes(PaliGemma(theirs)), _shapes(model))
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        like = jax.eval_shape(model.init, jax.random.key(0))
-        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
-        return model, checkpoints.restore_tree(checkpoints.newest_params(Path(path)), like)
-    flat = read_npz(path)
-    shapes = {name: value.shape for name, value in flat.items()}
-    model = PaliGemma(sizes or config_of_shapes(shapes, str(path)))
-    check_fit(path, shapes, _shapes(model))
-    return model, unflatten({name: jnp.asarray(value, jnp.float32) for name, value in flat.items()})
+    found = open_checkpoint(path, sizes, resample_positions)
+    like = {name: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype or leaf.dtype)) for name, leaf in found.like.items()}
+    if mesh is not None:
+        places = sharding.fsdp(mesh, like)
+        like = {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=places[name]) for name, s in like.items()}
+    return found.model, unflatten(found.read(like))
 
 
-def check_fit(path: str | Path, found: Shapes, wanted: Shapes) -> None:
+def open_checkpoint(path: str | Path, sizes: Model | None = None, resample_positions: bool = False) -> Checkpoint:
+    """Returns the checkpoint at `path`, as `load` describes it, with nothing but names and shapes read.
+
+    Raises:
+      UserError: as `load`.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        if path.exists() or path.suffix == ".npz":
+            return _open_files(path, files.open_npz(path), None, sizes, resample_positions)
+        raise UserError(f"{path}: no such file or directory; an .npz, a Hugging Face directory or a run is wanted")
+    if (path / MODEL_FILE).is_file():
+        own = config.parse_model(_read_json(path / MODEL_FILE), str(path / MODEL_FILE))
+        return _open_orbax(path, own, [path / "params"], sizes, resample_positions)
+    settings = path / "config.json"
+    if settings.is_file() and "stages" not in _read_json(settings):
+        hub, tensors = hugging_face.open_directory(path)
+        return _open_files(path, tensors, hub, sizes, resample_positions)
+    run, step = _run_of(path)
+    folders = [step / "params", *([run / "frozen"] if (run / "frozen").is_dir() else [])]
+    return _open_orbax(path, run_config(run).model, folders, sizes, resample_positions)
+
+
+def _run_of(path: Path) -> tuple[Path, Path]:
+    """Returns the working directory and the checkpoint that a path into a run names; the newest, if it names none."""
+    if (path / "config.json").is_file():
+        return path, checkpoints.newest(path)
+    step = path.parent if path.name == "params" else path
+    if step.parent.name == "checkpoints" and (step / "params").is_dir():
+        return step.parent.parent, step
+    raise UserError(
+        f"{path} is no checkpoint: neither a Hugging Face directory nor the working directory of a run (it has no config.json)"
+    )
+
+
+def _open_files(
+    path: Path, tensors: dict[str, Stored], hub: hugging_face.HubConfig | None, sizes: Model | None, resample: bool
+) -> Checkpoint:
+    tensors = _with_loc_rows(path, tensors, sizes)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    own = config_of_shapes(shapes, str(path))
+    if hub is not None:
+        own = replace(own, text=replace(own.text, query_scale=hub.query_scale, attn_softcap=hub.attn_softcap))
+    wanted = _wanted(path, own, sizes, resample)
+    if shapes[POSITIONS] != (1, _positions(wanted), wanted.vision.width):
+        tensors = tensors | {POSITIONS: _resampled(tensors[POSITIONS], wanted)}
+    check_fit(path, {name: tensor.shape for name, tensor in tensors.items()}, _shapes(wanted))
+    tensors = {name: tensors[name] for name in _shapes(wanted)}
+    like = {name: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    return Checkpoint(PaliGemma(wanted), like, tensors, lambda like: files.assemble(tensors, like))
+
+
+def _open_orbax(path: Path, own: Model, folders: list[Path], sizes: Model | None, resample: bool) -> Checkpoint:
+    found = [checkpoints.describe(folder) for folder in folders]
+    shapes = {name: leaf.shape for part in found for name, leaf in part.items()}
+    check_fit(path, shapes, _shapes(own))
+    wanted = _wanted(path, own, sizes, resample)
+    like = {name: leaf for part in found for name, leaf in part.items() if not is_adapter(name)}
+    like = {name: jax.ShapeDtypeStruct(shape, like[name].dtype) for name, shape in _shapes(wanted).items()}
+
+    def read(like: Like) -> dict[str, jax.Array]:
+        def placed(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            base = next(iter(like.values())).sharding
+            same = name in like and like[name].shape == leaf.shape
+            where = like[name].sharding if same else _unsplit(base)
+            where = where or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+        params: dict[str, jax.Array] = {}
+        for folder, part in zip(folders, found, strict=True):
+            tree = unflatten({name: placed(name, leaf) for name, leaf in part.items()})
+            params |= flatten(checkpoints.restore_tree(folder, tree))
+        if own.lora.rank:
+            params = flatten(lora.merge(params, own.lora))
+        if params[POSITIONS].shape != like[POSITIONS].shape:
+            stored = _resampled(files.in_memory(POSITIONS, params[POSITIONS]), wanted)
+            params |= files.assemble({POSITIONS: stored}, {POSITIONS: like[POSITIONS]})
+        return {name: params[name].astype(leaf.dtype) for name, leaf in like.items()}
+
+    return Checkpoint(PaliGemma(wanted), like, {}, read)
+
+
+def _unsplit(base: Any) -> Any:
+    """Returns the sharding over the devices of `base` that splits nothing."""
+    return NamedSharding(base.mesh, PartitionSpec()) if isinstance(base, NamedSharding) else base
+
+
+def _wanted(path: Path, own: Model, sizes: Model | None, resample: bool) -> Model:
+    """Returns the sizes to load a checkpoint of sizes `own` with, without adapters.
+
+    Raises:
+      UserError: it was trained at another resolution, and is not to be resampled.
+    """
+    wanted = replace(own if sizes is None else sizes, lora=Lora())
+    if wanted.vision.patch_size == own.vision.patch_size and wanted.image_size != own.image_size and not resample:
+        raise UserError(
+            f"{path} was trained at {own.image_size} pixels ({POSITIONS} has {_positions(own)} positions), but model.image_size "
+            f"is {wanted.image_size} ({_positions(wanted)}): take the checkpoint of that resolution, or set resample_positions"
+        )
+    return wanted
+
+
+def _positions(model: Model) -> int:
+    return (model.image_size // model.vision.patch_size) ** 2
+
+
+def _resampled(stored: Stored, model: Model) -> Stored:
+    """Returns position embeddings for another number of patches, as big_vision's `resample_posemb`: linear, corners kept."""
+    table = files.whole(stored).astype(np.float32)
+    old, new = round(table.shape[1] ** 0.5), model.image_size // model.vision.patch_size
+    grid = np.asarray(ndimage.zoom(table.reshape(old, old, -1), (new / old, new / old, 1), order=1))
+    return files.in_memory(POSITIONS, grid.reshape(1, new * new, -1).astype(stored.dtype))
+
+
+def _with_loc_rows(path: Path, tensors: dict[str, Stored], sizes: Model | None) -> dict[str, Stored]:
+    """Returns `tensors` with rows for the loc and seg tokens, if their table is that of a plain Gemma.
+
+    Plain Gemma's has 256,000 or 256,128 rows, or for `sizes` of another vocabulary, just the 1,152 fewer. The new rows are normal
+    with standard deviation 0.02, as in big_vision's `extend_rows`, and the same every time.
+    """
+    table = tensors.get(TABLE)
+    added = LOC_TOKENS + SEG_TOKENS
+    base = None
+    if table is not None and table.shape[0] in GEMMA_TABLE_ROWS:
+        base = GEMMA_ROWS
+    elif table is not None and sizes is not None and table.shape[0] == sizes.text.vocab_size - added:
+        base = table.shape[0]
+    if table is None or base is None:
+        return tensors
+
+    def blocks() -> Iterator[tuple[Where, np.ndarray]]:
+        for where, block in table.blocks():
+            part = where[0]
+            assert isinstance(part, slice)
+            if part.start < base:
+                kept = slice(part.start, min(part.stop, base))
+                yield (kept,), block[: kept.stop - kept.start]
+        rows = np.random.default_rng(0).standard_normal((added, table.shape[1]), np.float32) * 0.02
+        yield (slice(base, base + added),), rows.astype(table.dtype)
+
+    print(f"{path}: {added} rows appended to the {base} of {TABLE}, for loc and seg tokens", file=sys.stderr)
+    return tensors | {TABLE: table._replace(shape=(base + added, table.shape[1]), blocks=blocks)}
+
+
+def save(path: str | Path, params: Any, model: Model | None = None, dtype: str = "") -> None:
+    """Writes `params` where `path` says: `NAME.npz` for big_vision, `NAME.orbax` for orbax, else a Hugging Face directory.
+
+    Adapters are merged. `model` says the sizes; an `.npz` of parameters without adapters needs none. `dtype` "" keeps their
+    own. Nothing is left at `path` if it fails.
+
+    Raises:
+      UserError: something is there already, or the format cannot express the model.
+    """
+    if model is not None and model.lora.rank:
+        params = lora.merge(params, model.lora)
+    tensors = {name: files.in_memory(name, leaf) for name, leaf in flatten(params).items()}
+    write(Path(path), tensors, model, dtype)
+
+
+def write(path: Path, tensors: Mapping[str, Stored], model: Model | None, dtype: str = "") -> None:
+    """Writes tensors as `save` does parameters."""
+    if path.exists():
+        raise UserError(f"{path} exists already: remove it, or choose another name")
+    part = path.with_name(path.name + ".part")
+    if part.exists():
+        (shutil.rmtree if part.is_dir() else Path.unlink)(part)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if path.suffix == ".npz":
+            files.save_npz(part, tensors, dtype)
+        elif model is None:
+            raise UserError(f"{path}: the sizes of the model are needed to write anything but an .npz")
+        elif path.suffix == ".orbax":
+            _save_orbax(part, replace(model, lora=Lora()), tensors, dtype)
+        else:
+            hugging_face.save_directory(part, model, tensors, dtype)
+        part.rename(path)
+    finally:
+        if part.exists():
+            (shutil.rmtree if part.is_dir() else Path.unlink)(part)
+
+
+def _save_orbax(folder: Path, model: Model, tensors: Mapping[str, Stored], dtype: str) -> None:
+    folder.mkdir()
+    tree = unflatten({name: files.whole(tensor).astype(dtype or tensor.dtype) for name, tensor in tensors.items()})
+    checkpoints.save_tree(folder / "params", tree)
+    (folder / MODEL_FILE).write_text(json.dumps(dataclasses.asdict(model), indent=1) + "\n", encoding="utf-8")
+
+
+def check_fit(path: str | Path, found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Raises UserError listing every name that is missing, unknown or of another shape, with both shapes."""
-    wrong = [f"{name}: missing" for name in sorted(wanted.keys() - found.keys())]
-    wrong += [f"{name}: not a parameter of this model" for name in sorted(found.keys() - wanted.keys())]
+    wrong = [f"{name}: missing, {wanted[name]} in the model" for name in sorted(wanted.keys() - found.keys())]
+    wrong += [
+        f"{name}: not a parameter of this model, {found[name]} in the file" for name in sorted(found.keys() - wanted.keys())
+    ]
     wrong += [
         f"{name}: {found[name]} in the file, {wanted[name]} in the model"
         for name in sorted(wanted.keys() & found.keys())
@@ -59,8 +288,8 @@ def check_fit(path: str | Path, found: Shapes, wanted: Shapes) -> None:
         raise UserError(f"{path} does not fit the model: {'; '.join(wrong)}")
 
 
-def _shapes(model: PaliGemma) -> Shapes:
-    return {name: leaf.shape for name, leaf in flatten(jax.eval_shape(model.init, jax.random.key(0))).items()}
+def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    return {name: leaf.shape for name, leaf in flatten(jax.eval_shape(PaliGemma(model).init, jax.random.key(0))).items()}
 
 
 def run_config(workdir: Path) -> Config:
@@ -72,42 +301,43 @@ def run_config(workdir: Path) -> Config:
     file = workdir / "config.json"
     if not file.is_file():
         raise UserError(f"{workdir} is not the working directory of a run: it has no config.json")
+    return config.parse(_read_json(file))
+
+
+def tokenizer_of(path: Path) -> str:
+    """Returns the sentencepiece model that a run, or a Hugging Face directory, has; "" where there is none."""
+    if (path / "tokenizer.model").is_file():
+        return str(path / "tokenizer.model")
+    settings = path / "config.json"
+    return run_config(path).data.tokenizer if settings.is_file() and "stages" in _read_json(settings) else ""
+
+
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return config.parse(json.loads(file.read_text(encoding="utf-8")))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is not JSON: {error}") from None
-
-
-def save(path: str | Path, params: Any) -> None:
-    """Writes `params` as a big_vision `.npz`, names under `params/`."""
-    arrays: dict[str, Any] = {f"params/{name}": np.asarray(value) for name, value in flatten(params).items()}
-    np.savez(path, **arrays)
-
-
-def read_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """Returns the arrays of a big_vision `.npz` by name, without the `params/` prefix; bfloat16 is stored as 2-byte void."""
-    try:
-        with open(path, "rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = {name.removeprefix("params/"): file[name] for name in file.files}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; a big_vision .npz checkpoint is wanted") from None
-    except (ValueError, OSError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        # what numpy raises for files that are empty, cut short, a single array or something else altogether
-        raise UserError(f"{path} cannot be read as a big_vision .npz checkpoint: {error}") from None
-    strange = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
-    if strange:
-        raise UserError(f"{path} is no big_vision .npz checkpoint: {strange[0]} in it is no array")
-    return {name: a.view(ml_dtypes.bfloat16) if a.dtype == np.dtype("V2") else a for name, a in arrays.items()}
+    if not isinstance(found, dict):
+        raise UserError(f"{file} holds a {type(found).__name__}, not an object")
+    return found
 
 
 def config_of_shapes(shapes: Mapping[str, tuple[int, ...]], path: str) -> Model:
-    """Returns the sizes that big_vision's parameter shapes imply."""
-    needed = ("img/embedding/kernel", "img/pos_embedding", "img/Transformer/encoderblock/MlpBlock_0/Dense_0/kernel",
-              "img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel", "llm/embedder/input_embedding",
+    """Returns the sizes that big_vision's parameter shapes imply.
+
+    What they can't tell is that of the published decoder with these shapes; for others attention is soft-capped at 50 in Gemma 2
+    and queries are scaled by head_dim**-0.5.
+    """
+    needed = ("img/embedding/kernel", POSITIONS, "img/Transformer/encoderblock/MlpBlock_0/Dense_0/kernel",
+              "img/Transformer/encoderblock/MultiHeadDotProductAttention_0/query/kernel", TABLE,
               "llm/layers/attn/q_einsum/w", "llm/layers/attn/kv_einsum/w", "llm/layers/mlp/linear")  # fmt: skip
     missing = [name for name in needed if name not in shapes]
     if missing:
         raise UserError(f"{path} is no PaliGemma checkpoint: it lacks {', '.join(missing)}")
+    ranks = dict(zip(needed, (4, 3, 3, 4, 2, 4, 5, 3), strict=True))
+    odd = [f"{name}: {shapes[name]}, where {rank} axes are wanted" for name, rank in ranks.items() if len(shapes[name]) != rank]
+    if odd:
+        raise UserError(f"{path} is no PaliGemma checkpoint: {'; '.join(odd)}")
     kernel, posemb, vit_mlp, vit_query, table, q, kv, mlp = (shapes[name] for name in needed)
     side = round(posemb[1] ** 0.5)
     gemma2 = "llm/layers/post_attention_norm/scale" in shapes
@@ -124,23 +354,7 @@ def config_of_shapes(shapes: Mapping[str, tuple[int, ...]], path: str) -> Model:
         post_norms=gemma2,
         attn_softcap=50.0 if gemma2 else 0.0,
     )
-    if (text.width, text.num_heads) == (4608, 32):
-        text = replace(text, query_scale=(text.width / text.num_heads) ** -0.5)
+    for published in DECODERS.values():
+        if replace(text, query_scale=published.query_scale, attn_softcap=published.attn_softcap) == published:
+            text = published
     return Model(image_size=side * vision.patch_size, vision=vision, text=text)
-
-
-def flatten(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of a tree of dicts by their slash-joined names."""
-    return {"/".join(str(key.key) for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the tree of dicts whose leaves have these slash-joined names."""
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *parents, leaf = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Float
 
+from pg_ground.params import join
 from pg_ground.rl.loss import Algorithm, PolicyTerms, policy_loss, target_logps
 from pg_ground.types import Array, Batch, Rollout, TrainState
 from pg_ground.vocab import Vocab
@@ -29,12 +30,20 @@ class Scorer(Protocol):
     ) -> tuple[Array, Array]: ...
 
     def completion_scores(
-        self, params: Any, image: Array, prompt: Array, prompt_mask: Array, tokens: Array, score: Callable[..., Any]
+        self,
+        params: Any,
+        image: Array,
+        prompt: Array,
+        prompt_mask: Array,
+        tokens: Array,
+        score: Callable[..., Any],
+        dropout_key: Any,
     ) -> Any: ...
 
 
 def sft_step(
     state: TrainState,
+    frozen: Any,
     batch: Batch,
     *,
     model: Scorer,
@@ -43,14 +52,19 @@ def sft_step(
     micro_batches: int,
     label_smoothing: float,
     loc_smoothing_bins: float,
+    dropout_key: Array | None = None,
 ) -> tuple[TrainState, Metrics]:
     """Returns the state after one supervised step on the suffixes of `batch`, and its metrics.
 
-    The loss is big_vision's: the mean over an example's suffix tokens, EOS included, then over examples (nats).
+    The loss is big_vision's: the mean over an example's suffix tokens, EOS included, then over examples (nats). `frozen` has the
+    parameters that `state` lacks. Adapters drop inputs only where there is a `dropout_key`.
     """
     questions = batch.suffix.shape[0]
+    keys = None if dropout_key is None else jax.random.split(dropout_key, micro_batches)
 
-    def loss(params: Any, part: Batch) -> tuple[Array, tuple[Metrics, Metrics]]:
+    def loss(params: Any, part_and_key: tuple[Batch, Array | None]) -> tuple[Array, tuple[Metrics, Metrics]]:
+        part, key = part_and_key
+
         def score(logits: Array, tokens: Array) -> tuple[Array, Array]:
             return (
                 target_logps(logits, tokens, vocab, label_smoothing, loc_smoothing_bins),
@@ -58,17 +72,19 @@ def sft_step(
             )
 
         suffix = part.suffix[:, None]
-        soft, hard = model.completion_scores(params, part.image, part.prompt, part.prompt_mask, suffix, score)
+        inputs = (join(frozen, params), part.image, part.prompt, part.prompt_mask, suffix)
+        soft, hard = model.completion_scores(*inputs, score, None if key is None else key[0])
         weights = part.suffix_mask / part.suffix_mask.sum(axis=1, keepdims=True) / questions
         value = -jnp.sum(soft[:, 0] * weights)
         return value, ({"sft/loss": value, "sft/nll": -jnp.sum(hard[:, 0] * weights)}, {})
 
-    grads, metrics = accumulate(loss, state.params, batch, micro_batches)
+    grads, metrics = accumulate(loss, state.params, (batch, keys), micro_batches)
     return _apply(state, grads, optimizer, state.step + 1), metrics | {"optim/grad_norm": optax.tree.norm(grads)}
 
 
 def grpo_step(
     state: TrainState,
+    frozen: Any,
     ref_params: Any,
     batch: Batch,
     rollout: Rollout,
@@ -85,21 +101,22 @@ def grpo_step(
 
     The first update starts at the policy that sampled, so its ratio is 1 and only its gradient acts; for later ones the old
     log-probabilities are recomputed once by this same forward pass, never taken from the sampler. `ref_params` is read only if
-    the row's `kl_coef` is not 0. Normalisers are those of the whole batch, whatever the number of micro-batches.
+    the row's `kl_coef` is not 0; `frozen` has the parameters that both lack. Normalisers are those of the whole batch, whatever
+    the number of micro-batches.
     """
     weights = algorithm.average(rollout.mask)
     share = rollout.mask / jnp.maximum(rollout.mask.sum(), 1)
 
     def score(params: Any, part: tuple[Batch, Rollout]) -> tuple[Array, Array]:
         b, r = part
-        return model.completion_logps(params, b.image, b.prompt, b.prompt_mask, r.tokens, r.mask, temperature)
+        return model.completion_logps(join(frozen, params), b.image, b.prompt, b.prompt_mask, r.tokens, r.mask, temperature)
 
-    def frozen(params: Any) -> Float[Array, "B G T"]:
+    def fixed(params: Any) -> Float[Array, "B G T"]:
         parts = split((batch, rollout), micro_batches)
-        return join(jax.lax.map(lambda part: score(params, part)[0], parts))
+        return unsplit(jax.lax.map(lambda part: score(params, part)[0], parts))
 
-    ref_logps = frozen(ref_params) if algorithm.kl_coef else None
-    old_logps = frozen(state.params) if updates > 1 else None
+    ref_logps = fixed(ref_params) if algorithm.kl_coef else None
+    old_logps = fixed(state.params) if updates > 1 else None
 
     def loss(params: Any, part: Any) -> tuple[Array, tuple[Metrics, Metrics]]:
         b, r, a, w, s, old, ref = part
@@ -159,6 +176,6 @@ def split(tree: Any, parts: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
-def join(parts: Array) -> Array:
+def unsplit(parts: Array) -> Array:
     """Returns the inverse of `split` for one array."""
     return parts.swapaxes(0, 1).reshape(-1, *parts.shape[2:])

@@ -1,0 +1,61 @@
+"""A checkpoint in another format: big_vision's `.npz`, a Hugging Face directory, or an orbax directory.
+
+python -m pg_ground.convert SRC DST [--dtype=bfloat16]
+
+SRC is any checkpoint that `pg_ground.load` reads: an `.npz`, a Hugging Face directory, a run's working directory or one of its
+checkpoints (adapters are merged), or an orbax directory. DST says what is written: NAME.npz, NAME.orbax, or else a Hugging Face
+directory, which also gets the tokenizer's files where SRC has any. `--dtype` is float32, bfloat16 or float16; without it every
+tensor keeps its own. It is written beside DST and moved there when whole.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from pg_ground import cli
+from pg_ground.model import files, weights
+from pg_ground.types import UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+TOKENIZER_FILES = (
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+
+
+def convert(source: Path, target: Path, dtype: str) -> None:
+    """Writes the checkpoint at `source` to `target`, in the format that the name of `target` says.
+
+    Raises:
+      UserError: `source` cannot be read, `target` exists, or its format cannot express the model.
+    """
+    if target.exists():
+        raise UserError(f"{target} exists already: remove it, or choose another name")
+    found = weights.open_checkpoint(source)
+    tensors = found.tensors
+    if not tensors:
+        with jax.default_device(jax.devices("cpu")[0]):
+            tensors = {name: files.in_memory(name, array) for name, array in found.read(found.like).items()}
+    weights.write(target, tensors, found.model.config, dtype)
+    if source.is_dir() and target.suffix not in (".npz", ".orbax"):
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                shutil.copy(source / name, target / name)
+
+
+def main(argv: Sequence[str]) -> None:
+    places = [argument for argument in argv if not argument.startswith("-")]
+    flags = cli.parse_own([argument for argument in argv if argument.startswith("-")], {"dtype": ""})
+    if len(places) != 2:
+        raise UserError(f"{len(places)} paths are given, but python -m pg_ground.convert SRC DST takes two")
+    if flags["dtype"] not in ("", *DTYPES):
+        raise UserError(f"--dtype={flags['dtype']}: it must be one of {', '.join(DTYPES)}")
+    source, target = map(Path, places)
+    convert(source, target, flags["dtype"])
+    print(target)
+
+
+if __name__ == "__main__":
+    cli.run(main)
