@@ -4,8 +4,7 @@ python -m pg_ground.train --config=configs/photos.py --workdir=runs/photos \\
     --config.grpo.sources.photos.uri=jsonl:PATH/triples.jsonl
 
 A line of the file: {"image": "1.jpg", "expression": "left dog", "bbox_xyxy": [12.0, 30.5, 200.0, 180.0]}, images in `images/`
-beside it; other names and formats go into the entry below. Start from published weights with --config.init=CHECKPOINT.npz, the
-sizes of the checkpoint, and --config.data.tokenizer=TOKENIZER.model.
+beside it; other names and formats go into the entry below. configs/paligemma.py does the same from published weights.
 
 Hardware: any CPU. Time: about two minutes for 20 steps. Expected: from random weights nothing is learned in 20 steps; the
 pictures in `samples/` show the photographs, the gold boxes on their objects, and the policy's guesses.

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from pg_ground.params import flatten
 from pg_ground.types import TrainState, UserError
@@ -85,11 +86,10 @@ def describe(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
     if not path.is_dir():
         raise UserError(f"{path} does not exist: a tree of arrays written by a run is wanted")
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(path.absolute()).item_metadata
+        found = ocp.StandardCheckpointHandler().metadata(epath.Path(path.absolute()))
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is no tree of arrays written by a run: {error}") from None
-    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flatten(tree.tree).items()}
+    return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flatten(found.tree).items()}
 
 
 def newest(workdir: Path) -> Path:

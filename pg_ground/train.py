@@ -23,12 +23,12 @@ from pg_ground.data import pipeline
 from pg_ground.diary import Diary, Stopwatch, claim
 from pg_ground.evaluate import answerer, check_vocabulary, evaluate
 from pg_ground.model import PaliGemma, weights
-from pg_ground.params import flatten, join, lr_factors, pick, unflatten
+from pg_ground.params import flatten, is_adapter, join, lr_factors, pick, unflatten
 from pg_ground.rl import loss, rewards, update
 from pg_ground.rl.rollout import sample
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.tokenizer import load as load_tokenizer
-from pg_ground.types import Answer, Batch, Rewards, Rollout, TrainState
+from pg_ground.types import Answer, Batch, Rewards, Rollout, TrainState, UserError
 
 
 class Run(NamedTuple):
@@ -160,6 +160,9 @@ def train(config: Config, workdir: Path) -> Path:
 def layout(config: Config, model: PaliGemma, mesh: Mesh) -> tuple[weights.Like, weights.Like]:
     """Returns name, shape, dtype and place of the parameters that are trained, and of those that are frozen."""
     shapes = flatten(jax.eval_shape(model.init, jax.random.key(0)))
+    pattern = config.model.lora.pattern
+    if config.model.lora.rank and not any(map(is_adapter, shapes)):
+        raise UserError(f"config.model.lora.pattern {pattern!r} is the whole name of no matrix, such as llm/layers/mlp/linear")
     factors = lr_factors(shapes, config.lr_factors)
     dtypes = {name: jnp.dtype(config.model.param_dtype if factors[name] else config.model.frozen_dtype) for name in shapes}
     like = {name: jax.ShapeDtypeStruct(leaf.shape, dtypes[name]) for name, leaf in shapes.items()}

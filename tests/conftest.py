@@ -157,3 +157,11 @@ def golden() -> Path:
     if not path.is_dir():
         pytest.skip("../shared/golden is not here")
     return path
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory) -> dict[str, str]:
+    """One device, and programs compiled once for all runs of this file."""
+    cache = tmp_path_factory.mktemp("compiled")
+    ours = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XLA_FLAGS": ""}
+    return {**os.environ, **ours, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}

@@ -1,46 +1,18 @@
 """The whole program as a user runs it: both stages, what it leaves behind, and going on after a kill."""
 
 import json
-import os
 import random
 import re
-import signal
 import subprocess
 import sys
-import time
-import warnings
 from pathlib import Path
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
+from programs import assert_same_run, killed_and_resumed, rows, run, train_tiny
 
-from pg_ground.checkpoints import newest
-
-ROOT = Path(__file__).parents[1]
 STEPS = 12
-
-
-def command(module: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", f"pg_ground.{module}", *arguments]
-
-
-@pytest.fixture(scope="session")
-def environment(tmp_path_factory) -> dict[str, str]:
-    """One device, and programs compiled once for all runs of this file."""
-    cache = tmp_path_factory.mktemp("compiled")
-    ours = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XLA_FLAGS": ""}
-    return {**os.environ, **ours, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
-
-
-def run(environment: dict[str, str], module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(module, *arguments), env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
-def train_tiny(environment: dict[str, str], workdir: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    return run(environment, "train", "--config=configs/tiny.py", f"--workdir={workdir}", *flags)
 
 
 @pytest.fixture(scope="session")
@@ -51,32 +23,6 @@ def straight(environment, tmp_path_factory) -> Path:
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("report.html")
     return workdir
-
-
-def rows(workdir: Path) -> list[dict[str, float]]:
-    """Returns the lines of metrics.jsonl without what depends on the machine."""
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "perf/"))} for line in lines]
-
-
-def arrays(workdir: Path) -> dict[str, np.ndarray]:
-    """Returns every array of the newest checkpoint (parameters, optimizer, step) by name."""
-    found: dict[str, np.ndarray] = {}
-    folder = newest(workdir)
-    for item in ("params", "rest"):
-        with warnings.catch_warnings(), ocp.PyTreeCheckpointer() as checkpointer:
-            warnings.simplefilter("ignore")  # orbax: no sharding given, that of the file is taken. It is what this wants
-            tree = checkpointer.restore(folder / item)
-        found |= {item + jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
-    return found
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert rows(one) == rows(other)
-    mine, theirs = arrays(one), arrays(other)
-    assert mine.keys() == theirs.keys() and len(mine) > 50
-    for name, value in mine.items():
-        np.testing.assert_array_equal(value, theirs[name], err_msg=name, strict=True)
 
 
 def test_a_run_leaves_what_the_contract_names(straight):
@@ -111,26 +57,6 @@ def test_other_settings_in_the_same_directory_are_refused(straight, environment)
     done = train_tiny(environment, straight, "--config.grpo.group_size=2")
     assert done.returncode == 2
     assert re.fullmatch(r"error: .*config\.grpo\.group_size is 2, was 4.*--workdir\n", done.stderr), done.stderr
-
-
-def killed_and_resumed(environment: dict[str, str], workdir: Path, lines: int, delay_s: float) -> int:
-    """Returns the number of metrics lines at the kill -9, which comes `delay_s` after line number `lines`."""
-    process = subprocess.Popen(
-        command("train", "--config=configs/tiny.py", f"--workdir={workdir}"),
-        env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    file = workdir / "metrics.jsonl"
-    while process.poll() is None and not (file.exists() and file.read_bytes().count(b"\n") >= lines):
-        time.sleep(0.005)
-    time.sleep(delay_s)
-    alive = process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    written = file.read_bytes().count(b"\n")
-    assert alive, "the run was over before the kill"
-    done = train_tiny(environment, workdir)
-    assert done.returncode == 0, done.stderr
-    return written
 
 
 def test_resume_continues_the_same_trajectory(straight, environment, tmp_path):

@@ -347,6 +347,7 @@ def save_directory(folder: Path, model: Model, tensors: Mapping[str, Stored], dt
         _write_json(folder / "model.safetensors.index.json", index)
     for i, name in enumerate(names):
         (folder / f"part-{i}").rename(folder / name)
+        (folder / name).chmod(0o644)  # the library writes files that only their owner may read
     _write_json(folder / "config.json", settings)
     _write_json(folder / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD})
     _write_json(folder / "preprocessor_config.json", preprocessor_config(model))

@@ -1,0 +1,42 @@
+"""Writes a published variant's checkpoint with random weights: the true layout and size, for loading and memory to be measured.
+
+python benchmarks/random_checkpoint.py --variant=pg1_3b --image_size=224 --out=/data/random_pg1_3b.npz [--dtype=bfloat16]
+
+NAME.npz is big_vision's format, another name a Hugging Face directory. Weights are normal with standard deviation 0.02, the same
+every time; nothing but one block (or one shard of a directory) is held in memory.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from pg_ground import cli, config
+from pg_ground.model import PaliGemma, weights
+from pg_ground.model.files import Stored, Where, wheres
+from pg_ground.params import flatten
+
+
+def random_tensor(name: str, shape: tuple[int, ...], dtype: str, seed: int) -> Stored:
+    """Returns a tensor whose blocks are drawn when they are asked for."""
+
+    def blocks() -> Iterator[tuple[Where, np.ndarray]]:
+        rng = np.random.default_rng(seed)
+        for where, size in wheres(name, shape, np.dtype(dtype).itemsize):
+            yield where, (0.02 * rng.standard_normal(size, np.float32)).astype(dtype)
+
+    return Stored(shape, np.dtype(dtype), blocks)
+
+
+def main(argv: Sequence[str]) -> None:
+    flags = cli.parse_own(argv, {"variant": "pg1_3b", "image_size": 224, "dtype": "bfloat16", "out": cli.REQUIRED})
+    model = PaliGemma(config.variant(flags["variant"], flags["image_size"]))
+    shapes = flatten(jax.eval_shape(model.init, jax.random.key(0)))
+    tensors = {name: random_tensor(name, leaf.shape, flags["dtype"], i) for i, (name, leaf) in enumerate(shapes.items())}
+    weights.write(Path(flags["out"]), tensors, model.config)
+    print(flags["out"])
+
+
+if __name__ == "__main__":
+    cli.run(main)
