@@ -14,7 +14,7 @@ from PIL import Image
 from pg_ground import cli, draw, report
 from pg_ground.config import Config, Source
 from pg_ground.data import pipeline
-from pg_ground.data.sources import BadRecord
+from pg_ground.data.records import BadRecord
 from pg_ground.types import POINTS, Boxes, Example, Points, UserError
 
 

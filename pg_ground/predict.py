@@ -20,7 +20,7 @@ from jaxtyping import UInt8
 from pg_ground import cli, draw
 from pg_ground.boxes import decode_loc
 from pg_ground.data.examples import resize
-from pg_ground.data.sources import BadRecord, load_image
+from pg_ground.data.records import BadRecord, load_image
 from pg_ground.evaluate import check_vocabulary
 from pg_ground.model import weights
 from pg_ground.report import write_whole

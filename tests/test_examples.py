@@ -10,7 +10,8 @@ from PIL import Image
 from pg_ground import tokenizer
 from pg_ground.config import Data, Source
 from pg_ground.data.examples import answer_text, check_formats, field_at, fill, resize, to_batch_row, to_example
-from pg_ground.data.sources import BadRecord, open_records
+from pg_ground.data.records import BadRecord
+from pg_ground.data.sources import open_records
 from pg_ground.types import BOXES, POINTS, Example, UserError
 from pg_ground.vocab import EOS, NEWLINE, PAD
 

@@ -23,7 +23,7 @@ ASSETS = ("assets", "assets.make_tokenizer")
 
 ROOMS = {
     "model": ("lora", "siglip", "gemma", "paligemma", "files", "hugging_face", "weights"),
-    "data": ("synthetic", "sources", "examples", "pipeline"),
+    "data": ("synthetic", "records", "tables", "sources", "examples", "pipeline"),
     "rl": ("advantages", "loss", "rewards", "rollout", "update"),
 }
 """Floor 2. In order: a module may import those before it in its own room; a room's `__init__` stands on top of it."""

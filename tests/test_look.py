@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from pg_ground import cli, config, draw, look
-from pg_ground.data.sources import BadRecord
+from pg_ground.data.records import BadRecord
 from pg_ground.types import BOXES, POINTS, Boxes, Example, Points, UserError
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from pg_ground import tokenizer
 from pg_ground.config import Data, Source
 from pg_ground.data.pipeline import BadRecords, open_examples, ordered_batches, training_batches
-from pg_ground.data.sources import BadRecord
+from pg_ground.data.records import BadRecord
 from pg_ground.types import Batch, UserError
 
 SIDE = 8

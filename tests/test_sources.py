@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pg_ground.data.sources import BadRecord, load_image, open_records
+from pg_ground.data.records import BadRecord, load_image
+from pg_ground.data.sources import open_records
 from pg_ground.types import UserError
 
 ORIENTED = {

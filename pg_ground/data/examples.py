@@ -10,7 +10,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from pg_ground.config import Data, Source, nearest
-from pg_ground.data.sources import BadRecord, load_image
+from pg_ground.data.records import BadRecord, load_image
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.types import BOXES, POINTS, Batch, Boxes, Example, Gold, Points, UserError
 from pg_ground.vocab import LOC_MAX, PAD

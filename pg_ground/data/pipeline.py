@@ -14,7 +14,8 @@ from jaxtyping import Bool
 
 from pg_ground.config import Data, Source
 from pg_ground.data.examples import check_formats, check_room, to_batch_row, to_example
-from pg_ground.data.sources import BadRecord, Records, open_records
+from pg_ground.data.records import BadRecord, Records
+from pg_ground.data.sources import open_records
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.types import Batch, Example, UserError
 
