@@ -42,6 +42,7 @@ def get_config(arm: str = "grpo") -> ConfigDict:
     c.model.scan_unroll = 3
     c.data.prompt_length = 8
     c.data.suffix_length = 8
+    c.data.check_records = 200
 
     c.sft.steps = SFT_STEPS
     c.sft.batch_size = 32

@@ -29,6 +29,7 @@ def get_config() -> ConfigDict:
     c.model.coordinate_init = "sinusoid"
     c.data.prompt_length = 8
     c.data.suffix_length = 8
+    c.data.check_records = 200
 
     c.sft.steps = 6
     c.sft.batch_size = 8

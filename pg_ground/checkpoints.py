@@ -4,6 +4,7 @@
 stage, data iterator, means not yet written.
 """
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -73,8 +74,17 @@ def restore_tree(path: Path, like: Any) -> Any:
     """
     if not path.is_dir():
         raise UserError(f"{path} does not exist: a tree of arrays written by a run is wanted")
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path.absolute(), like)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(path.absolute(), like)
+    except Exception as error:  # orbax raises what its storage does, with pages of it, on a damaged file
+        raise UserError(f"{path} cannot be restored: {str(error).strip().splitlines()[0][:300]}") from error
+
+
+def remove_tree(path: Path) -> None:
+    """Removes the tree at `path`, if there is one."""
+    if path.exists():
+        shutil.rmtree(path)
 
 
 def describe(path: Path) -> dict[str, jax.ShapeDtypeStruct]:

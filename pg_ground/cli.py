@@ -52,6 +52,20 @@ def parse_own(argv: Sequence[str], own: Flags) -> dict[str, Any]:
     return _own(_pairs(argv), own)
 
 
+def parse_places(argv: Sequence[str], own: Flags) -> tuple[list[str], dict[str, Any]]:
+    """Returns the arguments that are no flags, and the values of a command's `own` flags."""
+    places: list[str] = []
+    flags: list[str] = []
+    rest = list(argv)
+    while rest:
+        argument = rest.pop(0)
+        if argument.startswith("-"):
+            flags.append(argument if "=" in argument or not rest else f"{argument}={rest.pop(0)}")
+        else:
+            places.append(argument)
+    return places, parse_own(flags, own)
+
+
 def load(path: str) -> config_dict.ConfigDict:
     """Returns what `get_config` in a file returns; `FILE:ARGUMENT` passes it an argument.
 

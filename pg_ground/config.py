@@ -8,6 +8,7 @@ take their own section, never the root.
 import dataclasses
 import difflib
 import operator
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,10 @@ from pg_ground.types import UserError
 
 REMAT = ("none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable")
 """Values of `model.remat`: names of jax.checkpoint_policies, or none."""
+
+
+RESIZES = ("antialias", "big_vision", "hugging_face")
+"""Values of `data.resize`."""
 
 
 @dataclass(frozen=True)
@@ -113,17 +118,38 @@ class Source:
     """One dataset, as an entry."""
 
     uri: str = ""  # "jsonl:PATH" or "synthetic:SPLIT?side=PIXELS&…"
-    image: str = "image"  # dotted path to the image in a record: pixels, encoded bytes or a file name
+    image: str = "image"  # dotted path to the image in a record: pixels, encoded bytes, a file name or an http(s) address
+    image_sha256: str = ""  # dotted path to the hash that a fetched image must have; "" checks none
     image_root: str = ""  # folder that file names are relative to, itself relative to the folder of the records
     phrase: str = "phrase"  # dotted path to the text that `prompt` and `name` may use as {phrase}
-    asks: str = "boxes"  # what an answer consists of: "boxes" or "points"
-    boxes: str = ""  # dotted path to one box or a list of boxes; "" for none
+    asks: str = "boxes"  # what an answer consists of: "boxes", "points" or "text"
+    boxes: str = ""  # dotted path to one box, a list of boxes, or {label: list of boxes}; "" for none
     box_format: str = "xyxy_px"  # {xyxy,yxyx,xywh,cxcywh}_{px,frac,percent,bin}
-    points: str = ""  # dotted path to one point or a list of points; "" for none
+    points: str = ""  # dotted path to one point or a list of points, pairs or {x, y}; "" for none
     point_format: str = "xy_px"  # {xy,yx}_{px,frac,percent,bin}
-    prompt: str = "detect {phrase}"  # template over the record's fields, without BOS and newline
+    label: str = ""  # dotted path to the name of each box or point, one or a list; "" is `name` for all of them
+    prompt: str = "detect {phrase}"  # template over the record's fields, without BOS and newline; or a Jinja file, NAME.jinja
     name: str = "{phrase}"  # what stands behind the loc tokens of an answer; "" for nothing
+    suffix: str = "loc"  # how the answer is written: "loc", "json" (pixels), "count", or a template such as "{answer}"
+    element: str = "all"  # where a path goes through `list[]`: "all" is one example per element, "random" one per reading
+    empty: str = "drop"  # records without boxes or points: "drop", or "keep" as questions whose answer is empty
+    max_objects: int = 0  # boxes or points kept of a record, a random choice in their order; 0 is all
+    sampling: str = "all"  # records used: "all", "first:N", "end:N" or "random:N", where N may be a share such as 12.5%
     weight: float = 1.0  # relative share of the mixture
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """How images that are urls are fetched, and where they are kept."""
+
+    cache_dir: str = ""  # folder of the contents, shared by any number of runs; needed where an image is a url
+    concurrency: int = 16  # images fetched at once by `prefetch`
+    retries: int = 3  # tries after the first, where another may help: no connection, status 408, 425, 429 or 5xx
+    backoff_s: float = 0.5  # seconds before the first of them, doubled each time, give or take a half
+    timeout_s: float = 20.0  # seconds a connection, and then a request up to the last byte of its answer, may take
+    max_bytes: int = 50 * 2**20  # bytes of an image
+    allow_private: bool = False  # whether addresses of this machine and of private networks may be asked
+    offline: bool = False  # whether only the cache is asked
 
 
 @dataclass(frozen=True)
@@ -135,7 +161,11 @@ class Data:
     suffix_length: int = 16  # tokens, EOS included
     max_boxes: int = 1  # gold boxes (or points) per question that a batch has room for
     bad_record_share: float = 0.1  # a run stops when more than this share of the records read cannot be used
+    resize: str = "antialias"  # "antialias" (bilinear), "big_vision" (bilinear without, rounded down), "hugging_face" (bicubic)
+    fetch: Fetch = field(default_factory=Fetch)
     read_threads: int = 2  # records prepared at once, per process
+    workers: int = 0  # processes that prepare records beside this one; 0 prepares them in it
+    check_records: int = 10_000  # records of a source whose texts are measured before the first step, spread over it; 0 is none
 
 
 @dataclass(frozen=True)
@@ -339,6 +369,14 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     return value
 
 
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
 def _check(c: Config) -> None:
     """Raises UserError for a value that no run could use."""
 
@@ -360,12 +398,16 @@ def _check(c: Config) -> None:
         "model.text.num_kv_heads", "model.text.head_dim", "model.logits_block", "model.scan_unroll", "sft.steps",
         "sft.batch_size", "sft.micro_batches", "grpo.steps", "grpo.batch_size", "grpo.micro_batches",
         "grpo.updates_per_rollout", "grpo.max_new_tokens", "eval.examples", "eval.batch_size", "eval.max_new_tokens",
-        "data.prompt_length", "data.suffix_length", "data.max_boxes", "data.read_threads", "log.every", "log.samples",
-        "checkpoint.every", "checkpoint.keep")  # fmt: skip
+        "data.fetch.concurrency", "data.fetch.timeout_s", "data.fetch.max_bytes", "data.prompt_length",
+        "data.suffix_length", "data.max_boxes", "data.read_threads", "log.every", "log.samples", "checkpoint.every",
+        "checkpoint.keep")  # fmt: skip
     for path in positive:
         value = operator.attrgetter(path)(c)
         need(value > 0, path, value, "above 0")
-    for path in ("seed", "eval.every", "log.samples_every", "mesh.cpu_devices"):
+    zero_or_more = (
+        "seed", "eval.every", "log.samples_every", "mesh.cpu_devices", "data.workers", "data.check_records",
+        "data.fetch.retries", "data.fetch.backoff_s")  # fmt: skip
+    for path in zero_or_more:
         value = operator.attrgetter(path)(c)
         need(value >= 0, path, value, "0 or more")
     need(c.model.text.head_dim % 2 == 0, "model.text.head_dim", c.model.text.head_dim, "even: RoPE turns pairs")
@@ -376,10 +418,12 @@ def _check(c: Config) -> None:
     need(lora.rank >= 0, "model.lora.rank", lora.rank, "0 or more")
     need(lora.alpha > 0, "model.lora.alpha", lora.alpha, "above 0")
     need(0 <= lora.dropout < 1, "model.lora.dropout", lora.dropout, "in [0, 1)")
+    need(_compiles(lora.pattern), "model.lora.pattern", lora.pattern, "a regular expression")
     for i, (_, factor) in enumerate(c.lr_factors):
         need(factor >= 0, f"lr_factors[{i}][1]", factor, "0 (frozen) or more")
     one_of("model.coordinate_init", c.model.coordinate_init, ("normal", "sinusoid"))
     one_of("model.remat", c.model.remat, REMAT)
+    one_of("data.resize", c.data.resize, RESIZES)
     need(c.model.image_size % vision.patch_size == 0, "model.image_size", c.model.image_size, "a multiple of patch_size")
     need(vision.width % vision.num_heads == 0, "model.vision.width", vision.width, "a multiple of num_heads")
     need(text.num_heads % text.num_kv_heads == 0, "model.text.num_heads", text.num_heads, "a multiple of num_kv_heads")
@@ -406,7 +450,14 @@ def _check(c: Config) -> None:
     for head, sources in (("sft", c.sft.sources), ("grpo", c.grpo.sources), ("eval", c.eval.sources)):
         for name, source in sources.items():
             path = f"{head}.sources.{name}"
-            one_of(f"{path}.asks", source.asks, ("boxes", "points"))
+            one_of(f"{path}.asks", source.asks, ("boxes", "points", "text"))
+            one_of(f"{path}.element", source.element, ("all", "random"))
+            one_of(f"{path}.empty", source.empty, ("drop", "keep"))
+            need(source.max_objects >= 0, f"{path}.max_objects", source.max_objects, "0 (all) or more")
             need(source.weight > 0, f"{path}.weight", source.weight, "above 0")
-            asked = source.boxes if source.asks == "boxes" else source.points
-            need(bool(asked), f"{path}.{source.asks}", asked, f"the path of the {source.asks} it asks for")
+            asked = {"boxes": source.boxes, "points": source.points, "text": "{" in source.suffix}[source.asks]
+            right = 'a template such as "{answer}"' if source.asks == "text" else f"the path of the {source.asks} it asks for"
+            field, value = ("suffix", source.suffix) if source.asks == "text" else (source.asks, asked)
+            need(bool(asked), f"{path}.{field}", value, right)
+            written = source.suffix in ("loc", "json", "count") or "{" in source.suffix
+            need(written, f"{path}.suffix", source.suffix, 'loc, json, count or a template such as "{answer}"')

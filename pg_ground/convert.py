@@ -8,7 +8,6 @@ directory, which also gets the tokenizer's files where SRC has any. `--dtype` is
 tensor keeps its own. It is written beside DST and moved there when whole.
 """
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,21 +32,18 @@ def convert(source: Path, target: Path, dtype: str) -> None:
     """
     if target.exists():
         raise UserError(f"{target} exists already: remove it, or choose another name")
-    found = weights.open_checkpoint(source)
+    found = weights.open_checkpoint(source, keep_final_softcap=True)
     tensors = found.tensors
     if not tensors:
-        with jax.default_device(jax.devices("cpu")[0]):
-            tensors = {name: files.in_memory(name, array) for name, array in found.read(found.like).items()}
-    weights.write(target, tensors, found.model.config, dtype)
-    if source.is_dir() and target.suffix not in (".npz", ".orbax"):
-        for name in TOKENIZER_FILES:
-            if (source / name).is_file():
-                shutil.copy(source / name, target / name)
+        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        like = {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=host) for name, s in found.like.items()}
+        tensors = {name: files.in_memory(name, array) for name, array in found.read(like).items()}
+    beside = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    weights.write(target, tensors, found.model.config, dtype, beside)
 
 
 def main(argv: Sequence[str]) -> None:
-    places = [argument for argument in argv if not argument.startswith("-")]
-    flags = cli.parse_own([argument for argument in argv if argument.startswith("-")], {"dtype": ""})
+    places, flags = cli.parse_places(argv, {"dtype": ""})
     if len(places) != 2:
         raise UserError(f"{len(places)} paths are given, but python -m pg_ground.convert SRC DST takes two")
     if flags["dtype"] not in ("", *DTYPES):

@@ -156,7 +156,8 @@ def check_vocabulary(tokenizer: Tokenizer, model: PaliGemma) -> None:
     """Raises UserError if the tokenizer and the model count different numbers of tokens."""
     mine, its = tokenizer.vocab.size, model.config.text.vocab_size
     if mine != its:
-        raise UserError(f"the tokenizer (config.data.tokenizer) has {mine} tokens, but the model (model.text.vocab_size) {its}")
+        where = "config.data.tokenizer, or --tokenizer of predict"
+        raise UserError(f"the tokenizer ({where}) has {mine} tokens, but the model (model.text.vocab_size) {its}")
 
 
 def _numbers(judged: Judged, row: int) -> dict[str, float]:

@@ -24,6 +24,7 @@ from pg_ground.diary import Diary, Stopwatch, claim
 from pg_ground.evaluate import answerer, check_vocabulary, evaluate
 from pg_ground.model import PaliGemma, weights
 from pg_ground.params import flatten, is_adapter, join, lr_factors, pick, unflatten
+from pg_ground.report import Table, ascii_table
 from pg_ground.rl import loss, rewards, update
 from pg_ground.rl.rollout import sample
 from pg_ground.tokenizer import Tokenizer
@@ -63,7 +64,7 @@ def sft(run: Run, state: TrainState, batches: Any) -> TrainState:
     key = jax.random.key(run.config.seed)
     for step in range(int(state.step), c.steps):
         watch = Stopwatch()
-        batch = watch.lap("data", sharding.put_batch(run.mesh, next(batches)))
+        batch = watch.lap("data", next(batches))
         dropout_key = jax.random.fold_in(key, step) if run.config.model.lora.dropout else None
         state, updated = watch.lap("update", learn(state, run.frozen, batch, dropout_key=dropout_key))
         run.diary.keep("sft", state, batches, measured(run, "sft", state, updated, watch))
@@ -99,7 +100,7 @@ def grpo(run: Run, state: TrainState, batches: Any) -> TrainState:
     key = jax.random.key(run.config.seed)
     for step in range(int(state.step), c.steps):
         watch = Stopwatch()
-        batch = watch.lap("data", sharding.put_batch(run.mesh, next(batches)))
+        batch = watch.lap("data", next(batches))
         rollout = watch.lap("rollout", roll(state.params, run.frozen, batch, jax.random.fold_in(key, step)))
         answer, judged, advantages, seen = watch.lap("score", judge(rollout, batch))
         state, updated = watch.lap("update", learn(state, run.frozen, ref_params, batch, rollout, advantages))
@@ -126,8 +127,7 @@ def train(config: Config, workdir: Path) -> Path:
     first = None if started else begin(config, model, trained | frozen)
     answer = answerer(model, tokenizer.vocab, config.eval.max_new_tokens)
     streams = {stage: open_stream(config, stage, tokenizer, bad) for stage in config.stages}
-    for name, source in config.eval.sources.items():
-        pipeline.open_examples(name, source, config.data, config.model.image_size)
+    measure_texts(config, tokenizer, [part for stream in streams.values() for part in stream.parts])
     claim(workdir, config)
     kept = keep_frozen(workdir, frozen, first)
     params = None if first is None else pick(first, trained.__contains__)
@@ -141,7 +141,8 @@ def train(config: Config, workdir: Path) -> Path:
         record = None if found is None else saved.record(found)
         with metrics.open_metrics(workdir, found) as writer:
             diary = Diary(config, workdir, writer, saved, measure, bad)
-            factors = lr_factors(trained | frozen, config.lr_factors)
+            every = lr_factors(trained | frozen, config.lr_factors)
+            factors = {name: every[name] for name in trained}
             run = Run(config, workdir, model, kept, factors, tokenizer, mesh, diary, bad)
             print(size_line(run, trained, frozen), flush=True)
             for stage in config.stages[config.stages.index(record["stage"]) if record else 0 :]:
@@ -153,7 +154,8 @@ def train(config: Config, workdir: Path) -> Path:
                     state = fresh_state(run, stage, params)
                     if stage == config.stages[0]:
                         diary.measure(0, stage, state.params)
-                params = STAGES[stage](run, state, streams[stage]).params
+                with pipeline.Ahead(streams[stage], partial(sharding.put_batch, mesh)) as batches:
+                    params = STAGES[stage](run, state, batches).params
     return diary.close()
 
 
@@ -190,10 +192,11 @@ def begin(config: Config, model: PaliGemma, like: weights.Like) -> Any:
 def keep_frozen(workdir: Path, frozen: weights.Like, first: Any) -> Any:
     """Returns the frozen parameters, written down once beside the checkpoints so that a run is whole without `config.init`."""
     path = workdir / "frozen"
+    if frozen and first is None:
+        return checkpoints.restore_tree(path, unflatten(frozen))
+    checkpoints.remove_tree(path)  # of a run with other settings that ended before its first checkpoint
     if not frozen:
         return {}
-    if first is None:
-        return checkpoints.restore_tree(path, unflatten(frozen))
     kept = pick(first, frozen.__contains__)
     checkpoints.save_tree(path, kept)
     return kept
@@ -223,6 +226,22 @@ def check(config: Config, mesh: Mesh) -> None:
             sharding.check_rows(mesh, c.batch_size // c.micro_batches, f"{stage}.batch_size / micro_batches")
     if config.eval.sources:
         sharding.check_rows(mesh, config.eval.batch_size, "eval.batch_size")
+
+
+def measure_texts(config: Config, tokenizer: Tokenizer, parts: Sequence[pipeline.Examples]) -> None:
+    """Prints what the texts of every source need, and raises UserError if that is more than the configured lengths."""
+    if not config.data.check_records:
+        return
+    held_out = [
+        pipeline.open_examples(f"eval/{name}", source, config.data, config.model.image_size)
+        for name, source in config.eval.sources.items()
+    ]
+    budgets = [pipeline.budget(part, tokenizer, config.data) for part in (*parts, *held_out)]
+    rows = [[str(value) for value in budget[:-1]] for budget in budgets]
+    heads = ["source", "questions", "measured", "prompt tokens", "suffix tokens", "objects"]
+    room = f"room for {config.data.prompt_length}, {config.data.suffix_length} and {config.data.max_boxes}"
+    print(ascii_table(Table("longest texts", heads, rows, room)), flush=True)
+    pipeline.check_budgets(budgets, config.data)
 
 
 def open_stream(config: Config, stage: str, tokenizer: Tokenizer, bad: pipeline.BadRecords) -> Any:

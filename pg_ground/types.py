@@ -18,8 +18,8 @@ from jaxtyping import Bool, Float, Int, UInt8
 Array = jax.Array | np.ndarray
 """Values have the same form on the device and, fetched or not yet put there, on the host."""
 
-BOXES, POINTS = 0, 1
-"""What a question asks for: the values of `Gold.asks`."""
+BOXES, POINTS, TEXT = 0, 1, 2
+"""What a question asks for: the values of `Gold.asks`. TEXT is an answer that no reward on token ids can read."""
 
 
 class UserError(Exception):
@@ -52,7 +52,7 @@ class Gold(NamedTuple):
     boxes: Boxes
     points: Points
     asks: Int[Array, " B"]
-    """BOXES or POINTS: the kind of answer the question asks for."""
+    """BOXES, POINTS or TEXT: the kind of answer the question asks for."""
     names: Int[Array, "B C W"]
     """Token ids of the names an answer may use, PAD-padded; all PAD for a question whose answers carry no name."""
 
@@ -78,8 +78,8 @@ class Example(NamedTuple):
 class Batch(NamedTuple):
     """B questions, ready for the device."""
 
-    image: Float[Array, "B H W 3"]
-    """In [-1, 1]."""
+    image: Float[Array, "B H W 3"] | UInt8[Array, "B H W 3"]
+    """In [-1, 1]; or as bytes, which the model takes there."""
     prompt: Int[Array, "B L"]
     prompt_mask: Bool[Array, "B L"]
     suffix: Int[Array, "B T"]

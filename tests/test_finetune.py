@@ -169,6 +169,7 @@ def test_parts_can_be_frozen_and_slowed_by_pattern(environment, base, tmp_path):
         (["--config.lr_factors=(('vit/.*', 0), ('.*', 1))"], "'vit/.*' is the first match of no parameter"),
         (["--config.lr_factors=(('.*',),)"], "config.lr_factors[0] is ('.*',), but it must have 2 elements"),
         (["--config.model.lora.rank=4", "--config.model.lora.pattern=nothing"], "config.model.lora.pattern"),
+        (["--config.model.lora.pattern=llm/("], "config.model.lora.pattern is 'llm/(': it must be a regular expression"),
         (["--config.model.image_size=64"], "was trained at 32 pixels"),
         (["--config.model.text.depth=3"], "llm/layers/mlp/linear: (2, 32, 16) in the file, (3, 32, 16) in the model"),
     ],

@@ -23,12 +23,18 @@ ASSETS = ("assets", "assets.make_tokenizer")
 
 ROOMS = {
     "model": ("lora", "siglip", "gemma", "paligemma", "files", "hugging_face", "weights"),
-    "data": ("synthetic", "records", "tables", "sources", "examples", "pipeline"),
+    "data": (
+        *("synthetic", "records", "sampling", "tables", "hub", "arrayrecord", "tfds", "refer", "fetch"),
+        *("sources", "examples", "pipeline"),
+    ),
     "rl": ("advantages", "loss", "rewards", "rollout", "update"),
 }
 """Floor 2. In order: a module may import those before it in its own room; a room's `__init__` stands on top of it."""
 
-ENTRY_POINTS = ("cli", "evaluate", "diary", "look", "predict", "train", "convert", "compile", "bench", "__main__", "__init__")
+ENTRY_POINTS = (
+    *("cli", "evaluate", "diary", "look", "predict", "train", "prefetch", "pack", "convert", "compile", "bench"),
+    *("__main__", "__init__"),
+)
 """Floor 3. In order: each may import those before it, and everything below."""
 
 FLAX_ROOM = "model"

@@ -152,6 +152,26 @@ def test_transformers_computes_our_logits_from_our_directory(config, tmp_path):
     np.testing.assert_array_equal(generated, np.asarray(greedy.tokens[0, 0])[: len(generated)])
 
 
+def test_the_final_softcap_of_a_directory_is_off_in_training_and_kept_by_convert(tmp_path):
+    weights.save(tmp_path / "a", random_params(PaliGemma(CAPPED)), CAPPED)
+    assert weights.load(tmp_path / "a")[0].config.text.final_softcap == 0
+    convert(tmp_path / "a", tmp_path / "b", "bfloat16")
+    settings = json.loads((tmp_path / "b/config.json").read_text())["text_config"]
+    assert (settings["final_logit_softcapping"], settings["query_pre_attn_scalar"]) == (30.0, 144)
+
+
+def test_layers_of_different_dtypes_are_not_rounded_to_the_first(folder, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(folder / "hub_layout", tmp_path / "mixed")
+    tensors = load_file(tmp_path / "mixed/model.safetensors")
+    name = "language_model.model.layers.0.mlp.down_proj.weight"
+    save_file(tensors | {name: tensors[name].astype(ml_dtypes.bfloat16)}, tmp_path / "mixed/model.safetensors")
+    found, exact = (flatten(weights.load(path)[1])["llm/layers/mlp/linear"] for path in (tmp_path / "mixed", folder))
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found[1:], exact[1:])
+
+
 def test_a_gemma1_directory_cannot_say_what_gemma1_does_not_have(tmp_path):
     model = PaliGemma(replace(PG1, text=replace(PG1.text, query_scale=0.5)))
     with pytest.raises(UserError, match="query_scale"):
@@ -212,6 +232,8 @@ def test_every_tensor_that_does_not_fit_is_named_at_once(folder, tmp_path):
         tensors["vision_tower.vision_model.head.probe"] = np.zeros(3, np.float32)
         name = "language_model.model.layers.2.self_attn.k_proj.weight"
         tensors[name] = tensors[name][:, :-1].copy()
+        tensors["language_model.model.norm.weight"] = tensors["language_model.model.norm.weight"][None]
+        tensors["language_model.model.layers.foo.weight"] = tensors["language_model.model.layers.300000.weight"] = np.ones(2, "f")
 
     text = retold(folder, tmp_path, edit)
     for part in (
@@ -219,6 +241,9 @@ def test_every_tensor_that_does_not_fit_is_named_at_once(folder, tmp_path):
         "multi_modal_projector.linear.bias: missing",
         "vision_tower.vision_model.head.probe: not a parameter of a PaliGemma 1",
         "layers.2.self_attn.k_proj.weight: (16, 31) in the file, (16, 32) in layer 0",
+        "language_model.model.norm.weight: (1, 32) in the file, which the pattern 'd -> d' does not fit",
+        "language_model.model.layers.foo.weight: not a parameter",
+        "language_model.model.layers.300000.weight: not a parameter",
     ):
         assert part in text
 
@@ -242,9 +267,18 @@ def test_an_untied_head_is_refused_and_a_tied_one_is_not(folder, tmp_path):
         ({"text_config": {"model_type": "llama"}}, "text_config.model_type is 'llama'"),
         (
             {"text_config": {"model_type": "gemma", "num_attention_heads": 3, "num_key_value_heads": 1}},
-            "(64, 32) in the file, which the heads of config.json (3)",
+            "(64, 32) in the file, which the heads of config.json (3) or",
         ),
-        ({"vision_config": {"num_attention_heads": 5}}, "(24, 24) in the file, which the heads of config.json (5)"),
+        (
+            {"text_config": {"rope_parameters": {"rope_theta": 5e5}}},
+            "text_config.rope_theta is 500000.0, but every",
+        ),
+        ({"text_config": {"rms_norm_eps": 1e-3}}, "text_config.rms_norm_eps is 0.001"),
+        ({"text_config": {"head_dim": None}}, "head_dim is None, but it must be a number above 0"),
+        ({"text_config": {"num_attention_heads": 0}}, "num_attention_heads is 0, but it must be a number above 0"),
+        ({"text_config": []}, "text_config is [], but it must be an object"),
+        ({"image_token_index": "x"}, "image_token_index is 'x'"),
+        ({"vision_config": {"num_attention_heads": 5}}, "(24, 24) in the file, which the heads of config.json (5) or"),
     ],
 )
 def test_a_config_that_is_another_models_is_refused(folder, tmp_path, edit, said):

@@ -88,6 +88,14 @@ def test_a_pattern_chooses_matrices_by_their_whole_name():
     assert not flatten(adapted(PG2, replace(EVERYWHERE, pattern="attn"))[2])
 
 
+def test_factors_start_with_the_variance_of_their_inputs():
+    """1 / fan-in for each matrix, whether it stands alone or as one of two parts."""
+    _, _, fresh = adapted(replace(PG2, text=replace(PG2.text, width=96, mlp_dim=64)), replace(EVERYWHERE, rank=64))
+    for name in ("mlp/linear", "mlp/gating_einsum", "attn/kv_einsum/w", "attn/q_einsum/w"):
+        leaf = np.asarray(flatten(fresh)[f"llm/layers/{name}_lora_a"])
+        assert leaf.std() == pytest.approx(leaf.shape[-2] ** -0.5, rel=0.05)
+
+
 def test_the_scale_is_alpha_over_rank():
     _, base, fresh = adapted(PG2)
     whole = join(base, filled(fresh))

@@ -1,6 +1,8 @@
+import hashlib
 import io
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -11,7 +13,16 @@ from PIL import Image
 
 from pg_ground import tokenizer
 from pg_ground.config import Data, Source
-from pg_ground.data.pipeline import BadRecords, open_examples, ordered_batches, training_batches
+from pg_ground.data.pipeline import (
+    Ahead,
+    BadRecords,
+    budget,
+    check_budgets,
+    mixing_pattern,
+    open_examples,
+    ordered_batches,
+    training_batches,
+)
 from pg_ground.data.records import BadRecord
 from pg_ground.types import Batch, UserError
 
@@ -255,3 +266,180 @@ def test_source_that_cannot_be_opened_is_refused_at_once(tmp_path, tokens):
     good = make_source(tmp_path, "a", 3)
     with pytest.raises(UserError, match="box_format"):
         train({"a": Source(uri=good.uri, boxes="box", box_format="xyyx_px")}, tokens)
+
+
+# mixtures, workers, budgets
+
+
+def digests(batches) -> list[str]:
+    return [
+        hashlib.sha256(b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(b))).hexdigest() for b in batches
+    ]
+
+
+@pytest.mark.parametrize(
+    ("weights", "shares"),
+    [
+        ([2.0, 1.0, 1.0], [2, 1, 1]),
+        ([0.7, 0.3], [7, 3]),
+        ([1.5, 0.5], [3, 1]),
+        ([1e-3, 1.0], [1, 1000]),
+        ([1.0], [1]),
+        ([1 / 3, 2 / 3], None),
+    ],
+)
+def test_a_mixture_is_exact_over_its_period_and_nearly_so_before(weights, shares):
+    pattern, ranks, counts = mixing_pattern(weights)
+    if shares:
+        assert counts.tolist() == shares and len(pattern) == sum(shares)
+    total = np.array(weights) / sum(weights)
+    seen = np.stack([np.cumsum(pattern == s) for s in range(len(weights))])
+    places = np.arange(1, len(pattern) + 1)
+    assert (np.abs(seen - total[:, None] * places) < 1.01).all()
+    assert np.abs(seen[:, -1] / len(pattern) - total).max() < 1e-5
+    for s in range(len(weights)):
+        assert ranks[pattern == s].tolist() == list(range(counts[s]))
+
+
+def three_sources(folder: Path) -> dict[str, Source]:
+    synthetic = Source(uri=f"synthetic:train?side={2 * SIDE}", boxes="box")
+    return {"a": make_source(folder, "a", 50, weight=2.0), "b": make_source(folder, "b", 7), "c": synthetic}
+
+
+def test_five_hundred_batches_have_their_shares_and_no_example_twice_in_an_epoch(tmp_path, tokens):
+    rows = seen(list(islice(train(three_sources(tmp_path), tokens), 500)))
+    shares = Counter(source for source, _ in rows)
+    assert [shares[s] / len(rows) for s in range(3)] == pytest.approx([0.5, 0.25, 0.25], abs=1e-3)
+    for source, size in ((0, 50), (1, 7)):
+        indices = [index for s, index in rows if s == source]
+        for start in range(0, len(indices) - size + 1, size):
+            assert sorted(indices[start : start + size]) == list(range(size))
+    drawn = [index for s, index in rows if s == 2]
+    assert len(set(drawn)) == len(drawn) == 500
+
+
+def test_batches_are_the_same_again_with_workers_and_after_going_on(tmp_path, tokens):
+    sources = three_sources(tmp_path)
+    straight = digests(islice(train(sources, tokens), 60))
+    assert digests(islice(train(sources, tokens), 60)) == straight
+    assert len(set(straight)) == 60
+    for workers in (1, 4):
+        data = replace(DATA, workers=workers)
+        assert digests(islice(train(sources, tokens, data=data), 12)) == straight[:12]
+    stop = 23  # in the middle of epochs of every source
+    first = train(sources, tokens, data=replace(DATA, workers=2))
+    before = digests(islice(first, stop))
+    for workers in (0, 3):
+        second = train(sources, tokens, data=replace(DATA, workers=workers))
+        second.set_state(json.loads(json.dumps(first.get_state())))
+        assert before + digests(islice(second, 60 - stop)) == straight
+
+
+def test_batches_placed_ahead_are_the_same_and_so_is_their_state(tmp_path, tokens):
+    sources = three_sources(tmp_path)
+    straight = digests(islice(train(sources, tokens), 8))
+    with Ahead(train(sources, tokens), lambda batch: batch) as ahead:
+        assert digests([next(ahead) for _ in range(3)]) == straight[:3]
+        state = ahead.get_state()
+    again = train(sources, tokens)
+    again.set_state(state)
+    with Ahead(again, lambda batch: batch) as ahead:
+        assert ahead.get_state() == state
+        assert digests([next(ahead) for _ in range(5)]) == straight[3:]
+
+
+def test_two_processes_see_disjoint_halves_whose_union_is_the_whole(tmp_path, tokens):
+    sources = three_sources(tmp_path)
+    whole = seen(list(islice(train(sources, tokens, batch_size=8), 20)))
+    halves = [seen(list(islice(train(sources, tokens, batch_size=8, process=(p, 2)), 20))) for p in (0, 1)]
+    assert all(len(half) == 80 for half in halves)
+    assert Counter(whole) == Counter(halves[0] + halves[1])
+    assert [row for pair in zip(*halves, strict=True) for row in pair] == whole
+
+
+def test_records_of_a_list_become_one_question_each_or_one_at_random(tmp_path, tokens):
+    (tmp_path / "i.jpg").write_bytes(jpeg(0))
+    lines = [
+        {"image": "i.jpg", "box": [0, 0, 4, 4], "sentences": [{"raw": f"{word}{i}"} for i in range(n)]}
+        for word, n in (("a", 3), ("b", 1), ("c", 0), ("d", 2))
+    ]
+    (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = Source(uri=f"jsonl:{tmp_path}/s.jsonl", boxes="box", phrase="sentences[].raw")
+    every = open_examples("s", source, DATA, SIDE)
+    assert [every[i].prompt for i in range(len(every))] == [f"detect {name}" for name in ("a0", "a1", "a2", "b0", "d0", "d1")]
+    assert [every.place(i) for i in range(6)] == [(0, 0), (0, 1), (0, 2), (1, 0), (3, 0), (3, 1)]
+    some = open_examples("s", replace(source, element="random"), DATA, SIDE)
+    assert len(some) == 4
+    drawn = {some.__getitem__(0, reading).prompt for reading in range(30)}
+    assert drawn == {"detect a0", "detect a1", "detect a2"}
+    with pytest.raises(BadRecord, match="sentences is empty") as bad:
+        some[2]
+    assert bad.value.kind == "empty"
+
+
+def test_a_source_is_sampled_before_anything_else(tmp_path, tokens):
+    source = make_source(tmp_path, "a", 20)
+    for sampling, expected in (("first:3", [0, 1, 2]), ("end:10%", [18, 19])):
+        opened = open_examples("a", replace(source, sampling=sampling), DATA, SIDE)
+        assert [opened.place(i)[0] for i in range(len(opened))] == expected
+    some = open_examples("a", replace(source, sampling="random:25%"), DATA, SIDE, seed=3)
+    assert len(some) == 5
+    with pytest.raises(UserError, match="source a: sampling 'first:0' keeps none of 20 records"):
+        open_examples("a", replace(source, sampling="first:0"), DATA, SIDE)
+    with pytest.raises(UserError, match="sampling 'some:3'"):
+        open_examples("a", replace(source, sampling="some:3"), DATA, SIDE)
+
+
+def write_lines(folder: Path, records: list[dict]) -> str:
+    (folder / "i.jpg").write_bytes(jpeg(0))
+    (folder / "x.jsonl").write_text("\n".join(json.dumps({"image": "i.jpg"} | record) for record in records))
+    return f"jsonl:{folder}/x.jsonl"
+
+
+def test_budgets_are_measured_before_training_and_name_the_worst(tmp_path, tokens):
+    boxes = [[[0, 0, i + 1, 4] for i in range(n)] for n in (1, 4, 2)]
+    uri = write_lines(tmp_path, [{"phrase": "cat " * (3 - i), "box": b} for i, b in enumerate(boxes)])
+    opened = open_examples("a", Source(uri=uri, boxes="box"), replace(DATA, max_boxes=9, suffix_length=99), SIDE)
+    found = budget(opened, tokens, DATA)
+    rows = [opened[i] for i in range(3)]
+    assert found.prompt_tokens == max(len(tokens.prefix(row.prompt)) for row in rows)
+    assert found.suffix_tokens == max(len(tokens.suffix(row.suffix)) for row in rows)
+    assert (found.objects, found.worst) == (4, {"prompt_length": 0, "suffix_length": 1, "max_boxes": 1})
+    for room, said in (
+        (
+            {"prompt_length": 4, "suffix_length": 99, "max_boxes": 9},
+            r"question 0 needs data\.prompt_length=\d+, but it is 4: raise it$",
+        ),
+        (
+            {"suffix_length": 9, "max_boxes": 9, "prompt_length": 32},
+            r"question 1 needs data\.suffix_length=\d+, but it is 9.*max_objects",
+        ),
+        (
+            {"suffix_length": 99, "max_boxes": 3, "prompt_length": 32},
+            r"source a: question 1 needs data\.max_boxes=4, but it is 3",
+        ),
+    ):
+        with pytest.raises(UserError, match=said):
+            check_budgets([found], replace(DATA, **room))
+    check_budgets([found], replace(DATA, max_boxes=4, suffix_length=99, prompt_length=32))
+
+
+def test_a_wrong_path_is_told_before_training_with_the_fields_there_are(tmp_path, tokens):
+    uri = write_lines(tmp_path, [{"phrase": "cat", "bbox": [0, 0, 4, 4]}] * 30)
+    with pytest.raises(
+        UserError, match="none of 16 questions can be used; .*there is no box: the fields are image, phrase, bbox"
+    ):
+        budget(open_examples("a", Source(uri=uri, boxes="box"), DATA, SIDE), tokens, DATA)
+
+
+def test_a_wrong_unit_that_puts_everything_in_one_corner_is_told_before_training(tmp_path, tokens):
+    Image.fromarray(np.zeros((1000, 1000, 3), np.uint8)).save(tmp_path / "big.png")
+    records = [{"image": "big.png", "phrase": "cat", "box": [i, i, 80 + i, 90], "points": [[i, 99]]} for i in range(20)]
+    uri = write_lines(tmp_path, records)
+    right = {"boxes": "box", "box_format": "xyxy_percent"}
+    budget(open_examples("a", Source(uri=uri, **right), DATA, SIDE), tokens, DATA)
+    for wrong in ({"boxes": "box"}, {"asks": "points", "points": "points"}):
+        with pytest.raises(
+            UserError, match="first fifth of both axes, so (box|point)_format = 'x.*_px' has probably the wrong unit"
+        ):
+            budget(open_examples("a", Source(uri=uri, **wrong), DATA, SIDE), tokens, DATA)

@@ -243,7 +243,12 @@ def test_a_run_with_adapters_loads_merged_and_converts(saved, tmp_path):
     model, found = weights.load(tmp_path / "run", dtype="float32")
     assert model.config == replace(own, lora=Lora())
     assert host(found).keys() == host(base).keys()
-    assert_same(found, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), lora.merge(join(small, adapters), own.lora)))
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), small)
+    assert_same(found, lora.merge(join(wide, adapters), own.lora))  # what is learned is not rounded to the base's bfloat16
+    kept = {name: leaf.dtype for name, leaf in host(weights.load(tmp_path / "run")[1]).items()}
+    assert {name for name, kind in kept.items() if kind == np.float32} == {
+        name.removesuffix("_lora_a") for name in flatten(adapters) if name.endswith("_lora_a")
+    }
     assert np.abs(host(found)["llm/layers/mlp/linear"] - host(base)["llm/layers/mlp/linear"]).max() > 1
     convert(tmp_path / "run", tmp_path / "a.npz", "float32")
     assert_same(weights.load(tmp_path / "a.npz")[1], found)
@@ -258,6 +263,47 @@ def test_a_run_without_its_frozen_part_is_refused_with_the_names(saved, tmp_path
     write_run(tmp_path / "run", own, weights.unflatten(adapters), None)
     with pytest.raises(UserError, match="llm/final_norm/scale: missing"):
         weights.load(tmp_path / "run")
+
+
+def test_a_frozen_part_of_another_run_is_refused(saved, tmp_path):
+    sizes, params, _ = saved
+    write_run(tmp_path / "run", sizes, params, {"llm": {"final_norm": params["llm"]["final_norm"]}})
+    with pytest.raises(UserError, match="both hold llm/final_norm/scale"):
+        weights.load(tmp_path / "run")
+
+
+def test_a_run_of_other_sizes_than_those_wanted_is_refused(saved, tmp_path):
+    sizes, params, _ = saved
+    write_run(tmp_path / "run", sizes, params, None)
+    weights.save(tmp_path / "a.orbax", params, sizes)
+    for name in ("run", "a.orbax"):
+        other = replace(sizes, text=replace(sizes.text, mlp_dim=48))
+        assert "llm/layers/mlp/linear: (2, 40, 24) in the file, (2, 48, 24) in the model" in refused(tmp_path / name, other)
+        for field, value in (("query_scale", 0.5), ("attn_softcap", 7.0)):
+            said = refused(tmp_path / name, replace(sizes, text=replace(sizes.text, **{field: value})))
+            assert f"says {field} " in said and f"but model.text.{field} is {value:g}" in said
+
+
+def test_a_run_resamples_its_positions_too(saved, tmp_path):
+    sizes, params, path = saved
+    write_run(tmp_path / "run", sizes, params, None)
+    larger = replace(sizes, image_size=2 * sizes.image_size)
+    assert "trained at 21 pixels" in refused(tmp_path / "run", larger)
+    found, expected = (weights.load(p, larger, resample_positions=True)[1] for p in (tmp_path / "run", path))
+    np.testing.assert_array_equal(host(found)["img/pos_embedding"], host(expected)["img/pos_embedding"])
+
+
+def test_damaged_checkpoints_of_a_run_are_told_in_one_line(saved, tmp_path):
+    write_run(tmp_path / "run", saved[0], saved[1], None)
+    largest = max((tmp_path / "run/checkpoints/20/params").rglob("*"), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    done = subprocess.run(  # what orbax leaves running would trouble the tests after this one
+        [sys.executable, "-m", "pg_ground.convert", "run", "a.npz"],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(told) == 1 and "params cannot be restored" in told[0] and len(told[0]) < 600
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 # ---- bad input: one line that names the file, the tensor and what was expected ----
@@ -302,6 +348,21 @@ def test_a_checkpoint_of_another_variant_is_refused_with_both_shapes(saved):
 def test_another_patch_size_is_refused_with_both_shapes(saved):
     text = refused(saved[2], replace(saved[0], vision=replace(saved[0].vision, patch_size=3)))
     assert "img/embedding/kernel: (7, 7, 3, 12) in the file, (3, 3, 3, 12) in the model" in text
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 12), (2, 9, 12), (1, 0, 12)])
+def test_positions_that_are_no_square_are_refused(saved, tmp_path, shape):
+    np.savez(tmp_path / "odd.npz", **host(saved[1]) | {"img/pos_embedding": np.zeros(shape, np.float32)})
+    assert f"img/pos_embedding: {shape}" in refused(tmp_path / "odd.npz")
+
+
+def test_adapters_are_never_written_by_chance(saved, tmp_path):
+    own = replace(saved[0], lora=Lora(rank=2))
+    params = PaliGemma(own).init(jax.random.key(0))
+    with pytest.raises(UserError, match="adapters are to be merged"):
+        weights.save(tmp_path / "a.npz", params)
+    weights.save(tmp_path / "a.npz", params, own)
+    assert not any("lora" in name for name in np.load(tmp_path / "a.npz").files)
 
 
 def test_numbers_that_are_no_floats_are_refused(saved, tmp_path):

@@ -1,26 +1,47 @@
 """Sources → batches, by grain: shuffled without end for training, in order and once for measuring."""
 
 import itertools
+import math
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import grain
 import jax
 import numpy as np
+from absl import flags
 from jaxtyping import Bool
 
 from pg_ground.config import Data, Source
-from pg_ground.data.examples import check_formats, check_room, to_batch_row, to_example
+from pg_ground.data.examples import (
+    answer,
+    check_formats,
+    check_room,
+    elements,
+    listed_by,
+    question,
+    to_batch_row,
+    to_example,
+)
 from pg_ground.data.records import BadRecord, Records
+from pg_ground.data.sampling import sampled
 from pg_ground.data.sources import open_records
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.types import Batch, Example, UserError
 
 SETTLED = 100
 """Records of a source from which a share of them means something: the first bad one of many is no 100 %."""
+
+
+LONGEST_PERIOD = 100_000
+"""Places after which a mixture repeats its pattern at the latest."""
+
+PROBED = 16
+"""Questions of a source that tell whether its entry makes sense at all."""
 
 
 class BadRecords:
@@ -92,31 +113,224 @@ class BadRecords:
 class Examples:
     """The questions of one source by index. Indexing raises `BadRecord` for a record that cannot be used."""
 
-    def __init__(self, name: str, source: Source, records: Records, data: Data, image_size: int):
-        self.name = name
-        self._source = source
-        self._records = records
-        self._data = data
-        self._image_size = image_size
+    def __init__(self, name: str, source: Source, records: Records, data: Data, image_size: int, seed: int = 0):
+        self.name, self.source, self._records, self._data, self._image_size, self._seed = (
+            name, source, records, data, image_size, seed,
+        )  # fmt: skip
+        self._kept = sampled(len(records), source.sampling, seed)
+        if not len(self._kept):
+            raise UserError(f"source {name}: sampling {source.sampling!r} keeps none of {len(records)} records")
+        path = listed_by(source)
+        self._list = path
+        self._starts: np.ndarray | None = None
+        if path and source.element == "all":
+            self._starts = np.cumsum([0, *(self._elements(int(record), path) for record in self._kept)])
+
+    def _elements(self, record: int, path: str) -> int:
+        """Returns how many questions a record holds; one for a bad record, where that shows."""
+        try:
+            return elements(self._records[record], path)
+        except BadRecord:
+            return 1
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._kept) if self._starts is None else int(self._starts[-1])
 
-    def __getitem__(self, index: int) -> Example:
-        record = self._records[index]
-        example = to_example(record, self._source, self.name, index, self._image_size, self._records.root)
-        check_room(example, self._data)
+    def place(self, index: int) -> tuple[int, int]:
+        """Returns the record that question `index` comes from, and the element of its list."""
+        if self._starts is None:
+            return int(self._kept[index]), 0
+        row = int(np.searchsorted(self._starts, index, side="right")) - 1
+        return int(self._kept[row]), index - int(self._starts[row])
+
+    def record(self, index: int, draw: int = 0) -> tuple[dict[str, Any], int]:
+        """Returns the record of question `index`, and the element: where it is drawn at random, by the number `draw`."""
+        number, element = self.place(index)
+        record = self._records[number]
+        if self._list and self.source.element == "random":
+            count = elements(record, self._list)
+            if not count:
+                raise BadRecord("empty", f"{self._list} is empty")
+            element = int(np.random.default_rng([self._seed, index, draw]).integers(count))
+        return record, element
+
+    def __getitem__(self, index: int, draw: int = 0) -> Example:
+        try:
+            record, element = self.record(index, draw)
+            example = to_example(
+                record,
+                self.source,
+                self.name,
+                index,
+                self._image_size,
+                self._records.root,
+                element=element,
+                seed=self._seed,
+                resize_by=self._data.resize,
+                fetch=self._data.fetch,
+            )
+            check_room(example, self._data)
+        except BadRecord as bad:
+            number, element = self.place(index)
+            if number == index and not self._list:
+                raise
+            raise BadRecord(bad.kind, f"record {number}{f', element {element}' if self._list else ''}: {bad}") from None
         return example
 
 
-def open_examples(source_name: str, source: Source, data: Data, image_size: int) -> Examples:
+def open_examples(source_name: str, source: Source, data: Data, image_size: int, seed: int = 0) -> Examples:
     """Returns the questions of one source.
 
     Raises:
       UserError: the source cannot be opened or its entry names a format that does not exist.
     """
     check_formats(source, source_name)
-    return Examples(source_name, source, open_records(source.uri), data, image_size)
+    return Examples(source_name, source, open_records(source.uri), data, image_size, seed)
+
+
+class Bad(NamedTuple):
+    """Why a question has no row."""
+
+    kind: str
+    message: str
+
+
+class Row(NamedTuple):
+    """What came of one place of the mixed sequence: a row of a batch, or the reason why there is none."""
+
+    place: int
+    source: int
+    index: int
+    found: Batch | Bad
+
+
+class Mixture:
+    """The endless sequence of all sources' questions, mixed by weight, each source in a new order every epoch.
+
+    Random access and nothing else: place i is the same whoever reads it, in whatever order, with however many workers.
+    """
+
+    def __init__(self, parts: Sequence[Examples], tokenizer: Tokenizer, data: Data, seed: int):
+        self.parts, self._tokenizer, self._data, self._seed = parts, tokenizer, data, seed
+        self._pattern, self._ranks, self._shares = mixing_pattern([part.source.weight for part in parts])
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def question(self, place: int) -> tuple[int, int, int]:
+        """Returns source, question and the number of the reading (over all epochs) at a place of the sequence."""
+        block, offset = divmod(place, len(self._pattern))
+        source = int(self._pattern[offset])
+        reading = block * int(self._shares[source]) + int(self._ranks[offset])
+        return source, self._order(source)[reading], reading
+
+    def _order(self, source: int) -> Any:
+        own_seed = int(np.random.SeedSequence([self._seed, source]).generate_state(1)[0])
+        return grain.MapDataset.range(len(self.parts[source])).shuffle(seed=own_seed).repeat(None)
+
+    def __getitem__(self, index: int) -> Row:
+        source, number, reading = self.question(int(index))
+        found = row_of(self.parts[source], int(number), self._tokenizer, self._data, source, reading)
+        return Row(int(index), source, int(number), found)
+
+
+def mixing_pattern(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns a period of the mixture: the source at each place, its how-manieth it is there, and each source's number of places.
+
+    Shares are exact for weights of a few decimals (up to a period of 100,000 places, to 1e-5 beyond), and within a period no
+    source is ever a whole place ahead of or behind its share.
+    """
+    parts = [Fraction(str(weight)) for weight in weights]
+    whole = [int(part * math.lcm(*(part.denominator for part in parts))) for part in parts]
+    shares = np.array(whole) // math.gcd(*whole)
+    if shares.sum() > LONGEST_PERIOD:
+        ideal = np.array(weights) / sum(weights) * LONGEST_PERIOD
+        shares = np.maximum(np.floor(ideal).astype(np.int64), 1)
+        shares[np.argmax(shares)] += LONGEST_PERIOD - shares.sum()
+    period = int(shares.sum())
+    pattern, ranks, used = np.zeros(period, np.int32), np.zeros(period, np.int64), np.zeros(len(shares), np.int64)
+    for place in range(period):
+        due = shares * (place + 1) - used * period
+        pattern[place] = np.argmax(due)
+        ranks[place] = used[pattern[place]]
+        used[pattern[place]] += 1
+    return pattern, ranks, shares
+
+
+class Batches:
+    """This process's rows of batches without end. `get_state` and `set_state` continue exactly, whatever `data.workers` is."""
+
+    def __init__(self, mixture: Mixture, data: Data, rows: int, bad: BadRecords, process_index: int, process_count: int):
+        self.parts, self._mixture, self._data, self._rows, self._bad = mixture.parts, mixture, data, rows, bad
+        self._mine = slice(process_index, None, process_count)
+        self._next, self._stream = 0, None
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns how many places of this process's sequence have been used."""
+        return {"next": self._next}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `get_state` was."""
+        self._next, self._stream = int(state["next"]), None
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        if self._stream is None:
+            self._stream = self._open()
+        found: list[Batch] = []
+        while len(found) < self._rows:
+            row: Row = next(self._stream)
+            self._next += 1
+            usable = note(self._bad, self.parts[row.source], row.index, row.found, self._data)
+            if usable is not None:
+                found.append(usable)
+        return stack(found)
+
+    def _open(self) -> Iterator[Row]:
+        """Returns the rows from the next place on; read ahead by threads, and by processes if there are any."""
+        ahead = max(self._rows, self._data.read_threads)
+        options = grain.ReadOptions(num_threads=self._data.read_threads, prefetch_buffer_size=ahead)
+        mine = grain.MapDataset.source(self._mixture)[self._mine][self._next :].to_iter_dataset(options)
+        if self._data.workers:
+            flags.FLAGS.mark_as_parsed()  # grain asks absl whether to profile its workers
+            per_worker = max(1, 2 * self._rows // self._data.workers)
+            mine = mine.mp_prefetch(grain.MultiprocessingOptions(self._data.workers, per_worker))
+        return iter(mine)
+
+
+class Ahead:
+    """Batches, each put in its place on the devices by another thread while the one before it is worked on.
+
+    The state is that after the last batch that was handed out, not after the last that was prepared.
+    """
+
+    def __init__(self, batches: Batches, place: Callable[[Batch], Batch]):
+        self._batches, self._place = batches, place
+        self._state = batches.get_state()
+        self._pool = ThreadPoolExecutor(1)
+        self._next: Future[tuple[Batch, dict[str, Any]]] | None = None
+
+    def __enter__(self) -> "Ahead":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _prepare(self) -> tuple[Batch, dict[str, Any]]:
+        batch = self._place(next(self._batches))
+        return batch, self._batches.get_state()
+
+    def __next__(self) -> Batch:
+        ready = self._next or self._pool.submit(self._prepare)
+        batch, self._state = ready.result()
+        self._next = self._pool.submit(self._prepare)
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the state to go on from."""
+        return self._state
 
 
 def training_batches(
@@ -130,12 +344,11 @@ def training_batches(
     bad: BadRecords,
     process_index: int = 0,
     process_count: int = 1,
-) -> grain.DatasetIterator[Batch]:
-    """Returns this process's rows of batches without end; `get_state` and `set_state` continue exactly.
+) -> Batches:
+    """Returns this process's rows of batches without end.
 
-    Sources are mixed by weight (grain cuts weights to hundredths of the smallest), each in a new order every epoch.
-    Process p of n takes records p, p + n, … of that one sequence, so that the processes' rows together are the same
-    whatever n is, as long as no record is bad.
+    Sources are mixed by weight, each in a new order every epoch. Process p of n takes places p, p + n, … of that one sequence, so
+    that the processes' rows together are the same whatever n is, as long as no record is bad.
 
     Args:
       batch_size: rows of a batch over all processes.
@@ -144,13 +357,8 @@ def training_batches(
       UserError: at once if a source cannot be opened; on `next` if too many records are bad.
     """
     rows = _rows_per_process(batch_size, process_count)
-    parts = []
-    for position, (name, source) in enumerate(sources.items()):
-        opened = open_examples(name, source, data, image_size)
-        parts.append(_shuffled(len(opened), _preparer(opened, tokenizer, data, position, bad), seed, position))
-    mixed = grain.MapDataset.mix(parts, [source.weight for source in sources.values()])
-    read_ahead = grain.ReadOptions(num_threads=data.read_threads, prefetch_buffer_size=max(rows, data.read_threads))
-    return iter(mixed[process_index::process_count].to_iter_dataset(read_ahead).batch(rows, batch_fn=stack))
+    parts = [open_examples(name, source, data, image_size, seed) for name, source in sources.items()]
+    return Batches(Mixture(parts, tokenizer, data, seed), data, rows, bad, process_index, process_count)
 
 
 def ordered_batches(
@@ -177,38 +385,124 @@ def ordered_batches(
     mine = slice(process_index * per_process, (process_index + 1) * per_process)
     for position, (name, source) in enumerate(sources.items()):
         opened = open_examples(name, source, data, image_size)
-        prepare = _preparer(opened, tokenizer, data, position, bad)
+
+        def prepare(index: int, opened: Examples = opened, position: int = position) -> Batch | None:
+            return note(bad, opened, index, row_of(opened, index, tokenizer, data, position, 0), data)
+
         for rows in _chunks(_usable_rows(prepare, len(opened), examples, batch_size, data.read_threads), batch_size):
             filled = rows + rows[-1:] * (batch_size - len(rows))
             yield stack(filled[mine]), (np.arange(batch_size) < len(rows))[mine]
 
 
+def row_of(opened: Examples, index: int, tokenizer: Tokenizer, data: Data, position: int, draw: int) -> Batch | Bad:
+    """Returns the row of a question, or why there is none."""
+    try:
+        return to_batch_row(opened.__getitem__(index, draw), tokenizer, data, position)
+    except BadRecord as bad:
+        return Bad(bad.kind, str(bad))
+
+
+def note(bad: BadRecords, opened: Examples, index: int, found: Batch | Bad, data: Data) -> Batch | None:
+    """Returns a row as it is; a bad record is counted and listed, but for one that is empty and to be dropped.
+
+    Raises:
+      UserError: too many of the source's records are bad.
+    """
+    bad.read(opened.name, len(opened))
+    if not isinstance(found, Bad):
+        return found
+    if found.kind != "empty":
+        bad.add(opened.name, index, found.kind, found.message)
+        bad.check(data.bad_record_share)
+    return None
+
+
+class Budget(NamedTuple):
+    """What the texts of a source need."""
+
+    source: str
+    questions: int
+    measured: int
+    prompt_tokens: int
+    suffix_tokens: int
+    objects: int
+    worst: dict[str, int]
+    """For prompt_length, suffix_length and max_boxes: the question that needs most."""
+
+
+def budget(opened: Examples, tokenizer: Tokenizer, data: Data) -> Budget:
+    """Returns the longest prompt and suffix (in tokens) and the most objects of a source, over `data.check_records` questions.
+
+    Images are not looked at.
+
+    Raises:
+      UserError: none of the first questions can be read, or their coordinates all lie in one corner, which a wrong unit does.
+    """
+    count = len(opened)
+    chosen = np.unique(np.linspace(0, count - 1, min(count, data.check_records)).astype(np.int64))
+    most = {"prompt_length": 0, "suffix_length": 0, "max_boxes": 0}
+    worst = dict.fromkeys(most, 0)
+    failures: list[str] = []
+    for index in map(int, chosen):
+        try:
+            record, element = opened.record(index)
+            prompt, found = question(record, opened.source, element)
+            objects = found.points if opened.source.asks == "points" else found.boxes
+            kept = min(len(objects), opened.source.max_objects or len(objects))
+            zeros = np.zeros((kept, objects.shape[1]), np.float32)
+            names = sorted(found.labels, key=len)[len(objects) - kept :] if found.labels else ("",) * kept
+            suffix = answer(opened.source, record, element, zeros, names, (9999, 9999))
+        except BadRecord as bad:
+            failures.append(f"question {index}: {bad}")
+            if len(failures) == min(PROBED, len(chosen)) and not any(most.values()):
+                raise UserError(f"source {opened.name}: none of {len(failures)} questions can be used; {failures[0]}") from None
+            continue
+        lengths = (len(tokenizer.prefix(prompt)), len(tokenizer.suffix(suffix)), max(len(found.boxes[:kept]), kept))
+        for setting, length in zip(most, lengths, strict=True):
+            if length > most[setting]:
+                most[setting], worst[setting] = length, index
+    check_corner(opened, [int(i) for i in chosen[:: max(1, len(chosen) // PROBED)][:PROBED]])
+    prompt_tokens, suffix_tokens, objects = most.values()
+    return Budget(opened.name, count, len(chosen), prompt_tokens, suffix_tokens, objects, worst)
+
+
+def check_corner(opened: Examples, indices: Sequence[int]) -> None:
+    """Raises UserError if every coordinate of these questions lies in the first fifth of both axes.
+
+    Percent or fractions read as pixels do that, and so do fractions read as percent.
+    """
+    corners = []
+    for index in indices:
+        try:
+            example = opened[index]
+        except BadRecord:
+            continue
+        corners += [*example.boxes.yxyx[:, 2:], *example.points.yx]
+    source = opened.source
+    if len(corners) >= PROBED // 2 and np.max(corners) < 0.2:
+        setting = "point_format" if source.asks == "points" else "box_format"
+        raise UserError(
+            f"source {opened.name}: all coordinates lie in the first fifth of both axes, so {setting} = "
+            f"{getattr(source, setting)!r} has probably the wrong unit (px, frac, percent and bin exist)"
+        )
+
+
+def check_budgets(budgets: Sequence[Budget], data: Data) -> None:
+    """Raises UserError if a question does not fit into the configured lengths, naming the one that needs most."""
+    for one in budgets:
+        needs = {"prompt_length": one.prompt_tokens, "suffix_length": one.suffix_tokens, "max_boxes": one.objects}
+        for setting, need in needs.items():
+            room = getattr(data, setting)
+            if need > room:
+                raise UserError(
+                    f"source {one.source}: question {one.worst[setting]} needs data.{setting}={need}, but it is {room}: raise "
+                    f"it{', or set max_objects of the source' if setting != 'prompt_length' else ''}"
+                )
+
+
 def stack(rows: Sequence[Batch]) -> Batch:
     """Returns rows as one batch, with B in front."""
     return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
-
-
-def _preparer(
-    opened: Examples, tokenizer: Tokenizer, data: Data, position: int, bad: BadRecords
-) -> Callable[[int], Batch | None]:
-    """Returns the function from a record number to its row, or to None for a bad record, which goes into `bad`."""
-
-    def prepare(index: int) -> Batch | None:
-        bad.read(opened.name, len(opened))
-        try:
-            return to_batch_row(opened[int(index)], tokenizer, data, position)
-        except BadRecord as e:
-            bad.add(opened.name, int(index), e.kind, str(e))
-            bad.check(data.bad_record_share)
-            return None
-
-    return prepare
-
-
-def _shuffled(count: int, prepare: Callable[[int], Batch | None], seed: int, position: int) -> grain.MapDataset:
-    """Returns the rows of a source in an endless random order that is its own, and another every epoch."""
-    own_seed = int(np.random.SeedSequence([seed, position]).generate_state(1)[0])
-    return grain.MapDataset.range(count).shuffle(seed=own_seed).repeat(None).map(prepare)
 
 
 def _usable_rows(prepare: Callable[[int], Batch | None], count: int, wanted: int, at_once: int, threads: int) -> Iterator[Batch]:

@@ -3,12 +3,17 @@
 import io
 import struct
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from etils import epath
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+FilePath = Path | epath.Path
+"""A local path, or one of etils for gs://."""
 
 CANNOT_DECODE = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
 """What Pillow raises on a file that is no image, is cut off, or unpacks to more pixels than any photograph has."""
@@ -27,7 +32,7 @@ class Records(Protocol):
     """Random access to the records of one source. Indexing is safe from several threads."""
 
     @property
-    def root(self) -> Path | None:
+    def root(self) -> FilePath | None:
         """Folder that file names in the records are relative to; None where records have no files."""
         ...
 
@@ -38,25 +43,31 @@ class Records(Protocol):
         ...
 
 
-def load_image(value: object, root: Path | None) -> UInt8[np.ndarray, "H W 3"]:
+def load_image(value: object, root: FilePath | None) -> UInt8[np.ndarray, "H W 3"]:
     """Returns an image as RGB, upright by its EXIF orientation. An alpha channel is dropped, not blended.
 
     Args:
-      value: pixels, an encoded image, or the name of an image file.
+      value: pixels, an encoded image, the name of an image file, or Hugging Face's {bytes, path} of the two.
       root: folder that the name is relative to.
 
     Raises:
       BadRecord: missing_image or corrupt_image.
     """
+    if isinstance(value, Mapping) and value.keys() <= {"bytes", "path"}:
+        value = value["bytes"] if value.get("bytes") else value.get("path")
     if isinstance(value, np.ndarray):
         return _rgb_of_array(value)
     if isinstance(value, bytes):
         return _decode(io.BytesIO(value), f"{len(value)} bytes")
-    if isinstance(value, str) and value:
+    if isinstance(value, str) and value and "\0" not in value:
         path = (root or Path()) / value
-        if not path.is_file():
-            raise BadRecord("missing_image", f"there is no file {path}")
-        return _decode(path, str(path))
+        try:
+            with path.open("rb") as file:
+                return _decode(file, str(path))
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise BadRecord("missing_image", f"there is no file {path}") from None
+        except OSError as error:
+            raise BadRecord("missing_image", f"{path} cannot be read: {error.strerror or error}") from None
     raise BadRecord("missing_image", f"the image is {value!r:.60}, neither pixels, nor bytes, nor a file name")
 
 
@@ -67,7 +78,7 @@ def _rgb_of_array(pixels: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
     return np.repeat(pixels[..., None], 3, axis=2) if grey else pixels[..., :3]
 
 
-def _decode(file: io.BytesIO | Path, name: str) -> UInt8[np.ndarray, "H W 3"]:
+def _decode(file: Any, name: str) -> UInt8[np.ndarray, "H W 3"]:
     try:
         with Image.open(file) as image:
             upright = ImageOps.exif_transpose(image)

@@ -1,15 +1,19 @@
-"""Records by uri: `open_records("jsonl:PATH")`, `open_records("synthetic:SPLIT?side=48")`.
+"""Records by uri: `open_records("jsonl:PATH")`, `open_records("synthetic:SPLIT?side=48")`, and so on through `SCHEMES`.
 
 A record is a dict of whatever its dataset has; `examples.py` knows what a config entry calls its fields.
 """
 
-from pathlib import Path
+from collections.abc import Callable
 from urllib.parse import parse_qsl
 
 from pg_ground.config import nearest
 from pg_ground.data import synthetic
+from pg_ground.data.arrayrecord import open_array_record
+from pg_ground.data.hub import open_hub
 from pg_ground.data.records import Records
-from pg_ground.data.tables import JsonLines
+from pg_ground.data.refer import open_refer
+from pg_ground.data.tables import open_coco, open_json, open_json_lines, open_parquet, open_yaml
+from pg_ground.data.tfds import open_tfds
 from pg_ground.types import UserError
 
 
@@ -25,13 +29,20 @@ def open_records(uri: str) -> Records:
     return SCHEMES[scheme](rest)
 
 
-def _open_json_lines(rest: str) -> Records:
-    return JsonLines(Path(rest))
-
-
 def _open_synthetic(rest: str) -> Records:
     split, _, options = rest.partition("?")
     return synthetic.open_scenes(split, dict(parse_qsl(options, keep_blank_values=True)))
 
 
-SCHEMES = {"jsonl": _open_json_lines, "synthetic": _open_synthetic}
+SCHEMES: dict[str, Callable[[str], Records]] = {
+    "arrayrecord": open_array_record,
+    "coco": open_coco,
+    "hf": open_hub,
+    "json": open_json,
+    "jsonl": open_json_lines,
+    "parquet": open_parquet,
+    "refer": open_refer,
+    "synthetic": _open_synthetic,
+    "tfds": open_tfds,
+    "yaml": open_yaml,
+}

@@ -6,7 +6,7 @@ each block into the shards it belongs to.
 
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +78,7 @@ def assemble(tensors: Mapping[str, Stored], like: Mapping[str, jax.ShapeDtypeStr
 
 def _array(tensor: Stored, like: jax.ShapeDtypeStruct) -> jax.Array:
     """Returns a tensor as an array: the shards of this process are filled block by block, then handed over one by one."""
-    sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    sharding = like.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     indices: Mapping[jax.Device, Any] = sharding.addressable_devices_indices_map(tensor.shape)
     keys = {
         device: tuple(part.indices(size)[:2] for part, size in zip(index, tensor.shape, strict=True))
@@ -190,8 +190,3 @@ def save_npz(path: Path, tensors: Mapping[str, Stored], dtype: str) -> None:
 def _void(dtype: np.dtype) -> np.dtype:
     """Returns the dtype a file calls this one: numpy knows no bfloat16."""
     return np.dtype("V2") if dtype == ml_dtypes.bfloat16 else dtype
-
-
-def total_bytes(tensors: Iterable[Stored]) -> int:
-    """Returns what tensors take in their own dtypes."""
-    return sum(int(np.prod(tensor.shape)) * tensor.dtype.itemsize for tensor in tensors)

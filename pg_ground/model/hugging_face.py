@@ -111,6 +111,7 @@ class HubConfig(NamedTuple):
     kv_heads: int
     query_scale: float
     attn_softcap: float
+    final_softcap: float
     vocab_size: int | None
     """Without the filler rows; None if it is not said."""
 
@@ -119,7 +120,7 @@ def read_config(folder: Path) -> HubConfig:
     """Returns what a directory's `config.json` says; what it omits has the value that transformers would give it.
 
     Raises:
-      UserError: no such file, or not that of a PaliGemma.
+      UserError: no such file, not that of a PaliGemma, or of one that is computed in another way than the published ones.
     """
     path = folder / "config.json"
     try:
@@ -131,22 +132,50 @@ def read_config(folder: Path) -> HubConfig:
     if not isinstance(found, dict) or found.get("model_type") != "paligemma":
         kind = found.get("model_type") if isinstance(found, dict) else type(found).__name__
         raise UserError(f"{path}: model_type is {kind!r}, but 'paligemma' is wanted")
-    text, vision = found.get("text_config", {}), found.get("vision_config", {})
+    # what transformers assumes of a PaliGemma without the section, and of a section without the name, differs
+    text = _section(path, found, "text_config", {"num_attention_heads": 8, "num_key_value_heads": 1})
+    vision = _section(path, found, "vision_config", {"num_attention_heads": 16})
     kind = text.get("model_type", "gemma")
     if kind not in ("gemma", "gemma2"):
         raise UserError(f"{path}: text_config.model_type is {kind!r}: a PaliGemma has gemma or gemma2")
     gemma2 = kind == "gemma2"
-    head_dim = text.get("head_dim", 256)
-    scalar = text.get("query_pre_attn_scalar", 256) if gemma2 else head_dim
+    rope = text.get("rope_parameters") or text
+    fixed = (("rope_theta", rope.get("rope_theta", 1e4), 1e4), ("rms_norm_eps", text.get("rms_norm_eps", 1e-6), 1e-6))
+    for name, value, right in fixed:
+        if value != right:
+            raise UserError(f"{path}: text_config.{name} is {value!r}, but every PaliGemma has {right:g}")
+
+    def number(section: dict[str, Any], name: str, default: Any, kind: type = int) -> Any:
+        value = section.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, kind)) or value <= 0:
+            raise UserError(f"{path}: {name} is {value!r}, but it must be a number above 0")
+        return value
+
+    head_dim = number(text, "head_dim", 256)
+    scalar = number(text, "query_pre_attn_scalar", 256, float) if gemma2 else head_dim
+    caps = [
+        number({name: text.get(name, default) or 1e-9}, name, default, float) if gemma2 else 0.0
+        for name, default in (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0))
+    ]
+    attn_softcap, final_softcap = (float(cap) if cap > 1e-6 else 0.0 for cap in caps)
+    vocab_size = found.get("image_token_index", found.get("image_token_id"))
     return HubConfig(
         gemma2=gemma2,
-        vision_heads=vision.get("num_attention_heads", 16),
-        heads=text.get("num_attention_heads", 8),
-        kv_heads=text.get("num_key_value_heads", 4 if gemma2 else 1),
+        vision_heads=number(vision, "num_attention_heads", 12),
+        heads=number(text, "num_attention_heads", 8 if gemma2 else 16),
+        kv_heads=number(text, "num_key_value_heads", 4 if gemma2 else 16),
         query_scale=scalar**-0.5,
-        attn_softcap=(text.get("attn_logit_softcapping", 50.0) or 0.0) if gemma2 else 0.0,
-        vocab_size=found.get("image_token_index", found.get("image_token_id")),
+        attn_softcap=attn_softcap,
+        final_softcap=final_softcap,
+        vocab_size=None if vocab_size is None else number({"image_token_index": vocab_size}, "image_token_index", None),
     )
+
+
+def _section(path: Path, found: dict[str, Any], name: str, default: dict[str, Any]) -> dict[str, Any]:
+    section = found.get(name, default)
+    if not isinstance(section, dict):
+        raise UserError(f"{path}: {name} is {section!r:.60}, but it must be an object")
+    return section
 
 
 def hub_name(name: str) -> str:
@@ -187,7 +216,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     if index.is_file():
         try:
             listed: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = {file: [name for name in listed if listed[name] == file] for file in sorted(set(listed.values()))}
+            files = {str(file): [name for name in listed if listed[name] == file] for file in sorted(set(listed.values()))}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is no index of safetensors files: {type(error).__name__}: {error}") from None
     elif single.is_file():
@@ -248,9 +277,8 @@ def open_directory(folder: Path) -> tuple[HubConfig, dict[str, Stored]]:
         try:
             tensors[row.ours] = _stored(row, [[found[name] for name in layer] for layer in names], c)
         except EinopsError:
-            wrong.append(
-                f"{first.key}: {first.shape} in the file, which the heads of config.json ({_heads(row, c)['n']}) do not divide"
-            )
+            heads = "".join(f"heads of config.json ({count}) or the " for count in _heads(row, c).values())
+            wrong.append(f"{first.key}: {first.shape} in the file, which the {heads}pattern {row.pattern!r} does not fit")
     wrong += [f"{name}: not a parameter of a PaliGemma {2 if c.gemma2 else 1}" for name in sorted(found.keys() - used)]
     if wrong:
         raise UserError(f"{folder} does not hold a PaliGemma as its config.json describes it: {'; '.join(wrong)}")
@@ -263,7 +291,8 @@ def _layers(row: Row, found: Mapping[str, Tensor]) -> list[list[str]]:
     if "{i}" not in row.theirs[0]:
         return [list(row.theirs)]
     stem = row.theirs[0].partition("{i}")[0]
-    layers = {int(name[len(stem) :].partition(".")[0]) for name in found if name.startswith(stem)}
+    numbers = (name[len(stem) :].partition(".")[0] for name in found if name.startswith(stem))
+    layers = [int(number) for number in numbers if number.isdecimal() and int(number) < len(found)]
     return [[name.format(i=i) for name in row.theirs] for i in range(max(layers, default=0) + 1)]
 
 
@@ -298,7 +327,8 @@ def _stored(row: Row, layers: list[list[Tensor]], c: HubConfig) -> Stored:
                 yield (i, j)[:stacked], rearrange(tensor.read(), row.pattern, **sizes)
 
     lead = (len(layers), len(layers[0]))[:stacked]
-    return Stored((*lead, *shape), first.dtype, blocks)
+    kinds = {tensor.dtype for parts in layers for tensor in parts}
+    return Stored((*lead, *shape), first.dtype if len(kinds) == 1 else np.dtype(np.float32), blocks)
 
 
 def _check_tied(folder: Path, head: Tensor | None, embedding: Tensor) -> None:

@@ -5,6 +5,7 @@ starts as the base, bit for bit. The factors stand beside the matrix in the tree
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -39,7 +40,8 @@ def low_rank(
         return tuple(shape[axis] for axis in wanted)
 
     between = letters(parts) + "".join(letter for letter in of_x if letter not in letters(inner)) + "z"
-    fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal", range(len(parts), len(parts) + len(inner)), -1)
+    inner_axes = range(len(parts), len(parts) + len(inner))
+    fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "normal", inner_axes, -1, range(len(parts)))
     down = module.param(leaf + DOWN, fan_in, (*sizes(parts), *sizes(inner), lora.rank))
     up = module.param(leaf + UP, nn.initializers.zeros, (*sizes(parts), lora.rank, *sizes(outer)))
     if lora.dropout and module.has_rng("dropout"):
@@ -51,16 +53,29 @@ def low_rank(
 
 
 def merge(params: Any, lora: Lora) -> dict[str, Any]:
-    """Returns parameters without adapters that compute what `params` computes with them; products are taken in float32."""
+    """Returns parameters without adapters that compute what `params` computes with them.
+
+    Sums are taken in float32, layer by layer, and kept in the wider dtype of base and adapter: what adapters learn is mostly
+    finer than bfloat16.
+    """
     flat = flatten(params)
-    merged = {}
-    for name, w in flat.items():
-        if is_adapter(name):
-            continue
-        if name + DOWN in flat:
-            w = (w + product(name, flat[name + DOWN], flat[name + UP]) * (lora.alpha / lora.rank)).astype(w.dtype)
-        merged[name] = w
-    return unflatten(merged)
+    return unflatten({name: merged(flat, name, lora) for name in flat if not is_adapter(name)})
+
+
+def merged(flat: Mapping[str, Any], name: str, lora: Lora, dtype: Any = None) -> Array:
+    """Returns the named parameter with its adapter, if it has one, in `dtype` (None: the wider one of the two)."""
+    w = flat[name]
+    if name + DOWN not in flat:
+        return w if dtype is None else w.astype(dtype)
+    down, up = flat[name + DOWN], flat[name + UP]
+    kind = jnp.result_type(w, down) if dtype is None else dtype
+
+    def one(parts: tuple[Array, Array, Array]) -> Array:
+        w, down, up = parts
+        return (w.astype(jnp.float32) + product(name, down, up) * (lora.alpha / lora.rank)).astype(kind)
+
+    stacked = "/layers/" in name or "/encoderblock/" in name
+    return jax.lax.map(one, (w, down, up)) if stacked else one((w, down, up))
 
 
 def product(name: str, down: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Bool, Float, Int, PRNGKeyArray, UInt8
 
 from pg_ground.config import Model
 from pg_ground.model.gemma import Decoder, KeyValues, softcap
@@ -22,6 +22,9 @@ from pg_ground.types import Array, PrefixCache, SuffixCache
 
 Params = Any
 """A tree of arrays under big_vision's names: `img/…` and `llm/…`."""
+
+Image = Float[Array, "B H W 3"] | UInt8[Array, "B H W 3"]
+"""Floats in [-1, 1], or bytes."""
 
 Score = Callable[[Float[Array, "B G t V"], Int[Array, "B G t"]], Any]
 """Turns float32 logits and the tokens they should predict into a tree of `[B, G, t]` arrays."""
@@ -39,7 +42,7 @@ class Network(nn.Module):
         self.llm = Decoder(c.text, dtype, c.remat, c.scan_unroll, c.coordinate_init, c.lora)
 
     def prefix(
-        self, image: Float[Array, "B H W 3"], prompt: Int[Array, "B L"], prompt_mask: Bool[Array, "B L"]
+        self, image: Image, prompt: Int[Array, "B L"], prompt_mask: Bool[Array, "B L"]
     ) -> tuple[PrefixCache, Float[Array, "B D"]]:
         """Returns the cache of image and prompt, and the hidden state of the last prompt token."""
         seen = self.img(image)
@@ -100,11 +103,11 @@ class PaliGemma:
     def prefill(
         self,
         params: Params,
-        image: Float[Array, "B H W 3"],
+        image: Image,
         prompt: Int[Array, "B L"],
         prompt_mask: Bool[Array, "B L"],
     ) -> tuple[PrefixCache, Float[Array, "B V"]]:
-        """Returns the cache of image ([-1, 1]) and prompt, and float32 logits of the first completion token.
+        """Returns the cache of image and prompt, and float32 logits of the first completion token.
 
         Prompts may be padded on either side; `prompt_mask` is True at real tokens, of which there is at least one.
         """
@@ -130,7 +133,7 @@ class PaliGemma:
     def completion_logps(
         self,
         params: Params,
-        image: Float[Array, "B H W 3"],
+        image: Image,
         prompt: Int[Array, "B L"],
         prompt_mask: Bool[Array, "B L"],
         tokens: Int[Array, "B G T"],
@@ -153,7 +156,7 @@ class PaliGemma:
     def completion_scores(
         self,
         params: Params,
-        image: Float[Array, "B H W 3"],
+        image: Image,
         prompt: Int[Array, "B L"],
         prompt_mask: Bool[Array, "B L"],
         tokens: Int[Array, "B G T"],

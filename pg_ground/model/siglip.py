@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from pg_ground.config import Lora, Vision
 from pg_ground.model.lora import low_rank
@@ -113,8 +113,10 @@ class Tower(nn.Module):
     lora: Lora
 
     @nn.compact
-    def __call__(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B P D"]:
+    def __call__(self, image: Float[Array, "B H W 3"] | UInt8[Array, "B H W 3"]) -> Float[Array, "B P D"]:
         c = self.config
+        if image.dtype == jnp.uint8:
+            image = image.astype(jnp.float32) / 127.5 - 1
         patch = (c.patch_size, c.patch_size)
         x = nn.Conv(c.width, patch, strides=patch, padding="VALID", dtype=self.dtype, name="embedding")(image)
         x = x.reshape(x.shape[0], -1, c.width)

@@ -8,7 +8,8 @@ import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from pg_ground.config import DECODERS, Config, Lora, Model, Text, Vision
 from pg_ground.model import files, hugging_face, lora
 from pg_ground.model.files import Stored, Where
 from pg_ground.model.paligemma import PaliGemma
-from pg_ground.params import flatten, is_adapter, unflatten
+from pg_ground.params import DOWN, flatten, is_adapter, unflatten
 from pg_ground.types import UserError
 from pg_ground.vocab import LOC_TOKENS, SEG_TOKENS
 
@@ -84,8 +85,12 @@ def load(
     return found.model, unflatten(found.read(like))
 
 
-def open_checkpoint(path: str | Path, sizes: Model | None = None, resample_positions: bool = False) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, sizes: Model | None = None, resample_positions: bool = False, keep_final_softcap: bool = False
+) -> Checkpoint:
     """Returns the checkpoint at `path`, as `load` describes it, with nothing but names and shapes read.
+
+    `keep_final_softcap` leaves it as a Hugging Face `config.json` has it.
 
     Raises:
       UserError: as `load`.
@@ -101,6 +106,7 @@ def open_checkpoint(path: str | Path, sizes: Model | None = None, resample_posit
     settings = path / "config.json"
     if settings.is_file() and "stages" not in _read_json(settings):
         hub, tensors = hugging_face.open_directory(path)
+        hub = hub if keep_final_softcap else hub._replace(final_softcap=0.0)
         return _open_files(path, tensors, hub, sizes, resample_positions)
     run, step = _run_of(path)
     folders = [step / "params", *([run / "frozen"] if (run / "frozen").is_dir() else [])]
@@ -126,11 +132,14 @@ def _open_files(
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     own = config_of_shapes(shapes, str(path))
     if hub is not None:
-        own = replace(own, text=replace(own.text, query_scale=hub.query_scale, attn_softcap=hub.attn_softcap))
-    wanted = _wanted(path, own, sizes, resample)
-    if shapes[POSITIONS] != (1, _positions(wanted), wanted.vision.width):
+        caps = {"attn_softcap": hub.attn_softcap, "final_softcap": hub.final_softcap}
+        own = replace(own, text=replace(own.text, query_scale=hub.query_scale, **caps))
+    wanted = _wanted(path, own, sizes, resample, told=hub is not None)
+    if wanted.image_size != own.image_size:
+        shapes[POSITIONS] = (1, _positions(wanted), *shapes[POSITIONS][2:])
+    check_fit(path, shapes, _shapes(wanted))
+    if wanted.image_size != own.image_size:
         tensors = tensors | {POSITIONS: _resampled(tensors[POSITIONS], wanted)}
-    check_fit(path, {name: tensor.shape for name, tensor in tensors.items()}, _shapes(wanted))
     tensors = {name: tensors[name] for name in _shapes(wanted)}
     like = {name: jax.ShapeDtypeStruct(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
     return Checkpoint(PaliGemma(wanted), like, tensors, lambda like: files.assemble(tensors, like))
@@ -138,30 +147,40 @@ def _open_files(
 
 def _open_orbax(path: Path, own: Model, folders: list[Path], sizes: Model | None, resample: bool) -> Checkpoint:
     found = [checkpoints.describe(folder) for folder in folders]
-    shapes = {name: leaf.shape for part in found for name, leaf in part.items()}
-    check_fit(path, shapes, _shapes(own))
-    wanted = _wanted(path, own, sizes, resample)
-    like = {name: leaf for part in found for name, leaf in part.items() if not is_adapter(name)}
-    like = {name: jax.ShapeDtypeStruct(shape, like[name].dtype) for name, shape in _shapes(wanted).items()}
+    twice = sorted(set.intersection(*(set(part) for part in found))) if len(found) > 1 else []
+    if twice:
+        raise UserError(f"{folders[0]} and {folders[1]} both hold {', '.join(twice)}: one of them belongs to another run")
+    every = {name: leaf for part in found for name, leaf in part.items()}
+    check_fit(path, {name: leaf.shape for name, leaf in every.items()}, _shapes(own))
+    wanted = _wanted(path, own, sizes, resample, told=True)
+    like = {}
+    for name, leaf in every.items():
+        if not is_adapter(name):
+            kind = jnp.result_type(leaf.dtype, every[name + DOWN].dtype) if name + DOWN in every else leaf.dtype
+            like[name] = jax.ShapeDtypeStruct(leaf.shape, kind)
+    if wanted.image_size != own.image_size:
+        like[POSITIONS] = jax.ShapeDtypeStruct((1, _positions(wanted), *like[POSITIONS].shape[2:]), like[POSITIONS].dtype)
+    check_fit(path, {name: leaf.shape for name, leaf in like.items()}, _shapes(wanted))
 
     def read(like: Like) -> dict[str, jax.Array]:
+        base = next(iter(like.values())).sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
         def placed(name: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            base = next(iter(like.values())).sharding
             same = name in like and like[name].shape == leaf.shape
-            where = like[name].sharding if same else _unsplit(base)
-            where = where or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            where = (like[name].sharding or base) if same else _unsplit(base)
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
 
         params: dict[str, jax.Array] = {}
         for folder, part in zip(folders, found, strict=True):
             tree = unflatten({name: placed(name, leaf) for name, leaf in part.items()})
             params |= flatten(checkpoints.restore_tree(folder, tree))
-        if own.lora.rank:
-            params = flatten(lora.merge(params, own.lora))
-        if params[POSITIONS].shape != like[POSITIONS].shape:
-            stored = _resampled(files.in_memory(POSITIONS, params[POSITIONS]), wanted)
-            params |= files.assemble({POSITIONS: stored}, {POSITIONS: like[POSITIONS]})
-        return {name: params[name].astype(leaf.dtype) for name, leaf in like.items()}
+        for name, leaf in like.items():  # one after the other, so that one is held twice and not all
+            if params[name].shape != leaf.shape:
+                stored = _resampled(files.in_memory(name, params[name]), wanted)
+                params |= files.assemble({name: stored}, {name: leaf})
+            else:
+                params[name] = jnp.asarray(lora.merged(params, name, own.lora, leaf.dtype))
+        return {name: params[name] for name in like}
 
     return Checkpoint(PaliGemma(wanted), like, {}, read)
 
@@ -171,14 +190,22 @@ def _unsplit(base: Any) -> Any:
     return NamedSharding(base.mesh, PartitionSpec()) if isinstance(base, NamedSharding) else base
 
 
-def _wanted(path: Path, own: Model, sizes: Model | None, resample: bool) -> Model:
+def _wanted(path: Path, own: Model, sizes: Model | None, resample: bool, told: bool) -> Model:
     """Returns the sizes to load a checkpoint of sizes `own` with, without adapters.
 
+    `told` says that the checkpoint itself tells what shapes can't.
+
     Raises:
-      UserError: it was trained at another resolution, and is not to be resampled.
+      UserError: it was trained at another resolution and is not to be resampled, or its attention is scaled in another way.
     """
     wanted = replace(own if sizes is None else sizes, lora=Lora())
-    if wanted.vision.patch_size == own.vision.patch_size and wanted.image_size != own.image_size and not resample:
+    for name in ("query_scale", "attn_softcap") if told else ():
+        theirs, mine = getattr(own.text, name), getattr(wanted.text, name)
+        if abs(theirs - mine) > 1e-6 * abs(theirs):
+            raise UserError(f"{path} says {name} {theirs:g}, but model.text.{name} is {mine:g}")
+    if wanted.vision.patch_size != own.vision.patch_size:
+        return wanted  # that is told with both shapes
+    if wanted.image_size != own.image_size and not resample:
         raise UserError(
             f"{path} was trained at {own.image_size} pixels ({POSITIONS} has {_positions(own)} positions), but model.image_size "
             f"is {wanted.image_size} ({_positions(wanted)}): take the checkpoint of that resolution, or set resample_positions"
@@ -239,19 +266,19 @@ def save(path: str | Path, params: Any, model: Model | None = None, dtype: str =
     """
     if model is not None and model.lora.rank:
         params = lora.merge(params, model.lora)
+    if any(map(is_adapter, flatten(params))):
+        raise UserError(f"{path}: adapters are to be merged, and only `model` says how: it is needed, with its lora section")
     tensors = {name: files.in_memory(name, leaf) for name, leaf in flatten(params).items()}
     write(Path(path), tensors, model, dtype)
 
 
-def write(path: Path, tensors: Mapping[str, Stored], model: Model | None, dtype: str = "") -> None:
-    """Writes tensors as `save` does parameters."""
+def write(path: Path, tensors: Mapping[str, Stored], model: Model | None, dtype: str = "", beside: Sequence[Path] = ()) -> None:
+    """Writes tensors as `save` does parameters; a Hugging Face directory gets copies of the files `beside`."""
     if path.exists():
         raise UserError(f"{path} exists already: remove it, or choose another name")
-    part = path.with_name(path.name + ".part")
-    if part.exists():
-        (shutil.rmtree if part.is_dir() else Path.unlink)(part)
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as folder:
+        part = Path(folder) / path.name
         if path.suffix == ".npz":
             files.save_npz(part, tensors, dtype)
         elif model is None:
@@ -260,10 +287,9 @@ def write(path: Path, tensors: Mapping[str, Stored], model: Model | None, dtype:
             _save_orbax(part, replace(model, lora=Lora()), tensors, dtype)
         else:
             hugging_face.save_directory(part, model, tensors, dtype)
+            for file in beside:
+                shutil.copy(file, part / file.name)
         part.rename(path)
-    finally:
-        if part.exists():
-            (shutil.rmtree if part.is_dir() else Path.unlink)(part)
 
 
 def _save_orbax(folder: Path, model: Model, tensors: Mapping[str, Stored], dtype: str) -> None:
@@ -306,10 +332,14 @@ def run_config(workdir: Path) -> Config:
 
 def tokenizer_of(path: Path) -> str:
     """Returns the sentencepiece model that a run, or a Hugging Face directory, has; "" where there is none."""
+    if not path.is_dir():
+        return ""
     if (path / "tokenizer.model").is_file():
         return str(path / "tokenizer.model")
     settings = path / "config.json"
-    return run_config(path).data.tokenizer if settings.is_file() and "stages" in _read_json(settings) else ""
+    if (path / MODEL_FILE).is_file() or (settings.is_file() and "stages" not in _read_json(settings)):
+        return ""
+    return run_config(_run_of(path)[0]).data.tokenizer
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -340,6 +370,11 @@ def config_of_shapes(shapes: Mapping[str, tuple[int, ...]], path: str) -> Model:
         raise UserError(f"{path} is no PaliGemma checkpoint: {'; '.join(odd)}")
     kernel, posemb, vit_mlp, vit_query, table, q, kv, mlp = (shapes[name] for name in needed)
     side = round(posemb[1] ** 0.5)
+    odd = [f"{name}: {shapes[name]}, which is empty" for name in needed if 0 in shapes[name]]
+    odd += [f"{POSITIONS}: {posemb}, which is not one square of positions"] if posemb[:2] != (1, side**2) else []
+    odd += [f"{needed[6]}: {kv}, where {q[1]} query heads do not divide evenly"] if kv[2] and q[1] % kv[2] else []
+    if odd:
+        raise UserError(f"{path} is no PaliGemma checkpoint: {'; '.join(odd)}")
     gemma2 = "llm/layers/post_attention_norm/scale" in shapes
     vision = Vision(width=kernel[3], depth=vit_mlp[0], mlp_dim=vit_mlp[2], num_heads=vit_query[2], patch_size=kernel[0])
     text = Text(

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from pg_ground import boxes
 from pg_ground.config import RewardSettings, nearest
 from pg_ground.rl.advantages import group_std
-from pg_ground.types import BOXES, POINTS, Answer, Array, Batch, Boxes, Points, Rewards, Rollout, UserError
+from pg_ground.types import BOXES, POINTS, TEXT, Answer, Array, Batch, Boxes, Points, Rewards, Rollout, UserError
 from pg_ground.vocab import EOS, LOC_TOKENS, PAD, Vocab
 
 Reward = Callable[[Answer, Batch, RewardSettings], Float[Array, "B G"]]
@@ -73,13 +73,14 @@ def read_answer(
     segments = segment[..., -1] + 1
     real = jnp.arange(length) < segments[..., None]
     complete = (locs == wanted[..., None]) & ((words > 0) == (named[..., None] > 0))
+    in_order = jnp.all(complete | ~real, axis=-1) & ~jnp.any(loc & (before_in_segment(text) > 0), axis=-1)
     finished = jnp.any(eos, axis=-1)
     return Answer(
         boxes=Boxes(*_first(is_box, (length + 1) // 5, fractions, label)),
         points=Points(*_first(is_point, (length + 1) // 3, fractions[..., :2], label)),
         stray=jnp.sum(jnp.where(is_box | is_point, 0, locs), axis=-1),
         finished=finished,
-        grammatical=finished & jnp.all(complete | ~real, axis=-1) & ~jnp.any(loc & (before_in_segment(text) > 0), axis=-1),
+        grammatical=finished & (in_order | (asks == TEXT)[:, None]),
     )
 
 
@@ -129,7 +130,8 @@ def gaussian_point(answer: Answer, batch: Batch, settings: RewardSettings) -> Fl
     by_point = _matched(alike(points.yx, points.valid), points, gold)
     located = gold.valid.sum(axis=-1) == batch.gold.points.valid.sum(axis=-1)
     by_point = jnp.where(located[:, None], by_point, jnp.nan)
-    return jnp.where((batch.gold.asks == BOXES)[:, None], by_box, by_point)
+    asks = batch.gold.asks[:, None]
+    return jnp.where(asks == BOXES, by_box, jnp.where(asks == POINTS, by_point, jnp.nan))
 
 
 def distance_gaussian(answer: Answer, batch: Batch, settings: RewardSettings) -> Float[Array, "B G"]:
@@ -151,12 +153,14 @@ def format(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G
     Where there is nothing to find, the right answer is EOS alone.
     """
     silent = answer.finished & (answer.stray == 0) & (_count(answer, batch) == 0)
-    return jnp.where((_gold_count(batch) == 0)[:, None], silent, answer.grammatical).astype(jnp.float32)
+    right = jnp.where((_gold_count(batch) == 0)[:, None], silent, answer.grammatical).astype(jnp.float32)
+    return jnp.where((batch.gold.asks == TEXT)[:, None], jnp.nan, right)
 
 
 def count(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
     """Returns 1 for as many answers of the asked kind as there are gold ones, else 0."""
-    return (_count(answer, batch) == _gold_count(batch)[:, None]).astype(jnp.float32)
+    right = (_count(answer, batch) == _gold_count(batch)[:, None]).astype(jnp.float32)
+    return jnp.where((batch.gold.asks == TEXT)[:, None], jnp.nan, right)
 
 
 REWARDS: dict[str, Reward] = {

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Bool, Float, Int, PRNGKeyArray, UInt8
 
 from pg_ground.types import Array, PrefixCache, Rollout, SuffixCache
 from pg_ground.vocab import CONTROL, EOS, PAD
@@ -34,7 +34,7 @@ class _Loop(NamedTuple):
 def sample(
     model: Policy,
     params: Any,
-    image: Float[Array, "B H W 3"],
+    image: Float[Array, "B H W 3"] | UInt8[Array, "B H W 3"],
     prompt: Int[Array, "B L"],
     prompt_mask: Bool[Array, "B L"],
     key: PRNGKeyArray,
