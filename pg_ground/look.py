@@ -15,6 +15,8 @@ from pg_ground import cli, draw, report
 from pg_ground.config import Config, Source
 from pg_ground.data import pipeline
 from pg_ground.data.records import BadRecord
+from pg_ground.tokenizer import Tokenizer
+from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.types import POINTS, Boxes, Example, Points, UserError
 
 
@@ -47,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
 
 def look(config: Config, *, n: int, out: Path) -> Path:
     """Returns `out`, the page with the first `n` examples of every source, written whole."""
-    report.write_whole(out, look_page(open_sources(config), n))
+    report.write_whole(out, look_page(open_sources(config), n, load_tokenizer(config.data.tokenizer)))
     return out
 
 
@@ -68,19 +70,19 @@ def open_sources(config: Config) -> list[Look]:
     ]
 
 
-def look_page(looks: Sequence[Look], n: int) -> str:
-    """Returns the page with the first `n` examples of each source."""
+def look_page(looks: Sequence[Look], n: int, tokenizer: Tokenizer) -> str:
+    """Returns the page with the first `n` examples of each source, and how many tokens their texts are."""
     body = ["<h1>What the sources hold</h1>"]
     for one in looks:
         count = min(n, len(one.examples))
-        where = f"{', '.join(one.sections)} · {one.source.uri} · {count} of {len(one.examples)} records"
+        where = f"{', '.join(one.sections)} · {one.source.uri} · {count} of {len(one.examples)} questions"
         body += [f"<h2>{html.escape(one.name)}</h2>", f'<p class="note">{html.escape(where)}</p>', '<div class="grid">']
-        body += [_card(one, i) for i in range(count)]
+        body += [_card(one, i, tokenizer) for i in range(count)]
         body += ["</div>"]
     return report.page("What the sources hold", "\n".join(body))
 
 
-def _card(one: Look, index: int) -> str:
+def _card(one: Look, index: int, tokenizer: Tokenizer) -> str:
     try:
         example = one.examples[index]
     except BadRecord as bad:
@@ -88,8 +90,14 @@ def _card(one: Look, index: int) -> str:
         return f'<div class="card"><p class="bad">{text}</p></div>'
     width, height = example.size
     about = f"{example.source} {example.index} · {width}×{height} px · {_count(example)}"
-    lines = [("prompt", example.prompt), ("suffix", example.suffix)]
-    texts = "".join(f'<p class="text"><span class="soft">{name}</span> {html.escape(text)}</p>' for name, text in lines)
+    lines = [
+        ("prompt", len(tokenizer.prefix(example.prompt)), example.prompt),
+        ("suffix", len(tokenizer.suffix(example.suffix)), example.suffix),
+    ]
+    texts = "".join(
+        f'<p class="text"><span class="soft">{name}, {tokens} tokens:</span> {html.escape(text)}</p>'
+        for name, tokens, text in lines
+    )
     alt = html.escape(example.prompt)
     return (
         f'<div class="card"><img src="{draw.data_uri(example_picture(example))}" alt="{alt}">'

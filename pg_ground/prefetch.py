@@ -37,7 +37,8 @@ def urls_of(config: Config) -> Iterator[tuple[str, str | None]]:
       UserError: a source cannot be opened.
     """
     sections = (config.sft.sources, config.grpo.sources, config.eval.sources)
-    for name, source in dict.fromkeys(entry for section in sections for entry in section.items()):
+    named = {source: name for section in sections for name, source in section.items()}
+    for source, name in named.items():
         questions = pipeline.open_examples(name, source, config.data, config.model.image_size, config.seed)
         for index in range(len(questions)):
             try:

@@ -13,7 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -606,24 +606,14 @@ def test_what_is_a_url():
         assert not is_url(value)
 
 
-@dataclass(frozen=True)
-class HashedSource(Source):
-    image_sha256: str = ""
-
-
-@dataclass(frozen=True)
-class FetchingData(Data):
-    fetch: Fetch = field(default_factory=Fetch)
-
-
 def config_of(tmp_path: Path, fetch: Fetch, **sources: Source) -> Config:
     sft, grpo, held_out = (dict([pair]) for pair in sources.items())
-    return Config(data=FetchingData(fetch=fetch), sft=Sft(sources=sft), grpo=Grpo(sources=grpo), eval=Eval(sources=held_out))
+    return Config(data=Data(fetch=fetch), sft=Sft(sources=sft), grpo=Grpo(sources=grpo), eval=Eval(sources=held_out))
 
 
 def source_of(path: Path, records: list, **settings: str) -> Source:
     path.write_text("\n".join(map(json.dumps, records)))
-    return HashedSource(uri=f"jsonl:{path}", **settings)
+    return Source(uri=f"jsonl:{path}", **settings)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pg_ground import cli, config, draw, look
+from pg_ground import cli, config, draw, look, tokenizer
 from pg_ground.data.records import BadRecord
 from pg_ground.types import BOXES, POINTS, Boxes, Example, Points, UserError
 
@@ -41,7 +41,7 @@ def count(picture, color):
 
 
 def test_page_says_what_an_example_is_and_escapes_it():
-    text = look.look_page([opened(example())], 16)
+    text = look.look_page([opened(example())], 16, tokenizer.load())
     assert "detect &lt;b&gt;" in text and "&lt;loc0001&gt; cat" in text and "jsonl:x&amp;y" in text
     assert "toy 7 · 200×100 px · 1 box, 0 points" in text and "sft, eval" in text
     assert "detect <b>" not in text and "http" not in text
@@ -49,14 +49,14 @@ def test_page_says_what_an_example_is_and_escapes_it():
 
 def test_bad_record_is_a_line_of_kind_and_message_and_the_others_are_shown():
     bad = BadRecord("corrupt_image", "<cat>.jpg is cut off")
-    text = look.look_page([opened(example(), bad, example())], 16)
+    text = look.look_page([opened(example(), bad, example())], 16, tokenizer.load())
     assert '<p class="bad">toy 1: corrupt_image: &lt;cat&gt;.jpg is cut off</p>' in text
     assert text.count("<img") == 2
 
 
 def test_page_holds_no_more_than_n_of_each_source():
-    text = look.look_page([opened(*[example()] * 5), opened(*[example()] * 2)], 3)
-    assert text.count("<img") == 5 and "3 of 5 records" in text and "2 of 2 records" in text
+    text = look.look_page([opened(*[example()] * 5), opened(*[example()] * 2)], 3, tokenizer.load())
+    assert text.count("<img") == 5 and "3 of 5 questions" in text and "2 of 2 questions" in text
 
 
 def test_gold_is_drawn_in_the_aspect_of_the_original():

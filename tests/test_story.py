@@ -96,7 +96,8 @@ def test_predict_answers_in_pixels_and_draws(straight, environment, tmp_path):
 
 def test_the_package_lists_its_commands(environment):
     done = subprocess.run([sys.executable, "-m", "pg_ground"], env=environment, capture_output=True, text=True, check=True)
-    assert [line.split(".")[-1] for line in done.stdout.splitlines()[::2]] == ["train", "evaluate", "predict", "look", "convert"]
+    commands = ["train", "evaluate", "predict", "look", "prefetch", "pack", "convert"]
+    assert [line.split(".")[-1] for line in done.stdout.splitlines()[::2]] == commands
 
 
 ERRORS = {

@@ -1,0 +1,183 @@
+"""Real datasets as entries: look at one, train on it, or copy it into a recipe of your own. No class is behind any of them.
+
+python -m pg_ground.look --config=configs/data.py:refcoco_refer --config.sft.sources.refcoco_refer.uri=refer:DIR?… --out=look.html
+
+The argument names an entry of `ENTRIES`, or several joined by "+", which mixes them. Every uri is a flag; the ones below say what
+form they have. Images at addresses are fetched once into `data.fetch.cache_dir` (`python -m pg_ground.prefetch` does it before a
+run). Train on a published model by putting entries into configs/paligemma.py; the model here is PaliGemma-1-shaped and small.
+
+Hardware: any CPU. Time: a minute. Expected: nothing is learned in 20 steps from random weights; the page and the pictures show
+whether the entry fits the data.
+"""
+
+from ml_collections import ConfigDict
+
+from pg_ground import config
+from pg_ground.config import Source
+from pg_ground.types import UserError
+
+ENTRIES: dict[str, Source] = {
+    # --- referring expressions: one question for each sentence ---
+    "refcoco_refer": Source(  # the UNC refer toolkit's files; refcoco, refcoco+, refcocog, or big_vision's combined
+        uri="refer:DIR?dataset=refcoco&split_by=unc&split=train&images=DIR/images/train2014",
+        phrase="sentences[].raw",
+        boxes="bbox",
+        box_format="xywh_px",
+        prompt="detect {phrase}",
+    ),
+    "refcoco_tfds": Source(  # tensorflow_datasets' builder, prepared as array_record
+        uri="tfds:ref_coco/refcoco_unc?split=train&data_dir=DIR",
+        phrase="objects[].refexp.raw",
+        boxes="objects[].bbox",
+        box_format="yxyx_frac",
+        element="random",
+        prompt="detect {phrase}",
+    ),
+    "refcoco_big_vision": Source(  # big_vision's builder, one row for each sentence
+        uri="tfds:ref_coco_bv/refcocox_combined?split=train_flat&data_dir=DIR",
+        phrase="objects.refs.sentence",
+        boxes="objects.bbox",
+        box_format="yxyx_frac",
+        prompt="detect {phrase}",
+    ),
+    "refcoco_jxu124": Source(  # has a train split; `bbox` is xyxy, images are COCO's files
+        uri="hf:jxu124/refcoco@train",
+        image="image_path",
+        image_root="coco",
+        phrase="sentences[].raw",
+        boxes="bbox",
+        box_format="xyxy_px",
+        prompt="detect {phrase}",
+    ),
+    "refcoco_lmms": Source(  # val and tests only; the expressions are in `answer`
+        uri="hf:lmms-lab/RefCOCO@val",
+        phrase="answer[]",
+        boxes="bbox",
+        box_format="xywh_px",
+        prompt="detect {phrase}",
+    ),
+    # --- points and counts ---
+    "pixmo_points": Source(  # percent, whatever the card says; images by address with their hash
+        uri="hf:allenai/pixmo-points@train",
+        image="image_url",
+        image_sha256="image_sha256",
+        phrase="label",
+        asks="points",
+        points="points",
+        point_format="xy_percent",
+        max_objects=8,
+        prompt="point to {phrase}",
+    ),
+    "pixmo_count": Source(
+        uri="hf:allenai/pixmo-count@train",
+        image="image_url",
+        image_sha256="image_sha256",
+        phrase="label",
+        asks="text",
+        suffix="{count}",
+        prompt="answer en how many {phrase} are there?",
+    ),
+    "count_jsonl": Source(
+        uri="jsonl:pixmo_count.jsonl",
+        image="image_path",
+        phrase="question",
+        asks="text",
+        suffix="{ground_truth}",
+        prompt="answer en how many {phrase} are there?",
+    ),
+    # --- several objects ---
+    "coco_detection": Source(  # one question for each image and category
+        uri="coco:DIR/annotations/instances_train2017.json?ask=category&images=DIR/train2017",
+        phrase="category",
+        boxes="boxes",
+        box_format="xywh_px",
+        max_objects=10,
+        prompt="detect {phrase}",
+    ),
+    "coco_all_classes": Source(  # one question for each image
+        uri="coco:DIR/annotations/instances_train2017.json?ask=image&images=DIR/train2017",
+        boxes="boxes",
+        box_format="xywh_px",
+        label="categories",
+        max_objects=10,
+        prompt="detect all classes",
+        name="",
+    ),
+    "easydistill_multi": Source(  # {"0": [[x1, y1, x2, y2]], "1": []}: the keys are the names
+        uri="json:multi_box.json",
+        image="image_path",
+        phrase="instruction",
+        boxes="abs_box",
+        empty="keep",
+        prompt="{phrase}",
+    ),
+    "easydistill_single": Source(
+        uri="json:single_box.json",
+        image="image_path",
+        phrase="instruction",
+        boxes="bbox",
+        prompt="{phrase}",
+        name="",
+    ),
+    "easydistill_yaml": Source(  # its own list of datasets, each with its sampling
+        uri="yaml:datasets.yaml",
+        image="image_path",
+        phrase="instruction",
+        boxes="abs_box",
+        empty="keep",
+        prompt="{phrase}",
+    ),
+    # --- interfaces ---
+    "gui_boxes": Source(  # one question for each element of a screenshot
+        uri="jsonl:gui.jsonl",
+        image="image_filename",
+        phrase="test_samples[].name",
+        boxes="test_samples[].bbox",
+        prompt="detect {phrase}",
+    ),
+    "gui_points": Source(
+        uri="jsonl:gui.jsonl",
+        image="image_filename",
+        phrase="test_samples[].name",
+        asks="points",
+        boxes="test_samples[].bbox",
+        points="test_samples[].point",
+        prompt="point to {phrase}",
+    ),
+    "grounding_synthetic": Source(
+        uri="hf:UlrickBL/grounding-dataset-synthetic@train",
+        phrase="question",
+        asks="points",
+        points="point",
+        prompt="point to {phrase}",
+        name="",
+    ),
+}
+"""Every entry by its name. `grounding_synthetic`'s field of the target point is named after its card; look before you train."""
+
+
+def get_config(argument: str = "refcoco_refer") -> ConfigDict:
+    names = argument.split("+")
+    unknown = [name for name in names if name not in ENTRIES]
+    if unknown:
+        raise UserError(f"configs/data.py:{unknown[0]} does not exist: {config.nearest(unknown[0], ENTRIES)}")
+    c = config.template()
+    c.stages = ("sft",)
+
+    c.model.image_size = 224
+    c.model.vision.update(width=64, depth=2, mlp_dim=128, num_heads=4, patch_size=14)
+    c.model.text.update(width=64, depth=2, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=16, query_scale=16**-0.5)
+    c.model.text.vocab_size = 2048
+    c.model.coordinate_init = "sinusoid"
+    c.data.prompt_length = 96
+    c.data.suffix_length = 128
+    c.data.max_boxes = 10
+    c.data.fetch.cache_dir = "images"
+
+    c.sft.steps = 20
+    c.sft.batch_size = 8
+    c.sft.optimizer.lr = 1e-3
+    c.sft.sources = {name: config.section(ENTRIES[name]) for name in names}
+    c.log.every = 5
+    c.checkpoint.every = 20
+    return c.lock()
