@@ -1,5 +1,6 @@
 """Laws of low-rank adapters: they start as nothing, they merge to what they compute, and they alone are trained."""
 
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -20,10 +21,11 @@ from pg_ground.vocab import vocab_of_size
 EVERYWHERE = Lora(rank=3, alpha=6.0, pattern=".*")
 
 
+@functools.cache
 def adapted(config: Model, settings: Lora = EVERYWHERE) -> tuple[PaliGemma, dict[str, Any], dict[str, Any]]:
     """Returns a model with adapters, the base's random parameters, and the adapters as they start."""
     model = PaliGemma(replace(config, lora=settings))
-    fresh = pick(model.init(jax.random.key(1)), is_adapter)
+    fresh = pick(jax.jit(model.init)(jax.random.key(1)), is_adapter)
     return model, random_params(PaliGemma(config)), fresh
 
 
@@ -107,20 +109,27 @@ def test_the_scale_is_alpha_over_rank():
     np.testing.assert_allclose(twice, 2 * once, atol=1e-6)
 
 
-def step(model: PaliGemma, frozen: Any, params: Any, dropout_key: Any = None) -> tuple[Any, Any]:
-    """Returns the gradient of a supervised step, and its metrics."""
-
+@functools.cache
+def compiled(model: PaliGemma) -> Any:
     keep = optax.GradientTransformation(
         lambda p: jax.tree.map(jnp.zeros_like, p), lambda g, s, p: (jax.tree.map(jnp.zeros_like, g), g)
     )
-    x = inputs(model)
-    batch = unlabelled(*x[:3], x.tokens[:, 0], x.mask[:, 0])
-    state, metrics = update.sft_step(
-        TrainState(jnp.int32(0), params, keep.init(params)), frozen, batch, model=model, optimizer=keep,
-        vocab=vocab_of_size(model.config.text.vocab_size), micro_batches=1, label_smoothing=0.0, loc_smoothing_bins=0.0,
-        dropout_key=dropout_key,
-    )  # fmt: skip
-    return state.opt, metrics
+
+    def run(frozen: Any, params: Any, dropout_key: Any) -> tuple[Any, Any]:
+        x = inputs(model)
+        state, metrics = update.sft_step(
+            TrainState(jnp.int32(0), params, keep.init(params)), frozen, unlabelled(*x[:3], x.tokens[:, 0], x.mask[:, 0]),
+            model=model, optimizer=keep, vocab=vocab_of_size(model.config.text.vocab_size), micro_batches=1,
+            label_smoothing=0.0, loc_smoothing_bins=0.0, dropout_key=dropout_key,
+        )  # fmt: skip
+        return state.opt, metrics
+
+    return jax.jit(run)
+
+
+def step(model: PaliGemma, frozen: Any, params: Any, dropout_key: Any = None) -> tuple[Any, Any]:
+    """Returns the gradient of a supervised step, and its metrics."""
+    return compiled(model)(frozen, params, dropout_key)
 
 
 def test_the_gradient_of_a_part_is_that_part_of_the_whole_gradient():
