@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import pickle
 import sys
 import threading
 from collections import Counter
@@ -14,7 +15,7 @@ import grain
 import jax
 import numpy as np
 from absl import flags
-from jaxtyping import Bool
+from jaxtyping import Bool, UInt8
 
 from pg_ground.config import Data, Source
 from pg_ground.data.examples import (
@@ -213,6 +214,7 @@ class Mixture:
     def __init__(self, parts: Sequence[Examples], tokenizer: Tokenizer, data: Data, seed: int):
         self.parts, self._tokenizer, self._data, self._seed = parts, tokenizer, data, seed
         self._pattern, self._ranks, self._shares = mixing_pattern([part.source.weight for part in parts])
+        self._orders = [self._order(source) for source in range(len(parts))]
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -222,7 +224,7 @@ class Mixture:
         block, offset = divmod(place, len(self._pattern))
         source = int(self._pattern[offset])
         reading = block * int(self._shares[source]) + int(self._ranks[offset])
-        return source, self._order(source)[reading], reading
+        return source, self._orders[source][reading], reading
 
     def _order(self, source: int) -> Any:
         own_seed = int(np.random.SeedSequence([self._seed, source]).generate_state(1)[0])
@@ -296,7 +298,7 @@ class Batches:
         if self._data.workers:
             flags.FLAGS.mark_as_parsed()  # grain asks absl whether to profile its workers
             per_worker = max(1, 2 * self._rows // self._data.workers)
-            mine = mine.mp_prefetch(grain.MultiprocessingOptions(self._data.workers, per_worker))
+            mine = mine.map(_packed).mp_prefetch(grain.MultiprocessingOptions(self._data.workers, per_worker)).map(_unpacked)
         return iter(mine)
 
 
@@ -498,6 +500,15 @@ def check_budgets(budgets: Sequence[Budget], data: Data) -> None:
                     f"source {one.source}: question {one.worst[setting]} needs data.{setting}={need}, but it is {room}: raise "
                     f"it{', or set max_objects of the source' if setting != 'prompt_length' else ''}"
                 )
+
+
+def _packed(row: Row) -> UInt8[np.ndarray, " bytes"]:
+    """Returns a row in one array: grain makes a shared memory for each array that a worker hands over, and a row has a dozen."""
+    return np.frombuffer(pickle.dumps(row, pickle.HIGHEST_PROTOCOL), np.uint8)
+
+
+def _unpacked(row: UInt8[np.ndarray, " bytes"]) -> Row:
+    return pickle.loads(row.data)
 
 
 def stack(rows: Sequence[Batch]) -> Batch:
