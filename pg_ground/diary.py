@@ -32,8 +32,12 @@ class Stopwatch:
         self._last = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
-    def lap(self, phase: str, value: Any) -> Any:
-        """Returns `value` once it is computed, having noted the time since the last lap under `time/<phase>_s`."""
+    def lap(self, phase: str, value: Any, meanwhile: Callable[[], None] = lambda: None) -> Any:
+        """Returns `value` once it is computed, having noted the time since the last lap under `time/<phase>_s`.
+
+        `meanwhile` is called before waiting, and so while devices compute.
+        """
+        meanwhile()
         value = jax.block_until_ready(value)
         now = time.perf_counter()
         self.seconds[f"time/{phase}_s"] = now - self._last

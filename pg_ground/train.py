@@ -66,7 +66,7 @@ def sft(run: Run, state: TrainState, batches: Any) -> TrainState:
         watch = Stopwatch()
         batch = watch.lap("data", next(batches))
         dropout_key = jax.random.fold_in(key, step) if run.config.model.lora.dropout else None
-        state, updated = watch.lap("update", learn(state, run.frozen, batch, dropout_key=dropout_key))
+        state, updated = watch.lap("update", learn(state, run.frozen, batch, dropout_key=dropout_key), batches.prepare)
         run.diary.keep("sft", state, batches, measured(run, "sft", state, updated, watch))
     return state
 
@@ -101,7 +101,7 @@ def grpo(run: Run, state: TrainState, batches: Any) -> TrainState:
     for step in range(int(state.step), c.steps):
         watch = Stopwatch()
         batch = watch.lap("data", next(batches))
-        rollout = watch.lap("rollout", roll(state.params, run.frozen, batch, jax.random.fold_in(key, step)))
+        rollout = watch.lap("rollout", roll(state.params, run.frozen, batch, jax.random.fold_in(key, step)), batches.prepare)
         answer, judged, advantages, seen = watch.lap("score", judge(rollout, batch))
         state, updated = watch.lap("update", learn(state, run.frozen, ref_params, batch, rollout, advantages))
         pictures = partial(rollout_pictures, run, batch, rollout, answer, judged)

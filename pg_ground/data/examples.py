@@ -15,7 +15,7 @@ from PIL import Image
 
 from pg_ground.config import Data, Fetch, Source, nearest
 from pg_ground.data.fetch import cached, is_url
-from pg_ground.data.records import BadRecord, FilePath, load_image
+from pg_ground.data.records import BadRecord, FilePath, open_image
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.types import BOXES, POINTS, TEXT, Batch, Boxes, Example, Gold, Points, UserError
 from pg_ground.vocab import LOC_MAX, PAD
@@ -86,8 +86,8 @@ def to_example(
       BadRecord: missing_field, missing_image, corrupt_image, bad_box, bad_point, bad_text, or empty.
     """
     prompt, found = question(record, source, element)
-    pixels = load_image(image_at(record, source, element, fetch), root / source.image_root if root else None)
-    size = (pixels.shape[1], pixels.shape[0])
+    image = open_image(image_at(record, source, element, fetch), root / source.image_root if root else None)
+    size = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
     yxyx, yx = to_yxyx(found.boxes, source.box_format, size), to_yx(found.points, source.point_format, size)
     asks = ASKS[source.asks]
     if asks == POINTS and source.boxes and len(yxyx) != len(yx):
@@ -101,7 +101,7 @@ def to_example(
     label = np.array([names.index(label) if label else 0 for label in labels], np.int32)
     box_label, point_label = (label if len(rows) == len(label) else np.zeros(len(rows), np.int32) for rows in (yxyx, yx))
     return Example(
-        image=resize(pixels, image_size, resize_by),
+        image=resize(image, image_size, resize_by),
         size=size,
         prompt=prompt,
         suffix=answer(source, record, element, yx if asks == POINTS else yxyx, labels, size),
@@ -325,20 +325,24 @@ def answer_text(coordinates: Float[np.ndarray, "K N"], names: Sequence[str]) -> 
     return " ; ".join(f"{loc} {name}" if name else loc for loc, name in zip(answers, names, strict=True))
 
 
-def resize(image: UInt8[np.ndarray, "H W 3"], side: int, how: str = "antialias") -> UInt8[np.ndarray, "side side 3"]:
+def resize(
+    image: Image.Image | UInt8[np.ndarray, "H W 3"], side: int, how: str = "antialias"
+) -> UInt8[np.ndarray, "side side 3"]:
     """Returns `image` as a square of `side` pixels, aspect ratio not kept.
 
     "antialias" is Pillow's bilinear; "hugging_face" is bicubic, as its SigLIP processor; "big_vision" is bilinear without
     antialiasing and rounded down, as its RefCOCO recipe (tf.image.resize, half-pixel centres).
     """
-    if image.shape[:2] == (side, side):
-        return image
+    of_pillow = isinstance(image, Image.Image)
+    if (image.size if of_pillow else image.shape[:2]) == (side, side):
+        return np.asarray(image)
     if how == "big_vision":
+        image = np.asarray(image)
         rows, columns = (_two_nearest(length, side) for length in image.shape[:2])
         image = _between(image.astype(np.float32), rows, 0)
         return np.clip(_between(image, columns, 1), 0, 255).astype(np.uint8)
     kernel = Image.Resampling.BICUBIC if how == "hugging_face" else Image.Resampling.BILINEAR
-    return np.asarray(Image.fromarray(image).resize((side, side), kernel))
+    return np.asarray((image if of_pillow else Image.fromarray(image)).resize((side, side), kernel))
 
 
 def _two_nearest(length: int, side: int) -> tuple[np.ndarray, np.ndarray, Float[np.ndarray, " side"]]:

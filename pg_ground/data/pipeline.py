@@ -41,6 +41,9 @@ SETTLED = 100
 LONGEST_PERIOD = 100_000
 """Places after which a mixture repeats its pattern at the latest."""
 
+ROWS_IN_BLOCK = 8
+"""Rows that a thread or a worker prepares before it hands them over."""
+
 PROBED = 16
 """Questions of a source that tell whether its entry makes sense at all."""
 
@@ -259,12 +262,26 @@ def mixing_pattern(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np
     return pattern, ranks, shares
 
 
+class Blocks:
+    """A process's places of a mixture from one on, some at a time: what grain spends on what it hands on is spent on several."""
+
+    def __init__(self, mixture: Mixture, first: int, stride: int, size: int):
+        self._mixture, self._first, self._stride, self._size = mixture, first, stride, size
+
+    def __len__(self) -> int:
+        return sys.maxsize // (self._stride * self._size * 2)
+
+    def __getitem__(self, index: int) -> list[Row]:
+        start = self._first + int(index) * self._size * self._stride
+        return [self._mixture[start + i * self._stride] for i in range(self._size)]
+
+
 class Batches:
     """This process's rows of batches without end. `get_state` and `set_state` continue exactly, whatever `data.workers` is."""
 
     def __init__(self, mixture: Mixture, data: Data, rows: int, bad: BadRecords, process_index: int, process_count: int):
         self.parts, self._mixture, self._data, self._rows, self._bad = mixture.parts, mixture, data, rows, bad
-        self._mine = slice(process_index, None, process_count)
+        self._process_index, self._process_count = process_index, process_count
         self._next, self._stream = 0, None
 
     def get_state(self) -> dict[str, Any]:
@@ -291,15 +308,18 @@ class Batches:
         return stack(found)
 
     def _open(self) -> Iterator[Row]:
-        """Returns the rows from the next place on; read ahead by threads, and by processes if there are any."""
-        ahead = max(self._rows, self._data.read_threads)
-        options = grain.ReadOptions(num_threads=self._data.read_threads, prefetch_buffer_size=ahead)
-        mine = grain.MapDataset.source(self._mixture)[self._mine][self._next :].to_iter_dataset(options)
+        """Yields the rows from the next place on; read ahead by threads, and by processes if there are any."""
+        size = min(ROWS_IN_BLOCK, self._rows)
+        first = self._process_index + self._next * self._process_count
+        blocks = grain.MapDataset.source(Blocks(self._mixture, first, self._process_count, size))
+        ahead = max(self._rows // size, self._data.read_threads)
+        mine = blocks.to_iter_dataset(grain.ReadOptions(num_threads=self._data.read_threads, prefetch_buffer_size=ahead))
         if self._data.workers:
             flags.FLAGS.mark_as_parsed()  # grain asks absl whether to profile its workers
-            per_worker = max(1, 2 * self._rows // self._data.workers)
+            per_worker = max(1, 2 * ahead // self._data.workers)
             mine = mine.map(_packed).mp_prefetch(grain.MultiprocessingOptions(self._data.workers, per_worker)).map(_unpacked)
-        return iter(mine)
+        for block in mine:
+            yield from block
 
 
 class Ahead:
@@ -321,13 +341,19 @@ class Ahead:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _prepare(self) -> tuple[Batch, dict[str, Any]]:
-        batch = self._place(next(self._batches))
+        batch = jax.block_until_ready(self._place(next(self._batches)))
         return batch, self._batches.get_state()
 
+    def prepare(self) -> None:
+        """Starts on the next batch. Called once the devices are at work, so that this does not stand in their way."""
+        if self._next is None:
+            self._next = self._pool.submit(self._prepare)
+
     def __next__(self) -> Batch:
-        ready = self._next or self._pool.submit(self._prepare)
-        batch, self._state = ready.result()
-        self._next = self._pool.submit(self._prepare)
+        self.prepare()
+        assert self._next is not None
+        batch, self._state = self._next.result()
+        self._next = None
         return batch
 
     def get_state(self) -> dict[str, Any]:
@@ -502,13 +528,13 @@ def check_budgets(budgets: Sequence[Budget], data: Data) -> None:
                 )
 
 
-def _packed(row: Row) -> UInt8[np.ndarray, " bytes"]:
-    """Returns a row in one array: grain makes a shared memory for each array that a worker hands over, and a row has a dozen."""
-    return np.frombuffer(pickle.dumps(row, pickle.HIGHEST_PROTOCOL), np.uint8)
+def _packed(block: list[Row]) -> UInt8[np.ndarray, " bytes"]:
+    """Returns a block in one array: grain makes a shared memory for each array that a worker hands over, a row has a dozen."""
+    return np.frombuffer(pickle.dumps(block, pickle.HIGHEST_PROTOCOL), np.uint8)
 
 
-def _unpacked(row: UInt8[np.ndarray, " bytes"]) -> Row:
-    return pickle.loads(row.data)
+def _unpacked(block: UInt8[np.ndarray, " bytes"]) -> list[Row]:
+    return pickle.loads(block.data)
 
 
 def stack(rows: Sequence[Batch]) -> Batch:

@@ -44,7 +44,12 @@ class Records(Protocol):
 
 
 def load_image(value: object, root: FilePath | None) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns an image as RGB, upright by its EXIF orientation. An alpha channel is dropped, not blended.
+    """Returns the pixels of `open_image`."""
+    return np.asarray(open_image(value, root))
+
+
+def open_image(value: object, root: FilePath | None) -> Image.Image | UInt8[np.ndarray, "H W 3"]:
+    """Returns an image as RGB, upright by its EXIF orientation, decoded. An alpha channel is dropped, not blended.
 
     Args:
       value: pixels, an encoded image, the name of an image file, or Hugging Face's {bytes, path} of the two.
@@ -78,11 +83,12 @@ def _rgb_of_array(pixels: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
     return np.repeat(pixels[..., None], 3, axis=2) if grey else pixels[..., :3]
 
 
-def _decode(file: Any, name: str) -> UInt8[np.ndarray, "H W 3"]:
+def _decode(file: Any, name: str) -> Image.Image:
     try:
         with Image.open(file) as image:
-            upright = ImageOps.exif_transpose(image)
-            return np.asarray(_eight_bits(upright).convert("RGB"))
+            ImageOps.exif_transpose(image, in_place=True)
+            image.load()  # now, while the file is open; what is RGB already is not copied again
+            return image if image.mode == "RGB" else _eight_bits(image).convert("RGB")
     except UnidentifiedImageError as e:
         raise BadRecord("corrupt_image", f"{name}: no image format that Pillow knows") from e
     except CANNOT_DECODE as e:
