@@ -5,7 +5,7 @@ import math
 import pickle
 import sys
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
@@ -323,7 +323,7 @@ class Batches:
 
 
 class Ahead:
-    """Batches, each put in its place on the devices by another thread while the one before it is worked on.
+    """Batches, each put in its place on the devices by another thread while those before it are worked on.
 
     The state is that after the last batch that was handed out, not after the last that was prepared.
     """
@@ -332,7 +332,7 @@ class Ahead:
         self._batches, self._place = batches, place
         self._state = batches.get_state()
         self._pool = ThreadPoolExecutor(1)
-        self._next: Future[tuple[Batch, dict[str, Any]]] | None = None
+        self._coming: deque[Future[tuple[Batch, dict[str, Any]]]] = deque()
 
     def __enter__(self) -> "Ahead":
         return self
@@ -345,15 +345,17 @@ class Ahead:
         return batch, self._batches.get_state()
 
     def prepare(self) -> None:
-        """Starts on the next batch. Called once the devices are at work, so that this does not stand in their way."""
-        if self._next is None:
-            self._next = self._pool.submit(self._prepare)
+        """Starts on the next two batches. Called once the devices are at work, so that this does not stand in their way.
+
+        Two, because on a CPU a step may be over when its call returns: what is started then is ready one step later.
+        """
+        while len(self._coming) < 2:
+            self._coming.append(self._pool.submit(self._prepare))
 
     def __next__(self) -> Batch:
-        self.prepare()
-        assert self._next is not None
-        batch, self._state = self._next.result()
-        self._next = None
+        if not self._coming:
+            self.prepare()
+        batch, self._state = self._coming.popleft().result()
         return batch
 
     def get_state(self) -> dict[str, Any]:
