@@ -443,3 +443,57 @@ def test_a_wrong_unit_that_puts_everything_in_one_corner_is_told_before_training
             UserError, match="first fifth of both axes, so (box|point)_format = 'x.*_px' has probably the wrong unit"
         ):
             budget(open_examples("a", Source(uri=uri, **wrong), DATA, SIDE), tokens, DATA)
+
+
+def test_ten_thousand_records_one_in_ten_of_them_mutated(tmp_path, tokens):
+    """Each mutated record that cannot be used is listed with its number, no other is, and what is left is unchanged."""
+    (tmp_path / "i.jpg").write_bytes(jpeg(7))
+    rng = np.random.default_rng(0)
+    good = {"image": "i.jpg", "phrase": "cat", "box": [0, 0, 4, 4]}
+    odd = [
+        None,
+        "x",
+        [],
+        [[]],
+        {},
+        -1,
+        1e400,
+        float("nan"),
+        [1, 2, 3],
+        [4, 4, 0, 0],
+        [0, 0, 0, 0],
+        [9, 9, 99, 99],
+        ["a"] * 4,
+        "../no.jpg",
+    ]
+    lines, mutated, empty = [], set(), set()
+    for i in range(10_000):
+        record = dict(good)
+        if rng.random() < 0.09:
+            field = str(rng.choice(list(good)))
+            value = odd[rng.integers(len(odd))]
+            mutated.add(i)
+            if rng.random() < 0.2:
+                del record[field]
+            else:
+                record[field] = value
+                if field == "box" and value in ([], [[]], {}):
+                    empty.add(i)
+        lines.append(b"\xff\xfe not text" if i % 997 == 0 else json.dumps(record).encode())
+    (tmp_path / "f.jsonl").write_bytes(b"\n".join(lines))
+    source, bad = Source(uri=f"jsonl:{tmp_path}/f.jsonl", boxes="box"), BadRecords()
+    data = replace(DATA, suffix_length=32, prompt_length=16, bad_record_share=0.3)
+    found = list(ordered({"f": source}, tokens, examples=10_000, batch_size=100, data=data, bad=bad))
+    kept = [int(i) for batch, counts in found for i in batch.index[counts]]
+    listed = {entry["index"] for entry in bad.entries()}
+    broken = set(range(0, 10_000, 997))
+    assert broken <= listed <= broken | mutated and not listed & set(kept)
+    assert len(set(kept)) == len(kept) and set(range(10_000)) - mutated - broken <= set(kept)
+    assert set(range(10_000)) - set(kept) - listed == empty - broken  # nothing to find: dropped, and not counted as bad
+    assert empty and len(bad.counts()) >= 5 and bad.counts()["bad_json"] == len(broken)
+    right = open_examples("f", source, data, SIDE)[1 if 1 not in mutated else 2]
+    for batch, counts in found:
+        for row in np.flatnonzero(counts):
+            if int(batch.index[row]) not in mutated:
+                np.testing.assert_array_equal(batch.image[row], right.image)
+                np.testing.assert_array_equal(batch.gold.boxes.yxyx[row], right.boxes.yxyx)
