@@ -134,13 +134,13 @@ def test_merging_a_trained_run_keeps_its_log_probabilities(adapted, tiny):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lines", [2, 6], ids=["sft", "grpo"])
-def test_a_killed_run_resumes_without_the_checkpoint_it_came_from(adapted, base, environment, tmp_path, lines):
+@pytest.mark.parametrize(("lines", "delay_s"), [(3, 1.5), (6, 0.2)], ids=["sft", "grpo"])  # the first checkpoint is at step 4
+def test_a_killed_run_resumes_without_the_checkpoint_it_came_from(adapted, base, environment, tmp_path, lines, delay_s):
     workdir = tmp_path / "run"
     flags = (f"--config.init={base[0]}", *ADAPTERS)
     hidden = base[0].with_name("hidden")
     try:
-        killed_and_resumed(environment, workdir, lines, 0.2, flags, between=lambda: shutil.move(base[0], hidden))
+        killed_and_resumed(environment, workdir, lines, delay_s, flags, between=lambda: shutil.move(base[0], hidden))
     finally:
         shutil.move(hidden, base[0])
     assert_same_run(adapted[0], workdir)
