@@ -68,11 +68,12 @@ class Place(NamedTuple):
 
 TORCH_0, TORCH_2 = "torch DataLoader, num_workers=0", "torch DataLoader, num_workers=2"
 PLACES = (
+    Place("pg_ground, read_threads=0", 1, TORCH_0, 0, 0),
     Place("pg_ground, read_threads=1", 1, TORCH_0, 1, 0),
     Place(TORCH_0, 1, None, 0, 0),
     Place("pg_ground, read_threads=2", 2, TORCH_2, 2, 0),
     Place(TORCH_2, 2, None, 0, 2),
-    Place("pg_ground, workers=2", 2, TORCH_2, 1, 2),
+    Place("pg_ground, workers=2", 2, TORCH_2, 0, 2),
 )
 
 

@@ -24,8 +24,8 @@ from pg_ground.types import UserError
 LOOSE = 0.6
 SFT_STEPS, GRPO_STEPS = 1000, 400
 SFT_STEPS_PER_GRPO_STEP = 3
-"""What a GRPO step costs in time, so that the arms spend the same: 2.3 on two CPU devices and 2.9 on one, rounded up in favour
-of SFT."""
+"""What a GRPO step costs in time, so that the arms spend the same: 2.7 to 2.9 measured on two CPU devices, rounded up
+in favour of SFT."""
 SEEDS = {"train": 0, "heldout": 1}
 """The recipe was chosen looking at held-out scenes of seed 0: what is reported comes from scenes that no choice has seen."""
 

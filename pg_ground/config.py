@@ -163,7 +163,7 @@ class Data:
     bad_record_share: float = 0.1  # a run stops when more than this share of the records read cannot be used
     resize: str = "antialias"  # "antialias" (bilinear), "big_vision" (bilinear without, rounded down), "hugging_face" (bicubic)
     fetch: Fetch = field(default_factory=Fetch)
-    read_threads: int = 2  # records prepared at once, per process
+    read_threads: int = 2  # records prepared at once, per process; 0 prepares them in the thread that asks
     workers: int = 0  # processes that prepare records beside this one; 0 prepares them in it
     check_records: int = 10_000  # records of a source whose texts are measured before the first step, spread over it; 0 is none
 
@@ -399,13 +399,13 @@ def _check(c: Config) -> None:
         "sft.batch_size", "sft.micro_batches", "grpo.steps", "grpo.batch_size", "grpo.micro_batches",
         "grpo.updates_per_rollout", "grpo.max_new_tokens", "eval.examples", "eval.batch_size", "eval.max_new_tokens",
         "data.fetch.concurrency", "data.fetch.timeout_s", "data.fetch.max_bytes", "data.prompt_length",
-        "data.suffix_length", "data.max_boxes", "data.read_threads", "log.every", "log.samples", "checkpoint.every",
+        "data.suffix_length", "data.max_boxes", "log.every", "log.samples", "checkpoint.every",
         "checkpoint.keep")  # fmt: skip
     for path in positive:
         value = operator.attrgetter(path)(c)
         need(value > 0, path, value, "above 0")
     zero_or_more = (
-        "seed", "eval.every", "log.samples_every", "mesh.cpu_devices", "data.workers", "data.check_records",
+        "seed", "eval.every", "log.samples_every", "mesh.cpu_devices", "data.workers", "data.read_threads", "data.check_records",
         "data.fetch.retries", "data.fetch.backoff_s")  # fmt: skip
     for path in zero_or_more:
         value = operator.attrgetter(path)(c)

@@ -4,7 +4,7 @@ python -m pg_ground.evaluate --config=configs/quickstart.py (--workdir=D | --par
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,20 +83,37 @@ class Evaluation(NamedTuple):
     """One per question and mode (greedy, sampled)."""
 
 
+def held_out(config: Config) -> dict[str, pipeline.Examples]:
+    """Returns the questions of every source of `config.eval`.
+
+    Raises:
+      UserError: one of them cannot be opened.
+    """
+    return {
+        name: pipeline.open_examples(f"eval/{name}", source, config.data, config.model.image_size)
+        for name, source in config.eval.sources.items()
+    }
+
+
 def evaluate(
-    answer: Answerer, params: Any, config: Config, tokenizer: Tokenizer, mesh: Mesh, bad: pipeline.BadRecords
+    answer: Answerer,
+    params: Any,
+    questions: Mapping[str, pipeline.Examples],
+    config: Config,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    bad: pipeline.BadRecords,
 ) -> Evaluation:
-    """Returns the measures of `params` on every source of `config.eval`, the same for the same parameters and seed."""
+    """Returns the measures of `params` on the `held_out` questions, the same for the same parameters and seed."""
     metrics: dict[str, float] = {}
     predictions: list[dict[str, Any]] = []
     key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
-    for position, (name, source) in enumerate(config.eval.sources.items()):
+    for position, (name, opened) in enumerate(questions.items()):
         found: dict[str, list[Judged]] = {GREEDY: [], SAMPLED: []}
         batches = pipeline.ordered_batches(
-            {f"eval/{name}": source},
+            [opened],
             config.data,
             tokenizer,
-            image_size=config.model.image_size,
             batch_size=config.eval.batch_size,
             examples=config.eval.examples,
             bad=bad,
@@ -181,7 +198,7 @@ def main(argv: Sequence[str]) -> None:
     check_vocabulary(tokenizer, model)
     answer = answerer(model, tokenizer.vocab, config.eval.max_new_tokens)
     bad = pipeline.BadRecords()
-    found = evaluate(answer, params, config, tokenizer, mesh, bad)
+    found = evaluate(answer, params, held_out(config), config, tokenizer, mesh, bad)
     result = {"params": str(place), "bad_records": bad.counts(), **found.metrics}
     write_whole(out / "eval.json", json.dumps(result, indent=1) + "\n")
     write_whole(out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in found.predictions))

@@ -21,7 +21,7 @@ from pg_ground import checkpoints, cli, draw, metrics, optim, sharding
 from pg_ground.config import Config
 from pg_ground.data import pipeline
 from pg_ground.diary import Diary, Stopwatch, claim
-from pg_ground.evaluate import answerer, check_vocabulary, evaluate
+from pg_ground.evaluate import answerer, check_vocabulary, evaluate, held_out
 from pg_ground.model import PaliGemma, weights
 from pg_ground.params import flatten, is_adapter, join, lr_factors, pick, unflatten
 from pg_ground.report import Table, ascii_table
@@ -127,22 +127,23 @@ def train(config: Config, workdir: Path) -> Path:
     first = None if started else begin(config, model, trained | frozen)
     answer = answerer(model, tokenizer.vocab, config.eval.max_new_tokens)
     streams = {stage: open_stream(config, stage, tokenizer, bad) for stage in config.stages}
-    measure_texts(config, tokenizer, [part for stream in streams.values() for part in stream.parts])
+    questions = held_out(config)
+    parts = [part for stream in streams.values() for part in stream.parts]
+    measure_texts(config, tokenizer, [*parts, *questions.values()])
     claim(workdir, config)
     kept = keep_frozen(workdir, frozen, first)
     params = None if first is None else pick(first, trained.__contains__)
     del first
 
     def measure(params: Any) -> dict[str, float]:
-        return evaluate(answer, join(kept, params), config, tokenizer, mesh, bad).metrics
+        return evaluate(answer, join(kept, params), questions, config, tokenizer, mesh, bad).metrics
 
     with checkpoints.Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as saved:
         found = saved.latest()
         record = None if found is None else saved.record(found)
         with metrics.open_metrics(workdir, found) as writer:
             diary = Diary(config, workdir, writer, saved, measure, bad)
-            every = lr_factors(trained | frozen, config.lr_factors)
-            factors = {name: every[name] for name in trained}
+            factors = {name: factor for name, factor in lr_factors(trained | frozen, config.lr_factors).items() if factor}
             run = Run(config, workdir, model, kept, factors, tokenizer, mesh, diary, bad)
             print(size_line(run, trained, frozen), flush=True)
             for stage in config.stages[config.stages.index(record["stage"]) if record else 0 :]:
@@ -162,9 +163,8 @@ def train(config: Config, workdir: Path) -> Path:
 def layout(config: Config, model: PaliGemma, mesh: Mesh) -> tuple[weights.Like, weights.Like]:
     """Returns name, shape, dtype and place of the parameters that are trained, and of those that are frozen."""
     shapes = flatten(jax.eval_shape(model.init, jax.random.key(0)))
-    pattern = config.model.lora.pattern
     if config.model.lora.rank and not any(map(is_adapter, shapes)):
-        raise UserError(f"config.model.lora.pattern {pattern!r} is the whole name of no matrix, such as llm/layers/mlp/linear")
+        raise UserError(f"config.model.lora.pattern {config.model.lora.pattern!r} names no matrix, such as llm/layers/mlp/linear")
     factors = lr_factors(shapes, config.lr_factors)
     dtypes = {name: jnp.dtype(config.model.param_dtype if factors[name] else config.model.frozen_dtype) for name in shapes}
     like = {name: jax.ShapeDtypeStruct(leaf.shape, dtypes[name]) for name, leaf in shapes.items()}
@@ -232,11 +232,7 @@ def measure_texts(config: Config, tokenizer: Tokenizer, parts: Sequence[pipeline
     """Prints what the texts of every source need, and raises UserError if that is more than the configured lengths."""
     if not config.data.check_records:
         return
-    held_out = [
-        pipeline.open_examples(f"eval/{name}", source, config.data, config.model.image_size)
-        for name, source in config.eval.sources.items()
-    ]
-    budgets = [pipeline.budget(part, tokenizer, config.data) for part in (*parts, *held_out)]
+    budgets = [pipeline.budget(part, tokenizer, config.data) for part in parts]
     rows = [[str(value) for value in budget[:-1]] for budget in budgets]
     heads = ["source", "questions", "measured", "prompt tokens", "suffix tokens", "objects"]
     room = f"room for {config.data.prompt_length}, {config.data.suffix_length} and {config.data.max_boxes}"

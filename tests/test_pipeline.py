@@ -60,8 +60,9 @@ def train(sources, tokens, *, batch_size=4, seed=0, data=DATA, bad=None, process
 
 
 def ordered(sources, tokens, *, examples, batch_size=4, data=DATA, bad=None, process=(0, 1)):
+    parts = [open_examples(name, source, data, SIDE) for name, source in sources.items()]
     return ordered_batches(
-        sources, data, tokens, image_size=SIDE, batch_size=batch_size, examples=examples,
+        parts, data, tokens, batch_size=batch_size, examples=examples,
         bad=bad or BadRecords(), process_index=process[0], process_count=process[1],
     )  # fmt: skip
 
@@ -126,10 +127,11 @@ def test_restored_iterator_continues_the_same_batches(tmp_path, tokens, threads)
 
 def test_batches_do_not_depend_on_the_number_of_read_threads(tmp_path, tokens):
     sources = {"a": make_source(tmp_path, "a", 25, broken=(4,))}
-    one, four = (
-        list(islice(train(sources, tokens, data=Data(prompt_length=8, suffix_length=8, read_threads=n)), 10)) for n in (1, 4)
+    none, one, four = (
+        list(islice(train(sources, tokens, data=Data(prompt_length=8, suffix_length=8, read_threads=n)), 10)) for n in (0, 1, 4)
     )
-    assert_same(one, four)
+    assert_same(none, one)
+    assert_same(none, four)
 
 
 def test_processes_share_the_global_batch_without_overlap(tmp_path, tokens):
@@ -370,7 +372,7 @@ def test_records_of_a_list_become_one_question_each_or_one_at_random(tmp_path, t
     assert [every.place(i) for i in range(6)] == [(0, 0), (0, 1), (0, 2), (1, 0), (3, 0), (3, 1)]
     some = open_examples("s", replace(source, element="random"), DATA, SIDE)
     assert len(some) == 4
-    drawn = {some.__getitem__(0, reading).prompt for reading in range(30)}
+    drawn = {some.example(0, reading).prompt for reading in range(30)}
     assert drawn == {"detect a0", "detect a1", "detect a2"}
     with pytest.raises(BadRecord, match="sentences is empty") as bad:
         some[2]

@@ -94,7 +94,7 @@ def to_example(
         raise BadRecord("bad_box", f"{len(yxyx)} boxes for {len(yx)} points: each point needs the box it lies in")
     asked = yx if asks == POINTS else yxyx
     labels = found.labels or ("",) * len(asked)
-    kept = choose(_loc_codes(asked), labels, source.max_objects, np.random.default_rng([seed, index, element]))
+    kept = choose(_loc_codes(asked), labels, source.max_objects, (seed, index, element))
     yxyx, yx = (rows[kept] if len(rows) == len(asked) else rows for rows in (yxyx, yx))
     labels = tuple(labels[i] for i in kept)
     names = tuple(dict.fromkeys(label for label in labels if label))
@@ -142,16 +142,14 @@ def question(record: Mapping[str, Any], source: Source, element: int) -> tuple[s
     return prompt, Targets(boxes, points, labels)
 
 
-def choose(
-    codes: Int[np.ndarray, "K N"], labels: Sequence[str], limit: int, rng: np.random.Generator
-) -> Int[np.ndarray, " kept"]:
-    """Returns the objects that stay, in their order: of those alike in name and loc codes the first, and at most `limit`."""
+def choose(codes: Int[np.ndarray, "K N"], labels: Sequence[str], limit: int, seed: Sequence[int]) -> Int[np.ndarray, " kept"]:
+    """Returns the objects that stay, in their order: of those alike in name and loc codes the first, and `limit` by chance."""
     first: dict[tuple[str, bytes], int] = {}
     for i, (label, row) in enumerate(zip(labels, codes, strict=True)):
         first.setdefault((label, row.tobytes()), i)
     kept = np.array(sorted(first.values()), np.int64)
     if limit and len(kept) > limit:
-        kept = np.sort(rng.choice(kept, limit, replace=False))
+        kept = np.sort(np.random.default_rng(seed).choice(kept, limit, replace=False))
     return kept
 
 

@@ -158,7 +158,11 @@ class Examples:
             element = int(np.random.default_rng([self._seed, index, draw]).integers(count))
         return record, element
 
-    def __getitem__(self, index: int, draw: int = 0) -> Example:
+    def __getitem__(self, index: int) -> Example:
+        return self.example(index)
+
+    def example(self, index: int, draw: int = 0) -> Example:
+        """Returns question `index`, or raises `BadRecord`; where the element is drawn at random, that of the number `draw`."""
         try:
             record, element = self.record(index, draw)
             example = to_example(
@@ -202,7 +206,6 @@ class Bad(NamedTuple):
 class Row(NamedTuple):
     """What came of one place of the mixed sequence: a row of a batch, or the reason why there is none."""
 
-    place: int
     source: int
     index: int
     found: Batch | Bad
@@ -236,7 +239,7 @@ class Mixture:
     def __getitem__(self, index: int) -> Row:
         source, number, reading = self.question(int(index))
         found = row_of(self.parts[source], int(number), self._tokenizer, self._data, source, reading)
-        return Row(int(index), source, int(number), found)
+        return Row(source, int(number), found)
 
 
 def mixing_pattern(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -308,12 +311,13 @@ class Batches:
         return stack(found)
 
     def _open(self) -> Iterator[Row]:
-        """Yields the rows from the next place on; read ahead by threads, and by processes if there are any."""
+        """Yields the rows from the next place on; read ahead by threads and by processes, as far as there are any."""
         size = min(ROWS_IN_BLOCK, self._rows)
         first = self._process_index + self._next * self._process_count
         blocks = grain.MapDataset.source(Blocks(self._mixture, first, self._process_count, size))
-        ahead = max(self._rows // size, self._data.read_threads)
-        mine = blocks.to_iter_dataset(grain.ReadOptions(num_threads=self._data.read_threads, prefetch_buffer_size=ahead))
+        threads = self._data.read_threads
+        ahead = max(self._rows // size, threads)
+        mine = blocks.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead if threads else 0))
         if self._data.workers:
             flags.FLAGS.mark_as_parsed()  # grain asks absl whether to profile its workers
             per_worker = max(1, 2 * ahead // self._data.workers)
@@ -392,11 +396,10 @@ def training_batches(
 
 
 def ordered_batches(
-    sources: Mapping[str, Source],
+    parts: Sequence[Examples],
     data: Data,
     tokenizer: Tokenizer,
     *,
-    image_size: int,
     batch_size: int,
     examples: int,
     bad: BadRecords,
@@ -409,12 +412,11 @@ def ordered_batches(
     not count again. Every process reads every record: which ones are usable is known only then.
 
     Raises:
-      UserError: a source cannot be opened, or too many of its records are bad.
+      UserError: too many records of a source are bad.
     """
     per_process = _rows_per_process(batch_size, process_count)
     mine = slice(process_index * per_process, (process_index + 1) * per_process)
-    for position, (name, source) in enumerate(sources.items()):
-        opened = open_examples(name, source, data, image_size)
+    for position, opened in enumerate(parts):
 
         def prepare(index: int, opened: Examples = opened, position: int = position) -> Batch | None:
             return note(bad, opened, index, row_of(opened, index, tokenizer, data, position, 0), data)
@@ -427,7 +429,7 @@ def ordered_batches(
 def row_of(opened: Examples, index: int, tokenizer: Tokenizer, data: Data, position: int, draw: int) -> Batch | Bad:
     """Returns the row of a question, or why there is none."""
     try:
-        return to_batch_row(opened.__getitem__(index, draw), tokenizer, data, position)
+        return to_batch_row(opened.example(index, draw), tokenizer, data, position)
     except BadRecord as bad:
         return Bad(bad.kind, str(bad))
 
@@ -546,7 +548,7 @@ def stack(rows: Sequence[Batch]) -> Batch:
 
 def _usable_rows(prepare: Callable[[int], Batch | None], count: int, wanted: int, at_once: int, threads: int) -> Iterator[Batch]:
     """Yields the first `wanted` usable rows of `count` records in order, reading no record more than that takes."""
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(max(1, threads)) as pool:
         start = 0
         while wanted and start < count:
             stop = min(start + min(wanted, at_once), count)

@@ -128,6 +128,7 @@ def open_npz(path: str | Path) -> dict[str, Stored]:
             heads = {member: _head(archive, member) for member in archive.namelist()}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; a big_vision .npz checkpoint is wanted") from None
+    # NotImplementedError: zipfile's word for a compression that it does not know
     except (ValueError, OSError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path} cannot be read as a big_vision .npz checkpoint: {error}") from None
     tensors = {}

@@ -145,29 +145,27 @@ def read_config(folder: Path) -> HubConfig:
         if value != right:
             raise UserError(f"{path}: text_config.{name} is {value!r}, but every PaliGemma has {right:g}")
 
-    def number(section: dict[str, Any], name: str, default: Any, kind: type = int) -> Any:
-        value = section.get(name, default)
+    def number(name: str, value: Any, kind: type = int) -> Any:
         if isinstance(value, bool) or not isinstance(value, (int, kind)) or value <= 0:
             raise UserError(f"{path}: {name} is {value!r}, but it must be a number above 0")
         return value
 
-    head_dim = number(text, "head_dim", 256)
-    scalar = number(text, "query_pre_attn_scalar", 256, float) if gemma2 else head_dim
-    caps = [
-        number({name: text.get(name, default) or 1e-9}, name, default, float) if gemma2 else 0.0
-        for name, default in (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0))
-    ]
-    attn_softcap, final_softcap = (float(cap) if cap > 1e-6 else 0.0 for cap in caps)
+    def cap(name: str, default: float) -> float:
+        value = text.get(name, default) if gemma2 else None
+        return float(number(name, value, float)) if value else 0.0
+
+    head_dim = number("head_dim", text.get("head_dim", 256))
+    scalar = number("query_pre_attn_scalar", text.get("query_pre_attn_scalar", 256), float) if gemma2 else head_dim
     vocab_size = found.get("image_token_index", found.get("image_token_id"))
     return HubConfig(
         gemma2=gemma2,
-        vision_heads=number(vision, "num_attention_heads", 12),
-        heads=number(text, "num_attention_heads", 8 if gemma2 else 16),
-        kv_heads=number(text, "num_key_value_heads", 4 if gemma2 else 16),
+        vision_heads=number("num_attention_heads", vision.get("num_attention_heads", 12)),
+        heads=number("num_attention_heads", text.get("num_attention_heads", 8 if gemma2 else 16)),
+        kv_heads=number("num_key_value_heads", text.get("num_key_value_heads", 4 if gemma2 else 16)),
         query_scale=scalar**-0.5,
-        attn_softcap=attn_softcap,
-        final_softcap=final_softcap,
-        vocab_size=None if vocab_size is None else number({"image_token_index": vocab_size}, "image_token_index", None),
+        attn_softcap=cap("attn_logit_softcapping", 50.0),
+        final_softcap=cap("final_logit_softcapping", 30.0),
+        vocab_size=None if vocab_size is None else number("image_token_index", vocab_size),
     )
 
 
