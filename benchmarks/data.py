@@ -73,7 +73,7 @@ PLACES = (
     Place(TORCH_0, 1, None, 0, 0),
     Place("pg_ground, read_threads=2", 2, TORCH_2, 2, 0),
     Place(TORCH_2, 2, None, 0, 2),
-    Place("pg_ground, workers=2", 2, TORCH_2, 0, 2),
+    Place("pg_ground, workers=2", 2, TORCH_2, 1, 2),
 )
 
 

@@ -94,7 +94,7 @@ def to_example(
         raise BadRecord("bad_box", f"{len(yxyx)} boxes for {len(yx)} points: each point needs the box it lies in")
     asked = yx if asks == POINTS else yxyx
     labels = found.labels or ("",) * len(asked)
-    kept = choose(_loc_codes(asked), labels, source.max_objects, (seed, index, element))
+    kept = choose(asked, labels, source.max_objects, (seed, index, element))
     yxyx, yx = (rows[kept] if len(rows) == len(asked) else rows for rows in (yxyx, yx))
     labels = tuple(labels[i] for i in kept)
     names = tuple(dict.fromkeys(label for label in labels if label))
@@ -142,10 +142,14 @@ def question(record: Mapping[str, Any], source: Source, element: int) -> tuple[s
     return prompt, Targets(boxes, points, labels)
 
 
-def choose(codes: Int[np.ndarray, "K N"], labels: Sequence[str], limit: int, seed: Sequence[int]) -> Int[np.ndarray, " kept"]:
+def choose(
+    fractions: Float[np.ndarray, "K N"], labels: Sequence[str], limit: int, seed: Sequence[int]
+) -> Int[np.ndarray, " kept"]:
     """Returns the objects that stay, in their order: of those alike in name and loc codes the first, and `limit` by chance."""
+    if len(fractions) < 2:
+        return np.arange(len(fractions))
     first: dict[tuple[str, bytes], int] = {}
-    for i, (label, row) in enumerate(zip(labels, codes, strict=True)):
+    for i, (label, row) in enumerate(zip(labels, _loc_codes(fractions), strict=True)):
         first.setdefault((label, row.tobytes()), i)
     kept = np.array(sorted(first.values()), np.int64)
     if limit and len(kept) > limit:
@@ -279,6 +283,8 @@ def to_yxyx(value: Any, box_format: str, size: tuple[int, int]) -> Float[np.ndar
     Raises:
       BadRecord: bad_box if one is not four finite numbers or has no area inside the image.
     """
+    if not len(value):
+        return np.zeros((0, 4), np.float32)
     order, unit = box_format.rsplit("_", 1)
     a, b, c, d = _rows_of_numbers(value, 4, "bad_box").T
     if order == "xyxy":
@@ -305,6 +311,8 @@ def to_yx(value: Any, point_format: str, size: tuple[int, int]) -> Float[np.ndar
     Raises:
       BadRecord: bad_point if one is not two finite numbers or lies outside.
     """
+    if not len(value):
+        return np.zeros((0, 2), np.float32)
     order, unit = point_format.rsplit("_", 1)
     rows = _rows_of_numbers(value, 2, "bad_point")
     yx = (rows if order == "yx" else rows[:, ::-1]) / _one(unit, size)[::-1]

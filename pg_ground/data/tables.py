@@ -30,6 +30,9 @@ CANNOT_OPEN = (OSError, ImportError)
 CANNOT_PARSE = (pa.ArrowException, OSError, ValueError)
 """What pyarrow raises on a file that is no parquet, is cut off, or has other bytes than its footer says."""
 
+HELD_BYTES = 2**26
+"""Lines of JSON up to which a file is held in memory: some 200,000 questions."""
+
 KEPT_BYTES = 2**28
 """Row groups of one source that are kept decoded. A photograph takes some 100 KB, so that this is a few groups of 100 to 1000."""
 
@@ -37,12 +40,14 @@ ASKS = ("image", "category", "list")
 
 
 class JsonLines:
-    """The lines of a file, each one JSON object; blank lines do not count. Lines are found once and read on demand."""
+    """The lines of a file, each one JSON object; blank lines do not count. A long file is read again for each of them."""
 
     def __init__(self, path: FilePath):
         try:
             with path.open("rb") as file:
                 self._spans = _line_spans(file)
+                file.seek(0)
+                self._held = file.read() if self._spans and sum(self._spans[-1]) <= HELD_BYTES else b""
         except CANNOT_OPEN as e:
             raise _unopened(f"jsonl:{path}", e) from e
         if not self._spans:
@@ -58,9 +63,7 @@ class JsonLines:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         start, length = self._spans[index]
-        with self._path.open("rb") as file:
-            file.seek(start)
-            line = file.read(length)
+        line = self._held[start : start + length] or self._read(start, length)
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as e:
@@ -68,6 +71,11 @@ class JsonLines:
         if not isinstance(record, dict):
             raise BadRecord("bad_json", f"byte {start} of {self._path.name}: {record!r:.60} is not a JSON object")
         return record
+
+    def _read(self, start: int, length: int) -> bytes:
+        with self._path.open("rb") as file:
+            file.seek(start)
+            return file.read(length)
 
 
 @dataclass(frozen=True)
