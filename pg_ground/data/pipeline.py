@@ -238,7 +238,7 @@ class Mixture:
         reading = block * int(self._shares[source]) + int(self._ranks[offset])
         return source, self._orders[source][reading], reading
 
-    def _order(self, source: int) -> "grain.MapDataset[int] | ShortOrder":
+    def _order(self, source: int) -> Any:
         count = len(self.parts[source])
         if count < SHORT:
             return ShortOrder(count, (self._seed, source))
