@@ -41,7 +41,7 @@ class Checkpoints:
         """Writes a checkpoint in the background, once the state has been copied to the host."""
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
-            rest=ocp.args.StandardSave({"step": state.step, "opt": state.opt}),
+            rest=ocp.args.StandardSave(_rest(state)),
             record=ocp.args.JsonSave(dict(record)),
         )
         self._manager.save(step, args=items)
@@ -54,10 +54,14 @@ class Checkpoints:
         """Returns the state of a checkpoint; `like` has its shapes, dtypes and shardings."""
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(like.params),
-            rest=ocp.args.StandardRestore({"step": like.step, "opt": like.opt}),
+            rest=ocp.args.StandardRestore(_rest(like)),
         )
         found = self._manager.restore(step, args=items)
-        return TrainState(found["rest"]["step"], found["params"], found["rest"]["opt"])
+        return TrainState(params=found["params"], **found["rest"])
+
+
+def _rest(state: TrainState) -> dict[str, Any]:
+    return {name: leaf for name, leaf in state._asdict().items() if name != "params"}
 
 
 def save_tree(path: Path, tree: Any) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 from ml_collections import config_dict
 
 from pg_ground.types import UserError
+from pg_ground.vocab import EOS
 
 REMAT = ("none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable")
 """Values of `model.remat`: names of jax.checkpoint_policies, or none."""
@@ -204,6 +205,10 @@ class RewardSettings:
     distance_max_size_px: float = 640.0  # … in an image scaled so that its longer side has this many pixels
 
 
+Weight = float | tuple[float, float, int]
+"""Of a reward: fixed, or from one value to another in so many steps, evenly."""
+
+
 @dataclass(frozen=True)
 class Grpo:
     """Group-relative policy optimisation."""
@@ -212,15 +217,38 @@ class Grpo:
     batch_size: int = 8  # prompts a step, over all devices
     group_size: int = 8  # completions a prompt
     micro_batches: int = 1  # an update's prompts are worked through in this many parts
-    updates_per_rollout: int = 1  # optimizer steps on one rollout (mu in the GRPO paper)
+    updates_per_rollout: int = 1  # times a rollout is learned from (mu in the GRPO paper)
+    minibatches: int = 1  # optimizer steps each time, on as many parts of the batch
     max_new_tokens: int = 16
     temperature: float = 1.0  # of sampling, and of the log-probabilities in the loss
     top_p: float = 1.0  # nucleus; 1 is the whole distribution
-    algorithm: str = "grpo"  # a row of pg_ground.rl.loss.ALGORITHMS: grpo, dr_grpo, dapo, gspo, rloo
-    clip_low: float | None = None  # instead of the row's own; so are the next two
+    top_k: int = 0  # likeliest tokens that can be drawn; 0 is all
+    suppress: tuple[int, ...] = ()  # ids that are never drawn, beside the control ids
+    resample: int = 0  # times that groups with equal rewards are replaced by fresh ones (DAPO's dynamic sampling)
+    algorithm: str = "grpo"  # a row of pg_ground.rl.loss.ALGORITHMS
+    advantage: str | None = (
+        None  # instead of the row's own, a name in pg_ground.rl.loss.CHOICES; so are those down to off_policy_kl
+    )
+    ratio: str | None = None
+    objective: str | None = None
+    average: str | None = None
+    clip_low: float | None = None
     clip_high: float | None = None
+    ratio_cap: float | None = None  # of negative advantages: dual clip
+    kl: str | None = None  # estimator
     kl_coef: float | None = None  # weight of KL(policy || reference policy); 0 needs no reference policy
-    rewards: Mapping[str, float] = field(default_factory=lambda: {"iou": 1.0, "format": 0.2})  # weight 0: only measured
+    kl_in_reward: bool | None = None
+    entropy_coef: float | None = None  # weight of the bonus
+    focus: str | None = None  # which tokens count: top_entropy, clip_cov, kl_cov
+    focus_share: float | None = None
+    correction: str | None = None  # weight for a sampler that differs from the trainer: token_truncate, …
+    correction_cap: float | None = None
+    off_policy_kl: float | None = None  # completions with a negative advantage are dropped above this many nats a token
+    mask_unfinished: bool | None = None  # completions cut off at max_new_tokens leave the loss
+    advantage_epsilon: float = 1e-4  # added to standard deviations of rewards
+    kl_target: float = 0.0  # nats a token that kl_coef is steered to (Ziegler et al. 2019, section 2.2); 0 leaves it fixed
+    kl_horizon: int = 10_000  # completions over which it is
+    rewards: Mapping[str, Weight] = field(default_factory=lambda: {"iou": 1.0, "format": 0.2})  # weight 0: only measured
     reward_settings: RewardSettings = field(default_factory=RewardSettings)
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-6))
     sources: Mapping[str, Source] = field(default_factory=dict)
@@ -320,14 +348,21 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"did you mean {close[0]}?" if close else f"there are {', '.join(names) or 'none'}"
 
 
+class _Section(config_dict.ConfigDict):
+    """A `ConfigDict` whose keys may hold dots, as the file of a user's reward does."""
+
+    def __init__(self, initial: Any = None, type_safe: bool = False, convert_dict: bool = True, **others: Any):
+        super().__init__(initial, type_safe, convert_dict, **(others | {"allow_dotted_keys": True}))
+
+
 def _to_config_dict(value: Any) -> config_dict.ConfigDict:
-    out = config_dict.ConfigDict(type_safe=False)
+    out = _Section()
     for f in dataclasses.fields(value):
         child = getattr(value, f.name)
         if dataclasses.is_dataclass(child):
             child = _to_config_dict(child)
         elif isinstance(child, Mapping):
-            child = config_dict.ConfigDict(dict(child), type_safe=False)
+            child = _Section(dict(child))
         elif child is None:
             child = config_dict.placeholder(_type_behind_none(value, f.name))
         out[f.name] = child
@@ -354,7 +389,10 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         return _build(typing.cast(type, hint), value, path)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:
-        return None if value is None else _convert(args[0], value, path)
+        if value is None and types.NoneType in args:
+            return None
+        of_lists = [kind for kind in args if typing.get_origin(kind) is tuple]
+        return _convert(of_lists[0] if of_lists and isinstance(value, (tuple, list)) else args[0], value, path)
     if origin is tuple and isinstance(value, (tuple, list)):
         inner = args[:1] * len(value) if args[-1] is Ellipsis else args
         if len(inner) != len(value):
@@ -397,7 +435,8 @@ def _check(c: Config) -> None:
         "model.vision.patch_size", "model.text.width", "model.text.depth", "model.text.mlp_dim", "model.text.num_heads",
         "model.text.num_kv_heads", "model.text.head_dim", "model.logits_block", "model.scan_unroll", "sft.steps",
         "sft.batch_size", "sft.micro_batches", "grpo.steps", "grpo.batch_size", "grpo.micro_batches",
-        "grpo.updates_per_rollout", "grpo.max_new_tokens", "eval.examples", "eval.batch_size", "eval.max_new_tokens",
+        "grpo.updates_per_rollout", "grpo.minibatches", "grpo.max_new_tokens", "grpo.advantage_epsilon",
+        "grpo.kl_horizon", "eval.examples", "eval.batch_size", "eval.max_new_tokens",
         "data.fetch.concurrency", "data.fetch.timeout_s", "data.fetch.max_bytes", "data.prompt_length",
         "data.suffix_length", "data.max_boxes", "log.every", "log.samples", "checkpoint.every",
         "checkpoint.keep")  # fmt: skip
@@ -405,6 +444,7 @@ def _check(c: Config) -> None:
         value = operator.attrgetter(path)(c)
         need(value > 0, path, value, "above 0")
     zero_or_more = (
+        "grpo.top_k", "grpo.resample", "grpo.kl_target",
         "seed", "eval.every", "log.samples_every", "mesh.cpu_devices", "data.workers", "data.read_threads", "data.check_records",
         "data.fetch.retries", "data.fetch.backoff_s")  # fmt: skip
     for path in zero_or_more:
@@ -432,12 +472,16 @@ def _check(c: Config) -> None:
     need(group >= 2, "grpo.group_size", group, "at least 2: a completion is compared with the others of its group")
     need(c.grpo.temperature > 0, "grpo.temperature", c.grpo.temperature, "above 0")
     need(0 < c.grpo.top_p <= 1, "grpo.top_p", c.grpo.top_p, "in (0, 1]")
+    suppress, size = c.grpo.suppress, text.vocab_size
+    need(all(0 <= i < size and i != EOS for i in suppress), "grpo.suppress", suppress, f"ids below {size}, without EOS ({EOS})")
+    share = c.grpo.focus_share
+    need(share is None or 0 < share <= 1, "grpo.focus_share", share, "in (0, 1]")
     need(c.eval.temperature > 0, "eval.temperature", c.eval.temperature, "above 0")
     need(0 <= c.sft.label_smoothing < 1, "sft.label_smoothing", c.sft.label_smoothing, "in [0, 1)")
     need(c.sft.loc_smoothing_bins >= 0, "sft.loc_smoothing_bins", c.sft.loc_smoothing_bins, "0 or more")
     for name, constant in vars(c.grpo.reward_settings).items():
         need(constant > 0, f"grpo.reward_settings.{name}", constant, "above 0")
-    for name in ("clip_low", "clip_high", "kl_coef"):
+    for name in ("clip_low", "clip_high", "ratio_cap", "kl_coef", "entropy_coef", "correction_cap"):
         own = getattr(c.grpo, name)
         need(own is None or own >= 0, f"grpo.{name}", own, "0 or more")
     need(0 <= c.data.bad_record_share <= 1, "data.bad_record_share", c.data.bad_record_share, "in [0, 1]")
@@ -445,8 +489,9 @@ def _check(c: Config) -> None:
         one_of(f"{name}.optimizer.name", stage.optimizer.name, ("adamw", "muon"))
         need(stage.optimizer.warmup_steps >= 0, f"{name}.optimizer.warmup_steps", stage.optimizer.warmup_steps, "0 or more")
         one_of(f"{name}.optimizer.schedule", stage.optimizer.schedule, ("constant", "cosine", "linear"))
-        whole = stage.batch_size % max(stage.micro_batches, 1) == 0
-        need(whole, f"{name}.batch_size", stage.batch_size, f"a multiple of micro_batches, {stage.micro_batches}")
+        parts = stage.micro_batches * (c.grpo.minibatches if name == "grpo" else 1)
+        right = f"a multiple of micro_batches{' * minibatches' if name == 'grpo' else ''}, {parts}"
+        need(stage.batch_size % parts == 0, f"{name}.batch_size", stage.batch_size, right)
     for head, sources in (("sft", c.sft.sources), ("grpo", c.grpo.sources), ("eval", c.eval.sources)):
         for name, source in sources.items():
             path = f"{head}.sources.{name}"

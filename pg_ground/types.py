@@ -149,3 +149,5 @@ class TrainState(NamedTuple):
     params: Any
     opt: Any
     """State of the optax chain."""
+    kl_coef: Float[Array, ""] | float = 0.0
+    """Weight of the KL to the reference policy, where it is steered."""

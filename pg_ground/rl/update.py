@@ -1,17 +1,18 @@
 """One step of learning: from a batch to a new `TrainState`. Supervised and reinforced steps are siblings."""
 
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Float
+from jaxtyping import Bool, Float, PRNGKeyArray
 
 from pg_ground.params import join
-from pg_ground.rl.loss import Algorithm, PolicyTerms, policy_loss, target_logps
+from pg_ground.rl.experience import Experience
+from pg_ground.rl.loss import Algorithm, Focus, PolicyTerms, Tokens, policy_loss, target_logps
 from pg_ground.types import Array, Batch, Rollout, TrainState
-from pg_ground.vocab import Vocab
+from pg_ground.vocab import EOS, Vocab
 
 Metrics = dict[str, Any]
 """float32 scalars by name."""
@@ -82,70 +83,105 @@ def sft_step(
     return _apply(state, grads, optimizer, state.step + 1), metrics | {"optim/grad_norm": optax.tree.norm(grads)}
 
 
+class _Part(NamedTuple):
+    """A part of an experience and what was computed of it before its update."""
+
+    experience: Experience
+    mask: Bool[Array, "B G T"]
+    weights: Float[Array, "B G T"]
+    share: Float[Array, "B G T"]
+    old_logps: Float[Array, "B G T"] | None
+    focus: Focus | None
+
+
 def grpo_step(
     state: TrainState,
     frozen: Any,
-    ref_params: Any,
-    batch: Batch,
-    rollout: Rollout,
-    advantages: Float[Array, "B G"],
+    experience: Experience,
+    key: PRNGKeyArray,
     *,
     model: Scorer,
     optimizer: optax.GradientTransformation,
     algorithm: Algorithm,
     temperature: float,
     micro_batches: int,
+    minibatches: int,
     updates: int,
+    kl_target: float = 0.0,
+    kl_horizon: int = 1,
 ) -> tuple[TrainState, Metrics]:
-    """Returns the state after `updates` policy-gradient updates on one rollout, and its metrics.
+    """Returns the state after `updates` · `minibatches` policy-gradient updates on one rollout, and its metrics.
 
     The first update starts at the policy that sampled, so its ratio is 1 and only its gradient acts; for later ones the old
-    log-probabilities are recomputed once by this same forward pass, never taken from the sampler. `ref_params` is read only if
-    the row's `kl_coef` is not 0; `frozen` has the parameters that both lack. Normalisers are those of the whole batch, whatever
-    the number of micro-batches.
+    log-probabilities are recomputed once by this same forward pass, never taken from the sampler. `frozen` has the parameters
+    that the state lacks. Each minibatch is one optimizer step and has its own normalisers, whatever the number of micro-batches.
+
+    Args:
+      key: of the tokens that a row chooses by lot.
+      kl_target: nats a token that `state.kl_coef` is steered to, over `kl_horizon` completions; 0 leaves it.
     """
-    weights = algorithm.average(rollout.mask)
-    share = rollout.mask / jnp.maximum(rollout.mask.sum(), 1)
 
     def score(params: Any, part: tuple[Batch, Rollout]) -> tuple[Array, Array]:
         b, r = part
         return model.completion_logps(join(frozen, params), b.image, b.prompt, b.prompt_mask, r.tokens, r.mask, temperature)
 
-    def fixed(params: Any) -> Float[Array, "B G T"]:
+    def fixed(params: Any, batch: Batch, rollout: Rollout) -> tuple[Array, Array]:
         parts = split((batch, rollout), micro_batches)
-        return unsplit(jax.lax.map(lambda part: score(params, part)[0], parts))
+        return jax.tree.map(unsplit, jax.lax.map(lambda part: score(params, part), parts))
 
-    ref_logps = fixed(ref_params) if algorithm.kl_coef else None
-    old_logps = fixed(state.params) if updates > 1 else None
+    row = algorithm._replace(kl_coef=state.kl_coef) if kl_target else algorithm
+    old_logps = fixed(state.params, *experience[:2])[0] if updates * minibatches > 1 else None
 
-    def loss(params: Any, part: Any) -> tuple[Array, tuple[Metrics, Metrics]]:
-        b, r, a, w, s, old, ref = part
+    def loss(params: Any, part: _Part) -> tuple[Array, tuple[Metrics, Metrics]]:
+        (b, r, a, ref), mask, weights, share, old, focus = part
         logps, entropy = score(params, (b, r))
-        terms: PolicyTerms = policy_loss(logps, jax.lax.stop_gradient(logps) if old is None else old, ref, a, r.mask, algorithm)
-        value = jnp.sum(terms.loss * w)
+        old = jax.lax.stop_gradient(logps) if old is None else old
+        terms: PolicyTerms = policy_loss(logps, old, ref, a, mask, row, focus, r.logps)
+        bonus = jnp.sum(entropy * share)
+        value = jnp.sum(terms.loss * weights) - row.entropy_coef * bonus
         means = {
             "policy/loss": value,
-            "policy/kl": jnp.sum(terms.kl * s),
-            "policy/entropy": jnp.sum(entropy * s),
-            "policy/clip_fraction": jnp.sum(terms.clipped * s),
+            "policy/kl": jnp.sum(terms.kl * share),
+            "policy/entropy": bonus,
+            "policy/clip_fraction": jnp.sum(terms.clipped * share),
+            "policy/correction": jnp.sum(terms.weight * share),
         }
         return value, (means, {"policy/logp_diff_max": jnp.max(jnp.abs(logps - r.logps) * r.mask)})
 
-    def one_update(state: TrainState, _: None) -> tuple[TrainState, Metrics]:
-        parts = (batch, rollout, advantages, weights, share, old_logps, ref_logps)
-        grads, metrics = accumulate(loss, state.params, parts, micro_batches)
+    def one_update(state: TrainState, given: tuple[Experience, Array | None, PRNGKeyArray]) -> tuple[TrainState, Metrics]:
+        experience, old, key = given
+        r = experience.rollout
+        mask = r.mask & ended(r)[..., None] if row.mask_unfinished else r.mask
+        focus = None
+        if row.focus is not None:
+            logps, entropy = fixed(state.params, *experience[:2])
+            focus = row.focus(Tokens(logps, entropy, experience.advantages, mask, key), row.focus_share)
+        part = _Part(experience, mask, row.average(mask), mask / jnp.maximum(mask.sum(), 1), old, focus)
+        grads, metrics = accumulate(loss, state.params, part, micro_batches)
         return _apply(state, grads, optimizer, state.step), metrics | {"optim/grad_norm": optax.tree.norm(grads)}
 
-    step = state.step
-    state, metrics = jax.lax.scan(one_update, state, length=updates)
-    first = metrics["policy/logp_diff_max"][0]
+    def once(state: TrainState, key: PRNGKeyArray) -> tuple[TrainState, Metrics]:
+        return jax.lax.scan(one_update, state, (*parts, jax.random.split(key, minibatches)))
+
+    step, parts = state.step, split((experience, old_logps), minibatches)
+    state, metrics = jax.lax.scan(once, state, jax.random.split(key, updates))
+    first = metrics["policy/logp_diff_max"][0, 0]
     metrics = {name: values.mean() for name, values in metrics.items()} | {"policy/logp_diff_max": first}
+    if kl_target:
+        metrics["policy/kl_coef"] = state.kl_coef
+        error = jnp.clip(metrics["policy/kl"] / kl_target - 1, -0.2, 0.2)
+        state = state._replace(kl_coef=state.kl_coef * (1 + error * experience.advantages.size / kl_horizon))
     return state._replace(step=step + 1), metrics
+
+
+def ended(rollout: Rollout) -> Bool[Array, "B G"]:
+    """Returns which completions end in EOS, and not because there was no more room."""
+    return jnp.any(rollout.mask & (rollout.tokens == EOS), axis=-1)
 
 
 def _apply(state: TrainState, grads: Any, optimizer: optax.GradientTransformation, step: Array) -> TrainState:
     updates, opt = optimizer.update(grads, state.opt, state.params)
-    return TrainState(step, optax.apply_updates(state.params, updates), opt)
+    return state._replace(step=step, params=optax.apply_updates(state.params, updates), opt=opt)
 
 
 def accumulate(loss: LossAndMetrics, params: Any, batch: Any, parts: int) -> tuple[Any, Metrics]:
