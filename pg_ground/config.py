@@ -7,6 +7,7 @@ take their own section, never the root.
 
 import dataclasses
 import difflib
+import math
 import operator
 import re
 import types
@@ -205,6 +206,16 @@ class RewardSettings:
 
 
 @dataclass(frozen=True)
+class Judging:
+    """How text rewards are run, beside the run."""
+
+    workers: int = 2  # processes that call them
+    timeout_s: float = 5.0  # seconds that one call may take; what it judges then scores 0
+    error_share: float = 0.05  # a run stops when more than this share of a reward's scores are errors
+    memory_bytes: int = 8 * 2**30  # address space that a process may use; 0 is no limit
+
+
+@dataclass(frozen=True)
 class Grpo:
     """Group-relative policy optimisation."""
 
@@ -221,6 +232,8 @@ class Grpo:
     clip_high: float | None = None
     kl_coef: float | None = None  # weight of KL(policy || reference policy); 0 needs no reference policy
     rewards: Mapping[str, float] = field(default_factory=lambda: {"iou": 1.0, "format": 0.2})  # weight 0: only measured
+    text_rewards: Mapping[str, float] = field(default_factory=dict)  # on the host, of text; weight 0: only measured
+    judging: Judging = field(default_factory=Judging)
     reward_settings: RewardSettings = field(default_factory=RewardSettings)
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-6))
     sources: Mapping[str, Source] = field(default_factory=dict)
@@ -400,13 +413,13 @@ def _check(c: Config) -> None:
         "grpo.updates_per_rollout", "grpo.max_new_tokens", "eval.examples", "eval.batch_size", "eval.max_new_tokens",
         "data.fetch.concurrency", "data.fetch.timeout_s", "data.fetch.max_bytes", "data.prompt_length",
         "data.suffix_length", "data.max_boxes", "log.every", "log.samples", "checkpoint.every",
-        "checkpoint.keep")  # fmt: skip
+        "checkpoint.keep", "grpo.judging.workers", "grpo.judging.timeout_s")  # fmt: skip
     for path in positive:
         value = operator.attrgetter(path)(c)
         need(value > 0, path, value, "above 0")
     zero_or_more = (
         "seed", "eval.every", "log.samples_every", "mesh.cpu_devices", "data.workers", "data.read_threads", "data.check_records",
-        "data.fetch.retries", "data.fetch.backoff_s")  # fmt: skip
+        "data.fetch.retries", "data.fetch.backoff_s", "grpo.judging.memory_bytes")  # fmt: skip
     for path in zero_or_more:
         value = operator.attrgetter(path)(c)
         need(value >= 0, path, value, "0 or more")
@@ -437,6 +450,9 @@ def _check(c: Config) -> None:
     need(c.sft.loc_smoothing_bins >= 0, "sft.loc_smoothing_bins", c.sft.loc_smoothing_bins, "0 or more")
     for name, constant in vars(c.grpo.reward_settings).items():
         need(constant > 0, f"grpo.reward_settings.{name}", constant, "above 0")
+    need(0 <= c.grpo.judging.error_share <= 1, "grpo.judging.error_share", c.grpo.judging.error_share, "in [0, 1]")
+    for name, weight in c.grpo.text_rewards.items():
+        need(math.isfinite(weight), f"grpo.text_rewards.{name}", weight, "a finite number")
     for name in ("clip_low", "clip_high", "kl_coef"):
         own = getattr(c.grpo, name)
         need(own is None or own >= 0, f"grpo.{name}", own, "0 or more")
