@@ -7,6 +7,7 @@ take their own section, never the root.
 
 import dataclasses
 import difflib
+import math
 import operator
 import re
 import types
@@ -210,6 +211,16 @@ Weight = float | tuple[float, float, int]
 
 
 @dataclass(frozen=True)
+class Judging:
+    """How text rewards are run, beside the run."""
+
+    workers: int = 2  # processes that call them
+    timeout_s: float = 5.0  # seconds that one call may take; what it judges then scores 0
+    error_share: float = 0.05  # a run stops when more than this share of a reward's scores are errors
+    memory_bytes: int = 8 * 2**30  # address space that a process may use; 0 is no limit
+
+
+@dataclass(frozen=True)
 class Grpo:
     """Group-relative policy optimisation."""
 
@@ -226,9 +237,7 @@ class Grpo:
     suppress: tuple[int, ...] = ()  # ids that are never drawn, beside the control ids
     resample: int = 0  # times that groups with equal rewards are replaced by fresh ones (DAPO's dynamic sampling)
     algorithm: str = "grpo"  # a row of pg_ground.rl.loss.ALGORITHMS
-    advantage: str | None = (
-        None  # instead of the row's own, a name in pg_ground.rl.loss.CHOICES; so are those down to off_policy_kl
-    )
+    advantage: str | None = None  # instead of the row's own: a name in pg_ground.rl.loss.CHOICES; so are the next ones
     ratio: str | None = None
     objective: str | None = None
     average: str | None = None
@@ -249,6 +258,9 @@ class Grpo:
     kl_target: float = 0.0  # nats a token that kl_coef is steered to (Ziegler et al. 2019, section 2.2); 0 leaves it fixed
     kl_horizon: int = 10_000  # completions over which it is
     rewards: Mapping[str, Weight] = field(default_factory=lambda: {"iou": 1.0, "format": 0.2})  # weight 0: only measured
+    text_rewards: Mapping[str, Weight] = field(default_factory=dict)  # of text, on the host: names, or file.py:function
+    rollout_parts: int = 1  # a batch is sampled in so many parts: text rewards judge one while the next is sampled
+    judging: Judging = field(default_factory=Judging)
     reward_settings: RewardSettings = field(default_factory=RewardSettings)
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-6))
     sources: Mapping[str, Source] = field(default_factory=dict)
@@ -439,14 +451,14 @@ def _check(c: Config) -> None:
         "grpo.kl_horizon", "eval.examples", "eval.batch_size", "eval.max_new_tokens",
         "data.fetch.concurrency", "data.fetch.timeout_s", "data.fetch.max_bytes", "data.prompt_length",
         "data.suffix_length", "data.max_boxes", "log.every", "log.samples", "checkpoint.every",
-        "checkpoint.keep")  # fmt: skip
+        "checkpoint.keep", "grpo.judging.workers", "grpo.judging.timeout_s", "grpo.rollout_parts")  # fmt: skip
     for path in positive:
         value = operator.attrgetter(path)(c)
         need(value > 0, path, value, "above 0")
     zero_or_more = (
         "grpo.top_k", "grpo.resample", "grpo.kl_target",
         "seed", "eval.every", "log.samples_every", "mesh.cpu_devices", "data.workers", "data.read_threads", "data.check_records",
-        "data.fetch.retries", "data.fetch.backoff_s")  # fmt: skip
+        "data.fetch.retries", "data.fetch.backoff_s", "grpo.judging.memory_bytes")  # fmt: skip
     for path in zero_or_more:
         value = operator.attrgetter(path)(c)
         need(value >= 0, path, value, "0 or more")
@@ -481,7 +493,18 @@ def _check(c: Config) -> None:
     need(c.sft.loc_smoothing_bins >= 0, "sft.loc_smoothing_bins", c.sft.loc_smoothing_bins, "0 or more")
     for name, constant in vars(c.grpo.reward_settings).items():
         need(constant > 0, f"grpo.reward_settings.{name}", constant, "above 0")
+<<<<<<< HEAD
     for name in ("clip_low", "clip_high", "ratio_cap", "kl_coef", "entropy_coef", "correction_cap"):
+=======
+    need(0 <= c.grpo.judging.error_share <= 1, "grpo.judging.error_share", c.grpo.judging.error_share, "in [0, 1]")
+    for table in ("rewards", "text_rewards"):
+        for name, weight in getattr(c.grpo, table).items():
+            ends = weight[:2] if isinstance(weight, tuple) else (weight,)
+            need(all(map(math.isfinite, ends)), f"grpo.{table}.{name}", weight, "finite")
+            steps = weight[2] if isinstance(weight, tuple) else 1
+            need(steps > 0, f"grpo.{table}.{name}", weight, "(from, to, steps) with steps above 0")
+    for name in ("clip_low", "clip_high", "kl_coef"):
+>>>>>>> c3b6df1ed7a7ffa7f91e6decd8526deab9ae94ee
         own = getattr(c.grpo, name)
         need(own is None or own >= 0, f"grpo.{name}", own, "0 or more")
     need(0 <= c.data.bad_record_share <= 1, "data.bad_record_share", c.data.bad_record_share, "in [0, 1]")
@@ -492,6 +515,8 @@ def _check(c: Config) -> None:
         parts = stage.micro_batches * (c.grpo.minibatches if name == "grpo" else 1)
         right = f"a multiple of micro_batches{' * minibatches' if name == 'grpo' else ''}, {parts}"
         need(stage.batch_size % parts == 0, f"{name}.batch_size", stage.batch_size, right)
+    whole = c.grpo.batch_size % c.grpo.rollout_parts == 0
+    need(whole, "grpo.batch_size", c.grpo.batch_size, f"a multiple of rollout_parts, {c.grpo.rollout_parts}")
     for head, sources in (("sft", c.sft.sources), ("grpo", c.grpo.sources), ("eval", c.eval.sources)):
         for name, source in sources.items():
             path = f"{head}.sources.{name}"
