@@ -493,9 +493,6 @@ def _check(c: Config) -> None:
     need(c.sft.loc_smoothing_bins >= 0, "sft.loc_smoothing_bins", c.sft.loc_smoothing_bins, "0 or more")
     for name, constant in vars(c.grpo.reward_settings).items():
         need(constant > 0, f"grpo.reward_settings.{name}", constant, "above 0")
-<<<<<<< HEAD
-    for name in ("clip_low", "clip_high", "ratio_cap", "kl_coef", "entropy_coef", "correction_cap"):
-=======
     need(0 <= c.grpo.judging.error_share <= 1, "grpo.judging.error_share", c.grpo.judging.error_share, "in [0, 1]")
     for table in ("rewards", "text_rewards"):
         for name, weight in getattr(c.grpo, table).items():
@@ -503,8 +500,7 @@ def _check(c: Config) -> None:
             need(all(map(math.isfinite, ends)), f"grpo.{table}.{name}", weight, "finite")
             steps = weight[2] if isinstance(weight, tuple) else 1
             need(steps > 0, f"grpo.{table}.{name}", weight, "(from, to, steps) with steps above 0")
-    for name in ("clip_low", "clip_high", "kl_coef"):
->>>>>>> c3b6df1ed7a7ffa7f91e6decd8526deab9ae94ee
+    for name in ("clip_low", "clip_high", "ratio_cap", "kl_coef", "entropy_coef", "correction_cap"):
         own = getattr(c.grpo, name)
         need(own is None or own >= 0, f"grpo.{name}", own, "0 or more")
     need(0 <= c.data.bad_record_share <= 1, "data.bad_record_share", c.data.bad_record_share, "in [0, 1]")

@@ -33,14 +33,15 @@ class Stopwatch:
         self.seconds: dict[str, float] = {}
 
     def lap(self, phase: str, value: Any, meanwhile: Callable[[], None] = lambda: None) -> Any:
-        """Returns `value` once it is computed, having noted the time since the last lap under `time/<phase>_s`.
+        """Returns `value` once it is computed, having added the time since the last lap to `time/<phase>_s`.
 
         `meanwhile` is called before waiting, and so while devices compute.
         """
         meanwhile()
         value = jax.block_until_ready(value)
         now = time.perf_counter()
-        self.seconds[f"time/{phase}_s"] = now - self._last
+        name = f"time/{phase}_s"
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
         self._last = now
         return value
 
@@ -59,6 +60,8 @@ class Diary:
     ):
         self.config, self.workdir, self.writer, self.checkpoints, self.bad = config, workdir, writer, checkpoints, bad
         self._measure = measure
+        self.resumed: Mapping[str, Any] = {}
+        """Record of the checkpoint that the run goes on from."""
         self._window: dict[str, list[float]] = {}
         self._lengths = {"sft": config.sft.steps, "grpo": config.grpo.steps}
 
@@ -68,6 +71,7 @@ class Diary:
 
     def open_with(self, record: Mapping[str, Any]) -> None:
         """Takes up the means and the bad records that had been gathered when a checkpoint was written."""
+        self.resumed = record
         self._window = {name: list(values) for name, values in record["window"].items()}
         self.bad.set_state(record["bad_records"])
 
@@ -89,8 +93,9 @@ class Diary:
         batches: Any,
         metrics: Mapping[str, float],
         pictures: Callable[[], Image.Image] | None = None,
+        also: Mapping[str, Any] | None = None,
     ) -> None:
-        """Writes whatever is due after a step of `stage`; `pictures` draws its rollouts."""
+        """Writes what is due after a step of `stage`; `pictures` draws its rollouts, `also` is part of its checkpoint's record."""
         c, done = self.config, int(state.step)
         step, last = self.offset(stage) + done, done == self._lengths[stage]
         for name, value in metrics.items():
@@ -113,6 +118,7 @@ class Diary:
                 "batches": batches.get_state(),
                 "window": self._window,
                 "bad_records": self.bad.get_state(),
+                **(also or {}),
             }
             self.checkpoints.save(step, state, record)
 

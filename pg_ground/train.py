@@ -18,18 +18,19 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from pg_ground import checkpoints, cli, draw, metrics, optim, sharding
-from pg_ground.config import Config
+from pg_ground.config import Config, Grpo
 from pg_ground.data import pipeline
 from pg_ground.diary import Diary, Stopwatch, claim
 from pg_ground.evaluate import answerer, check_vocabulary, evaluate, held_out
 from pg_ground.model import PaliGemma, weights
 from pg_ground.params import flatten, is_adapter, join, lr_factors, pick, unflatten
 from pg_ground.report import Table, ascii_table
-from pg_ground.rl import loss, rewards, update
-from pg_ground.rl.rollout import sample
+from pg_ground.rl import experience, loss, rewards, update
+from pg_ground.rl.experience import Experience, Sampled, weights_at
+from pg_ground.sampler import Sampler, device_rewards, text_judges
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.tokenizer import load as load_tokenizer
-from pg_ground.types import Answer, Batch, Rewards, Rollout, TrainState, UserError
+from pg_ground.types import TrainState, UserError
 
 
 class Run(NamedTuple):
@@ -73,39 +74,48 @@ def sft(run: Run, state: TrainState, batches: Any) -> TrainState:
 
 def grpo(run: Run, state: TrainState, batches: Any) -> TrainState:
     """Returns the state at the end of the reinforced stage."""
-    c, vocab = run.config.grpo, run.tokenizer.vocab
-    algorithm = loss.choose(c)
-    ref_params = reference(run, state) if algorithm.kl_coef else None
+    c, row = run.config.grpo, loss.choose(run.config.grpo)
+    ref_params = reference(run, state) if looks_at_reference(c) else None
 
-    def roll(params: Any, frozen: Any, batch: Batch, key: jax.Array) -> Rollout:
-        inputs = (batch.image, batch.prompt, batch.prompt_mask)
-        return sample(run.model, join(frozen, params), *inputs, key, c.group_size, c.max_new_tokens, c.temperature, c.top_p)
-
-    def judge(rollout: Rollout, batch: Batch) -> tuple[Answer, Rewards, Any, dict[str, Any]]:
-        answer = rewards.read_answer(rollout.tokens, rollout.mask, batch.gold.asks, batch.gold.names, vocab)
-        judged = rewards.score(answer, batch, c.rewards, c.reward_settings)
-        return answer, judged, algorithm.advantage(judged.total), rewards.measures(rollout, answer, judged)
+    def compare(
+        sampled: Sampled, frozen: Any, ref_params: Any, weights: dict[str, Any], kl_coef: Any
+    ) -> tuple[Experience, dict[str, Any]]:
+        kl_coef, parts = kl_coef if c.kl_target else row.kl_coef, c.micro_batches * c.minibatches
+        ref_logps = None
+        if ref_params is not None:
+            given = (sampled.batch, sampled.rollout, c.temperature, parts)
+            ref_logps = update.logps_of(run.model, join(frozen, ref_params), *given)[0]
+        measures = rewards.measures(sampled.rollout, sampled.answer, sampled.rewards, weights)
+        return experience.compare(sampled, ref_logps, weights, kl_coef, row, c.advantage_epsilon), measures
 
     learn = partial(
         update.grpo_step,
         model=run.model,
         optimizer=optimizer_of(run, "grpo"),
-        algorithm=algorithm,
+        algorithm=row,
         temperature=c.temperature,
         micro_batches=c.micro_batches,
+        minibatches=c.minibatches,
         updates=c.updates_per_rollout,
+        kl_target=c.kl_target,
+        kl_horizon=c.kl_horizon,
     )
-    roll, judge = jax.jit(roll), jax.jit(judge)
+    compare = jax.jit(compare)
     learn = jax.jit(learn, donate_argnums=0, out_shardings=(sharding.fsdp(run.mesh, state), None))
     key = jax.random.key(run.config.seed)
-    for step in range(int(state.step), c.steps):
-        watch = Stopwatch()
-        batch = watch.lap("data", next(batches))
-        rollout = watch.lap("rollout", roll(state.params, run.frozen, batch, jax.random.fold_in(key, step)), batches.prepare)
-        answer, judged, advantages, seen = watch.lap("score", judge(rollout, batch))
-        state, updated = watch.lap("update", learn(state, run.frozen, ref_params, batch, rollout, advantages))
-        pictures = partial(rollout_pictures, run, batch, rollout, answer, judged)
-        run.diary.keep("grpo", state, batches, measured(run, "grpo", state, seen | updated, watch), pictures)
+    with text_judges(c) as workers:
+        workers.set_state(run.diary.resumed.get("judges", workers.get_state()))
+        sampler = Sampler(c, run.model, run.frozen, run.tokenizer, row.advantage, workers)
+        for step in range(int(state.step), c.steps):
+            watch, own_key = Stopwatch(), jax.random.fold_in(key, step)
+            weights = weights_at(dict(c.rewards) | dict(c.text_rewards), step)
+            sampled, drawn = sampler(state.params, batches.__next__, own_key, weights, watch, batches.prepare)
+            learned_from, seen = watch.lap("score", compare(sampled, run.frozen, ref_params, weights, state.kl_coef))
+            state, updated = watch.lap("update", learn(state, run.frozen, learned_from, own_key))
+            errors = {f"reward/errors/{name}": count for name, count in workers.errors().items()}
+            found = measured(run, "grpo", state, seen | updated | drawn | errors, watch)
+            pictures = partial(rollout_pictures, run, sampled)
+            run.diary.keep("grpo", state, batches, found, pictures, {"judges": workers.get_state()})
     return state
 
 
@@ -220,10 +230,16 @@ def size_line(run: Run, trained: weights.Like, frozen: weights.Like) -> str:
 def check(config: Config, mesh: Mesh) -> None:
     """Raises UserError for settings that do not fit the devices, the rewards or the algorithms there are."""
     loss.choose(config.grpo)
-    rewards.check_names(config.grpo.rewards)
+    device_rewards(config.grpo)
+    text_judges(config.grpo)
     for stage, c in (("sft", config.sft), ("grpo", config.grpo)):
         if stage in config.stages:
             sharding.check_rows(mesh, c.batch_size // c.micro_batches, f"{stage}.batch_size / micro_batches")
+    if "grpo" in config.stages:
+        c = config.grpo
+        parts = c.batch_size // (c.micro_batches * c.minibatches)
+        sharding.check_rows(mesh, parts, "grpo.batch_size / micro_batches / minibatches")
+        sharding.check_rows(mesh, c.batch_size // c.rollout_parts, "grpo.batch_size / rollout_parts")
     if config.eval.sources:
         sharding.check_rows(mesh, config.eval.batch_size, "eval.batch_size")
 
@@ -256,10 +272,15 @@ def open_stream(config: Config, stage: str, tokenizer: Tokenizer, bad: pipeline.
     )
 
 
+def updates_a_step(config: Config, stage: str) -> int:
+    """Returns how often the optimizer moves the parameters in one step of a stage."""
+    return config.grpo.updates_per_rollout * config.grpo.minibatches if stage == "grpo" else 1
+
+
 def optimizer_of(run: Run, stage: str) -> optax.GradientTransformation:
     """Returns the optimizer of a stage."""
     c = run.config.sft if stage == "sft" else run.config.grpo
-    updates = c.steps * (run.config.grpo.updates_per_rollout if stage == "grpo" else 1)
+    updates = c.steps * updates_a_step(run.config, stage)
     return optim.optimizer(c.optimizer, updates, run.factors)
 
 
@@ -267,16 +288,26 @@ def fresh_state(run: Run, stage: str, params: Any) -> TrainState:
     """Returns the state a stage starts from, spread over the mesh as `params` are."""
     init = optimizer_of(run, stage).init
     opt = jax.jit(init, out_shardings=sharding.fsdp(run.mesh, jax.eval_shape(init, params)))(params)
-    return TrainState(jax.device_put(jnp.int32(0), sharding.replicated(run.mesh)), params, opt)
+    kl_coef = loss.choose(run.config.grpo).kl_coef if stage == "grpo" else 0.0
+    step, kl_coef = jax.device_put((jnp.int32(0), jnp.float32(kl_coef)), sharding.replicated(run.mesh))
+    return TrainState(step, params, opt, kl_coef)
 
 
 def state_like(run: Run, stage: str, params: Any) -> TrainState:
     """Returns shapes, dtypes and places of a state of a stage, for a checkpoint to be read into."""
     like = TrainState(
-        cast(Any, jax.ShapeDtypeStruct((), jnp.int32)), params, jax.eval_shape(optimizer_of(run, stage).init, params)
+        cast(Any, jax.ShapeDtypeStruct((), jnp.int32)),
+        params,
+        jax.eval_shape(optimizer_of(run, stage).init, params),
+        cast(Any, jax.ShapeDtypeStruct((), jnp.float32)),
     )
     places = sharding.fsdp(run.mesh, like)
     return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like, places)
+
+
+def looks_at_reference(c: Grpo) -> bool:
+    """Returns whether there is a KL to the reference policy."""
+    return bool(loss.choose(c).kl_coef or c.kl_target)
 
 
 def reference(run: Run, state: TrainState) -> Any:
@@ -292,7 +323,7 @@ def measured(run: Run, stage: str, state: TrainState, found: dict[str, Any], wat
     """Returns the numbers of one step on the host: what it found, its learning rate, its times and rates."""
     c = run.config.sft if stage == "sft" else run.config.grpo
     group = run.config.grpo.group_size if stage == "grpo" else 1
-    mu = run.config.grpo.updates_per_rollout if stage == "grpo" else 1
+    mu = updates_a_step(run.config, stage)
     values = {name: float(value) for name, value in jax.device_get(found).items()}
     values["optim/lr"] = float(np.asarray(optim.schedule(c.optimizer, c.steps * mu)(int(state.step) * mu - 1)))
     seconds = sum(watch.seconds.values())
@@ -303,9 +334,9 @@ def measured(run: Run, stage: str, state: TrainState, found: dict[str, Any], wat
     return values | watch.seconds | {"time/step_s": seconds} | rates
 
 
-def rollout_pictures(run: Run, batch: Batch, rollout: Rollout, answer: Answer, judged: Rewards) -> Image.Image:
+def rollout_pictures(run: Run, sampled: Sampled) -> Image.Image:
     """Returns the first prompts of a step with gold and sampled answers drawn on their images."""
-    batch, rollout, answer, judged = jax.device_get((batch, rollout, answer, judged))
+    batch, rollout, answer, judged, _ = jax.device_get(sampled)
     panels = []
     for row in range(min(run.config.log.samples, len(batch.prompt))):
         prompt = run.tokenizer.decode(batch.prompt[row][batch.prompt_mask[row]].tolist())

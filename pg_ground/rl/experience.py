@@ -46,7 +46,9 @@ def weights_at(weights: Mapping[str, Weight], step: int) -> dict[str, float]:
     return {name: at(weight) for name, weight in weights.items()}
 
 
-def combine(parts: Mapping[str, Float[Array, "B G"]], weights: Mapping[str, Float[Array, ""]], counted: frozenset[str]) -> Rewards:
+def combine(
+    parts: Mapping[str, Float[Array, "B G"]], weights: Mapping[str, Float[Array, ""]], counted: frozenset[str]
+) -> Rewards:
     """Returns the parts and their weighted sum over those that apply; NaN where none of `counted` does.
 
     A part that is not counted is only measured: it makes no completion judged.

@@ -126,6 +126,11 @@ class Judges:
         self._errors: Counter[str] = Counter()
         self._first_error: dict[str, str] = {}
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The rewards, in order."""
+        return tuple(self._batched)
+
     def __enter__(self) -> Self:
         """Starts the workers, which import their rewards while the run does something else."""
         count = self._settings.workers if self._batched else 0

@@ -49,9 +49,9 @@ def sample(
 
     `temperature` 0 is greedy; it may be one for each completion of a group. `top_k` keeps that many of the likeliest tokens (0 is
     all), `top_p` of these the smallest set with at least that share of their probability (arXiv 1904.09751). `suppress` lists ids
-    that are never drawn. A completion ends with EOS and its row stays PAD from there; the loop ends when
-    every row has. `logps` are those of the whole softmax at `temperature` (at 1 when greedy), before `top_k`, `top_p` and `suppress`:
-    what `completion_logps` gives for the same tokens.
+    that are never drawn. A completion ends with EOS and its row stays PAD from there; the loop ends when every row has.
+    `logps` are those of the whole softmax at `temperature` (at 1 when greedy), before `top_k`, `top_p` and `suppress`: what
+    `completion_logps` gives for the same tokens.
     """
     cache, first = model.prefill(params, image, prompt, prompt_mask)
     shape = (prompt.shape[0], group_size, max_new_tokens)

@@ -121,20 +121,17 @@ def grpo_step(
       kl_target: nats a token that `state.kl_coef` is steered to, over `kl_horizon` completions; 0 leaves it.
     """
 
-    def score(params: Any, part: tuple[Batch, Rollout]) -> tuple[Array, Array]:
-        b, r = part
-        return model.completion_logps(join(frozen, params), b.image, b.prompt, b.prompt_mask, r.tokens, r.mask, temperature)
-
-    def fixed(params: Any, batch: Batch, rollout: Rollout) -> tuple[Array, Array]:
-        parts = split((batch, rollout), micro_batches)
-        return jax.tree.map(unsplit, jax.lax.map(lambda part: score(params, part), parts))
+    def fixed(params: Any, experience: Experience, parts: int) -> tuple[Array, Array]:
+        return logps_of(model, join(frozen, params), experience.batch, experience.rollout, temperature, parts)
 
     row = algorithm._replace(kl_coef=state.kl_coef) if kl_target else algorithm
-    old_logps = fixed(state.params, *experience[:2])[0] if updates * minibatches > 1 else None
+    old_logps = None
+    if updates * minibatches > 1:
+        old_logps = fixed(state.params, experience, micro_batches * minibatches)[0]
 
     def loss(params: Any, part: _Part) -> tuple[Array, tuple[Metrics, Metrics]]:
-        (b, r, a, ref), mask, weights, share, old, focus = part
-        logps, entropy = score(params, (b, r))
+        (_, r, a, ref), mask, weights, share, old, focus = part
+        logps, entropy = fixed(params, part.experience, 1)
         old = jax.lax.stop_gradient(logps) if old is None else old
         terms: PolicyTerms = policy_loss(logps, old, ref, a, mask, row, focus, r.logps)
         bonus = jnp.sum(entropy * share)
@@ -154,7 +151,7 @@ def grpo_step(
         mask = r.mask & ended(r)[..., None] if row.mask_unfinished else r.mask
         focus = None
         if row.focus is not None:
-            logps, entropy = fixed(state.params, *experience[:2])
+            logps, entropy = fixed(state.params, experience, micro_batches)
             focus = row.focus(Tokens(logps, entropy, experience.advantages, mask, key), row.focus_share)
         part = _Part(experience, mask, row.average(mask), mask / jnp.maximum(mask.sum(), 1), old, focus)
         grads, metrics = accumulate(loss, state.params, part, micro_batches)
@@ -172,6 +169,20 @@ def grpo_step(
         error = jnp.clip(metrics["policy/kl"] / kl_target - 1, -0.2, 0.2)
         state = state._replace(kl_coef=state.kl_coef * (1 + error * experience.advantages.size / kl_horizon))
     return state._replace(step=step + 1), metrics
+
+
+def logps_of(
+    model: Scorer, params: Any, batch: Batch, rollout: Rollout, temperature: float, parts: int
+) -> tuple[Float[Array, "B G T"], Float[Array, "B G T"]]:
+    """Returns log-probabilities and entropies (nats) of the tokens of a rollout, worked through in `parts` parts."""
+
+    def score(part: tuple[Batch, Rollout]) -> tuple[Array, Array]:
+        b, r = part
+        return model.completion_logps(params, b.image, b.prompt, b.prompt_mask, r.tokens, r.mask, temperature)
+
+    if parts == 1:
+        return score((batch, rollout))
+    return jax.tree.map(unsplit, jax.lax.map(score, split((batch, rollout), parts)))
 
 
 def ended(rollout: Rollout) -> Bool[Array, "B G"]:

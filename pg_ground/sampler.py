@@ -1,0 +1,189 @@
+"""The first half of a reinforced step: groups of completions, drawn by the devices and judged there and by workers for text."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pg_ground.config import Grpo
+from pg_ground.diary import Stopwatch
+from pg_ground.model import PaliGemma
+from pg_ground.params import join
+from pg_ground.rl import experience, judges, rewards, update
+from pg_ground.rl.advantages import Advantage, over_greedy
+from pg_ground.rl.experience import Sampled
+from pg_ground.rl.rollout import sample
+from pg_ground.rl.text_rewards import TEXT_REWARDS, TextExample
+from pg_ground.tokenizer import Tokenizer
+from pg_ground.types import BOXES, POINTS, Batch, Rollout, UserError
+from pg_ground.vocab import CONTROL
+
+ASKS = {BOXES: "boxes", POINTS: "points"}
+
+
+def text_judges(c: Grpo) -> judges.Judges:
+    """Returns the workers for the rewards of text that `c` names; none are started yet.
+
+    Raises:
+      UserError: a reward that does not exist or cannot be loaded.
+    """
+    users = [name for name in c.rewards if ".py:" in name and judges.load_reward(name).kind == "text"]
+    return judges.Judges({name: name for name in (*c.text_rewards, *users)}, TEXT_REWARDS, c.judging)
+
+
+def device_rewards(c: Grpo) -> dict[str, rewards.Reward]:
+    """Returns the rewards on token ids that `c` names: the package's own, and those of a user's files.
+
+    Raises:
+      UserError: one of them does not exist or cannot be loaded, or none of all rewards has a weight.
+    """
+    found = {}
+    for name in c.rewards:
+        if ".py:" in name:
+            given = judges.load_reward(name)
+            if given.kind == "device":
+                found[name] = given.function
+        else:
+            found[name] = rewards.by_name(name)
+    if not weighted(c):
+        every = dict(c.rewards) | dict(c.text_rewards)
+        raise UserError(f"config.grpo.rewards and text_rewards are {every}: at least one needs a weight other than 0")
+    return found
+
+
+def weighted(c: Grpo) -> frozenset[str]:
+    """Returns the rewards that have a weight at some step, and so a say in what is learned."""
+    every = dict(c.rewards) | dict(c.text_rewards)
+    return frozenset(name for name, w in every.items() if (any(w[:2]) if isinstance(w, tuple) else w))
+
+
+class Sampler:
+    """Draws `group_size` completions of each prompt and judges them. Programs are compiled once, whatever is asked of them."""
+
+    def __init__(
+        self, c: Grpo, model: PaliGemma, frozen: Any, tokenizer: Tokenizer, advantage: Advantage, workers: judges.Judges
+    ):
+        self._c, self._frozen, self._tokenizer, self._workers = c, frozen, tokenizer, workers
+        greedy, counted, named = advantage is over_greedy, weighted(c), device_rewards(c)
+        temperature = [c.temperature] * c.group_size + [0.0] * greedy
+
+        def roll(params: Any, frozen: Any, batch: Batch, key: jax.Array) -> Rollout:
+            inputs = (batch.image, batch.prompt, batch.prompt_mask)
+            draw = (key, len(temperature), c.max_new_tokens, jnp.array(temperature), c.top_p, c.top_k, CONTROL + c.suppress)
+            return sample(model, join(frozen, params), *inputs, *draw)
+
+        def judge(rollout: Rollout, batch: Batch, told: dict[str, jax.Array], weights: dict[str, jax.Array]) -> Sampled:
+            gold = batch.gold
+            answer = rewards.read_answer(rollout.tokens, rollout.mask, gold.asks, gold.names, tokenizer.vocab)
+            parts = {name: reward(answer, batch, c.reward_settings) for name, reward in named.items()} | told
+            judged = experience.combine(parts, weights, counted)
+            if greedy:
+                return experience.without_greedy(rollout, answer, judged, batch)
+            return Sampled(batch, rollout, answer, judged, None)
+
+        def put_together(parts: tuple[Any, ...]) -> Any:
+            return jax.tree.map(lambda *rows: update.unsplit(jnp.stack(rows)), *parts)
+
+        self._roll, self._judge, self._refill = jax.jit(roll), jax.jit(judge), jax.jit(experience.refill)
+        self._split = jax.jit(lambda batch: update.split(batch, c.rollout_parts))
+        self._put_together = jax.jit(put_together)
+
+    def __call__(
+        self,
+        params: Any,
+        next_batch: Callable[[], Batch],
+        key: jax.Array,
+        weights: Mapping[str, float],
+        watch: Stopwatch,
+        meanwhile: Callable[[], None] = lambda: None,
+    ) -> tuple[Sampled, dict[str, float]]:
+        """Returns judged groups, and how often fresh ones were drawn for those without spread.
+
+        Args:
+          weights: of the rewards at this step.
+          meanwhile: called while the devices sample.
+        """
+        sampled = self._draw(params, next_batch, key, weights, watch, meanwhile)
+        seen: dict[str, float] = {}
+        for again in range(1, self._c.resample + 1):
+            lacking = int((~experience.has_spread(sampled)).sum())
+            seen.setdefault("group/without_spread", lacking / len(sampled.batch.prompt))
+            if not lacking:
+                break
+            fresh = self._draw(params, next_batch, jax.random.fold_in(key, again), weights, watch, meanwhile)
+            sampled = self._refill(sampled, fresh)
+            seen["group/resampled"] = float(again)
+        return sampled, seen | ({"group/resampled": 0.0} if self._c.resample and "group/resampled" not in seen else {})
+
+    def _draw(
+        self,
+        params: Any,
+        next_batch: Callable[[], Batch],
+        key: jax.Array,
+        weights: Mapping[str, float],
+        watch: Stopwatch,
+        meanwhile: Callable[[], None],
+    ) -> Sampled:
+        batch = watch.lap("data", next_batch())
+        count = self._c.rollout_parts
+        if count == 1:
+            parts, keys = [batch], [key]
+        else:
+            whole = self._split(batch)
+            parts = [jax.tree.map(lambda leaf, i=i: leaf[i], whole) for i in range(count)]
+            keys = [jax.random.fold_in(key, 1_000 + i) for i in range(count)]
+        rollouts = [self._roll(params, self._frozen, part, own) for part, own in zip(parts, keys, strict=True)]
+        meanwhile()
+        told = self._told(parts, rollouts)  # the first part is judged while the devices sample the second
+        rollout = watch.lap("rollout", rollouts[0] if count == 1 else self._put_together(tuple(rollouts)))
+        scores = {name: np.concatenate([part.result().scores[name] for part in told]) for name in self._workers.names}
+        shape = (count, len(parts[0].prompt), -1)
+        texts = {name: update.unsplit(jnp.asarray(values.reshape(shape))) for name, values in scores.items()}
+        judged = self._judge(rollout, batch, texts, {name: jnp.float32(weight) for name, weight in weights.items()})
+        self._workers.check()
+        return watch.lap("score", judged)
+
+    def _told(self, parts: list[Batch], rollouts: list[Rollout]) -> list[judges.Pending]:
+        """Returns what the judges of text will say about each part, handed over as soon as it is there."""
+        if not self._workers.names:
+            return []
+        return [
+            self._workers.submit(*texts_of(jax.device_get(part), jax.device_get(rollout), self._tokenizer))
+            for part, rollout in zip(parts, rollouts, strict=True)
+        ]
+
+
+def texts_of(batch: Batch, rollout: Rollout, tokenizer: Tokenizer) -> tuple[list[str], list[TextExample]]:
+    """Returns every completion as text, prompt by prompt, and beside each the question it answers."""
+    completions, examples = [], []
+    for row in range(len(batch.prompt)):
+        question = question_of(batch, row, tokenizer)
+        for tokens, mask in zip(rollout.tokens[row], rollout.mask[row], strict=True):
+            completions.append(tokenizer.decode(tokens.tolist()))
+            examples.append(question._replace(length=int(mask.sum())))
+    return completions, examples
+
+
+def question_of(batch: Batch, row: int, tokenizer: Tokenizer) -> TextExample:
+    """Returns a question of a batch (on the host) as a text reward sees it, with length 0."""
+    width, height = (int(side) for side in batch.size[row])
+    gold = batch.gold
+    names = [tokenizer.decode(ids[ids != 0].tolist()).strip() for ids in gold.names[row]]
+    asks = ASKS.get(int(gold.asks[row]), "text")
+    boxes, points = gold.boxes, gold.points
+    labels = points.label[row][points.valid[row]] if asks == "points" else boxes.label[row][boxes.valid[row]]
+    return TextExample(
+        prompt=tokenizer.decode(batch.prompt[row][batch.prompt_mask[row]].tolist()).strip(),
+        gold=tokenizer.decode(batch.suffix[row][batch.suffix_mask[row]].tolist()),
+        boxes=tuple((float(x1 * width), float(y1 * height), float(x2 * width), float(y2 * height))
+                    for y1, x1, y2, x2 in boxes.yxyx[row][boxes.valid[row]]),
+        points=tuple((float(x * width), float(y * height)) for y, x in points.yx[row][points.valid[row]]),
+        labels=tuple(names[label] if 0 <= label < len(names) else "" for label in labels),
+        size=(width, height),
+        asks=asks,
+        source=str(int(batch.source[row])),
+        index=int(batch.index[row]),
+        length=0,
+    )  # fmt: skip
