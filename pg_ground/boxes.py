@@ -3,6 +3,9 @@
 Everything is elementwise float arithmetic over leading axes and runs inside `jit` or on numpy arrays alike.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -86,16 +89,40 @@ def gaussian_coverage(yxyx: Float[Array, "... 4"], gold: Float[Array, "... 4"], 
     return jnp.where(proper, jnp.exp(jnp.minimum(log_axis.sum(axis=-1), 0)), 0)
 
 
-def distance_gaussian(
-    yx: Float[Array, "... 2"], gold: Float[Array, "... 2"], size: Int[Array, "... 2"], sigma_px: float, max_size_px: float
-) -> Float[Array, "..."]:
-    """Returns exp(-d² / 2·sigma²) in [0, 1], d the distance in an image whose longer side has `max_size_px` pixels.
+def distance_px(yx: Float[Array, "... 2"], size: Int[Array, "... 2"], max_size_px: float) -> Float[Array, "..."]:
+    """Returns the length of (y, x) offsets in pixels of an image whose longer side has `max_size_px` of them.
 
-    `size` is (width, height) of the original image. synthetic-grounding's reward: sigma 100 px at 640 px.
+    `size` is (width, height) of the original image.
     """
     height_width = size[..., ::-1].astype(jnp.float32)
     scale = max_size_px * height_width / height_width.max(axis=-1, keepdims=True)
-    return jnp.exp(-0.5 * jnp.sum(jnp.square((yx - gold) * scale / sigma_px), axis=-1))
+    return jnp.sqrt(jnp.sum(jnp.square(yx * scale), axis=-1))
+
+
+def distance_gaussian(
+    yx: Float[Array, "... 2"],
+    gold: Float[Array, "... 2"],
+    size: Int[Array, "... 2"],
+    sigma_px: float | Float[Array, "..."],
+    max_size_px: float,
+) -> Float[Array, "..."]:
+    """Returns exp(-d² / 2·sigma²) in [0, 1], d and sigma in pixels of the image that `distance_px` measures in.
+
+    synthetic-grounding's reward: sigma 100 px at 640 px.
+    """
+    return jnp.exp(-0.5 * jnp.square(distance_px(yx - gold, size, max_size_px) / sigma_px))
+
+
+def contains(yxyx: Float[Array, "... 4"], yx: Float[Array, "... 2"]) -> Bool[Array, "..."]:
+    """Returns whether each point lies in its box or on an edge of it."""
+    return jnp.all((yx >= yxyx[..., :2]) & (yx <= yxyx[..., 2:]), axis=-1)
+
+
+def covers(mask: Bool[Array, "... M M"], yx: Float[Array, "... P 2"]) -> Bool[Array, "... P"]:
+    """Returns whether the cell that each point lies in is set, the cells being an even grid over the whole image."""
+    side = mask.shape[-1]
+    y, x = jnp.moveaxis(jnp.clip(jnp.floor(yx * side), 0, side - 1).astype(jnp.int32), -1, 0)
+    return jnp.take_along_axis(mask.reshape(*mask.shape[:-2], side * side), y * side + x, axis=-1)
 
 
 def matched_total(similarity: Float[Array, "P K"]) -> Float[Array, ""]:
@@ -122,3 +149,36 @@ def set_similarity(
     total = jax.vmap(matched_total)(flat).reshape(lead[:-2])
     count = predicted.sum(axis=-1) + gold.sum(axis=-1)
     return jnp.where(count == 0, 1.0, 2 * total / jnp.maximum(count, 1))
+
+
+class Detections(NamedTuple):
+    """What predicted boxes found, at N thresholds of IoU."""
+
+    number: Int[Array, "... N"]
+    """Gold boxes that have a match."""
+    found: Float[Array, "... N"]
+    """The weight of these."""
+    duplicates: Float[Array, "... N"]
+    """The weight of the matches beyond the first of each of them."""
+
+
+def detect(
+    iou: Float[Array, "... P K"],
+    may_match: Bool[Array, "... P K"],
+    weight: Float[Array, "... K"],
+    thresholds: Sequence[float],
+) -> Detections:
+    """Returns what is found when every prediction matches the gold box of largest IoU, if that is above the threshold.
+
+    Counted as in "Tuning computer vision models with task rewards" (arXiv 2302.08242): a prediction that matches nothing is not.
+    `may_match` is False where labels differ or a slot is unused; `weight` is that of each gold box.
+    """
+    iou = jnp.where(may_match, iou, 0)
+    first = jax.nn.one_hot(jnp.argmax(iou, axis=-1), iou.shape[-1], dtype=bool)
+    matches = jnp.sum(jnp.where(first, iou, 0)[..., None] > jnp.asarray(thresholds), axis=-3)  # [..., K, N]
+    hit = matches > 0
+    return Detections(
+        number=jnp.sum(hit, axis=-2),
+        found=jnp.sum(weight[..., None] * hit, axis=-2),
+        duplicates=jnp.sum(weight[..., None] * (matches - hit), axis=-2),
+    )

@@ -28,6 +28,9 @@ REMAT = ("none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_s
 RESIZES = ("antialias", "big_vision", "hugging_face")
 """Values of `data.resize`."""
 
+DISTANCE_UNITS = ("px", "diagonal", "box")
+"""Values of `grpo.reward_settings.distance_unit`."""
+
 
 @dataclass(frozen=True)
 class Vision:
@@ -129,6 +132,7 @@ class Source:
     box_format: str = "xyxy_px"  # {xyxy,yxyx,xywh,cxcywh}_{px,frac,percent,bin}
     points: str = ""  # dotted path to one point or a list of points, pairs or {x, y}; "" for none
     point_format: str = "xy_px"  # {xy,yx}_{px,frac,percent,bin}
+    mask: str = ""  # dotted path to the mask of each box or point: COCO polygons (px) or RLE, or an image; needs `data.mask_size`
     label: str = ""  # dotted path to the name of each box or point, one or a list; "" is `name` for all of them
     prompt: str = "detect {phrase}"  # template over the record's fields, without BOS and newline; or a Jinja file, NAME.jinja
     name: str = "{phrase}"  # what stands behind the loc tokens of an answer; "" for nothing
@@ -162,6 +166,7 @@ class Data:
     prompt_length: int = 32  # tokens, BOS and newline included
     suffix_length: int = 16  # tokens, EOS included
     max_boxes: int = 1  # gold boxes (or points) per question that a batch has room for
+    mask_size: int = 0  # cells along each side of a gold mask, over the whole image whatever its shape; 0 carries no masks
     bad_record_share: float = 0.1  # a run stops when more than this share of the records read cannot be used
     resize: str = "antialias"  # "antialias" (bilinear), "big_vision" (bilinear without, rounded down), "hugging_face" (bicubic)
     fetch: Fetch = field(default_factory=Fetch)
@@ -202,8 +207,15 @@ class RewardSettings:
     """Constants of the rewards that have any."""
 
     gaussian_alpha: float = 0.5  # sigma of gaussian_point and gaussian_coverage as a share of the box's sides
-    distance_sigma_px: float = 100.0  # sigma of distance_gaussian …
+    distance_unit: str = "px"  # one of DISTANCE_UNITS: what sigma of distance_gaussian is measured in
+    distance_sigma_px: float = 100.0  # "px": sigma …
     distance_max_size_px: float = 640.0  # … in an image scaled so that its longer side has this many pixels
+    distance_sigma_share: float = 0.125  # "diagonal" and "box": sigma as a share of the diagonal of the image or of the gold box
+    repetition_ngram: int = 8  # tokens; a list of different boxes repeats none of 8 while its names have at most 5 tokens
+    overlong_max_tokens: int = 0  # length from which overlong is -1; 0 is the room of a completion
+    overlong_cache_tokens: int = 4  # tokens before it over which overlong falls from 0
+    detection_normalise: bool = True  # whether detection is divided by the number of boxes, gold or predicted, the larger
+    detection_as_released: bool = False  # whether detection averages its thresholds as big_vision's code does, keys colliding
 
 
 Weight = float | tuple[float, float, int]
@@ -450,15 +462,19 @@ def _check(c: Config) -> None:
         "grpo.updates_per_rollout", "grpo.minibatches", "grpo.max_new_tokens", "grpo.advantage_epsilon",
         "grpo.kl_horizon", "eval.examples", "eval.batch_size", "eval.max_new_tokens",
         "data.fetch.concurrency", "data.fetch.timeout_s", "data.fetch.max_bytes", "data.prompt_length",
-        "data.suffix_length", "data.max_boxes", "log.every", "log.samples", "checkpoint.every",
-        "checkpoint.keep", "grpo.judging.workers", "grpo.judging.timeout_s", "grpo.rollout_parts")  # fmt: skip
+        "data.suffix_length", "data.max_boxes", "log.every", "log.samples", "checkpoint.every", "checkpoint.keep",
+        "grpo.judging.workers", "grpo.judging.timeout_s", "grpo.rollout_parts",
+        "grpo.reward_settings.gaussian_alpha", "grpo.reward_settings.distance_sigma_px",
+        "grpo.reward_settings.distance_max_size_px", "grpo.reward_settings.distance_sigma_share",
+        "grpo.reward_settings.repetition_ngram", "grpo.reward_settings.overlong_cache_tokens")  # fmt: skip
     for path in positive:
         value = operator.attrgetter(path)(c)
         need(value > 0, path, value, "above 0")
     zero_or_more = (
         "grpo.top_k", "grpo.resample", "grpo.kl_target",
         "seed", "eval.every", "log.samples_every", "mesh.cpu_devices", "data.workers", "data.read_threads", "data.check_records",
-        "data.fetch.retries", "data.fetch.backoff_s", "grpo.judging.memory_bytes")  # fmt: skip
+        "data.fetch.retries", "data.fetch.backoff_s", "data.mask_size", "grpo.judging.memory_bytes",
+        "grpo.reward_settings.overlong_max_tokens")  # fmt: skip
     for path in zero_or_more:
         value = operator.attrgetter(path)(c)
         need(value >= 0, path, value, "0 or more")
@@ -491,8 +507,7 @@ def _check(c: Config) -> None:
     need(c.eval.temperature > 0, "eval.temperature", c.eval.temperature, "above 0")
     need(0 <= c.sft.label_smoothing < 1, "sft.label_smoothing", c.sft.label_smoothing, "in [0, 1)")
     need(c.sft.loc_smoothing_bins >= 0, "sft.loc_smoothing_bins", c.sft.loc_smoothing_bins, "0 or more")
-    for name, constant in vars(c.grpo.reward_settings).items():
-        need(constant > 0, f"grpo.reward_settings.{name}", constant, "above 0")
+    one_of("grpo.reward_settings.distance_unit", c.grpo.reward_settings.distance_unit, DISTANCE_UNITS)
     need(0 <= c.grpo.judging.error_share <= 1, "grpo.judging.error_share", c.grpo.judging.error_share, "in [0, 1]")
     for table in ("rewards", "text_rewards"):
         for name, weight in getattr(c.grpo, table).items():

@@ -95,7 +95,7 @@ class Diary:
         pictures: Callable[[], Image.Image] | None = None,
         also: Mapping[str, Any] | None = None,
     ) -> None:
-        """Writes what is due after a step of `stage`; `pictures` draws its rollouts, `also` is part of its checkpoint's record."""
+        """Writes what is due after a step of `stage`; `pictures` draws its rollouts, `also` is for its checkpoint's record."""
         c, done = self.config, int(state.step)
         step, last = self.offset(stage) + done, done == self._lengths[stage]
         for name, value in metrics.items():

@@ -5,6 +5,7 @@ Axes, in every signature of the package:
     B prompts (one image each)    G completions of one prompt     L prefix text tokens     T completion tokens
     K boxes or points             C names in a question           W tokens of a name       S prefix length (image + text)
     H W pixels                    D width                         N heads                  V vocabulary
+    M cells of a mask's side
 
 Frames: `yxyx` and `yx` are fractions of the original image in [0, 1]; anything in pixels says `_px`.
 """
@@ -55,6 +56,8 @@ class Gold(NamedTuple):
     """BOXES, POINTS or TEXT: the kind of answer the question asks for."""
     names: Int[Array, "B C W"]
     """Token ids of the names an answer may use, PAD-padded; all PAD for a question whose answers carry no name."""
+    masks: Bool[Array, "B K M M"]
+    """Cells of the whole image that each object covers, slot by slot; all False for one without, M = 0 where none are carried."""
 
 
 class Example(NamedTuple):
@@ -69,6 +72,8 @@ class Example(NamedTuple):
     points: Points
     asks: int
     names: tuple[str, ...]
+    masks: Bool[np.ndarray, "K M M"]
+    """Of the objects asked for; empty where the source names none."""
     source: str
     """Name of the config entry it came from."""
     index: int
@@ -132,6 +137,9 @@ class Answer(NamedTuple):
     """The completion ends in EOS."""
     grammatical: Bool[Array, "B G"]
     """The whole completion is an answer of the asked kind: `<loc>x4 name ; …` or `<loc>x2 name ; …`, then EOS."""
+    tokens: Int[Array, "B G T"]
+    """The completion itself, as in `Rollout`."""
+    mask: Bool[Array, "B G T"]
 
 
 class Rewards(NamedTuple):

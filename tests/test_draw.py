@@ -34,6 +34,8 @@ def rollout(rewards, gold=(0.2, 0.2, 0.8, 0.8), asks=BOXES, sampled=None):
         stray=np.zeros((1, g), np.int32),
         finished=np.ones((1, g), bool),
         grammatical=np.ones((1, g), bool),
+        tokens=np.zeros((1, g, 1), np.int32),
+        mask=np.ones((1, g, 1), bool),
     )
     at = np.array([[gold]], np.float32)
     one = np.ones((1, 1), bool)
@@ -42,6 +44,7 @@ def rollout(rewards, gold=(0.2, 0.2, 0.8, 0.8), asks=BOXES, sampled=None):
         points=Points((at[..., :2] + at[..., 2:]) / 2, np.zeros((1, 1), np.int32), one & (asks == POINTS)),
         asks=np.array([asks]),
         names=np.zeros((1, 1, 2), np.int32),
+        masks=np.zeros((1, 1, 0, 0), bool),
     )
     nothing = np.zeros((1, 1), np.int32)
     batch = Batch(

@@ -18,7 +18,7 @@ def example(asks=BOXES, label=0, size=(200, 100), names=("cat",)):
         image=np.full((32, 32, 3), 90, np.uint8), size=size, prompt="detect <b>", suffix="<loc0001> cat",
         boxes=Boxes(np.array([[0.2, 0.25, 0.8, 0.75]], np.float32), slot, used),
         points=Points(np.array([[0.5, 0.5]], np.float32), slot, used & (asks == POINTS)),
-        asks=asks, names=names, source="toy", index=7,
+        asks=asks, names=names, masks=np.zeros((0, 0, 0), bool), source="toy", index=7,
     )  # fmt: skip
 
 

@@ -26,8 +26,12 @@ def judge_jitted(r: Rollout, batch: Batch) -> dict[str, jax.Array]:
     return {name: reward(answer, batch, SETTINGS) for name, reward in REWARDS.items()}
 
 
-FOR_BOXES = ("iou", "giou", "gaussian_point", "gaussian_coverage", "format", "count")
-FOR_POINTS = ("gaussian_point", "distance_gaussian", "format", "count")
+SHAPING = ("length", "repetition", "overlong")
+"""They judge a completion whatever was asked."""
+
+FOR_BOTH = ("gaussian_point", "label", "format", "count", "count_graded")
+FOR_BOXES = ("iou", "iou_squared", "giou", "gaussian_coverage", "detection", *FOR_BOTH)
+FOR_POINTS = ("distance_gaussian", "point_in_box", "point_in_mask", *FOR_BOTH)
 
 BOX = (100, 200, 500, 900)
 OTHER = (600, 50, 1000, 300)
@@ -230,7 +234,7 @@ def gold_batch(
             place[0, k], label[0, k], valid[0, k] = np.array(bins) / LOC_MAX, name, True
         return jnp.asarray(place), jnp.asarray(label), jnp.asarray(valid)
 
-    gold = Gold(Boxes(*slots(boxes, 4)), Points(*slots(list(points), 2)), jnp.array([asks]), name_ids(names))
+    gold = Gold(Boxes(*slots(boxes, 4)), Points(*slots(list(points), 2)), jnp.array([asks]), name_ids(names), masks)
     text, one = jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32)
     size = jnp.array([[640, 480]])
     return Batch(jnp.zeros((1, 2, 2, 3)), text, text > 0, text, text > 0, gold, size, one, one)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from pg_ground.config import Data, Fetch, Source, nearest
 from pg_ground.data.fetch import cached, is_url
+from pg_ground.data.masks import to_masks
 from pg_ground.data.records import BadRecord, FilePath, open_image
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.types import BOXES, POINTS, TEXT, Batch, Boxes, Example, Gold, Points, UserError
@@ -68,6 +69,7 @@ def to_example(
     element: int = 0,
     seed: int = 0,
     resize_by: str = "antialias",
+    mask_size: int = 0,
     fetch: Fetch | None = None,
 ) -> Example:
     """Returns the question that `record` holds, its image `image_size` pixels square.
@@ -80,22 +82,27 @@ def to_example(
       element: which element of the list that `source`'s paths go through with `[]`.
       seed: of the choice of `source.max_objects`, with `index`.
       resize_by: one of `config.RESIZES`.
+      mask_size: cells along each side of the objects' masks; 0 reads none.
       fetch: how images at http(s) addresses are had; None refuses them.
 
     Raises:
-      BadRecord: missing_field, missing_image, corrupt_image, bad_box, bad_point, bad_text, or empty.
+      BadRecord: missing_field, missing_image, corrupt_image, bad_box, bad_point, bad_mask, bad_text, or empty.
     """
     prompt, found = question(record, source, element)
-    image = open_image(image_at(record, source, element, fetch), root / source.image_root if root else None)
+    folder = root / source.image_root if root else None
+    image = open_image(image_at(record, source, element, fetch), folder)
     size = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
     yxyx, yx = to_yxyx(found.boxes, source.box_format, size), to_yx(found.points, source.point_format, size)
     asks = ASKS[source.asks]
     if asks == POINTS and source.boxes and len(yxyx) != len(yx):
         raise BadRecord("bad_box", f"{len(yxyx)} boxes for {len(yx)} points: each point needs the box it lies in")
     asked = yx if asks == POINTS else yxyx
+    masks = np.zeros((0, mask_size, mask_size), bool)
+    if source.mask and mask_size:
+        masks = to_masks(field_at(record, source.mask, element), len(asked), size, mask_size, folder)
     labels = found.labels or ("",) * len(asked)
     kept = choose(asked, labels, source.max_objects, (seed, index, element))
-    yxyx, yx = (rows[kept] if len(rows) == len(asked) else rows for rows in (yxyx, yx))
+    yxyx, yx, masks = (rows[kept] if len(rows) == len(asked) else rows for rows in (yxyx, yx, masks))
     labels = tuple(labels[i] for i in kept)
     names = tuple(dict.fromkeys(label for label in labels if label))
     label = np.array([names.index(label) if label else 0 for label in labels], np.int32)
@@ -109,6 +116,7 @@ def to_example(
         points=Points(yx, point_label, np.ones(len(yx), bool)),
         asks=asks if source.suffix == "loc" else TEXT,
         names=names,
+        masks=masks,
         source=source_name,
         index=index,
     )
@@ -197,7 +205,7 @@ def listed_by(source: Source) -> str:
     Raises:
       UserError: they go through several.
     """
-    paths = [source.image, source.image_sha256, source.phrase, source.boxes, source.points, source.label]
+    paths = [source.image, source.image_sha256, source.phrase, source.boxes, source.points, source.mask, source.label]
     for template in (source.prompt, source.name, source.suffix):
         paths += re.findall(r"\{([^{}]*)\}", template)
     lists = sorted({path.partition("[]")[0] for path in paths if "[]" in path})
@@ -379,6 +387,7 @@ def to_batch_row(example: Example, tokenizer: Tokenizer, data: Data, source_posi
         points=Points(*(_slots(x, data.max_boxes) for x in example.points)),
         asks=np.asarray(example.asks, np.int32),
         names=_name_ids(example.names, tokenizer, data),
+        masks=_slots(example.masks, data.max_boxes),
     )
     return Batch(
         image=example.image,

@@ -181,6 +181,7 @@ class Examples:
                 element=element,
                 seed=self._seed,
                 resize_by=self._data.resize,
+                mask_size=self._data.mask_size,
                 fetch=self._data.fetch,
             )
             check_room(example, self._data)

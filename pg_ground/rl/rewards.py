@@ -1,8 +1,8 @@
 """Completions read from their token ids, and judged, inside `jit`.
 
 A reward is a function `(Answer, Batch, RewardSettings) -> f32[B,G]`, NaN at questions it does not apply to. Sets of answers are
-matched one to one for the largest total similarity and score 2·Σ / (n_predicted + n_gold): a missing, a spurious and a
-duplicate answer all cost, and an improper box counts as a prediction with similarity 0.
+matched one to one, within names, for the largest total similarity and score 2·Σ / (n_predicted + n_gold): a missing, a spurious
+and a duplicate answer all cost, an improper box counts as a prediction with similarity 0, and nothing where nothing is scores 1.
 """
 
 from collections.abc import Callable, Mapping
@@ -81,6 +81,8 @@ def read_answer(
         stray=jnp.sum(jnp.where(is_box | is_point, 0, locs), axis=-1),
         finished=finished,
         grammatical=finished & (in_order | (asks == TEXT)[:, None]),
+        tokens=tokens,
+        mask=mask,
     )
 
 
@@ -101,6 +103,11 @@ def _first(
 def iou(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
     """Returns the matched IoU of predicted and gold boxes, in [0, 1]."""
     return _boxes_alike(answer, batch, boxes.iou)
+
+
+def iou_squared(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
+    """Returns the matched squared IoU of predicted and gold boxes, in [0, 1]: RLLaVA's grounding reward."""
+    return _boxes_alike(answer, batch, lambda a, b: jnp.square(boxes.iou(a, b)))
 
 
 def giou(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
@@ -127,24 +134,96 @@ def gaussian_point(answer: Answer, batch: Batch, settings: RewardSettings) -> Fl
 
     predicted, points = answer.boxes, answer.points
     by_box = _matched(alike(boxes.centre(predicted.yxyx), boxes.is_proper(predicted.yxyx)), predicted, gold)
-    by_point = _matched(alike(points.yx, points.valid), points, gold)
-    located = gold.valid.sum(axis=-1) == batch.gold.points.valid.sum(axis=-1)
-    by_point = jnp.where(located[:, None], by_point, jnp.nan)
-    asks = batch.gold.asks[:, None]
-    return jnp.where(asks == BOXES, by_box, jnp.where(asks == POINTS, by_point, jnp.nan))
+    by_point = _where_located(batch, _matched(alike(points.yx, points.valid), points, gold))
+    return jnp.where((batch.gold.asks == BOXES)[:, None], by_box, _only(POINTS, batch, by_point))
 
 
 def distance_gaussian(answer: Answer, batch: Batch, settings: RewardSettings) -> Float[Array, "B G"]:
-    """Returns the matched nearness of predicted and gold points in pixels of the scaled image, in [0, 1]."""
-    predicted, gold = answer.points, batch.gold.points
-    similarity = boxes.distance_gaussian(
-        predicted.yx[..., None, :],
-        gold.yx[:, None, None],
-        batch.size[:, None, None, None],
-        settings.distance_sigma_px,
-        settings.distance_max_size_px,
-    )
-    return _only(POINTS, batch, _matched(similarity, predicted, gold))
+    """Returns the matched nearness of predicted and gold points, in [0, 1].
+
+    synthetic-grounding's reward, where sigma is in pixels of the scaled image. A share of the image's diagonal is the same for
+    all sizes of images; a share of the gold box's diagonal (NaN where the annotation has none) for all sizes of objects.
+    """
+    predicted, gold, longer_px = answer.points, batch.gold.points, settings.distance_max_size_px
+    size = batch.size[:, None, None, None]
+    if settings.distance_unit == "px":
+        sigma_px = settings.distance_sigma_px
+    else:
+        by_box = settings.distance_unit == "box"
+        sides = jnp.maximum(boxes.sides(batch.gold.boxes.yxyx), boxes.ONE_BIN) if by_box else jnp.ones((1, 1, 2))
+        sigma_px = settings.distance_sigma_share * boxes.distance_px(sides[:, None, None], size, longer_px)
+    similarity = boxes.distance_gaussian(predicted.yx[..., None, :], gold.yx[:, None, None], size, sigma_px, longer_px)
+    reward = _only(POINTS, batch, _matched(similarity, predicted, gold))
+    return _where_located(batch, reward) if settings.distance_unit == "box" else reward
+
+
+def point_in_box(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
+    """Returns the matched share of points that lie in the boxes of their objects, edges included, in [0, 1].
+
+    NaN where the annotation has no box for each point.
+    """
+    predicted, gold = answer.points, batch.gold.boxes
+    inside = boxes.contains(gold.yxyx[:, None, None], predicted.yx[..., None, :]).astype(jnp.float32)
+    return _only(POINTS, batch, _where_located(batch, _matched(inside, predicted, gold)))
+
+
+def point_in_mask(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
+    """Returns the matched share of points that lie in a set cell of the masks of their objects, in [0, 1].
+
+    NaN where a point has no mask, and everywhere if `data.mask_size` is 0.
+    """
+    predicted, gold = answer.points, batch.gold
+    b, g, p = predicted.valid.shape
+    if not gold.masks.size:
+        return jnp.full((b, g), jnp.nan)
+    inside = boxes.covers(gold.masks, predicted.yx.reshape(b, 1, g * p, 2)).astype(jnp.float32)
+    similarity = jnp.moveaxis(inside.reshape(b, -1, g, p), 1, -1)
+    drawn = jnp.all(gold.masks.any(axis=(-1, -2)) | ~gold.points.valid, axis=-1)
+    return _only(POINTS, batch, jnp.where(drawn[:, None], _matched(similarity, predicted, gold.points), jnp.nan))
+
+
+def detection(answer: Answer, batch: Batch, settings: RewardSettings) -> Float[Array, "B G"]:
+    """Returns the boxes found, less 0.3 for each duplicate of one, over the number of boxes; in (-0.3, 1].
+
+    Mean over the IoU thresholds 0.5 to 0.95, after "Tuning computer vision models with task rewards" (arXiv 2302.08242), with one
+    weight for all names. The paper does not normalise: then it is in (-0.3·n_predicted, n_gold], and predictions that match
+    nothing cost nothing. Here the number of boxes is the larger of gold and predicted, so that these cost too.
+    """
+    predicted, gold = answer.boxes, batch.gold.boxes
+    may_match = _same_name(predicted, gold) & predicted.valid[..., None] & gold.valid[:, None, None]
+    overlap = boxes.iou(predicted.yxyx[..., None, :], gold.yxyx[:, None, None])
+    seen = boxes.detect(overlap, may_match, jnp.ones(gold.valid.shape)[:, None], DETECTION_THRESHOLDS)
+    shares = RELEASED_SHARES if settings.detection_as_released else (0.1,) * len(DETECTION_THRESHOLDS)
+    total = (seen.found - DUPLICATE_WEIGHT * seen.duplicates) @ jnp.array(shares)
+    most = jnp.maximum(predicted.valid.sum(axis=-1), gold.valid.sum(axis=-1)[:, None])
+    worth = total / jnp.maximum(most, 1) if settings.detection_normalise else total
+    return _only(BOXES, batch, jnp.where(most == 0, 1.0, worth))
+
+
+DETECTION_THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+DUPLICATE_WEIGHT = 0.3
+"""Of arXiv 2302.08242, as its released settings."""
+
+RELEASED_SHARES = (0.1, 0, 0.2, 0, 0.2, 0, 0, 0.3, 0, 0.2)
+"""Of the thresholds in big_vision's mean: it keeps results under the threshold's first decimal, where the last writer wins."""
+
+
+def label(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
+    """Returns the set similarity of the names alone, 2·Σ min(n_predicted, n_gold) / (n_predicted + n_gold), in [0, 1].
+
+    Σ is over names. Where a question has one name or none, every answer bears it, and this compares the numbers of answers.
+    """
+    names = jnp.arange(batch.gold.names.shape[1])
+
+    def alike(predicted: Boxes | Points, proper: Bool[Array, "B G P"], gold: Boxes | Points) -> Float[Array, "B G"]:
+        mine = jnp.sum((predicted.label[..., None] == names) & (predicted.valid & proper)[..., None], axis=-2)
+        theirs = jnp.sum((gold.label[..., None] == names) & gold.valid[..., None], axis=-2)
+        total = predicted.valid.sum(axis=-1) + gold.valid.sum(axis=-1)[:, None]
+        return jnp.where(total == 0, 1.0, 2 * jnp.minimum(mine, theirs[:, None]).sum(axis=-1) / jnp.maximum(total, 1))
+
+    by_box = alike(answer.boxes, boxes.is_proper(answer.boxes.yxyx), batch.gold.boxes)
+    by_point = alike(answer.points, answer.points.valid, batch.gold.points)
+    return jnp.where((batch.gold.asks == BOXES)[:, None], by_box, _only(POINTS, batch, by_point))
 
 
 def format(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
@@ -163,14 +242,56 @@ def count(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"
     return jnp.where((batch.gold.asks == TEXT)[:, None], jnp.nan, right)
 
 
+def count_graded(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
+    """Returns 1 / (1 + |n_predicted - n_gold|), in (0, 1], for answers of the asked kind."""
+    off = jnp.abs(_count(answer, batch) - _gold_count(batch)[:, None])
+    return jnp.where((batch.gold.asks == TEXT)[:, None], jnp.nan, 1 / (1 + off))
+
+
+def length(answer: Answer, _: Batch, __: RewardSettings) -> Float[Array, "B G"]:
+    """Returns the share of a completion's room that it leaves, 1 - tokens / T, in [0, 1]. EOS is a token."""
+    return 1 - answer.mask.mean(axis=-1)
+
+
+def repetition(answer: Answer, _: Batch, settings: RewardSettings) -> Float[Array, "B G"]:
+    """Returns minus the share of the completion's n-grams of tokens that occur earlier in it, in (-1, 0]; 0 if there are none."""
+    n, room = settings.repetition_ngram, answer.tokens.shape[-1]
+    starts = max(room - n + 1, 0)
+    equal = answer.tokens[..., :, None] == answer.tokens[..., None, :]
+    alike = jnp.ones((*answer.tokens.shape[:2], starts, starts), bool)
+    for k in range(min(n, room)):
+        alike &= equal[..., k : k + starts, k : k + starts]
+    again = jnp.any(alike & (jnp.arange(starts) < jnp.arange(starts)[:, None]), axis=-1)
+    whole = answer.mask[..., n - 1 :]
+    return 0 - jnp.sum(again & whole, axis=-1) / jnp.maximum(whole.sum(axis=-1), 1)
+
+
+def overlong(answer: Answer, _: Batch, settings: RewardSettings) -> Float[Array, "B G"]:
+    """Returns DAPO's soft overlong punishment in tokens (arXiv 2503.14476, equation 13), in [-1, 0].
+
+    It falls from 0 to -1 over the last `overlong_cache_tokens` before the longest length that is wanted.
+    """
+    longest, cache = settings.overlong_max_tokens or answer.tokens.shape[-1], settings.overlong_cache_tokens
+    return jnp.clip((longest - cache - answer.mask.sum(axis=-1)) / cache, -1, 0)
+
+
 REWARDS: dict[str, Reward] = {
     "iou": iou,
+    "iou_squared": iou_squared,
     "giou": giou,
     "gaussian_point": gaussian_point,
     "gaussian_coverage": gaussian_coverage,
     "distance_gaussian": distance_gaussian,
+    "point_in_box": point_in_box,
+    "point_in_mask": point_in_mask,
+    "detection": detection,
+    "label": label,
     "format": format,
     "count": count,
+    "count_graded": count_graded,
+    "length": length,
+    "repetition": repetition,
+    "overlong": overlong,
 }
 
 
@@ -215,9 +336,19 @@ def _boxes_alike(answer: Answer, batch: Batch, similarity: Callable[[Array, Arra
     return _only(BOXES, batch, _matched(jnp.where(boxes.is_proper(predicted.yxyx)[..., None], alike, 0), predicted, gold))
 
 
+def _same_name(predicted: Boxes | Points, gold: Boxes | Points) -> Bool[Array, "B G P K"]:
+    return predicted.label[..., None] == gold.label[:, None, None]
+
+
 def _matched(similarity: Float[Array, "B G P K"], predicted: Boxes | Points, gold: Boxes | Points) -> Float[Array, "B G"]:
-    same = predicted.label[..., None] == gold.label[:, None, None]
-    return boxes.set_similarity(jnp.where(same, similarity, 0), predicted.valid, gold.valid[:, None])
+    within_name = jnp.where(_same_name(predicted, gold), similarity, 0)
+    return boxes.set_similarity(within_name, predicted.valid, gold.valid[:, None])
+
+
+def _where_located(batch: Batch, reward: Float[Array, "B G"]) -> Float[Array, "B G"]:
+    """Returns `reward`, NaN where the points have no boxes of the objects they lie on."""
+    located = batch.gold.boxes.valid.sum(axis=-1) == batch.gold.points.valid.sum(axis=-1)
+    return jnp.where(located[:, None], reward, jnp.nan)
 
 
 def _only(kind: int, batch: Batch, reward: Float[Array, "B G"]) -> Float[Array, "B G"]:

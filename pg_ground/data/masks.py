@@ -1,0 +1,107 @@
+"""Masks of objects, as annotations give them: polygons, run lengths or images → cells of a square grid over the whole image."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+from PIL import Image, ImageDraw
+
+from pg_ground.data.records import BadRecord, FilePath, load_image
+
+MOST_PIXELS = 2**28
+"""Of a mask given as run lengths: a few numbers may claim any size."""
+
+
+def to_masks(value: Any, count: int, size: tuple[int, int], cells: int, root: FilePath | None) -> Bool[np.ndarray, "K M M"]:
+    """Returns the masks of `count` objects: `cells` along each side of the whole image, True where half of a cell is covered.
+
+    An object that covers half of no cell has all those that it touches. `value` is a mask or a list of them, each one of COCO's
+    polygons [x1, y1, x2, y2, …] in pixels or a list of such, COCO's run lengths {counts, size}, compressed or not, or what
+    `open_image` takes, where everything but black is the object. For one object, a list of polygons is its own.
+
+    Args:
+      size: width and height of the image in pixels.
+      root: folder that names of image files are relative to.
+
+    Raises:
+      BadRecord: bad_mask.
+    """
+    each = value if _is_one_for_each(value, count) else [value]
+    if len(each) != count:
+        raise BadRecord("bad_mask", f"{len(each)} masks for {count} objects")
+    return np.array([_cells(_pixels(one, size, root), cells) for one in each], bool).reshape(count, cells, cells)
+
+
+def _is_one_for_each(value: Any, count: int) -> bool:
+    if not isinstance(value, list) or _is_polygon(value):
+        return isinstance(value, list) and not value
+    return count != 1 or not all(map(_is_polygon, value))
+
+
+def _is_polygon(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and not any(isinstance(x, list | Mapping | bytes | str) for x in value)
+
+
+def _cells(pixels: Bool[np.ndarray, "H W"], cells: int) -> Bool[np.ndarray, "M M"]:
+    if not pixels.any():
+        raise BadRecord("bad_mask", "the mask covers nothing of the image")
+    covered = np.asarray(Image.fromarray(pixels.astype(np.float32)).resize((cells, cells), Image.Resampling.BOX))
+    return covered >= 0.5 if (covered >= 0.5).any() else covered > 0
+
+
+def _pixels(value: Any, size: tuple[int, int], root: FilePath | None) -> Bool[np.ndarray, "H W"]:
+    if isinstance(value, list):
+        return _filled([value] if _is_polygon(value) else value, size)
+    if isinstance(value, Mapping) and "counts" in value:
+        return _run(value)
+    try:
+        return load_image(value, root).any(axis=-1)
+    except BadRecord as bad:
+        raise BadRecord("bad_mask", f"the mask is no image: {bad}") from None
+
+
+def _filled(polygons: Sequence[Any], size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
+    canvas = Image.new("1", size)
+    draw = ImageDraw.Draw(canvas)
+    for polygon in polygons:
+        try:
+            corners = np.array(polygon, np.float64).reshape(-1, 2)
+        except (TypeError, ValueError):
+            corners = np.zeros((0, 2))
+        if len(corners) < 3 or not np.isfinite(corners).all():
+            raise BadRecord("bad_mask", f"{polygon!r:.60} is no polygon [x1, y1, x2, y2, …] of three corners or more")
+        draw.polygon([(x, y) for x, y in np.clip(corners, 0, size)], fill=1)
+    return np.asarray(canvas)
+
+
+def _run(rle: Mapping[str, Any]) -> Bool[np.ndarray, "H W"]:
+    """Returns the pixels of COCO's run lengths, which go down the columns and begin with what is not the object.
+
+    Not by pycocotools: it returns whatever lay in memory where the counts end too early.
+    """
+    counts = rle["counts"]
+    try:
+        height, width = map(int, rle["size"])
+        runs = np.array(_unpacked(counts) if isinstance(counts, str | bytes) else counts, np.int64)
+        if not 0 < height * width <= MOST_PIXELS or runs.min() < 0 or runs.sum() != height * width:
+            raise ValueError(f"runs of {runs.sum()} pixels for {height} x {width}")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise BadRecord("bad_mask", f"{dict(rle)!r:.60} is not COCO's run lengths: {error}") from None
+    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
+
+
+def _unpacked(text: str | bytes) -> list[int]:
+    """Returns the run lengths in COCO's string: five bits a character, the lowest first, and differences from the third on."""
+    runs: list[int] = []
+    value, shift = 0, 0
+    for code in (byte - 48 for byte in (text.encode() if isinstance(text, str) else text)):
+        value |= (code & 31) << shift
+        shift += 5
+        if code & 32 and shift < 60:
+            continue
+        if code & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value, shift = 0, 0
+    return runs
