@@ -27,7 +27,7 @@ ROOMS = {
         *("synthetic", "records", "sampling", "tables", "hub", "arrayrecord", "tfds", "refer", "fetch"),
         *("sources", "examples", "pipeline"),
     ),
-    "rl": ("advantages", "loss", "rewards", "rollout", "update"),
+    "rl": ("advantages", "loss", "rewards", "grammars", "text_rewards", "rollout", "update"),
 }
 """Floor 2. In order: a module may import those before it in its own room; a room's `__init__` stands on top of it."""
 

@@ -50,8 +50,8 @@ _TAG = re.compile(r"(</?(?:think|answer)>)")
 def sections(text: str) -> Sections:
     """Returns thoughts and answer.
 
-    Text outside the tags, a second tag of a kind, or an empty answer makes the form "broken". A broken text's answer is inside its
-    only pair of answer tags, or else behind its thoughts; several answers are none.
+    Text outside the tags, a second tag of a kind, or an empty answer makes the form "broken". A broken text's answer is inside
+    its only pair of answer tags, or else behind its thoughts; several answers are none.
     """
     pieces = _TAG.split(text)
     between, tags = pieces[::2], pieces[1::2]
@@ -120,7 +120,7 @@ def dict_boxes(text: str) -> Places:
         strict &= isinstance(key, str | int) and isinstance(entries, list)
         for entry in entries if isinstance(entries, list) else [entries]:
             places.append(_place(entry, 4))
-            labels.append(str(key))
+            labels.append(key if isinstance(key, str) else f"{_number(key):.0f}")
     return Places(tuple(places), tuple(labels), (1.0,) * len(places), strict and all(map(is_proper, places)))
 
 
@@ -140,7 +140,7 @@ def list_boxes(text: str) -> Places:
     """
     cut = sections(text)
     places = tuple(_place([float(n) for n in found.groups() if n], 4) for found in _LIST.finditer(cut.answer))
-    strict = cut.form != "broken" and bool(_INTEGERS.fullmatch(cut.answer)) and is_proper(places[0])
+    strict = cut.form != "broken" and bool(_INTEGERS.fullmatch(cut.answer.strip())) and is_proper(places[0])
     return Places(places, ("",) * len(places), (1.0,) * len(places), strict)
 
 
@@ -174,7 +174,8 @@ def number(text: str) -> float:
     answer = sections(text).answer.strip().removesuffix(".").lower()
     if answer in _WORDS:
         return float(_WORDS.index(answer))
-    return float(answer.replace(",", "")) if _NUMBER.fullmatch(answer) else math.nan
+    value = float(answer.replace(",", "")) if _NUMBER.fullmatch(answer) else math.nan
+    return value if math.isfinite(value) else math.nan
 
 
 def last_boxed(text: str) -> str | None:
@@ -188,23 +189,31 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
+def think_boxed(text: str) -> bool:
+    r"""Returns whether the whole text is `<think>…</think>` and words with one `\boxed{…}` that holds something."""
+    pieces = _TAG.split(text)
+    if pieces[1::2] != ["<think>", "</think>"] or pieces[0]:
+        return False
+    return text.count(r"\boxed{") == 1 and bool((last_boxed(pieces[-1]) or "").strip())
+
+
+_NEAR, _FAR, _EYES = ("closer", "nearer"), ("farther", "further"), ("camera", "viewer")
+
 RELATIONS: dict[str, tuple[str, ...]] = {
     "left": ("left", "leftward", "leftwards"),
     "right": ("right", "rightward", "rightwards"),
     "above": ("above", "over", "on top of", "higher than", "up from"),
     "below": ("below", "under", "underneath", "beneath", "lower than", "down from"),
-    "in front of": ("in front", "before", "ahead of", "closer to camera", "closer to the camera", "nearer to the viewer"),
-    "behind": ("behind", "after", "in back of", "farther from camera", "farther from the camera", "further from the viewer"),
-    "closer": ("closer", "nearer", "more proximate", "less distant"),
-    "farther": ("farther", "further", "more distant", "less proximate"),
+    "in front of": ("in front", "before", "ahead of", *(f"{near} to {eye}" for near in _NEAR for eye in _EYES)),
+    "behind": ("behind", "after", "in back of", *(f"{far} from {eye}" for far in _FAR for eye in _EYES)),
+    "closer": (*_NEAR, "more proximate", "less distant"),
+    "farther": (*_FAR, "more distant", "less proximate"),
 }
-"""Ways to say each spatial relation (ReinforceSight's eight); the longest that fits counts."""
+"""Ways to say each spatial relation (ReinforceSight's eight), articles left out; the longest that fits counts."""
 
-_RELATION_OF = {phrase: relation for relation, phrases in RELATIONS.items() for phrase in phrases} | {
-    "nearer to viewer": "in front of",
-    "further from viewer": "behind",
-}
+_RELATION_OF = {phrase: relation for relation, phrases in RELATIONS.items() for phrase in phrases}
 _RELATION = re.compile(rf"\b(?:{'|'.join(sorted(_RELATION_OF, key=len, reverse=True))})\b")
+_THE = re.compile(r"\bthe\s+")
 _NEGATION = re.compile(r"\b(?:not|neither|nor|never|cannot)\b|n't\b")
 _OPTION = re.compile(r"\(([A-Fa-f])\)")
 _LETTER = re.compile(r"([A-F])(?:[.:)]\s.*|[.:)]?)", re.DOTALL)
@@ -213,7 +222,7 @@ _YES_NO = re.compile(r"\b(?:yes|no)\b")
 
 def relations(text: str) -> set[str]:
     """Returns the spatial relations that a text names."""
-    return {_RELATION_OF[phrase] for phrase in _RELATION.findall(text.lower())}
+    return {_RELATION_OF[phrase] for phrase in _RELATION.findall(_THE.sub("", text.lower()))}
 
 
 def choice(text: str) -> Choice:
