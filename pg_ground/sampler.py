@@ -77,8 +77,7 @@ class Sampler:
         def judge(rollout: Rollout, batch: Batch, told: dict[str, jax.Array], weights: dict[str, jax.Array]) -> Sampled:
             gold = batch.gold
             answer = rewards.read_answer(rollout.tokens, rollout.mask, gold.asks, gold.names, tokenizer.vocab)
-            parts = {name: reward(answer, batch, c.reward_settings) for name, reward in named.items()} | told
-            judged = experience.combine(parts, weights, counted)
+            judged = rewards.score(answer, batch, weights, c.reward_settings, named, told, counted)
             if greedy:
                 return experience.without_greedy(rollout, answer, judged, batch)
             return Sampled(batch, rollout, answer, judged, None)

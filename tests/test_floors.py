@@ -27,7 +27,10 @@ ROOMS = {
         *("synthetic", "records", "masks", "sampling", "tables", "hub", "arrayrecord", "tfds", "refer", "fetch"),
         *("sources", "examples", "pipeline"),
     ),
-    "rl": ("advantages", "loss", "rewards", "rollout", "update", "judge_worker", "judges"),
+    "rl": (
+        *("advantages", "loss", "rewards", "experience", "rollout", "update"),
+        *("grammars", "text_rewards", "judge_worker", "judges"),
+    ),
 }
 """Floor 2. In order: a module may import those before it in its own room; a room's `__init__` stands on top of it."""
 

@@ -46,18 +46,6 @@ def weights_at(weights: Mapping[str, Weight], step: int) -> dict[str, float]:
     return {name: at(weight) for name, weight in weights.items()}
 
 
-def combine(
-    parts: Mapping[str, Float[Array, "B G"]], weights: Mapping[str, Float[Array, ""]], counted: frozenset[str]
-) -> Rewards:
-    """Returns the parts and their weighted sum over those that apply; NaN where none of `counted` does.
-
-    A part that is not counted is only measured: it makes no completion judged.
-    """
-    judged = jnp.stack([~jnp.isnan(parts[name]) for name in parts if name in counted]).any(axis=0)
-    total = jnp.stack([weights[name] * jnp.nan_to_num(part) for name, part in parts.items()]).sum(axis=0)
-    return Rewards(jnp.where(judged, total, jnp.nan), dict(parts))
-
-
 def without_greedy(rollout: Rollout, answer: Answer, rewards: Rewards, batch: Batch) -> Sampled:
     """Returns the completions but for the last of each group, which is the greedy one: its reward is the baseline."""
     rollout, answer, rest = jax.tree.map(lambda leaf: leaf[:, :-1], (rollout, answer, rewards))

@@ -295,32 +295,52 @@ REWARDS: dict[str, Reward] = {
 }
 
 
-def check_names(weights: Mapping[str, float]) -> None:
-    """Raises UserError for a reward that does not exist, or if none has a weight."""
-    for name in weights:
-        if name not in REWARDS:
-            raise UserError(f"config.grpo.rewards.{name} does not exist: {nearest(name, REWARDS)}")
-    if not any(weights.values()):
-        raise UserError(f"config.grpo.rewards is {dict(weights)}: at least one reward needs a weight other than 0")
-
-
-def score(answer: Answer, batch: Batch, weights: Mapping[str, float], settings: RewardSettings) -> Rewards:
-    """Returns every reward named in `weights`, and their weighted sum over those that apply (NaN where none does).
+def by_name(name: str) -> Reward:
+    """Returns a reward of the package.
 
     Raises:
-      KeyError: a name that is not in `REWARDS`.
+      UserError: no such reward.
     """
-    parts = {name: REWARDS[name](answer, batch, settings) for name in weights}
-    judged = jnp.stack([~jnp.isnan(part) for name, part in parts.items() if weights[name]])
+    if name not in REWARDS:
+        raise UserError(f"config.grpo.rewards.{name} does not exist: {nearest(name, REWARDS)}")
+    return REWARDS[name]
+
+
+def score(
+    answer: Answer,
+    batch: Batch,
+    weights: Mapping[str, float | Float[Array, ""]],
+    settings: RewardSettings,
+    rewards: Mapping[str, Reward] = REWARDS,
+    told: Mapping[str, Float[Array, "B G"]] = {},
+    counted: frozenset[str] | None = None,
+) -> Rewards:
+    """Returns every reward named in `weights`, and their weighted sum over those that apply (NaN where none does).
+
+    Args:
+      rewards: functions by name.
+      told: rewards that were computed elsewhere.
+      counted: names of those that make a completion judged, and are not only measured; None is those with a weight.
+
+    Raises:
+      KeyError: a name that is neither in `rewards` nor told.
+    """
+    parts = {name: told[name] if name in told else rewards[name](answer, batch, settings) for name in weights}
+    counted = frozenset(name for name in weights if weights[name]) if counted is None else counted
+    judged = jnp.stack([~jnp.isnan(part) for name, part in parts.items() if name in counted])
     total = jnp.stack([weights[name] * jnp.nan_to_num(part) for name, part in parts.items()]).sum(axis=0)
     return Rewards(jnp.where(judged.any(axis=0), total, jnp.nan), parts)
 
 
-def measures(rollout: Rollout, answer: Answer, rewards: Rewards) -> dict[str, Float[Array, ""]]:
-    """Returns means over the completions that each reward could judge, and what the completions look like."""
+def measures(
+    rollout: Rollout, answer: Answer, rewards: Rewards, weights: Mapping[str, float | Float[Array, ""]]
+) -> dict[str, Float[Array, ""]]:
+    """Returns means over the completions that each reward could judge, raw and weighted, and what the completions look like."""
     spread = group_std(rewards.total)
-    parts = {f"reward/{name}": jnp.nanmean(part) for name, part in rewards.parts.items()}
-    return parts | {
+    parts = {name: jnp.nanmean(part) for name, part in rewards.parts.items()}
+    return {
+        **{f"reward/{name}": mean for name, mean in parts.items()},
+        **{f"reward/weighted/{name}": weights[name] * mean for name, mean in parts.items()},
         "reward/total": jnp.nanmean(rewards.total),
         "reward/std": spread.mean(),
         "group/zero_std_fraction": jnp.mean(spread < 1e-6),
