@@ -263,6 +263,7 @@ class Grpo:
     focus: str | None = None  # which tokens count: top_entropy, clip_cov, kl_cov
     focus_share: float | None = None
     correction: str | None = None  # weight for a sampler that differs from the trainer: token_truncate, …
+    correction_floor: float | None = None
     correction_cap: float | None = None
     off_policy_kl: float | None = None  # completions with a negative advantage are dropped above this many nats a token
     mask_unfinished: bool | None = None  # completions cut off at max_new_tokens leave the loss
@@ -515,7 +516,7 @@ def _check(c: Config) -> None:
             need(all(map(math.isfinite, ends)), f"grpo.{table}.{name}", weight, "finite")
             steps = weight[2] if isinstance(weight, tuple) else 1
             need(steps > 0, f"grpo.{table}.{name}", weight, "(from, to, steps) with steps above 0")
-    for name in ("clip_low", "clip_high", "ratio_cap", "kl_coef", "entropy_coef", "correction_cap"):
+    for name in ("clip_low", "clip_high", "ratio_cap", "kl_coef", "entropy_coef", "correction_floor", "correction_cap"):
         own = getattr(c.grpo, name)
         need(own is None or own >= 0, f"grpo.{name}", own, "0 or more")
     need(0 <= c.data.bad_record_share <= 1, "data.bad_record_share", c.data.bad_record_share, "in [0, 1]")

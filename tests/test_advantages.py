@@ -8,12 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pg_ground.rl.advantages import centred, group_mean, group_std, leave_one_out, standardised
+from pg_ground.rl import advantages as estimators
+from pg_ground.rl.advantages import ADVANTAGES, Scores, group_mean, group_std
 
 FLOAT32 = 1.5 * 2**-24
 """TRL keeps rewards in float32; the largest advantage it is compared in is 1.5."""
 ROUNDING = 1e-12
 NAN = math.nan
+
+
+def of_totals(estimator):
+    return lambda rewards: estimator(Scores(rewards))
+
+
+centred, standardised, leave_one_out = map(of_totals, (estimators.centred, estimators.standardised, estimators.leave_one_out))
 
 KINDS = pytest.mark.parametrize("compare", [centred, standardised, leave_one_out])
 
@@ -37,7 +45,9 @@ GOLDEN = [
     ("E3 zero-variance group [1,1,1,1 | 0,1,0,1] scale=group", standardised, [[1, 1, 1, 1], [0, 1, 0, 1]]),
     ("E4 unscorable (None->NaN) [1,NaN,0,.5] scale=group", standardised, [[1, NAN, 0, 0.5]]),
     ("E5 two rewards iou=[.9,.5,.1,0] fmt=[1,1,0,1] w=[1,.5] sum_then_normalize", standardised, [[1.4, 1.0, 0.1, 0.5]]),
+    ("E2 scale=batch", of_totals(estimators.batch_scaled), [[1, 0, 0, 0], [0.9, 0.8, 0.7, 0.2]]),
     ("[1,0,.5,.25] G=4", leave_one_out, [[1, 0, 0.5, 0.25]]),
+    ("same, normalize_advantages", of_totals(estimators.leave_one_out_normalised), [[1, 0, 0.5, 0.25]]),
     ("[1,0|.3,.8] G=2", leave_one_out, [[1, 0], [0.3, 0.8]]),
 ]
 
@@ -45,7 +55,7 @@ GOLDEN = [
 @pytest.mark.parametrize(("name", "compare", "rewards"), GOLDEN, ids=[name for name, *_ in GOLDEN])
 def test_advantages_equal_trls(golden, name, compare, rewards):
     trl = json.loads((golden / "trl_losses.json").read_text())
-    expected = trl["rloo_advantages"][name] if compare is leave_one_out else trl["advantages"][name]["advantages"]
+    expected = (trl["rloo_advantages"] | {key: value["advantages"] for key, value in trl["advantages"].items()})[name]
     found = compare(jnp.asarray(rewards, jnp.float64))
     np.testing.assert_allclose(found.ravel(), expected, rtol=0, atol=FLOAT32)
 
@@ -114,3 +124,59 @@ def test_mean_and_spread_are_numpys(rewards):
     np.testing.assert_allclose(group_mean(some)[:, 0], np.nanmean(some, axis=1), rtol=ROUNDING)
     np.testing.assert_allclose(group_std(some)[:, 0], np.nanstd(some, axis=1, ddof=1), rtol=ROUNDING)
     assert group_mean(jnp.full((1, 3), NAN)) == 0 and group_std(jnp.full((1, 3), NAN)) == 0
+
+
+def test_gdpo_equals_trls(golden):
+    expected = json.loads((golden / "trl_losses.json").read_text())["advantages"]["E5 normalize_then_sum (GDPO)"]["advantages"]
+    parts = {"iou": jnp.asarray([[0.9, 0.5, 0.1, 0.0]]), "format": jnp.asarray([[1.0, 1.0, 0.0, 1.0]])}
+    weights = {"iou": 1.0, "format": 0.5}
+    total = sum(weights[name] * part for name, part in parts.items())
+    found = estimators.normalised_then_summed(Scores(total, parts, weights))
+    np.testing.assert_allclose(found.ravel(), expected, rtol=0, atol=FLOAT32)
+
+
+SEEDS = {
+    "standardised": ([1.317462, 0.146385, -1.024693, -0.439154], [0, 0]),
+    "centred": ([0.5625, 0.0625, -0.4375, -0.1875], [0, 0]),
+    "leave_one_out": ([0.75, 0.083333, -0.583333, -0.25], [0, 0]),
+    "length_weighted": ([0.575, 0.075, -0.425, -0.175], [0, 0]),
+    "upweighted": ([0.675, 0.075, -0.525, -0.225], [0, 0]),
+    "best_of_group": ([1.171077, 0, 0, 0], [0, 0]),
+    "whitened": ([1.671814, 0.364250, -0.943314, -0.289532], [-0.420288, -0.420288]),
+    "centred_and_whitened": ([1.554480, 0.194310, -1.165860, -0.485775], [0.024289, 0.024289]),
+    "over_greedy": ([0.7, 0.2, -0.3, -0.05], [-0.1, -0.1]),
+}
+"""RLLaVA's estimators, run: a group of four with 3, 2, 4 and 1 tokens, one of two with 2 tokens each; ReMax over 0.3."""
+
+
+@pytest.mark.parametrize("name", SEEDS)
+def test_estimators_equal_rllavas(name):
+    total = jnp.asarray([[1.0, 0.5, 0.0, 0.25], [0.2, 0.2, NAN, NAN]])
+    lengths = jnp.asarray([[3, 2, 4, 1], [2, 2, 7, 9]])
+    found = ADVANTAGES[name](Scores(total, lengths=lengths, baseline=jnp.full(2, 0.3), epsilon=1e-6))
+    np.testing.assert_allclose(found[0], SEEDS[name][0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found[1, :2], SEEDS[name][1], rtol=0, atol=1e-6)
+    assert not found[1, 2:].any()
+
+
+OF_GROUPS = ("centred", "standardised", "batch_scaled", "leave_one_out", "best_of_group", "length_weighted", "upweighted")
+
+
+@pytest.mark.parametrize("name", OF_GROUPS)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_a_group_of_equals_has_exactly_none_whatever_its_rounded_mean(name, dtype):
+    rewards = jnp.full((6, 7), 0.1, dtype).at[1:].set(jnp.linspace(0.11, 3.3, 5, dtype=dtype)[:, None])
+    rewards = rewards.at[5].set(jnp.arange(7, dtype=dtype))
+    found = ADVANTAGES[name](Scores(rewards, lengths=jnp.arange(1, 8)))
+    assert not found[:5].any() and found[5].any()
+
+
+def test_remax_needs_the_greedy_completion():
+    with pytest.raises(ValueError, match="greedy"):
+        estimators.over_greedy(Scores(jnp.zeros((1, 2))))
+
+
+def test_the_epsilon_is_a_setting():
+    rewards = jnp.asarray([[0.0, 1e-4]])
+    small, large = (estimators.standardised(Scores(rewards, epsilon=epsilon)) for epsilon in (1e-8, 1.0))
+    assert small[0, 1] > 0.7 and large[0, 1] < 1e-4

@@ -18,8 +18,8 @@ Ratio = Callable[[Float[Array, "B G T"], Bool[Array, "B G T"]], Float[Array, "B 
 Average = Callable[[Bool[Array, "B G T"]], Float[Array, "B G T"]]
 Penalty = Callable[[Float[Array, "B G T"], Float[Array, "B G T"]], Float[Array, "B G T"]]
 """(log π − log π_ref, ratio to the old policy) to the penalty of each token, in nats."""
-Correction = Callable[[Float[Array, "B G T"], Bool[Array, "B G T"], float], Float[Array, "B G T"]]
-"""(log π_old − log π_sampler, mask, cap) to the weight of each token."""
+Correction = Callable[[Float[Array, "B G T"], Bool[Array, "B G T"], float, float], Float[Array, "B G T"]]
+"""(log π_old − log π_sampler, mask, floor, cap) to the weight of each token."""
 
 MAX_LOG_RATIO = 20.0
 """Log-ratios are clamped to ± this before exp: a sum over a long completion would otherwise overflow float32."""
@@ -114,24 +114,25 @@ def straight_through(estimate: Penalty) -> Penalty:
     return penalty
 
 
-def token_truncate(gap: Array, mask: Array, cap: float) -> Array:
-    """Returns min(π_old / π_sampler, cap) of each token (truncated importance sampling)."""
-    return jnp.minimum(jnp.exp(gap), cap)
+def token_truncate(gap: Array, mask: Array, floor: float, cap: float) -> Array:
+    """Returns π_old / π_sampler of each token, cut off below and above (truncated importance sampling, as in TRL)."""
+    return jnp.clip(jnp.exp(gap), floor, cap)
 
 
-def token_mask(gap: Array, mask: Array, cap: float) -> Array:
-    """Returns π_old / π_sampler of each token, 0 where it is above `cap`."""
-    return jnp.where(jnp.exp(gap) <= cap, jnp.exp(gap), 0)
+def token_mask(gap: Array, mask: Array, floor: float, cap: float) -> Array:
+    """Returns π_old / π_sampler of each token, 0 where it is outside [floor, cap] (masked importance sampling, as in TRL)."""
+    ratio = jnp.exp(gap)
+    return jnp.where((ratio >= floor) & (ratio <= cap), ratio, 0)
 
 
-def sequence_truncate(gap: Array, mask: Array, cap: float) -> Array:
+def sequence_truncate(gap: Array, mask: Array, floor: float, cap: float) -> Array:
     """Returns `token_truncate` of the whole completion's probability."""
-    return token_truncate(whole_sequence(gap, mask), mask, cap)
+    return token_truncate(whole_sequence(gap, mask), mask, floor, cap)
 
 
-def sequence_mask(gap: Array, mask: Array, cap: float) -> Array:
+def sequence_mask(gap: Array, mask: Array, floor: float, cap: float) -> Array:
     """Returns `token_mask` of the whole completion's probability."""
-    return token_mask(whole_sequence(gap, mask), mask, cap)
+    return token_mask(whole_sequence(gap, mask), mask, floor, cap)
 
 
 class Algorithm(NamedTuple):
@@ -154,6 +155,7 @@ class Algorithm(NamedTuple):
     focus_share: float = 1.0
     """Share of all tokens that the focus is about."""
     correction: Correction | None = None
+    correction_floor: float = 0.0
     correction_cap: float = 3.0
     off_policy_kl: float = math.inf
     """Completions with a negative advantage count only if the mean of log π_old − log π is at most this (arXiv 2512.02556)."""
@@ -211,8 +213,8 @@ def policy_gradient(log_ratio: Array, logps: Array, a: Array, mask: Array, row: 
 
 
 def top_entropy(tokens: Tokens, share: float) -> Focus:
-    """Keeps the `share` of tokens with the highest entropy (arXiv 2506.01939)."""
-    ordered = jnp.sort(jnp.where(tokens.mask, tokens.entropy, jnp.inf), axis=None)
+    """Keeps the `share` of tokens with the highest entropy (arXiv 2506.01939), from a quantile in float32, as TRL has it."""
+    ordered = jnp.sort(jnp.where(tokens.mask, tokens.entropy.astype(jnp.float32), jnp.inf), axis=None)
     last = jnp.maximum(tokens.mask.sum() - 1, 0)
     place = (1 - share) * last
     low = jnp.floor(place).astype(jnp.int32)
@@ -251,7 +253,7 @@ CHOICES: dict[str, Mapping[str, Any]] = {
 }  # fmt: skip
 """What a row can be made of, by the name of its field: `config.grpo.<field>` chooses another than the row's own."""
 
-NUMBERS = ("clip_low", "clip_high", "ratio_cap", "kl_coef", "kl_in_reward", "entropy_coef", "focus_share", "correction_cap",
+NUMBERS = ("clip_low", "clip_high", "ratio_cap", "kl_coef", "kl_in_reward", "entropy_coef", "focus_share", "correction_floor", "correction_cap",
            "off_policy_kl", "mask_unfinished")  # fmt: skip
 """The other fields of a row, which `config.grpo` can set too."""
 
@@ -360,7 +362,7 @@ def policy_loss(
     weight = jnp.ones_like(loss)
     if row.correction is not None and sampled_logps is not None:
         gap = jnp.clip((old_logps - sampled_logps) * mask, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-        weight = jax.lax.stop_gradient(row.correction(gap, mask, row.correction_cap))
+        weight = jax.lax.stop_gradient(row.correction(gap, mask, row.correction_floor, row.correction_cap))
     loss = loss * weight
     if focus is not None:
         loss = loss * focus.keep + focus.restrain * jnp.abs(differences)
