@@ -157,5 +157,5 @@ class TrainState(NamedTuple):
     params: Any
     opt: Any
     """State of the optax chain."""
-    kl_coef: Float[Array, ""] | float = 0.0
+    kl_coef: Float[Array, ""] | np.float32 = np.float32(0)
     """Weight of the KL to the reference policy, where it is steered."""

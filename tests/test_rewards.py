@@ -7,7 +7,7 @@ import pytest
 
 from pg_ground import tokenizer
 from pg_ground.config import RewardSettings
-from pg_ground.rl.rewards import REWARDS, check_names, measures, read_answer, score
+from pg_ground.rl.rewards import REWARDS, by_name, measures, read_answer, score
 from pg_ground.types import BOXES, POINTS, Answer, Batch, Boxes, Gold, Points, Rewards, Rollout, UserError
 from pg_ground.vocab import EOS, LOC_MAX, PAD
 
@@ -448,8 +448,9 @@ def test_measures_are_means_over_what_was_judged():
     answer, batch = both_kinds()
     judged = scored(answer, batch, {"iou": 1.0, "format": 0.0})
     r = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), rollout(right(ONE_BOX), ""), rollout(right(ONE_POINT), ""))
-    found = {name: float(value) for name, value in measures(r, answer, judged).items()}
+    found = {name: float(value) for name, value in measures(r, answer, judged, {"iou": 2.0, "format": 0.0}).items()}
     assert found["reward/iou"] == found["reward/total"] == 0.5 and found["reward/format"] == 0.5
+    assert found["reward/weighted/iou"] == 1 and found["reward/weighted/format"] == 0
     np.testing.assert_allclose(found["reward/std"], (2**-0.5 + 0) / 2, rtol=1e-6)
     assert found["group/zero_std_fraction"] == 0.5
     assert found["completion/length"] == float(r.mask.sum()) / 4
@@ -458,13 +459,6 @@ def test_measures_are_means_over_what_was_judged():
 
 def test_an_unknown_reward_is_refused_with_the_nearest():
     with pytest.raises(UserError, match=r"config\.grpo\.rewards\.gaussian_points does not exist: did you mean gaussian_point\?"):
-        check_names({"iou": 1.0, "gaussian_points": 1.0})
+        by_name("gaussian_points")
     with pytest.raises(UserError, match=r"config\.grpo\.rewards\.zzz does not exist: there are count, .*iou"):
-        check_names({"zzz": 1.0})
-
-
-@pytest.mark.parametrize("weights", [{}, {"iou": 0.0}, {"iou": 0.0, "format": 0.0}])
-def test_rewards_without_a_weight_are_refused(weights):
-    with pytest.raises(UserError, match="at least one reward needs a weight other than 0"):
-        check_names(weights)
-    check_names(weights | {"count": -1.0})
+        by_name("zzz")

@@ -17,7 +17,8 @@ from conftest import CLOSE, B, G, assert_close_trees, inputs, unlabelled
 from pg_ground import config, sharding
 from pg_ground.model import PaliGemma
 from pg_ground.rl import update
-from pg_ground.rl.loss import ALGORITHMS, policy_loss
+from pg_ground.rl.experience import Experience
+from pg_ground.rl.loss import ALGORITHMS, Algorithm, policy_loss
 from pg_ground.types import Batch, Rollout, TrainState
 from pg_ground.vocab import vocab_of_size
 
@@ -62,24 +63,26 @@ ROW = ALGORITHMS["dapo"]._replace(kl_coef=0.1)
 TEMPERATURE = 0.8
 
 
-def grpo_step(tiny: Any, micro_batches: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def grpo_step(
+    tiny: Any, micro_batches: int, row: Algorithm = ROW, updates: int = 2, minibatches: int = 1
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Returns a reinforced step with two updates and a reference policy, and its arguments."""
     state, optimizer = state_of(tiny.params)
 
     def step(state: TrainState, ref_params: Any, batch: Batch, rollout: Rollout, advantages: jax.Array) -> Any:
+        ref_logps = update.logps_of(tiny.model, ref_params, batch, rollout, TEMPERATURE, micro_batches * minibatches)[0]
         return update.grpo_step(
             state,
             {},
-            ref_params,
-            batch,
-            rollout,
-            advantages,
+            Experience(batch, rollout, advantages, ref_logps),
+            jax.random.key(0),
             model=tiny.model,
             optimizer=optimizer,
-            algorithm=ROW,
+            algorithm=row,
             temperature=TEMPERATURE,
             micro_batches=micro_batches,
-            updates=2,
+            minibatches=minibatches,
+            updates=updates,
         )
 
     ref_params = jax.tree.map(lambda a: 1.01 * a, tiny.params)
@@ -116,6 +119,47 @@ def test_micro_batches_do_not_change_a_supervised_step(pg1, whole_steps, parts):
 @pytest.mark.parametrize("parts", [2, 4])
 def test_micro_batches_do_not_change_a_reinforced_step(pg2, whole_steps, parts):
     assert_same_step(outcome(*grpo_step(pg2, parts)), whole_steps["grpo"])
+
+
+@pytest.mark.parametrize("name", ["top_entropy", "gspo", "dr_grpo", "kl_cov"])
+def test_micro_batches_do_not_change_a_step_of_rows_that_look_at_the_whole_batch(pg1, name):
+    """Two minibatches, each an optimizer step, each in one, two or four parts."""
+    row = ALGORITHMS[name]._replace(kl_coef=0.1, mask_unfinished=True, entropy_coef=0.01)
+    expected = outcome(*grpo_step(pg1, 1, row, updates=1, minibatches=2))
+    assert_same_step(outcome(*grpo_step(pg1, 2, row, updates=1, minibatches=2)), expected)
+
+
+def test_minibatches_are_optimizer_steps_one_after_the_other(pg1):
+    """The second starts from where the first one ended, on the other half of the questions."""
+    step, (state, ref_params, batch, rollout, advantages) = grpo_step(pg1, 1, ALGORITHMS["grpo"], updates=1, minibatches=2)
+    found = outcome(step, (state, ref_params, batch, rollout, advantages))[0]
+    halves = [update.split(tree, 2) for tree in (batch, rollout, advantages)]
+    one, _ = grpo_step(pg1, 1, ALGORITHMS["grpo"]._replace(clip_low=9.0, clip_high=9.0), updates=1)
+    first = outcome(one, (state, ref_params, *(jax.tree.map(lambda x: x[0], half) for half in halves)))[0]
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), found.params, first.params)
+    assert max(jax.tree.leaves(moved)) > 1e-4 and found.step == 1
+
+
+def test_the_kl_coefficient_is_steered_to_its_target(pg1):
+    step, (state, *rest) = grpo_step(pg1, 1, ALGORITHMS["grpo"], updates=1)
+    state = state._replace(kl_coef=jnp.float32(0.1))
+
+    def steered(target: float) -> float:
+        def run(state: TrainState, ref_params: Any, batch: Batch, rollout: Rollout, advantages: jax.Array) -> Any:
+            ref_logps = update.logps_of(pg1.model, ref_params, batch, rollout, TEMPERATURE, 1)[0]
+            return update.grpo_step(
+                state, {}, Experience(batch, rollout, advantages, ref_logps), jax.random.key(0), model=pg1.model,
+                optimizer=state_of(pg1.params)[1], algorithm=ALGORITHMS["grpo"], temperature=TEMPERATURE, micro_batches=1,
+                minibatches=1, updates=1, kl_target=target, kl_horizon=100,
+            )  # fmt: skip
+
+        return float(outcome(run, (state, *rest))[0].kl_coef)
+
+    count = rest[-1].size
+    assert steered(1e-9) == pytest.approx(0.1 * (1 + 0.2 * count / 100)) and steered(1e9) == pytest.approx(
+        0.1 * (1 - 0.2 * count / 100)
+    )
+    assert float(outcome(step, (state, *rest))[0].kl_coef) == np.float32(0.1)
 
 
 def test_a_step_moves_the_parameters_and_the_second_update_is_off_policy(pg2, whole_steps):

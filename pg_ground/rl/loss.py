@@ -253,8 +253,8 @@ CHOICES: dict[str, Mapping[str, Any]] = {
 }  # fmt: skip
 """What a row can be made of, by the name of its field: `config.grpo.<field>` chooses another than the row's own."""
 
-NUMBERS = ("clip_low", "clip_high", "ratio_cap", "kl_coef", "kl_in_reward", "entropy_coef", "focus_share", "correction_floor", "correction_cap",
-           "off_policy_kl", "mask_unfinished")  # fmt: skip
+NUMBERS = ("clip_low", "clip_high", "ratio_cap", "kl_coef", "kl_in_reward", "entropy_coef", "focus_share", "correction_floor",
+           "correction_cap", "off_policy_kl", "mask_unfinished")  # fmt: skip
 """The other fields of a row, which `config.grpo` can set too."""
 
 _grpo = Algorithm(advantages.standardised, per_token, clipped, over_sequences)

@@ -1,0 +1,99 @@
+"""What a configured set of rewards becomes: functions on the device, workers for text, and what has a say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pg_ground.config import Data, Grpo, Source
+from pg_ground.data.examples import to_batch_row, to_example
+from pg_ground.rl.experience import Sampled, compare, has_spread, refill, weights_at, without_greedy
+from pg_ground.rl.loss import ALGORITHMS
+from pg_ground.rl.update import split, unsplit
+from pg_ground.sampler import device_rewards, question_of, text_judges, texts_of, weighted
+from pg_ground.tokenizer import load
+from pg_ground.types import Rewards, Rollout, UserError
+
+
+@pytest.mark.parametrize("weights", [{}, {"iou": 0.0}, {"iou": (0.0, 0.0, 5), "format": 0.0}])
+def test_rewards_without_a_weight_are_refused(weights):
+    with pytest.raises(UserError, match="at least one needs a weight other than 0"):
+        device_rewards(Grpo(rewards=weights))
+    assert weighted(Grpo(rewards=weights, text_rewards={"count_exact": -1.0})) == {"count_exact"}
+
+
+def test_a_weight_may_move_evenly_from_one_value_to_another():
+    weights = {"iou": 1.0, "format": (1.0, 0.2, 4)}
+    assert [weights_at(weights, step)["format"] for step in (0, 1, 2, 4, 9)] == pytest.approx([1.0, 0.8, 0.6, 0.2, 0.2])
+    assert weights_at(weights, 7)["iou"] == 1.0
+
+
+def test_rewards_of_a_users_file_are_told_apart_by_their_parameters(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import jax.numpy as jnp\n"
+        "def wide(answer, batch, settings):\n    return jnp.ones(answer.finished.shape)\n"
+        "def short(completion, example):\n    return -len(completion)\n"
+    )
+    c = Grpo(rewards={f"{file}:wide": 1.0, f"{file}:short": 0.5, "iou": 1.0})
+    assert set(device_rewards(c)) == {f"{file}:wide", "iou"} and text_judges(c).names == (f"{file}:short",)
+
+
+def sampled(totals: list[list[float]], first: int = 0) -> Sampled:
+    total = jnp.asarray(totals)
+    shape = (*total.shape, 3)
+    tokens = jnp.broadcast_to((first + jnp.arange(len(total)))[:, None, None], shape)
+    rollout = Rollout(tokens, jnp.ones(shape, bool), jnp.zeros(shape))
+    return Sampled({"index": first + jnp.arange(len(total))}, rollout, {"x": total}, Rewards(total, {"iou": total}), None)  # type: ignore[arg-type]
+
+
+def test_groups_without_spread_are_replaced_in_order_and_the_others_stay():
+    kept = sampled([[1, 1], [0, 1], [0.1, 0.1], [np.nan, 0.3]])
+    fresh = sampled([[0, 0], [0, 2], [5, 5], [3, 0]], first=10)
+    found = jax.jit(refill)(kept, fresh)
+    assert found.batch["index"].tolist() == [11, 1, 13, 3]
+    assert found.rollout.tokens[:, 0, 0].tolist() == [11, 1, 13, 3]
+    np.testing.assert_array_equal(found.rewards.total, [[0, 2], [0, 1], [3, 0], [np.nan, 0.3]])
+    assert has_spread(found).tolist() == [True, True, True, False]
+    again = jax.jit(refill)(found, sampled([[1, 1]] * 4, first=20))
+    np.testing.assert_array_equal(again.rewards.total, found.rewards.total)
+
+
+def test_the_greedy_completion_is_taken_out_and_compared_with():
+    given = sampled([[1, 0, 0.5], [0, 0, 0.25]])
+    found = without_greedy(given.rollout, given.answer, given.rewards, given.batch)
+    assert found.rollout.tokens.shape == (2, 2, 3) and found.baseline.tolist() == [0.5, 0.25]
+    advantages = compare(found, None, {"iou": 1.0}, 0.0, ALGORITHMS["remax"], 1e-4).advantages
+    np.testing.assert_allclose(advantages, [[0.5, -0.5], [-0.25, -0.25]])
+
+
+def test_a_penalty_in_the_reward_moves_advantages():
+    given = sampled([[1.0, 0.0], [0.0, 1.0]])
+    ref = jnp.zeros(given.rollout.logps.shape).at[0, 0].set(-1.0)  # the policy likes this one more than the reference: 3 nats
+    row = ALGORITHMS["rloo"]
+    found = compare(given, ref, {"iou": 1.0}, 0.1, row, 1e-4).advantages
+    np.testing.assert_allclose(found, [[0.7, -0.7], [-1, 1]], rtol=1e-6)
+
+
+def test_a_text_reward_sees_the_question_in_pixels_and_words():
+    tokens = load()
+    pixels = np.zeros((50, 100, 3), np.uint8)
+    record = {"image": pixels, "phrase": "a cat", "box": [10, 20, 60, 45]}
+    source = Source(uri="jsonl:x", boxes="box", label="phrase")
+    data = Data(prompt_length=32, suffix_length=32, max_boxes=2)
+    row = to_batch_row(to_example(record, source, "s", 7, 28, None), tokens, data, 3)
+    batch = jax.tree.map(lambda leaf: np.asarray(leaf)[None], row)
+    question = question_of(batch, 0, tokens)
+    assert question.prompt == "detect a cat" and question.asks == "boxes" and question.labels == ("a cat",)
+    np.testing.assert_allclose(question.boxes, [[10, 20, 60, 45]], atol=1e-4)
+    assert question.size == (100, 50) and question.source == "3" and question.index == 7 and question.points == ()
+    assert question.gold == tokens.decode(tokens.suffix("<loc0409><loc0102><loc0921><loc0614> a cat"))
+    ids = np.zeros((1, 2, 9), np.int32)
+    ids[0, 0, :4] = [*tokens.text("<loc0001> x")[:3], 1]
+    completions, examples = texts_of(batch, Rollout(ids, ids > 0, np.zeros(ids.shape)), tokens)
+    assert completions[0].startswith("<loc0001>") and completions[1] == "" and [e.length for e in examples] == [4, 0]
+
+
+def test_parts_of_a_batch_are_put_together_again_in_order():
+    x = jnp.arange(12)
+    np.testing.assert_array_equal(unsplit(split(x, 3)), x)
