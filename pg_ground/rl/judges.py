@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -126,7 +126,7 @@ class Judges:
         self._errors: Counter[str] = Counter()
         self._first_error: dict[str, str] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Judges":
         """Starts the workers, which import their rewards while the run does something else."""
         count = self._settings.workers if self._batched else 0
         self._workers = [_Worker(self._setup) for _ in range(count)]
