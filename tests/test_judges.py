@@ -170,7 +170,7 @@ FAULTS = {
     "exiting": "SystemExit: 0 (rewards.py:",
     "interrupting": "KeyboardInterrupt",
     "recurring": "RecursionError: maximum recursion depth exceeded (rewards.py:",
-    "mute": "it ended its process, exit code 1",
+    "mute": "Mute: its text cannot be had (rewards.py:",
     "dying": "it ended its process, exit code 0",
     "killed": "it ended its process, exit code -9",
     "spinning": "it took more than 1 s",
@@ -229,14 +229,14 @@ def test_defect_26_an_exception_in_a_reward_kills_the_run(place, capfd):
 
 def test_scores_and_counts_do_not_depend_on_the_number_of_workers(place):
     names = ("length", "raising", "dying", "batch", "waits")
-    completions = [COMPLETIONS[i % 3] + "." * (i % 7) if i % 29 else "bad" for i in range(150)]
+    completions = [COMPLETIONS[i % 3] + "." * (i % 7) if i % 29 else "bad" for i in range(75)]
     results = []
     for workers in (1, 3):
         with place.judges(*names, workers=workers) as judges:
-            pending = [judges.submit(completions[at:], [None] * len(completions[at:])) for at in (0, 100)]
+            pending = [judges.submit(completions[at:], [None] * len(completions[at:])) for at in (0, 50)]
             results.append(([p.result() for p in pending], judges.get_state()))
     (one, state), (three, other_state) = results
-    assert state == other_state and state["errors"]["dying"] == 8
+    assert state == other_state and state["errors"]["dying"] == (completions + completions[50:]).count("bad") > 4
     for a, b in zip(one, three, strict=True):
         assert a.errors == b.errors
         for name in names:
@@ -287,7 +287,7 @@ def test_a_reward_that_always_hangs_ends_the_run_after_a_few_calls(place):
 
 def test_leaving_does_not_wait_for_a_call(place):
     start = time.monotonic()
-    with place.judges("hanging", "spinning", timeout_s=60) as judges:
+    with place.judges("hanging", "spinning", timeout_s=60.0) as judges:
         judges.submit(["bad"] * 100, [None] * 100)
         time.sleep(0.5)
         workers = [worker._process for worker in judges._workers]

@@ -77,12 +77,12 @@ def load_reward(spec: str) -> UserReward:
     if not Path(path).is_file():
         raise UserError(f"the reward {spec}: there is no file {path}")
     try:
-        function = judge_worker.load(spec)
-    except AttributeError as error:
-        names = [known for known in vars(error.obj) if not known.startswith("_")] if error.name == name else []
-        raise UserError(f"the reward {spec}: {path} has no {name}: {nearest(name, names)}") from None
+        names = vars(judge_worker.module(path))
     except (Exception, SystemExit) as error:  # the file is a program of the user's: whatever it raises is theirs to read
         raise UserError(f"the reward {spec} does not run: {type(error).__name__}: {error}") from None
+    if name not in names:
+        raise UserError(f"the reward {spec}: {path} has no {name}: {nearest(name, [n for n in names if n[0] != '_'])}")
+    function = names[name]
     if not callable(function):
         raise UserError(f"the reward {spec} is {function!r}, not a function")
     parameters = judge_worker.required(function)
