@@ -20,6 +20,7 @@ import sys
 import traceback
 from collections.abc import Awaitable, Callable
 from multiprocessing.connection import Connection
+from types import ModuleType
 from typing import Any, NamedTuple
 
 OUT_OF_MEMORY = 86
@@ -55,8 +56,13 @@ class Outcome(NamedTuple):
 
 
 def load(spec: str) -> Any:
-    """Returns what `path/to/file.py:name` names. The file runs once in a process; its folder need not be importable."""
+    """Returns what `path/to/file.py:name` names."""
     path, _, name = spec.rpartition(":")
+    return getattr(module(path), name)
+
+
+def module(path: str) -> ModuleType:
+    """Returns a file as a module. It runs once in a process, and its folder need not be importable."""
     key = os.path.abspath(path)
     if key not in sys.modules:
         found = importlib.util.spec_from_file_location(key, path)
@@ -67,7 +73,7 @@ def load(spec: str) -> Any:
         except BaseException:
             del sys.modules[key]
             raise
-    return getattr(sys.modules[key], name)
+    return sys.modules[key]
 
 
 def required(function: Callable[..., Any]) -> tuple[str, ...]:
@@ -142,5 +148,8 @@ def _outcome(value: Any) -> Outcome:
 
 def _described(error: BaseException) -> str:
     """Returns the exception and where it was raised, in one line."""
+    text = "its text cannot be had"
+    with contextlib.suppress(BaseException):  # the text is the user's program too
+        text = " ".join(str(error).split())[:300]
     where = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]} ({os.path.basename(where.filename)}:{where.lineno})"
+    return f"{type(error).__name__}: {text} ({os.path.basename(where.filename)}:{where.lineno})"

@@ -20,10 +20,10 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -77,12 +77,12 @@ def load_reward(spec: str) -> UserReward:
     if not Path(path).is_file():
         raise UserError(f"the reward {spec}: there is no file {path}")
     try:
-        function = judge_worker.load(spec)
-    except AttributeError as error:
-        names = [known for known in vars(error.obj) if not known.startswith("_")] if error.name == name else []
-        raise UserError(f"the reward {spec}: {path} has no {name}: {nearest(name, names)}") from None
+        names = vars(judge_worker.module(path))
     except (Exception, SystemExit) as error:  # the file is a program of the user's: whatever it raises is theirs to read
         raise UserError(f"the reward {spec} does not run: {type(error).__name__}: {error}") from None
+    if name not in names:
+        raise UserError(f"the reward {spec}: {path} has no {name}: {nearest(name, [n for n in names if n[0] != '_'])}")
+    function = names[name]
     if not callable(function):
         raise UserError(f"the reward {spec} is {function!r}, not a function")
     parameters = judge_worker.required(function)
@@ -131,7 +131,7 @@ class Judges:
         """The rewards, in order."""
         return tuple(self._batched)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Judges":
         """Starts the workers, which import their rewards while the run does something else."""
         count = self._settings.workers if self._batched else 0
         self._workers = [_Worker(self._setup) for _ in range(count)]
@@ -156,9 +156,9 @@ class Judges:
             calls = [Call(list(completions), list(examples))] if batched and pairs else [Call([c], [e]) for c, e in pairs]
             self._submitted[name] += len(pairs)
             allowed = self._settings.error_share * max(self._submitted[name], FIRST_CALLS) - self._errors[name]
-            failed: list[Outcome] = []
+            lost: list[Outcome] = []
             chunks = [calls[start : start + CHUNK] for start in range(0, len(calls), CHUNK)]
-            jobs[name] = [self._threads.submit(self._judge, name, chunk, failed, allowed) for chunk in chunks]
+            jobs[name] = [self._threads.submit(self._judge, name, chunk, lost, allowed) for chunk in chunks]
         return Pending(self, completions, jobs)
 
     def errors(self) -> dict[str, int]:
@@ -184,23 +184,10 @@ class Judges:
         self._calls, self._errors = Counter(state["calls"]), Counter(state["errors"])
         self._submitted, self._first_error = Counter(state["calls"]), dict(state["first_error"])
 
-    def _judge(self, name: str, calls: Sequence[Call], failed: list[Outcome], allowed: float) -> list[Outcome]:
-        """Returns the outcomes of some calls; `failed` gathers the errors of the whole batch.
-
-        Once these are more than `allowed`, `check` is bound to fail: what is left is not called, so that a reward that always
-        hangs ends the run after a few calls and not after a batch of them.
-        """
-
-        def worthwhile() -> bool:
-            return len(failed) <= allowed
-
+    def _judge(self, name: str, calls: Sequence[Call], lost: list[Outcome], allowed: float) -> list[Outcome]:
         worker = self._idle.get()
         try:
-            outcomes: list[Outcome] = []
-            for answers in worker.answers(name, calls, worthwhile):
-                outcomes += answers
-                failed += [answer for answer in answers if answer.error]
-            return outcomes
+            return worker.judge(name, calls, lost, allowed)
         finally:
             self._idle.put(worker)
 
@@ -225,22 +212,28 @@ class _Worker:
         self._closed = False
         self._start()
 
-    def answers(self, name: str, calls: Sequence[Call], worthwhile: Callable[[], bool]) -> Iterator[list[Outcome]]:
-        """Yields the outcomes of each call; after one that did not come back it goes on only where that is `worthwhile`."""
+    def judge(self, name: str, calls: Sequence[Call], lost: list[Outcome], allowed: float) -> list[Outcome]:
+        """Returns the outcomes of some calls; those that did not come back are added to `lost`, which a whole batch shares.
+
+        Once these are more than `allowed`, `Judges.check` is bound to fail: what is left is not called, so that a reward that
+        always hangs ends the run after a few calls and not after a batch of them.
+        """
+        outcomes: list[Outcome] = []
         waiting = collections.deque(calls)
-        while waiting and worthwhile():
+        while waiting and len(lost) <= allowed:
             self._hand_over(name, list(waiting))
             try:
                 while waiting:
                     if not self._connection.poll(self._setup.timeout_s):
                         raise TimeoutError
-                    yield self._connection.recv()
+                    outcomes += self._connection.recv()
                     waiting.popleft()
             except (EOFError, OSError) as error:
                 self._replace()
-                yield _failed(waiting.popleft(), self._fate(error))
-        for call in waiting:
-            yield _failed(call, "it was not called after so many errors")
+                failed = _failed(waiting.popleft(), self._fate(error))
+                lost += failed
+                outcomes += failed
+        return outcomes + [outcome for call in waiting for outcome in _failed(call, "it was not called after so many errors")]
 
     def close(self) -> None:
         """Ends the process for good; a thread that waits for it gets an error."""
