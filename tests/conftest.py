@@ -126,7 +126,10 @@ def unlabelled(image: Any, prompt: Any, prompt_mask: Any, suffix: Any, suffix_ma
     b = len(prompt)
     none, zeros = jnp.zeros((b, 1), bool), jnp.zeros((b, 1), jnp.int32)
     gold = Gold(
-        Boxes(jnp.zeros((b, 1, 4)), zeros, none), Points(jnp.zeros((b, 1, 2)), zeros, none), jnp.full(b, BOXES), zeros[..., None],
+        Boxes(jnp.zeros((b, 1, 4)), zeros, none),
+        Points(jnp.zeros((b, 1, 2)), zeros, none),
+        jnp.full(b, BOXES),
+        zeros[..., None],
         jnp.zeros((b, 1, 0, 0), bool),
     )
     size, row = jnp.full((b, 2), image.shape[1]), jnp.arange(b)

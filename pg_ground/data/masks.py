@@ -35,8 +35,8 @@ def to_masks(value: Any, count: int, size: tuple[int, int], cells: int, root: Fi
 
 def _is_one_for_each(value: Any, count: int) -> bool:
     if not isinstance(value, list) or _is_polygon(value):
-        return isinstance(value, list) and not value
-    return count != 1 or not all(map(_is_polygon, value))
+        return False
+    return count != 1 or not value or not all(map(_is_polygon, value))
 
 
 def _is_polygon(value: Any) -> bool:
