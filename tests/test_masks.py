@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from pg_ground import tokenizer
@@ -129,6 +131,8 @@ def test_polygons_cover_what_pycocotools_says(golden):
         ([], 1, "0 masks for 1 objects"),
         ({"counts": [5, 5], "size": [48, 80]}, 1, "runs of 10 pixels"),
         ({"counts": [-1, 48 * 80 + 1], "size": [48, 80]}, 1, "runs of 3840"),
+        ({"counts": [2**62, 2**62, 2**62, 2**62, 48 * 80], "size": [48, 80]}, 1, "runs of 3840"),
+        ({"counts": [[48 * 80]], "size": [48, 80]}, 1, "runs of 3840"),
         ({"counts": "zzzz", "size": [48, 80]}, 1, "not COCO's run lengths"),
         ({"counts": "", "size": [48, 80]}, 1, "not COCO's run lengths"),
         ({"counts": [1, "a"], "size": [48, 80]}, 1, "not COCO's run lengths"),
@@ -156,6 +160,24 @@ def test_compressed_runs_of_any_text_are_read_or_refused():
             cells({"counts": text, "size": [48, 80]})
         except BadRecord as bad:
             assert bad.kind == "bad_mask"
+
+
+NUMBERS = st.integers() | st.integers(-5, 90) | st.floats()
+PLAIN = st.none() | st.booleans() | NUMBERS | st.text(max_size=5) | st.binary(max_size=5)
+ANYTHING = st.recursive(
+    PLAIN | st.lists(NUMBERS, max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.fixed_dictionaries({"counts": inner, "size": inner | st.just([48, 80])}),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(value=ANYTHING, count=st.integers(0, 3))
+def test_any_value_is_a_mask_or_a_bad_mask(value, count):
+    try:
+        assert cells(value, count).shape == (count, 8, 8)
+    except BadRecord as bad:
+        assert bad.kind == "bad_mask"
 
 
 # with their questions
