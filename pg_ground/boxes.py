@@ -18,6 +18,10 @@ ONE_BIN = 1 / LOC_MAX
 """Side that a gold box without extent is widened to, so that it has a scale."""
 
 
+ROUNDING = 1e-6
+"""What fractions of one bin may differ by: division by 1023 has a last digit of its own in every compiled program."""
+
+
 def encode_loc(fraction: Float[Array, "..."]) -> Int[Array, "..."]:
     """Returns loc bins 0..1023 of fractions: clip(round_half_even(fraction · 1023)), as big_vision writes them."""
     return jnp.clip(jnp.round(jnp.asarray(fraction) * LOC_MAX), 0, LOC_MAX).astype(jnp.int32)
@@ -114,8 +118,8 @@ def distance_gaussian(
 
 
 def contains(yxyx: Float[Array, "... 4"], yx: Float[Array, "... 2"]) -> Bool[Array, "..."]:
-    """Returns whether each point lies in its box or on an edge of it."""
-    return jnp.all((yx >= yxyx[..., :2]) & (yx <= yxyx[..., 2:]), axis=-1)
+    """Returns whether each point lies in its box or on an edge of it, give or take `ROUNDING`."""
+    return jnp.all((yx >= yxyx[..., :2] - ROUNDING) & (yx <= yxyx[..., 2:] + ROUNDING), axis=-1)
 
 
 def covers(mask: Bool[Array, "... M M"], yx: Float[Array, "... P 2"]) -> Bool[Array, "... P"]:

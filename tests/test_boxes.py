@@ -28,10 +28,10 @@ def seeds(golden):
     return json.loads((golden / "seeds_rewards.json").read_text())
 
 
-def yxyx(xyxy_px, side_px: float = SIDE_PX) -> jax.Array:
+def yxyx(xyxy_px, side_px: float = SIDE_PX, dtype=jnp.float32) -> jax.Array:
     """Returns boxes in pixels, x first, as fractions, y first."""
     x1, y1, x2, y2 = np.moveaxis(np.asarray(xyxy_px, float).reshape(-1, 4), 1, 0)
-    return jnp.asarray(np.stack([y1, x1, y2, x2], axis=1) / side_px, jnp.float32)
+    return jnp.asarray(np.stack([y1, x1, y2, x2], axis=1) / side_px, dtype)
 
 
 def random_boxes(count: int, seed: int = 0) -> jax.Array:
@@ -86,25 +86,39 @@ def test_loc_tokens_equal_opentaus(seeds):
 # similarities of two boxes
 
 
-def test_single_box_similarities_equal_easydistills(seeds):
-    for case in seeds["exact_unrounded"]:
-        mine, gold = yxyx(case["pred"])[0], yxyx(case["gt"])[0]
-        found = {
-            "point": boxes.gaussian_point(boxes.centre(mine), gold, ALPHA),
-            "plane": boxes.gaussian_coverage(mine, gold, ALPHA),
-            "iou": boxes.iou(mine, gold),
-        }
-        for name, value in found.items():
-            # boxes of 100 px in 2,000 are fractions near 0.05: their sides are known to 2^-24 / 0.05
-            np.testing.assert_allclose(value, case[name], rtol=0, atol=PRINTED + 2**-24 / 0.05, err_msg=name)
+IN_64_BITS = 1e-6
+"""The golden numbers have 6 decimals, of which the last is rounded: in float64 nothing else is between theirs and ours."""
+
+PRECISIONS = pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 
 
-def test_distance_gaussian_equals_synthetic_groundings(seeds):
-    size = jnp.array([640, 480])
-    for case in seeds["distance_gaussian_sigma100"]:
-        mine, gold = (jnp.array([y / 480, x / 640], jnp.float32) for x, y in (case["pred"], case["gt"]))
-        found = boxes.distance_gaussian(mine, gold, size, 100.0, 640.0)
-        np.testing.assert_allclose(found, case["reward"], rtol=0, atol=PRINTED)
+@PRECISIONS
+def test_single_box_similarities_equal_easydistills(seeds, dtype):
+    # boxes of 100 px in 2,000 are fractions near 0.05: in float32 their sides are known to 2^-24 / 0.05
+    bound = IN_64_BITS if dtype is jnp.float64 else PRINTED + 2**-24 / 0.05
+    with jax.enable_x64(dtype is jnp.float64):
+        for case in seeds["exact_unrounded"]:
+            mine, gold = (yxyx(case[key], dtype=dtype)[0] for key in ("pred", "gt"))
+            found = {
+                "point": boxes.gaussian_point(boxes.centre(mine), gold, ALPHA),
+                "plane": boxes.gaussian_coverage(mine, gold, ALPHA),
+                "iou": boxes.iou(mine, gold),
+                "iou2": jnp.square(boxes.iou(mine, gold)),
+            }
+            for name, value in found.items():
+                assert value.dtype == dtype
+                np.testing.assert_allclose(value, case[name], rtol=0, atol=bound, err_msg=name)
+
+
+@PRECISIONS
+def test_distance_gaussian_equals_synthetic_groundings(seeds, dtype):
+    bound = IN_64_BITS if dtype is jnp.float64 else PRINTED
+    with jax.enable_x64(dtype is jnp.float64):
+        for case in seeds["distance_gaussian_sigma100"]:
+            mine, gold = (jnp.array([y / 480, x / 640], dtype) for x, y in (case["pred"], case["gt"]))
+            found = boxes.distance_gaussian(mine, gold, jnp.array([640, 480]), 100.0, 640.0)
+            assert found.dtype == dtype
+            np.testing.assert_allclose(found, case["reward"], rtol=0, atol=bound)
 
 
 def test_distance_gaussian_measures_in_the_scaled_image():
@@ -211,6 +225,27 @@ def test_a_flat_gold_box_still_has_a_scale():
     assert 0 <= far < 1e-6
 
 
+# points in shapes
+
+
+def test_a_box_contains_its_corners_edges_and_middle():
+    box = jnp.array([0.2, 0.3, 0.4, 0.7])
+    inside = jnp.array([[0.2, 0.3], [0.4, 0.7], [0.2, 0.7], [0.3, 0.3], [0.3, 0.5]])
+    assert boxes.contains(box, inside).all()
+    assert not boxes.contains(box, jnp.array([[0.19999, 0.5], [0.3, 0.70001], [0.41, 0.29]])).any()
+    assert not boxes.contains(box[jnp.array([2, 3, 0, 1])], inside).any(), "a reversed box contains nothing"
+
+
+@pytest.mark.parametrize("side", [1, 2, 5, 64])
+def test_a_point_is_covered_where_its_cell_is_set(side):
+    rng = np.random.default_rng(side)
+    mask, yx = rng.random((3, side, side)) < 0.5, rng.random((3, 50, 2))
+    yx[:, :4] = [[0, 0], [0, 1], [1, 0], [1, 1]]
+    cell = np.minimum(np.floor(np.float32(yx) * np.float32(side)), side - 1).astype(int)
+    expected = [mask[i][tuple(cell[i].T)] for i in range(3)]
+    np.testing.assert_array_equal(boxes.covers(jnp.asarray(mask), jnp.asarray(yx, jnp.float32)), expected)
+
+
 # sets
 
 
@@ -233,26 +268,33 @@ def test_matching_is_the_best_of_all_permutations(shape):
     )  # a sum of at most 5 values below 1
 
 
-def test_similarity_of_sets_equals_the_micro_f_of_all_classes(seeds):
-    for case in seeds["proposed_multi_micro_f"]:
-        (mine, my_labels), (gold, gold_labels) = (
-            (yxyx([box for found in by_label.values() for box in found]), [k for k, v in by_label.items() for _ in v])
-            for by_label in (case["pred"], case["gt"])
-        )
-        if not my_labels:
-            mine, my_labels = jnp.zeros((1, 4)), ["unused"]
-        predicted = jnp.array([label != "unused" for label in my_labels])
-        same = jnp.array([[a == b for b in gold_labels] for a in my_labels])
-        pairs = mine[:, None], gold[None]
-        similarities = {
-            "point": boxes.gaussian_point(boxes.centre(pairs[0]), pairs[1], ALPHA),
-            "plane": boxes.gaussian_coverage(*pairs, ALPHA),
-            "iou": boxes.iou(*pairs),
-        }
-        for name, similarity in similarities.items():
-            found = set_similarity(jnp.where(same, similarity, 0), predicted, jnp.ones(len(gold), bool))
-            # sides of 70 px in 2,000: see above
-            np.testing.assert_allclose(found, case[name], rtol=0, atol=PRINTED + 2**-24 / 0.035, err_msg=name)
+@PRECISIONS
+def test_similarity_of_sets_equals_the_micro_f_of_all_classes(seeds, dtype):
+    # sides of 70 px in 2,000: see above
+    bound = IN_64_BITS if dtype is jnp.float64 else PRINTED + 2**-24 / 0.035
+    with jax.enable_x64(dtype is jnp.float64):
+        for case in seeds["proposed_multi_micro_f"]:
+            (mine, my_labels), (gold, gold_labels) = (
+                (
+                    yxyx([box for found in by_label.values() for box in found], dtype=dtype),
+                    [k for k, v in by_label.items() for _ in v],
+                )
+                for by_label in (case["pred"], case["gt"])
+            )
+            if not my_labels:
+                mine, my_labels = jnp.zeros((1, 4), dtype), ["unused"]
+            predicted = jnp.array([label != "unused" for label in my_labels])
+            same = jnp.array([[a == b for b in gold_labels] for a in my_labels])
+            pairs = mine[:, None], gold[None]
+            similarities = {
+                "point": boxes.gaussian_point(boxes.centre(pairs[0]), pairs[1], ALPHA),
+                "plane": boxes.gaussian_coverage(*pairs, ALPHA),
+                "iou": boxes.iou(*pairs),
+            }
+            for name, similarity in similarities.items():
+                found = set_similarity(jnp.where(same, similarity, 0), predicted, jnp.ones(len(gold), bool))
+                assert found.dtype == dtype
+                np.testing.assert_allclose(found, case[name], rtol=0, atol=bound, err_msg=name)
 
 
 def sets(values, predicted, gold) -> float:

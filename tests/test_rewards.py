@@ -196,7 +196,7 @@ def test_what_lies_behind_the_mask_is_not_read():
     plain, full = (
         read_jitted(tokens, r.mask, jnp.array([BOXES]), name_ids(("cat",)), TOKENS.vocab) for tokens in (r.tokens, behind)
     )
-    jax.tree.map(np.testing.assert_array_equal, plain, full)
+    jax.tree.map(np.testing.assert_array_equal, plain._replace(tokens=full.tokens), full)
 
 
 def test_completions_of_a_group_and_prompts_of_a_batch_are_read_apart():
@@ -226,7 +226,7 @@ def test_as_many_boxes_as_fit_are_read():
 def gold_batch(
     boxes: list[tuple[tuple[int, ...], int]], points: list[tuple[tuple[int, int], int]] = (), asks: int = BOXES, names=("cat",)
 ) -> Batch:
-    """Returns one question whose gold is given in bins, with labels; 3 slots each."""
+    """Returns one question whose gold is given in bins, with labels; 3 slots each. Masks are the boxes, in 32 × 32 cells."""
 
     def slots(rows: list, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         place, label, valid = np.zeros((1, 3, width), np.float32), np.zeros((1, 3), np.int32), np.zeros((1, 3), bool)
@@ -234,6 +234,9 @@ def gold_batch(
             place[0, k], label[0, k], valid[0, k] = np.array(bins) / LOC_MAX, name, True
         return jnp.asarray(place), jnp.asarray(label), jnp.asarray(valid)
 
+    middle = (jnp.arange(32) + 0.5) / 32
+    y1, x1, y2, x2 = (side[..., None] for side in jnp.moveaxis(slots(boxes, 4)[0], -1, 0))
+    masks = ((y1 < middle) & (middle < y2))[..., :, None] & ((x1 < middle) & (middle < x2))[..., None, :]
     gold = Gold(Boxes(*slots(boxes, 4)), Points(*slots(list(points), 2)), jnp.array([asks]), name_ids(names), masks)
     text, one = jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32)
     size = jnp.array([[640, 480]])
@@ -268,7 +271,7 @@ def wrong(batch: Batch) -> str:
 
 
 def test_the_cases_cover_every_reward():
-    assert {name for name, _ in CASES} == set(REWARDS)
+    assert {name for name, _ in CASES} | set(SHAPING) == set(REWARDS)
 
 
 @EVERY
@@ -304,7 +307,8 @@ def test_rewards_lie_in_0_to_1_whatever_is_written(reward, batch):
 @EVERY
 def test_nothing_and_the_wrong_kind_are_worth_0(reward, batch):
     other = right(ONE_POINT if batch is ONE_BOX else ONE_BOX)
-    assert judge(reward, batch, "", "cat", other, f"{loc(1, 2, 3)} cat") == [0.0] * 4
+    none = 0.5 if reward == "count_graded" else 0.0  # one too few
+    assert judge(reward, batch, "", "cat", other, f"{loc(1, 2, 3)} cat") == [none] * 4
 
 
 @EVERY
@@ -326,7 +330,7 @@ def test_iou_of_spam_is_2_over_n_plus_1():
     np.testing.assert_allclose(judge("iou", ONE_BOX, *texts), [1, 2 / 3, 1 / 2], rtol=1e-6)
 
 
-@pytest.mark.parametrize("reward", ["iou", "giou", "gaussian_point", "gaussian_coverage"])
+@pytest.mark.parametrize("reward", ["iou", "iou_squared", "giou", "gaussian_point", "gaussian_coverage", "label"])
 def test_a_reversed_box_counts_as_a_prediction_worth_0(reward):
     flipped = f"{loc(BOX[2], BOX[3], BOX[0], BOX[1])} cat"
     alone, beside = judge(reward, ONE_BOX, flipped, f"{loc(*BOX)} cat ; {flipped}")
@@ -334,7 +338,7 @@ def test_a_reversed_box_counts_as_a_prediction_worth_0(reward):
     np.testing.assert_allclose(beside, 2 / 3, rtol=1e-5)
 
 
-@pytest.mark.parametrize("reward", ["iou", "giou", "gaussian_point", "gaussian_coverage"])
+@pytest.mark.parametrize("reward", ["iou", "iou_squared", "giou", "gaussian_point", "gaussian_coverage"])
 def test_nearer_boxes_are_worth_more(reward):
     texts = [f"{loc(*(b + d for b in BOX))} cat" for d in (0, 10, 20, 40, 80)]
     assert (np.diff(judge(reward, ONE_BOX, *texts)) < 0).all()
@@ -363,17 +367,18 @@ def test_distance_gaussian_is_in_pixels_of_640():
 def test_a_reward_is_nan_exactly_where_it_does_not_apply(reward):
     for batch, applies in ((ONE_BOX, FOR_BOXES), (ONE_POINT, FOR_POINTS)):
         found = np.isnan(judge(reward, batch, right(batch), wrong(batch), ""))
-        assert found.tolist() == [reward not in applies] * 3
+        assert found.tolist() == [reward not in applies + SHAPING] * 3
 
 
-def test_gaussian_point_is_nan_for_points_whose_objects_are_not_annotated():
-    assert np.isnan(judge("gaussian_point", gold_batch([], [((300, 550), 0)], POINTS), f"{loc(300, 550)} cat")).all()
+@pytest.mark.parametrize("reward", ["gaussian_point", "point_in_box", "point_in_mask"])
+def test_what_needs_the_objects_is_nan_for_points_without_them(reward):
+    assert np.isnan(judge(reward, gold_batch([], [((300, 550), 0)], POINTS), f"{loc(300, 550)} cat")).all()
 
 
 TWO = gold_batch([(BOX, 0), (OTHER, 1)], names=("cat", "dog"))
 
 
-@pytest.mark.parametrize("reward", ["iou", "gaussian_point", "gaussian_coverage"])
+@pytest.mark.parametrize("reward", ["iou", "iou_squared", "gaussian_point", "gaussian_coverage", "detection", "label"])
 def test_boxes_match_only_within_their_name(reward):
     exact = f"{loc(*BOX)} cat ; {loc(*OTHER)} dog"
     turned = f"{loc(*OTHER)} dog ; {loc(*BOX)} cat"
@@ -381,9 +386,9 @@ def test_boxes_match_only_within_their_name(reward):
     half = f"{loc(*BOX)} cat ; {loc(*OTHER)} fox"
     found = judge(reward, TWO, exact, turned, swapped, half, f"{loc(*BOX)} cat")
     np.testing.assert_allclose(found[:2], 1, atol=4e-6)
-    assert found[2] < 0.3
+    assert found[2] < 0.3 or reward == "label"
     np.testing.assert_allclose(found[3], 1 / 2, atol=4e-6)
-    np.testing.assert_allclose(found[4], 2 / 3, atol=4e-6)
+    np.testing.assert_allclose(found[4], 1 / 2 if reward == "detection" else 2 / 3, atol=4e-6)
 
 
 def test_where_nothing_is_eos_alone_is_right():
@@ -393,7 +398,7 @@ def test_where_nothing_is_eos_alone_is_right():
             *judge(reward, nothing, "", f"{loc(*BOX)} cat"),
             *judge(reward, nothing, f"{loc(1, 2, 3)} cat", unfinished=True),
         )
-        assert silent == 1 and boxed == 0, reward
+        assert silent == 1 and boxed == (0.5 if reward == "count_graded" else 0), reward
         assert unfinished == (0 if reward == "format" else 1), reward
 
 
@@ -406,6 +411,138 @@ def test_count_counts_answers_of_the_asked_kind():
     box, point = f"{loc(*BOX)} cat", f"{loc(1, 2)} cat"
     found = judge("count", ONE_BOX, box, wrong(ONE_BOX), f"{box} ; {point}", point, f"{box} ; {box}")
     assert found == [1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+def test_count_graded_falls_with_each_answer_too_many_or_too_few():
+    answers = [" ; ".join([f"{loc(*BOX)} cat"] * n) for n in range(5)]
+    np.testing.assert_allclose(judge("count_graded", TWO, *answers), [1 / 3, 1 / 2, 1, 1 / 2, 1 / 3], rtol=1e-6)
+
+
+def test_label_judges_names_alone():
+    far, near = loc(*FAR), loc(*BOX)
+    texts = (f"{far} dog ; {near} cat", f"{far} cat ; {near} cat", f"{far} cat", f"{far} cow ; {near} dog", "")
+    np.testing.assert_allclose(judge("label", TWO, *texts), [1, 1 / 2, 2 / 3, 1 / 2, 0], rtol=1e-6)
+
+
+def test_iou_squared_is_the_square_of_iou_for_one_box():
+    texts = [f"{loc(*(b + d for b in BOX))} cat" for d in (0, 10, 20, 40, 80)]
+    np.testing.assert_allclose(judge("iou_squared", ONE_BOX, *texts), np.square(judge("iou", ONE_BOX, *texts)), rtol=1e-6)
+
+
+def test_a_point_on_the_edge_is_in_its_box_and_one_bin_further_is_not():
+    y1, x1, y2, x2 = BOX
+    inside = [(y1, x1), (y2, x2), (y1, x2), (300, 550)]
+    outside = [(y1 - 1, x1), (y2 + 1, x2), (300, x2 + 1), (300, x1 - 1)]
+    found = judge("point_in_box", ONE_POINT, *(f"{loc(*at)} cat" for at in inside + outside))
+    assert found == [1.0] * 4 + [0.0] * 4
+
+
+def test_points_lie_in_the_box_and_the_mask_of_their_name():
+    batch = gold_batch([(BOX, 0), (OTHER, 1)], [((300, 550), 0), ((800, 175), 1)], POINTS, ("cat", "dog"))
+    right, swapped = (f"{loc(300, 550)} {a} ; {loc(800, 175)} {b}" for a, b in (("cat", "dog"), ("dog", "cat")))
+    for reward in ("point_in_box", "point_in_mask"):
+        found = judge(reward, batch, right, swapped, f"{loc(310, 600)} cat", f"{right} ; {loc(300, 550)} cat", "")
+        np.testing.assert_allclose(found, [1, 0, 2 / 3, 4 / 5, 0], rtol=1e-6, err_msg=reward)
+
+
+def test_a_mask_is_read_cell_by_cell():
+    cells = np.random.default_rng(0).random((3, 4, 4)) < 0.5
+    batch = ONE_POINT._replace(gold=ONE_POINT.gold._replace(masks=jnp.asarray(cells)[None]))
+    at = [(y, x) for y in range(4) for x in range(4)]
+    texts = [f"{loc(128 + 256 * y, 128 + 256 * x)} cat" for y, x in at]
+    assert judge("point_in_mask", batch, *texts) == [float(cells[0, y, x]) for y, x in at]
+    corners = [f"{loc(y, x)} cat" for y in (0, LOC_MAX) for x in (0, LOC_MAX)]
+    assert judge("point_in_mask", batch, *corners) == cells[0][[0, 0, -1, -1], [0, -1, 0, -1]].astype(float).tolist()
+
+
+def test_where_no_masks_are_carried_point_in_mask_does_not_apply():
+    without = ONE_POINT._replace(gold=ONE_POINT.gold._replace(masks=jnp.zeros((1, 3, 0, 0), bool)))
+    assert np.isnan(judge("point_in_mask", without, right(ONE_POINT), "")).all()
+
+
+def alone(reward: str, batch: Batch, *texts: str, **settings) -> list[float]:
+    """Returns one reward under other settings."""
+    r = rollout(*texts)
+    answer = read_jitted(r.tokens, r.mask, batch.gold.asks, batch.gold.names, TOKENS.vocab)
+    return jax.jit(lambda a, b: REWARDS[reward](a, b, RewardSettings(**settings)))(answer, batch)[0].tolist()
+
+
+def test_distance_in_shares_of_the_diagonal_is_that_of_the_image():
+    texts = [f"{loc(300 + dy, 550 + dx)} cat" for dy, dx in ((0, 0), (100, 0), (0, 100), (60, -80))]
+    px, share = (alone("distance_gaussian", ONE_POINT, *texts, **of) for of in (
+        {"distance_sigma_px": 80.0}, {"distance_unit": "diagonal", "distance_sigma_share": 0.1},
+    ))  # fmt: skip
+    np.testing.assert_allclose(share, px, rtol=1e-5)  # the diagonal of 640 × 480 is 800
+    larger = ONE_POINT._replace(size=ONE_POINT.size * 7)
+    np.testing.assert_allclose(alone("distance_gaussian", larger, *texts, distance_unit="diagonal"), alone(
+        "distance_gaussian", ONE_POINT, *texts, distance_unit="diagonal"), rtol=1e-5)  # fmt: skip
+
+
+def test_distance_in_shares_of_the_gold_box_is_that_of_the_object():
+    height, width = (BOX[2] - BOX[0]) / LOC_MAX * 480, (BOX[3] - BOX[1]) / LOC_MAX * 640
+    at, unit = f"{loc(300 + 50, 550)} cat", {"distance_unit": "box", "distance_sigma_share": 0.25}
+    sigma = 0.25 * np.hypot(height, width)
+    expected = np.exp(-0.5 * (50 / LOC_MAX * 480 / sigma) ** 2)
+    np.testing.assert_allclose(alone("distance_gaussian", ONE_POINT, at, **unit), expected, rtol=1e-5)
+    smaller = gold_batch([((200, 375, 400, 725), 0)], [((300, 550), 0)], POINTS)
+    half = alone("distance_gaussian", smaller, f"{loc(300 + 25, 550)} cat", **unit)
+    np.testing.assert_allclose(half, expected, rtol=1e-5)
+    assert np.isnan(alone("distance_gaussian", gold_batch([], [((300, 550), 0)], POINTS), at, **unit)).all()
+
+
+def test_length_is_the_share_of_the_room_that_is_left():
+    r = rollout(right(ONE_BOX), "")
+    used = r.mask.sum(axis=-1)[0].tolist()
+    np.testing.assert_allclose(judge("length", ONE_BOX, right(ONE_BOX), ""), [1 - n / LENGTH for n in used], rtol=1e-6)
+
+
+def test_overlong_is_daposs_of_the_paper():
+    """arXiv 2503.14476, equation 13; TRL's docstring has 90 tokens of 100 with a cache of 20: -0.5."""
+    lengths = np.array([1, 80, 81, 90, 99, 100])
+    mask = jnp.arange(120) < lengths[:, None]
+    r = rollout("")
+    answer = read_jitted(r.tokens, r.mask, ONE_BOX.gold.asks, ONE_BOX.gold.names, TOKENS.vocab)
+    answer = answer._replace(tokens=jnp.ones((1, *mask.shape), jnp.int32), mask=mask[None])
+    found = REWARDS["overlong"](answer, ONE_BOX, RewardSettings(overlong_max_tokens=100, overlong_cache_tokens=20))
+    np.testing.assert_allclose(found[0], [0, 0, -0.05, -0.5, -0.95, -1], rtol=1e-6)
+    room = REWARDS["overlong"](answer, ONE_BOX, RewardSettings(overlong_cache_tokens=20))
+    np.testing.assert_array_equal(room, 0)
+    beyond = answer._replace(mask=jnp.ones((1, 1, 120), bool), tokens=answer.tokens[:, :1])
+    assert REWARDS["overlong"](beyond, ONE_BOX, RewardSettings(overlong_max_tokens=100)).tolist() == [[-1.0]]
+
+
+def brute_repetition(ids: list[int], n: int) -> float:
+    grams = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    return -sum(gram in grams[:i] for i, gram in enumerate(grams)) / max(len(grams), 1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+def test_repetition_equals_counting(n):
+    rng = np.random.default_rng(n)
+    lengths = rng.integers(0, 21, 30)
+    tokens = rng.integers(5, 8, (1, 30, 20))
+    mask = np.arange(20) < lengths[None, :, None]
+    r = rollout("")
+    answer = read_jitted(r.tokens, r.mask, ONE_BOX.gold.asks, ONE_BOX.gold.names, TOKENS.vocab)
+    answer = answer._replace(tokens=jnp.asarray(tokens), mask=jnp.asarray(mask))
+    found = REWARDS["repetition"](answer, ONE_BOX, RewardSettings(repetition_ngram=n))
+    expected = [brute_repetition(row[:length].tolist(), n) for row, length in zip(tokens[0], lengths, strict=True)]
+    np.testing.assert_allclose(found[0], expected, rtol=1e-6)
+
+
+def test_repetition_sees_a_loop_and_no_right_answer():
+    loop = " ".join(["cat"] * 12)
+    tokens, mask = (x[0, 0] for x in rollout(loop)[:2])
+    expected = brute_repetition(tokens[mask].tolist(), SETTINGS.repetition_ngram)
+    np.testing.assert_allclose(judge("repetition", ONE_BOX, loop, right(ONE_BOX), ""), [expected, 0, 0], rtol=1e-6)
+    assert expected < -0.4
+    assert alone("repetition", ONE_BOX, loop, repetition_ngram=LENGTH + 1) == [0.0]
+
+
+def test_a_list_of_different_boxes_repeats_nothing():
+    names = ("cat", "red circle")
+    rows = [" ; ".join(f"{loc(100, 10 + 100 * k, 200, 90 + 100 * k)} {name}" for k in range(3)) for name in names]
+    assert judge("repetition", ONE_BOX, *rows) == [0.0, 0.0]  # in one row of the image, so that y1 is alike
 
 
 # the sum

@@ -35,8 +35,8 @@ def to_masks(value: Any, count: int, size: tuple[int, int], cells: int, root: Fi
 
 def _is_one_for_each(value: Any, count: int) -> bool:
     if not isinstance(value, list) or _is_polygon(value):
-        return isinstance(value, list) and not value
-    return count != 1 or not all(map(_is_polygon, value))
+        return False
+    return count != 1 or not value or not all(map(_is_polygon, value))
 
 
 def _is_polygon(value: Any) -> bool:
@@ -56,7 +56,7 @@ def _pixels(value: Any, size: tuple[int, int], root: FilePath | None) -> Bool[np
     if isinstance(value, Mapping) and "counts" in value:
         return _run(value)
     try:
-        return load_image(value, root).any(axis=-1)
+        return np.asarray(load_image(value, root).any(axis=-1))
     except BadRecord as bad:
         raise BadRecord("bad_mask", f"the mask is no image: {bad}") from None
 
@@ -67,7 +67,7 @@ def _filled(polygons: Sequence[Any], size: tuple[int, int]) -> Bool[np.ndarray, 
     for polygon in polygons:
         try:
             corners = np.array(polygon, np.float64).reshape(-1, 2)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             corners = np.zeros((0, 2))
         if len(corners) < 3 or not np.isfinite(corners).all():
             raise BadRecord("bad_mask", f"{polygon!r:.60} is no polygon [x1, y1, x2, y2, …] of three corners or more")
@@ -84,7 +84,8 @@ def _run(rle: Mapping[str, Any]) -> Bool[np.ndarray, "H W"]:
     try:
         height, width = map(int, rle["size"])
         runs = np.array(_unpacked(counts) if isinstance(counts, str | bytes) else counts, np.int64)
-        if not 0 < height * width <= MOST_PIXELS or runs.min() < 0 or runs.sum() != height * width:
+        area = height * width
+        if runs.ndim != 1 or not 0 < area <= MOST_PIXELS or runs.min() < 0 or runs.max() > area or runs.sum() != area:
             raise ValueError(f"runs of {runs.sum()} pixels for {height} x {width}")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise BadRecord("bad_mask", f"{dict(rle)!r:.60} is not COCO's run lengths: {error}") from None

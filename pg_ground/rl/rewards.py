@@ -227,12 +227,13 @@ def label(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"
 
 
 def format(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
-    """Returns 1 for a completion that is an answer of the asked kind from its first token to EOS, else 0.
+    """Returns 1 for a completion that is an answer of the asked kind from its first token to EOS, its boxes proper, else 0.
 
     Where there is nothing to find, the right answer is EOS alone.
     """
     silent = answer.finished & (answer.stray == 0) & (_count(answer, batch) == 0)
-    right = jnp.where((_gold_count(batch) == 0)[:, None], silent, answer.grammatical).astype(jnp.float32)
+    proper = jnp.all(boxes.is_proper(answer.boxes.yxyx) | ~answer.boxes.valid, axis=-1)
+    right = jnp.where((_gold_count(batch) == 0)[:, None], silent, answer.grammatical & proper).astype(jnp.float32)
     return jnp.where((batch.gold.asks == TEXT)[:, None], jnp.nan, right)
 
 
