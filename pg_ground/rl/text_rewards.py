@@ -192,16 +192,16 @@ def ovd_confidence(text: str, example: TextExample) -> float:
 
 
 def ovd_calibration(text: str, example: TextExample) -> float:
-    """Returns 2·Σ (2·c·detected − c²) / (n_predicted + n_gold), at least 0, in [0, 1]; 1 where both are 0.
+    """Returns Σ (2·c·detected − c²) / max(n_predicted, n_gold), in [−1, 1]; 1 where both are 0.
 
-    Brier's score less that of saying 0: over a box that is right with probability p its mean is largest, p², at c = p, and a box
-    with confidence 0 earns nothing.
+    Brier's score less that of saying 0: over a box that is right with probability p its mean is largest, p², at c = p. A box with
+    confidence 0 earns nothing. Not cut off at 0, for then a wrong box could as well be a confident one.
     """
     found = _detect(text, example)
     if not found:
         return math.nan
     earned = 2 * found.confidence * (found.overlap > 0) - np.square(found.confidence)
-    return max(_share(2 * earned.sum(), len(found.overlap) + found.gold), 0.0)
+    return _share(earned.sum(), max(len(found.overlap), found.gold))
 
 
 def ovd_ap(text: str, example: TextExample) -> float:
@@ -221,7 +221,7 @@ def ovd_ap(text: str, example: TextExample) -> float:
 
 
 def ovd(text: str, example: TextExample) -> float:
-    """Returns the mean of `ovd_f`, `ovd_calibration` and `ovd_ap`, in [0, 1]; 1 for saying so where there is nothing to find."""
+    """Returns the mean of `ovd_f`, `ovd_calibration` and `ovd_ap`, in [−⅓, 1]; 1 for `[]` where there is nothing to find."""
     return (ovd_f(text, example) + ovd_calibration(text, example) + ovd_ap(text, example)) / 3
 
 
