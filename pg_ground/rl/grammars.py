@@ -32,7 +32,7 @@ class Places(NamedTuple):
     """NaN in each coordinate of one that cannot be read: it is still a prediction."""
     labels: tuple[str, ...]
     confidences: tuple[float, ...]
-    """In [0, 1]; 1 where none is given."""
+    """In [0, 1]; 1 where none is given, 0 for what cannot be read."""
     ok: bool
 
 
@@ -95,7 +95,7 @@ def ovd(text: str) -> Places:
     for entry in entries:
         entry = entry if isinstance(entry, dict) else {}
         place, confidence = _place(entry.get("Position"), 4), _number(entry.get("Confidence", 1))
-        if not 0 <= confidence <= 1:
+        if math.isnan(place[0]) or not 0 <= confidence <= 1:
             place, confidence = (math.nan,) * 4, 0.0
         label = entry.get("label", "")
         places.append(place)

@@ -94,7 +94,7 @@ def json_points_in_boxes(text: str, example: TextExample) -> float:
 
     For questions about points, against the boxes of the objects they should lie on (NaN where the annotation has none).
     """
-    if example.asks == "boxes" or len(example.boxes) != len(example.points):
+    if example.asks != "points" or len(example.boxes) != len(example.points):
         return math.nan
     return _compare(text, example._replace(points=example.boxes), grammars.json_points, _inside, "points")
 
@@ -192,16 +192,16 @@ def ovd_confidence(text: str, example: TextExample) -> float:
 
 
 def ovd_calibration(text: str, example: TextExample) -> float:
-    """Returns 2·Σ (2·c·detected − c²) / (n_predicted + n_gold), at least 0, in [0, 1]; 1 where both are 0.
+    """Returns Σ (2·c·detected − c²) / max(n_predicted, n_gold), in [−1, 1]; 1 where both are 0.
 
-    Brier's score less that of saying 0: over a box that is right with probability p its mean is largest, p², at c = p, and a box
-    with confidence 0 earns nothing.
+    Brier's score less that of saying 0: over a box that is right with probability p its mean is largest, p², at c = p. A box with
+    confidence 0 earns nothing. Not cut off at 0, for then a wrong box could as well be a confident one.
     """
     found = _detect(text, example)
     if not found:
         return math.nan
     earned = 2 * found.confidence * (found.overlap > 0) - np.square(found.confidence)
-    return max(_share(2 * earned.sum(), len(found.overlap) + found.gold), 0.0)
+    return _share(earned.sum(), max(len(found.overlap), found.gold))
 
 
 def ovd_ap(text: str, example: TextExample) -> float:
@@ -221,7 +221,7 @@ def ovd_ap(text: str, example: TextExample) -> float:
 
 
 def ovd(text: str, example: TextExample) -> float:
-    """Returns the mean of `ovd_f`, `ovd_calibration` and `ovd_ap`, in [0, 1]; 1 for saying so where there is nothing to find."""
+    """Returns the mean of `ovd_f`, `ovd_calibration` and `ovd_ap`, in [−⅓, 1]; 1 for `[]` where there is nothing to find."""
     return (ovd_f(text, example) + ovd_calibration(text, example) + ovd_ap(text, example)) / 3
 
 
@@ -336,7 +336,8 @@ def _gold(example: TextExample, read: Grammar, asks: str) -> Places | None:
     if example.asks == asks or (example.asks == "text" and annotated):
         return Places(annotated, example.labels, (), True)
     found = read(example.gold)
-    return found if example.asks == "text" and (found.ok or found.places) else None
+    legible = not any(map(math.isnan, np.ravel(found.places)))
+    return found if example.asks == "text" and legible and (found.ok or found.places) else None
 
 
 def _grammatical(text: str, example: TextExample, read: Grammar) -> float:
@@ -463,7 +464,7 @@ def _expression(latex: str | None) -> list:
     """Returns what math-verify makes of an answer; nothing of several numbers in a row, which it would take for one."""
     if latex is None or len(latex) > MAX_MATH or _TWO_NUMBERS.search(latex):
         return []
-    return parse(rf"\boxed{{{latex}}}", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=None)
+    return parse(rf"\boxed{{{latex}}}", [LatexExtractionConfig()], fallback_mode="no_fallback", parsing_timeout=0)
 
 
 def _chosen(answer: str, gold: str) -> bool:
@@ -477,8 +478,8 @@ _MEASURED = re.compile(
     r"\d|[%°]|\b(?:[cmk]?m|(?:centi|milli|kilo)?met(?:er|re)s?|feet|ft|inch(?:es)?|yards?|miles?|pixels?|px|degrees?|percent)\b"
 )
 _OBJECT = re.compile(
-    r"\bthe ((?:(?!(?:and|or|to|of|in|is|on|at|as|be|relative|located|with|from|than|appears?|left|right|above|below|camera|viewer"
-    r"|image|picture|photo|scene|spatial|relative|relation(?:ship)?|positions?|following|answer|object|one)\b)[a-z'-]+ ?){1,3})"
+    r"\bthe ((?:(?!(?:and|or|to|of|in|is|on|at|as|be|relative|located|with|from|than|appears?|left|right|above|below|camera"
+    r"|viewer|image|picture|photo|scene|spatial|relation(?:ship)?|positions?|following|answer|object|one)\b)[a-z'-]+ ?){1,3})"
 )
 
 
