@@ -18,6 +18,13 @@ from pg_ground.vocab import EOS, LOC_TOKENS, PAD, Vocab
 
 Reward = Callable[[Answer, Batch, RewardSettings], Float[Array, "B G"]]
 
+DETECTION_THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+DUPLICATE_WEIGHT = 0.3
+"""Of arXiv 2302.08242, as its released settings."""
+
+RELEASED_SHARES = (0.1, 0, 0.2, 0, 0.2, 0, 0, 0.3, 0, 0.2)
+"""Of the thresholds in big_vision's mean: it keeps results under the threshold's first decimal, where the last writer wins."""
+
 
 def read_answer(
     tokens: Int[Array, "B G T"],
@@ -198,14 +205,6 @@ def detection(answer: Answer, batch: Batch, settings: RewardSettings) -> Float[A
     most = jnp.maximum(predicted.valid.sum(axis=-1), gold.valid.sum(axis=-1)[:, None])
     worth = total / jnp.maximum(most, 1) if settings.detection_normalise else total
     return _only(BOXES, batch, jnp.where(most == 0, 1.0, worth))
-
-
-DETECTION_THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
-DUPLICATE_WEIGHT = 0.3
-"""Of arXiv 2302.08242, as its released settings."""
-
-RELEASED_SHARES = (0.1, 0, 0.2, 0, 0.2, 0, 0, 0.3, 0, 0.2)
-"""Of the thresholds in big_vision's mean: it keeps results under the threshold's first decimal, where the last writer wins."""
 
 
 def label(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
