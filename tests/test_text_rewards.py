@@ -378,7 +378,7 @@ def test_defect_18_an_answer_is_one_relation():
     for text in ("left", "left.", "<think>x</think><answer>left</answer>", "The answer is: to the left of the table"):
         assert reward("spatial", text, example) == 1, text
     for text in ("The answer is: to the left of and to the right of", "left, right", "not left", "It is leftover"):
-        assert reward("spatial", text, example) == -0.5, text
+        assert reward("spatial", text, example) == reward("spatial", text, ask("right")) == -0.5, text
     assert reward("spatial", "The answer is: in front of", ask("in front of")) == 1
     assert reward("spatial", "Answer: (C)", ask("(C)")) == 1 and reward("spatial", "(B)", ask("(C)")) == -0.5
     assert reward("spatial", "the red chair", ask("Red chair")) == 1 and reward("spatial", "chair", ask("table")) == -0.5
@@ -578,9 +578,7 @@ def test_rewards_of_words_leave_questions_about_places_alone(name):
     assert math.isnan(reward(name, "5", ask("")))
 
 
-@pytest.mark.parametrize(
-    "name", ["json_points", "json_boxes", "json_format", "dict_point", "list_iou", "box_tokens_format", "ovd"]
-)
+@pytest.mark.parametrize("name", ["json_points", "json_boxes", "json_format", "dict_point", "list_iou", "ovd"])
 def test_rewards_of_places_leave_other_questions_alone(name):
     assert math.isnan(reward(name, "[1,2,3,4]", ask("left")))
     if name not in ("json_format", "json_points"):
@@ -648,7 +646,7 @@ def test_mathematics():
     assert math.isnan(reward("math", "5", ask("")))
 
 
-@pytest.mark.parametrize("piece", ["{", "(((", "x^", " [", "|", "-", "\\(", r"\frac{", "1/", "9", "$"])
+@pytest.mark.parametrize("piece", ["{", "(((", " [", "|", "-", "\\(", r"\frac{", "1/", "9", "$"])
 def test_nonsense_is_no_mathematics(piece):
     for text in (piece * (199 // len(piece)), piece * 1000):
         assert reward("math", f"<answer>{text}</answer>", ask("5")) == 0
