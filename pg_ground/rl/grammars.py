@@ -12,7 +12,7 @@ import warnings
 from typing import Any, NamedTuple
 
 MAX_LITERAL = 20_000
-"""Characters of the longest Python literal that is read: its parser's memory grows by a kilobyte for each."""
+"""Characters of the longest Python literal that is read: its parser takes half a kilobyte for each."""
 
 
 class Sections(NamedTuple):
@@ -22,7 +22,7 @@ class Sections(NamedTuple):
     answer: str
     """The whole text where there are no tags; "" where it is not clear which part is the answer."""
     form: str
-    """"bare" (no tags), "answer" (`<answer>…</answer>`), "think_answer" (`<think>…</think> <answer>…</answer>`) or "broken"."""
+    """One of "bare" (no tags), "answer" (one pair), "think_answer" (`<think>…</think> <answer>…</answer>`) and "broken"."""
 
 
 class Places(NamedTuple):
@@ -40,7 +40,7 @@ class Choice(NamedTuple):
     """An answer out of a closed set."""
 
     kind: str
-    """"relation", "option", "yes/no", or "" where none, or more than one, is named."""
+    """One of "relation", "option" and "yes/no"; "" where none, or more than one, is named."""
     value: str
 
 

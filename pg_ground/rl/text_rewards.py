@@ -43,8 +43,8 @@ REASONING_WEIGHT = 0.3
 REASONING_WORDS = (20, 150)
 """Bounds on the length of a chain of thought (ReinforceSight)."""
 
-MAX_MATH = 500
-"""Characters of the longest mathematical answer that is looked at."""
+MAX_MATH = 200
+"""Characters of the longest mathematical answer that is looked at: nonsense costs math-verify time beyond its length."""
 
 
 class TextExample(NamedTuple):
@@ -237,13 +237,13 @@ def think_boxed_format(text: str, _: TextExample) -> float:
 
 def count_exact(text: str, example: TextExample) -> float:
     """Returns 1 for an answer that is the gold number and nothing else, else 0."""
-    gold, found = grammars.number(example.gold), grammars.number(text)
+    gold, found = grammars.number(_gold_text(example)), grammars.number(text)
     return math.nan if math.isnan(gold) else float(found == gold)
 
 
 def count_graded(text: str, example: TextExample) -> float:
     """Returns 1 / (1 + |n − n_gold|), in [0, 1]; 0 where the answer is not one number."""
-    gold, found = grammars.number(example.gold), grammars.number(text)
+    gold, found = grammars.number(_gold_text(example)), grammars.number(text)
     return math.nan if math.isnan(gold) else 0.0 if math.isnan(found) else 1 / (1 + abs(found - gold))
 
 
@@ -253,7 +253,8 @@ def math_equal(text: str, example: TextExample) -> float:
     Equality is math-verify's, which reads LaTeX with a grammar of its own. No timer is set: an expression may take any time to
     simplify, and that is the caller's to limit.
     """
-    gold = _expression(grammars.last_boxed(example.gold) or grammars.sections(example.gold).answer)
+    wanted = _gold_text(example)
+    gold = _expression(grammars.last_boxed(wanted) or grammars.sections(wanted).answer)
     if not gold:
         return math.nan
     cut = grammars.sections(text)
@@ -264,6 +265,8 @@ def math_equal(text: str, example: TextExample) -> float:
 
 def token_f1(text: str, example: TextExample) -> float:
     """Returns the F1 of the answer's words against the gold's, in [0, 1], normalised as SQuAD's are (arXiv 1606.05250)."""
+    if not _gold_text(example):
+        return math.nan
     found, gold = _squad_words(text), _squad_words(example.gold)
     if not found or not gold:
         return float(found == gold)
@@ -272,7 +275,7 @@ def token_f1(text: str, example: TextExample) -> float:
 
 def exact_match(text: str, example: TextExample) -> float:
     """Returns 1 where the answer has the gold's words in the gold's order, normalised as SQuAD's are, else 0."""
-    return float(_squad_words(text) == _squad_words(example.gold))
+    return float(_squad_words(text) == _squad_words(example.gold)) if _gold_text(example) else math.nan
 
 
 def spatial_answer(text: str, example: TextExample) -> float:
@@ -280,6 +283,8 @@ def spatial_answer(text: str, example: TextExample) -> float:
 
     An answer that names two, or none, is wrong. A gold that is neither (an object's name) is compared as by `exact_match`.
     """
+    if not _gold_text(example):
+        return math.nan
     return 1.0 if _chosen(grammars.conclusion(text)[1], example.gold) else WRONG
 
 
@@ -289,10 +294,8 @@ def spatial(text: str, example: TextExample) -> float:
     Reasoning of 20 to 150 words earns if its last sentence that names a relation names the answer's alone. Half is for using
     neither digits nor units, half for naming the objects that the question names.
     """
-    reasoning, answer = grammars.conclusion(text)
-    if not _chosen(answer, example.gold):
-        return WRONG
-    return 1 + REASONING_WEIGHT * _reasoning(reasoning, answer, example.prompt)
+    earned = spatial_answer(text, example)
+    return earned + REASONING_WEIGHT * _reasoning(*grammars.conclusion(text), example.prompt) if earned > 0 else earned
 
 
 TEXT_REWARDS: dict[str, TextReward] = {
@@ -338,6 +341,11 @@ def _gold(example: TextExample, read: Grammar, asks: str) -> Places | None:
     found = read(example.gold)
     legible = not any(map(math.isnan, np.ravel(found.places)))
     return found if example.asks == "text" and legible and (found.ok or found.places) else None
+
+
+def _gold_text(example: TextExample) -> str:
+    """Returns the gold answer to a question that asks for text, "" for any other."""
+    return example.gold.strip() if example.asks == "text" else ""
 
 
 def _grammatical(text: str, example: TextExample, read: Grammar) -> float:
