@@ -525,7 +525,7 @@ def _check(c: Config) -> None:
         need(stage.optimizer.warmup_steps >= 0, f"{name}.optimizer.warmup_steps", stage.optimizer.warmup_steps, "0 or more")
         one_of(f"{name}.optimizer.schedule", stage.optimizer.schedule, ("constant", "cosine", "linear"))
         parts = stage.micro_batches * (c.grpo.minibatches if name == "grpo" else 1)
-        right = f"a multiple of micro_batches{' * minibatches' if name == 'grpo' else ''}, {parts}"
+        right = f"a multiple of micro_batches{' * minibatches' if parts != stage.micro_batches else ''}, {parts}"
         need(stage.batch_size % parts == 0, f"{name}.batch_size", stage.batch_size, right)
     whole = c.grpo.batch_size % c.grpo.rollout_parts == 0
     need(whole, "grpo.batch_size", c.grpo.batch_size, f"a multiple of rollout_parts, {c.grpo.rollout_parts}")

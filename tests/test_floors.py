@@ -35,7 +35,21 @@ ROOMS = {
 """Floor 2. In order: a module may import those before it in its own room; a room's `__init__` stands on top of it."""
 
 ENTRY_POINTS = (
-    *("cli", "evaluate", "diary", "look", "predict", "train", "prefetch", "pack", "convert", "compile", "bench"),
+    *(
+        "cli",
+        "evaluate",
+        "diary",
+        "sampler",
+        "doctor",
+        "look",
+        "predict",
+        "train",
+        "prefetch",
+        "pack",
+        "convert",
+        "compile",
+        "bench",
+    ),
     *("__main__", "__init__"),
 )
 """Floor 3. In order: each may import those before it, and everything below."""

@@ -439,5 +439,5 @@ def test_a_weight_that_is_no_number():
     tree = config.template()
     tree.stages, tree.grpo.sources = ("grpo",), {"a": {"uri": "synthetic:train", "boxes": "boxes"}}
     tree.grpo.text_rewards = {"exact": float("nan")}
-    with pytest.raises(UserError, match="config.grpo.text_rewards.exact is nan: it must be a finite number"):
+    with pytest.raises(UserError, match="config.grpo.text_rewards.exact is nan: it must be finite"):
         config.parse(tree)

@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import unlabelled
 
 from pg_ground.config import Data, Grpo, Source
 from pg_ground.data.examples import to_batch_row, to_example
 from pg_ground.rl.experience import Sampled, compare, has_spread, refill, weights_at, without_greedy
 from pg_ground.rl.loss import ALGORITHMS
+from pg_ground.rl.rewards import read_answer
 from pg_ground.rl.update import split, unsplit
 from pg_ground.sampler import device_rewards, question_of, text_judges, texts_of, weighted
 from pg_ground.tokenizer import load
@@ -40,18 +42,24 @@ def test_rewards_of_a_users_file_are_told_apart_by_their_parameters(tmp_path):
 
 
 def sampled(totals: list[list[float]], first: int = 0) -> Sampled:
+    """Returns groups with these rewards, numbered from `first` on in `index` and in their tokens."""
     total = jnp.asarray(totals)
-    shape = (*total.shape, 3)
-    tokens = jnp.broadcast_to((first + jnp.arange(len(total)))[:, None, None], shape)
-    rollout = Rollout(tokens, jnp.ones(shape, bool), jnp.zeros(shape))
-    return Sampled({"index": first + jnp.arange(len(total))}, rollout, {"x": total}, Rewards(total, {"iou": total}), None)  # type: ignore[arg-type]
+    b, g = total.shape
+    batch = unlabelled(
+        jnp.zeros((b, 2, 2, 3)), jnp.zeros((b, 3), int), jnp.ones((b, 3), bool), jnp.zeros((b, 3), int), jnp.ones((b, 3), bool)
+    )
+    batch = batch._replace(index=first + jnp.arange(b))
+    tokens = jnp.broadcast_to((first + jnp.arange(b))[:, None, None], (b, g, 3))
+    rollout = Rollout(tokens, jnp.ones(tokens.shape, bool), jnp.zeros(tokens.shape))
+    answer = read_answer(tokens, rollout.mask, batch.gold.asks, batch.gold.names, load().vocab)
+    return Sampled(batch, rollout, answer, Rewards(total, {"iou": total}), None)
 
 
 def test_groups_without_spread_are_replaced_in_order_and_the_others_stay():
     kept = sampled([[1, 1], [0, 1], [0.1, 0.1], [np.nan, 0.3]])
     fresh = sampled([[0, 0], [0, 2], [5, 5], [3, 0]], first=10)
     found = jax.jit(refill)(kept, fresh)
-    assert found.batch["index"].tolist() == [11, 1, 13, 3]
+    assert found.batch.index.tolist() == [11, 1, 13, 3]
     assert found.rollout.tokens[:, 0, 0].tolist() == [11, 1, 13, 3]
     np.testing.assert_array_equal(found.rewards.total, [[0, 2], [0, 1], [3, 0], [np.nan, 0.3]])
     assert has_spread(found).tolist() == [True, True, True, False]

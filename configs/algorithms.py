@@ -1,0 +1,35 @@
+"""The quickstart with another algorithm: one row of pg_ground.rl.loss.ALGORITHMS, by name.
+
+python -m pg_ground.train --config=configs/algorithms.py:dapo --workdir=runs/dapo
+
+A row says which advantage, ratio, objective, average and KL make the loss, and cites its paper; add one there and it is here. Any
+of its choices can be replaced, by name or number: `--config.grpo.average=over_tokens --config.grpo.clip_high=0.28`. What belongs to
+an algorithm and is no part of its loss is set below.
+
+Hardware, time and results are the quickstart's: `benchmarks/algorithms.py` runs ten rows side by side.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+BESIDE = {
+    # dynamic sampling, and a completion that runs out of room leaves the loss and costs
+    "dapo": {"resample": 3, "mask_unfinished": True, "rewards": {"overlong": 0.5}},
+    # the distance to the reference is taken off the reward
+    "rloo": {"kl_coef": 0.01},
+    "remax": {"kl_coef": 0.01},
+    "reinforce_plus_plus": {"kl_coef": 0.001},
+    # clips of whole completions only bind when a rollout is learned from in several steps
+    "gspo": {"minibatches": 2},
+    "luspo": {"minibatches": 2},
+}
+"""By algorithm: settings of `config.grpo` that its paper has beside the loss."""
+
+
+def get_config(algorithm: str = "grpo") -> ConfigDict:
+    c = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))["get_config"]().unlock()
+    c.grpo.algorithm = algorithm
+    c.grpo.update(BESIDE.get(algorithm, {}))
+    return c.lock()
