@@ -16,8 +16,8 @@ from pg_ground.types import UserError
 REQUIRED = None
 """Default of a flag that must be given."""
 
-Flags = Mapping[str, str | int | None]
-"""A command's own flags: name to default."""
+Flags = Mapping[str, str | int | bool | None]
+"""A command's own flags: name to default. One whose default is False is a switch: `--name` alone turns it on."""
 
 
 def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
@@ -36,7 +36,7 @@ def parse(argv: Sequence[str], own: Flags) -> tuple[Config, dict[str, Any]]:
     Raises:
       UserError: a file that is missing or no config, a name that does not exist (with the nearest that does), a bad value.
     """
-    given = _pairs(argv)
+    given = _pairs(argv, own)
     paths = [value for name, value in given if name == "config"]
     if not paths:
         raise UserError("--config is needed: a file such as configs/quickstart.py")
@@ -49,7 +49,7 @@ def parse(argv: Sequence[str], own: Flags) -> tuple[Config, dict[str, Any]]:
 
 def parse_own(argv: Sequence[str], own: Flags) -> dict[str, Any]:
     """Returns the values of a command's `own` flags, for a command without a config."""
-    return _own(_pairs(argv), own)
+    return _own(_pairs(argv, own), own)
 
 
 def parse_places(argv: Sequence[str], own: Flags) -> tuple[list[str], dict[str, Any]]:
@@ -126,7 +126,7 @@ def _spelled(text: str, kind: type, path: str) -> Any:
     return value
 
 
-def _pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
+def _pairs(argv: Sequence[str], own: Flags) -> list[tuple[str, str]]:
     """Returns the flags in order: `--name=value` and `--name value` alike."""
     found, rest = [], list(argv)
     while rest:
@@ -134,7 +134,9 @@ def _pairs(argv: Sequence[str]) -> list[tuple[str, str]]:
         name, equals, value = argument.partition("=")
         if not name.startswith("-") or not name.strip("-"):
             raise UserError(f"{argument!r} is not a flag: flags look like --name=value")
-        if not equals:
+        if not equals and own.get(name.lstrip("-")) is False:
+            value = "true"
+        elif not equals:
             if not rest:
                 raise UserError(f"{argument} has no value: flags look like --name=value")
             value = rest.pop(0)
@@ -147,7 +149,8 @@ def _own(given: Sequence[tuple[str, str]], own: Flags) -> dict[str, Any]:
     for name, text in given:
         if name not in own:
             raise UserError(f"--{name} does not exist: {config.nearest(name, own)}")
-        values[name] = _spelled(text, int, name) if isinstance(own[name], int) else text
+        kind = type(own[name]) if isinstance(own[name], int) else str
+        values[name] = _spelled(text, kind, name)
     lacking = [name for name, value in values.items() if value is REQUIRED]
     if lacking:
         raise UserError(f"--{lacking[0]} is needed")

@@ -104,28 +104,33 @@ class Sampler:
           weights: of the rewards at this step.
           meanwhile: called while the devices sample.
         """
-        sampled = self._draw(params, next_batch, key, weights, watch, meanwhile)
+        sampled = self.once(params, watch.lap("data", next_batch()), key, weights, watch, meanwhile)
         seen: dict[str, float] = {}
         for again in range(1, self._c.resample + 1):
             lacking = int((~experience.has_spread(sampled)).sum())
             seen.setdefault("group/without_spread", lacking / len(sampled.batch.prompt))
             if not lacking:
                 break
-            fresh = self._draw(params, next_batch, jax.random.fold_in(key, again), weights, watch, meanwhile)
+            batch, own_key = watch.lap("data", next_batch()), jax.random.fold_in(key, again)
+            fresh = self.once(params, batch, own_key, weights, watch, meanwhile)
             sampled = self._refill(sampled, fresh)
             seen["group/resampled"] = float(again)
         return sampled, seen | ({"group/resampled": 0.0} if self._c.resample and "group/resampled" not in seen else {})
 
-    def _draw(
+    def once(
         self,
         params: Any,
-        next_batch: Callable[[], Batch],
+        batch: Batch,
         key: jax.Array,
         weights: Mapping[str, float],
         watch: Stopwatch,
-        meanwhile: Callable[[], None],
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> Sampled:
-        batch = watch.lap("data", next_batch())
+        """Returns judged groups for the prompts of one batch, whatever their spread.
+
+        Raises:
+          UserError: a reward of text failed on more completions than it may.
+        """
         count = self._c.rollout_parts
         if count == 1:
             parts, keys = [batch], [key]

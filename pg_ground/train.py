@@ -1,6 +1,7 @@
 """Teaches a PaliGemma to ground phrases: supervised fine-tuning, then GRPO, in one working directory.
 
 python -m pg_ground.train --config=configs/quickstart.py --workdir=runs/quickstart [--config.grpo.steps=500 …]
+python -m pg_ground.train --config=configs/quickstart.py --dry_run [--workdir=runs/quickstart]
 
 Started again on the same directory, it goes on where its newest checkpoint is, bit for bit.
 """
@@ -21,6 +22,7 @@ from pg_ground import checkpoints, cli, draw, metrics, optim, sharding
 from pg_ground.config import Config, Grpo
 from pg_ground.data import pipeline
 from pg_ground.diary import Diary, Stopwatch, claim
+from pg_ground.doctor import examine
 from pg_ground.evaluate import answerer, check_vocabulary, evaluate, held_out
 from pg_ground.model import PaliGemma, weights
 from pg_ground.params import flatten, is_adapter, join, lr_factors, pick, unflatten
@@ -345,10 +347,35 @@ def rollout_pictures(run: Run, sampled: Sampled) -> Image.Image:
     return draw.rollout_sheet(panels)
 
 
+def dry_run(config: Config, workdir: Path | None) -> str:
+    """Returns what the policy in `workdir` (else the first one) answers to a batch, and how that is rewarded.
+
+    Raises:
+      UserError: there is no reinforced stage, or what `train` raises.
+    """
+    if "grpo" not in config.stages:
+        raise UserError(f"config.stages is {config.stages}: a dry run shows the rewards of grpo, which is not in it")
+    tokenizer, mesh, bad = load_tokenizer(config.data.tokenizer), sharding.make_mesh(config.mesh), pipeline.BadRecords()
+    check(config, mesh)
+    if workdir is not None:
+        model, params = weights.load(workdir, config.model, mesh=mesh)
+    else:
+        model = PaliGemma(config.model)
+        trained, frozen = layout(config, model, mesh)
+        params = begin(config, model, trained | frozen)
+    check_vocabulary(tokenizer, model)
+    return examine(config, model, params, open_stream(config, "grpo", tokenizer, bad), tokenizer)
+
+
 def main(argv: Sequence[str]) -> None:
-    config, own = cli.parse(argv, {"workdir": cli.REQUIRED})
+    config, own = cli.parse(argv, {"workdir": "", "dry_run": False})
     sharding.split_cpu(config.mesh)
-    print(train(config, Path(own["workdir"])))
+    if own["dry_run"]:
+        print(dry_run(config, Path(own["workdir"]) if own["workdir"] else None))
+    elif own["workdir"]:
+        print(train(config, Path(own["workdir"])))
+    else:
+        raise UserError("--workdir is needed, or --dry_run")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def refill(kept: Sampled, fresh: Sampled) -> Sampled:
 def compare(
     sampled: Sampled,
     ref_logps: Float[Array, "B G T"] | None,
-    weights: Mapping[str, Float[Array, ""]],
+    weights: Mapping[str, float | Float[Array, ""]],
     kl_coef: float | Float[Array, ""],
     row: Algorithm,
     epsilon: float,
