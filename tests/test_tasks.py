@@ -1,0 +1,213 @@
+"""configs/tasks.py parses, reads the samples and trains; docs/ names every reward and algorithm, and its examples run."""
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from programs import ROOT, rows, run
+
+from pg_ground import cli, config, tokenizer
+from pg_ground.data.pipeline import Bad, Examples, budget, check_budgets, open_examples, row_of, stack
+from pg_ground.data.records import BadRecord
+from pg_ground.rl.loss import ALGORITHMS, CHOICES, choose
+from pg_ground.rl.rewards import REWARDS
+from pg_ground.rl.text_rewards import TEXT_REWARDS
+from pg_ground.sampler import question_of, weighted
+from pg_ground.types import UserError
+
+SAMPLES = ROOT.parent / "shared" / "data"
+needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="shared/data is not here")
+TASKS = runpy.run_path(str(ROOT / "configs/tasks.py"))["TASKS"]
+REWARD_PAGE, ALGORITHM_PAGE = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("rewards", "algorithms"))
+
+
+def recipe(name: str, *flags: str) -> config.Config:
+    return cli.parse([f"--config={ROOT}/configs/tasks.py:{name}", *flags], {})[0]
+
+
+def picture(path: Path) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (72, 96, 3), np.uint8)).save(path)
+    return path.name
+
+
+def lines(path: Path, records: list[dict]) -> str:
+    path.write_text("\n".join(map(json.dumps, records)))
+    return f"jsonl:{path}"
+
+
+def questions(name: str, uri: str) -> Examples:
+    c = recipe(name, f"--config.grpo.sources.questions.uri={uri}")
+    found = open_examples("questions", c.grpo.sources["questions"], c.data, 28)
+    check_budgets([budget(found, tokenizer.load(), c.data)], c.data)
+    return found
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_recipe_names_what_exists_and_one_flag_gives_both_stages_their_data(name):
+    for weights in ("", "+pg2_3b_448"):
+        c = recipe(name + weights, "--config.grpo.sources.questions.uri=jsonl:mine")
+        assert set(c.grpo.rewards) <= set(REWARDS) and set(c.grpo.text_rewards) <= set(TEXT_REWARDS)
+        assert weighted(c.grpo) and choose(c.grpo) is not None and c.grpo.batch_size % c.grpo.minibatches == 0
+        assert c.sft.sources == c.grpo.sources and c.sft.sources["questions"].uri == "jsonl:mine"
+    assert f"\n{name} " in (ROOT / "configs/tasks.py").read_text(), "the docstring says what its data look like"
+
+
+def test_a_task_that_does_not_exist_is_told_with_the_nearest():
+    with pytest.raises(UserError, match="did you mean counting"):
+        recipe("countin")
+
+
+@needs_samples
+@pytest.mark.parametrize(("name", "file"), [
+    ("point_environment", "gui/test.jsonl"), ("grounding", "refcoco/triples.jsonl"), ("single_box", "refcoco/triples.jsonl"),
+])  # fmt: skip
+def test_samples_are_questions_of_a_recipe(name, file):
+    found = questions(name, f"jsonl:{SAMPLES / file}")
+    assert all(re.fullmatch(r"(<loc\d{4}>)+( .+)?", found[i].suffix) for i in range(0, len(found), 30))
+
+
+@needs_samples
+def test_pixmo_counts_are_answered_after_thinking(tmp_path):
+    records = [json.loads(line) for line in (SAMPLES / "counting/pixmo_count_val540.jsonl").read_text().splitlines()]
+    picture(tmp_path / records[0]["image_path"])
+    example = questions("counting", lines(tmp_path / "c.jsonl", records))[0]
+    assert example.prompt == "answer en how many cows are there?"
+    assert example.suffix == "<think>I see 8 cows.</think> <answer>8</answer>"
+
+
+@needs_samples
+def test_easydistills_classes_are_the_names_of_the_answer(tmp_path):
+    records = json.loads((SAMPLES / "multi_box/multi_box_grounding_RL_sample.json").read_text())
+    for record in records:
+        Image.new("RGB", (record["width"], record["height"])).save(tmp_path / record["image_path"])
+    (tmp_path / "m.json").write_text(json.dumps(records))
+    found = questions("multi_box", f"json:{tmp_path}/m.json")
+    assert found[0].names == ("0", "2")
+    with pytest.raises(BadRecord, match="no area"):
+        found[2]  # [641, 422, 643, 422], as published
+
+
+GOLD = {
+    "open_vocabulary": (
+        {"problem": "Detect all dogs", "solution": "<answer>[{'Position': [1, 2, 30, 40], 'Confidence': 1}]</answer>"},
+        {"ovd_iou": 1, "ovd_confidence": 1, "ovd_format": 1, "ovd": 1},
+    ),
+    "counting": (
+        {"question": "cows", "ground_truth": 8},
+        {"think_answer_format": 1, "count_exact": 1, "count_graded": 1},
+    ),
+    "spatial": (
+        {
+            "question": "Where is the vase relative to the sofa?",
+            "cot": "I need the places of the vase and the sofa. I see the vase on a table by the window, and the sofa by a "
+            "door. The vase is to the left of the sofa.",
+            "answer": "left",
+        },
+        {"spatial": 1.3},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GOLD)
+def test_the_supervised_answer_earns_the_most_in_its_own_recipe(name, tmp_path):
+    record, expected = GOLD[name]
+    picture(tmp_path / "1.png")
+    found = questions(name, lines(tmp_path / "q.jsonl", [record | {TASKS[name].source.image: "1.png"}]))
+    tokens, c = tokenizer.load(), recipe(name)
+    row = row_of(found, 0, tokens, c.data, 0, 0)
+    assert not isinstance(row, Bad)
+    scores = {
+        reward: TEXT_REWARDS[reward](found[0].suffix, question_of(stack([row]), 0, tokens)) for reward in c.grpo.text_rewards
+    }
+    assert scores == pytest.approx(expected)
+
+
+def test_counting_trains_end_to_end(environment, tmp_path):
+    records = [{"image_path": f"{i}.png", "question": "cows", "ground_truth": i % 3 + 1} for i in range(8)]
+    for record in records:
+        picture(tmp_path / record["image_path"])
+    uri = lines(tmp_path / "c.jsonl", records)
+    done = run(
+        environment, "train", "--config=configs/tasks.py:counting", f"--workdir={tmp_path}/run",
+        f"--config.grpo.sources.questions.uri={uri}", "--config.model.image_size=28", "--config.sft.steps=2",
+        "--config.grpo.steps=2", "--config.log.every=1", "--config.log.samples_every=0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seen = [row for row in rows(tmp_path / "run") if row["stage"] == "grpo"]
+    assert len(seen) == 2
+    for row in seen:
+        assert {f"reward/{name}" for name in TASKS["counting"].text_rewards} <= row.keys()
+        assert row["reward/errors/count_exact"] == 0 and row["policy/kl"] >= 0
+
+
+def example(language: str) -> str:
+    """Returns the example of docs/rewards.md that stands under a mark."""
+    found = re.search(rf"<!-- {language} -->\n```python\n(.*?)```", REWARD_PAGE, re.DOTALL)
+    assert found, language
+    return found[1]
+
+
+def test_the_examples_of_docs_rewards_train(environment, tmp_path):
+    (tmp_path / "rewards.py").write_text(example("device"))
+    (tmp_path / "words.py").write_text(example("text"))
+    (tmp_path / "recipe.py").write_text(f"""
+import runpy
+def get_config():
+    c = runpy.run_path("{ROOT}/configs/tiny.py")["get_config"]().unlock()
+    c.stages = ("grpo",)
+    c.grpo.steps = 3
+    c.grpo.rewards = {{"iou": 1.0, "{tmp_path}/rewards.py:centred": 0.5}}
+    c.grpo.text_rewards = {{"{tmp_path}/words.py:brief": 0.1, "{tmp_path}/words.py:share_of_longest": 0.0}}
+    c.log.every = 1
+    return c.lock()
+""")
+    done = run(environment, "train", f"--config={tmp_path}/recipe.py", f"--workdir={tmp_path}/run")
+    assert done.returncode == 0, done.stderr
+    seen = rows(tmp_path / "run")
+    assert sum("policy/loss" in row for row in seen) == 3
+    last = [row for row in seen if "policy/loss" in row][-1]
+    assert 0 <= last[f"reward/{tmp_path}/rewards.py:centred"] <= 1
+    for name in ("brief", "share_of_longest"):
+        assert 0 < last[f"reward/{tmp_path}/words.py:{name}"] <= 1
+        assert last[f"reward/errors/{tmp_path}/words.py:{name}"] == 0
+
+
+def table(page: str, head: str) -> str:
+    """Returns the table of a page whose first row begins with `head`."""
+    return page[page.index(f"| {head}") :].partition("\n\n")[0]
+
+
+@pytest.mark.parametrize(("names", "text"), [
+    (REWARDS, table(REWARD_PAGE, "`config.grpo.rewards`")), (TEXT_REWARDS, table(REWARD_PAGE, "`config.grpo.text_rewards`")),
+    (ALGORITHMS, table(ALGORITHM_PAGE, "row")),
+], ids=["rewards", "text_rewards", "algorithms"])  # fmt: skip
+def test_a_table_of_the_docs_has_every_name_and_no_other(names, text):
+    listed = [cell.split("|")[1] for cell in text.splitlines()[2:]]
+    assert sorted(re.findall(r"`(\w+)`", "".join(listed))) == sorted(names)
+
+
+def test_the_table_of_algorithms_says_what_the_rows_are():
+    for line in table(ALGORITHM_PAGE, "row").splitlines()[2:]:
+        name, _, advantage, ratio, objective, average, clip, kl = (cell.strip(" `") for cell in line.strip("|").split("|"))
+        row = ALGORITHMS[name]
+        assert (advantage, objective, average) == tuple(f.__name__ for f in (row.advantage, row.objective, row.average))
+        written = {"token": "per_token", "sequence mean": "per_sequence", "sequence": "whole_sequence", "–": "per_token"}
+        assert written[ratio] == row.ratio.__name__
+        numbers = [float(n) for n in re.findall(r"[\d.]+(?:e-\d)?", clip)]
+        known = {"clipped": (row.clip_low, row.clip_high), "geometric": (row.clip_low, row.clip_high),
+                 "capped_weight": (row.clip_high,)}.get(objective, ())  # fmt: skip
+        assert numbers == [n for n in (*known, row.ratio_cap) if np.isfinite(n)], name
+        assert float(kl.split()[0].strip(",")) == row.kl_coef and ("in the reward" in kl) == row.kl_in_reward
+        assert (re.search(r"`(\w+)", kl) or ["", "k3_corrected"])[1] == row.kl.__name__
+
+
+def test_the_docs_name_every_choice_and_setting():
+    for choices in CHOICES.values():
+        assert all(f"`{name}`" in ALGORITHM_PAGE for name in choices)
+    for section, page in ((config.RewardSettings, REWARD_PAGE), (config.Judging, REWARD_PAGE)):
+        assert all(f"`{field}`" in page for field in section.__dataclass_fields__)
