@@ -452,14 +452,16 @@ def test_a_folder_without_the_images_is_told_before_training(tmp_path, tokens):
 @pytest.mark.parametrize("size", [(640, 480), (340, 500), (1000, 1000)])
 def test_a_wrong_unit_that_puts_everything_in_one_corner_is_told_before_training(tmp_path, tokens, size):
     Image.fromarray(np.zeros((size[1], size[0], 3), np.uint8)).save(tmp_path / "big.png")
-    records = [{"image": "big.png", "phrase": "cat", "box": [i, i, 81 + i, 100], "points": [[i, 99]]} for i in range(20)]
+    Image.new("RGB", (200, 150)).save(tmp_path / "small.png")  # one of them does not hide the others
+    names = ["big.png"] * 19 + ["small.png"]
+    records = [{"image": name, "phrase": "cat", "box": [i, i, 81 + i, 100], "points": [[i, 99]]} for i, name in enumerate(names)]
     uri = write_lines(tmp_path, records)
     right = {"boxes": "box", "box_format": "xyxy_percent"}
     budget(open_examples("a", Source(uri=uri, **right), DATA, SIDE), tokens, DATA)
     for wrong in ({"boxes": "box"}, {"asks": "points", "points": "points"}):
         with pytest.raises(
             UserError,
-            match=r"first 30% of both axes, none above (100|99), so (box|point)_format = 'x.*_px' has probably the",
+            match=r"first 30% of both axes and no coordinate is above (100|99), so (box|point)_format = 'x.*_px' has",
         ):
             budget(open_examples("a", Source(uri=uri, **wrong), DATA, SIDE), tokens, DATA)
 

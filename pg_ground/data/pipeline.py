@@ -56,7 +56,7 @@ PROBED = 16
 """Questions of a source that tell whether its entry makes sense at all."""
 
 CORNER = 0.3
-"""Share of both axes in which percent read as pixels lie, in an image of 334 pixels or more along each side."""
+"""Share of both axes within which percent read as pixels lie: all of them in images from 334 pixels a side on."""
 
 FINER = {"px": 100, "bin": 100, "percent": 1}
 """The whole side of an image in the next finer unit: no number of a source that is in that unit is above it."""
@@ -559,7 +559,7 @@ def budget(opened: Examples, tokenizer: Tokenizer, data: Data) -> Budget:
 
 
 def probe(opened: Examples, indices: Sequence[int]) -> None:
-    """Raises UserError if no image of these questions can be used, or if every coordinate lies in one corner, in a finer unit.
+    """Raises UserError if no image of these questions can be used, or if they lie in one corner and fit a finer unit.
 
     Percent or fractions read as pixels do that, and so do fractions read as percent. Objects that are truly there would have to
     lie within 100 pixels (or bins, or 1 percent) of the corner, in all of the questions.
@@ -578,14 +578,14 @@ def probe(opened: Examples, indices: Sequence[int]) -> None:
     for setting, corners in (("box_format", boxes), ("point_format", points)):
         value: str = getattr(opened.source, setting)
         unit = value.rsplit("_", 1)[1]
-        told = [(yx, yx * whole_sides(unit, one.size)[::-1]) for one, yx in zip(examples, corners, strict=True) if len(yx)]
+        told = [(yx, whole_sides(unit, one.size)[::-1]) for one, yx in zip(examples, corners, strict=True) if len(yx)]
         if len(told) < PROBED // 4 or sum(len(yx) for yx, _ in told) < PROBED // 2:
             continue  # the objects of a few pictures may well lie together
-        share, number = (max(np.max(far) for far in kind) for kind in zip(*told, strict=True))
+        share, number = np.median([yx.max() for yx, _ in told]), max(np.max(yx * sides) for yx, sides in told)
         if share < CORNER and number <= 1.01 * FINER.get(unit, 0):
             raise UserError(
-                f"source {opened.name}: all coordinates lie in the first {CORNER:.0%} of both axes, none above {number:.3g}, so "
-                f"{setting} = {value!r} has probably the wrong unit (px, frac, percent and bin exist)"
+                f"source {opened.name}: most objects lie in the first {CORNER:.0%} of both axes and no coordinate is above "
+                f"{number:.3g}, so {setting} = {value!r} has probably the wrong unit (px, frac, percent and bin exist)"
             )
 
 
