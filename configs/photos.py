@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
     c.model.text.update(width=64, depth=2, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=16, query_scale=16**-0.5)
     c.model.text.vocab_size = 2048
     c.model.coordinate_init = "sinusoid"
-    c.data.prompt_length = 48
+    c.data.prompt_length = 64
     c.data.suffix_length = 8
 
     c.grpo.steps = 20

@@ -536,7 +536,7 @@ def _check(c: Config) -> None:
             one_of(f"{path}.element", source.element, ("all", "random"))
             one_of(f"{path}.empty", source.empty, ("drop", "keep"))
             need(source.max_objects >= 0, f"{path}.max_objects", source.max_objects, "0 (all) or more")
-            need(source.weight > 0, f"{path}.weight", source.weight, "above 0")
+            need(0 < source.weight < math.inf, f"{path}.weight", source.weight, "above 0 and finite")
             asked = {"boxes": source.boxes, "points": source.points, "text": "{" in source.suffix}[source.asks]
             right = 'a template such as "{answer}"' if source.asks == "text" else f"the path of the {source.asks} it asks for"
             field, value = ("suffix", source.suffix) if source.asks == "text" else (source.asks, asked)

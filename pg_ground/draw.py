@@ -16,6 +16,8 @@ from pg_ground.types import POINTS, Answer, Batch, Boxes, Points, Rewards
 from pg_ground.vocab import LOC_MAX
 
 Color = tuple[int, int, int]
+Extent = tuple[int, int, int, int]
+"""Left, top, right and bottom pixel, the last two excluded."""
 
 GOLD: Color = (255, 255, 255)
 UNJUDGED: Color = (150, 150, 150)
@@ -216,9 +218,17 @@ def _draw_shapes(picture: Image.Image, boxes: Sequence[Shape], points: Sequence[
         _draw_box(draw, picture.size, shape)
     for shape in points:
         _draw_point(draw, picture.size, shape)
-    for shape in [*boxes, *points]:
+    taken = [_extent(shape, picture.size) for shape in [*boxes, *points]]
+    for shape, own in list(zip([*boxes, *points], taken, strict=True)):
         if shape.label:
-            _draw_label(draw, picture.size, shape, _font(font_px))
+            taken.append(_draw_label(draw, picture.size, shape, own, taken, _font(font_px)))
+
+
+def _extent(shape: Shape, size: tuple[int, int]) -> Extent:
+    """Returns the pixels that a shape takes, halo included."""
+    at, arm = _pixels(shape.at, size), 5 + 2 * shape.width if len(shape.at) == 2 else 1
+    (y1, x1), (y2, x2) = at[:2], at[-2:]
+    return min(x1, x2) - arm, min(y1, y2) - arm, max(x1, x2) + arm + 1, max(y1, y2) + arm + 1
 
 
 def _draw_box(draw: ImageDraw.ImageDraw, size: tuple[int, int], shape: Shape) -> None:
@@ -249,24 +259,50 @@ def _draw_point(draw: ImageDraw.ImageDraw, size: tuple[int, int], shape: Shape) 
 
 
 def _draw_label(
-    draw: ImageDraw.ImageDraw, size: tuple[int, int], shape: Shape, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
-) -> None:
-    """Draws the label above its box or right of its point, moved to where it fits."""
+    draw: ImageDraw.ImageDraw,
+    size: tuple[int, int],
+    shape: Shape,
+    own: Extent,
+    taken: Sequence[Extent],
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+) -> Extent:
+    """Returns where it draws the label: above its box or right of its point, or where it hides less of what is drawn."""
     text = _one_line(shape.label)
     pad = 3
     width = round(font.getlength(text)) + 2 * pad
     height = round(sum(font.getmetrics())) + 2 if isinstance(font, ImageFont.FreeTypeFont) else LINE_PX
-    at = _pixels(shape.at, size)
-    if len(at) == 4:
-        left, top = min(at[1], at[3]), min(at[0], at[2])
-        top = top - height if top >= height else top + shape.width
-    else:
-        left, top = at[1] + 6 + 2 * shape.width, at[0] - height // 2
-    left = max(0, min(left, size[0] - width))
-    top = max(0, min(top, size[1] - height))
+    beside = [place for around in _around(own, taken) for place in _places(around, width, height, right_first=len(shape.at) == 2)]
+    inside = [(own[0] + 1 + shape.width, own[1] + 1 + shape.width)] if len(shape.at) == 4 else []
+    fitted = [(max(0, min(x, size[0] - width)), max(0, min(y, size[1] - height))) for x, y in [*beside, *inside]]
+    left, top = min(fitted, key=lambda at: _hidden((*at, at[0] + width, at[1] + height), taken))
     dark = 0.299 * shape.color[0] + 0.587 * shape.color[1] + 0.114 * shape.color[2] < 128
     draw.rectangle((left, top, left + width - 1, top + height - 1), fill=shape.color, outline=HALO)
     draw.text((left + pad, top + height / 2), text, font=font, fill=PAPER if dark else HALO, anchor="lm")
+    return left, top, left + width, top + height
+
+
+def _around(own: Extent, taken: Sequence[Extent]) -> list[Extent]:
+    """Returns a shape's extent, and the smallest that holds it: a point's label may stand beside the box that it lies in."""
+    holding = [e for e in taken if e != own and e[0] <= own[0] and e[1] <= own[1] and e[2] >= own[2] and e[3] >= own[3]]
+    return [own, *sorted(holding, key=_area)[:1]]
+
+
+def _places(around: Extent, width: int, height: int, right_first: bool) -> list[tuple[int, int]]:
+    """Returns left and top of a plate above, below, right and left of something, best first."""
+    left, top, right, bottom = around
+    middle = (top + bottom - height) // 2
+    upright, level = [(left, top - height), (left, bottom)], [(right, middle), (left - width, middle)]
+    return [*level, *upright] if right_first else [*upright, *level]
+
+
+def _hidden(plate: Extent, taken: Sequence[Extent]) -> float:
+    """Returns how much a plate hides: the share of each shape, in tenths, so that a corner of a large box is nothing."""
+    both = [(max(a[0], plate[0]), max(a[1], plate[1]), min(a[2], plate[2]), min(a[3], plate[3])) for a in taken]
+    return sum(round(_area(common) / _area(one), 1) for common, one in zip(both, taken, strict=True))
+
+
+def _area(extent: Extent) -> int:
+    return max(0, extent[2] - extent[0]) * max(0, extent[3] - extent[1])
 
 
 def _with_caption(picture: Image.Image, paragraphs: Sequence[str], width: int) -> Image.Image:

@@ -94,6 +94,29 @@ def test_any_box_that_tokens_can_spell_is_drawn_inside_the_picture(at):
     assert picture.size == (96, 96) and count(picture, RED) > 0
 
 
+@pytest.mark.parametrize("at", [(0.02, 0.5, 0.08, 0.6), (0.5, 0.9, 0.58, 0.98), (0.94, 0.02, 1, 0.1), (0.3, 0.3, 0.34, 0.34)])
+def test_a_label_hides_neither_its_small_box_nor_its_point(at):
+    def drawn(label, *, inside):
+        boxes = [draw.Shape(at, draw.GOLD if inside else RED, "" if inside else label)]
+        points = [draw.Shape(((at[0] + at[2]) / 2, (at[1] + at[3]) / 2), RED, label)] if inside else []
+        return pixels(draw.panel(GREY, boxes=boxes, points=points))
+
+    for inside in (False, True):
+        bare, labelled = drawn("", inside=inside), drawn("a long name", inside=inside)
+        shapes = (bare != 120).any(-1)
+        np.testing.assert_array_equal(labelled[shapes], bare[shapes])
+        assert (labelled != bare).any(), "it is drawn"
+
+
+def test_labels_do_not_hide_one_another():
+    shapes = [
+        draw.Shape((0.5, 0.2 + 0.1 * i, 0.53, 0.22 + 0.1 * i), color, "name") for i, color in enumerate(draw.LABEL_COLORS[:3])
+    ]
+    alone = [count(draw.panel(GREY, boxes=[shape], points=[]), shape.color) for shape in shapes]
+    together = draw.panel(GREY, boxes=shapes, points=[])
+    assert [count(together, shape.color) for shape in shapes] == alone
+
+
 def test_small_drawings_keep_square_pixels_and_photographs_are_smooth():
     board = np.indices((8, 8)).sum(0)[..., None] % 2 * np.full(3, 255, np.uint8)
     assert set(np.unique(pixels(draw.panel(board.astype(np.uint8), boxes=[], points=[])))) == {0, 255}

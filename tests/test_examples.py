@@ -141,6 +141,25 @@ def test_unusable_box_is_a_bad_box(box):
     assert kind == "bad_box" and "\n" not in text
 
 
+@pytest.mark.parametrize(
+    ("box", "said", "settings"),
+    [
+        ([[1, 2, 9, 9], [8, 7, 10.5, 7]], "[8, 7, 10.5, 7] (number 2 of 2) as xyxy_px has no area", {}),
+        ([84.25, 3, 95, 9], "[84.25, 3, 95, 9] as xyxy_px lies outside an image of 80x40 pixels", {}),
+        ([50, 3, -9, 9], "[50, 3, -9, 9] as xywh_percent has no area", {"box_format": "xywh_percent"}),
+        ([[1, 2, 9, 9], [1, 2, float("nan"), 9]], "[1, 2, nan, 9] (number 2 of 2) is not finite", {}),
+    ],
+)
+def test_a_bad_box_is_told_in_the_sources_own_numbers(box, said, settings):
+    assert kind_and_text({"box": box}, **settings) == ("bad_box", said)
+    assert kind_and_text({"box": np.array(box)}, **settings) == ("bad_box", said)
+
+
+def test_a_bad_point_is_told_in_the_sources_own_numbers():
+    kind, text = kind_and_text({"point": [[5, 5], [7.5, 66]]}, asks="points", boxes="", points="point")
+    assert (kind, text) == ("bad_point", "[7.5, 66] (number 2 of 2) as xy_px lies outside an image of 80x40 pixels")
+
+
 @pytest.mark.parametrize("point", [[90, 5], [5, -9], [float("nan"), 5], [1, 2, 3], None, {"x": 1}])
 def test_unusable_point_is_a_bad_point(point):
     assert kind_and_text({"point": point}, asks="points", boxes="", points="point")[0] == "bad_point"

@@ -1,6 +1,8 @@
 import hashlib
 import io
 import json
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -434,17 +436,94 @@ def test_a_wrong_path_is_told_before_training_with_the_fields_there_are(tmp_path
         budget(open_examples("a", Source(uri=uri, boxes="box"), DATA, SIDE), tokens, DATA)
 
 
-def test_a_wrong_unit_that_puts_everything_in_one_corner_is_told_before_training(tmp_path, tokens):
-    Image.fromarray(np.zeros((1000, 1000, 3), np.uint8)).save(tmp_path / "big.png")
-    records = [{"image": "big.png", "phrase": "cat", "box": [i, i, 80 + i, 90], "points": [[i, 99]]} for i in range(20)]
+def test_a_folder_without_the_images_is_told_before_training(tmp_path, tokens):
+    uri = write_lines(tmp_path, [{"phrase": "cat", "box": [0, 0, 4, 4]}] * 30)
+    lost = open_examples("a", Source(uri=uri, boxes="box", image_root="nowhere"), DATA, SIDE)
+    with pytest.raises(
+        UserError, match=r"^source a: none of 16 questions can be used; question 0: there is no file .*nowhere/i.jpg"
+    ):
+        budget(lost, tokens, DATA)
+    uri = write_lines(
+        tmp_path, [{"phrase": "cat", "box": [0, 0, 4, 4], "image": "no.jpg"}] * 29 + [{"phrase": "cat", "box": [0, 0, 4, 4]}]
+    )
+    budget(open_examples("a", Source(uri=uri, boxes="box"), DATA, SIDE), tokens, DATA)  # not all: bad_record_share is for that
+
+
+@pytest.mark.parametrize("size", [(640, 480), (340, 500), (1000, 1000)])
+def test_a_wrong_unit_that_puts_everything_in_one_corner_is_told_before_training(tmp_path, tokens, size):
+    Image.fromarray(np.zeros((size[1], size[0], 3), np.uint8)).save(tmp_path / "big.png")
+    Image.new("RGB", (200, 150)).save(tmp_path / "small.png")  # one of them does not hide the others
+    names = ["big.png"] * 19 + ["small.png"]
+    records = [{"image": name, "phrase": "cat", "box": [i, i, 81 + i, 100], "points": [[i, 99]]} for i, name in enumerate(names)]
     uri = write_lines(tmp_path, records)
     right = {"boxes": "box", "box_format": "xyxy_percent"}
     budget(open_examples("a", Source(uri=uri, **right), DATA, SIDE), tokens, DATA)
     for wrong in ({"boxes": "box"}, {"asks": "points", "points": "points"}):
         with pytest.raises(
-            UserError, match="first fifth of both axes, so (box|point)_format = 'x.*_px' has probably the wrong unit"
+            UserError,
+            match=r"first 30% of both axes and no coordinate is above (100|99), so (box|point)_format = 'x.*_px' has",
         ):
             budget(open_examples("a", Source(uri=uri, **wrong), DATA, SIDE), tokens, DATA)
+
+
+def test_small_things_in_a_corner_are_no_wrong_unit(tmp_path, tokens):
+    """A menu of a large screen, in its first quarter but beyond 100 pixels; nine points of one picture; pictures of 56."""
+    for name, side in (("screen.png", 1600), ("small.png", 56)):
+        Image.fromarray(np.zeros((side, side, 3), np.uint8)).save(tmp_path / name)
+    menu = [{"image": "screen.png", "phrase": "item", "box": [20, 20 * i, 380, 20 * i + 18]} for i in range(16)]
+    flock = [{"image": "screen.png", "phrase": "bird", "points": [[i, i + 3] for i in range(9)]}]
+    scenes = [{"image": "small.png", "phrase": "dot", "box": [i, i, 30 + i, 40]} for i in range(16)]
+    for records, asks in ((menu, "boxes"), (flock, "points"), (scenes, "boxes")):
+        source = Source(uri=write_lines(tmp_path, records), asks=asks, **{asks: asks if asks == "points" else "box"})
+        budget(open_examples("a", source, replace(DATA, max_boxes=9), SIDE), tokens, DATA)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stream_without_any_question_ends(tmp_path, tokens, workers):
+    for name, count in (("e", 20), ("f", 3)):
+        (tmp_path / name).mkdir()
+        write_lines(tmp_path / name, [{"phrase": "cat", "box": []}] * count)
+    empty = {name: Source(uri=f"jsonl:{tmp_path}/{name}/x.jsonl", boxes="box") for name in "ef"}
+    empty["f"] = replace(empty["f"], weight=0.01)
+    with pytest.raises(
+        UserError, match=r"^sources e, f: none of 23 questions can be used; question \d+ of .: there are no boxes$"
+    ):
+        next(train(empty, tokens, data=replace(DATA, workers=workers)))
+    rare = empty | {"f": replace(make_source(tmp_path, "g", 3), weight=0.01)}  # behind 100 empty ones, but it comes
+    assert seen([next(train(rare, tokens, batch_size=1))])[0][0] == 1
+
+
+LEAVES_NOTHING = """
+import sys
+from pg_ground import tokenizer
+from pg_ground.config import Data, Source
+from pg_ground.data.pipeline import Ahead, BadRecords, training_batches
+
+if __name__ == "__main__":
+    data = Data(prompt_length=8, suffix_length=8, workers=2)
+    batches = training_batches({"a": Source(uri=sys.argv[1], boxes="box")}, data, tokenizer.load(),
+                               image_size=8, batch_size=4, seed=0, bad=BadRecords())
+    with Ahead(batches, lambda batch: batch) as ahead:
+        for _ in range(5):
+            next(ahead)
+"""
+
+
+def test_closed_workers_leave_no_shared_memory(tmp_path):
+    uri = make_source(tmp_path, "a", 50).uri
+    (tmp_path / "run.py").write_text(LEAVES_NOTHING)
+    done = subprocess.run([sys.executable, tmp_path / "run.py", uri], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "leaked" not in done.stderr, done.stderr
+
+
+def test_a_closed_stream_goes_on_where_it_was(tmp_path, tokens):
+    sources = three_sources(tmp_path)
+    batches = train(sources, tokens, data=replace(DATA, workers=2))
+    batches.close()
+    first = digests(islice(batches, 3))
+    batches.close()
+    assert first + digests(islice(batches, 3)) == digests(islice(train(sources, tokens), 6))
+    batches.close()
 
 
 def test_ten_thousand_records_one_in_ten_of_them_mutated(tmp_path, tokens):

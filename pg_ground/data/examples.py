@@ -289,12 +289,13 @@ def to_yxyx(value: Any, box_format: str, size: tuple[int, int]) -> Float[np.ndar
     """Returns one box or a list of boxes as `yxyx` fractions of an image of `size` (w, h) pixels, clipped to [0, 1].
 
     Raises:
-      BadRecord: bad_box if one is not four finite numbers or has no area inside the image.
+      BadRecord: bad_box if one is not four finite numbers, has no area or lies outside the image.
     """
     if not len(value):
         return np.zeros((0, 4), np.float32)
     order, unit = box_format.rsplit("_", 1)
-    a, b, c, d = _rows_of_numbers(value, 4, "bad_box").T
+    rows = _rows_of_numbers(value, 4, "bad_box")
+    a, b, c, d = rows.T
     if order == "xyxy":
         edges = (a, b, c, d)
     elif order == "yxyx":
@@ -304,10 +305,10 @@ def to_yxyx(value: Any, box_format: str, size: tuple[int, int]) -> Float[np.ndar
     else:
         edges = (a - c / 2, b - d / 2, a + c / 2, b + d / 2)
     x1, y1, x2, y2 = edges
-    yxyx = np.clip(np.stack([y1, x1, y2, x2], 1) / _one(unit, size)[[1, 0, 1, 0]], 0, 1).astype(np.float32)
-    flat = (yxyx[:, 2] <= yxyx[:, 0]) | (yxyx[:, 3] <= yxyx[:, 1])
-    if flat.any():
-        raise BadRecord("bad_box", f"{value!r:.80} as {box_format} has no area in an image of {_text(size)} pixels")
+    yxyx = np.clip(np.stack([y1, x1, y2, x2], 1) / whole_sides(unit, size)[[1, 0, 1, 0]], 0, 1).astype(np.float32)
+    for i in np.flatnonzero((yxyx[:, 2] <= yxyx[:, 0]) | (yxyx[:, 3] <= yxyx[:, 1])).tolist():
+        wrong = "has no area" if x2[i] <= x1[i] or y2[i] <= y1[i] else f"lies outside an image of {_text(size)} pixels"
+        raise BadRecord("bad_box", f"{_one_of(rows, i)} as {box_format} {wrong}")
     return yxyx
 
 
@@ -323,10 +324,10 @@ def to_yx(value: Any, point_format: str, size: tuple[int, int]) -> Float[np.ndar
         return np.zeros((0, 2), np.float32)
     order, unit = point_format.rsplit("_", 1)
     rows = _rows_of_numbers(value, 2, "bad_point")
-    yx = (rows if order == "yx" else rows[:, ::-1]) / _one(unit, size)[::-1]
+    yx = (rows if order == "yx" else rows[:, ::-1]) / whole_sides(unit, size)[::-1]
     pixel = 1 / np.array(size[::-1])
-    if ((yx < -pixel) | (yx > 1 + pixel)).any():
-        raise BadRecord("bad_point", f"{value!r:.80} as {point_format} is outside an image of {_text(size)} pixels")
+    for i in np.flatnonzero(((yx < -pixel) | (yx > 1 + pixel)).any(1)).tolist():
+        raise BadRecord("bad_point", f"{_one_of(rows, i)} as {point_format} lies outside an image of {_text(size)} pixels")
     return np.clip(yx, 0, 1).astype(np.float32)
 
 
@@ -467,18 +468,27 @@ def _rows_of_numbers(value: Any, width: int, kind: str) -> Float[np.ndarray, "K 
     try:
         rows = np.asarray(value, np.float64)
     except (TypeError, ValueError) as e:
-        raise BadRecord(kind, f"{value!r:.80} is not {width} numbers, nor a list of such") from e
+        raise BadRecord(kind, f"{_short(value)} is not {width} numbers, nor a list of such") from e
     if rows.size == 0 and rows.ndim <= 2:
         return np.zeros((0, width))
     rows = rows[None] if rows.ndim == 1 else rows
     if rows.ndim != 2 or rows.shape[1] != width:
-        raise BadRecord(kind, f"{value!r:.80} is not {width} numbers, nor a list of such")
-    if not np.isfinite(rows).all():
-        raise BadRecord(kind, f"{value!r:.80} is not finite")
+        raise BadRecord(kind, f"{_short(value)} is not {width} numbers, nor a list of such")
+    for i in np.flatnonzero(~np.isfinite(rows).all(1)).tolist():
+        raise BadRecord(kind, f"{_one_of(rows, i)} is not finite")
     return rows
 
 
-def _one(unit: str, size: tuple[int, int]) -> Float[np.ndarray, " 2"]:
+def _one_of(rows: Float[np.ndarray, "K N"], i: int) -> str:
+    """Returns row `i` in the source's own numbers, and which of several it is."""
+    return f"[{', '.join(f'{v:g}' for v in rows[i])}]{f' (number {i + 1} of {len(rows)})' if len(rows) > 1 else ''}"
+
+
+def _short(value: Any) -> str:
+    return f"{' '.join(repr(value).split()):.80}"
+
+
+def whole_sides(unit: str, size: tuple[int, int]) -> Float[np.ndarray, " 2"]:
     """Returns what the whole width and the whole height are in `unit`."""
     whole = {"px": size, "frac": (1, 1), "percent": (100, 100), "bin": (LOC_MAX, LOC_MAX)}
     return np.array(whole[unit], np.float64)

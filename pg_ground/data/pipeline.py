@@ -1,5 +1,6 @@
 """Sources → batches, by grain: shuffled without end for training, in order and once for measuring."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -7,7 +8,7 @@ import pickle
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fractions import Fraction
@@ -29,6 +30,7 @@ from pg_ground.data.examples import (
     question,
     to_batch_row,
     to_example,
+    whole_sides,
 )
 from pg_ground.data.records import BadRecord, Records
 from pg_ground.data.sampling import sampled
@@ -52,6 +54,12 @@ for a source of 600, because it walks a cycle of at least this length."""
 
 PROBED = 16
 """Questions of a source that tell whether its entry makes sense at all."""
+
+CORNER = 0.3
+"""Share of both axes within which percent read as pixels lie: all of them in images from 334 pixels a side on."""
+
+FINER = {"px": 100, "bin": 100, "percent": 1}
+"""The whole side of an image in the next finer unit: no number of a source that is in that unit is above it."""
 
 
 class BadRecords:
@@ -239,6 +247,11 @@ class Mixture:
         reading = block * int(self._shares[source]) + int(self._ranks[offset])
         return source, self._orders[source][reading], reading
 
+    def pass_length(self) -> int:
+        """Returns the number of places within which every question of every source comes."""
+        periods = [-(-len(part) // int(share)) for part, share in zip(self.parts, self._shares, strict=True)]
+        return max(periods) * len(self._pattern)
+
     def _order(self, source: int) -> Any:
         count = len(self.parts[source])
         if count < SHORT:
@@ -320,7 +333,14 @@ class Batches:
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Goes on where `get_state` was."""
-        self._next, self._stream = int(state["next"]), None
+        self.close()
+        self._next = int(state["next"])
+
+    def close(self) -> None:
+        """Ends the workers and drops what they have read ahead; `next` starts new ones."""
+        if self._stream is not None:
+            self._stream.close()
+        self._stream = None
 
     def __iter__(self) -> "Batches":
         return self
@@ -329,15 +349,23 @@ class Batches:
         if self._stream is None:
             self._stream = self._open()
         found: list[Batch] = []
+        unusable = 0
         while len(found) < self._rows:
-            row: Row = next(self._stream)
+            row = next(self._stream)
             self._next += 1
             usable = note(self._bad, self.parts[row.source], row.index, row.found, self._data)
             if usable is not None:
                 found.append(usable)
+            unusable = 0 if usable is not None else unusable + 1
+            if unusable >= 2 * self._mixture.pass_length() and isinstance(row.found, Bad):
+                names, count = ", ".join(part.name for part in self.parts), sum(map(len, self.parts))
+                raise UserError(
+                    f"source{'s' * (len(self.parts) > 1)} {names}: none of {count} questions can be used; "
+                    f"question {row.index} of {self.parts[row.source].name}: {row.found.message}"
+                )
         return stack(found)
 
-    def _open(self) -> Iterator[Row]:
+    def _open(self) -> Generator[Row]:
         """Yields the rows from the next place on; read ahead by threads and by processes, as far as there are any."""
         size = min(ROWS_IN_BLOCK, self._rows)
         first = self._process_index + self._next * self._process_count
@@ -349,8 +377,9 @@ class Batches:
             flags.FLAGS.mark_as_parsed()  # grain asks absl whether to profile its workers
             per_worker = max(1, 2 * ahead // self._data.workers)
             mine = mine.map(_packed).mp_prefetch(grain.MultiprocessingOptions(self._data.workers, per_worker)).map(_unpacked)
-        for block in mine:
-            yield from block
+        with contextlib.closing(iter(mine)) as opened:  # its workers hold shared memory
+            for block in opened:
+                yield from block
 
 
 class Ahead:
@@ -370,6 +399,7 @@ class Ahead:
 
     def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._batches.close()
 
     def _prepare(self) -> tuple[Batch, dict[str, Any]]:
         batch = jax.block_until_ready(self._place(next(self._batches)))
@@ -415,7 +445,7 @@ def training_batches(
       batch_size: rows of a batch over all processes.
 
     Raises:
-      UserError: at once if a source cannot be opened; on `next` if too many records are bad.
+      UserError: at once if a source cannot be opened; on `next` if too many records are bad, or none can be used.
     """
     rows = _rows_per_process(batch_size, process_count)
     parts = [open_examples(name, source, data, image_size, seed) for name, source in sources.items()]
@@ -492,17 +522,19 @@ class Budget(NamedTuple):
 def budget(opened: Examples, tokenizer: Tokenizer, data: Data) -> Budget:
     """Returns the longest prompt and suffix (in tokens) and the most objects of a source, over `data.check_records` questions.
 
-    Images are not looked at.
+    The images of `PROBED` of these are opened (and fetched); no others are looked at.
 
     Raises:
-      UserError: none of the first questions can be read, or their coordinates all lie in one corner, which a wrong unit does.
+      UserError: none of the first questions can be read, or no image of those probed, or their coordinates all lie in one corner,
+        which a wrong unit does.
     """
     count = len(opened)
-    chosen = np.unique(np.linspace(0, count - 1, min(count, data.check_records)).astype(np.int64))
+    chosen = _spread(count, data.check_records)
     most = {"prompt_length": 0, "suffix_length": 0, "max_boxes": 0}
     worst = dict.fromkeys(most, 0)
     failures: list[str] = []
-    for index in map(int, chosen):
+    readable: list[int] = []
+    for index in chosen:
         try:
             record, element = opened.record(index)
             prompt, found = question(record, opened.source, element)
@@ -516,34 +548,50 @@ def budget(opened: Examples, tokenizer: Tokenizer, data: Data) -> Budget:
             if len(failures) == min(PROBED, len(chosen)) and not any(most.values()):
                 raise UserError(f"source {opened.name}: none of {len(failures)} questions can be used; {failures[0]}") from None
             continue
+        readable.append(index)
         lengths = (len(tokenizer.prefix(prompt)), len(tokenizer.suffix(suffix)), max(len(found.boxes[:kept]), kept))
         for setting, length in zip(most, lengths, strict=True):
             if length > most[setting]:
                 most[setting], worst[setting] = length, index
-    check_corner(opened, [int(i) for i in chosen[:: max(1, len(chosen) // PROBED)][:PROBED]])
+    probe(opened, [readable[i] for i in _spread(len(readable), PROBED)])
     prompt_tokens, suffix_tokens, objects = most.values()
     return Budget(opened.name, count, len(chosen), prompt_tokens, suffix_tokens, objects, worst)
 
 
-def check_corner(opened: Examples, indices: Sequence[int]) -> None:
-    """Raises UserError if every coordinate of these questions lies in the first fifth of both axes.
+def probe(opened: Examples, indices: Sequence[int]) -> None:
+    """Raises UserError if no image of these questions can be used, or if they lie in one corner and fit a finer unit.
 
-    Percent or fractions read as pixels do that, and so do fractions read as percent.
+    Percent or fractions read as pixels do that, and so do fractions read as percent. Objects that are truly there would have to
+    lie within 100 pixels (or bins, or 1 percent) of the corner, in all of the questions.
     """
-    corners = []
+    examples: list[Example] = []
+    failures: list[str] = []
     for index in indices:
         try:
-            example = opened[index]
-        except BadRecord:
-            continue
-        corners += [*example.boxes.yxyx[:, 2:], *example.points.yx]
-    source = opened.source
-    if len(corners) >= PROBED // 2 and np.max(corners) < 0.2:
-        setting = "point_format" if source.asks == "points" else "box_format"
-        raise UserError(
-            f"source {opened.name}: all coordinates lie in the first fifth of both axes, so {setting} = "
-            f"{getattr(source, setting)!r} has probably the wrong unit (px, frac, percent and bin exist)"
-        )
+            examples.append(opened[index])
+        except BadRecord as bad:
+            if bad.kind != "too_many_boxes":  # `check_budgets` says what to do
+                failures.append(f"question {index}: {bad}")
+    if failures and len(failures) == len(indices):
+        raise UserError(f"source {opened.name}: none of {len(failures)} questions can be used; {failures[0]}")
+    boxes, points = [one.boxes.yxyx[:, 2:] for one in examples], [one.points.yx for one in examples]
+    for setting, corners in (("box_format", boxes), ("point_format", points)):
+        value: str = getattr(opened.source, setting)
+        unit = value.rsplit("_", 1)[1]
+        told = [(yx, whole_sides(unit, one.size)[::-1]) for one, yx in zip(examples, corners, strict=True) if len(yx)]
+        if len(told) < PROBED // 4 or sum(len(yx) for yx, _ in told) < PROBED // 2:
+            continue  # the objects of a few pictures may well lie together
+        share, number = np.median([yx.max() for yx, _ in told]), max(np.max(yx * sides) for yx, sides in told)
+        if share < CORNER and number <= 1.01 * FINER.get(unit, 0):
+            raise UserError(
+                f"source {opened.name}: most objects lie in the first {CORNER:.0%} of both axes and no coordinate is above "
+                f"{number:.3g}, so {setting} = {value!r} has probably the wrong unit (px, frac, percent and bin exist)"
+            )
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """Returns at most `wanted` of `count` indices, from the first to the last."""
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).astype(np.int64)).tolist()
 
 
 def check_budgets(budgets: Sequence[Budget], data: Data) -> None:
