@@ -37,8 +37,11 @@ def device_rewards(c: Grpo) -> dict[str, rewards.Reward]:
     """Returns the rewards on token ids that `c` names: the package's own, and those of a user's files.
 
     Raises:
-      UserError: one of them does not exist or cannot be loaded, or none of all rewards has a weight.
+      UserError: one of them does not exist or cannot be loaded, is a reward of text too, or none of all rewards has a weight.
     """
+    twice = sorted(set(c.rewards) & set(c.text_rewards))
+    if twice:
+        raise UserError(f"{twice[0]} is in config.grpo.rewards and in text_rewards: name it in one of them")
     found = {}
     for name in c.rewards:
         if ".py:" in name:

@@ -180,3 +180,16 @@ def test_the_epsilon_is_a_setting():
     rewards = jnp.asarray([[0.0, 1e-4]])
     small, large = (estimators.standardised(Scores(rewards, epsilon=epsilon)) for epsilon in (1e-8, 1.0))
     assert small[0, 1] > 0.7 and large[0, 1] < 1e-4
+
+
+def test_defect_17_a_lone_judged_completion_has_no_advantage():
+    """RLLaVA gives a group of one its raw score; here such a group is a config error, and one left by NaN has advantage 0."""
+    rewards = jnp.asarray([[NAN, 0.7, NAN], [0.1, 0.5, 0.9]])
+    for name in OF_GROUPS:
+        assert not ADVANTAGES[name](Scores(rewards)).any(axis=1)[0], name
+
+
+def test_a_peers_defect_the_spread_is_that_of_a_sample():
+    """MaxText divides by the population's standard deviation, and its golden test has four equal completions: advantages of 0."""
+    rewards = jnp.asarray([[0.0, 0.0, 0.0, 1.0]])
+    np.testing.assert_allclose(standardised(rewards)[0, 3], 0.75 / (0.5 + 1e-4), rtol=ROUNDING)

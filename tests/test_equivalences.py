@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import CLOSE, B, G, Inputs, L, T, assert_close_trees, inputs
 
+from pg_ground import config, sharding
 from pg_ground.model import PaliGemma
 from pg_ground.rl.rollout import sample
 from pg_ground.types import Rollout
@@ -165,6 +166,18 @@ def test_sampler_and_trainer_give_the_same_log_probabilities(tiny, rollout_of):
     logps, _ = program(tiny.params, *x[:3], rollout.tokens, rollout.mask)
     assert np.asarray(rollout.logps)[np.asarray(rollout.mask)].max() < 0
     np.testing.assert_allclose(logps, rollout.logps, rtol=0, atol=CLOSE)
+
+
+def test_tokens_are_the_same_on_one_device_and_on_eight(pg1, rollout_of):
+    mesh = sharding.make_mesh(config.Mesh())
+    assert mesh.size == 8
+    x = jax.tree.map(lambda a: jnp.concatenate([a] * (8 // B)), tuple(inputs(pg1.model)[:3]))
+    draw = jax.jit(lambda params, x, key: sample(pg1.model, params, *x, key, G, T))
+    one = draw(pg1.params, x, jax.random.key(3))
+    eight = draw(jax.device_put(pg1.params, sharding.fsdp(mesh, pg1.params)), sharding.put_batch(mesh, x), jax.random.key(3))
+    assert not eight.tokens.sharding.is_fully_replicated
+    np.testing.assert_array_equal(one.tokens, eight.tokens)
+    np.testing.assert_allclose(one.logps, eight.logps, rtol=0, atol=CLOSE)
 
 
 def test_control_ids_are_never_sampled_even_by_a_model_that_wants_nothing_else(tiny, rollout_of):

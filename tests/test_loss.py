@@ -378,6 +378,28 @@ def test_an_unknown_algorithm_is_refused_with_the_nearest():
         choose(Grpo(algorithm="dr_grop"))
 
 
+def test_defect_14_an_estimator_that_is_not_there_is_refused():
+    """RLLaVA lists gae and srft, of which one cannot run and the other silently is another loss."""
+    for name in ("gae", "srft", "ppo"):
+        with pytest.raises(UserError, match=f"config.grpo.algorithm {name!r} does not exist"):
+            choose(Grpo(algorithm=name))
+        with pytest.raises(UserError, match=f"config.grpo.advantage {name!r} does not exist"):
+            choose(Grpo(advantage=name))
+
+
+def test_a_peers_defect_cispo_does_not_hold_every_ratio_below_a_clip_of_an_interval(random_batch):
+    """TRL's default cap of 0.2 is that of an interval around 1: it scales every on-policy loss by a fifth. Ours caps at 5."""
+    logps, _, _, advantage, mask = random_batch
+    terms = policy_loss(logps, logps, None, advantage, mask, ALGORITHMS["cispo"])
+    np.testing.assert_allclose(terms.loss, -advantage[..., None] * logps, rtol=ROUNDING)
+
+
+def test_a_peers_defect_no_row_with_a_penalty_in_the_loss_uses_k1():
+    """Tunix's k1 in the loss has an expected gradient of 0 on-policy; here it is in rewards only."""
+    for name, row in ALGORITHMS.items():
+        assert row.kl is not k1 or row.kl_in_reward, name
+
+
 VOCAB = vocab_of_size(1200)
 
 

@@ -185,6 +185,24 @@ def test_temperature_may_be_an_array(table):
         jax.tree.map(np.testing.assert_array_equal, given, traced)
 
 
+def test_each_completion_of_a_group_may_have_its_temperature(table):
+    """ReMax's last completion is greedy; the others are drawn as without it."""
+    found = draw(table, g=4, temperature=jnp.asarray([1.0, 1.0, 1.0, 0.0]))
+    greedy = draw(table, g=4, temperature=0.0)
+    np.testing.assert_array_equal(found.tokens[:, 3], greedy.tokens[:, 3])
+    np.testing.assert_array_equal(found.tokens[:, :3, 0], draw(table, g=4).tokens[:, :3, 0])
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_draws_with_top_k_are_the_likeliest_renormalised(table, top_k):
+    allowed = only(softmax(table[WORDS[0]]), NOT_CONTROL)
+    kept = set(np.argsort(-allowed)[:top_k].tolist())
+    found = draw(table, b=1, g=20_000, t=1, top_k=top_k)
+    assert set(np.unique(found.tokens)) == kept
+    if top_k > 1:
+        assert_frequencies(np.asarray(found.tokens), only(softmax(table[WORDS[0]]), kept))
+
+
 def nucleus_of(probabilities: np.ndarray, top_p: float) -> set[int]:
     """Returns the smallest set of likeliest ids whose probabilities reach `top_p`."""
     kept: set[int] = set()

@@ -67,6 +67,16 @@ def test_groups_without_spread_are_replaced_in_order_and_the_others_stay():
     np.testing.assert_array_equal(again.rewards.total, found.rewards.total)
 
 
+def test_defect_16_groups_are_kept_by_their_spread_and_not_by_their_mean():
+    """RLLaVA keeps groups whose mean is inside (.01, .99): of rewards that are no probabilities it keeps what teaches nothing."""
+    assert has_spread(sampled([[0.5, 0.5], [1.2, 1.2], [0.0, 0.005], [1.0, 1.4]])).tolist() == [False, False, True, True]
+
+
+def test_a_reward_is_named_once():
+    with pytest.raises(UserError, match="count_graded is in config.grpo.rewards and in text_rewards: name it in one of them"):
+        device_rewards(Grpo(rewards={"count_graded": 1.0}, text_rewards={"count_graded": 1.0}))
+
+
 def test_the_greedy_completion_is_taken_out_and_compared_with():
     given = sampled([[1, 0, 0.5], [0, 0, 0.25]])
     found = without_greedy(given.rollout, given.answer, given.rewards, given.batch)

@@ -156,9 +156,8 @@ def test_the_kl_coefficient_is_steered_to_its_target(pg1):
         return float(outcome(run, (state, *rest))[0].kl_coef)
 
     count = rest[-1].size
-    assert steered(1e-9) == pytest.approx(0.1 * (1 + 0.2 * count / 100)) and steered(1e9) == pytest.approx(
-        0.1 * (1 - 0.2 * count / 100)
-    )
+    assert steered(1e-9) == pytest.approx(0.1 * (1 + 0.2 * count / 100))
+    assert steered(1e9) == pytest.approx(0.1 * (1 - 0.2 * count / 100))
     assert float(outcome(step, (state, *rest))[0].kl_coef) == np.float32(0.1)
 
 
@@ -190,6 +189,28 @@ def test_eight_devices_make_the_step_of_one(request, whole_steps, monkeypatch, s
     kept = [leaf for leaf in jax.tree.leaves(state.params) if not leaf.is_fully_replicated]
     assert len(kept) == len(split)
     assert_same_step((jax.device_get(state), {name: float(value) for name, value in metrics.items()}), whole_steps[stage])
+
+
+def test_a_mesh_of_four_by_two_makes_the_step_of_one(pg2, whole_steps):
+    """Prompts over four devices, the last axis of every matrix over two."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+    def place(leaf: Any) -> jax.sharding.NamedSharding:
+        axes = [None] * (leaf.ndim - 1) + ["model"] if leaf.ndim > 1 and leaf.shape[-1] % 2 == 0 else []
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+
+    step, (state, ref_params, *rest) = grpo_step(pg2, 2)
+    placed = [jax.device_put(tree, jax.tree.map(place, tree)) for tree in (state, ref_params)]
+    assert sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(placed[0].params)) > 10
+    args = (*placed, *(sharding.put_batch(mesh, tree) for tree in rest))
+    assert_same_step(outcome(step, args), whole_steps["grpo"])
+
+
+def test_defect_15_the_loss_does_not_depend_on_the_size_of_micro_batches(pg2, whole_steps):
+    """RLLaVA divides by the tokens of a micro-batch; ours by those of the whole, and adds metrics up (EasyR1 overwrites)."""
+    ragged = outcome(*grpo_step(pg2, 4))
+    assert ragged[1]["policy/loss"] == pytest.approx(whole_steps["grpo"][1]["policy/loss"], rel=1e-4)
+    assert ragged[1]["policy/kl"] == pytest.approx(whole_steps["grpo"][1]["policy/kl"], rel=1e-4)
 
 
 def test_two_updates_are_policy_gradients_against_the_policy_that_sampled(pg2, whole_steps):
