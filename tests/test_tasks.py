@@ -127,6 +127,7 @@ def test_the_supervised_answer_earns_the_most_in_its_own_recipe(name, tmp_path):
     assert scores == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_counting_trains_end_to_end(environment, tmp_path):
     records = [{"image_path": f"{i}.png", "question": "cows", "ground_truth": i % 3 + 1} for i in range(8)]
     for record in records:

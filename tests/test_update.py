@@ -117,11 +117,12 @@ def test_micro_batches_do_not_change_a_supervised_step(pg1, whole_steps, parts):
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_micro_batches_do_not_change_a_reinforced_step(pg2, whole_steps, parts):
+def test_defect_15_micro_batches_do_not_change_a_reinforced_step(pg2, whole_steps, parts):
+    """RLLaVA divides by the tokens of a micro-batch, ours by those of the whole; EasyR1 keeps a part's metrics, ours add up."""
     assert_same_step(outcome(*grpo_step(pg2, parts)), whole_steps["grpo"])
 
 
-@pytest.mark.parametrize("name", ["top_entropy", "gspo", "dr_grpo", "kl_cov"])
+@pytest.mark.parametrize("name", ["top_entropy", "gspo", "kl_cov"])
 def test_micro_batches_do_not_change_a_step_of_rows_that_look_at_the_whole_batch(pg1, name):
     """Two minibatches, each an optimizer step, each in one, two or four parts."""
     row = ALGORITHMS[name]._replace(kl_coef=0.1, mask_unfinished=True, entropy_coef=0.01)
@@ -204,13 +205,6 @@ def test_a_mesh_of_four_by_two_makes_the_step_of_one(pg2, whole_steps):
     assert sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(placed[0].params)) > 10
     args = (*placed, *(sharding.put_batch(mesh, tree) for tree in rest))
     assert_same_step(outcome(step, args), whole_steps["grpo"])
-
-
-def test_defect_15_the_loss_does_not_depend_on_the_size_of_micro_batches(pg2, whole_steps):
-    """RLLaVA divides by the tokens of a micro-batch; ours by those of the whole, and adds metrics up (EasyR1 overwrites)."""
-    ragged = outcome(*grpo_step(pg2, 4))
-    assert ragged[1]["policy/loss"] == pytest.approx(whole_steps["grpo"][1]["policy/loss"], rel=1e-4)
-    assert ragged[1]["policy/kl"] == pytest.approx(whole_steps["grpo"][1]["policy/kl"], rel=1e-4)
 
 
 def test_two_updates_are_policy_gradients_against_the_policy_that_sampled(pg2, whole_steps):
