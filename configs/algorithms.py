@@ -16,14 +16,17 @@ from ml_collections import ConfigDict
 
 BESIDE = {
     # dynamic sampling, and a completion that runs out of room leaves the loss and costs
-    "dapo": {"resample": 3, "mask_unfinished": True, "rewards": {"overlong": 0.5}},
+    "dapo": {"resample": 3, "mask_unfinished": True, "max_new_tokens": 12, "rewards": {"overlong": 0.5}},
     # the distance to the reference is taken off the reward
     "rloo": {"kl_coef": 0.01},
     "remax": {"kl_coef": 0.01},
     "reinforce_plus_plus": {"kl_coef": 0.001},
-    # clips of whole completions only bind when a rollout is learned from in several steps
+    # clips of whole completions, and what kl_cov holds back, only bind when a rollout is learned from in several steps
     "gspo": {"minibatches": 2},
     "luspo": {"minibatches": 2},
+    "kl_cov": {"minibatches": 2},
+    "clip_cov": {"minibatches": 2},
+    "reinforce_plus_plus_baseline": {"kl_coef": 0.001},
 }
 """By algorithm: settings of `config.grpo` that its paper has beside the loss."""
 

@@ -503,6 +503,7 @@ def _check(c: Config) -> None:
     need(0 < c.grpo.top_p <= 1, "grpo.top_p", c.grpo.top_p, "in (0, 1]")
     suppress, size = c.grpo.suppress, text.vocab_size
     need(all(0 <= i < size and i != EOS for i in suppress), "grpo.suppress", suppress, f"ids below {size}, without EOS ({EOS})")
+    need(c.grpo.top_k <= size, "grpo.top_k", c.grpo.top_k, f"at most {size}, the tokens there are")
     share = c.grpo.focus_share
     need(share is None or 0 < share <= 1, "grpo.focus_share", share, "in (0, 1]")
     need(c.eval.temperature > 0, "eval.temperature", c.eval.temperature, "above 0")

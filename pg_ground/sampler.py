@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pg_ground.config import Grpo
+from pg_ground.config import Grpo, RewardSettings
 from pg_ground.diary import Stopwatch
 from pg_ground.model import PaliGemma
 from pg_ground.params import join
@@ -17,7 +17,7 @@ from pg_ground.rl.experience import Sampled
 from pg_ground.rl.rollout import sample
 from pg_ground.rl.text_rewards import TEXT_REWARDS, TextExample
 from pg_ground.tokenizer import Tokenizer
-from pg_ground.types import BOXES, POINTS, Batch, Rollout, UserError
+from pg_ground.types import BOXES, POINTS, Answer, Batch, Rollout, UserError
 from pg_ground.vocab import CONTROL
 
 ASKS = {BOXES: "boxes", POINTS: "points"}
@@ -47,13 +47,28 @@ def device_rewards(c: Grpo) -> dict[str, rewards.Reward]:
         if ".py:" in name:
             given = judges.load_reward(name)
             if given.kind == "device":
-                found[name] = given.function
+                found[name] = _guarded(name, given.function)
         else:
             found[name] = rewards.by_name(name)
     if not weighted(c):
         every = dict(c.rewards) | dict(c.text_rewards)
         raise UserError(f"config.grpo.rewards and text_rewards are {every}: at least one needs a weight other than 0")
     return found
+
+
+def _guarded(name: str, function: Callable[..., Any]) -> rewards.Reward:
+    """Returns a user's reward whose faults are those of its file; what is not finite does not apply."""
+
+    def reward(answer: Answer, batch: Batch, settings: RewardSettings) -> jax.Array:
+        try:
+            found = jnp.asarray(function(answer, batch, settings), jnp.float32)
+        except Exception as error:  # the file is a program of the user's: whatever it raises is theirs to read
+            raise UserError(f"the reward {name} failed: {type(error).__name__}: {error}") from error
+        if found.shape != answer.finished.shape:
+            raise UserError(f"the reward {name} has shape {list(found.shape)}: it must be [B, G], {list(answer.finished.shape)}")
+        return jnp.where(jnp.isfinite(found), found, jnp.nan)
+
+    return reward
 
 
 def weighted(c: Grpo) -> frozenset[str]:
@@ -101,24 +116,24 @@ class Sampler:
         watch: Stopwatch,
         meanwhile: Callable[[], None] = lambda: None,
     ) -> tuple[Sampled, dict[str, float]]:
-        """Returns judged groups, and how often fresh ones were drawn for those without spread.
+        """Returns judged groups; with `resample`, the share of them that lacked spread at first, and how many were replaced.
 
         Args:
           weights: of the rewards at this step.
           meanwhile: called while the devices sample.
         """
         sampled = self.once(params, watch.lap("data", next_batch()), key, weights, watch, meanwhile)
-        seen: dict[str, float] = {}
+        if not self._c.resample:
+            return sampled, {}
+        first = lacking = int((~experience.has_spread(sampled)).sum())
         for again in range(1, self._c.resample + 1):
-            lacking = int((~experience.has_spread(sampled)).sum())
-            seen.setdefault("group/without_spread", lacking / len(sampled.batch.prompt))
             if not lacking:
                 break
             batch, own_key = watch.lap("data", next_batch()), jax.random.fold_in(key, again)
             fresh = self.once(params, batch, own_key, weights, watch, meanwhile)
             sampled = self._refill(sampled, fresh)
-            seen["group/resampled"] = float(again)
-        return sampled, seen | ({"group/resampled": 0.0} if self._c.resample and "group/resampled" not in seen else {})
+            lacking = int((~experience.has_spread(sampled)).sum())
+        return sampled, {"group/without_spread": first / len(sampled.batch.prompt), "group/resampled": float(first - lacking)}
 
     def once(
         self,

@@ -109,12 +109,12 @@ def grpo(run: Run, state: TrainState, batches: Any) -> TrainState:
         workers.set_state(run.diary.resumed.get("judges", workers.get_state()))
         sampler = Sampler(c, run.model, run.frozen, run.tokenizer, row.advantage, workers)
         for step in range(int(state.step), c.steps):
-            watch, own_key = Stopwatch(), jax.random.fold_in(key, step)
+            watch, own_key, failed = Stopwatch(), jax.random.fold_in(key, step), workers.errors()
             weights = weights_at(dict(c.rewards) | dict(c.text_rewards), step)
             sampled, drawn = sampler(state.params, batches.__next__, own_key, weights, watch, batches.prepare)
             learned_from, seen = watch.lap("score", compare(sampled, run.frozen, ref_params, weights, state.kl_coef))
             state, updated = watch.lap("update", learn(state, run.frozen, learned_from, own_key))
-            errors = {f"reward/errors/{name}": count for name, count in workers.errors().items()}
+            errors = {f"reward/errors/{name}": count - failed[name] for name, count in workers.errors().items()}
             found = measured(run, "grpo", state, seen | updated | drawn | errors, watch)
             pictures = partial(rollout_pictures, run, sampled)
             run.diary.keep("grpo", state, batches, found, pictures, {"judges": workers.get_state()})

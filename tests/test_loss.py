@@ -168,6 +168,40 @@ def test_losses_equal_rllavas(name):
     np.testing.assert_allclose(value, expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["top_entropy", "clip_cov", "kl_cov"])
+def test_a_focus_leaves_nothing_to_learn_where_there_is_no_advantage(random_batch, name):
+    """The first update is at ratio 1, where |log-ratio| has a kink: its gradient there is 0, not the 1 of jnp.abs."""
+    logps, _, _, advantage, mask = random_batch
+    row = made(name, focus_share=1.0)
+    focus = row.focus(Tokens(logps, -logps, advantage, mask, jax.random.key(0)), row.focus_share)
+
+    def loss(logps):
+        old = jax.lax.stop_gradient(logps)
+        return jnp.sum(policy_loss(logps, old, None, 0 * advantage, mask, row, focus).loss * row.average(mask))
+
+    assert not jax.grad(loss)(logps).any()
+
+
+CANCELLING = {
+    "kl_target steers kl_coef, which is 0": {"algorithm": "dapo", "kl_target": 0.01},
+    "kl is k1, whose gradient": {"kl": "k1"},
+    "kl_in_reward has no effect": {"algorithm": "gdpo", "kl_coef": 0.1, "kl_in_reward": True},
+    "clip_high is 0.2, but objective = capped_weight": {"objective": "capped_weight"},
+    "correction multiplies": {"algorithm": "vespo", "correction": "token_mask"},
+    "correction_floor is above": {"correction": "token_mask", "correction_floor": 5.0},
+    "ratio_cap is below 1": {"ratio_cap": 0.5},
+    "off_policy_kl is below 0": {"off_policy_kl": -1.0},
+    "resample looks at the spread": {"algorithm": "remax", "resample": 1},
+    "kl_horizon is so short": {"kl_target": 0.1, "kl_horizon": 10},
+}
+
+
+@pytest.mark.parametrize("said", CANCELLING)
+def test_choices_that_cancel_each_other_are_refused(said):
+    with pytest.raises(UserError, match=f"config.grpo.{said}"):
+        choose(Grpo(**CANCELLING[said]))
+
+
 def test_clip_cov_drops_by_lot_among_the_tokens_of_high_covariance():
     rng = np.random.default_rng(0)
     logps, advantage = jnp.asarray(rng.normal(size=(8, 8, 40))), jnp.asarray(rng.normal(size=(8, 8)))

@@ -41,6 +41,24 @@ def test_rewards_of_a_users_file_are_told_apart_by_their_parameters(tmp_path):
     assert set(device_rewards(c)) == {f"{file}:wide", "iou"} and text_judges(c).names == (f"{file}:short",)
 
 
+def test_a_users_device_reward_with_a_fault_is_named(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import jax.numpy as jnp\n"
+        "def raises(answer, batch, settings):\n    raise KeyError('x')\n"
+        "def flat(answer, batch, settings):\n    return jnp.ones(3)\n"
+        "def infinite(answer, batch, settings):\n    return answer.finished / 0.0\n"
+    )
+    given = sampled([[0.0, 1.0]])
+    rewards = device_rewards(Grpo(rewards={f"{file}:{name}": 1.0 for name in ("raises", "flat", "infinite")}))
+    arguments = (given.answer, given.batch, Grpo().reward_settings)
+    with pytest.raises(UserError, match=r"mine.py:raises failed: KeyError: 'x'"):
+        rewards[f"{file}:raises"](*arguments)
+    with pytest.raises(UserError, match=r"mine.py:flat has shape \[3\]: it must be \[B, G\], \[1, 2\]"):
+        rewards[f"{file}:flat"](*arguments)
+    assert np.isnan(rewards[f"{file}:infinite"](*arguments)).all()
+
+
 def sampled(totals: list[list[float]], first: int = 0) -> Sampled:
     """Returns groups with these rewards, numbered from `first` on in `index` and in their tokens."""
     total = jnp.asarray(totals)

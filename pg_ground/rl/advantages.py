@@ -1,14 +1,15 @@
 """How much better a completion is than others: `Scores` to `f32[B,G]` advantages.
 
 NaN marks a completion that no reward could judge: it leaves the statistics and gets advantage 0. Statistics of a batch are over
-all devices. A group whose rewards are equal has advantage 0 wherever the group is what a completion is compared with.
+all devices. A group whose rewards are equal has advantage 0 wherever the group is all that a completion is compared with: not in
+`over_greedy`, `whitened` and `centred_and_whitened`.
 """
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from pg_ground.types import Array
 
@@ -44,6 +45,11 @@ def group_std(rewards: Float[Array, "B G"]) -> Float[Array, "B 1"]:
     return _std(rewards, group_mean(rewards), axis=1)
 
 
+def has_spread(rewards: Float[Array, "B G"]) -> Bool[Array, " B"]:
+    """Returns the groups in which not all rewards are equal."""
+    return jnp.nanmax(rewards, axis=1) > jnp.nanmin(rewards, axis=1)
+
+
 def centred(scores: Scores) -> Float[Array, "B G"]:
     """Returns reward minus the group's mean (Dr. GRPO, arXiv 2503.20783, section 3)."""
     return _judged(_above_group(scores.total))
@@ -68,7 +74,7 @@ def leave_one_out(scores: Scores) -> Float[Array, "B G"]:
 def leave_one_out_normalised(scores: Scores) -> Float[Array, "B G"]:
     """Returns leave-one-out advantages in units of their standard deviation over the batch (TRL's normalize_advantages)."""
     found = scores.total * 0 + leave_one_out(scores)
-    return _judged((found - _batch_mean(found)) / (_batch_std(found) + scores.epsilon))
+    return has_spread(scores.total)[:, None] * _judged((found - _batch_mean(found)) / (_batch_std(found) + scores.epsilon))
 
 
 def best_of_group(scores: Scores) -> Float[Array, "B G"]:
@@ -117,7 +123,8 @@ def normalised_then_summed(scores: Scores) -> Float[Array, "B G"]:
         scores.weights[name] * jnp.nan_to_num(standardised(scores._replace(total=part))) for name, part in scores.parts.items()
     ]
     summed = jnp.where(jnp.isnan(scores.total), jnp.nan, sum(each))
-    return _judged((summed - _batch_mean(summed)) / (_batch_std(summed) + scores.epsilon))
+    differ = jnp.stack([has_spread(part) for part in scores.parts.values()]).any(axis=0)
+    return differ[:, None] * _judged((summed - _batch_mean(summed)) / (_batch_std(summed) + scores.epsilon))
 
 
 ADVANTAGES: dict[str, Advantage] = {
@@ -131,8 +138,7 @@ ADVANTAGES: dict[str, Advantage] = {
 
 def _above_group(rewards: Float[Array, "B G"]) -> Float[Array, "B G"]:
     """Returns reward minus the group's mean, NaN where there is none; exactly 0 where all are equal."""
-    spread = jnp.nanmax(rewards, axis=1, keepdims=True) > jnp.nanmin(rewards, axis=1, keepdims=True)
-    return jnp.where(spread, rewards - group_mean(rewards), rewards * 0)
+    return jnp.where(has_spread(rewards)[:, None], rewards - group_mean(rewards), rewards * 0)
 
 
 def _judged(advantages: Float[Array, "B G"]) -> Float[Array, "B G"]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from pg_ground.config import Weight
+from pg_ground.rl import advantages
 from pg_ground.rl.advantages import Scores
 from pg_ground.rl.loss import Algorithm, reward_penalty
 from pg_ground.types import Answer, Array, Batch, Rewards, Rollout
@@ -53,9 +54,8 @@ def without_greedy(rollout: Rollout, answer: Answer, rewards: Rewards, batch: Ba
 
 
 def has_spread(sampled: Sampled) -> Bool[Array, " B"]:
-    """Returns the groups in which not all rewards are equal: only these have a gradient."""
-    total = sampled.rewards.total
-    return jnp.nanmax(total, axis=1) > jnp.nanmin(total, axis=1)
+    """Returns the groups in which not all rewards are equal."""
+    return advantages.has_spread(sampled.rewards.total)
 
 
 def refill(kept: Sampled, fresh: Sampled) -> Sampled:

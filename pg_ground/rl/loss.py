@@ -35,7 +35,7 @@ class Focus(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What a focus looks at: every token of a batch under the policy about to be updated."""
+    """What a focus looks at: every token of a minibatch under the policy about to be updated."""
 
     logps: Float[Array, "B G T"]
     entropy: Float[Array, "B G T"]
@@ -101,7 +101,7 @@ def k3_corrected(gap: Array, ratio: Array) -> Array:
 
 def absolute(gap: Array, ratio: Array) -> Array:
     """Returns |log π − log π_ref|."""
-    return jnp.abs(gap)
+    return _size(gap)
 
 
 def straight_through(estimate: Penalty) -> Penalty:
@@ -237,6 +237,11 @@ def kl_cov(tokens: Tokens, share: float) -> Focus:
     return Focus(jnp.ones_like(tokens.logps), top.astype(tokens.logps.dtype))
 
 
+def _size(values: Array) -> Array:
+    """Returns absolute values, with gradient 0 at 0, where a ratio or a gap starts; jnp.abs has 1 there."""
+    return values * jnp.sign(values)
+
+
 def _named(*functions: Callable[..., Any]) -> dict[str, Any]:
     return {f.__name__: f for f in functions}
 
@@ -316,7 +321,35 @@ def choose(c: Grpo) -> Algorithm:
     row = ALGORITHMS[_one_of("algorithm", c.algorithm, ALGORITHMS)]
     named = {field: getattr(c, field) for field in CHOICES if getattr(c, field) is not None}
     chosen = {field: CHOICES[field][_one_of(field, name, CHOICES[field])] for field, name in named.items()}
-    return row._replace(**chosen, **{name: getattr(c, name) for name in NUMBERS if getattr(c, name) is not None})
+    row = row._replace(**chosen, **{name: getattr(c, name) for name in NUMBERS if getattr(c, name) is not None})
+    _check(row, c)
+    return row
+
+
+def _check(row: Algorithm, c: Grpo) -> None:
+    """Raises UserError for choices that cancel each other or learn nothing."""
+    penalised = bool(row.kl_coef or c.kl_target)
+    of_batch = row.advantage in (advantages.over_greedy, advantages.whitened)
+    k1_in_loss = penalised and row.kl is k1 and not row.kl_in_reward
+    unheard = penalised and row.kl_in_reward and row.advantage is advantages.normalised_then_summed
+    narrow = row.objective is capped_weight and row.clip_high < 1
+    twice = row.correction is not None and row.objective is smooth_weight
+    abrupt = c.kl_target and c.kl_horizon <= 0.2 * c.batch_size * c.group_size
+    wrong = {
+        "kl_target steers kl_coef, which is 0: set one to start from": c.kl_target and not row.kl_coef,
+        "kl is k1, whose gradient in a loss is 0 on average: set kl_in_reward, or k2, k3 or k3_corrected": k1_in_loss,
+        "kl_in_reward has no effect on advantage = normalised_then_summed, which takes rewards one by one": unheard,
+        f"clip_high is {row.clip_high:g}, but objective = capped_weight takes it for the largest ratio: at least 1": narrow,
+        "correction multiplies a loss, but objective = smooth_weight has its own weight of a completion": twice,
+        "correction_floor is above correction_cap": row.correction_floor > row.correction_cap,
+        "ratio_cap is below 1, where a step starts": row.ratio_cap < 1,
+        "off_policy_kl is below 0": row.off_policy_kl < 0,
+        "resample looks at the spread within groups, which is not what this advantage compares": c.resample and of_batch,
+        "kl_horizon is so short that one step can turn kl_coef around: above 0.2 * batch_size * group_size": abrupt,
+    }
+    for what, found in wrong.items():
+        if found:
+            raise UserError(f"config.grpo.{what}")
 
 
 def _one_of(field: str, name: str, table: Mapping[str, Any]) -> str:
@@ -332,7 +365,7 @@ class PolicyTerms(NamedTuple):
     kl: Float[Array, "B G T"]
     """k3 estimate of KL(policy || reference policy) in nats, 0 or more; 0 without a reference."""
     clipped: Bool[Array, "B G T"]
-    """The clip holds the token back: its gradient is 0."""
+    """The clip holds the token back: its gradient is 0, or for `capped_weight` and `geometric` smaller."""
     weight: Float[Array, "B G T"]
     """Of the correction for another policy having sampled; 1 without one."""
 
@@ -365,7 +398,7 @@ def policy_loss(
         weight = jax.lax.stop_gradient(row.correction(gap, mask, row.correction_floor, row.correction_cap))
     loss = loss * weight
     if focus is not None:
-        loss = loss * focus.keep + focus.restrain * jnp.abs(differences)
+        loss = loss * focus.keep + focus.restrain * _size(differences)
     if ref_logps is None:
         return PolicyTerms(loss, jnp.zeros_like(loss), held, weight)
     gap = jnp.clip(logps - ref_logps, -MAX_LOG_RATIO, MAX_LOG_RATIO)

@@ -90,6 +90,8 @@ class _Part(NamedTuple):
     mask: Bool[Array, "B G T"]
     weights: Float[Array, "B G T"]
     share: Float[Array, "B G T"]
+    """Of each sampled token in all of them, for metrics; of those in the loss, for the entropy bonus."""
+    bonus_share: Float[Array, "B G T"]
     old_logps: Float[Array, "B G T"] | None
     focus: Focus | None
 
@@ -130,16 +132,15 @@ def grpo_step(
         old_logps = fixed(state.params, experience, micro_batches * minibatches)[0]
 
     def loss(params: Any, part: _Part) -> tuple[Array, tuple[Metrics, Metrics]]:
-        (_, r, a, ref), mask, weights, share, old, focus = part
+        (_, r, a, ref), mask, weights, share, bonus_share, old, focus = part
         logps, entropy = fixed(params, part.experience, 1)
         old = jax.lax.stop_gradient(logps) if old is None else old
         terms: PolicyTerms = policy_loss(logps, old, ref, a, mask, row, focus, r.logps)
-        bonus = jnp.sum(entropy * share)
-        value = jnp.sum(terms.loss * weights) - row.entropy_coef * bonus
+        value = jnp.sum(terms.loss * weights) - row.entropy_coef * jnp.sum(entropy * bonus_share)
         means = {
             "policy/loss": value,
             "policy/kl": jnp.sum(terms.kl * share),
-            "policy/entropy": bonus,
+            "policy/entropy": jnp.sum(entropy * share),
             "policy/clip_fraction": jnp.sum(terms.clipped * share),
             "policy/correction": jnp.sum(terms.weight * share),
         }
@@ -153,7 +154,8 @@ def grpo_step(
         if row.focus is not None:
             logps, entropy = fixed(state.params, experience, micro_batches)
             focus = row.focus(Tokens(logps, entropy, experience.advantages, mask, key), row.focus_share)
-        part = _Part(experience, mask, row.average(mask), mask / jnp.maximum(mask.sum(), 1), old, focus)
+        all_tokens, learned = (tokens / jnp.maximum(tokens.sum(), 1) for tokens in (r.mask, mask))
+        part = _Part(experience, mask, row.average(mask), all_tokens, learned, old, focus)
         grads, metrics = accumulate(loss, state.params, part, micro_batches)
         return _apply(state, grads, optimizer, state.step), metrics | {"optim/grad_norm": optax.tree.norm(grads)}
 
