@@ -47,7 +47,7 @@ def test_a_users_device_reward_with_a_fault_is_named(tmp_path):
         "import jax.numpy as jnp\n"
         "def raises(answer, batch, settings):\n    raise KeyError('x')\n"
         "def flat(answer, batch, settings):\n    return jnp.ones(3)\n"
-        "def infinite(answer, batch, settings):\n    return answer.finished / 0.0\n"
+        "def infinite(answer, batch, settings):\n    return jnp.full(answer.finished.shape, jnp.inf)\n"
     )
     given = sampled([[0.0, 1.0]])
     rewards = device_rewards(Grpo(rewards={f"{file}:{name}": 1.0 for name in ("raises", "flat", "infinite")}))
@@ -61,7 +61,7 @@ def test_a_users_device_reward_with_a_fault_is_named(tmp_path):
 
 def sampled(totals: list[list[float]], first: int = 0) -> Sampled:
     """Returns groups with these rewards, numbered from `first` on in `index` and in their tokens."""
-    total = jnp.asarray(totals)
+    total = jnp.asarray(totals, jnp.float32)
     b, g = total.shape
     batch = unlabelled(
         jnp.zeros((b, 2, 2, 3)), jnp.zeros((b, 3), int), jnp.ones((b, 3), bool), jnp.zeros((b, 3), int), jnp.ones((b, 3), bool)
