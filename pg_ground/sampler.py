@@ -20,6 +20,9 @@ from pg_ground.tokenizer import Tokenizer
 from pg_ground.types import BOXES, POINTS, Answer, Batch, Rollout, UserError
 from pg_ground.vocab import CONTROL
 
+AGAIN, PARTS, LOTS = 2**20, 2**20 + 1, 2**20 + 2
+"""What a step's key is folded with for fresh groups, parts of a batch and the lots of an update: no token's number."""
+
 ASKS = {BOXES: "boxes", POINTS: "points"}
 
 
@@ -129,7 +132,7 @@ class Sampler:
         for again in range(1, self._c.resample + 1):
             if not lacking:
                 break
-            batch, own_key = watch.lap("data", next_batch()), jax.random.fold_in(key, again)
+            batch, own_key = watch.lap("data", next_batch()), jax.random.fold_in(jax.random.fold_in(key, AGAIN), again)
             fresh = self.once(params, batch, own_key, weights, watch, meanwhile)
             sampled = self._refill(sampled, fresh)
             lacking = int((~experience.has_spread(sampled)).sum())
@@ -155,7 +158,7 @@ class Sampler:
         else:
             whole = self._split(batch)
             parts = [jax.tree.map(lambda leaf, i=i: leaf[i], whole) for i in range(count)]
-            keys = [jax.random.fold_in(key, 1_000 + i) for i in range(count)]
+            keys = [jax.random.fold_in(jax.random.fold_in(key, PARTS), i) for i in range(count)]
         rollouts = [self._roll(params, self._frozen, part, own) for part, own in zip(parts, keys, strict=True)]
         meanwhile()
         told = self._told(parts, rollouts)  # the first part is judged while the devices sample the second

@@ -29,7 +29,7 @@ from pg_ground.params import flatten, is_adapter, join, lr_factors, pick, unflat
 from pg_ground.report import Table, ascii_table
 from pg_ground.rl import experience, loss, rewards, update
 from pg_ground.rl.experience import Experience, Sampled, weights_at
-from pg_ground.sampler import Sampler, device_rewards, text_judges
+from pg_ground.sampler import LOTS, Sampler, device_rewards, text_judges
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.types import TrainState, UserError
@@ -113,7 +113,7 @@ def grpo(run: Run, state: TrainState, batches: Any) -> TrainState:
             weights = weights_at(dict(c.rewards) | dict(c.text_rewards), step)
             sampled, drawn = sampler(state.params, batches.__next__, own_key, weights, watch, batches.prepare)
             learned_from, seen = watch.lap("score", compare(sampled, run.frozen, ref_params, weights, state.kl_coef))
-            state, updated = watch.lap("update", learn(state, run.frozen, learned_from, own_key))
+            state, updated = watch.lap("update", learn(state, run.frozen, learned_from, jax.random.fold_in(own_key, LOTS)))
             errors = {f"reward/errors/{name}": count - failed[name] for name, count in workers.errors().items()}
             found = measured(run, "grpo", state, seen | updated | drawn | errors, watch)
             pictures = partial(rollout_pictures, run, sampled)

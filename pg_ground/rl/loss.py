@@ -293,7 +293,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "rloo": _grpo._replace(advantage=advantages.leave_one_out, ratio=whole_sequence, kl_in_reward=True, kl=k1),
     # Li et al., "ReMax", arXiv 2310.10505: the greedy completion is the baseline
     "remax": _grpo._replace(advantage=advantages.over_greedy, average=over_tokens, kl_in_reward=True, kl=k1),
-    # Hu, "REINFORCE++", arXiv 2501.03262
+    # Hu, "REINFORCE++", arXiv 2501.03262; the penalty is that of the whole completion, not of the tokens still to come
     "reinforce_plus_plus": _grpo._replace(advantage=advantages.whitened, average=over_tokens, kl_in_reward=True, kl=k1),
     "reinforce_plus_plus_baseline": _grpo._replace(advantage=advantages.centred_and_whitened, average=over_tokens, kl=k2),
     # Hao et al., "OPO", arXiv 2505.23585: exactly on-policy
