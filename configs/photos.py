@@ -15,6 +15,16 @@ from ml_collections import ConfigDict
 from pg_ground import config
 from pg_ground.config import Source
 
+PHOTOS = Source(
+    uri="jsonl:photos.jsonl",
+    image_root="images",
+    phrase="expression",
+    boxes="bbox_xyxy",
+    box_format="xyxy_px",
+    prompt="detect {phrase}",
+    name="",
+)
+
 
 def get_config() -> ConfigDict:
     c = config.template()
@@ -34,16 +44,7 @@ def get_config() -> ConfigDict:
     c.grpo.max_new_tokens = 8
     c.grpo.optimizer.lr = 1e-3
     c.grpo.rewards = {"iou": 1.0, "giou": 0.5, "format": 0.2}
-    photos = Source(
-        uri="jsonl:photos.jsonl",
-        image_root="images",
-        phrase="expression",
-        boxes="bbox_xyxy",
-        box_format="xyxy_px",
-        prompt="detect {phrase}",
-        name="",
-    )
-    c.grpo.sources = {"photos": config.section(photos)}
+    c.grpo.sources = {"photos": config.section(PHOTOS)}
 
     c.log.every = 2
     c.log.samples_every = 10

@@ -56,16 +56,8 @@ def beside(name: str) -> dict[str, Any]:
 
 
 ENTRIES: dict[str, Source] = beside("data.py")["ENTRIES"]
+PHOTOS: Source = beside("photos.py")["PHOTOS"]
 
-PHOTOS = Source(
-    uri="jsonl:triples.jsonl",
-    image_root="images",
-    phrase="expression",
-    boxes="bbox_xyxy",
-    box_format="xyxy_px",
-    prompt="detect {phrase}",
-    name="",
-)
 DETECTIONS = Source(uri="jsonl:ovd.jsonl", phrase="problem", asks="text", suffix="{solution}", prompt="{phrase}")
 COUNTS = replace(
     ENTRIES["count_jsonl"],

@@ -51,12 +51,20 @@ class Checkpoints:
         return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """Returns the state of a checkpoint; `like` has its shapes, dtypes and shardings."""
+        """Returns the state of a checkpoint; `like` has its shapes, dtypes and shardings.
+
+        Raises:
+          UserError: the checkpoint has other parts, of an earlier version of this package or of other settings.
+        """
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(like.params),
             rest=ocp.args.StandardRestore(_rest(like)),
         )
-        found = self._manager.restore(step, args=items)
+        try:
+            found = self._manager.restore(step, args=items)
+        except (ValueError, KeyError) as error:  # orbax's own goes on for pages about trees
+            path = self._manager.directory / str(step)
+            raise UserError(f"{path} has other parts than this version's runs: {_first_line(error)}") from error
         return TrainState(params=found["params"], **found["rest"])
 
 
@@ -82,7 +90,11 @@ def restore_tree(path: Path, like: Any) -> Any:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(path.absolute(), like)
     except Exception as error:  # orbax raises what its storage does, with pages of it, on a damaged file
-        raise UserError(f"{path} cannot be restored: {str(error).strip().splitlines()[0][:300]}") from error
+        raise UserError(f"{path} cannot be restored: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300]
 
 
 def remove_tree(path: Path) -> None:

@@ -278,6 +278,11 @@ class Grpo:
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-6))
     sources: Mapping[str, Source] = field(default_factory=dict)
 
+    @property
+    def all_rewards(self) -> dict[str, Weight]:
+        """Rewards of both kinds."""
+        return dict(self.rewards) | dict(self.text_rewards)
+
 
 @dataclass(frozen=True)
 class Eval:

@@ -33,7 +33,7 @@ def examine(config: Config, model: PaliGemma, params: Any, batches: Batches, tok
     """
     c = config.grpo
     mesh = sharding.make_mesh(config.mesh)
-    weights = weights_at(dict(c.rewards) | dict(c.text_rewards), 0)
+    weights = weights_at(c.all_rewards, 0)
     with text_judges(c) as workers:
         sampler = Sampler(c, model, {}, tokenizer, loss.choose(c).advantage, workers)
         key = jax.random.fold_in(jax.random.key(config.seed), 0)

@@ -54,8 +54,7 @@ def device_rewards(c: Grpo) -> dict[str, rewards.Reward]:
         else:
             found[name] = rewards.by_name(name)
     if not weighted(c):
-        every = dict(c.rewards) | dict(c.text_rewards)
-        raise UserError(f"config.grpo.rewards and text_rewards are {every}: at least one needs a weight other than 0")
+        raise UserError(f"config.grpo.rewards and text_rewards are {c.all_rewards}: at least one needs a weight other than 0")
     return found
 
 
@@ -76,8 +75,7 @@ def _guarded(name: str, function: Callable[..., Any]) -> rewards.Reward:
 
 def weighted(c: Grpo) -> frozenset[str]:
     """Returns the rewards that have a weight at some step, and so a say in what is learned."""
-    every = dict(c.rewards) | dict(c.text_rewards)
-    return frozenset(name for name, w in every.items() if (any(w[:2]) if isinstance(w, tuple) else w))
+    return frozenset(name for name, w in c.all_rewards.items() if (any(w[:2]) if isinstance(w, tuple) else w))
 
 
 class Sampler:

@@ -110,7 +110,7 @@ def grpo(run: Run, state: TrainState, batches: Any) -> TrainState:
         sampler = Sampler(c, run.model, run.frozen, run.tokenizer, row.advantage, workers)
         for step in range(int(state.step), c.steps):
             watch, own_key, failed = Stopwatch(), jax.random.fold_in(key, step), workers.errors()
-            weights = weights_at(dict(c.rewards) | dict(c.text_rewards), step)
+            weights = weights_at(c.all_rewards, step)
             sampled, drawn = sampler(state.params, batches.__next__, own_key, weights, watch, batches.prepare)
             learned_from, seen = watch.lap("score", compare(sampled, run.frozen, ref_params, weights, state.kl_coef))
             state, updated = watch.lap("update", learn(state, run.frozen, learned_from, jax.random.fold_in(own_key, LOTS)))

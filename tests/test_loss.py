@@ -202,6 +202,21 @@ def test_choices_that_cancel_each_other_are_refused(said):
         choose(Grpo(**CANCELLING[said]))
 
 
+UNREAD = {
+    "clip_high has no effect on sapo: it is read where objective is one of": {"algorithm": "sapo", "clip_high": 0.3},
+    "clip_low has no effect on cispo": {"algorithm": "cispo", "clip_low": 0.3},
+    "ratio_cap has no effect on opo": {"algorithm": "opo", "ratio_cap": 3.0},
+    "focus_share has no effect on grpo": {"focus_share": 0.5},
+    "correction_cap has no effect on grpo": {"correction_cap": 2.0},
+}
+
+
+@pytest.mark.parametrize("said", UNREAD)
+def test_a_number_that_the_algorithm_does_not_look_at_is_refused(said):
+    with pytest.raises(UserError, match=f"config.grpo.{said}"):
+        choose(Grpo(**UNREAD[said]))
+
+
 def test_clip_cov_drops_by_lot_among_the_tokens_of_high_covariance():
     rng = np.random.default_rng(0)
     logps, advantage = jnp.asarray(rng.normal(size=(8, 8, 40))), jnp.asarray(rng.normal(size=(8, 8)))

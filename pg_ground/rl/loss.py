@@ -262,6 +262,16 @@ NUMBERS = ("clip_low", "clip_high", "ratio_cap", "kl_coef", "kl_in_reward", "ent
            "correction_cap", "off_policy_kl", "mask_unfinished")  # fmt: skip
 """The other fields of a row, which `config.grpo` can set too."""
 
+READERS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "clip_low": ("objective", (clipped, geometric)),
+    "clip_high": ("objective", (clipped, geometric, capped_weight)),
+    "ratio_cap": ("objective", (clipped,)),
+    "focus_share": ("focus", (top_entropy, clip_cov, kl_cov)),
+    "correction_floor": ("correction", (token_truncate, token_mask, sequence_truncate, sequence_mask)),
+    "correction_cap": ("correction", (token_truncate, token_mask, sequence_truncate, sequence_mask)),
+}
+"""Numbers that not every row looks at: by name, the field that decides it and the choices of that field that do."""
+
 _grpo = Algorithm(advantages.standardised, per_token, clipped, over_sequences)
 
 ALGORITHMS: dict[str, Algorithm] = {
@@ -350,6 +360,10 @@ def _check(row: Algorithm, c: Grpo) -> None:
     for what, found in wrong.items():
         if found:
             raise UserError(f"config.grpo.{what}")
+    for name, (field, choices) in READERS.items():
+        if getattr(c, name) is not None and getattr(row, field) not in choices:
+            readers = ", ".join(choice.__name__ for choice in choices)
+            raise UserError(f"config.grpo.{name} has no effect on {c.algorithm}: it is read where {field} is one of {readers}")
 
 
 def _one_of(field: str, name: str, table: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 
 from pg_ground import boxes
 from pg_ground.config import RewardSettings, nearest
-from pg_ground.rl.advantages import group_std
+from pg_ground.rl.advantages import group_std, has_spread
 from pg_ground.types import BOXES, POINTS, TEXT, Answer, Array, Batch, Boxes, Points, Rewards, Rollout, UserError
 from pg_ground.vocab import EOS, LOC_TOKENS, PAD, Vocab
 
@@ -336,14 +336,13 @@ def measures(
     rollout: Rollout, answer: Answer, rewards: Rewards, weights: Mapping[str, float | Float[Array, ""]]
 ) -> dict[str, Float[Array, ""]]:
     """Returns means over the completions that each reward could judge, raw and weighted, and what the completions look like."""
-    spread = group_std(rewards.total)
     parts = {name: jnp.nanmean(part) for name, part in rewards.parts.items()}
     return {
         **{f"reward/{name}": mean for name, mean in parts.items()},
         **{f"reward/weighted/{name}": weights[name] * mean for name, mean in parts.items()},
         "reward/total": jnp.nanmean(rewards.total),
-        "reward/std": spread.mean(),
-        "group/zero_std_fraction": jnp.mean(spread < 1e-6),
+        "reward/std": group_std(rewards.total).mean(),
+        "group/zero_std_fraction": jnp.mean(~has_spread(rewards.total)),
         "completion/length": rollout.mask.sum(axis=-1).mean(),
         "completion/unfinished_fraction": jnp.mean(~answer.finished),
         "completion/malformed_fraction": jnp.mean(~answer.grammatical),

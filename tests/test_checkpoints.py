@@ -1,0 +1,22 @@
+"""What a checkpoint refuses; that it continues a run exactly is in test_story and test_reinforced."""
+
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import pytest
+
+from pg_ground.checkpoints import Checkpoints
+from pg_ground.types import TrainState, UserError
+
+
+def test_a_checkpoint_without_a_part_of_the_state_is_refused_by_its_path(tmp_path):
+    params = {"w": jnp.ones((2, 3))}
+    items = ocp.args.Composite(
+        params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave({"step": jnp.int32(3), "opt": {}})
+    )
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(3, args=items)
+    with (
+        Checkpoints(tmp_path, keep=1) as saved,
+        pytest.raises(UserError, match=f"{tmp_path}/3 has other parts than this version"),
+    ):
+        saved.restore(3, TrainState(jnp.int32(0), params, {"mu": params}, jnp.float32(0)))
