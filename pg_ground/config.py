@@ -272,6 +272,7 @@ class Grpo:
     kl_horizon: int = 10_000  # completions over which it is
     rewards: Mapping[str, Weight] = field(default_factory=lambda: {"iou": 1.0, "format": 0.2})  # weight 0: only measured
     text_rewards: Mapping[str, Weight] = field(default_factory=dict)  # of text, on the host: names, or file.py:function
+    rollout_weights: str = "auto"  # for sampling: "gathered" on every device, "sharded" as trained, or what fits
     rollout_parts: int = 1  # a batch is sampled in so many parts: text rewards judge one while the next is sampled
     judging: Judging = field(default_factory=Judging)
     reward_settings: RewardSettings = field(default_factory=RewardSettings)
@@ -317,7 +318,11 @@ class Checkpoint:
 class Mesh:
     """How devices are laid out."""
 
-    data: int = -1  # devices along the axis that splits prompts and parameters; -1 is all there are
+    data: int = -1  # devices along the axis that splits prompts and parameters (FSDP); -1 is all there are
+    replica: int = 1  # such groups of devices: each has all parameters, and its share of the prompts
+    model: int = 1  # devices that share each matrix of a layer (tensor parallel)
+    rules: tuple[tuple[str, tuple[str, ...]], ...] = ()  # (pattern of names, axis of each dimension), before sharding.RULES
+    compiler_options: Mapping[str, str] = field(default_factory=dict)  # of XLA, over sharding.TPU_OPTIONS
     cpu_devices: int = 0  # devices that a CPU counts as: 2 keep two cores busy where a model is small; 0 is as it is
 
 
@@ -509,6 +514,7 @@ def _check(c: Config) -> None:
     suppress, size = c.grpo.suppress, text.vocab_size
     need(all(0 <= i < size and i != EOS for i in suppress), "grpo.suppress", suppress, f"ids below {size}, without EOS ({EOS})")
     need(c.grpo.top_k <= size, "grpo.top_k", c.grpo.top_k, f"at most {size}, the tokens there are")
+    one_of("grpo.rollout_weights", c.grpo.rollout_weights, ("auto", "gathered", "sharded"))
     share = c.grpo.focus_share
     need(share is None or 0 < share <= 1, "grpo.focus_share", share, "in (0, 1]")
     need(c.eval.temperature > 0, "eval.temperature", c.eval.temperature, "above 0")

@@ -13,7 +13,6 @@ from pg_ground.data.pipeline import Batches
 from pg_ground.diary import Stopwatch
 from pg_ground.model import PaliGemma
 from pg_ground.report import Table, ascii_table
-from pg_ground.rl import loss
 from pg_ground.rl.experience import Sampled, has_spread, weights_at
 from pg_ground.sampler import Sampler, question_of, text_judges
 from pg_ground.tokenizer import Tokenizer
@@ -35,7 +34,7 @@ def examine(config: Config, model: PaliGemma, params: Any, batches: Batches, tok
     mesh = sharding.make_mesh(config.mesh)
     weights = weights_at(c.all_rewards, 0)
     with text_judges(c) as workers:
-        sampler = Sampler(c, model, {}, tokenizer, loss.choose(c).advantage, workers)
+        sampler = Sampler(config, model, mesh, {}, tokenizer, workers)
         key = jax.random.fold_in(jax.random.key(config.seed), 0)
         batch = sharding.put_batch(mesh, next(batches))
         sampled = jax.device_get(sampler.once(params, batch, key, weights, Stopwatch()))

@@ -195,6 +195,7 @@ def main(argv: Sequence[str]) -> None:
     sharding.check_rows(mesh, config.eval.batch_size, "eval.batch_size")
     tokenizer = load_tokenizer(config.data.tokenizer)
     model, params = weights.load(place, config.model, mesh=mesh, resample_positions=config.resample_positions)
+    model = PaliGemma(model.config, sharding.places(mesh))
     check_vocabulary(tokenizer, model)
     answer = answerer(model, tokenizer.vocab, config.eval.max_new_tokens)
     bad = pipeline.BadRecords()

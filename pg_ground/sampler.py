@@ -6,19 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from pg_ground.config import Grpo, RewardSettings
+from pg_ground import programs
+from pg_ground.config import Config, Grpo, RewardSettings
 from pg_ground.diary import Stopwatch
 from pg_ground.model import PaliGemma
-from pg_ground.params import join
 from pg_ground.rl import experience, judges, rewards, update
-from pg_ground.rl.advantages import Advantage, over_greedy
 from pg_ground.rl.experience import Sampled
-from pg_ground.rl.rollout import sample
 from pg_ground.rl.text_rewards import TEXT_REWARDS, TextExample
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.types import BOXES, POINTS, Answer, Batch, Rollout, UserError
-from pg_ground.vocab import CONTROL
 
 AGAIN, PARTS, LOTS = 2**20, 2**20 + 1, 2**20 + 2
 """What a step's key is folded with for fresh groups, parts of a batch and the lots of an update: no token's number."""
@@ -81,17 +79,10 @@ def weighted(c: Grpo) -> frozenset[str]:
 class Sampler:
     """Draws `group_size` completions of each prompt and judges them. Programs are compiled once, whatever is asked of them."""
 
-    def __init__(
-        self, c: Grpo, model: PaliGemma, frozen: Any, tokenizer: Tokenizer, advantage: Advantage, workers: judges.Judges
-    ):
+    def __init__(self, config: Config, model: PaliGemma, mesh: Mesh, frozen: Any, tokenizer: Tokenizer, workers: judges.Judges):
+        c = config.grpo
         self._c, self._frozen, self._tokenizer, self._workers = c, frozen, tokenizer, workers
-        greedy, counted, named = advantage is over_greedy, weighted(c), device_rewards(c)
-        temperature = [c.temperature] * c.group_size + [0.0] * greedy
-
-        def roll(params: Any, frozen: Any, batch: Batch, key: jax.Array) -> Rollout:
-            inputs = (batch.image, batch.prompt, batch.prompt_mask)
-            draw = (key, len(temperature), c.max_new_tokens, jnp.array(temperature), c.top_p, c.top_k, CONTROL + c.suppress)
-            return sample(model, join(frozen, params), *inputs, *draw)
+        counted, named, greedy = weighted(c), device_rewards(c), len(programs.temperatures(c)) > c.group_size
 
         def judge(rollout: Rollout, batch: Batch, told: dict[str, jax.Array], weights: dict[str, jax.Array]) -> Sampled:
             gold = batch.gold
@@ -104,7 +95,8 @@ class Sampler:
         def put_together(parts: tuple[Any, ...]) -> Any:
             return jax.tree.map(lambda *rows: update.unsplit(jnp.stack(rows)), *parts)
 
-        self._roll, self._judge, self._refill = jax.jit(roll), jax.jit(judge), jax.jit(experience.refill)
+        self._roll = programs.compiled(programs.rollout(config, model), config, mesh)
+        self._judge, self._refill = jax.jit(judge), jax.jit(experience.refill)
         self._split = jax.jit(lambda batch: update.split(batch, c.rollout_parts))
         self._put_together = jax.jit(put_together)
 

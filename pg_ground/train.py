@@ -9,26 +9,25 @@ Started again on the same directory, it goes on where its newest checkpoint is, 
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from PIL import Image
 
-from pg_ground import checkpoints, cli, draw, metrics, optim, sharding
-from pg_ground.config import Config, Grpo
+from pg_ground import checkpoints, cli, draw, metrics, optim, programs, sharding
+from pg_ground.config import Config
 from pg_ground.data import pipeline
 from pg_ground.diary import Diary, Stopwatch, claim
 from pg_ground.doctor import examine
 from pg_ground.evaluate import answerer, check_vocabulary, evaluate, held_out
 from pg_ground.model import PaliGemma, weights
-from pg_ground.params import flatten, is_adapter, join, lr_factors, pick, unflatten
+from pg_ground.params import flatten, join, pick, unflatten
 from pg_ground.report import Table, ascii_table
-from pg_ground.rl import experience, loss, rewards, update
-from pg_ground.rl.experience import Experience, Sampled, weights_at
+from pg_ground.rl import loss
+from pg_ground.rl.experience import Sampled, weights_at
 from pg_ground.sampler import LOTS, Sampler, device_rewards, text_judges
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.tokenizer import load as load_tokenizer
@@ -54,16 +53,8 @@ class Run(NamedTuple):
 def sft(run: Run, state: TrainState, batches: Any) -> TrainState:
     """Returns the state at the end of the supervised stage."""
     c = run.config.sft
-    learn = partial(
-        update.sft_step,
-        model=run.model,
-        optimizer=optimizer_of(run, "sft"),
-        vocab=run.tokenizer.vocab,
-        micro_batches=c.micro_batches,
-        label_smoothing=c.label_smoothing,
-        loc_smoothing_bins=c.loc_smoothing_bins,
-    )
-    learn = jax.jit(learn, donate_argnums=0, out_shardings=(sharding.fsdp(run.mesh, state), None))
+    learn = programs.sft_update(run.config, run.model, run.mesh, run.factors, state, run.tokenizer.vocab)
+    learn = programs.compiled(learn, run.config, run.mesh)
     key = jax.random.key(run.config.seed)
     for step in range(int(state.step), c.steps):
         watch = Stopwatch()
@@ -76,42 +67,20 @@ def sft(run: Run, state: TrainState, batches: Any) -> TrainState:
 
 def grpo(run: Run, state: TrainState, batches: Any) -> TrainState:
     """Returns the state at the end of the reinforced stage."""
-    c, row = run.config.grpo, loss.choose(run.config.grpo)
-    ref_params = reference(run, state) if looks_at_reference(c) else None
-
-    def compare(
-        sampled: Sampled, frozen: Any, ref_params: Any, weights: dict[str, Any], kl_coef: Any
-    ) -> tuple[Experience, dict[str, Any]]:
-        kl_coef, parts = kl_coef if c.kl_target else row.kl_coef, c.micro_batches * c.minibatches
-        ref_logps = None
-        if ref_params is not None:
-            given = (sampled.batch, sampled.rollout, c.temperature, parts)
-            ref_logps = update.logps_of(run.model, join(frozen, ref_params), *given)[0]
-        measures = rewards.measures(sampled.rollout, sampled.answer, sampled.rewards, weights)
-        return experience.compare(sampled, ref_logps, weights, kl_coef, row, c.advantage_epsilon), measures
-
-    learn = partial(
-        update.grpo_step,
-        model=run.model,
-        optimizer=optimizer_of(run, "grpo"),
-        algorithm=row,
-        temperature=c.temperature,
-        micro_batches=c.micro_batches,
-        minibatches=c.minibatches,
-        updates=c.updates_per_rollout,
-        kl_target=c.kl_target,
-        kl_horizon=c.kl_horizon,
-    )
-    compare = jax.jit(compare)
-    learn = jax.jit(learn, donate_argnums=0, out_shardings=(sharding.fsdp(run.mesh, state), None))
+    c = run.config.grpo
+    ref_params = reference(run, state) if programs.looks_at_reference(c) else None
+    compare = programs.compiled(programs.grpo_compare(run.config, run.model), run.config, run.mesh)
+    learn = programs.grpo_update(run.config, run.model, run.mesh, run.factors, state)
+    learn = programs.compiled(learn, run.config, run.mesh)
     key = jax.random.key(run.config.seed)
     with text_judges(c) as workers:
         workers.set_state(run.diary.resumed.get("judges", workers.get_state()))
-        sampler = Sampler(c, run.model, run.frozen, run.tokenizer, row.advantage, workers)
+        read, read_frozen = (programs.reader(run.config, run.mesh, tree) for tree in (state.params, run.frozen))
+        sampler = Sampler(run.config, run.model, run.mesh, read_frozen(run.frozen), run.tokenizer, workers)
         for step in range(int(state.step), c.steps):
             watch, own_key, failed = Stopwatch(), jax.random.fold_in(key, step), workers.errors()
             weights = weights_at(c.all_rewards, step)
-            sampled, drawn = sampler(state.params, batches.__next__, own_key, weights, watch, batches.prepare)
+            sampled, drawn = sampler(read(state.params), batches.__next__, own_key, weights, watch, batches.prepare)
             learned_from, seen = watch.lap("score", compare(sampled, run.frozen, ref_params, weights, state.kl_coef))
             state, updated = watch.lap("update", learn(state, run.frozen, learned_from, jax.random.fold_in(own_key, LOTS)))
             errors = {f"reward/errors/{name}": count - failed[name] for name, count in workers.errors().items()}
@@ -132,9 +101,9 @@ def train(config: Config, workdir: Path) -> Path:
     """
     tokenizer, mesh, bad = load_tokenizer(config.data.tokenizer), sharding.make_mesh(config.mesh), pipeline.BadRecords()
     check(config, mesh)
-    model = PaliGemma(config.model)
+    model = PaliGemma(config.model, sharding.places(mesh))
     check_vocabulary(tokenizer, model)
-    trained, frozen = layout(config, model, mesh)
+    trained, frozen = programs.layout(config, model, mesh)
     started = bool(checkpoints.steps(workdir))
     first = None if started else begin(config, model, trained | frozen)
     answer = answerer(model, tokenizer.vocab, config.eval.max_new_tokens)
@@ -155,12 +124,12 @@ def train(config: Config, workdir: Path) -> Path:
         record = None if found is None else saved.record(found)
         with metrics.open_metrics(workdir, found) as writer:
             diary = Diary(config, workdir, writer, saved, measure, bad)
-            factors = {name: factor for name, factor in lr_factors(trained | frozen, config.lr_factors).items() if factor}
+            factors = programs.factors_of(config, trained | frozen)
             run = Run(config, workdir, model, kept, factors, tokenizer, mesh, diary, bad)
             print(size_line(run, trained, frozen), flush=True)
             for stage in config.stages[config.stages.index(record["stage"]) if record else 0 :]:
                 if record and found is not None and stage == record["stage"]:
-                    state = saved.restore(found, state_like(run, stage, unflatten(trained)))
+                    state = saved.restore(found, programs.state_like(config, mesh, stage, factors, unflatten(trained)))
                     streams[stage].set_state(record["batches"])
                     diary.open_with(record)
                 else:
@@ -170,19 +139,6 @@ def train(config: Config, workdir: Path) -> Path:
                 with pipeline.Ahead(streams[stage], partial(sharding.put_batch, mesh)) as batches:
                     params = STAGES[stage](run, state, batches).params
     return diary.close()
-
-
-def layout(config: Config, model: PaliGemma, mesh: Mesh) -> tuple[weights.Like, weights.Like]:
-    """Returns name, shape, dtype and place of the parameters that are trained, and of those that are frozen."""
-    shapes = flatten(jax.eval_shape(model.init, jax.random.key(0)))
-    if config.model.lora.rank and not any(map(is_adapter, shapes)):
-        raise UserError(f"config.model.lora.pattern {config.model.lora.pattern!r} names no matrix, such as llm/layers/mlp/linear")
-    factors = lr_factors(shapes, config.lr_factors)
-    dtypes = {name: jnp.dtype(config.model.param_dtype if factors[name] else config.model.frozen_dtype) for name in shapes}
-    like = {name: jax.ShapeDtypeStruct(leaf.shape, dtypes[name]) for name, leaf in shapes.items()}
-    places = sharding.fsdp(mesh, like)
-    like = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name]) for name, leaf in like.items()}
-    return {name: like[name] for name in like if factors[name]}, {name: like[name] for name in like if not factors[name]}
 
 
 def begin(config: Config, model: PaliGemma, like: weights.Like) -> Any:
@@ -221,7 +177,9 @@ def size_line(run: Run, trained: weights.Like, frozen: weights.Like) -> str:
         counts = [(int(np.prod(leaf.shape)), leaf.dtype.itemsize) for leaf in jax.tree.leaves(leaves)]
         return sum(n for n, _ in counts), sum(n * width for n, width in counts)
 
-    optimizer = size(jax.eval_shape(optimizer_of(run, run.config.stages[0]).init, unflatten(trained)))[1]
+    optimizer = size(
+        jax.eval_shape(programs.optimizer_of(run.config, run.config.stages[0], run.factors).init, unflatten(trained))
+    )[1]
     (mine, mine_bytes), (kept, kept_bytes) = size(trained), size(frozen)
     return (
         f"{mine + kept:,} parameters ({mine_bytes + kept_bytes:,} bytes), "
@@ -274,42 +232,13 @@ def open_stream(config: Config, stage: str, tokenizer: Tokenizer, bad: pipeline.
     )
 
 
-def updates_a_step(config: Config, stage: str) -> int:
-    """Returns how often the optimizer moves the parameters in one step of a stage."""
-    return config.grpo.updates_per_rollout * config.grpo.minibatches if stage == "grpo" else 1
-
-
-def optimizer_of(run: Run, stage: str) -> optax.GradientTransformation:
-    """Returns the optimizer of a stage."""
-    c = run.config.sft if stage == "sft" else run.config.grpo
-    updates = c.steps * updates_a_step(run.config, stage)
-    return optim.optimizer(c.optimizer, updates, run.factors)
-
-
 def fresh_state(run: Run, stage: str, params: Any) -> TrainState:
     """Returns the state a stage starts from, spread over the mesh as `params` are."""
-    init = optimizer_of(run, stage).init
-    opt = jax.jit(init, out_shardings=sharding.fsdp(run.mesh, jax.eval_shape(init, params)))(params)
+    init = programs.optimizer_of(run.config, stage, run.factors).init
+    opt = jax.jit(init, out_shardings=sharding.fsdp(run.mesh, jax.eval_shape(init, params), run.config.mesh.rules))(params)
     kl_coef = loss.choose(run.config.grpo).kl_coef if stage == "grpo" else 0.0
     step, kl_coef = jax.device_put((jnp.int32(0), jnp.float32(kl_coef)), sharding.replicated(run.mesh))
     return TrainState(step, params, opt, kl_coef)
-
-
-def state_like(run: Run, stage: str, params: Any) -> TrainState:
-    """Returns shapes, dtypes and places of a state of a stage, for a checkpoint to be read into."""
-    like = TrainState(
-        cast(Any, jax.ShapeDtypeStruct((), jnp.int32)),
-        params,
-        jax.eval_shape(optimizer_of(run, stage).init, params),
-        cast(Any, jax.ShapeDtypeStruct((), jnp.float32)),
-    )
-    places = sharding.fsdp(run.mesh, like)
-    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like, places)
-
-
-def looks_at_reference(c: Grpo) -> bool:
-    """Returns whether there is a KL to the reference policy."""
-    return bool(loss.choose(c).kl_coef or c.kl_target)
 
 
 def reference(run: Run, state: TrainState) -> Any:
@@ -325,7 +254,7 @@ def measured(run: Run, stage: str, state: TrainState, found: dict[str, Any], wat
     """Returns the numbers of one step on the host: what it found, its learning rate, its times and rates."""
     c = run.config.sft if stage == "sft" else run.config.grpo
     group = run.config.grpo.group_size if stage == "grpo" else 1
-    mu = updates_a_step(run.config, stage)
+    mu = programs.updates_a_step(run.config, stage)
     values = {name: float(value) for name, value in jax.device_get(found).items()}
     values["optim/lr"] = float(np.asarray(optim.schedule(c.optimizer, c.steps * mu)(int(state.step) * mu - 1)))
     seconds = sum(watch.seconds.values())
@@ -359,9 +288,10 @@ def dry_run(config: Config, workdir: Path | None) -> str:
     check(config, mesh)
     if workdir is not None:
         model, params = weights.load(workdir, config.model, mesh=mesh)
+        model = PaliGemma(model.config, sharding.places(mesh))
     else:
-        model = PaliGemma(config.model)
-        trained, frozen = layout(config, model, mesh)
+        model = PaliGemma(config.model, sharding.places(mesh))
+        trained, frozen = programs.layout(config, model, mesh)
         params = begin(config, model, trained | frozen)
     check_vocabulary(tokenizer, model)
     return examine(config, model, params, open_stream(config, "grpo", tokenizer, bad), tokenizer)

@@ -10,6 +10,7 @@ Axes, in every signature of the package:
 Frames: `yxyx` and `yx` are fractions of the original image in [0, 1]; anything in pixels says `_px`.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -96,6 +97,26 @@ class Batch(NamedTuple):
     source: Int[Array, " B"]
     """Position of the source among the config's entries."""
     index: Int[Array, " B"]
+
+
+def same(x: Array) -> Array:
+    """Returns `x`: it lies where the compiler puts it."""
+    return x
+
+
+class Places(NamedTuple):
+    """Where a model's arrays lie: functions that return their argument, held to a place."""
+
+    rows: Callable[[Array], Array] = same
+    """For activations, `[B, …]`: B stays split over devices, and weights come to it."""
+    columns: Callable[[Array], Array] = same
+    """For the table that tokens are looked up in, `[V, D]`: D is split, so that rows and gradients stay in their columns."""
+    vocabulary: Callable[[Array], Array] = same
+    """For the table that makes logits, `[V, D]`: V is split, so that its rows are not gathered."""
+
+
+ANYWHERE = Places()
+"""Wherever the compiler puts them."""
 
 
 class PrefixCache(NamedTuple):

@@ -37,6 +37,7 @@ ROOMS = {
 ENTRY_POINTS = (
     *(
         "cli",
+        "programs",
         "evaluate",
         "diary",
         "sampler",

@@ -192,18 +192,19 @@ def test_eight_devices_make_the_step_of_one(request, whole_steps, monkeypatch, s
     assert_same_step((jax.device_get(state), {name: float(value) for name, value in metrics.items()}), whole_steps[stage])
 
 
-def test_a_mesh_of_four_by_two_makes_the_step_of_one(pg2, whole_steps):
-    """Prompts over four devices, the last axis of every matrix over two."""
-    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+MESHES = {"2 replicas": config.Mesh(replica=2), "2 to a matrix": config.Mesh(model=2), "both": config.Mesh(replica=2, model=2)}
 
-    def place(leaf: Any) -> jax.sharding.NamedSharding:
-        axes = [None] * (leaf.ndim - 1) + ["model"] if leaf.ndim > 1 and leaf.shape[-1] % 2 == 0 else []
-        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
 
-    step, (state, ref_params, *rest) = grpo_step(pg2, 2)
-    placed = [jax.device_put(tree, jax.tree.map(place, tree)) for tree in (state, ref_params)]
-    assert sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(placed[0].params)) > 10
-    args = (*placed, *(sharding.put_batch(mesh, tree) for tree in rest))
+@pytest.mark.parametrize("name", MESHES)
+def test_any_mesh_makes_the_step_of_one_device(pg2, whole_steps, monkeypatch, name):
+    """Prompts over two axes, matrices over heads and hidden units, with the model's own places for activations."""
+    monkeypatch.setattr(sharding, "SMALL_BYTES", 0)
+    mesh = sharding.make_mesh(MESHES[name])
+    model = PaliGemma(pg2.model.config, sharding.places(mesh))
+    step, args = grpo_step(pg2._replace(model=model), 2)
+    args = on_devices(mesh, args, whole=2)
+    split = [leaf for leaf in jax.tree.leaves(args[0].params) if not leaf.is_fully_replicated]
+    assert len(split) > 10 and mesh.size == 8
     assert_same_step(outcome(step, args), whole_steps["grpo"])
 
 

@@ -133,8 +133,8 @@ def test_parameters_go_straight_into_their_shards(saved, tmp_path, monkeypatch, 
     _, found = weights.load(tmp_path / f"a{suffix}", mesh=mesh)
     assert_same(found, params)
     table = found["llm"]["embedder"]["input_embedding"]
-    assert table.sharding.spec == PartitionSpec("data") and len(table.addressable_shards) == 8
-    assert table.addressable_shards[3].data.shape == (table.shape[0] // 8, table.shape[1])
+    assert table.sharding.spec == PartitionSpec(("model",), ("data",)) and len(table.addressable_shards) == 8
+    assert table.addressable_shards[3].data.shape == (table.shape[0], table.shape[1] // 8)
     split = [leaf.sharding.spec for leaf in jax.tree.leaves(found) if leaf.sharding.spec != PartitionSpec()]
     assert len(set(split)) >= 3
     assert [leaf.sharding for leaf in jax.tree.leaves(found)] == jax.tree.leaves(sharding.fsdp(mesh, found))

@@ -5,7 +5,7 @@ Every activation is `[B, G, t, …]`: the prefix itself is the case G = 1. A tok
 completion. Facts: big_vision/models/proj/paligemma/gemma_bv.py; arXiv 2403.08295 (Gemma), 2408.00118 (Gemma 2).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from pg_ground.config import Lora, Text
 from pg_ground.model.lora import low_rank
 from pg_ground.model.siglip import rematerialised, sinusoids
-from pg_ground.types import Array
+from pg_ground.types import Array, Places
 from pg_ground.vocab import LOC_MAX, LOC_TOKENS, vocab_of_size
 
 MASKED = -2.3819763e38
@@ -36,6 +36,7 @@ class Embedder(nn.Module):
     vocab_size: int
     width: int
     coordinate_init: str
+    places: Places
 
     def setup(self) -> None:
         self.table = self.param("input_embedding", self._init, (self.vocab_size, self.width))
@@ -48,7 +49,8 @@ class Embedder(nn.Module):
         return table
 
     def encode(self, tokens: Int[Array, "..."], dtype: jnp.dtype) -> Float[Array, "... D"]:
-        return self.table[tokens].astype(dtype) * jnp.asarray(self.table.shape[1] ** 0.5, dtype)
+        found = self.places.rows(self.places.columns(self.table)[tokens])
+        return found.astype(dtype) * jnp.asarray(self.table.shape[1] ** 0.5, dtype)
 
 
 class Einsum(nn.Module):
@@ -79,7 +81,12 @@ class Attention(nn.Module):
     config: Text
     lora: Lora
 
-    @nn.compact
+    def setup(self) -> None:
+        c, lora = self.config, self.lora
+        self.q_einsum = Einsum((c.num_heads, c.width, c.head_dim), (1,), lora)
+        self.kv_einsum = Einsum((2, c.num_kv_heads, c.width, c.head_dim), (2,), lora)
+        self.attn_vec_einsum = Einsum((c.num_heads, c.head_dim, c.width), (0, 1), lora)
+
     def __call__(
         self,
         x: Float[Array, "B G t D"],
@@ -88,40 +95,54 @@ class Attention(nn.Module):
         own_mask: Bool[Array, "#B #G #t T"],
         prefix: KeyValues | None,
         prefix_mask: Bool[Array, "B S"] | None,
-        write_at: Int[Array, ""],
+        write_at: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "B G t D"], KeyValues]:
-        c = self.config
-        b, g, t, _ = x.shape
-        n, k, h = c.num_heads, c.num_kv_heads, c.head_dim
-        q = Einsum((n, c.width, h), (1,), self.lora, name="q_einsum")("BGtD,NDH->BGtNH", x)
-        new_k, new_v = Einsum((2, k, c.width, h), (2,), self.lora, name="kv_einsum")("BGtD,cKDH->cBGtKH", x)
-        q = rope(q, positions) * c.query_scale
-        new_k = rope(new_k, positions)
+        q, new = self._project(x, positions)
         if own is None:
-            own = KeyValues(new_k, new_v)
+            own = new
         else:
             own = KeyValues(
-                jax.lax.dynamic_update_slice_in_dim(own.k, new_k, write_at, axis=2),
-                jax.lax.dynamic_update_slice_in_dim(own.v, new_v, write_at, axis=2),
+                jax.lax.dynamic_update_slice_in_dim(own.k, new.k, write_at, axis=2),
+                jax.lax.dynamic_update_slice_in_dim(own.v, new.v, write_at, axis=2),
             )
-        q = q.reshape(b, g, t, k, n // k, h)
-        logits = jnp.einsum("BGtKRH,BGTKH->BGKRtT", q, own.k, preferred_element_type=jnp.float32)
-        mask = jnp.broadcast_to(own_mask, (b, g, t, own.k.shape[2]))
-        if prefix is not None and prefix_mask is not None:
-            ahead = jnp.einsum("BGtKRH,BSKH->BGKRtS", q, prefix.k, preferred_element_type=jnp.float32)
-            logits = jnp.concatenate([ahead, logits], axis=-1)
-            behind = jnp.broadcast_to(prefix_mask[:, None, None], (b, g, t, prefix.k.shape[1]))
-            mask = jnp.concatenate([behind, mask], axis=-1)
-        if c.attn_softcap:
-            logits = softcap(logits, c.attn_softcap)
-        weights = jax.nn.softmax(jnp.where(mask[:, :, None, None], logits, MASKED), axis=-1).astype(x.dtype)
-        split = weights.shape[-1] - own.k.shape[2]
-        out = jnp.einsum("BGKRtT,BGTKH->BGtKRH", weights[..., split:], own.v, preferred_element_type=jnp.float32)
-        if prefix is not None:
-            behind = weights[..., :split]
-            out = out + jnp.einsum("BGKRtS,BSKH->BGtKRH", behind, prefix.v, preferred_element_type=jnp.float32)
-        out = out.astype(x.dtype).reshape(b, g, t, n, h)
-        return Einsum((n, h, c.width), (0, 1), self.lora, name="attn_vec_einsum")("BGtNH,NHD->BGtD", out), own
+        out = attend(q, own, own_mask, prefix, prefix_mask, self.config.attn_softcap)
+        return self.attn_vec_einsum("BGtNH,NHD->BGtD", out), own
+
+    def _project(self, x: Float[Array, "B G t D"], positions: Int[Array, "B G t"]) -> tuple[Float[Array, "B G t N H"], KeyValues]:
+        """Returns scaled queries, and keys and values, turned by their positions."""
+        q = self.q_einsum("BGtD,NDH->BGtNH", x)
+        k, v = self.kv_einsum("BGtD,cKDH->cBGtKH", x)
+        return rope(q, positions) * self.config.query_scale, KeyValues(rope(k, positions), v)
+
+
+def attend(
+    q: Float[Array, "B G t N H"],
+    own: KeyValues,
+    own_mask: Bool[Array, "#B #G #t T"],
+    prefix: KeyValues | None,
+    prefix_mask: Bool[Array, "B S"] | None,
+    cap: float,
+) -> Float[Array, "B G t N H"]:
+    """Returns what queries read of their own completion and, if there is one, of the prefix they share with the group."""
+    b, g, t, n, h = q.shape
+    k = own.k.shape[3]
+    q = q.reshape(b, g, t, k, n // k, h)
+    logits = jnp.einsum("BGtKRH,BGTKH->BGKRtT", q, own.k, preferred_element_type=jnp.float32)
+    mask = jnp.broadcast_to(own_mask, (b, g, t, own.k.shape[2]))
+    if prefix is not None and prefix_mask is not None:
+        ahead = jnp.einsum("BGtKRH,BSKH->BGKRtS", q, prefix.k, preferred_element_type=jnp.float32)
+        logits = jnp.concatenate([ahead, logits], axis=-1)
+        behind = jnp.broadcast_to(prefix_mask[:, None, None], (b, g, t, prefix.k.shape[1]))
+        mask = jnp.concatenate([behind, mask], axis=-1)
+    if cap:
+        logits = softcap(logits, cap)
+    weights = jax.nn.softmax(jnp.where(mask[:, :, None, None], logits, MASKED), axis=-1).astype(own.v.dtype)
+    split = weights.shape[-1] - own.k.shape[2]
+    out = jnp.einsum("BGKRtT,BGTKH->BGtKRH", weights[..., split:], own.v, preferred_element_type=jnp.float32)
+    if prefix is not None:
+        behind = weights[..., :split]
+        out = out + jnp.einsum("BGKRtS,BSKH->BGtKRH", behind, prefix.v, preferred_element_type=jnp.float32)
+    return out.astype(own.v.dtype).reshape(b, g, t, n, h)
 
 
 class FeedForward(nn.Module):
@@ -147,18 +168,30 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     config: Text
     lora: Lora
+    places: Places
 
-    @nn.compact
+    def setup(self) -> None:
+        self.pre_attention_norm, self.pre_ffw_norm = RMSNorm(), RMSNorm()
+        self.attn, self.mlp = Attention(self.config, self.lora), FeedForward(self.config, self.lora)
+        if self.config.post_norms:
+            self.post_attention_norm, self.post_ffw_norm = RMSNorm(), RMSNorm()
+
     def __call__(self, x, positions, own, own_mask, prefix, prefix_mask, write_at):
-        def norm(name: str, y: Float[Array, "B G t D"]) -> Float[Array, "B G t D"]:
-            return RMSNorm(name=name)(y)
+        x = self.places.rows(x)
+        y, own = self.attn(self.pre_attention_norm(x), positions, own, own_mask, prefix, prefix_mask, write_at)
+        return self._rest(x, y), own
 
-        attn = Attention(self.config, self.lora, name="attn")
-        y, own = attn(norm("pre_attention_norm", x), positions, own, own_mask, prefix, prefix_mask, write_at)
-        x = x + (norm("post_attention_norm", y) if self.config.post_norms else y)
-        y = FeedForward(self.config, self.lora, name="mlp")(norm("pre_ffw_norm", x))
-        x = x + (norm("post_ffw_norm", y) if self.config.post_norms else y)
-        return x, own
+    def both(self, streams, prefix_positions, prefix_mask, positions, own_mask):
+        """The block for prefixes, then for their completions, which see the prefixes' keys and values."""
+        before, x = streams
+        before, seen = self(before, prefix_positions, None, prefix_mask[:, None, None], None, None, 0)
+        x, _ = self(x, positions, None, own_mask, KeyValues(seen.k[:, 0], seen.v[:, 0]), prefix_mask, 0)
+        return (before, x), None
+
+    def _rest(self, x: Float[Array, "B G t D"], y: Float[Array, "B G t D"]) -> Float[Array, "B G t D"]:
+        x = self.places.rows(x + (self.post_attention_norm(y) if self.config.post_norms else y))
+        y = self.mlp(self.pre_ffw_norm(x))
+        return self.places.rows(x + (self.post_ffw_norm(y) if self.config.post_norms else y))
 
 
 class Decoder(nn.Module):
@@ -168,23 +201,25 @@ class Decoder(nn.Module):
     unroll: int
     coordinate_init: str
     lora: Lora
+    places: Places
 
     def setup(self) -> None:
-        self.embedder = Embedder(self.config.vocab_size, self.config.width, self.coordinate_init)
+        self.embedder = Embedder(self.config.vocab_size, self.config.width, self.coordinate_init, self.places)
+
+        def over_layers(*in_axes: Any) -> dict[str, Any]:
+            axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True, "dropout": True}, "in_axes": in_axes}
+            return axes | {"length": self.config.depth, "unroll": self.unroll}
+
+        same = nn.broadcast
         self.layers = nn.scan(
-            rematerialised(Block, self.remat),
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, 0, nn.broadcast, 0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
-            out_axes=0,
-            length=self.config.depth,
-            unroll=self.unroll,
-        )(self.config, self.lora)
+            rematerialised(Block, self.remat, ("__call__", "both")),
+            methods={"__call__": over_layers(same, 0, same, 0, same, same), "both": over_layers(same, same, same, same)},
+        )(self.config, self.lora, self.places)
         self.final_norm = RMSNorm()
 
     def embed(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
         """Returns token embeddings, scaled by sqrt(D) as Gemma does (image embeddings are not)."""
-        return self.embedder.encode(tokens, self.dtype)
+        return self.places.rows(self.embedder.encode(tokens, self.dtype))
 
     def __call__(
         self,
@@ -204,9 +239,26 @@ class Decoder(nn.Module):
         x, written = self.layers(x, positions, own, own_mask, prefix, prefix_mask, jnp.asarray(write_at))
         return self.final_norm(x), written
 
+    def both(
+        self,
+        before: Float[Array, "B S D"],
+        prefix_mask: Bool[Array, "B S"],
+        x: Float[Array, "B G t D"],
+        positions: Int[Array, "B G t"],
+        own_mask: Bool[Array, "#B #G t t"],
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B G t D"]]:
+        """Returns the final hidden states of prefixes and of their completions.
+
+        What two calls give, side by side: each layer's weights serve both while they are gathered, and no cache outlives it.
+        """
+        where = jnp.cumsum(prefix_mask, axis=1)[:, None] - 1
+        (before, x), _ = self.layers.both((before[:, None], x), where, prefix_mask, positions, own_mask)
+        return self.final_norm(before[:, 0]), self.final_norm(x)
+
     def vocabulary(self) -> Float[Array, "V D"]:
         """Returns the table that `hidden @ table.T` turns into logits."""
-        return self.embedder.table
+        table = self.embedder.table
+        return self.places.vocabulary(table.astype(self.dtype)).astype(table.dtype)  # it moves in the dtype of activations
 
 
 def normal_by_fan_in(axes: tuple[int, ...]) -> nn.initializers.Initializer:

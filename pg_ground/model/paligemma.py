@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int, PRNGKeyArray, UInt8
 from pg_ground.config import Model
 from pg_ground.model.gemma import Decoder, KeyValues, softcap
 from pg_ground.model.siglip import Tower
-from pg_ground.types import Array, PrefixCache, SuffixCache
+from pg_ground.types import ANYWHERE, Array, Places, PrefixCache, SuffixCache
 
 Params = Any
 """A tree of arrays under big_vision's names: `img/…` and `llm/…`."""
@@ -34,25 +34,27 @@ class Network(nn.Module):
     """The parameters, and the two passes through them that everything else is made of."""
 
     config: Model
+    places: Places
 
     def setup(self) -> None:
         c = self.config
-        dtype = jnp.dtype(c.dtype)
-        self.img = Tower(c.vision, c.text.width, dtype, c.remat, c.scan_unroll, c.coordinate_init, c.lora)
-        self.llm = Decoder(c.text, dtype, c.remat, c.scan_unroll, c.coordinate_init, c.lora)
+        how = (jnp.dtype(c.dtype), c.remat, c.scan_unroll, c.coordinate_init, c.lora, self.places)
+        self.img = Tower(c.vision, c.text.width, *how)
+        self.llm = Decoder(c.text, *how)
 
     def prefix(
         self, image: Image, prompt: Int[Array, "B L"], prompt_mask: Bool[Array, "B L"]
     ) -> tuple[PrefixCache, Float[Array, "B D"]]:
         """Returns the cache of image and prompt, and the hidden state of the last prompt token."""
-        seen = self.img(image)
-        x = jnp.concatenate([seen, self.llm.embed(prompt)], axis=1)
-        mask = jnp.concatenate([jnp.ones(seen.shape[:2], bool), prompt_mask], axis=1)
+        x, mask = self._embed_prefix(image, prompt, prompt_mask)
         positions = jnp.cumsum(mask, axis=1) - 1
         hidden, own = self.llm(x[:, None], positions[:, None], None, mask[:, None, None])
-        last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
-        hidden = jnp.take_along_axis(hidden[:, 0], last[:, None, None], axis=1)[:, 0]
-        return PrefixCache(own.k[:, :, 0], own.v[:, :, 0], mask), hidden
+        return PrefixCache(own.k[:, :, 0], own.v[:, :, 0], mask), last_of(hidden[:, 0], mask)
+
+    def _embed_prefix(self, image: Image, prompt: Int[Array, "B L"], prompt_mask: Bool[Array, "B L"]) -> tuple[Array, Array]:
+        seen = self.img(image)
+        x = jnp.concatenate([seen, self.llm.embed(prompt)], axis=1)
+        return x, jnp.concatenate([jnp.ones(seen.shape[:2], bool), prompt_mask], axis=1)
 
     def suffix(
         self, prefix: PrefixCache, suffix: SuffixCache | None, tokens: Int[Array, "B G t"]
@@ -75,6 +77,17 @@ class Network(nn.Module):
         )
         return hidden, SuffixCache(own.k, own.v, jnp.asarray(start + t))
 
+    def both(
+        self, image: Image, prompt: Int[Array, "B L"], prompt_mask: Bool[Array, "B L"], tokens: Int[Array, "B G t"]
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B G t D"]]:
+        """Returns the hidden states of the last prompt token and of t completion tokens, as `prefix` and `suffix` would."""
+        x, mask = self._embed_prefix(image, prompt, prompt_mask)
+        t = tokens.shape[2]
+        positions = jnp.broadcast_to(mask.sum(axis=1)[:, None, None] + jnp.arange(t), tokens.shape)
+        past = jnp.tril(jnp.ones((t, t), bool))[None, None]
+        before, hidden = self.llm.both(x, mask, self.llm.embed(tokens), positions, past)
+        return last_of(before, mask), hidden
+
     def vocabulary(self) -> Float[Array, "V D"]:
         return self.llm.vocabulary()
 
@@ -88,17 +101,18 @@ class PaliGemma:
     """The policy. Holds sizes only: parameters are the first argument of every method."""
 
     config: Model
+    places: Places = ANYWHERE
 
     @cached_property
     def network(self) -> Network:
-        return Network(self.config)
+        return Network(self.config, self.places)
 
     def init(self, key: PRNGKeyArray) -> Params:
         """Returns random float32 parameters."""
         size = self.config.image_size
         image = jnp.zeros((1, size, size, 3), jnp.float32)
         prompt = jnp.zeros((1, 1), jnp.int32)
-        return self.network.init(key, image, prompt, jnp.ones((1, 1), bool), prompt[:, None])["params"]
+        return Network(self.config, ANYWHERE).init(key, image, prompt, jnp.ones((1, 1), bool), prompt[:, None])["params"]
 
     def prefill(
         self,
@@ -112,7 +126,7 @@ class PaliGemma:
         Prompts may be padded on either side; `prompt_mask` is True at real tokens, of which there is at least one.
         """
         cache, hidden = self._apply(params, "prefix", image, prompt, prompt_mask)
-        return cache, self._logits(params, hidden)
+        return cache, self._logits(self._vocabulary(params), hidden)
 
     def suffix_cache(self, prefix: PrefixCache, group_size: int, length: int) -> SuffixCache:
         """Returns an empty cache for `group_size` completions of up to `length` tokens of each prompt."""
@@ -128,7 +142,7 @@ class PaliGemma:
         t = 1 decodes; t = T scores whole completions. Each completion attends to the one prefix cache of its prompt.
         """
         hidden, suffix = self._apply(params, "suffix", prefix, suffix, tokens)
-        return self._logits(params, hidden), suffix
+        return self._logits(self._vocabulary(params), hidden), suffix
 
     def completion_logps(
         self,
@@ -168,22 +182,31 @@ class PaliGemma:
         The vocabulary is only ever spread out for `config.logits_block` completion tokens at once, in the backward pass too.
         Inputs of adapters are dropped (`config.lora.dropout`) only where there is a `dropout_key`.
         """
-        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        cache, first = self._apply(params, "prefix", image, prompt, prompt_mask, dropout_key=keys[0])
-        hidden, _ = self._apply(params, "suffix", cache, None, tokens[:, :, :-1], dropout_key=keys[1])
+        given = (image, prompt, prompt_mask, tokens[:, :, :-1])
+        first, hidden = self._apply(params, "both", *given, dropout_key=dropout_key)
         first = jnp.broadcast_to(first[:, None, None], (*tokens.shape[:2], 1, first.shape[-1]))
         hidden = jnp.concatenate([first, hidden], axis=2)
-        return in_blocks(lambda h, chosen: score(self._logits(params, h), chosen), self.config.logits_block, hidden, tokens)
+        table = self._vocabulary(params)
+        return in_blocks(lambda h, chosen: score(self._logits(table, h), chosen), self.config.logits_block, hidden, tokens)
 
     def _apply(self, params: Params, method: str, *args: Any, dropout_key: PRNGKeyArray | None = None) -> Any:
         rngs = {} if dropout_key is None else {"dropout": dropout_key}
         return self.network.apply({"params": params}, *args, method=method, rngs=rngs)
 
-    def _logits(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        table = self._apply(params, "vocabulary").astype(hidden.dtype)
+    def _vocabulary(self, params: Params) -> Float[Array, "V D"]:
+        return self._apply(params, "vocabulary")
+
+    def _logits(self, table: Float[Array, "V D"], hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        table = table.astype(hidden.dtype)  # here and not before a loop: gradients of its turns add up in the table's own dtype
         logits = jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
         cap = self.config.text.final_softcap
         return softcap(logits, cap) if cap else logits
+
+
+def last_of(hidden: Float[Array, "B S D"], mask: Bool[Array, "B S"]) -> Float[Array, "B D"]:
+    """Returns the states at the last slots where `mask` holds."""
+    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 
 
 def in_blocks(f: Callable[[Array, Array], Any], block: int, hidden: Float[Array, "B G T D"], tokens: Int[Array, "B G T"]) -> Any:

@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 
 from pg_ground.config import Lora, Vision
 from pg_ground.model.lora import low_rank
-from pg_ground.types import Array
+from pg_ground.types import Array, Places
 
 
 class Dense(nn.Module):
@@ -68,12 +68,14 @@ class EncoderBlock(nn.Module):
     config: Vision
     dtype: jnp.dtype
     lora: Lora
+    places: Places
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"], _: None) -> tuple[Float[Array, "B P D"], None]:
+        x = self.places.rows(x)
         attention = Attention(self.config, self.lora, name="MultiHeadDotProductAttention_0")
-        x = x + attention(nn.LayerNorm(dtype=self.dtype)(x))
-        return x + MlpBlock(self.config, self.lora)(nn.LayerNorm(dtype=self.dtype)(x)), None
+        x = self.places.rows(x + attention(nn.LayerNorm(dtype=self.dtype)(x)))
+        return self.places.rows(x + MlpBlock(self.config, self.lora)(nn.LayerNorm(dtype=self.dtype)(x))), None
 
 
 class Encoder(nn.Module):
@@ -82,6 +84,7 @@ class Encoder(nn.Module):
     remat: str
     unroll: int
     lora: Lora
+    places: Places
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
@@ -94,7 +97,7 @@ class Encoder(nn.Module):
             length=c.depth,
             unroll=self.unroll,
         )
-        x, _ = blocks(c, self.dtype, self.lora, name="encoderblock")(x, None)
+        x, _ = blocks(c, self.dtype, self.lora, self.places, name="encoderblock")(x, None)
         return nn.LayerNorm(dtype=self.dtype, name="encoder_norm")(x)
 
 
@@ -111,6 +114,7 @@ class Tower(nn.Module):
     unroll: int
     coordinate_init: str
     lora: Lora
+    places: Places
 
     @nn.compact
     def __call__(self, image: Float[Array, "B H W 3"] | UInt8[Array, "B H W 3"]) -> Float[Array, "B P D"]:
@@ -122,8 +126,8 @@ class Tower(nn.Module):
         x = x.reshape(x.shape[0], -1, c.width)
         init = sinusoids_2d if self.coordinate_init == "sinusoid" else nn.initializers.normal(c.width**-0.5)
         posemb = self.param("pos_embedding", init, (1, x.shape[1], c.width))
-        x = x + posemb.astype(x.dtype)
-        x = Encoder(c, self.dtype, self.remat, self.unroll, self.lora, name="Transformer")(x)
+        x = self.places.rows(x + posemb.astype(x.dtype))
+        x = Encoder(c, self.dtype, self.remat, self.unroll, self.lora, self.places, name="Transformer")(x)
         return Dense("BPD,DO->BPO", (c.width, self.out_width), self.lora, nn.initializers.lecun_normal, name="head")(x)
 
 
@@ -147,7 +151,7 @@ def sinusoids_2d(_: Array, shape: tuple[int, int, int]) -> Float[Array, "1 P D"]
     return jnp.asarray(rows[None], jnp.float32)
 
 
-def rematerialised(block: type[nn.Module], policy: str) -> type[nn.Module]:
+def rematerialised(block: type[nn.Module], policy: str, methods: tuple[str, ...] = ("__call__",)) -> type[nn.Module]:
     """Returns `block` with its activations recomputed in the backward pass, but for what the named policy saves.
 
     `policy` is a name in `jax.checkpoint_policies`, or "none" to keep everything. The block is meant for a scan, which
@@ -155,4 +159,4 @@ def rematerialised(block: type[nn.Module], policy: str) -> type[nn.Module]:
     """
     if policy == "none":
         return block
-    return nn.remat(block, prevent_cse=False, policy=getattr(jax.checkpoint_policies, policy))
+    return nn.remat(block, prevent_cse=False, policy=getattr(jax.checkpoint_policies, policy), methods=methods)
