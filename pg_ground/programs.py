@@ -20,7 +20,7 @@ from pg_ground.rl import experience, loss, rewards, update
 from pg_ground.rl.advantages import over_greedy
 from pg_ground.rl.experience import Experience, Sampled
 from pg_ground.rl.rollout import sample
-from pg_ground.types import Batch, Rollout, TrainState, UserError
+from pg_ground.types import Array, Batch, Rollout, TrainState, UserError
 from pg_ground.vocab import CONTROL, Vocab
 
 
@@ -121,18 +121,26 @@ def grpo_update(config: Config, model: PaliGemma, mesh: Mesh, factors: Mapping[s
     return Program(learn, (0,), (sharding.fsdp(mesh, state, config.mesh.rules), None))
 
 
+def reference_logps(config: Config, model: PaliGemma) -> Program:
+    """Returns (ref_params, frozen, batch, rollout) → log-probabilities of the completions under the reference policy."""
+    c = config.grpo
+
+    def score(ref_params: Any, frozen: Any, batch: Batch, rollout: Rollout) -> Array:
+        return update.logps_of(model, join(frozen, ref_params), batch, rollout, c.temperature, c.micro_batches * c.minibatches)[0]
+
+    return Program(score)
+
+
 def grpo_compare(config: Config, model: PaliGemma) -> Program:
     """Returns (sampled, frozen, ref_params or None, weights, kl_coef) → (experience, metrics): the reference policy's pass."""
     c, row = config.grpo, loss.choose(config.grpo)
+    reference = reference_logps(config, model).function
 
     def compare(
         sampled: Sampled, frozen: Any, ref_params: Any, weights: dict[str, Any], kl_coef: Any
     ) -> tuple[Experience, dict[str, Any]]:
-        kl_coef, parts = kl_coef if c.kl_target else row.kl_coef, c.micro_batches * c.minibatches
-        ref_logps = None
-        if ref_params is not None:
-            given = (sampled.batch, sampled.rollout, c.temperature, parts)
-            ref_logps = update.logps_of(model, join(frozen, ref_params), *given)[0]
+        kl_coef = kl_coef if c.kl_target else row.kl_coef
+        ref_logps = None if ref_params is None else reference(ref_params, frozen, sampled.batch, sampled.rollout)
         measures = rewards.measures(sampled.rollout, sampled.answer, sampled.rewards, weights)
         return experience.compare(sampled, ref_logps, weights, kl_coef, row, c.advantage_epsilon), measures
 
@@ -180,7 +188,25 @@ def _of_norm(name: str) -> bool:
     return "norm" in name.rpartition("/")[0].rpartition("/")[2].lower()
 
 
+def read_like(config: Config, mesh: Mesh, params: Any) -> Any:
+    """Returns the shapes, dtypes and places of what `rollout_weights` makes of such parameters; these where it changes none."""
+    program = rollout_weights(config, mesh, params)
+    made = jax.eval_shape(program.function, params)
+    found = jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), made, program.places)
+
+    def same(a: Any, b: Any) -> bool:
+        return a.dtype == b.dtype and a.sharding.is_equivalent_to(b.sharding, a.ndim)
+
+    return params if all(jax.tree.leaves(jax.tree.map(same, params, found))) else found
+
+
+def gathers(config: Config, mesh: Mesh) -> bool:
+    """Returns whether sampling reads gathered weights."""
+    return config.grpo.rollout_weights == "gathered"
+
+
 def reader(config: Config, mesh: Mesh, params: Any) -> Callable[[Any], Any]:
     """Returns the function that makes of such parameters what sampling reads: `rollout_weights`, or the same."""
-    gathered = params and config.grpo.rollout_weights == "gathered"
-    return compiled(rollout_weights(config, mesh, params), config, mesh) if gathered else lambda params: params
+    if not gathers(config, mesh) or read_like(config, mesh, params) is params:
+        return lambda params: params
+    return compiled(rollout_weights(config, mesh, params), config, mesh)
