@@ -2,36 +2,40 @@
 
 import json
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from pg_ground import chips, flops, programs, sharding
+from pg_ground import chips, flops, memory, programs, sharding
 from pg_ground.config import Config
 from pg_ground.evaluate import answerer
 from pg_ground.model import PaliGemma
 from pg_ground.params import flatten, join, unflatten
+from pg_ground.report import Table
 from pg_ground.rl.experience import Experience
+from pg_ground.sharding import AnyMesh
 from pg_ground.types import Batch, Boxes, Gold, Points, Rollout, UserError
 from pg_ground.vocab import vocab_of_size
 
 
 class Job(NamedTuple):
-    """A program with the shapes it is called with, and what a chip holds while it runs (bytes by kind)."""
+    """A program with the shapes it is called with, and what a device holds while it runs (bytes by kind)."""
 
-    function: Any
-    """What jax.jit returned."""
+    function: Callable[[], Any]
+    """Makes what jax.jit returns."""
     arguments: tuple[Any, ...]
     inside: dict[str, float]
     """Among the arguments, and caches that the program makes."""
     beside: dict[str, float]
     """In memory all the same."""
-    tokens: int
+    activations: float
+    """What the compiler is expected to add."""
+    tokens: int = 0
     """Whose logits are computed with a gradient, and so computed again."""
 
 
@@ -42,15 +46,16 @@ def compile_program(config: Config, topology: str, name: str, directory: Path) -
       UserError: no such topology or libtpu, or a batch that the mesh does not divide.
     """
     mesh = sharding.make_mesh(config.mesh, devices_of(topology))
-    job = job_of(config, mesh, name)
+    job = job_of(config, mesh, name, chips.CHIPS[chips.parse_topology(topology)[0]].hbm_bytes)
     start = time.monotonic()
-    traced = job.function.trace(*job.arguments)
+    traced = job.function().trace(*job.arguments)
     turns = config.eval.max_new_tokens if name == "evaluation" else config.grpo.max_new_tokens
     facts = {
         "flops": flops.count(traced.jaxpr.jaxpr, turns) / mesh.size,
         "useful_flops": useful_flops(config, mesh, name, turns) / mesh.size,
         "inside": job.inside,
         "beside": job.beside,
+        "expected": job.activations,
         "turns": turns,
     }
     lowered = traced.lower()
@@ -82,87 +87,111 @@ def devices_of(topology: str) -> list[Any]:
 def useful_flops(config: Config, mesh: Mesh, name: str, turns: int) -> float:
     """Returns the operations of a program over all devices, had it the memory to recompute nothing."""
     kept = replace(config, model=replace(config.model, remat="none"))
-    job = job_of(kept, mesh, name)
+    job = job_of(kept, mesh, name, None)
     again = 2.0 * job.tokens * config.model.text.vocab_size * config.model.text.width
-    return flops.count(job.function.trace(*job.arguments).jaxpr.jaxpr, turns) - again
+    return flops.count(job.function().trace(*job.arguments).jaxpr.jaxpr, turns) - again
 
 
-def job_of(config: Config, mesh: Mesh, name: str) -> Job:
-    """Returns the named program as `train` would call it."""
+def job_of(config: Config, mesh: AnyMesh, name: str, hbm_bytes: float | None) -> Job:
+    """Returns the named program as `train` would call it on devices with that much memory (None: not known)."""
+    c, looks = config.grpo, "grpo" in config.stages and programs.looks_at_reference(config.grpo)
+    stage = "sft" if name == "sft" or "grpo" not in config.stages else "grpo"
     model = PaliGemma(config.model, sharding.places(mesh))
     trained, frozen = (unflatten(like) for like in programs.layout(config, model, mesh))
     factors = programs.factors_of(config, [*flatten(trained), *flatten(frozen)])
-    stage = "sft" if name == "sft" else "grpo" if "grpo" in config.stages else "sft"
     state = programs.state_like(config, mesh, stage, factors, trained)
-    parameters, optimizer = held((trained, frozen)), held(state.opt)
-    c = config.grpo
-    looks = stage == "grpo" and programs.looks_at_reference(c)
-    reference = {"reference": held(trained)} if looks else {}
+    kept = {"parameters": sharding.held((trained, frozen)), "optimizer": sharding.held(state.opt)}
+    reference = {"reference": sharding.held(trained)} if looks else {}
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
     vocab = vocab_of_size(config.model.text.vocab_size)
+    gathered = stage == "grpo" and programs.gathers(config, mesh, hbm_bytes)
+    read, read_frozen = (programs.read_like(config, mesh, tree) if gathered else tree for tree in (trained, frozen))
+    copied = {"rollout weights": sharding.held(read_frozen)} if read_frozen is not frozen else {}
+
+    def compiled(program: programs.Program) -> Callable[[], Any]:
+        return lambda: programs.compiled(program, config, cast(Mesh, mesh))
+
+    def learning(questions: int, group: int, tokens: int, parts: int) -> float:
+        share = memory.work(config, mesh, questions, group, tokens, parts)
+        dtype = jnp.dtype(config.model.dtype)
+        other = sharding.held([leaf for leaf in jax.tree.leaves((trained, frozen)) if leaf.dtype != dtype])
+        return memory.learning(config, mesh, share, sharding.held(trained), other, parts)
+
     if name == "sft":
         batch = batch_like(config, mesh, config.sft.batch_size)
-        jitted = programs.compiled(programs.sft_update(config, model, mesh, factors, state, vocab), config, mesh)
-        inside = {"parameters": parameters, "optimizer": optimizer, "batch": held(batch)}
-        return Job(jitted, (state, frozen, batch), inside, {}, batch.suffix.size)
+        program = programs.sft_update(config, model, mesh, factors, state, vocab)
+        added = learning(config.sft.batch_size, 1, config.data.suffix_length, config.sft.micro_batches)
+        return Job(
+            compiled(program), (state, frozen, batch), kept | {"batch": sharding.held(batch)}, {}, added, batch.suffix.size
+        )
     if name == "evaluation":
-        batch = batch_like(config, mesh, config.eval.batch_size)
-        jitted = answerer(model, vocab, config.eval.max_new_tokens)
+        batch, tokens = batch_like(config, mesh, config.eval.batch_size), config.eval.max_new_tokens
         scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
-        cache = cache_bytes(config, mesh, config.eval.batch_size, 1, config.eval.max_new_tokens)
-        inside = {"parameters": parameters, "batch": held(batch), "cache": cache}
-        return Job(jitted, (join(frozen, trained), batch, scalar, key), inside, {"optimizer": optimizer} | reference, 0)
-    batch = batch_like(config, mesh, c.batch_size)
+        share = memory.work(config, mesh, config.eval.batch_size, 1, tokens)
+        inside = {"parameters": kept["parameters"], "batch": sharding.held(batch), "cache": memory.cache(config, share)}
+        beside = {"optimizer": kept["optimizer"]} | reference | copied
+        arguments = (join(frozen, trained), batch, scalar, key)
+        return Job(lambda: answerer(model, vocab, tokens), arguments, inside, beside, memory.sampling(config, mesh, share, False))
     if name == "rollout":
         part = batch_like(config, mesh, c.batch_size // c.rollout_parts)
-        gathered = programs.gathers(config, mesh)
-        read, read_frozen = (programs.read_like(config, mesh, tree) if gathered else tree for tree in (trained, frozen))
-        jitted = programs.compiled(programs.rollout(config, model), config, mesh)
-        cache = cache_bytes(config, mesh, part.prompt.shape[0], len(programs.temperatures(c)), c.max_new_tokens)
-        inside = {"rollout weights" if gathered else "parameters": held((read, read_frozen)), "batch": held(part), "cache": cache}
-        beside = {"optimizer": optimizer, "parameters": parameters if gathered else 0.0} | reference
-        return Job(jitted, (read, read_frozen, part, key), inside, beside, 0)
-    rollout = rollout_like(config, mesh)
+        share = memory.work(config, mesh, c.batch_size, len(programs.temperatures(c)), c.max_new_tokens, c.rollout_parts)
+        own = {tree: sharding.held(tree_) for tree, tree_ in (("read", read), ("frozen", read_frozen))}
+        inside = {"batch": sharding.held(part), "cache": memory.cache(config, share)}
+        inside["rollout weights"] = own["read"] * (read is not trained) + own["frozen"] * (read_frozen is not frozen)
+        inside["parameters"] = sum(own.values()) - inside["rollout weights"]
+        beside = {"optimizer": kept["optimizer"], "parameters": kept["parameters"] - inside["parameters"]} | reference
+        added = memory.sampling(config, mesh, share, gathered)
+        return Job(compiled(programs.rollout(config, model)), (read, read_frozen, part, key), inside, beside, added)
+    batch, rollout = batch_like(config, mesh, c.batch_size), rollout_like(config, mesh)
     if name == "reference":
-        jitted = programs.compiled(programs.reference_logps(config, model), config, mesh)
-        inside = {"reference": held(trained), "parameters": held(frozen), "batch": held((batch, rollout))}
-        beside = {"optimizer": optimizer, "parameters": held(trained)}
-        return Job(jitted, (trained, frozen, batch, rollout), inside, beside, 0)
-    if name != "update":
-        raise UserError(f"there is no program {name}")
+        inside = {
+            "reference": sharding.held(trained),
+            "parameters": sharding.held(frozen),
+            "batch": sharding.held((batch, rollout)),
+        }
+        beside = {"optimizer": kept["optimizer"], "parameters": sharding.held(trained)} | copied
+        share = memory.work(config, mesh, c.batch_size, c.group_size, c.max_new_tokens, c.micro_batches * c.minibatches)
+        program = programs.reference_logps(config, model)
+        return Job(compiled(program), (trained, frozen, batch, rollout), inside, beside, memory.forward(config, mesh, share))
     scores = rows((c.batch_size, c.group_size), jnp.float32, mesh)
     experience = Experience(batch, rollout, scores, rollout.logps if looks else None)
-    jitted = programs.compiled(programs.grpo_update(config, model, mesh, factors, state), config, mesh)
-    inside = {"parameters": parameters, "optimizer": optimizer, "batch": held(experience)}
-    still = programs.gathers(config, mesh) and bool(frozen)
-    beside = reference | ({"rollout weights": held(programs.read_like(config, mesh, frozen))} if still else {})
-    return Job(jitted, (state, frozen, experience, key), inside, beside, rollout.tokens.size * c.updates_per_rollout)
+    added = learning(c.batch_size // c.minibatches, c.group_size, c.max_new_tokens, c.micro_batches)
+    return Job(
+        compiled(programs.grpo_update(config, model, mesh, factors, state)),
+        (state, frozen, experience, key),
+        kept | {"batch": sharding.held(experience)},
+        reference | copied,
+        added,
+        rollout.tokens.size * c.updates_per_rollout,
+    )
 
 
-def held(tree: Any) -> float:
-    """Returns the bytes that one device holds of a tree of shapes with places."""
-
-    def own(leaf: Any) -> float:
-        return float(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
-
-    return sum(map(own, jax.tree.leaves(tree)))
+def estimate(config: Config, mesh: AnyMesh, name: str, hbm_bytes: float | None) -> dict[str, float]:
+    """Returns the bytes by kind that a device holds while the named program runs, by arithmetic alone."""
+    job = job_of(config, mesh, name, hbm_bytes)
+    kinds = {kind: job.inside.get(kind, 0.0) + job.beside.get(kind, 0.0) for kind in memory.KINDS}
+    return kinds | {"activations": job.activations}
 
 
-def cache_bytes(config: Config, mesh: Mesh, prompts: int, group: int, length: int) -> float:
-    """Returns the bytes of a device's share of the keys and values of prompts and completions."""
-    text, m = config.model.text, config.model
-    slots = (m.image_size // m.vision.patch_size) ** 2 + config.data.prompt_length + group * length
-    rows_here = prompts / (mesh.shape["replica"] * mesh.shape["data"])
-    return 2.0 * text.depth * rows_here * slots * text.num_kv_heads * text.head_dim * jnp.dtype(m.dtype).itemsize
+def estimates(config: Config, mesh: AnyMesh, names: Sequence[str], hbm_bytes: float | None, where: str) -> Table:
+    """Returns the table of `estimate` for the named programs, in GiB a device."""
+    found = {name: estimate(config, mesh, name, hbm_bytes) for name in names}
+    rows = [
+        [name, *(f"{size / chips.GIB:.2f}" for size in (sum(kinds.values()), *kinds.values()))] for name, kinds in found.items()
+    ]
+    worst = max(sum(kinds.values()) for kinds in found.values())
+    limit = "" if hbm_bytes is None else f" of {hbm_bytes / chips.GIB:.2f}"
+    title = f"{where}: about {worst / chips.GIB:.2f}{limit} GiB a device, by arithmetic"
+    return Table(title, ["program", "GiB", *memory.KINDS], rows, "")
 
 
-def rows(shape: tuple[int, ...], dtype: Any, mesh: Mesh) -> Any:
+def rows(shape: tuple[int, ...], dtype: Any, mesh: AnyMesh) -> Any:
     """Returns the shape and place of an array whose first axis is B."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
 
 
-def batch_like(config: Config, mesh: Mesh, questions: int) -> Batch:
+def batch_like(config: Config, mesh: AnyMesh, questions: int) -> Batch:
     """Returns the shapes of a batch, as the pipeline stacks it.
 
     Raises:
@@ -191,7 +220,7 @@ def batch_like(config: Config, mesh: Mesh, questions: int) -> Batch:
     )
 
 
-def rollout_like(config: Config, mesh: Mesh) -> Rollout:
+def rollout_like(config: Config, mesh: AnyMesh) -> Rollout:
     """Returns the shapes of the completions of a step."""
     c = config.grpo
     shape = (c.batch_size, c.group_size, c.max_new_tokens)

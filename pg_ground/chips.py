@@ -4,6 +4,7 @@ Peaks and memory are those of cloud.google.com/tpu/docs (system architecture of 
 jax-ml.github.io/scaling-book (chapter 2), all axes of the torus in both directions. HBM is what XLA lets a program use.
 """
 
+import math
 from typing import NamedTuple
 
 from pg_ground.types import UserError
@@ -61,3 +62,9 @@ def parse_topology(name: str) -> tuple[str, str, int]:
     if shape not in TOPOLOGIES.get(version, ()) or (star and not (slices.isdigit() and int(slices) > 0)):
         raise UserError(f"--topology={name} does not exist: there are {known()}, and N*TOPOLOGY for N slices")
     return version, shape, int(slices) if star else 1
+
+
+def count(topology: str) -> int:
+    """Returns the number of devices of a topology."""
+    _, shape, slices = parse_topology(topology)
+    return slices * math.prod(map(int, shape.split("x"))) * (2 if topology.startswith("tpu7x") else 1)

@@ -9,6 +9,7 @@ code 0: it fits; 3: it does not.
 """
 
 import glob
+import importlib.util
 import json
 import os
 import re
@@ -20,14 +21,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pg_ground import chips, cli, config, hlo
+import jax
+
+from pg_ground import ahead, chips, cli, config, hlo, programs, sharding
 from pg_ground.chips import CHIPS, GIB, Chip
 from pg_ground.config import Config
+from pg_ground.memory import KINDS
 from pg_ground.report import Table, ascii_table
 from pg_ground.types import UserError
-
-KINDS = ("parameters", "optimizer", "reference", "rollout weights", "batch", "cache", "activations")
-"""What a chip's memory holds while a program runs. Activations are everything the compiler adds, gradients included."""
 
 REPORT, PROGRAM = "after_optimizations-memory-usage-report.txt", "after_optimizations.txt"
 """Ends of the names of what XLA writes down, the first one last: long before it has generated code."""
@@ -42,6 +43,8 @@ class Fit(NamedTuple):
     hbm_bytes: float
     """Of this program and of what lies beside it."""
     kinds: dict[str, float]
+    expected: float
+    """Activations as `memory` would have them."""
     flops: float
     """Of one run, on one chip, with what is recomputed."""
     useful_flops: float
@@ -140,6 +143,7 @@ def _read(name: str, directory: Path, took: float) -> Fit:
         seconds,
         own + sum(beside.values()),
         kinds,
+        facts["expected"],
         facts["flops"],
         facts["useful_flops"],
         moved,
@@ -184,10 +188,9 @@ def main(argv: Sequence[str]) -> None:
     parsed, own = cli.parse(argv, flags)
     if not own["topology"]:
         raise UserError(f"--topology is needed: one of {chips.known()}")
-    version, _, _ = chips.parse_topology(own["topology"])
+    version = chips.parse_topology(own["topology"])[0]
+    jax.config.update("jax_platforms", "cpu")  # where libtpu is installed, jax would look for a TPU
     if own["child"]:
-        from pg_ground import ahead  # jax, and libtpu with it, only in processes that compile
-
         ahead.compile_program(parsed, own["topology"], own["child"], Path(own["out"]))
         return
     chip = CHIPS[version]
@@ -199,6 +202,14 @@ def main(argv: Sequence[str]) -> None:
     if own["search"]:
         print(found_by_search(parsed, plain, version))
         return
+    mesh = sharding.abstract_mesh(parsed.mesh, chips.count(own["topology"]))
+    for name in names:
+        ahead.job_of(parsed, mesh, name, chip.hbm_bytes)  # what is wrong with the settings is said before anything is compiled
+    if importlib.util.find_spec("libtpu") is None:
+        counted = ahead.estimates(parsed, mesh, names, chip.hbm_bytes, own["topology"])
+        print(ascii_table(counted))
+        print("libtpu is not installed, so XLA was not asked: pip install 'pg-ground[tpu]'")
+        sys.exit(0 if all(float(row[1]) <= chip.hbm_bytes / GIB for row in counted.rows) else 3)
     found = fits(plain, names, version, own["full"])
     print(ascii_table(table(found, own["topology"], chip)))
     if own["json"]:
@@ -213,10 +224,7 @@ def programs_of(c: Config) -> list[str]:
     """Returns the names of the programs of a run that are worth compiling."""
     found = ["sft"] if "sft" in c.stages else []
     if "grpo" in c.stages:
-        from pg_ground.rl import loss
-
-        looks = loss.choose(c.grpo).kl_coef or c.grpo.kl_target
-        found += ["rollout", *["reference"] * bool(looks), "update"]
+        found += ["rollout", *["reference"] * programs.looks_at_reference(c.grpo), "update"]
     return found + ["evaluation"] * bool(c.eval.sources)
 
 
@@ -235,10 +243,7 @@ def found_by_search(c: Config, argv: list[str], version: str) -> str:
         print(tried[-1], flush=True)
         return worst <= limit
 
-    _, shape, slices = chips.parse_topology(next(a.partition("=")[2] for a in argv if a.startswith("--topology=")))
-    devices = slices
-    for side in shape.split("x"):
-        devices *= int(side)
+    devices = chips.count(next(a.partition("=")[2] for a in argv if a.startswith("--topology=")))
     parts = section.micro_batches * (c.grpo.minibatches if stage == "grpo" else 1)
     found = search(probe, devices // c.mesh.model * parts, section.batch_size)
     return f"largest {stage}.batch_size that fits {limit / GIB:.2f} GiB a chip: {found} (tried {', '.join(tried)})"
@@ -251,20 +256,8 @@ def mfu(fit: Fit, chip: Chip) -> float:
 
 def table(found: Sequence[Fit], topology: str, chip: Chip) -> Table:
     """Returns one row per program."""
-    heads = [
-        "program",
-        "compiled in",
-        "HBM GiB",
-        *KINDS,
-        "TFLOP",
-        "HBM GB",
-        "link GB",
-        "FLOPs s",
-        "HBM s",
-        "links s",
-        "bound by",
-        "MFU",
-    ]
+    moved = ["TFLOP", "HBM GB", "link GB", "FLOPs s", "HBM s", "links s", "bound by", "MFU"]
+    heads = ["program", "compiled in", "HBM GiB", *KINDS, "(by arithmetic)", *moved]
     rows = []
     for fit in found:
         seconds = fit.seconds(chip)
@@ -275,6 +268,7 @@ def table(found: Sequence[Fit], topology: str, chip: Chip) -> Table:
                 f"{fit.compile_s:.0f} s",
                 f"{fit.hbm_bytes / GIB:.2f}",
                 *(f"{fit.kinds[kind] / GIB:.2f}" for kind in KINDS),
+                f"{fit.expected / GIB:.2f}",
                 f"{fit.flops / 1e12:.1f}",
                 f"{fit.moved.hbm_bytes / 1e9:.0f}",
                 f"{collectives / 1e9:.1f}",
@@ -301,6 +295,7 @@ def as_json(found: Sequence[Fit], topology: str, chip: Chip) -> dict[str, Any]:
                 "compile_s": fit.compile_s,
                 "hbm_bytes": fit.hbm_bytes,
                 "hbm_bytes_by_kind": fit.kinds,
+                "hbm_bytes_by_arithmetic": fit.hbm_bytes - fit.kinds["activations"] + fit.expected,
                 "flops": fit.flops,
                 "useful_flops": fit.useful_flops,
                 "hbm_traffic_bytes": fit.moved.hbm_bytes,

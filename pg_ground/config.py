@@ -322,7 +322,7 @@ class Mesh:
     replica: int = 1  # such groups of devices: each has all parameters, and its share of the prompts
     model: int = 1  # devices that share each matrix of a layer (tensor parallel)
     rules: tuple[tuple[str, tuple[str, ...]], ...] = ()  # (pattern of names, axis of each dimension), before sharding.RULES
-    compiler_options: Mapping[str, str] = field(default_factory=dict)  # of XLA, over sharding.TPU_OPTIONS
+    compiler_options: tuple[str, ...] = ()  # of XLA, "name=value" each, over sharding.TPU_OPTIONS
     cpu_devices: int = 0  # devices that a CPU counts as: 2 keep two cores busy where a model is small; 0 is as it is
 
 
@@ -514,6 +514,8 @@ def _check(c: Config) -> None:
     suppress, size = c.grpo.suppress, text.vocab_size
     need(all(0 <= i < size and i != EOS for i in suppress), "grpo.suppress", suppress, f"ids below {size}, without EOS ({EOS})")
     need(c.grpo.top_k <= size, "grpo.top_k", c.grpo.top_k, f"at most {size}, the tokens there are")
+    for i, option in enumerate(c.mesh.compiler_options):
+        need(0 < option.find("=") < len(option) - 1, f"mesh.compiler_options[{i}]", option, "name=value")
     one_of("grpo.rollout_weights", c.grpo.rollout_weights, ("auto", "gathered", "sharded"))
     share = c.grpo.focus_share
     need(share is None or 0 < share <= 1, "grpo.focus_share", share, "in (0, 1]")

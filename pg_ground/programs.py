@@ -12,14 +12,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from pg_ground import optim, sharding
+from pg_ground import memory, optim, sharding
 from pg_ground.config import Config, Grpo
 from pg_ground.model import PaliGemma, weights
-from pg_ground.params import flatten, is_adapter, join, lr_factors, map_named
+from pg_ground.params import flatten, is_adapter, join, lr_factors, map_named, unflatten
 from pg_ground.rl import experience, loss, rewards, update
 from pg_ground.rl.advantages import over_greedy
 from pg_ground.rl.experience import Experience, Sampled
 from pg_ground.rl.rollout import sample
+from pg_ground.sharding import AnyMesh
 from pg_ground.types import Array, Batch, Rollout, TrainState, UserError
 from pg_ground.vocab import CONTROL, Vocab
 
@@ -40,7 +41,7 @@ def compiled(program: Program, config: Config, mesh: Mesh) -> Any:
     return jax.jit(program.function, donate_argnums=program.donated, compiler_options=options, **places)
 
 
-def layout(config: Config, model: PaliGemma, mesh: Mesh) -> tuple[weights.Like, weights.Like]:
+def layout(config: Config, model: PaliGemma, mesh: AnyMesh) -> tuple[weights.Like, weights.Like]:
     """Returns name, shape, dtype and place of the parameters that are trained, and of those that are frozen.
 
     Raises:
@@ -74,7 +75,7 @@ def optimizer_of(config: Config, stage: str, factors: Mapping[str, float]) -> op
     return optim.optimizer(c.optimizer, c.steps * updates_a_step(config, stage), factors)
 
 
-def state_like(config: Config, mesh: Mesh, stage: str, factors: Mapping[str, float], params: Any) -> TrainState:
+def state_like(config: Config, mesh: AnyMesh, stage: str, factors: Mapping[str, float], params: Any) -> TrainState:
     """Returns shapes, dtypes and places of a state of a stage."""
     like = TrainState(
         cast(Any, jax.ShapeDtypeStruct((), jnp.int32)),
@@ -87,7 +88,7 @@ def state_like(config: Config, mesh: Mesh, stage: str, factors: Mapping[str, flo
 
 
 def sft_update(
-    config: Config, model: PaliGemma, mesh: Mesh, factors: Mapping[str, float], state: TrainState, vocab: Vocab
+    config: Config, model: PaliGemma, mesh: AnyMesh, factors: Mapping[str, float], state: TrainState, vocab: Vocab
 ) -> Program:
     """Returns (state, frozen, batch, dropout_key=) → (state, metrics), one supervised step."""
     c = config.sft
@@ -103,7 +104,7 @@ def sft_update(
     return Program(learn, (0,), (sharding.fsdp(mesh, state, config.mesh.rules), None))
 
 
-def grpo_update(config: Config, model: PaliGemma, mesh: Mesh, factors: Mapping[str, float], state: TrainState) -> Program:
+def grpo_update(config: Config, model: PaliGemma, mesh: AnyMesh, factors: Mapping[str, float], state: TrainState) -> Program:
     """Returns (state, frozen, experience, key) → (state, metrics), all updates of one reinforced step."""
     c = config.grpo
     learn = partial(
@@ -170,7 +171,7 @@ def rollout(config: Config, model: PaliGemma) -> Program:
     return Program(roll)
 
 
-def rollout_weights(config: Config, mesh: Mesh, params: Any) -> Program:
+def rollout_weights(config: Config, mesh: AnyMesh, params: Any) -> Program:
     """Returns params → the same as sampling reads them: in the dtype of activations, and whole on every device (of `model`).
 
     A decoder reads every weight for every token: gathered and cast once a step, they are read where they are. Norms stay as they
@@ -188,7 +189,7 @@ def _of_norm(name: str) -> bool:
     return "norm" in name.rpartition("/")[0].rpartition("/")[2].lower()
 
 
-def read_like(config: Config, mesh: Mesh, params: Any) -> Any:
+def read_like(config: Config, mesh: AnyMesh, params: Any) -> Any:
     """Returns the shapes, dtypes and places of what `rollout_weights` makes of such parameters; these where it changes none."""
     program = rollout_weights(config, mesh, params)
     made = jax.eval_shape(program.function, params)
@@ -200,13 +201,36 @@ def read_like(config: Config, mesh: Mesh, params: Any) -> Any:
     return params if all(jax.tree.leaves(jax.tree.map(same, params, found))) else found
 
 
-def gathers(config: Config, mesh: Mesh) -> bool:
-    """Returns whether sampling reads gathered weights."""
-    return config.grpo.rollout_weights == "gathered"
+def gathers(config: Config, mesh: AnyMesh, hbm_bytes: float | None) -> bool:
+    """Returns whether sampling reads gathered weights: as configured; for `auto`, where they fit beside what stays.
+
+    Sharded weights are gathered again for every token. On one device there is only the cast to save. Where it is not known how
+    much memory a device has (a CPU's is everybody's), nothing is copied.
+    """
+    wanted = config.grpo.rollout_weights
+    if wanted != "auto":
+        return wanted == "gathered"
+    if hbm_bytes is None:
+        return False
+    c, model = config.grpo, PaliGemma(config.model, sharding.places(mesh))
+    trained, frozen = (unflatten(like) for like in layout(config, model, mesh))
+    factors = factors_of(config, [*flatten(trained), *flatten(frozen)])
+    state = state_like(config, mesh, "grpo", factors, trained)
+    share = memory.work(config, mesh, c.batch_size, len(temperatures(c)), c.max_new_tokens, c.rollout_parts)
+    needed = memory.cache(config, share) + memory.sampling(config, mesh, share, True)
+    needed += sharding.held((state, frozen)) + (sharding.held(trained) if looks_at_reference(c) else 0.0)
+    for tree in (trained, frozen):
+        read = read_like(config, mesh, tree)
+        needed += 0.0 if read is tree else sharding.held(read)
+    return needed <= SAFE_SHARE * hbm_bytes
+
+
+SAFE_SHARE = 0.9
+"""Of a device's memory that an estimate may fill: it is good to some 10 %."""
 
 
 def reader(config: Config, mesh: Mesh, params: Any) -> Callable[[Any], Any]:
     """Returns the function that makes of such parameters what sampling reads: `rollout_weights`, or the same."""
-    if not gathers(config, mesh) or read_like(config, mesh, params) is params:
+    if not gathers(config, mesh, sharding.hbm_bytes(mesh)) or read_like(config, mesh, params) is params:
         return lambda params: params
     return compiled(rollout_weights(config, mesh, params), config, mesh)

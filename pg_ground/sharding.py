@@ -13,13 +13,16 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from pg_ground import config
 from pg_ground.types import Array, Places, UserError
 
 ROWS = ("replica", "data")
 """The axes that split B."""
+
+AnyMesh = Mesh | AbstractMesh
+"""A mesh, or the shape of one whose devices are not there."""
 
 SMALL_BYTES = 4 * 2**20
 """Arrays up to this size are replicated, as big_vision does: gathering them costs more than holding them."""
@@ -73,29 +76,41 @@ def make_mesh(c: config.Mesh, devices: Sequence[Any] | None = None) -> Mesh:
       UserError: the settings do not multiply to a number of devices that is there.
     """
     devices = jax.devices() if devices is None else devices
+    shape = _shape(c, len(devices))
+    return jax.make_mesh(shape, (*ROWS, "model"), axis_types=(AxisType.Auto,) * 3, devices=devices[: int(np.prod(shape))])
+
+
+def _shape(c: config.Mesh, count: int) -> tuple[int, int, int]:
     rest = c.replica * c.model
-    data = len(devices) // rest if c.data == -1 else c.data
-    found = f"config.mesh is replica {c.replica}, data {c.data}, model {c.model}, and there are {len(devices)} devices"
-    if not 1 <= rest * data <= len(devices):
-        raise UserError(f"{found}: the product must be from 1 to {len(devices)}")
-    if c.data == -1 and rest * data != len(devices):
-        raise UserError(f"{found}: replica * model must divide {len(devices)}")
-    shape = (c.replica, data, c.model)
-    chosen = devices[: rest * data]
-    return jax.make_mesh(shape, (*ROWS, "model"), axis_types=(AxisType.Auto,) * 3, devices=chosen)
+    data = count // rest if c.data == -1 else c.data
+    found = f"config.mesh is replica {c.replica}, data {c.data}, model {c.model}, and there are {count} devices"
+    if not 1 <= rest * data <= count:
+        raise UserError(f"{found}: the product must be from 1 to {count}")
+    if c.data == -1 and rest * data != count:
+        raise UserError(f"{found}: replica * model must divide {count}")
+    return c.replica, data, c.model
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def abstract_mesh(c: config.Mesh, count: int) -> AbstractMesh:
+    """Returns the mesh that `make_mesh` would make of `count` devices that are not there.
+
+    Raises:
+      UserError: as `make_mesh` does.
+    """
+    return AbstractMesh(_shape(c, count), (*ROWS, "model"), axis_types=(AxisType.Auto,) * 3)
+
+
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """Returns the sharding of everything whose first axis is B."""
     return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
     """Returns the sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def places(mesh: Mesh) -> Places:
+def places(mesh: AnyMesh) -> Places:
     """Returns where a model's activations and vocabulary are to lie on `mesh`.
 
     Without it the compiler may keep the weights split and gather activations of the whole batch instead.
@@ -107,7 +122,7 @@ def places(mesh: Mesh) -> Places:
     return Places(rows=held(ROWS), columns=held("model", "data"), vocabulary=held(("data", "model")))
 
 
-def check_rows(mesh: Mesh, rows: int, setting: str) -> None:
+def check_rows(mesh: AnyMesh, rows: int, setting: str) -> None:
     """Raises UserError if `rows` questions at once cannot be split evenly over the mesh."""
     count = mesh.shape["replica"] * mesh.shape["data"]
     if rows % count:
@@ -125,7 +140,7 @@ def check_rules(rules: Sequence[Rule], names: Sequence[str]) -> None:
         raise UserError(f"config.mesh.rules: {min(idle)[0]!r} is the first match of no parameter, such as {names[0]}")
 
 
-def fsdp(mesh: Mesh, tree: Any, rules: Sequence[Rule] = ()) -> Any:
+def fsdp(mesh: AnyMesh, tree: Any, rules: Sequence[Rule] = ()) -> Any:
     """Returns a sharding for each leaf (array or shape): by the first of `rules` and `RULES` that matches its name.
 
     A leaf's name is its path of dict keys, so that what an optimizer keeps of a parameter lies where the parameter does.
@@ -144,7 +159,7 @@ def _rule(name: str, rules: Sequence[Rule]) -> Rule | None:
     return next((rule for rule in rules if re.search(f"(^|/)({rule[0]})$", name)), None)
 
 
-def _place(mesh: Mesh, name: str, leaf: Any, rules: Sequence[Rule]) -> NamedSharding:
+def _place(mesh: AnyMesh, name: str, leaf: Any, rules: Sequence[Rule]) -> NamedSharding:
     size = int(np.prod(leaf.shape)) * leaf.dtype.itemsize
     if size <= SMALL_BYTES or mesh.size == 1:
         return replicated(mesh)
@@ -171,7 +186,7 @@ def _place(mesh: Mesh, name: str, leaf: Any, rules: Sequence[Rule]) -> NamedShar
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def gathered(mesh: Mesh, tree: Any, rules: Sequence[Rule] = ()) -> Any:
+def gathered(mesh: AnyMesh, tree: Any, rules: Sequence[Rule] = ()) -> Any:
     """Returns the shardings of `fsdp` without its `data` axis: whole on every device but for the split over `model`."""
 
     def whole(place: NamedSharding) -> NamedSharding:
@@ -186,7 +201,25 @@ def gathered(mesh: Mesh, tree: Any, rules: Sequence[Rule] = ()) -> Any:
 def compiler_options(c: config.Mesh, mesh: Mesh) -> dict[str, str]:
     """Returns what programs for this mesh are compiled with; nothing but `c.compiler_options` where it is not of TPUs."""
     own = TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else {}
-    return {**own, **c.compiler_options}
+    return own | dict(option.split("=", 1) for option in c.compiler_options)
+
+
+def held(tree: Any) -> float:
+    """Returns the bytes that one device holds of a tree of shapes with places."""
+
+    def own(leaf: Any) -> float:
+        return float(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+
+    return sum(map(own, jax.tree.leaves(tree)))
+
+
+def hbm_bytes(mesh: Mesh) -> float | None:
+    """Returns how much memory a device of the mesh has for programs; None where that is not known, as of a CPU."""
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return None
+    stats = device.memory_stats() or {}
+    return float(stats["bytes_limit"]) if "bytes_limit" in stats else None
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:

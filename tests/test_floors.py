@@ -37,6 +37,10 @@ ROOMS = {
 ENTRY_POINTS = (
     *(
         "cli",
+        "chips",
+        "hlo",
+        "flops",
+        "memory",
         "programs",
         "evaluate",
         "diary",
@@ -48,6 +52,7 @@ ENTRY_POINTS = (
         "prefetch",
         "pack",
         "convert",
+        "ahead",
         "compile",
         "bench",
     ),

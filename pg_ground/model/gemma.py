@@ -169,7 +169,7 @@ def both_products(x: Float[Array, "B G t D"], w: Float[Array, "2 D F"]) -> tuple
     """Returns x W0 and x W1.
 
     A decoder's step is a reading of weights. A TPU, given two products, first copies a layer's two matrices out of the stack of
-    layers: three times the bytes of one product (PG1 3B, v5e-8, 64 tokens: 634 GB a rollout against 320). A CPU is slower with one.
+    layers: three times the bytes of one product (PG1 3B, v5e-8, 64 tokens: 634 GB a rollout against 325). A CPU is slower so.
     """
 
     def two(x: Array, w: Array) -> tuple[Array, Array]:
