@@ -58,9 +58,11 @@ class Shape(NamedTuple):
     """Of the line, in pixels of the picture drawn on; a halo of one more on either side."""
 
 
-def to_uint8(image: Float[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns pixels in 0..255 of an image in [-1, 1]."""
-    return np.clip(np.round((image + 1.0) * 127.5), 0, 255).astype(np.uint8)
+def to_uint8(image: Float[np.ndarray, "H W 3"] | UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
+    """Returns pixels in 0..255 of an image in [-1, 1], and bytes as they are: a `Batch` holds either."""
+    if image.dtype == np.uint8:
+        return image
+    return np.clip(np.round((image.astype(np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
 def reward_color(reward: float) -> Color:
@@ -135,7 +137,7 @@ def draw_rollout(
         points += [Shape(at, color) for at in _points_row_of(answer.points, (row, g))]
     caption = [prompt, f"gold  {_loc_text(gold_points if asks_points else gold_boxes)}", *_spread(total, completions)]
     width, height = np.asarray(batch.size[row]).tolist()
-    image = to_uint8(np.asarray(batch.image[row], np.float32))
+    image = to_uint8(np.asarray(batch.image[row]))
     drawn = panel(image, boxes=boxes, points=points, caption=caption, size=(width, height), scale_to=scale_to)
     return _stacked([drawn, reward_legend(scale_to)])
 

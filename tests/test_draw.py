@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pg_ground import draw
+from pg_ground import draw, tokenizer
+from pg_ground.config import Data, Source
+from pg_ground.data.pipeline import BadRecords, training_batches
 from pg_ground.types import BOXES, POINTS, Answer, Batch, Boxes, Gold, Points, Rewards
 
 GREY = np.full((32, 32, 3), 120, np.uint8)
@@ -60,6 +62,11 @@ def test_to_uint8_spans_the_bytes_and_undoes_the_model_scale():
     assert draw.to_uint8(np.array([[[-3.0, 1.0, 3.0]]], np.float32)).tolist() == [[[0, 255, 255]]]
     every = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     np.testing.assert_array_equal(draw.to_uint8(every.astype(np.float32) / 127.5 - 1), every)
+
+
+def test_to_uint8_leaves_bytes_as_they_are():
+    every = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    np.testing.assert_array_equal(draw.to_uint8(every), every)
 
 
 def test_panel_has_the_aspect_of_the_original():
@@ -155,6 +162,27 @@ def test_rollout_shows_gold_and_each_sample_in_the_colour_of_its_reward():
     seen = picture.crop((0, 0, picture.width, picture.width // 2))
     for color in (draw.GOLD, draw.VIRIDIS[0], draw.VIRIDIS[-1], draw.UNJUDGED):
         assert count(seen, color) > 100, color
+
+
+@pytest.mark.parametrize("floats", [False, True])
+def test_rollout_shows_the_image_that_the_pipeline_gave(floats):
+    """Wherever nothing is drawn on it, pixel by pixel: as bytes, which is what batches carry, and in [-1, 1]."""
+    side, scale = 32, 12
+    source, data = Source(uri=f"synthetic:train?side={side}", boxes="box"), Data(prompt_length=8, suffix_length=8)
+    batches = training_batches({"a": source}, data, tokenizer.load(), image_size=side, batch_size=1, seed=0, bad=BadRecords())
+    boxes, answer, rewards = rollout([0.0, 1.0])
+    low, high = round(0.2 * side * scale) - 8, round(0.8 * side * scale) + 8  # of all that is drawn, with its lines
+    for _ in range(4):
+        batch = next(batches)
+        image = batch.image[0]
+        assert image.dtype == np.uint8
+        batch = batch._replace(gold=boxes.gold, image=batch.image.astype(np.float32) / 127.5 - 1 if floats else batch.image)
+        drawn = pixels(draw.draw_rollout(batch, answer, rewards, 0, "detect it", ["a", "b"], scale_to=side * scale))
+        shown, given = drawn[: side * scale], image.repeat(scale, 0).repeat(scale, 1)
+        bare = np.ones(shown.shape[:2], bool)
+        bare[low:high, low:high] = False
+        assert len(np.unique(given[bare])) > 1
+        np.testing.assert_array_equal(shown[bare], given[bare])
 
 
 def test_rollout_of_points_draws_crosses():
