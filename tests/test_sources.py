@@ -75,6 +75,19 @@ def test_records_that_cannot_be_opened_are_refused_by_name(tmp_path):
             open_records(uri)
 
 
+@pytest.mark.parametrize(("uri", "reason"), [
+    ("jsonl:./none.jsonl", "No such file or directory"),
+    ("json:none.json#a", "No such file or directory"),
+    ("jsonll:x", "no scheme 'jsonll'; did you mean jsonl?"),
+    ("synthetic:trian", "synthetic:trian does not exist: did you mean train?"),
+])  # fmt: skip
+def test_an_entry_that_cannot_be_opened_is_told_by_the_setting_to_change(uri, reason):
+    for entry, setting in (("grpo/photos", "config.grpo.sources.photos.uri"), ("photos", "sources.photos.uri")):
+        with pytest.raises(UserError) as refused:
+            open_records(uri, entry)
+        assert str(refused.value).startswith(f"{setting} ({uri}): {reason}")
+
+
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize("held", [True, False])
 def test_a_json_list_is_not_read_as_lines(tmp_path, monkeypatch, indent, held):
