@@ -356,7 +356,12 @@ def _wrapped(text: str, font: Any, width: int) -> list[str]:
             lines.append(line[:fits])
             line = line[fits:]
     lines.append(line.rstrip())
-    return lines if len(lines) <= CAPTION_LINES else [*lines[: CAPTION_LINES - 1], lines[CAPTION_LINES - 1] + " …"]
+    if len(lines) <= CAPTION_LINES:
+        return lines
+    last = lines[CAPTION_LINES - 1]
+    while font.getlength(last + " …") > width:
+        last = last[:-1]
+    return [*lines[: CAPTION_LINES - 1], last + " …"]
 
 
 def _spread(total: np.ndarray, completions: Sequence[str]) -> list[str]:

@@ -147,6 +147,15 @@ def test_long_caption_is_wrapped_within_the_panel_and_cut():
     assert draw.panel(GREY, boxes=[], points=[], caption="x" * 5000 + "\n\0é漢", scale_to=200).width == 200
 
 
+@pytest.mark.parametrize("word", ["<loc0001>", "a word ", "x" * 31 + " ", "mm"])
+def test_a_cut_caption_ends_in_an_ellipsis_within_its_width(word):
+    font, width = draw._font(draw.TEXT_PX), 200
+    for shift in range(12):
+        lines = draw._wrapped("i" * shift + word * 400, font, width)
+        assert len(lines) == draw.CAPTION_LINES and lines[-1].endswith(" …")
+        assert max(map(font.getlength, lines)) <= width
+
+
 def test_reward_colours_get_brighter_and_end_at_viridis():
     brightness = [np.dot(draw.reward_color(r), (0.299, 0.587, 0.114)) for r in np.linspace(0, 1, 33)]
     assert (np.diff(brightness) > 0).all(), "readable without colour vision"
