@@ -3,8 +3,9 @@
 python -m pg_ground.train --config=configs/tasks.py:grounding --workdir=runs/grounding \\
     --config.grpo.sources.questions.uri=jsonl:DIR/triples.jsonl
 
-The argument is a name in `TASKS`. One flag gives both stages their data, since they share the entry. By name: the system, a line
-of its data, and which of its defects (by number, as in `test_defect_NN_…`) cannot happen here:
+The argument is a name in `TASKS`. One flag gives both stages their data, since they share the entry. Images lie beside the file
+unless it is said otherwise (`--config.grpo.sources.questions.image_root=DIR` is another folder, from the file's). By name: the
+system, a line of its data, and which of its defects (by number, as in `test_defect_NN_…`) cannot happen here:
 
 point_environment   synthetic-grounding. {"image_filename": "a.png", "test_samples": [{"name": "Search", "bbox": [x1, y1, x2, y2],
                     "point": [x, y]}]}. Gold moves with the resized image (23); a list of guesses is matched (24).
@@ -16,15 +17,16 @@ open_vocabulary     RLLaVA. {"image": "1.jpg", "problem": "Detect all dogs …",
                     an empty answer where there is nothing earns 1 (10).
 counting            RLLaVA. {"image_path": "1.jpg", "question": "cows", "ground_truth": 8}. Several numbers are no answer (9).
 single_box          EasyDistill. Data as for grounding. Reversed boxes earn 0 (3), no reward exceeds 1 (4) or is rounded (6).
-multi_box           EasyDistill. [{"image_path": "1.jpg", "instruction": "…", "abs_box": {"0": [[x1, y1, x2, y2]], "1": []}}].
-                    All classes count (1), matched by the rewards themselves and not gated at IoU 0.5 (2).
+multi_box           EasyDistill. [{"image_path": "1.jpg", "instruction": "…", "abs_box": {"0": [[x1, y1, x2, y2]], "1": []}}],
+                    one list of all, as published: its uri is json:FILE. All classes count (1), matched by the rewards
+                    themselves and not gated at IoU 0.5 (2).
 spatial             ReinforceSight. {"image_path": "1.jpg", "question": "…", "cot": "…", "answer": "left"}. Two relations, or
                     none, are wrong (18); reasoning earns only with a right answer (19); SFT is on the answer alone (22).
 
 From published weights, with the sizes, rates and batches of configs/paligemma.py: `configs/tasks.py:grounding+pg2_3b_448` and
 `--config.init=… --config.data.tokenizer=…`. Where the weights know the form of the answer, skip SFT: `--config.stages=grpo,`.
 
-Hardware: any CPU. Time: three to eight minutes. Expected: random weights learn the form of an answer and hardly more.
+Hardware: any CPU. Time: two to six minutes on two busy cores. Expected: random weights learn the form of an answer, hardly more.
 """
 
 import runpy

@@ -12,12 +12,14 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from pg_ground.types import POINTS, Answer, Batch, Boxes, Points, Rewards
+from pg_ground.types import POINTS, TEXT, Answer, Batch, Boxes, Points, Rewards
 from pg_ground.vocab import LOC_MAX
 
 Color = tuple[int, int, int]
 Extent = tuple[int, int, int, int]
 """Left, top, right and bottom pixel, the last two excluded."""
+Scale = tuple[float, float]
+"""The rewards of the first and the last colour."""
 
 GOLD: Color = (255, 255, 255)
 UNJUDGED: Color = (150, 150, 150)
@@ -58,19 +60,33 @@ class Shape(NamedTuple):
     """Of the line, in pixels of the picture drawn on; a halo of one more on either side."""
 
 
-def to_uint8(image: Float[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns pixels in 0..255 of an image in [-1, 1]."""
-    return np.clip(np.round((image + 1.0) * 127.5), 0, 255).astype(np.uint8)
+def to_uint8(image: Float[np.ndarray, "H W 3"] | UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W 3"]:
+    """Returns pixels in 0..255 of an image in [-1, 1], and bytes as they are: a `Batch` holds either."""
+    if image.dtype == np.uint8:
+        return image
+    return np.clip(np.round((image.astype(np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
-def reward_color(reward: float) -> Color:
-    """Returns the colour of a reward: viridis over [0, 1], its ends beyond, grey for NaN."""
+def reward_scale(total: Float[np.ndarray, "..."]) -> Scale:
+    """Returns the rewards that the colours of a picture begin and end at: 0 and 1, or as far beyond as any goes, in halves.
+
+    It depends on the least and the largest alone, so that equal rewards have one colour; and it is never narrower than [0, 1], so
+    that rewards which hardly differ look it, and pictures of different steps can mostly be compared.
+    """
+    judged = total[np.isfinite(total)].astype(np.float64)
+    low, high = judged.min(initial=0.0), judged.max(initial=1.0)
+    return math.floor(round(low * 2, 3)) / 2, math.ceil(round(high * 2, 3)) / 2  # 1 and what rounding adds to it is 1
+
+
+def reward_color(reward: float, scale: Scale = (0.0, 1.0)) -> Color:
+    """Returns the colour of a reward: viridis from one end of `scale` to the other, its ends beyond, grey for NaN."""
     if math.isnan(reward):
         return UNJUDGED
-    place = min(max(reward, 0.0), 1.0) * (len(VIRIDIS) - 1)
-    low = min(int(place), len(VIRIDIS) - 2)
-    a, b = np.array(VIRIDIS[low]), np.array(VIRIDIS[low + 1])
-    r, g, b = np.round(a + (b - a) * (place - low)).astype(int).tolist()
+    low, high = scale
+    place = min(max((reward - low) / (high - low), 0.0), 1.0) * (len(VIRIDIS) - 1)
+    i = min(int(place), len(VIRIDIS) - 2)
+    a, b = np.array(VIRIDIS[i]), np.array(VIRIDIS[i + 1])
+    r, g, b = np.round(a + (b - a) * (place - i)).astype(int).tolist()
     return r, g, b
 
 
@@ -119,28 +135,36 @@ def draw_rollout(
     prompt: str,
     completions: Sequence[str],
     scale_to: int = 384,
+    gold: str | None = None,
 ) -> Image.Image:
     """Returns one prompt's panel: gold in white, its G sampled boxes and points in the colour of their total reward.
 
-    The arrays are numpy. `completions` are the G texts of the same prompt. A reward that is NaN is drawn in grey.
+    The arrays are numpy. A reward that is NaN is drawn in grey; the others share one scale with the whole batch.
+
+    Args:
+      completions: the G texts of the same prompt.
+      gold: the right answer as text. Without it the caption has the loc tokens of gold boxes or points, without their names, and
+        nothing of a gold answer that is text.
     """
-    total = np.asarray(rewards.total[row], np.float32)
+    total, scale = np.asarray(rewards.total[row], np.float32), reward_scale(np.asarray(rewards.total, np.float32))
     gold_boxes, gold_points = _row_of(batch.gold.boxes, row), _points_row_of(batch.gold.points, row)
-    asks_points = int(batch.gold.asks[row]) == POINTS
-    boxes = [Shape(at, GOLD, width=2 if asks_points else 4) for at in gold_boxes]
+    asks = int(batch.gold.asks[row])
+    if gold is None and asks != TEXT:
+        gold = _loc_text(gold_points if asks == POINTS else gold_boxes)
+    boxes = [Shape(at, GOLD, width=2 if asks == POINTS else 4) for at in gold_boxes]
     points = [Shape(at, GOLD, width=4) for at in gold_points]
     for g in np.argsort(np.nan_to_num(total, nan=-np.inf), kind="stable"):
-        color = reward_color(float(total[g]))
+        color = reward_color(float(total[g]), scale)
         boxes += [Shape(at, color) for at in _row_of(answer.boxes, (row, g))]
         points += [Shape(at, color) for at in _points_row_of(answer.points, (row, g))]
-    caption = [prompt, f"gold  {_loc_text(gold_points if asks_points else gold_boxes)}", *_spread(total, completions)]
+    caption = [prompt, *([] if gold is None else [f"gold  {gold or 'nothing'}"]), *_spread(total, completions)]
     width, height = np.asarray(batch.size[row]).tolist()
-    image = to_uint8(np.asarray(batch.image[row], np.float32))
+    image = to_uint8(np.asarray(batch.image[row]))
     drawn = panel(image, boxes=boxes, points=points, caption=caption, size=(width, height), scale_to=scale_to)
-    return _stacked([drawn, reward_legend(scale_to)])
+    return _stacked([drawn, reward_legend(scale_to, scale)])
 
 
-def reward_legend(width: int) -> Image.Image:
+def reward_legend(width: int, scale: Scale = (0.0, 1.0)) -> Image.Image:
     """Returns a strip `width` pixels wide that says what the colours of `draw_rollout` mean."""
     strip = Image.new("RGB", (width, LEGEND_PX), PAPER)
     draw, font, middle = ImageDraw.Draw(strip), _font(TEXT_PX - 1), LEGEND_PX // 2 - 2
@@ -154,11 +178,12 @@ def reward_legend(width: int) -> Image.Image:
         draw.rectangle((at, middle - 4, at + 13, middle + 4), fill=color, outline=HALO)
         return at + 18
 
-    x = text(x, "reward  0 ") + 4
+    low, high = scale
+    x = text(x, f"reward  {low:g} ") + 4
     bar = max(40, width // 4)
     for i in range(bar):
         draw.line((x + i, middle - 4, x + i, middle + 4), fill=reward_color(i / (bar - 1)))
-    x = text(x + bar + 5, "1") + 14
+    x = text(x + bar + 5, f"{high:g}") + 14
     x = text(swatch(x, GOLD), "gold") + 14
     text(swatch(x, UNJUDGED), "not judged")
     return strip
@@ -331,7 +356,12 @@ def _wrapped(text: str, font: Any, width: int) -> list[str]:
             lines.append(line[:fits])
             line = line[fits:]
     lines.append(line.rstrip())
-    return lines if len(lines) <= CAPTION_LINES else [*lines[: CAPTION_LINES - 1], lines[CAPTION_LINES - 1] + " …"]
+    if len(lines) <= CAPTION_LINES:
+        return lines
+    last = lines[CAPTION_LINES - 1]
+    while font.getlength(last + " …") > width:
+        last = last[:-1]
+    return [*lines[: CAPTION_LINES - 1], last + " …"]
 
 
 def _spread(total: np.ndarray, completions: Sequence[str]) -> list[str]:
@@ -368,7 +398,7 @@ def _points_row_of(points: Points, row: Any) -> list[list[float]]:
 def _loc_text(shapes: Sequence[Sequence[float | int]]) -> str:
     """Returns the shapes as the tokens a completion would spell them with."""
     bins = [np.clip(np.round(np.array(at) * LOC_MAX), 0, LOC_MAX).astype(int).tolist() for at in shapes]
-    return " ; ".join("".join(f"<loc{b:04d}>" for b in one) for one in bins) or "nothing"
+    return " ; ".join("".join(f"<loc{b:04d}>" for b in one) for one in bins)
 
 
 def _pixels(at: Sequence[float | int], size: tuple[int, int]) -> list[int]:

@@ -65,7 +65,7 @@ def open_sources(config: Config) -> list[Look]:
                 found.append((name, source, [section]))
     side = config.model.image_size
     return [
-        Look(name, tuple(sections), source, pipeline.open_examples(name, source, config.data, side))
+        Look(name, tuple(sections), source, pipeline.open_examples(f"{sections[0]}/{name}", source, config.data, side))
         for name, source, sections in found
     ]
 

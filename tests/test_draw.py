@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pg_ground import draw
-from pg_ground.types import BOXES, POINTS, Answer, Batch, Boxes, Gold, Points, Rewards
+from pg_ground import draw, tokenizer
+from pg_ground.config import Data, Source
+from pg_ground.data.pipeline import BadRecords, training_batches
+from pg_ground.types import BOXES, POINTS, TEXT, Answer, Batch, Boxes, Gold, Points, Rewards
 
 GREY = np.full((32, 32, 3), 120, np.uint8)
 RED = (255, 0, 0)
@@ -60,6 +62,11 @@ def test_to_uint8_spans_the_bytes_and_undoes_the_model_scale():
     assert draw.to_uint8(np.array([[[-3.0, 1.0, 3.0]]], np.float32)).tolist() == [[[0, 255, 255]]]
     every = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     np.testing.assert_array_equal(draw.to_uint8(every.astype(np.float32) / 127.5 - 1), every)
+
+
+def test_to_uint8_leaves_bytes_as_they_are():
+    every = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    np.testing.assert_array_equal(draw.to_uint8(every), every)
 
 
 def test_panel_has_the_aspect_of_the_original():
@@ -140,12 +147,68 @@ def test_long_caption_is_wrapped_within_the_panel_and_cut():
     assert draw.panel(GREY, boxes=[], points=[], caption="x" * 5000 + "\n\0é漢", scale_to=200).width == 200
 
 
+@pytest.mark.parametrize("word", ["<loc0001>", "a word ", "x" * 31 + " ", "mm"])
+def test_a_cut_caption_ends_in_an_ellipsis_within_its_width(word):
+    font, width = draw._font(draw.TEXT_PX), 200
+    for shift in range(12):
+        lines = draw._wrapped("i" * shift + word * 400, font, width)
+        assert len(lines) == draw.CAPTION_LINES and lines[-1].endswith(" …")
+        assert max(map(font.getlength, lines)) <= width
+
+
 def test_reward_colours_get_brighter_and_end_at_viridis():
     brightness = [np.dot(draw.reward_color(r), (0.299, 0.587, 0.114)) for r in np.linspace(0, 1, 33)]
     assert (np.diff(brightness) > 0).all(), "readable without colour vision"
     assert draw.reward_color(0.0) == draw.reward_color(-2.0) == draw.VIRIDIS[0]
     assert draw.reward_color(1.0) == draw.reward_color(1.2) == draw.VIRIDIS[-1]
     assert draw.reward_color(float("nan")) == draw.UNJUDGED
+
+
+def test_the_scale_of_rewards_reaches_as_far_as_they_do_and_is_never_narrower_than_0_to_1():
+    for total, scale in (
+        ([0.2, 0.8], (0.0, 1.0)),
+        ([0.4, 0.4], (0.0, 1.0)),
+        ([-0.3, 0.5], (-0.5, 1.0)),
+        ([-0.5, 3.0], (-0.5, 3.0)),
+        ([0.1, 2.2], (0.0, 2.5)),
+        ([np.nan, np.inf, 1.4], (0.0, 1.5)),
+        ([np.nan, np.nan], (0.0, 1.0)),
+        ([np.nextafter(np.float32(1), np.float32(2)), np.nextafter(np.float32(0), np.float32(-1))], (0.0, 1.0)),
+    ):
+        assert draw.reward_scale(np.array([total], np.float32)) == scale, total
+
+
+def test_rewards_beyond_0_and_1_differ_in_colour_and_equal_ones_do_not():
+    sampled = [[[[0.05, 0.05, 0.4, 0.4]], [[0.5, 0.5, 0.95, 0.95]], [[0.1, 0.6, 0.3, 0.9]]]]
+    batch, answer, rewards = rollout([-0.5, 1.2, 3.0], sampled=sampled)
+    picture = draw.draw_rollout(batch, answer, rewards, 0, "detect cat", ["a", "b", "c"])
+    colors = {draw.reward_color(reward, (-0.5, 3.0)) for reward in (-0.5, 1.2, 3.0)}
+    assert len(colors) == 3 and all(count(picture, color) > 100 for color in colors)
+    legend = draw.reward_legend(picture.width, (-0.5, 3.0))
+    np.testing.assert_array_equal(pixels(picture)[-legend.height :], pixels(legend))
+    assert (pixels(legend) != pixels(draw.reward_legend(picture.width))).any(), "it says which rewards its ends are"
+    for others in ([0.0, 3.0, 3.0], [-0.5, 0.0, 0.0]):  # another group of the batch, whose panel is beside this one
+        together = rewards._replace(total=np.array([[1.0, 1.0, 1.0], others], np.float32))
+        picture = draw.draw_rollout(batch, answer, together, 0, "detect cat", ["a", "b", "c"])
+        scale = draw.reward_scale(together.total)
+        seen = set(map(tuple, pixels(picture)[: picture.width // 2].reshape(-1, 3).tolist()))
+        assert seen == {(128, 128, 128), draw.GOLD, draw.HALO, draw.reward_color(1.0, scale)}
+
+
+@pytest.mark.parametrize(("asks", "gold", "said"), [
+    (BOXES, None, ["gold  <loc0205><loc0205><loc0818><loc0818>"]),
+    (POINTS, None, ["gold  <loc0512><loc0512>"]),
+    (TEXT, None, []),
+    (TEXT, "<think>I see 8 cows.</think> <answer>8</answer>", ["gold  <think>I see 8 cows.</think> <answer>8</answer>"]),
+    (BOXES, "<loc0205><loc0205><loc0818><loc0818> cat ; <loc0001><loc0001><loc0002><loc0002> dog",
+     ["gold  <loc0205><loc0205><loc0818><loc0818> cat ; <loc0001><loc0001><loc0002><loc0002> dog"]),
+    (BOXES, "", ["gold  nothing"]),
+])  # fmt: skip
+def test_the_caption_says_gold_as_it_is_written(monkeypatch, asks, gold, said):
+    seen = []
+    monkeypatch.setattr(draw, "_with_caption", lambda picture, paragraphs, width: seen.extend(paragraphs) or picture)
+    draw.draw_rollout(*rollout([0.0, 1.0], asks=asks), 0, "the prompt", ["a", "b"], gold=gold)
+    assert seen == ["the prompt", *said, "mean 0.50  of 2 completions, 2 different", "best 1.00  b", "worst 0.00  a"]
 
 
 def test_rollout_shows_gold_and_each_sample_in_the_colour_of_its_reward():
@@ -155,6 +218,27 @@ def test_rollout_shows_gold_and_each_sample_in_the_colour_of_its_reward():
     seen = picture.crop((0, 0, picture.width, picture.width // 2))
     for color in (draw.GOLD, draw.VIRIDIS[0], draw.VIRIDIS[-1], draw.UNJUDGED):
         assert count(seen, color) > 100, color
+
+
+@pytest.mark.parametrize("floats", [False, True])
+def test_rollout_shows_the_image_that_the_pipeline_gave(floats):
+    """Wherever nothing is drawn on it, pixel by pixel: as bytes, which is what batches carry, and in [-1, 1]."""
+    side, scale = 32, 12
+    source, data = Source(uri=f"synthetic:train?side={side}", boxes="box"), Data(prompt_length=8, suffix_length=8)
+    batches = training_batches({"a": source}, data, tokenizer.load(), image_size=side, batch_size=1, seed=0, bad=BadRecords())
+    boxes, answer, rewards = rollout([0.0, 1.0])
+    low, high = round(0.2 * side * scale) - 8, round(0.8 * side * scale) + 8  # of all that is drawn, with its lines
+    for _ in range(4):
+        batch = next(batches)
+        image = batch.image[0]
+        assert image.dtype == np.uint8
+        batch = batch._replace(gold=boxes.gold, image=batch.image.astype(np.float32) / 127.5 - 1 if floats else batch.image)
+        drawn = pixels(draw.draw_rollout(batch, answer, rewards, 0, "detect it", ["a", "b"], scale_to=side * scale))
+        shown, given = drawn[: side * scale], image.repeat(scale, 0).repeat(scale, 1)
+        bare = np.ones(shown.shape[:2], bool)
+        bare[low:high, low:high] = False
+        assert len(np.unique(given[bare])) > 1
+        np.testing.assert_array_equal(shown[bare], given[bare])
 
 
 def test_rollout_of_points_draws_crosses():

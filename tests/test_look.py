@@ -88,6 +88,12 @@ def test_a_source_that_several_sections_share_is_opened_once():
     ]  # fmt: skip
 
 
+def test_a_source_that_is_not_there_is_told_by_its_setting(tmp_path):
+    lost = config.Source(uri=f"jsonl:{tmp_path}/none.jsonl", boxes="box")
+    with pytest.raises(UserError, match=r"^config\.grpo\.sources\.toy\.uri \(jsonl:.*none.jsonl\): No such file"):
+        look.open_sources(config.Config(grpo=config.Grpo(sources={"toy": lost}), eval=config.Eval(sources={"toy": lost})))
+
+
 def test_look_writes_one_whole_page_of_real_sources(tmp_path):
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(tmp_path / "a.png")

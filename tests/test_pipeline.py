@@ -265,8 +265,8 @@ def test_examples_by_index_raise_what_is_wrong_with_a_record(tmp_path):
 
 
 def test_source_that_cannot_be_opened_is_refused_at_once(tmp_path, tokens):
-    with pytest.raises(UserError, match="none.jsonl"):
-        train({"a": Source(uri=f"jsonl:{tmp_path}/none.jsonl", boxes="box")}, tokens)
+    with pytest.raises(UserError, match=r"^config\.grpo\.sources\.a\.uri \(jsonl:.*none\.jsonl\): No such file"):
+        train({"grpo/a": Source(uri=f"jsonl:{tmp_path}/none.jsonl", boxes="box")}, tokens)
     good = make_source(tmp_path, "a", 3)
     with pytest.raises(UserError, match="box_format"):
         train({"a": Source(uri=good.uri, boxes="box", box_format="xyyx_px")}, tokens)

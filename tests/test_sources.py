@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pg_ground.data import tables
 from pg_ground.data.records import BadRecord, load_image
 from pg_ground.data.sources import open_records
 from pg_ground.types import UserError
@@ -72,6 +73,31 @@ def test_records_that_cannot_be_opened_are_refused_by_name(tmp_path):
     ):
         with pytest.raises(UserError, match=found):
             open_records(uri)
+
+
+@pytest.mark.parametrize(("uri", "reason"), [
+    ("jsonl:./none.jsonl", "No such file or directory"),
+    ("json:none.json#a", "No such file or directory"),
+    ("jsonll:x", "no scheme 'jsonll'; did you mean jsonl?"),
+    ("synthetic:trian", "synthetic:trian does not exist: did you mean train?"),
+])  # fmt: skip
+def test_an_entry_that_cannot_be_opened_is_told_by_the_setting_to_change(uri, reason):
+    for entry, setting in (("grpo/photos", "config.grpo.sources.photos.uri"), ("photos", "sources.photos.uri")):
+        with pytest.raises(UserError) as refused:
+            open_records(uri, entry)
+        assert str(refused.value).startswith(f"{setting} ({uri}): {reason}")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize("held", [True, False])
+def test_a_json_list_is_not_read_as_lines(tmp_path, monkeypatch, indent, held):
+    path = tmp_path / "list.json"
+    path.write_text(json.dumps([{"n": 0}, {"n": 1}], indent=indent) + "\n")
+    if not held:
+        monkeypatch.setattr(tables, "HELD_BYTES", 0)
+    with pytest.raises(UserError, match=f"a JSON list does: use json:{path}$"):
+        open_records(f"jsonl:{path}")
+    assert len(open_records(f"json:{path}")) == 2
 
 
 def test_synthetic_scenes_open_by_uri():

@@ -110,7 +110,7 @@ ERRORS = {
     "a file that does not run": (["--config=README.md"], r"README\.md does not run: SyntaxError"),
     "an unknown algorithm": (["--config=configs/tiny.py", "--config.grpo.algorithm=grop"], r"did you mean grpo\?"),
     "an unknown reward": (["--config=configs/tiny.py", "--config.grpo.rewards.iuo=1"], r"did you mean iou\?"),
-    "a missing source": (["--config=configs/photos.py"], r"photos\.jsonl"),
+    "a missing source": (["--config=configs/photos.py"], r"config\.grpo\.sources\.photos\.uri \(jsonl:photos\.jsonl\)"),
     "a missing checkpoint": (["--config=configs/tiny.py", "--config.init=none.npz"], r"none\.npz: no such file"),
 }
 

@@ -208,7 +208,7 @@ def open_examples(source_name: str, source: Source, data: Data, image_size: int,
       UserError: the source cannot be opened or its entry names a format that does not exist.
     """
     check_formats(source, source_name)
-    return Examples(source_name, source, open_records(source.uri), data, image_size, seed)
+    return Examples(source_name, source, open_records(source.uri, source_name), data, image_size, seed)
 
 
 class Bad(NamedTuple):

@@ -17,16 +17,26 @@ from pg_ground.data.tfds import open_tfds
 from pg_ground.types import UserError
 
 
-def open_records(uri: str) -> Records:
+def open_records(uri: str, entry: str = "") -> Records:
     """Returns the records that `uri` names.
+
+    Args:
+      entry: where the config has it, as `grpo/photos`, or the name alone: errors say which setting it is.
 
     Raises:
       UserError: the scheme is unknown, the file is missing or holds no records.
     """
     scheme, separator, rest = uri.partition(":")
-    if not separator or scheme not in SCHEMES:
-        raise UserError(f"source uri {uri!r}: no scheme {scheme!r}; {nearest(scheme, SCHEMES)} (as in jsonl:PATH)")
-    return SCHEMES[scheme](rest)
+    try:
+        if not separator or scheme not in SCHEMES:
+            raise UserError(f"source {uri}: no scheme {scheme!r}; {nearest(scheme, SCHEMES)} (as in jsonl:PATH)")
+        return SCHEMES[scheme](rest)
+    except UserError as e:
+        if not entry:
+            raise
+        section, slash, name = entry.rpartition("/")
+        setting = f"config.{section}.sources.{name}.uri" if slash else f"sources.{name}.uri"
+        raise UserError(f"{setting} ({uri}): {str(e).removeprefix(f'source {uri}: ')}") from e
 
 
 def _open_synthetic(rest: str) -> Records:

@@ -42,17 +42,19 @@ ASKS = ("image", "category", "list")
 class JsonLines:
     """The lines of a file, each one JSON object; blank lines do not count. A long file is read again for each of them."""
 
-    def __init__(self, path: FilePath):
+    def __init__(self, path: FilePath, uri: str):
         try:
             with path.open("rb") as file:
                 self._spans = _line_spans(file)
                 file.seek(0)
                 self._held = file.read() if self._spans and sum(self._spans[-1]) <= HELD_BYTES else b""
         except CANNOT_OPEN as e:
-            raise _unopened(f"jsonl:{path}", e) from e
+            raise _unopened(uri, e) from e
         if not self._spans:
-            raise UserError(f"source jsonl:{path}: the file has no lines; each record is one JSON object on a line")
+            raise UserError(f"source {uri}: the file has no lines; each record is one JSON object on a line")
         self._path = path
+        if self._line(0).lstrip().startswith(b"[") and self._line(-1).rstrip().endswith(b"]"):
+            raise UserError(f"source {uri}: the file begins with [ and ends with ], as a JSON list does: use json:{path}")
 
     @property
     def root(self) -> Any:
@@ -62,17 +64,19 @@ class JsonLines:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        start, length = self._spans[index]
-        line = self._held[start : start + length] or self._read(start, length)
+        start, _ = self._spans[index]
         try:
-            record = json.loads(line)
+            record = json.loads(self._line(index))
         except (ValueError, RecursionError) as e:
             raise BadRecord("bad_json", f"byte {start} of {self._path.name}: {e}") from e
         if not isinstance(record, dict):
             raise BadRecord("bad_json", f"byte {start} of {self._path.name}: {record!r:.60} is not a JSON object")
         return record
 
-    def _read(self, start: int, length: int) -> bytes:
+    def _line(self, index: int) -> bytes:
+        start, length = self._spans[index]
+        if self._held:
+            return self._held[start : start + length]
         with self._path.open("rb") as file:
             file.seek(start)
             return file.read(length)
@@ -175,7 +179,7 @@ def open_json_lines(rest: str) -> Records:
     Raises:
       UserError: there is no such file, or it has no lines.
     """
-    return JsonLines(path_of(rest))
+    return JsonLines(path_of(rest), f"jsonl:{rest}")
 
 
 def open_json(rest: str) -> Records:
