@@ -6,7 +6,7 @@ from typing import Any
 from jax.extend import core
 
 
-def count(jaxpr: core.Jaxpr, turns: int) -> float:
+def count(jaxpr: core.Jaxpr, turns: int) -> int:
     """Returns two operations for each multiplication of a program's matrix products, over all devices, recomputation included.
 
     Args:
@@ -15,16 +15,16 @@ def count(jaxpr: core.Jaxpr, turns: int) -> float:
     return sum(_of(equation, turns) for equation in jaxpr.eqns)
 
 
-def _of(equation: Any, turns: int) -> float:
+def _of(equation: Any, turns: int) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         left = equation.invars[0].aval.shape
-        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
+        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
         out_features = kernel[params["dimension_numbers"].rhs_spec[0]]
-        return 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) / out_features
+        return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // out_features
     if name == "while":
         return turns * count(params["body_jaxpr"].jaxpr, turns)
     if name == "cond":  # of a platform's variants one is compiled

@@ -35,9 +35,9 @@ class Instruction(NamedTuple):
 class Moved(NamedTuple):
     """Bytes that one device moves in one run of a program."""
 
-    hbm_bytes: float
+    hbm_bytes: int
     """Read and written, tiling padding not counted."""
-    collectives: dict[str, tuple[int, float]]
+    collectives: dict[str, tuple[int, int]]
     """By kind: how many, and the bytes that they bring to or take from a device."""
 
 
@@ -46,9 +46,9 @@ def read(text: str, turns: int) -> Moved:
     program = dict(_computations(text))
     entry = next(name for name in program if name.startswith("ENTRY "))
     counts: dict[str, int] = {}
-    sizes: dict[str, float] = {}
+    sizes: dict[str, int] = {}
     seen: set[str] = set()
-    hbm = 0.0
+    hbm = 0
     for computation, times, fused in _walk(program, entry, 1, False, turns):
         shapes = {i.name: i.shape for i in program[computation]}
         for i in program[computation]:
@@ -59,7 +59,7 @@ def read(text: str, turns: int) -> Moved:
                 scattered = kind == "all-reduce" and "all-reduce-scatter" in computation
                 kind = "reduce-scatter" if scattered else kind
                 counts[kind] = counts.get(kind, 0) + times
-                sizes[kind] = sizes.get(kind, 0.0) + times * _brought(kind, i, shapes)
+                sizes[kind] = sizes.get(kind, 0) + times * _brought(kind, i, shapes)
             if not fused and i.operation not in FREE:
                 hbm += times * _traffic(i, shapes, program)
     return Moved(hbm, {kind: (counts[kind], sizes[kind]) for kind in COLLECTIVES if kind in counts})
@@ -70,11 +70,11 @@ def _collective(operation: str) -> str | None:
     return kind if kind in COLLECTIVES else None
 
 
-def _brought(kind: str, i: Instruction, shapes: Mapping[str, str]) -> float:
+def _brought(kind: str, i: Instruction, shapes: Mapping[str, str]) -> int:
     """Returns a collective's bytes: of its result where that is whole, else of its operands; an all-reduce counts twice."""
     given = sum(size(shapes.get(name, "")) for name in i.operands)
     made = size(i.shape) - (given if i.operation.endswith("-start") else 0)
-    return {"all-gather": made, "all-reduce": 2.0 * given}.get(kind, given)
+    return {"all-gather": made, "all-reduce": 2 * given}.get(kind, given)
 
 
 def size(shape: str, only_hbm: bool = False) -> int:
@@ -86,7 +86,7 @@ def size(shape: str, only_hbm: bool = False) -> int:
     return total
 
 
-def _traffic(i: Instruction, shapes: Mapping[str, str], program: Mapping[str, list[Instruction]]) -> float:
+def _traffic(i: Instruction, shapes: Mapping[str, str], program: Mapping[str, list[Instruction]]) -> int:
     if i.operation == "dynamic-slice":
         return 2 * size(i.shape, True)
     if i.operation == "dynamic-update-slice":
@@ -97,7 +97,7 @@ def _traffic(i: Instruction, shapes: Mapping[str, str], program: Mapping[str, li
         return size(i.shape, True) + sum(size(shapes.get(name, ""), True) for name in i.operands)
     inner = program.get(_called(i.attributes, "calls"), [])
     names = _parameters(inner)
-    read_bytes = 0.0
+    read_bytes = 0
     for place, operand in enumerate(i.operands):
         read_bytes += _read_of(names.get(place, ""), inner, size(shapes.get(operand, ""), True), program)
     updates = [k for k in inner if k.operation == "dynamic-update-slice"]
@@ -111,9 +111,9 @@ def _parameters(computation: list[Instruction]) -> dict[int, str]:
     return {int(i.attributes.partition(")")[0] or 0): i.name for i in computation if i.operation == "parameter"}
 
 
-def _read_of(name: str, inner: list[Instruction], whole: float, program: Mapping[str, list[Instruction]]) -> float:
+def _read_of(name: str, inner: list[Instruction], whole: int, program: Mapping[str, list[Instruction]]) -> int:
     """Returns the bytes that a fusion reads of its parameter `name`, `whole` bytes; only slices, if nothing else is taken."""
-    total = 0.0
+    total = 0
     for k in inner:
         for place in [place for place, operand in enumerate(k.operands) if operand == name]:
             if k.operation in ("dynamic-slice", "slice", "gather"):

@@ -7,12 +7,14 @@ count by hand agrees with it, and says what the ratio is at PaliGemma's real siz
 """
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import pytest
 
+from pg_ground import flops
 from pg_ground.config import Model, Text, Vision
 from pg_ground.model import PaliGemma
 
@@ -41,11 +43,10 @@ SHARED = Sizes(B, G, 256 + L, T)
 REPEATED = Sizes(B * G, 1, 256 + L, T)
 
 
-def flops_by_xla(sizes: Sizes, model: Model = SMALL) -> float:
-    """Returns the floating-point operations of the compiled `completion_logps`."""
-    policy = PaliGemma(model)
+def arguments(policy: PaliGemma, sizes: Sizes) -> tuple[Any, ...]:
+    """Returns shapes of what `completion_logps` takes."""
     params = jax.eval_shape(policy.init, jax.random.key(0))
-    side, length = model.image_size, sizes.prefix - 256
+    side, length = policy.config.image_size, sizes.prefix - 256
 
     def of(shape: tuple[int, ...], dtype: type) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -53,7 +54,13 @@ def flops_by_xla(sizes: Sizes, model: Model = SMALL) -> float:
     tokens = (sizes.images, sizes.group_size, sizes.completion)
     prompt = (sizes.images, length)
     args = of((sizes.images, side, side, 3), jnp.float32), of(prompt, jnp.int32), of(prompt, jnp.bool_)
-    program = jax.jit(policy.completion_logps).lower(params, *args, of(tokens, jnp.int32), of(tokens, jnp.bool_))
+    return params, *args, of(tokens, jnp.int32), of(tokens, jnp.bool_)
+
+
+def flops_by_xla(sizes: Sizes, model: Model = SMALL) -> float:
+    """Returns the floating-point operations of the compiled `completion_logps`."""
+    policy = PaliGemma(model)
+    program = jax.jit(policy.completion_logps).lower(*arguments(policy, sizes))
     return program.compile().cost_analysis()["flops"]
 
 
@@ -105,3 +112,48 @@ def test_at_paligemmas_own_size_the_ratio_is_the_same():
     assert flops_by_hand(SHARED, Model()) <= 0.2 * flops_by_hand(REPEATED, Model())
     small = flops_by_hand(SHARED, SMALL) / flops_by_hand(REPEATED, SMALL)
     assert abs(flops_by_hand(SHARED, Model()) / flops_by_hand(REPEATED, Model()) - small) < 0.02
+
+
+def jaxpr_of(function, *args) -> jax.extend.core.Jaxpr:
+    return jax.make_jaxpr(function)(*args).jaxpr
+
+
+@pytest.mark.parametrize("sizes", [SHARED, REPEATED], ids=["shared", "repeated"])
+def test_a_jaxpr_has_the_operations_counted_by_hand(sizes):
+    """Loops over layers and over blocks of the vocabulary turn here, and each turn counts."""
+    model = replace(SMALL, scan_unroll=1, logits_block=2)
+    policy = PaliGemma(model)
+    found = flops.count(jaxpr_of(policy.completion_logps, *arguments(policy, sizes)), turns=1)
+    assert found == flops_by_hand(sizes, model)
+
+
+def test_a_gradient_costs_two_more_passes_and_recomputation_a_third():
+    """The vocabulary is always recomputed; with remat so are the layers."""
+    counts = {}
+    for remat in ("none", "nothing_saveable"):
+        policy = PaliGemma(replace(SMALL, remat=remat, scan_unroll=1))
+        params, *rest = arguments(policy, SHARED)
+
+        def loss(params, *rest, policy=policy):
+            return policy.completion_logps(params, *rest)[0].sum()
+
+        counts[remat] = flops.count(jaxpr_of(jax.grad(loss), params, *rest), turns=1)
+    once = flops_by_hand(SHARED, SMALL)
+    vocabulary = 2.0 * B * G * T * SMALL.text.vocab_size * SMALL.text.width
+    patches = 2.0 * 256 * SMALL.vision.patch_size**2 * 3 * SMALL.vision.width  # no gradient is asked of pixels
+    assert counts["none"] == pytest.approx(3 * once + vocabulary - patches)
+    assert counts["none"] < counts["nothing_saveable"] < counts["none"] + once
+
+
+def test_a_loop_with_a_condition_turns_as_often_as_is_said():
+    def decode(x):
+        return jax.lax.while_loop(lambda s: s[0] < x.sum(), lambda s: (s[0] + 1, s[1] @ s[1]), (0.0, x))
+
+    assert flops.count(jaxpr_of(decode, jnp.ones((4, 4))), turns=7) == 7 * 2 * 4**3
+
+
+def test_of_a_platforms_variants_one_is_counted():
+    def choose(x):
+        return jax.lax.platform_dependent(x, tpu=lambda x: x @ x, default=lambda x: x @ x)
+
+    assert flops.count(jaxpr_of(choose, jnp.ones((4, 4))), turns=1) == 2 * 4**3
