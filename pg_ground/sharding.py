@@ -119,7 +119,11 @@ def places(mesh: AnyMesh) -> Places:
     def held(*spec: Any) -> Callable[[Array], jax.Array]:
         return lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
-    return Places(rows=held(ROWS), columns=held("model", "data"), vocabulary=held(("data", "model")))
+    def lookup(table: Array, tokens: Array) -> jax.Array:
+        found = held("model", "data")(table)[tokens]
+        return held("replica", *(None,) * (found.ndim - 2), "data")(found)
+
+    return Places(rows=held(ROWS), lookup=lookup, vocabulary=held(("data", "model")))
 
 
 def check_rows(mesh: AnyMesh, rows: int, setting: str) -> None:

@@ -104,13 +104,18 @@ def same(x: Array) -> Array:
     return x
 
 
+def take(table: Array, tokens: Array) -> Array:
+    """Returns the rows of a table."""
+    return table[tokens]
+
+
 class Places(NamedTuple):
-    """Where a model's arrays lie: functions that return their argument, held to a place."""
+    """Where a model's arrays lie: functions that return what they are given, held to a place."""
 
     rows: Callable[[Array], Array] = same
     """For activations, `[B, …]`: B stays split over devices, and weights come to it."""
-    columns: Callable[[Array], Array] = same
-    """For the table that tokens are looked up in, `[V, D]`: D is split, so that rows and gradients stay in their columns."""
+    lookup: Callable[[Array, Array], Array] = take
+    """(table `[V, D]`, tokens) to rows of it: D stays split as it is in the table, for gradients too, until rows are whole."""
     vocabulary: Callable[[Array], Array] = same
     """For the table that makes logits, `[V, D]`: V is split, so that its rows are not gathered."""
 

@@ -49,7 +49,7 @@ class Embedder(nn.Module):
         return table
 
     def encode(self, tokens: Int[Array, "..."], dtype: jnp.dtype) -> Float[Array, "... D"]:
-        found = self.places.rows(self.places.columns(self.table)[tokens])
+        found = self.places.rows(self.places.lookup(self.table, tokens))
         return found.astype(dtype) * jnp.asarray(self.table.shape[1] ** 0.5, dtype)
 
 
