@@ -30,14 +30,34 @@ class Recipe(NamedTuple):
     micro_batches: int = 1
     replica: int = 1
     """Groups of chips that each hold all parameters."""
-    logits_block: int = 4
+    logits_block: int = 2
 
+
+V5E_8, V5P_8 = "v5e:2x4", "v5p:2x2x1"
+"""Eight chips of v5e; four of v5p, which are sold as v5p-8 by their cores."""
 
 RECIPES: dict[str, Recipe] = {
-    "pg1_3b_224_v5e_8": Recipe("pg1_3b_224", "v5e:2x4", 128),
-    "pg1_3b_448_v5e_8": Recipe("pg1_3b_448", "v5e:2x4", 64),
-    "pg2_3b_224_v5e_8": Recipe("pg2_3b_224", "v5e:2x4", 128),
-    "pg2_3b_448_v5e_8": Recipe("pg2_3b_448", "v5e:2x4", 64),
+    "pg1_3b_224_v5e_8": Recipe("pg1_3b_224", V5E_8, 128),
+    "pg1_3b_224_v5p_8": Recipe("pg1_3b_224", V5P_8, 256),
+    "pg1_3b_448_v5e_8": Recipe("pg1_3b_448", V5E_8, 64),
+    "pg1_3b_448_v5p_8": Recipe("pg1_3b_448", V5P_8, 128),
+    "pg2_3b_224_v5e_8": Recipe("pg2_3b_224", V5E_8, 128),
+    "pg2_3b_224_v5p_8": Recipe("pg2_3b_224", V5P_8, 256),
+    "pg2_3b_448_v5e_8": Recipe("pg2_3b_448", V5E_8, 64),
+    "pg2_3b_448_v5p_8": Recipe("pg2_3b_448", V5P_8, 128),
+    "pg1_3b_224_lora_v5e_1": Recipe("pg1_3b_224", "v5e:1x1", 8, lora=True),
+    "pg1_3b_224_lora_v5e_8": Recipe("pg1_3b_224", V5E_8, 256, lora=True),
+    "pg1_3b_224_lora_v5p_8": Recipe("pg1_3b_224", V5P_8, 256, lora=True),
+    "pg1_3b_448_lora_v5e_8": Recipe("pg1_3b_448", V5E_8, 128, lora=True),
+    "pg1_3b_448_lora_v5p_8": Recipe("pg1_3b_448", V5P_8, 128, lora=True),
+    "pg2_3b_224_lora_v5e_8": Recipe("pg2_3b_224", V5E_8, 256, lora=True),
+    "pg2_3b_224_lora_v5p_8": Recipe("pg2_3b_224", V5P_8, 256, lora=True),
+    "pg2_3b_448_lora_v5e_8": Recipe("pg2_3b_448", V5E_8, 128, lora=True),
+    "pg2_3b_448_lora_v5p_8": Recipe("pg2_3b_448", V5P_8, 128, lora=True),
+    "pg2_10b_224_v5e_64": Recipe("pg2_10b_224", "v5e:8x8", 256),
+    "pg2_10b_224_v5p_16": Recipe("pg2_10b_224", "v5p:2x2x2", 128),
+    "pg2_28b_224_v5p_16": Recipe("pg2_28b_224", "v5p:2x2x2", 64),
+    "pg1_3b_224_v5e_256": Recipe("pg1_3b_224", "v5e:16x16", 1024, replica=4),
 }
 
 

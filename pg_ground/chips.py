@@ -22,7 +22,7 @@ class Chip(NamedTuple):
     """Bytes a second that collectives over a whole slice can bring to a chip."""
 
 
-GIB, GB, TERA = 2**30, 1e9, 1e12
+GIB, GB, TERA = 2.0**30, 1e9, 1e12
 
 CHIPS: dict[str, Chip] = {
     "v4": Chip(31.25 * GIB, 275 * TERA, 1228 * GB, 270 * GB),

@@ -194,10 +194,10 @@ def main(argv: Sequence[str]) -> None:
         ahead.compile_program(parsed, own["topology"], own["child"], Path(own["out"]))
         return
     chip = CHIPS[version]
-    names = [name for name in own["programs"].split(",") if name] or programs_of(parsed)
-    unknown = [name for name in names if name not in programs_of(parsed)]
+    names = [name for name in own["programs"].split(",") if name] or programs.names(parsed)
+    unknown = [name for name in names if name not in programs.names(parsed)]
     if unknown:
-        raise UserError(f"--programs={own['programs']}: {config.nearest(unknown[0], programs_of(parsed))}")
+        raise UserError(f"--programs={own['programs']}: {config.nearest(unknown[0], programs.names(parsed))}")
     plain = [argument for argument in argv if not re.match(r"--(json|programs|full|search|out)\b", argument)]
     if own["search"]:
         print(found_by_search(parsed, plain, version))
@@ -220,19 +220,11 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(3)
 
 
-def programs_of(c: Config) -> list[str]:
-    """Returns the names of the programs of a run that are worth compiling."""
-    found = ["sft"] if "sft" in c.stages else []
-    if "grpo" in c.stages:
-        found += ["rollout", *["reference"] * programs.looks_at_reference(c.grpo), "update"]
-    return found + ["evaluation"] * bool(c.eval.sources)
-
-
 def found_by_search(c: Config, argv: list[str], version: str) -> str:
     """Returns in words the largest batch whose programs fit."""
     limit = CHIPS[version].hbm_bytes
     stage = "grpo" if "grpo" in c.stages else "sft"
-    names = [name for name in programs_of(c) if name in ("rollout", "update", "sft", "reference")]
+    names = [name for name in programs.names(c) if name in ("rollout", "update", "sft", "reference")]
     section = c.grpo if stage == "grpo" else c.sft
     tried: list[str] = []
 

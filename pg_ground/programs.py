@@ -41,6 +41,14 @@ def compiled(program: Program, config: Config, mesh: Mesh) -> Any:
     return jax.jit(program.function, donate_argnums=program.donated, compiler_options=options, **places)
 
 
+def names(c: Config) -> list[str]:
+    """Returns the names of the programs of a run that are worth compiling."""
+    found = ["sft"] if "sft" in c.stages else []
+    if "grpo" in c.stages:
+        found += ["rollout", *["reference"] * looks_at_reference(c.grpo), "update"]
+    return found + ["evaluation"] * bool(c.eval.sources)
+
+
 def layout(config: Config, model: PaliGemma, mesh: AnyMesh) -> tuple[weights.Like, weights.Like]:
     """Returns name, shape, dtype and place of the parameters that are trained, and of those that are frozen.
 

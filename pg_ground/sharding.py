@@ -214,7 +214,7 @@ def held(tree: Any) -> float:
     def own(leaf: Any) -> float:
         return float(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
 
-    return sum(map(own, jax.tree.leaves(tree)))
+    return sum(map(own, jax.tree.leaves(tree)), 0.0)
 
 
 def hbm_bytes(mesh: Mesh) -> float | None:
