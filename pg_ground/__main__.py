@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-COMMANDS = ("train", "evaluate", "predict", "look", "prefetch", "pack", "convert")
+COMMANDS = ("train", "evaluate", "predict", "look", "prefetch", "pack", "convert", "compile")
 
 
 def main() -> None:
