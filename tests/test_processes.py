@@ -206,6 +206,7 @@ def test_where_process_0_dies_the_other_ends_and_both_go_on_exactly(two, setting
     assert_same_run(two[0], tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on(two, setting, recipe, tmp_path):
     """Killed as two, continued as one that has joined: no record is bad, so nothing differs."""
     killed(setting, recipe, tmp_path / "run", index=1, lines=6)
