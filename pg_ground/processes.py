@@ -54,7 +54,7 @@ def join(where: str) -> str:
     HOST:PORT,INDEX/COUNT. Only before jax is first asked for a device.
 
     Raises:
-      UserError: anything else, no cluster, or not all of the processes came.
+      UserError: anything else, or no cluster. Where not all come in `START_S`, the process ends so, with exit code 2.
     """
     if not where:
         return ""
@@ -69,16 +69,26 @@ def join(where: str) -> str:
             "process_id": int(given["index"]),
             "cluster_detection_method": "deactivate",
         }
+    alone = threading.Timer(START_S, _end_alone, [where])
+    alone.daemon = True
+    alone.start()
     try:
         jax.distributed.initialize(
             **by_hand,
-            initialization_timeout=START_S,
+            initialization_timeout=2 * START_S,  # not reached: what jax does then is to abort, with pages of C++
             heartbeat_timeout_seconds=HEARTBEAT_S,
             shutdown_timeout_seconds=HEARTBEAT_S,
         )
     except (ValueError, RuntimeError) as error:  # jax's words for no cluster, and for nobody there
         raise UserError(f"--distributed={where}: {str(error).splitlines()[0]}") from None
+    finally:
+        alone.cancel()
     return given["host"] if given else ""
+
+
+def _end_alone(where: str) -> None:
+    print(f"error: --distributed={where}: not all of the processes came within {START_S} s", file=sys.stderr, flush=True)
+    os._exit(2)  # the main thread waits in what no exception reaches
 
 
 def is_writer() -> bool:

@@ -9,6 +9,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -236,6 +237,15 @@ def test_no_cluster_to_find_is_one_line(setting, recipe, tmp_path):
         env=setting, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S,
     )  # fmt: skip
     assert done.returncode == 2 and re.search(r"^error: --distributed=auto: ", done.stderr, re.M), done.stderr
+
+
+def test_who_waits_in_vain_for_the_others_says_so(setting):
+    program = f"from pg_ground import processes; processes.START_S = 2; processes.join('127.0.0.1:{port()},1/2')"
+    done = subprocess.run([sys.executable, "-c", program], env=setting, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S)
+    assert done.returncode == 2
+    assert re.search(r"^error: --distributed=127.*,1/2: not all of the processes came within 2 s$", done.stderr, re.M), (
+        done.stderr
+    )
 
 
 # one process
