@@ -1,4 +1,4 @@
-"""A run's checkpoints, by orbax: asynchronous, atomic, sharded as the arrays are.
+"""A run's checkpoints, by orbax: asynchronous, atomic, sharded as the arrays are; all processes of a run write them together.
 
 `DIR/<step>/` has three items: `params`; `rest`, the step within the stage and the optimizer's state; and `record`, which is JSON:
 stage, data iterator, means not yet written.
@@ -31,7 +31,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._manager.close()
+        if error is None or jax.process_count() == 1:  # else another process may be gone, and with it what is waited for
+            self._manager.close()
 
     def latest(self) -> int | None:
         """Returns the step of the newest whole checkpoint, None if there is none."""

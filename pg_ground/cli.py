@@ -1,8 +1,12 @@
-"""Command lines: `--config=FILE`, `--config.a.b=value`, a command's own flags; and errors as one line with exit code 2."""
+"""Command lines: `--config=FILE`, `--config.a.b=value`, a command's own flags; and errors as one line with exit code 2.
+
+A command that may run in several processes has the flag `--distributed`, and exit code 3 where another of them ended.
+"""
 
 import ast
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,6 +15,7 @@ from ml_collections import config_dict
 
 from pg_ground import config
 from pg_ground.config import Config
+from pg_ground.processes import Group, is_loss, loss_line
 from pg_ground.types import UserError
 
 REQUIRED = None
@@ -28,6 +33,31 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
+
+
+DISTRIBUTED = "distributed"
+"""The flag that `run_together` reads: "" for one process, "auto" or HOST:PORT,INDEX/COUNT (see `processes.join`)."""
+
+
+def run_together(main: Callable[[Sequence[str], Group], None]) -> NoReturn:
+    """Runs `main` as `run` does, in each of the processes that `--distributed` tells of; 3 where another of them ended."""
+    argv, group = sys.argv[1:], None
+    try:
+        group = Group(_last(argv, DISTRIBUTED))
+        main(argv, group)
+    except (UserError, OSError) as error:
+        code, said = 2, f"error: {' '.join(str(error).split())}"
+    except BaseException as error:
+        if group is None or not group.joined:
+            raise
+        code, said = (3, loss_line(str(error))) if is_loss(error) else (1, traceback.format_exc().rstrip())
+    else:
+        code, said = 0, ""
+    if said:
+        print(said, file=sys.stderr)
+    if group is None:
+        sys.exit(code)
+    group.leave(code)
 
 
 def parse(argv: Sequence[str], own: Flags) -> tuple[Config, dict[str, Any]]:
@@ -142,6 +172,16 @@ def _pairs(argv: Sequence[str], own: Flags) -> list[tuple[str, str]]:
             value = rest.pop(0)
         found.append((name.lstrip("-"), value))
     return found
+
+
+def _last(argv: Sequence[str], name: str) -> str:
+    """Returns the last value of a flag, before anything else is known of the command line; "" without one."""
+    value = ""
+    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
+        found, equals, own = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and found == name:
+            value = own if equals else following
+    return value
 
 
 def _own(given: Sequence[tuple[str, str]], own: Flags) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import json
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,18 @@ from typing import Any
 import jax
 from PIL import Image
 
-from pg_ground import draw
+from pg_ground import draw, processes
 from pg_ground.checkpoints import Checkpoints
 from pg_ground.config import Config
+from pg_ground.data import pipeline
 from pg_ground.data.pipeline import BadRecords
 from pg_ground.evaluate import results_table
 from pg_ground.metrics import MetricsWriter, progress_line, read_metrics
 from pg_ground.model.weights import run_config
+from pg_ground.processes import leaves
+from pg_ground.report import FILE as REPORT_FILE
 from pg_ground.report import ascii_table, write_report, write_whole
+from pg_ground.rl import judges
 from pg_ground.types import TrainState, UserError
 
 PICTURES_IN_REPORT = 4
@@ -47,13 +52,16 @@ class Stopwatch:
 
 
 class Diary:
-    """The record of one run, in step with its checkpoints: what a resumed run finds is what it would have written."""
+    """The record of one run, in step with its checkpoints: what a resumed run finds is what it would have written.
+
+    Every process keeps one, of the same numbers; only process 0 writes, and has a `writer`.
+    """
 
     def __init__(
         self,
         config: Config,
         workdir: Path,
-        writer: MetricsWriter,
+        writer: MetricsWriter | None,
         checkpoints: Checkpoints,
         measure: Callable[[Any], dict[str, float]],
         bad: BadRecords,
@@ -61,7 +69,7 @@ class Diary:
         self.config, self.workdir, self.writer, self.checkpoints, self.bad = config, workdir, writer, checkpoints, bad
         self._measure = measure
         self.resumed: Mapping[str, Any] = {}
-        """Record of the checkpoint that the run goes on from."""
+        """What this process goes on from, of the checkpoint's record."""
         self._window: dict[str, list[float]] = {}
         self._lengths = {"sft": config.sft.steps, "grpo": config.grpo.steps}
 
@@ -70,17 +78,21 @@ class Diary:
         return sum(self._lengths[name] for name in self.config.stages[: self.config.stages.index(stage)])
 
     def open_with(self, record: Mapping[str, Any]) -> None:
-        """Takes up the means and the bad records that had been gathered when a checkpoint was written."""
-        self.resumed = record
+        """Takes up what had been gathered when a checkpoint was written."""
+        self.resumed = own_part(record["processes"], jax.process_index(), jax.process_count())
         self._window = {name: list(values) for name, values in record["window"].items()}
-        self.bad.set_state(record["bad_records"])
+        self.bad.set_state(self.resumed["bad_records"])
 
     def measure(self, step: int, stage: str, params: Any) -> None:
         """Writes the held-out measures of `params`."""
         metrics = self._measure(params)
         if metrics:
+            self._write(step, stage, metrics)
+
+    def _write(self, step: int, stage: str, metrics: Mapping[str, float], shown: Mapping[str, float] | None = None) -> None:
+        if self.writer is not None:
             self.writer.write(step, stage, metrics)
-            print(progress_line(step, self.total, stage, metrics), flush=True)
+        processes.say(progress_line(step, self.total, stage, metrics if shown is None else shown))
 
     @property
     def total(self) -> int:
@@ -102,29 +114,29 @@ class Diary:
             self._window.setdefault(name, []).append(float(value))
         if done % c.log.every == 0 or last:
             means = {name: mean_of_finite(values) for name, values in self._window.items()}
-            counts = {f"data/bad_records/{kind}": float(count) for kind, count in self.bad.counts().items()}
-            self.writer.write(step, stage, means | counts)
-            print(progress_line(step, self.total, stage, means), flush=True)
+            kinds = Counter(entry["kind"] for entry in self._bad_records())
+            counts = {f"data/bad_records/{kind}": float(count) for kind, count in kinds.items()}
+            self._write(step, stage, means | counts, shown=means)
             self._window = {}
         if (c.eval.every and done % c.eval.every == 0) or last:
             self.measure(step, stage, state.params)
         if pictures is not None and ((c.log.samples_every and done % c.log.samples_every == 0) or last):
-            folder = self.workdir / "samples"
-            write_whole(folder / f"{stage}_{step:08d}.png", draw.png_bytes(pictures()))
+            drawn = pictures()
+            if processes.is_writer():
+                write_whole(self.workdir / "samples" / f"{stage}_{step:08d}.png", draw.png_bytes(drawn))
         if done % c.checkpoint.every == 0 or last:
             self._write_bad_records()
-            record = {
-                "stage": stage,
-                "batches": batches.get_state(),
-                "window": self._window,
-                "bad_records": self.bad.get_state(),
-                **(also or {}),
-            }
-            self.checkpoints.save(step, state, record)
+            mine = {"batches": batches.get_state(), "bad_records": self.bad.get_state(), **(also or {})}
+            self.checkpoints.save(step, state, {"stage": stage, "window": self._window, "processes": processes.gather(mine)})
 
     def close(self) -> Path:
-        """Returns the path of the report, having printed the table of results."""
+        """Returns the path of the report. Process 0 has written it, and printed the table of results."""
         self._write_bad_records()
+        report = self._write_report() if processes.is_writer() else self.workdir / REPORT_FILE
+        processes.barrier("report")
+        return report
+
+    def _write_report(self) -> Path:
         metrics = read_metrics(self.workdir)
         columns: dict[str, dict[str, float]] = {}
         ends = {0: "start"} | {self.offset(stage) + self._lengths[stage]: f"after {stage}" for stage in self.config.stages}
@@ -146,10 +158,32 @@ class Diary:
             print(ascii_table(table))
         return report
 
+    def _bad_records(self) -> list[dict[str, Any]]:
+        """Returns those that any process has come across, each once."""
+        found = {(entry["source"], entry["index"]): entry for part in processes.gather(self.bad.entries()) for entry in part}
+        return [found[place] for place in sorted(found)]
+
     def _write_bad_records(self) -> None:
-        entries = self.bad.entries()
-        if entries:
+        entries = self._bad_records()
+        if entries and processes.is_writer():
             write_whole(self.workdir / "bad_records.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def own_part(parts: Sequence[Mapping[str, Any]], index: int, count: int) -> Mapping[str, Any]:
+    """Returns what process `index` of `count` goes on from, of what as many or other processes left behind.
+
+    Others share the place in the data that is furthest; what had been counted goes to process 0.
+    """
+    if len(parts) == count:
+        return parts[index]
+    counted = parts if index == 0 else []
+    found: dict[str, Any] = {
+        "batches": pipeline.furthest([part["batches"] for part in parts]),
+        "bad_records": pipeline.merged([part["bad_records"] for part in counted]),
+    }
+    if "judges" in parts[0]:
+        found["judges"] = judges.merged([part["judges"] for part in counted])
+    return found
 
 
 def mean_of_finite(values: Sequence[float]) -> float:
@@ -158,19 +192,20 @@ def mean_of_finite(values: Sequence[float]) -> float:
     return statistics.fmean(finite) if finite else math.nan
 
 
-MAY_DIFFER = ("log.", "checkpoint.")
-"""Settings that a resumed run may change: they do not touch what is computed."""
+MAY_DIFFER = ("log.", "checkpoint.", "mesh.")
+"""Settings that a resumed run may change: they do not touch what is computed, or, on another mesh, only the order of its sums."""
 
 
 def claim(workdir: Path, config: Config) -> None:
     """Writes `config.json`, or checks that the run already there is this one.
 
     Raises:
-      UserError: the directory holds a checkpoint of a run with other settings (but for `MAY_DIFFER`).
+      UserError: the directory holds a checkpoint of a run with other settings (but for `MAY_DIFFER`), or not all processes see
+        the same there.
     """
-    mine = _leaves(dataclasses.asdict(config))
+    mine = leaves(dataclasses.asdict(config))
     if any((workdir / "checkpoints").glob("[0-9]*")):
-        theirs = _leaves(dataclasses.asdict(run_config(workdir)))
+        theirs = leaves(dataclasses.asdict(run_config(workdir)))
         differing = [
             f"config.{name} is {mine.get(name, 'absent')!r}, was {theirs.get(name, 'absent')!r}"
             for name in sorted(mine.keys() | theirs.keys())
@@ -178,12 +213,14 @@ def claim(workdir: Path, config: Config) -> None:
         ]
         if differing:
             raise UserError(f"{workdir} holds a run with other settings ({'; '.join(differing[:3])}): choose another --workdir")
-    write_whole(workdir / "config.json", json.dumps(dataclasses.asdict(config), indent=1) + "\n")
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the values of nested dicts by dotted name."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        found |= _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
+    file = workdir / "config.json"
+    processes.barrier("claim")  # all have looked before anything changes
+    if processes.is_writer():
+        write_whole(file, json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+    processes.barrier("claimed")
+    seen = processes.gather(file.is_file())
+    if not all(seen):
+        raise UserError(
+            f"process {seen.index(False)} does not find {file}, which process 0 has written: --workdir must be on a file system "
+            f"that all processes share"
+        )

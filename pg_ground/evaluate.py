@@ -1,8 +1,9 @@
 """A policy, measured on held-out sources with greedy and with sampled answers.
 
-python -m pg_ground.evaluate --config=configs/quickstart.py (--workdir=D | --params=P) [--out=D]
+python -m pg_ground.evaluate --config=configs/quickstart.py (--workdir=D | --params=P) [--out=D] [--distributed=auto]
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float, PRNGKeyArray
 
-from pg_ground import boxes, cli, sharding
+from pg_ground import boxes, cli, processes, sharding
 from pg_ground.config import Config
 from pg_ground.data import pipeline
 from pg_ground.model import PaliGemma, weights
@@ -26,7 +27,7 @@ from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.types import POINTS, Array, Batch, Rollout, UserError
 from pg_ground.vocab import Vocab
 
-GREEDY, SAMPLED = "greedy", "sampled"
+MODES = GREEDY, SAMPLED = "greedy", "sampled"
 
 
 class Judged(NamedTuple):
@@ -74,6 +75,20 @@ def answerer(model: PaliGemma, vocab: Vocab, max_new_tokens: int) -> Answerer:
     return jax.jit(answer)
 
 
+class Answered(NamedTuple):
+    """One completion on the host; JSON, so that processes can hand it to one another."""
+
+    batch: int
+    mode: int
+    """Position in `MODES`."""
+    row: int
+    index: int
+    prompt: str
+    text: str
+    judged: list[float]
+    """The fields of `Judged`, in order."""
+
+
 class Evaluation(NamedTuple):
     """What a measurement found."""
 
@@ -104,12 +119,16 @@ def evaluate(
     mesh: Mesh,
     bad: pipeline.BadRecords,
 ) -> Evaluation:
-    """Returns the measures of `params` on the `held_out` questions, the same for the same parameters and seed."""
+    """Returns the measures of `params` on the `held_out` questions, the same for the same parameters and seed.
+
+    Each process answers its own rows, and all return the measures and predictions of all rows.
+    """
     metrics: dict[str, float] = {}
     predictions: list[dict[str, Any]] = []
+    mine = sharding.rows_here(mesh, config.eval.batch_size)
     key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
     for position, (name, opened) in enumerate(questions.items()):
-        found: dict[str, list[Judged]] = {GREEDY: [], SAMPLED: []}
+        own: list[Answered] = []
         batches = pipeline.ordered_batches(
             [opened],
             config.data,
@@ -117,31 +136,30 @@ def evaluate(
             batch_size=config.eval.batch_size,
             examples=config.eval.examples,
             bad=bad,
+            rows=mine,
         )
         for number, (batch, counts) in enumerate(batches):
             placed = sharding.put_batch(mesh, batch)
             draw = jax.random.fold_in(jax.random.fold_in(key, position), number)
-            for mode, temperature in ((GREEDY, 0.0), (SAMPLED, config.eval.temperature)):
-                rollout, judged = jax.device_get(answer(params, placed, jnp.float32(temperature), draw))
-                rows = Judged(*(np.asarray(measure)[counts] for measure in judged))
-                found[mode].append(rows)
-                for number_of_row, row in enumerate(np.flatnonzero(counts)):
-                    predictions.append(
-                        {
-                            "source": name,
-                            "index": int(batch.index[row]),
-                            "mode": mode,
-                            "prompt": tokenizer.decode(batch.prompt[row][batch.prompt_mask[row]].tolist()).strip(),
-                            "text": tokenizer.decode(rollout.tokens[row, 0].tolist()),
-                            **_numbers(rows, number_of_row),
-                        }
-                    )
-        for mode, parts in found.items():
-            if parts:
-                columns = Judged(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-                prefix = f"eval/{name}/" if mode == GREEDY else f"eval/{name}/sampled_"
-                metrics |= {prefix + measure: value for measure, value in summary(columns).items()}
-                metrics[f"eval/{name}/questions"] = float(len(columns.malformed))
+            for mode, temperature in enumerate((0.0, config.eval.temperature)):
+                rollout, judged = sharding.take_rows(mesh, answer(params, placed, jnp.float32(temperature), draw))
+                for row in np.flatnonzero(counts):
+                    prompt = tokenizer.decode(batch.prompt[row][batch.prompt_mask[row]].tolist()).strip()
+                    text = tokenizer.decode(rollout.tokens[row, 0].tolist())
+                    measures = [float(measure[row]) for measure in judged]
+                    own.append(Answered(number, mode, int(mine[row]), int(batch.index[row]), prompt, text, measures))
+        # of processes that share the `model` axis each has the same rows
+        every = {one[:3]: one for part in processes.gather(own) for one in (Answered(*values) for values in part)}
+        answered = [every[place] for place in sorted(every)]
+        predictions += [_prediction(name, one) for one in answered]
+        for mode, label in enumerate(MODES):
+            rows = [one.judged for one in answered if one.mode == mode]
+            if not rows:
+                continue
+            columns = Judged(*np.array(rows, np.float32).T)
+            prefix = f"eval/{name}/" if label == GREEDY else f"eval/{name}/sampled_"
+            metrics |= {prefix + measure: value for measure, value in summary(columns).items()}
+            metrics[f"eval/{name}/questions"] = float(len(rows))
     return Evaluation(metrics, predictions)
 
 
@@ -177,13 +195,16 @@ def check_vocabulary(tokenizer: Tokenizer, model: PaliGemma) -> None:
         raise UserError(f"the tokenizer ({where}) has {mine} tokens, but the model (model.text.vocab_size) {its}")
 
 
-def _numbers(judged: Judged, row: int) -> dict[str, float]:
-    values = {name: float(getattr(judged, name)[row]) for name in ("iou", "in_box", "malformed")}
-    return {name: value for name, value in values.items() if not np.isnan(value)}
+def _prediction(source: str, answered: Answered) -> dict[str, Any]:
+    """Returns a line of `predictions.jsonl`."""
+    judged = dict(zip(Judged._fields, answered.judged, strict=True))
+    numbers = {name: judged[name] for name in ("iou", "in_box", "malformed") if not np.isnan(judged[name])}
+    said = {"mode": MODES[answered.mode], "prompt": answered.prompt, "text": answered.text}
+    return {"source": source, "index": answered.index, **said, **numbers}
 
 
-def main(argv: Sequence[str]) -> None:
-    config, own = cli.parse(argv, {"workdir": "", "params": "", "out": ""})
+def main(argv: Sequence[str], group: processes.Group) -> None:
+    config, own = cli.parse(argv, {"workdir": "", "params": "", "out": "", cli.DISTRIBUTED: ""})
     if bool(own["workdir"]) == bool(own["params"]):
         raise UserError("one of --workdir=RUN and --params=CHECKPOINT is needed")
     if not config.eval.sources:
@@ -191,6 +212,7 @@ def main(argv: Sequence[str]) -> None:
     place = Path(own["workdir"] or own["params"])
     out = Path(own["out"] or (place if place.is_dir() else place.parent))
     sharding.split_cpu(config.mesh)
+    group.open(processes.leaves({"config": dataclasses.asdict(config), "--params": own["params"], "--workdir": own["workdir"]}))
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_rows(mesh, config.eval.batch_size, "eval.batch_size")
     tokenizer = load_tokenizer(config.data.tokenizer)
@@ -200,12 +222,13 @@ def main(argv: Sequence[str]) -> None:
     answer = answerer(model, tokenizer.vocab, config.eval.max_new_tokens)
     bad = pipeline.BadRecords()
     found = evaluate(answer, params, held_out(config), config, tokenizer, mesh, bad)
-    result = {"params": str(place), "bad_records": bad.counts(), **found.metrics}
-    write_whole(out / "eval.json", json.dumps(result, indent=1) + "\n")
-    write_whole(out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in found.predictions))
-    print(ascii_table(results_table("held out", {str(place): found.metrics})))
-    print(out / "eval.json")
+    if processes.is_writer():  # each process has read every record, and so has found all that are bad
+        result = {"params": str(place), "bad_records": bad.counts(), **found.metrics}
+        write_whole(out / "eval.json", json.dumps(result, indent=1) + "\n")
+        write_whole(out / "predictions.jsonl", "".join(json.dumps(row) + "\n" for row in found.predictions))
+    processes.say(ascii_table(results_table("held out", {str(place): found.metrics})))
+    processes.say(str(out / "eval.json"))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_together(main)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pg_ground import programs
+from pg_ground import programs, sharding
 from pg_ground.config import Config, Grpo, RewardSettings
 from pg_ground.diary import Stopwatch
 from pg_ground.model import PaliGemma
@@ -81,7 +81,7 @@ class Sampler:
 
     def __init__(self, config: Config, model: PaliGemma, mesh: Mesh, frozen: Any, tokenizer: Tokenizer, workers: judges.Judges):
         c = config.grpo
-        self._c, self._frozen, self._tokenizer, self._workers = c, frozen, tokenizer, workers
+        self._c, self._mesh, self._frozen, self._tokenizer, self._workers = c, mesh, frozen, tokenizer, workers
         counted, named, greedy = weighted(c), device_rewards(c), len(programs.temperatures(c)) > c.group_size
 
         def judge(rollout: Rollout, batch: Batch, told: dict[str, jax.Array], weights: dict[str, jax.Array]) -> Sampled:
@@ -95,9 +95,13 @@ class Sampler:
         def put_together(parts: tuple[Any, ...]) -> Any:
             return jax.tree.map(lambda *rows: update.unsplit(jnp.stack(rows)), *parts)
 
+        def part(batch: Batch, i: int) -> Batch:
+            return jax.tree.map(lambda leaf: leaf[i], update.split(batch, c.rollout_parts))
+
         self._roll = programs.compiled(programs.rollout(config, model), config, mesh)
         self._judge, self._refill = jax.jit(judge), jax.jit(experience.refill)
-        self._split = jax.jit(lambda batch: update.split(batch, c.rollout_parts))
+        self._lacking = jax.jit(lambda sampled: (~experience.has_spread(sampled)).sum())
+        self._part = jax.jit(part, out_shardings=sharding.batch_sharding(mesh))
         self._put_together = jax.jit(put_together)
 
     def __call__(
@@ -118,14 +122,14 @@ class Sampler:
         sampled = self.once(params, watch.lap("data", next_batch()), key, weights, watch, meanwhile)
         if not self._c.resample:
             return sampled, {}
-        first = lacking = int((~experience.has_spread(sampled)).sum())
+        first = lacking = int(self._lacking(sampled))
         for again in range(1, self._c.resample + 1):
             if not lacking:
                 break
             batch, own_key = watch.lap("data", next_batch()), jax.random.fold_in(jax.random.fold_in(key, AGAIN), again)
             fresh = self.once(params, batch, own_key, weights, watch, meanwhile)
             sampled = self._refill(sampled, fresh)
-            lacking = int((~experience.has_spread(sampled)).sum())
+            lacking = int(self._lacking(sampled))
         return sampled, {"group/without_spread": first / len(sampled.batch.prompt), "group/resampled": float(first - lacking)}
 
     def once(
@@ -146,27 +150,27 @@ class Sampler:
         if count == 1:
             parts, keys = [batch], [key]
         else:
-            whole = self._split(batch)
-            parts = [jax.tree.map(lambda leaf, i=i: leaf[i], whole) for i in range(count)]
+            parts = [self._part(batch, i) for i in range(count)]
             keys = [jax.random.fold_in(jax.random.fold_in(key, PARTS), i) for i in range(count)]
         rollouts = [self._roll(params, self._frozen, part, own) for part, own in zip(parts, keys, strict=True)]
         meanwhile()
         told = self._told(parts, rollouts)  # the first part is judged while the devices sample the second
         rollout = watch.lap("rollout", rollouts[0] if count == 1 else self._put_together(tuple(rollouts)))
-        scores = {name: np.concatenate([part.result().scores[name] for part in told]) for name in self._workers.names}
-        shape = (count, len(parts[0].prompt), -1)
-        texts = {name: update.unsplit(jnp.asarray(values.reshape(shape))) for name, values in scores.items()}
+        scores = {name: np.stack([part.result().scores[name] for part in told]) for name in self._workers.names}
+        shape = (count, -1, rollout.tokens.shape[1])
+        mine = {name: update.unsplit(values.reshape(shape)) for name, values in scores.items()}
+        texts = sharding.put_batch(self._mesh, mine)
         judged = self._judge(rollout, batch, texts, {name: jnp.float32(weight) for name, weight in weights.items()})
         self._workers.check()
         return watch.lap("score", judged)
 
     def _told(self, parts: list[Batch], rollouts: list[Rollout]) -> list[judges.Pending]:
-        """Returns what the judges of text will say about each part, handed over as soon as it is there."""
+        """Returns what the judges of text will say about each part's rows on this process, handed over when they are there."""
         if not self._workers.names:
             return []
         return [
-            self._workers.submit(*texts_of(jax.device_get(part), jax.device_get(rollout), self._tokenizer))
-            for part, rollout in zip(parts, rollouts, strict=True)
+            self._workers.submit(*texts_of(batch, rollout, self._tokenizer))
+            for batch, rollout in (sharding.take_rows(self._mesh, both) for both in zip(parts, rollouts, strict=True))
         ]
 
 

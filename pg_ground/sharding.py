@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
 from pg_ground import config
 from pg_ground.types import Array, Places, UserError
@@ -75,9 +76,15 @@ def make_mesh(c: config.Mesh, devices: Sequence[Any] | None = None) -> Mesh:
     Raises:
       UserError: the settings do not multiply to a number of devices that is there.
     """
-    devices = jax.devices() if devices is None else devices
-    shape = _shape(c, len(devices))
-    return jax.make_mesh(shape, (*ROWS, "model"), axis_types=(AxisType.Auto,) * 3, devices=devices[: int(np.prod(shape))])
+    present = jax.devices() if devices is None else devices
+    shape = _shape(c, len(present))
+    chosen = present[: int(np.prod(shape))]
+    idle = {device.process_index for device in present} - {device.process_index for device in chosen}
+    if devices is None and idle:
+        raise UserError(
+            f"config.mesh takes {len(chosen)} of {len(present)} devices: process {min(idle)} would have no part in it"
+        )
+    return jax.make_mesh(shape, (*ROWS, "model"), axis_types=(AxisType.Auto,) * 3, devices=chosen)
 
 
 def _shape(c: config.Mesh, count: int) -> tuple[int, int, int]:
@@ -226,7 +233,31 @@ def hbm_bytes(mesh: Mesh) -> float | None:
     return float(stats["bytes_limit"]) if "bytes_limit" in stats else None
 
 
+def rows_here(mesh: Mesh, count: int) -> Int[np.ndarray, " rows"]:
+    """Returns which of the `count` rows of a batch lie on devices of this process, in order.
+
+    They need not be neighbours: a mesh follows the wires of a pod. Processes that share the `model` axis have the same ones.
+    """
+    places: Any = batch_sharding(mesh).addressable_devices_indices_map((count,))
+    return np.unique([row for (part,) in places.values() for row in range(count)[part]])
+
+
 def put_batch(mesh: Mesh, batch: Any) -> Any:
     """Returns this process's rows as global arrays, split over the mesh along B."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch)
+
+
+def take_rows(mesh: Mesh, tree: Any) -> Any:
+    """Returns what this process has of global arrays `[B, …]`, on the host: the rows of `rows_here`. The inverse of `put_batch`.
+
+    All processes call it: arrays that lie elsewhere are brought to their places.
+    """
+
+    def shards(leaf: jax.Array) -> list[jax.Array]:
+        found = {shard.index[0].indices(len(leaf))[0]: shard.data for shard in leaf.addressable_shards}
+        return [found[start] for start in sorted(found)]
+
+    placed = jax.device_put(tree, batch_sharding(mesh))
+    parts = jax.device_get(jax.tree.map(shards, placed))
+    return jax.tree.map(lambda _, rows: np.concatenate(rows), placed, parts)

@@ -2,11 +2,14 @@
 
 python -m pg_ground.train --config=configs/quickstart.py --workdir=runs/quickstart [--config.grpo.steps=500 …]
 python -m pg_ground.train --config=configs/quickstart.py --dry_run [--workdir=runs/quickstart]
+python -m pg_ground.train --config=configs/quickstart.py --workdir=runs/quickstart --distributed=auto    (on every host of a pod)
 
 Started again on the same directory, it goes on where its newest checkpoint is, bit for bit.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from pg_ground import checkpoints, cli, draw, metrics, optim, programs, sharding
+from pg_ground import checkpoints, cli, draw, metrics, optim, processes, programs, sharding
 from pg_ground.config import Config
 from pg_ground.data import pipeline
 from pg_ground.diary import Diary, Stopwatch, claim
@@ -83,7 +86,8 @@ def grpo(run: Run, state: TrainState, batches: Any) -> TrainState:
             sampled, drawn = sampler(read(state.params), batches.__next__, own_key, weights, watch, batches.prepare)
             learned_from, seen = watch.lap("score", compare(sampled, run.frozen, ref_params, weights, state.kl_coef))
             state, updated = watch.lap("update", learn(state, run.frozen, learned_from, jax.random.fold_in(own_key, LOTS)))
-            errors = {f"reward/errors/{name}": count - failed[name] for name, count in workers.errors().items()}
+            new = {f"reward/errors/{name}": count - failed[name] for name, count in workers.errors().items()}
+            errors = processes.summed(new)
             found = measured(run, "grpo", state, seen | updated | drawn | errors, watch)
             pictures = partial(rollout_pictures, run, sampled)
             run.diary.keep("grpo", state, batches, found, pictures, {"judges": workers.get_state()})
@@ -104,10 +108,9 @@ def train(config: Config, workdir: Path) -> Path:
     model = PaliGemma(config.model, sharding.places(mesh))
     check_vocabulary(tokenizer, model)
     trained, frozen = programs.layout(config, model, mesh)
-    started = bool(checkpoints.steps(workdir))
-    first = None if started else begin(config, model, trained | frozen)
+    first = None if started(workdir) else begin(config, model, trained | frozen)
     answer = answerer(model, tokenizer.vocab, config.eval.max_new_tokens)
-    streams = {stage: open_stream(config, stage, tokenizer, bad) for stage in config.stages}
+    streams = {stage: open_stream(config, stage, tokenizer, mesh, bad) for stage in config.stages}
     questions = held_out(config)
     parts = [part for stream in streams.values() for part in stream.parts]
     measure_texts(config, tokenizer, [*parts, *questions.values()])
@@ -122,16 +125,16 @@ def train(config: Config, workdir: Path) -> Path:
     with checkpoints.Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as saved:
         found = saved.latest()
         record = None if found is None else saved.record(found)
-        with metrics.open_metrics(workdir, found) as writer:
+        with metrics.open_metrics(workdir, found) if processes.is_writer() else nullcontext() as writer:
             diary = Diary(config, workdir, writer, saved, measure, bad)
             factors = programs.factors_of(config, trained | frozen)
             run = Run(config, workdir, model, kept, factors, tokenizer, mesh, diary, bad)
-            print(size_line(run, trained, frozen), flush=True)
+            processes.say(size_line(run, trained, frozen))
             for stage in config.stages[config.stages.index(record["stage"]) if record else 0 :]:
                 if record and found is not None and stage == record["stage"]:
                     state = saved.restore(found, programs.state_like(config, mesh, stage, factors, unflatten(trained)))
-                    streams[stage].set_state(record["batches"])
                     diary.open_with(record)
+                    streams[stage].set_state(diary.resumed["batches"])
                 else:
                     state = fresh_state(run, stage, params)
                     if stage == config.stages[0]:
@@ -139,6 +142,22 @@ def train(config: Config, workdir: Path) -> Path:
                 with pipeline.Ahead(streams[stage], partial(sharding.put_batch, mesh)) as batches:
                     params = STAGES[stage](run, state, batches).params
     return diary.close()
+
+
+def started(workdir: Path) -> bool:
+    """Returns whether there is a checkpoint to go on from.
+
+    Raises:
+      UserError: not all processes see the same ones.
+    """
+    seen = processes.gather(sorted(checkpoints.steps(workdir)))
+    for index, steps in enumerate(seen):
+        if steps != seen[0]:
+            raise UserError(
+                f"process 0 finds the checkpoints {seen[0]} in {workdir}, process {index} {steps}: --workdir must be on a file "
+                f"system that all processes share"
+            )
+    return bool(seen[0])
 
 
 def begin(config: Config, model: PaliGemma, like: weights.Like) -> Any:
@@ -162,7 +181,9 @@ def keep_frozen(workdir: Path, frozen: weights.Like, first: Any) -> Any:
     path = workdir / "frozen"
     if frozen and first is None:
         return checkpoints.restore_tree(path, unflatten(frozen))
-    checkpoints.remove_tree(path)  # of a run with other settings that ended before its first checkpoint
+    if processes.is_writer():
+        checkpoints.remove_tree(path)  # of a run with other settings that ended before its first checkpoint
+    processes.barrier("frozen")
     if not frozen:
         return {}
     kept = pick(first, frozen.__contains__)
@@ -212,12 +233,12 @@ def measure_texts(config: Config, tokenizer: Tokenizer, parts: Sequence[pipeline
     rows = [[str(value) for value in budget[:-1]] for budget in budgets]
     heads = ["source", "questions", "measured", "prompt tokens", "suffix tokens", "objects"]
     room = f"room for {config.data.prompt_length}, {config.data.suffix_length} and {config.data.max_boxes}"
-    print(ascii_table(Table("longest texts", heads, rows, room)), flush=True)
+    processes.say(ascii_table(Table("longest texts", heads, rows, room)))
     pipeline.check_budgets(budgets, config.data)
 
 
-def open_stream(config: Config, stage: str, tokenizer: Tokenizer, bad: pipeline.BadRecords) -> Any:
-    """Returns the endless batches of a stage."""
+def open_stream(config: Config, stage: str, tokenizer: Tokenizer, mesh: Mesh, bad: pipeline.BadRecords) -> Any:
+    """Returns the endless batches of a stage, as far as they lie on this process's devices."""
     c = config.sft if stage == "sft" else config.grpo
     return pipeline.training_batches(
         {f"{stage}/{name}": source for name, source in c.sources.items()},
@@ -227,8 +248,7 @@ def open_stream(config: Config, stage: str, tokenizer: Tokenizer, bad: pipeline.
         batch_size=c.batch_size,
         seed=config.seed + (1_000_003 if stage == "grpo" else 0),  # a stage does not see the scenes of the other again
         bad=bad,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=sharding.rows_here(mesh, c.batch_size),
     )
 
 
@@ -237,7 +257,7 @@ def fresh_state(run: Run, stage: str, params: Any) -> TrainState:
     init = programs.optimizer_of(run.config, stage, run.factors).init
     opt = jax.jit(init, out_shardings=sharding.fsdp(run.mesh, jax.eval_shape(init, params), run.config.mesh.rules))(params)
     kl_coef = loss.choose(run.config.grpo).kl_coef if stage == "grpo" else 0.0
-    step, kl_coef = jax.device_put((jnp.int32(0), jnp.float32(kl_coef)), sharding.replicated(run.mesh))
+    step, kl_coef = jax.device_put((np.int32(0), np.float32(kl_coef)), sharding.replicated(run.mesh))
     return TrainState(step, params, opt, kl_coef)
 
 
@@ -266,8 +286,8 @@ def measured(run: Run, stage: str, state: TrainState, found: dict[str, Any], wat
 
 
 def rollout_pictures(run: Run, sampled: Sampled) -> Image.Image:
-    """Returns the first prompts of a step with gold and sampled answers drawn on their images."""
-    batch, rollout, answer, judged, _ = jax.device_get(sampled)
+    """Returns the first prompts (of those on this process) of a step with gold and sampled answers drawn on their images."""
+    batch, rollout, answer, judged, _ = sharding.take_rows(run.mesh, sampled)
     panels = []
     for row in range(min(run.config.log.samples, len(batch.prompt))):
         prompt = run.tokenizer.decode(batch.prompt[row][batch.prompt_mask[row]].tolist())
@@ -294,19 +314,22 @@ def dry_run(config: Config, workdir: Path | None) -> str:
         trained, frozen = programs.layout(config, model, mesh)
         params = begin(config, model, trained | frozen)
     check_vocabulary(tokenizer, model)
-    return examine(config, model, params, open_stream(config, "grpo", tokenizer, bad), tokenizer)
+    return examine(config, model, params, open_stream(config, "grpo", tokenizer, mesh, bad), tokenizer)
 
 
-def main(argv: Sequence[str]) -> None:
-    config, own = cli.parse(argv, {"workdir": "", "dry_run": False})
+def main(argv: Sequence[str], group: processes.Group) -> None:
+    config, own = cli.parse(argv, {"workdir": "", "dry_run": False, cli.DISTRIBUTED: ""})
+    if own["dry_run"] and own[cli.DISTRIBUTED]:
+        raise UserError("--dry_run is for one process: leave out --distributed")
     sharding.split_cpu(config.mesh)
+    group.open(processes.leaves({"config": dataclasses.asdict(config), "--workdir": own["workdir"]}))
     if own["dry_run"]:
         print(dry_run(config, Path(own["workdir"]) if own["workdir"] else None))
     elif own["workdir"]:
-        print(train(config, Path(own["workdir"])))
+        processes.say(str(train(config, Path(own["workdir"]))))
     else:
         raise UserError("--workdir is needed, or --dry_run")
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_together(main)

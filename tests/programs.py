@@ -42,8 +42,10 @@ def arrays(workdir: Path) -> dict[str, np.ndarray]:
     folder = newest(workdir)
     for item in ("params", "rest"):
         with warnings.catch_warnings(), ocp.PyTreeCheckpointer() as checkpointer:
-            warnings.simplefilter("ignore")  # orbax: no sharding given, that of the file is taken. It is what this wants
-            tree = checkpointer.restore(folder / item)
+            warnings.simplefilter("ignore")  # orbax: its metadata may change
+            stored = checkpointer.metadata(folder / item).item_metadata.tree
+            on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+            tree = checkpointer.restore(folder / item, restore_args=on_host)
         found |= {item + jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
     return found
 

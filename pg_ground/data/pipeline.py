@@ -308,33 +308,39 @@ def mixing_pattern(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np
 class Blocks:
     """A process's places of a mixture from one on, some at a time: what grain spends on what it hands on is spent on several."""
 
-    def __init__(self, mixture: Mixture, first: int, stride: int, size: int):
-        self._mixture, self._first, self._stride, self._size = mixture, first, stride, size
+    def __init__(self, mixture: Mixture, rows: Int[np.ndarray, " rows"], batch_size: int, first: int, size: int):
+        self._mixture, self._rows, self._batch_size, self._first, self._size = mixture, rows, batch_size, first, size
 
     def __len__(self) -> int:
-        return sys.maxsize // (self._stride * self._size * 2)
+        return sys.maxsize // (self._batch_size * self._size * 2)
+
+    def place(self, number: int) -> int:
+        """Returns the place of the whole sequence that is this process's `number`-th."""
+        batch, row = divmod(number, len(self._rows))
+        return batch * self._batch_size + int(self._rows[row])
 
     def __getitem__(self, index: int) -> list[Row]:
-        start = self._first + int(index) * self._size * self._stride
-        return [self._mixture[start + i * self._stride] for i in range(self._size)]
+        start = self._first + int(index) * self._size
+        return [self._mixture[self.place(start + i)] for i in range(self._size)]
 
 
 class Batches:
     """This process's rows of batches without end. `get_state` and `set_state` continue exactly, whatever `data.workers` is."""
 
-    def __init__(self, mixture: Mixture, data: Data, rows: int, bad: BadRecords, process_index: int, process_count: int):
-        self.parts, self._mixture, self._data, self._rows, self._bad = mixture.parts, mixture, data, rows, bad
-        self._process_index, self._process_count = process_index, process_count
+    def __init__(self, mixture: Mixture, data: Data, rows: Int[np.ndarray, " rows"], batch_size: int, bad: BadRecords):
+        self.parts, self._mixture, self._data, self._bad = mixture.parts, mixture, data, bad
+        self._rows, self._batch_size = rows, batch_size
         self._next, self._stream = 0, None
 
     def get_state(self) -> dict[str, Any]:
-        """Returns how many places of this process's sequence have been used."""
-        return {"next": self._next}
+        """Returns how many places of this process's sequence have been used, and how many it has of each batch."""
+        return {"next": self._next, "rows": len(self._rows)}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `get_state` was."""
+        """Goes on where `get_state` was; after a process with more or fewer rows, with the first batch that it had not begun."""
         self.close()
-        self._next = int(state["next"])
+        places, rows = int(state["next"]), int(state["rows"])
+        self._next = places if rows == len(self._rows) else -(-places // rows) * len(self._rows)
 
     def close(self) -> None:
         """Ends the workers and drops what they have read ahead; `next` starts new ones."""
@@ -350,7 +356,7 @@ class Batches:
             self._stream = self._open()
         found: list[Batch] = []
         unusable = 0
-        while len(found) < self._rows:
+        while len(found) < len(self._rows):
             row = next(self._stream)
             self._next += 1
             usable = note(self._bad, self.parts[row.source], row.index, row.found, self._data)
@@ -367,11 +373,10 @@ class Batches:
 
     def _open(self) -> Generator[Row]:
         """Yields the rows from the next place on; read ahead by threads and by processes, as far as there are any."""
-        size = min(ROWS_IN_BLOCK, self._rows)
-        first = self._process_index + self._next * self._process_count
-        blocks = grain.MapDataset.source(Blocks(self._mixture, first, self._process_count, size))
+        size = min(ROWS_IN_BLOCK, len(self._rows))
+        blocks = grain.MapDataset.source(Blocks(self._mixture, self._rows, self._batch_size, self._next, size))
         threads = self._data.read_threads
-        ahead = max(self._rows // size, threads)
+        ahead = max(len(self._rows) // size, threads)
         mine = blocks.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead if threads else 0))
         if self._data.workers:
             flags.FLAGS.mark_as_parsed()  # grain asks absl whether to profile its workers
@@ -433,23 +438,40 @@ def training_batches(
     batch_size: int,
     seed: int,
     bad: BadRecords,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Int[np.ndarray, " rows"] | None = None,
 ) -> Batches:
     """Returns this process's rows of batches without end.
 
-    Sources are mixed by weight, each in a new order every epoch. Process p of n takes places p, p + n, … of that one sequence, so
-    that the processes' rows together are the same whatever n is, as long as no record is bad.
+    Sources are mixed by weight, each in a new order every epoch. A batch is the next `batch_size` places of that one sequence,
+    the same in the same rows whatever the number of processes is, as long as no record is bad. For a bad record a process takes
+    the next place of its own, and what follows moves up in its rows: the same every time, but not with any other number.
 
     Args:
       batch_size: rows of a batch over all processes.
+      rows: those of each batch that this process reads, in order; all of them unless given.
 
     Raises:
       UserError: at once if a source cannot be opened; on `next` if too many records are bad, or none can be used.
     """
-    rows = _rows_per_process(batch_size, process_count)
     parts = [open_examples(name, source, data, image_size, seed) for name, source in sources.items()]
-    return Batches(Mixture(parts, tokenizer, data, seed), data, rows, bad, process_index, process_count)
+    mine = np.arange(batch_size) if rows is None else rows
+    return Batches(Mixture(parts, tokenizer, data, seed), data, mine, batch_size, bad)
+
+
+def furthest(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the state before the first batch that none of several processes has begun, from which any number of them can go on.
+
+    Without bad records that is where they all are. With them some are ahead: the places that the others had still before them
+    are left out, and none is read twice.
+    """
+    return {"next": max(-(-int(state["next"]) // int(state["rows"])) for state in states), "rows": 1}
+
+
+def merged(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns states of several `BadRecords` as one."""
+    read = sum((Counter(state["read"]) for state in states), Counter())
+    sizes = {source: size for state in states for source, size in state["size"].items()}
+    return {"size": sizes, "read": dict(read), "entries": [entry for state in states for entry in state["entries"]]}
 
 
 def ordered_batches(
@@ -460,27 +482,28 @@ def ordered_batches(
     batch_size: int,
     examples: int,
     bad: BadRecords,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Int[np.ndarray, " rows"] | None = None,
 ) -> Iterator[tuple[Batch, Bool[np.ndarray, " B"]]]:
     """Yields this process's rows of batches and which count: the first `examples` usable records of each source.
 
     Sources come one after the other, in order. The last batch of a source is filled up with its last row, which does
     not count again. Every process reads every record: which ones are usable is known only then.
 
+    Args:
+      rows: those of each batch that this process gets, in order; all of them unless given.
+
     Raises:
       UserError: too many records of a source are bad.
     """
-    per_process = _rows_per_process(batch_size, process_count)
-    mine = slice(process_index * per_process, (process_index + 1) * per_process)
+    mine = np.arange(batch_size) if rows is None else rows
     for position, opened in enumerate(parts):
 
         def prepare(index: int, opened: Examples = opened, position: int = position) -> Batch | None:
             return note(bad, opened, index, row_of(opened, index, tokenizer, data, position, 0), data)
 
-        for rows in _chunks(_usable_rows(prepare, len(opened), examples, batch_size, data.read_threads), batch_size):
-            filled = rows + rows[-1:] * (batch_size - len(rows))
-            yield stack(filled[mine]), (np.arange(batch_size) < len(rows))[mine]
+        for usable in _chunks(_usable_rows(prepare, len(opened), examples, batch_size, data.read_threads), batch_size):
+            filled = usable + usable[-1:] * (batch_size - len(usable))
+            yield stack([filled[row] for row in mine]), mine < len(usable)
 
 
 def row_of(opened: Examples, index: int, tokenizer: Tokenizer, data: Data, position: int, draw: int) -> Batch | Bad:
@@ -636,9 +659,3 @@ def _usable_rows(prepare: Callable[[int], Batch | None], count: int, wanted: int
 def _chunks(rows: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
     while chunk := list(itertools.islice(rows, size)):
         yield chunk
-
-
-def _rows_per_process(batch_size: int, process_count: int) -> int:
-    if batch_size % process_count:
-        raise UserError(f"a batch of {batch_size} cannot be split over {process_count} processes: make it a multiple")
-    return batch_size // process_count

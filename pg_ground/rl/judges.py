@@ -92,6 +92,13 @@ def load_reward(spec: str) -> UserReward:
     return UserReward(*SIGNATURES[parameters], function)
 
 
+def merged(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the counts of several `Judges` as those of one."""
+    first_error = {name: error for state in reversed(states) for name, error in state["first_error"].items()}
+    calls, errors = (dict(sum((Counter(state[of]) for state in states), Counter())) for of in ("calls", "errors"))
+    return {"calls": calls, "errors": errors, "first_error": first_error}
+
+
 class Pending:
     """Scores on their way."""
 
