@@ -178,11 +178,11 @@ def estimates(config: Config, mesh: AnyMesh, names: Sequence[str], hbm_bytes: fl
     """Returns the table of `estimate` for the named programs, in GiB a device."""
     found = {name: estimate(config, mesh, name, hbm_bytes) for name in names}
     rows = [
-        [name, *(f"{size / chips.GIB:.2f}" for size in (sum(kinds.values()), *kinds.values()))] for name, kinds in found.items()
+        [name, *(f"{size / chips.GIB:.3g}" for size in (sum(kinds.values()), *kinds.values()))] for name, kinds in found.items()
     ]
     worst = max(sum(kinds.values()) for kinds in found.values())
-    limit = "" if hbm_bytes is None else f" of {hbm_bytes / chips.GIB:.2f}"
-    title = f"{where}: about {worst / chips.GIB:.2f}{limit} GiB a device, by arithmetic"
+    limit = "" if hbm_bytes is None else f" of {hbm_bytes / chips.GIB:.3g}"
+    title = f"{where}: about {worst / chips.GIB:.3g}{limit} GiB a device, by arithmetic"
     return Table(title, ["program", "GiB", *memory.KINDS], rows, "")
 
 

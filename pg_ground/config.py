@@ -304,6 +304,10 @@ class Log:
     every: int = 10  # steps between lines of metrics.jsonl
     samples_every: int = 200  # steps between pictures of rollouts; 0 is never
     samples: int = 4  # prompts in such a picture
+    profile_steps: tuple[int, int] = (
+        0,
+        0,
+    )  # first and last step (over all stages, from 2 on) that jax's profiler traces
 
 
 @dataclass(frozen=True)
@@ -516,6 +520,9 @@ def _check(c: Config) -> None:
     need(c.grpo.top_k <= size, "grpo.top_k", c.grpo.top_k, f"at most {size}, the tokens there are")
     for i, option in enumerate(c.mesh.compiler_options):
         need(0 < option.find("=") < len(option) - 1, f"mesh.compiler_options[{i}]", option, "name=value")
+    first, last = c.log.profile_steps
+    traced = (first, last) == (0, 0) or 2 <= first <= last
+    need(traced, "log.profile_steps", c.log.profile_steps, "(first, last) with 2 <= first <= last, or (0, 0) for none")
     one_of("grpo.rollout_weights", c.grpo.rollout_weights, ("auto", "gathered", "sharded"))
     share = c.grpo.focus_share
     need(share is None or 0 < share <= 1, "grpo.focus_share", share, "in (0, 1]")

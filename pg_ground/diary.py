@@ -71,6 +71,7 @@ class Diary:
         self.resumed: Mapping[str, Any] = {}
         """What this process goes on from, of the checkpoint's record."""
         self._window: dict[str, list[float]] = {}
+        self._tracing = False
         self._lengths = {"sft": config.sft.steps, "grpo": config.grpo.steps}
 
     def offset(self, stage: str) -> int:
@@ -128,6 +129,17 @@ class Diary:
             self._write_bad_records()
             mine = {"batches": batches.get_state(), "bad_records": self.bad.get_state(), **(also or {})}
             self.checkpoints.save(step, state, {"stage": stage, "window": self._window, "processes": processes.gather(mine)})
+        self._trace(step)
+
+    def _trace(self, step: int) -> None:
+        """Starts the profiler after the step before the first to be traced, and ends it after the last, or the run's last."""
+        first, last = self.config.log.profile_steps
+        if self._tracing and step == min(last, self.total):
+            jax.profiler.stop_trace()
+            self._tracing = False
+        if first and step == first - 1 and step < self.total:
+            jax.profiler.start_trace(self.workdir / "profile")
+            self._tracing = True
 
     def close(self) -> Path:
         """Returns the path of the report. Process 0 has written it, and printed the table of results."""

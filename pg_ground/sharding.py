@@ -81,9 +81,8 @@ def make_mesh(c: config.Mesh, devices: Sequence[Any] | None = None) -> Mesh:
     chosen = present[: int(np.prod(shape))]
     idle = {device.process_index for device in present} - {device.process_index for device in chosen}
     if devices is None and idle:
-        raise UserError(
-            f"config.mesh takes {len(chosen)} of {len(present)} devices: process {min(idle)} would have no part in it"
-        )
+        taken = f"config.mesh takes {len(chosen)} of {len(present)} devices"
+        raise UserError(f"{taken}: process {min(idle)} would have no part in it")
     return jax.make_mesh(shape, (*ROWS, "model"), axis_types=(AxisType.Auto,) * 3, devices=chosen)
 
 

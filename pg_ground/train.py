@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from pg_ground import checkpoints, cli, draw, metrics, optim, processes, programs, sharding
+from pg_ground.ahead import estimates
 from pg_ground.config import Config
 from pg_ground.data import pipeline
 from pg_ground.diary import Diary, Stopwatch, claim
@@ -130,6 +131,7 @@ def train(config: Config, workdir: Path) -> Path:
             factors = programs.factors_of(config, trained | frozen)
             run = Run(config, workdir, model, kept, factors, tokenizer, mesh, diary, bad)
             processes.say(size_line(run, trained, frozen))
+            processes.say(ascii_table(estimates(config, mesh, programs.names(config), sharding.hbm_bytes(mesh), "this run")))
             for stage in config.stages[config.stages.index(record["stage"]) if record else 0 :]:
                 if record and found is not None and stage == record["stage"]:
                     state = saved.restore(found, programs.state_like(config, mesh, stage, factors, unflatten(trained)))
