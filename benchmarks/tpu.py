@@ -64,9 +64,10 @@ TARGETS = (
 def prefix_rows(tokens: int) -> tuple[Row, Row]:
     """Returns a shared prefix and a repeated one for the same 256 completions of `tokens` tokens."""
     shared = paligemma("pg1_3b_224_full", "v5e:2x4", 32, name=f"shared, {tokens} tokens", tokens=tokens)
-    stages = ('--config.stages=("sft",)', "--config.sft.batch_size=256", "--config.sft.sources.boxes=boxes")
-    flags = tuple(flag for flag in shared.flags if "batch_size" not in flag)
-    return shared, Row(f"repeated, {tokens} tokens", shared.config, shared.topology, "sft", (*flags, *stages[:2]))
+    flags = tuple(flag for flag in shared.flags if "grpo" not in flag)
+    supervised = ('--config.stages=("sft",)', "--config.sft.batch_size=256", "--config.sft.micro_batches=1")
+    config = "configs/tasks.py:grounding+pg1_3b_224_full"
+    return shared, Row(f"repeated, {tokens} tokens", config, shared.topology, "sft", (*flags, *supervised))
 
 
 def compiled(row: Row) -> dict[str, Any]:

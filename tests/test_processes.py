@@ -186,6 +186,7 @@ def killed(setting: dict[str, str], recipe: str, workdir: Path, index: int, line
     return started[1 - index].returncode, error
 
 
+@pytest.mark.slow
 def test_where_a_process_dies_the_other_ends_and_both_go_on_exactly(two, setting, recipe, tmp_path):
     code, error = killed(setting, recipe, tmp_path / "run", index=1, lines=6)
     assert code == processes.LOST

@@ -44,7 +44,7 @@ def test_an_optimizers_copies_lie_where_their_parameters_do():
 def test_what_an_axis_does_not_divide_is_split_elsewhere():
     """PaliGemma 1 has one key-value head; SigLIP's hidden width 4304 divides by 16 at most."""
     assert axes(spec("llm/layers/attn/kv_einsum/w", 18, 2, 1, 2048, 256, mesh=config.Mesh(model=2))) == ["", "", "", "data"]
-    assert axes(spec("MlpBlock_0/Dense_1/kernel", 27, 4304, 1152)) == ["", "data"]
+    assert axes(spec("MlpBlock_0/Dense_1/kernel", 27, 4304, 1152)) == ["", "model", "data"]
     assert axes(spec("of/no/rule", 27, 1152, 4303)) == ["", "data"]
 
 
