@@ -80,6 +80,8 @@ class Diary:
 
     def open_with(self, record: Mapping[str, Any]) -> None:
         """Takes up what had been gathered when a checkpoint was written."""
+        if "processes" not in record:
+            raise UserError(f"{self.workdir} has a checkpoint of an earlier version of this package: go on with that one")
         self.resumed = own_part(record["processes"], jax.process_index(), jax.process_count())
         self._window = {name: list(values) for name, values in record["window"].items()}
         self.bad.set_state(self.resumed["bad_records"])
