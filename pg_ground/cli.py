@@ -150,7 +150,7 @@ def _spelled(text: str, kind: type, path: str) -> Any:
     except (ValueError, SyntaxError, TypeError):
         value = text
     if kind is tuple and isinstance(value, (str, list)):
-        value = tuple(text.split(",")) if isinstance(value, str) else tuple(value)
+        value = tuple(text.removesuffix(",").split(",")) if isinstance(value, str) else tuple(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"--{path}={text}: it must be of type {kind.__name__}")
     return value

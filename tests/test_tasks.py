@@ -148,36 +148,47 @@ def test_counting_trains_end_to_end(environment, tmp_path):
 
 
 PAGES = [page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
+DOCSTRINGS = [ast.get_docstring(ast.parse(path.read_text())) or "" for path in sorted((ROOT / "configs").glob("*.py"))]
 
 
 def printed() -> list[str]:
-    """Returns the commands with a config that README, docs/ and the docstrings of configs/ print on lines of their own."""
+    """Returns the commands with a recipe that README, docs/ and the docstrings of configs/ print on lines of their own."""
     texts = [block for page in PAGES for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)]
-    texts += [ast.get_docstring(ast.parse(path.read_text())) or "" for path in sorted((ROOT / "configs").glob("*.py"))]
-    lines = "\n".join(texts).replace("\\\n", " ")
+    lines = "\n".join([*texts, *DOCSTRINGS]).replace("\\\n", " ")
     return re.findall(r"-m pg_ground\.(\w+ --config=configs/[^&#\n]*)", lines)
 
 
 @pytest.mark.parametrize("command", printed())
 def test_a_printed_command_names_settings_that_exist_and_the_data_it_needs(command):
-    module, *flags = command.split()
-    flags[0] = flags[0].replace("configs/", f"{ROOT}/configs/")
-    c, _ = cli.parse(flags, {"workdir": "", "dry_run": False, "n": 16, "out": ""})
+    module, *flags = command.replace("=configs/", f"={ROOT}/configs/").split()
+    c, _ = cli.parse([flag for flag in flags if flag.startswith("--config")], {})
     sections = {"sft": c.sft.sources, "grpo": c.grpo.sources, "eval": c.eval.sources}
     given = {flag.partition(".sources.")[2].partition("=")[0] for flag in flags}
-    for section in sections if module == "look" else (*c.stages, "eval"):
+    for section in {"look": sections, "train": (*c.stages, "eval"), "compile": ()}[module]:
         for name, source in sections[section].items():
             assert source.uri.startswith("synthetic:") or f"{name}.uri" in given, f"{section}/{name} is {source.uri}"
 
 
 def test_there_are_printed_commands():
-    assert {command.split()[0] for command in printed()} == {"train", "look"} and len(printed()) > 9
+    assert {command.split()[0] for command in printed()} >= {"train", "look"} and len(printed()) > 9
+
+
+def test_a_setting_in_a_sentence_has_a_name_and_a_value_that_exist():
+    found = re.findall(r"--(config\.(?!\w+\.sources)[\w.]+)=('[^']*'|[^\s`…]+)", "\n".join([*PAGES, *DOCSTRINGS]))
+    assert len(found) > 12
+    for name, value in found:
+        tree = config.template()
+        tree.sft.sources = tree.grpo.sources = {"a": config.section(config.Source(uri="synthetic:train", boxes="box"))}
+        cli.override(tree, name, value.strip("'"))
+        config.parse(tree)
 
 
 def test_a_command_in_a_sentence_has_the_flags_without_which_it_does_not_run():
     found = re.findall(r"`python (-m pg_ground\.\w+|benchmarks/\w+\.py)([^`]*)`", "\n".join(PAGES))
     assert len(found) > 12
     for program, flags in found:
+        if program.startswith("-m") and not flags:
+            continue  # the name of a program, not how it is called
         path = f"pg_ground/{program.partition('.')[2]}.py" if program.startswith("-m") else program
         required = re.findall(r'"(\w+)": (?:cli\.REQUIRED|required)', (ROOT / path).read_text())
         assert not [name for name in required if f"--{name}=" not in flags], f"{program}{flags}"
