@@ -30,6 +30,8 @@ class Recipe(NamedTuple):
     micro_batches: int = 1
     replica: int = 1
     """Groups of chips that each hold all parameters."""
+    model_axis: int = 1
+    """Chips that share each matrix, where gathered weights would not fit for sampling."""
     logits_block: int = 2
 
 
@@ -54,7 +56,7 @@ RECIPES: dict[str, Recipe] = {
     "pg2_3b_224_lora_v5p_8": Recipe("pg2_3b_224", V5P_8, 256, lora=True),
     "pg2_3b_448_lora_v5e_8": Recipe("pg2_3b_448", V5E_8, 128, lora=True),
     "pg2_3b_448_lora_v5p_8": Recipe("pg2_3b_448", V5P_8, 128, lora=True),
-    "pg2_10b_224_v5e_64": Recipe("pg2_10b_224", "v5e:8x8", 256),
+    "pg2_10b_224_v5e_64": Recipe("pg2_10b_224", "v5e:8x8", 256, model_axis=4),
     "pg2_10b_224_v5p_16": Recipe("pg2_10b_224", "v5p:2x2x2", 128),
     "pg2_28b_224_v5p_16": Recipe("pg2_28b_224", "v5p:2x2x2", 64),
     "pg1_3b_224_v5e_256": Recipe("pg1_3b_224", "v5e:16x16", 1024, replica=4),
@@ -69,6 +71,7 @@ def get_config(name: str = "pg1_3b_224_v5e_8") -> ConfigDict:
     c = base(recipe.model + ("" if recipe.lora else "_full")).unlock()
     c.model.logits_block = recipe.logits_block
     c.mesh.replica = recipe.replica
+    c.mesh.model = recipe.model_axis
     c.data.prompt_length = 32
     c.data.suffix_length = 64
     c.data.max_boxes = 10

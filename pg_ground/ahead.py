@@ -129,7 +129,7 @@ def job_of(config: Config, mesh: AnyMesh, name: str, hbm_bytes: float | None) ->
         batch, tokens = batch_like(config, mesh, config.eval.batch_size), config.eval.max_new_tokens
         scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
         share = memory.work(config, mesh, config.eval.batch_size, 1, tokens)
-        inside = {"parameters": kept["parameters"], "batch": sharding.held(batch), "cache": memory.cache(config, share)}
+        inside = {"parameters": kept["parameters"], "batch": sharding.held(batch), "cache": memory.cache(config, mesh, share)}
         beside = {"optimizer": kept["optimizer"]} | reference | copied
         arguments = (join(frozen, trained), batch, scalar, key)
         return Job(lambda: answerer(model, vocab, tokens), arguments, inside, beside, memory.sampling(config, mesh, share, False))
@@ -137,7 +137,7 @@ def job_of(config: Config, mesh: AnyMesh, name: str, hbm_bytes: float | None) ->
         part = batch_like(config, mesh, c.batch_size // c.rollout_parts)
         share = memory.work(config, mesh, c.batch_size, len(programs.temperatures(c)), c.max_new_tokens, c.rollout_parts)
         own = {tree: sharding.held(tree_) for tree, tree_ in (("read", read), ("frozen", read_frozen))}
-        inside = {"batch": sharding.held(part), "cache": memory.cache(config, share)}
+        inside = {"batch": sharding.held(part), "cache": memory.cache(config, mesh, share)}
         inside["rollout weights"] = own["read"] * (read is not trained) + own["frozen"] * (read_frozen is not frozen)
         inside["parameters"] = sum(own.values()) - inside["rollout weights"]
         beside = {"optimizer": kept["optimizer"], "parameters": kept["parameters"] - inside["parameters"]} | reference

@@ -34,11 +34,12 @@ def image_tokens(config: Config) -> int:
     return (config.model.image_size // config.model.vision.patch_size) ** 2
 
 
-def cache(config: Config, w: Work) -> float:
+def cache(config: Config, mesh: AnyMesh, w: Work) -> float:
     """Returns the bytes of keys and values of prompts (once each) and completions."""
-    text = config.model.text
+    text, model = config.model.text, mesh.shape["model"]
+    heads = text.num_kv_heads / model if text.num_kv_heads % model == 0 else text.num_kv_heads
     slots = image_tokens(config) + config.data.prompt_length + w.group * w.tokens
-    return 2.0 * text.depth * w.prompts * slots * text.num_kv_heads * text.head_dim * _width(config)
+    return 2.0 * text.depth * w.prompts * slots * heads * text.head_dim * _width(config)
 
 
 def forward(config: Config, mesh: AnyMesh, w: Work) -> float:
@@ -71,7 +72,7 @@ def learning(config: Config, mesh: AnyMesh, w: Work, trained_bytes: float, cast_
     gradients = trained_bytes * (2 if parts > 1 else 1)
     cast = cast_bytes * _width(config) / jnp.dtype(m.param_dtype).itemsize
     vocabulary = _logits(config, w, min(w.tokens, m.logits_block), copies=3)
-    at_text = kept_text + kept_vision + max(text + _weights(config, mesh, 3), vocabulary)
+    at_text = kept_text + kept_vision + max(text + _weights(config, mesh), vocabulary)
     return gradients + cast + max(at_text, kept_vision + vision)
 
 
@@ -91,13 +92,13 @@ def _layers(config: Config, mesh: AnyMesh, w: Work, copies: int) -> tuple[float,
     return text, tower
 
 
-def _weights(config: Config, mesh: AnyMesh, copies: int = 2) -> float:
-    """Returns the bytes of a layer's matrices, gathered: those in use, those on their way, their gradients not yet split."""
+def _weights(config: Config, mesh: AnyMesh) -> float:
+    """Returns the bytes of a layer's matrices, gathered: those in use, and those on their way or their gradients not yet split."""
     t = config.model.text
     if mesh.shape["data"] == 1:
         return 0.0
     matrices = t.width * (3 * t.mlp_dim + 2 * (t.num_heads + t.num_kv_heads) * t.head_dim)
-    return copies * matrices * _width(config) / mesh.shape["model"]
+    return 2.0 * matrices * _width(config) / mesh.shape["model"]
 
 
 def _logits(config: Config, w: Work, tokens: int, copies: int) -> float:

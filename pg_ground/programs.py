@@ -225,7 +225,7 @@ def gathers(config: Config, mesh: AnyMesh, hbm_bytes: float | None) -> bool:
     factors = factors_of(config, [*flatten(trained), *flatten(frozen)])
     state = state_like(config, mesh, "grpo", factors, trained)
     share = memory.work(config, mesh, c.batch_size, len(temperatures(c)), c.max_new_tokens, c.rollout_parts)
-    needed = memory.cache(config, share) + memory.sampling(config, mesh, share, True)
+    needed = memory.cache(config, mesh, share) + memory.sampling(config, mesh, share, True)
     needed += sharding.held((state, frozen)) + (sharding.held(trained) if looks_at_reference(c) else 0.0)
     for tree in (trained, frozen):
         read = read_like(config, mesh, tree)
