@@ -520,6 +520,13 @@ def _check(c: Config) -> None:
     need(c.grpo.top_k <= size, "grpo.top_k", c.grpo.top_k, f"at most {size}, the tokens there are")
     for i, option in enumerate(c.mesh.compiler_options):
         need(0 < option.find("=") < len(option) - 1, f"mesh.compiler_options[{i}]", option, "name=value")
+    for axis in ("replica", "model"):
+        need(getattr(c.mesh, axis) >= 1, f"mesh.{axis}", getattr(c.mesh, axis), "at least 1")
+    need(c.mesh.data == -1 or c.mesh.data >= 1, "mesh.data", c.mesh.data, "at least 1, or -1 for all devices there are")
+    for i, (pattern, axes) in enumerate(c.mesh.rules):
+        need(_compiles(pattern), f"mesh.rules[{i}][0]", pattern, "a regular expression")
+        named = [axis for part in axes for axis in part.split("+") if axis]
+        need(len(named) == len(set(named)), f"mesh.rules[{i}][1]", axes, "each axis once")
     first, last = c.log.profile_steps
     traced = (first, last) == (0, 0) or 2 <= first <= last
     need(traced, "log.profile_steps", c.log.profile_steps, "(first, last) with 2 <= first <= last, or (0, 0) for none")

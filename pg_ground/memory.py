@@ -93,7 +93,7 @@ def _layers(config: Config, mesh: AnyMesh, w: Work, copies: int) -> tuple[float,
 
 
 def _weights(config: Config, mesh: AnyMesh) -> float:
-    """Returns the bytes of a layer's matrices, gathered: those in use, and those on their way or their gradients not yet split."""
+    """Returns the bytes of a layer's matrices, gathered: those in use, and those on their way or gradients not yet split."""
     t = config.model.text
     if mesh.shape["data"] == 1:
         return 0.0

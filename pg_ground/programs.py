@@ -1,6 +1,6 @@
 """The programs of a run: what `train` runs step by step and `compile` compiles ahead of time, from the same lines.
 
-Each is a pure function with what it donates and where its results lie; `compiled` is the one place where they meet `jax.jit`.
+Each is a pure function with what it donates and where its results lie; `compiled` is where they meet `jax.jit`.
 """
 
 from collections.abc import Callable, Iterable, Mapping

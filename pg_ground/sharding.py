@@ -136,7 +136,7 @@ def check_rows(mesh: AnyMesh, rows: int, setting: str) -> None:
     """Raises UserError if `rows` questions at once cannot be split evenly over the mesh."""
     count = mesh.shape["replica"] * mesh.shape["data"]
     if rows % count:
-        raise UserError(f"config.{setting} is {rows}: it must be a multiple of {count}, the devices of the mesh")
+        raise UserError(f"config.{setting} is {rows}: it must be a multiple of {count}, replica * data of the mesh")
 
 
 def check_rules(rules: Sequence[Rule], names: Sequence[str]) -> None:
@@ -175,6 +175,8 @@ def _place(mesh: AnyMesh, name: str, leaf: Any, rules: Sequence[Rule]) -> NamedS
         return replicated(mesh)
     rule = _rule(name, rules)
     named = rule[1] if rule else ()
+    if len(named) > leaf.ndim:
+        raise UserError(f"config.mesh.rules: {rule} names {len(named)} dimensions, and {name} has {leaf.ndim}")
     spec: list[Any] = [None] * leaf.ndim
     for dimension, axes in zip(range(leaf.ndim - len(named), leaf.ndim), named, strict=True):
         wanted = tuple(axis for axis in axes.split("+") if axis)

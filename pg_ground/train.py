@@ -294,7 +294,8 @@ def rollout_pictures(run: Run, sampled: Sampled) -> Image.Image:
     for row in range(min(run.config.log.samples, len(batch.prompt))):
         prompt = run.tokenizer.decode(batch.prompt[row][batch.prompt_mask[row]].tolist())
         texts = [run.tokenizer.decode(tokens.tolist()) for tokens in rollout.tokens[row]]
-        panels.append(draw.draw_rollout(batch, answer, judged, row, prompt.strip(), texts))
+        gold = run.tokenizer.decode(batch.suffix[row].tolist())
+        panels.append(draw.draw_rollout(batch, answer, judged, row, prompt.strip(), texts, gold=gold))
     return draw.rollout_sheet(panels)
 
 

@@ -149,6 +149,7 @@ def test_what_does_not_fit_ends_with_what_would_help(tmp_path):
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_every_program_of_a_tiny_run_compiles_to_the_end(tmp_path):
     out = tmp_path / "o.json"
     flags = ("--config.grpo.kl_coef=0.05", "--topology=v5e:2x2", "--full", f"--json={out}")

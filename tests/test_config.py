@@ -198,6 +198,14 @@ def test_a_value_of_another_type_is_refused_by_its_full_name(name, value, messag
         ("model__vision__num_heads", 0, "config.model.vision.num_heads is 0"),
         ("model__text__num_kv_heads", 0, "config.model.text.num_kv_heads is 0"),
         ("model__text__depth", -1, "config.model.text.depth is -1"),
+        ("mesh__replica", 0, "config.mesh.replica is 0: it must be at least 1"),
+        ("mesh__model", -1, "config.mesh.model is -1: it must be at least 1"),
+        ("mesh__data", 0, "config.mesh.data is 0: it must be at least 1, or -1"),
+        ("mesh__rules", (("llm/(", ("data",)),), "config.mesh.rules[0][0] is 'llm/(': it must be a regular expression"),
+        ("mesh__rules", (("llm", ("data", "data")),), "config.mesh.rules[0][1] is ('data', 'data'): it must be each axis once"),
+        ("mesh__compiler_options", ("xla_flag",), "config.mesh.compiler_options[0] is 'xla_flag': it must be name=value"),
+        ("grpo__rollout_weights", "whole", "config.grpo.rollout_weights is 'whole': it must be one of auto, gathered, sharded"),
+        ("log__profile_steps", (1, 5), "config.log.profile_steps is (1, 5): it must be (first, last) with 2 <= first <= last"),
     ],
 )
 def test_a_value_that_no_run_could_use_is_refused(name, value, message):

@@ -168,16 +168,31 @@ def test_sampler_and_trainer_give_the_same_log_probabilities(tiny, rollout_of):
     np.testing.assert_allclose(logps, rollout.logps, rtol=0, atol=CLOSE)
 
 
-def test_tokens_are_the_same_on_one_device_and_on_eight(pg1, rollout_of):
-    mesh = sharding.make_mesh(config.Mesh())
+@pytest.mark.parametrize("shape", [config.Mesh(), config.Mesh(replica=2, model=2)], ids=["data", "all axes"])
+def test_tokens_are_the_same_on_one_device_and_on_eight(pg1, monkeypatch, shape):
+    """Arrays up to 4 MiB are not split in earnest; here all are, and activations are held to their places."""
+    monkeypatch.setattr(sharding, "SMALL_BYTES", 0)
+    mesh = sharding.make_mesh(shape)
     assert mesh.size == 8
+    held = PaliGemma(pg1.model.config, sharding.places(mesh))
     x = jax.tree.map(lambda a: jnp.concatenate([a] * (8 // B)), tuple(inputs(pg1.model)[:3]))
-    draw = jax.jit(lambda params, x, key: sample(pg1.model, params, *x, key, G, T))
-    one = draw(pg1.params, x, jax.random.key(3))
-    eight = draw(jax.device_put(pg1.params, sharding.fsdp(mesh, pg1.params)), sharding.put_batch(mesh, x), jax.random.key(3))
-    assert not eight.tokens.sharding.is_fully_replicated
+    one = jax.jit(lambda params, x, key: sample(pg1.model, params, *x, key, G, T))(pg1.params, x, jax.random.key(3))
+    draw = jax.jit(lambda params, x, key: sample(held, params, *x, key, G, T))
+    split = jax.device_put(pg1.params, sharding.fsdp(mesh, pg1.params))
+    assert sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(split)) > 10
+    eight = draw(split, sharding.put_batch(mesh, x), jax.random.key(3))
     np.testing.assert_array_equal(one.tokens, eight.tokens)
     np.testing.assert_allclose(one.logps, eight.logps, rtol=0, atol=CLOSE)
+
+
+def test_the_gradient_of_the_vocabulary_adds_up_in_float32(pg1):
+    """With activations in bfloat16 the table's own dtype takes up what each block of completion tokens has for it."""
+    model = PaliGemma(replace(pg1.model.config, dtype="bfloat16", logits_block=2))
+    x = inputs(model)
+    gradient = jax.jit(jax.grad(lambda params: model.completion_logps(params, *x)[0].sum()))(pg1.params)
+    table = gradient["llm"]["embedder"]["input_embedding"]
+    exact = np.asarray(table == table.astype(jnp.bfloat16).astype(jnp.float32))[np.asarray(table) != 0]
+    assert exact.mean() < 0.5  # all of them, were they rounded
 
 
 def test_control_ids_are_never_sampled_even_by_a_model_that_wants_nothing_else(tiny, rollout_of):

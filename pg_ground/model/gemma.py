@@ -274,8 +274,7 @@ class Decoder(nn.Module):
 
     def vocabulary(self) -> Float[Array, "V D"]:
         """Returns the table that `hidden @ table.T` turns into logits."""
-        table = self.embedder.table
-        return self.places.vocabulary(table.astype(self.dtype)).astype(table.dtype)  # it moves in the dtype of activations
+        return self.places.vocabulary(self.embedder.table)
 
 
 def normal_by_fan_in(axes: tuple[int, ...]) -> nn.initializers.Initializer:
