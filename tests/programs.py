@@ -18,6 +18,13 @@ from pg_ground.checkpoints import newest
 ROOT = Path(__file__).parents[1]
 
 
+def write_recipe(folder: Path, mine: str, recipe: str) -> str:
+    """Returns the flag for a config written into `folder` beside a user's rewards; FOLDER in it becomes the folder."""
+    (folder / "mine.py").write_text(mine)
+    (folder / "recipe.py").write_text(recipe.replace("FOLDER", str(folder)))
+    return f"--config={folder / 'recipe.py'}"
+
+
 def command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"pg_ground.{module}", *arguments]
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import ROOT, arrays, assert_same_run, command, rows
+from programs import ROOT, arrays, assert_same_run, command, rows, write_recipe
 
 from pg_ground import checkpoints, config, processes, sharding, tokenizer
 from pg_ground.config import Data, Source
@@ -62,10 +62,7 @@ def setting(environment) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> str:
     """Both stages with a reward of text, which is judged where its rows are, and sometimes fails."""
-    folder = tmp_path_factory.mktemp("recipe")
-    (folder / "mine.py").write_text(MINE)
-    (folder / "recipe.py").write_text(RECIPE.replace("FOLDER", str(folder)))
-    return f"--config={folder / 'recipe.py'}"
+    return write_recipe(tmp_path_factory.mktemp("recipe"), MINE, RECIPE)
 
 
 def port() -> int:

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from programs import assert_same_run, killed_and_resumed, rows, run, train_tiny
+from programs import assert_same_run, killed_and_resumed, rows, run, train_tiny, write_recipe
 
 RECIPE = """
 import runpy
@@ -41,10 +41,7 @@ def grumpy(completion, example):
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("recipe")
-    (folder / "mine.py").write_text(MINE)
-    (folder / "recipe.py").write_text(RECIPE.replace("FOLDER", str(folder)))
-    return f"--config={folder / 'recipe.py'}"
+    return write_recipe(tmp_path_factory.mktemp("recipe"), MINE, RECIPE)
 
 
 @pytest.fixture(scope="module")

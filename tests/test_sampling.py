@@ -48,6 +48,14 @@ def test_random_choice_is_the_seeds_and_grows_from_what_it_was():
     assert abs(drawn - 300).max() < 5 * np.sqrt(1000 * 0.3 * 0.7)  # five standard deviations of a fair draw
 
 
+def test_defect_07_nothing_is_nothing_a_lot_is_the_seeds_and_another_word_is_refused():
+    """There, end:0 is everything, an unknown strategy is everything, and a random choice is another one every time."""
+    assert not len(sampled(10, "end:0", 0))
+    np.testing.assert_array_equal(sampled(10, "random:5", 3), sampled(10, "random:5", 3))
+    with pytest.raises(UserError, match="last:3"):
+        sampled(10, "last:3", 0)
+
+
 @pytest.mark.parametrize(
     "strategy",
     [

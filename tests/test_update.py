@@ -192,6 +192,20 @@ def test_eight_devices_make_the_step_of_one(request, whole_steps, monkeypatch, s
     assert_same_step((jax.device_get(state), {name: float(value) for name, value in metrics.items()}), whole_steps[stage])
 
 
+def test_defect_22_supervised_steps_learn_from_the_suffix_alone(pg1):
+    """The loss is the mean log-likelihood of suffix tokens, EOS included; what stands where there is no suffix says nothing."""
+    step, (state, batch) = sft_step(pg1, 1)
+    _, metrics = outcome(step, (state, batch))
+    suffix, mask = batch.suffix[:, None], batch.suffix_mask[:, None]
+    logps = pg1.model.completion_logps(state.params, batch.image, batch.prompt, batch.prompt_mask, suffix, mask)[0]
+    expected = -jnp.mean(logps.sum(axis=-1)[:, 0] / batch.suffix_mask.sum(axis=-1))
+    np.testing.assert_allclose(metrics["sft/nll"], expected, rtol=CLOSE)
+    other = batch._replace(
+        suffix=jnp.where(batch.suffix_mask, batch.suffix, 77), prompt=jnp.where(batch.prompt_mask, batch.prompt, 99)
+    )
+    assert outcome(step, (state, other))[1]["sft/loss"] == pytest.approx(metrics["sft/loss"], rel=CLOSE)
+
+
 MESHES = {"2 replicas": config.Mesh(replica=2), "2 to a matrix": config.Mesh(model=2), "both": config.Mesh(replica=2, model=2)}
 
 
