@@ -429,7 +429,7 @@ def test_an_unknown_algorithm_is_refused_with_the_nearest():
 
 @ROWS
 def test_defect_13_every_token_of_the_policy_is_learned_from_and_none_of_its_surroundings(row):
-    """A transcript's mask has holes where a tool's answer stands. There, only the last turn is trained, and its prompt holds the rest."""
+    """A transcript's mask has holes where a tool's answer stands. RLLaVA trains its last turn alone."""
     row = made(row, focus=None)
     key, _ = jax.random.split(jax.random.key(0))
     logps = -jax.random.uniform(key, (2, 2, 8), jnp.float64, 0.1, 3.0)

@@ -311,8 +311,8 @@ def agent_format(text: str, _: TextExample) -> float:
 def agent_step(text: str, example: TextExample) -> float:
     """Returns how near one turn is to the gold turn, in [0, 1] (RLLaVA's code and search agents).
 
-    A turn with another act than the gold's, or with two, is 0. Answers and searches are compared by F1 of their words, problems as
-    sets of labels, code by its syntax tree: it is never run, and spaces, comments and quotes do not count.
+    A turn with another act than the gold's, or with two, is 0. Answers and searches are compared by F1 of their words, problems
+    as sets of labels, code by its syntax tree: it is never run, and spaces, comments and quotes do not count.
     """
     gold = grammars.turns(_gold_text(example)).acts
     if len(gold) != 1:
@@ -329,7 +329,7 @@ def agent_step(text: str, example: TextExample) -> float:
 def agent(text: str, example: TextExample) -> float:
     """Returns the F1 of a transcript's last answer, and for having acted before it 0.2 of that more, in [0, 1.2].
 
-    A transcript that does not end in an answer is 0, whatever was done; acts are worth nothing by themselves, nor by their number.
+    A transcript that does not end in an answer is 0, whatever was done: acts are worth nothing by themselves.
     """
     gold = _gold_text(example)
     if not gold:
