@@ -277,6 +277,7 @@ def test_the_codes_of_a_mask_are_no_name():
         part = logps[20 : int(r.mask.sum()) - 1] if name else logps[:4]
         np.testing.assert_allclose(sure(r.tokens, r.mask, r.logps, TOKENS.vocab)[0, 0, 0], np.exp(part.mean()), rtol=1e-6)
 
+
 # judging
 
 

@@ -26,7 +26,8 @@ def weights() -> dict[str, np.ndarray]:
         return {f"{name}.weight": kernel.astype(np.float32), f"{name}.bias": rng.normal(0, 0.3, made).astype(np.float32)}
 
     def residual(name: str, width: int) -> dict[str, np.ndarray]:
-        return {k: v for place, side in ((0, 3), (2, 3), (4, 1)) for k, v in layer(f"{name}.net.{place}", width, width, side).items()}
+        first, second, third = (layer(f"{name}.net.{place}", width, width, side) for place, side in ((0, 3), (2, 3), (4, 1)))
+        return first | second | third
 
     found = {"_vq_vae._embedding": rng.normal(0, 1, (128, DEPTH)).astype(np.float32)}
     width = 1
@@ -61,7 +62,8 @@ def test_decoder_and_encoder_equal_torchs_layers(weights, tmp_path):
             if kind == "residual":
                 y = x
                 for inner in (0, 2, 4):
-                    y = torch.nn.functional.conv2d(y, given[f"{name}.net.{inner}.weight"], given[f"{name}.net.{inner}.bias"], 1, "same")
+                    weight, bias = given[f"{name}.net.{inner}.weight"], given[f"{name}.net.{inner}.bias"]
+                    y = torch.nn.functional.conv2d(y, weight, bias, 1, "same")
                     y = torch.relu(y) if inner < 4 else y
                 x = x + y
                 continue

@@ -25,7 +25,7 @@ class Predicted(NamedTuple):
     """One that is not finite, or has no width or height, is a prediction that matches nothing."""
     labels: Sequence[str]
     scores: Sequence[float] | None = None
-    """Higher is surer. None for all images: what was written earlier is surer, the first boxes of all images before the second."""
+    """Higher is surer. None for all images: what was written earlier is, the first boxes of all images before the second."""
 
 
 class Annotated(NamedTuple):
@@ -69,7 +69,7 @@ def average_precision(predicted: Sequence[Predicted], gold: Sequence[Annotated])
         for box, label, crowd in zip(theirs.xyxy_px, theirs.labels, crowds, strict=True):
             if not np.isfinite(box).all():
                 raise UserError(f"image {number}: the gold box {np.asarray(box).tolist()} of {label!r} is not finite")
-            boxes_there.append(_annotation(len(boxes_there), number, category[label], box, iscrowd=int(crowd)))
+            boxes_there.append(_annotation(len(boxes_there), number, category[label], box) | {"iscrowd": int(crowd)})
             images[label].add(number)
         scores = mine.scores if mine.scores is not None else [-float(place) for place in range(len(mine.labels))]
         for box, label, score in zip(mine.xyxy_px, mine.labels, scores, strict=True):
@@ -77,11 +77,11 @@ def average_precision(predicted: Sequence[Predicted], gold: Sequence[Annotated])
                 raise UserError(f"image {number}: the score {score} of a box of {label!r} is not finite")
             box = box if np.isfinite(box).all() else np.zeros(4)
             if label in category:
-                boxes_said.append(_annotation(len(boxes_said), number, category[label], box, score=float(score)))
+                boxes_said.append(_annotation(len(boxes_said), number, category[label], box) | {"score": float(score)})
                 images[label].add(number)
     given = sum(len(image.labels) for image in predicted)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        there, said = (_coco(len(gold), len(labels), boxes) for boxes in (boxes_there, boxes_said))
+        there, said = _coco(boxes_there), _coco(boxes_said)
         found = {label: _evaluated(there, said, category[label], sorted(images[label])) for label in labels}
     found = {label: one for label, one in found.items() if one is not None}
     measures = np.array(list(found.values())).reshape(-1, 4).mean(axis=0) if found else np.full(4, math.nan)
@@ -89,21 +89,18 @@ def average_precision(predicted: Sequence[Predicted], gold: Sequence[Annotated])
     return Precision(ap, ap50, ap75, ar100, {label: one[0] for label, one in found.items()}, given - len(boxes_said))
 
 
-def _annotation(before: int, image: int, category: int, xyxy: Float[np.ndarray, "4"], **own: float) -> dict[str, Any]:
+def _annotation(before: int, image: int, category: int, xyxy: Float[np.ndarray, "4"]) -> dict[str, Any]:
     """Returns a box as COCO's files have it, numbered from 1: pycocotools takes a match with number 0 for none."""
     x1, y1, x2, y2 = map(float, xyxy)
     width, height = max(x2 - x1, 0.0), max(y2 - y1, 0.0)
     place = {"bbox": [x1, y1, width, height], "area": width * height}
-    return {"id": before + 1, "image_id": image, "category_id": category, "iscrowd": 0, **place, **own}
+    return {"id": before + 1, "image_id": image, "category_id": category, "iscrowd": 0, **place}
 
 
-def _coco(images: int, categories: int, boxes: list[dict[str, Any]]) -> COCO:
+def _coco(boxes: list[dict[str, Any]]) -> COCO:
     coco = COCO()
-    coco.dataset = {
-        "images": [{"id": number} for number in range(1, images + 1)],
-        "categories": [{"id": number} for number in range(1, categories + 1)],
-        "annotations": boxes,
-    }
+    dataset: Any = {"images": [], "categories": [], "annotations": boxes}
+    coco.dataset = dataset
     coco.createIndex()
     return coco
 

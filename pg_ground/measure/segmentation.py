@@ -79,7 +79,7 @@ def write(yxyx: Float[np.ndarray, "4"], codes: Int[np.ndarray, "16"]) -> str:
 def crop(mask: Bool[np.ndarray, "H W"], yxyx: Float[np.ndarray, "4"]) -> Float[np.ndarray, "64 64"]:
     """Returns a mask's part in its box (fractions, rounded to pixels, at least one of them) for `vqvae.encode`, in [0, 1]."""
     height, width = mask.shape
-    y1, x1, y2, x2 = np.round(np.float32([height, width, height, width]) * np.float32(yxyx)).astype(int)
+    y1, x1, y2, x2 = np.round(np.array([height, width, height, width], np.float32) * np.float32(yxyx)).astype(int)
     y1, x1 = min(max(y1, 0), height - 1), min(max(x1, 0), width - 1)
     part = Image.fromarray(mask[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)].astype(np.float32))
     return np.asarray(part.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
@@ -87,7 +87,7 @@ def crop(mask: Bool[np.ndarray, "H W"], yxyx: Float[np.ndarray, "4"]) -> Float[n
 
 def judge(
     bins: Int[np.ndarray, "4"],
-    valid: bool,
+    valid: bool | np.bool_,
     decoded: Float[np.ndarray, "64 64"],
     gold: Bool[np.ndarray, "H W"],
     gold_yxyx: Float[np.ndarray, "4"],

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Float, Int
 
 from pg_ground.model import files
@@ -40,7 +39,7 @@ ENCODER = {
     "encoder.10": 1,
 }
 
-Params = dict[str, Array]
+Params = dict[str, jax.Array]
 
 
 def load(path: str | Path, encoder: bool = False) -> Params:
@@ -56,15 +55,16 @@ def load(path: str | Path, encoder: bool = False) -> Params:
     if missing:
         raise UserError(f"{path} is not the VQ-VAE of masks (vae-oid.npz): it lacks {_few(missing)}")
     shapes = {name: tensors[name].shape for name in wanted}
-    wrong = [f"{name} is {list(shapes[name])}, not {list(right)}" for name, right in _right(shapes).items() if shapes[name] != right]
+    right = _right(shapes)
+    wrong = [f"{name} is {list(shapes[name])}, not {list(right[name])}" for name in wanted if shapes[name] != right[name]]
     if wrong:
         raise UserError(f"{path} is not the VQ-VAE of masks (vae-oid.npz): {_few(wrong)}")
-    return {name: np.asarray(files.whole(tensors[name]), np.float32) for name in wanted}
+    return {name: jnp.asarray(files.whole(tensors[name]), jnp.float32) for name in wanted}
 
 
 def decode(params: Params, codes: Int[Array, "... 16"]) -> Float[Array, "... 64 64"]:
     """Returns the masks that codes stand for: above 0 is the object, about -1 to 1 (big_vision's `reconstruct_masks`)."""
-    x = jnp.asarray(params[CODEBOOK])[codes].reshape(-1, GRID, GRID, params[CODEBOOK].shape[1])
+    x = params[CODEBOOK][codes].reshape(-1, GRID, GRID, params[CODEBOOK].shape[1])
     x = jax.nn.relu(_conv(params, "decoder.0", x))
     for block in ("decoder.2", "decoder.3"):
         x = _residual(params, block, x)
@@ -75,22 +75,22 @@ def decode(params: Params, codes: Int[Array, "... 16"]) -> Float[Array, "... 64 
 
 def encode(params: Params, masks: Float[Array, "... 64 64"]) -> Int[Array, "... 16"]:
     """Returns the codes of masks in [0, 1] (big_vision's `encode_to_codebook_indices`): of each cell the nearest in the book."""
-    x = 2 * (masks.reshape(-1, SIDE, SIDE, 1) - 0.5)
+    x = 2 * (jnp.asarray(masks).reshape(-1, SIDE, SIDE, 1) - 0.5)
     for layer in DOWN:
         x = jax.nn.relu(_conv(params, layer, x, stride=2))
     for block in ("encoder.8", "encoder.9"):
         x = _residual(params, block, x)
-    x, book = _conv(params, "encoder.10", x), jnp.asarray(params[CODEBOOK])
+    x, book = _conv(params, "encoder.10", x), params[CODEBOOK]
     similarity = jnp.einsum("nhwd,vd->nhwv", x, book, precision=jax.lax.Precision.HIGHEST)
     nearest = jnp.argmin(jnp.square(book).sum(axis=-1) - 2 * similarity, axis=-1)
     return nearest.reshape(*masks.shape[:-2], GRID * GRID)
 
 
-def _conv(params: Params, layer: str, x: Float[Array, "N h w c"], stride: int = 1) -> Float[Array, "N H W C"]:
+def _conv(params: Params, layer: str, x: Float[jax.Array, "N h w c"], stride: int = 1) -> Float[jax.Array, "N H W C"]:
     # In full float32, as on the CPU that big_vision decodes on: what is near 0 must not change sides
-    return jnp.asarray(params[f"{layer}.bias"]) + jax.lax.conv_general_dilated(
+    return params[f"{layer}.bias"] + jax.lax.conv_general_dilated(
         x,
-        jnp.asarray(params[f"{layer}.weight"]),
+        params[f"{layer}.weight"],
         window_strides=(stride, stride),
         padding="SAME",
         dimension_numbers=("NHWC", "OIHW", "NHWC"),
@@ -98,11 +98,11 @@ def _conv(params: Params, layer: str, x: Float[Array, "N h w c"], stride: int = 
     )
 
 
-def _double(params: Params, layer: str, x: Float[Array, "N h w c"]) -> Float[Array, "N H W C"]:
+def _double(params: Params, layer: str, x: Float[jax.Array, "N h w c"]) -> Float[jax.Array, "N H W C"]:
     """Returns torch's transposed convolution of stride 2 and padding 1: twice the height and width."""
-    return jnp.asarray(params[f"{layer}.bias"]) + jax.lax.conv_transpose(
+    return params[f"{layer}.bias"] + jax.lax.conv_transpose(
         x,
-        jnp.asarray(params[f"{layer}.weight"]),
+        params[f"{layer}.weight"],
         strides=(2, 2),
         padding=((2, 2), (2, 2)),
         dimension_numbers=("NHWC", "OIHW", "NHWC"),
@@ -111,14 +111,14 @@ def _double(params: Params, layer: str, x: Float[Array, "N h w c"]) -> Float[Arr
     )
 
 
-def _residual(params: Params, block: str, x: Float[Array, "N h w c"]) -> Float[Array, "N h w c"]:
+def _residual(params: Params, block: str, x: Float[jax.Array, "N h w c"]) -> Float[jax.Array, "N h w c"]:
     first, second, third = (f"{block}.{layer}" for layer, _ in RESIDUAL)
     y = jax.nn.relu(_conv(params, first, x))
     return x + _conv(params, third, jax.nn.relu(_conv(params, second, y)))
 
 
 def _right(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes that weights should have: widths are the file's own, and each layer takes what the one before it makes."""
+    """Returns the shapes that weights should have: widths are the file's own, each layer takes what the one before makes."""
     depth = shapes[CODEBOOK][-1] if shapes[CODEBOOK] else 0
     right: dict[str, tuple[int, ...]] = {CODEBOOK: (SEG_TOKENS, depth)}
     for layers, first, last in ((DECODER, depth, 1), (ENCODER, 1, depth)):

@@ -82,10 +82,10 @@ def confidence(
 ) -> Float[Array, "B G K"]:
     """Returns how likely each box's name is behind it, in [0, 1], for the slots of `read_answer`'s boxes; 0 for an unused one.
 
-    Detections are ranked by it (pix2seq, arXiv 2109.10852; PaliGemma 2, arXiv 2412.03555, appendix C), and not by the likelihood of
-    the box, which is shared out among the bins next to it; that is taken for a box without a name. It is the geometric mean over
-    the name's tokens, so that long names are not unlikely ones, or with `per_token` False their product: boxes of one name rank
-    alike by both and have the same average precision.
+    Detections are ranked by it (pix2seq, arXiv 2109.10852; PaliGemma 2, arXiv 2412.03555, appendix C), and not by the likelihood
+    of the box, which is shared out among the bins next to it; that is taken for a box without a name. It is the geometric mean
+    over the name's tokens, so that long names are not unlikely ones, or with `per_token` False their product: boxes of one name
+    rank alike by both and have the same average precision.
 
     Args:
       logps: as in `Rollout`; those of a greedy rollout are the model's own, at temperature 1.
