@@ -1,1 +1,1 @@
-"""What answers are worth, on the host: published protocols over plain rows, with no model in sight."""
+"""Rows of answers → measures. Everything here is numpy on the host, in float64: `predictions.jsonl` is all that measures see."""

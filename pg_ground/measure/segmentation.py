@@ -9,13 +9,11 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 
-from pg_ground.types import Array
-from pg_ground.vocab import LOC_MAX, SEG_TOKENS, Vocab
+from pg_ground.vocab import LOC_MAX, SEG_TOKENS
 
 CODES = 16
 """Of a mask, behind the four loc tokens of its box."""
@@ -25,16 +23,16 @@ SIDE = 64
 
 BOX_THRESHOLDS = (0.5, 0.75)
 
-_WRITTEN = re.compile(r"((?:<loc\d{4}>){4})((?:<seg\d{3}>){16})")
+_WRITTEN = re.compile("(?:<loc[0-9]{4}>){4}(?:<seg[0-9]{3}>){16}")
 
 
 class Segments(NamedTuple):
     """What completions begin with; zeros where that is no box with a mask."""
 
-    bins: Int[Array, "... 4"]
+    bins: Int[np.ndarray, "N 4"]
     """y1 x1 y2 x2 of the box, loc bins of 0..1023."""
-    codes: Int[Array, "... 16"]
-    valid: Bool[Array, "..."]
+    codes: Int[np.ndarray, "N 16"]
+    valid: Bool[np.ndarray, " N"]
     """There are the loc tokens of a proper box, and all seg tokens behind them."""
 
 
@@ -48,26 +46,16 @@ class Judged(NamedTuple):
     """There is no mask: the completion writes none, or its box has no pixel of the image (`box_iou` is judged even so)."""
 
 
-def read(tokens: Int[Array, "... T"], vocab: Vocab) -> Segments:
-    """Returns what the first twenty tokens of completions say; a name behind them is left unread."""
-    missing = max(4 + CODES - tokens.shape[-1], 0)
-    tokens = jnp.pad(tokens, [(0, 0)] * (tokens.ndim - 1) + [(0, missing)])
-    return _checked(tokens[..., :4] - vocab.loc0, tokens[..., 4 : 4 + CODES] - vocab.seg0)
-
-
-def read_text(texts: Sequence[str]) -> Segments:
-    """Returns what `read` finds in the tokens of these texts."""
-    numbers = np.full((len(texts), 4 + CODES), -1, np.int32)
-    for row, text in zip(numbers, texts, strict=True):
-        if found := _WRITTEN.match(text):
-            row[:] = [int(number) for number in re.findall(r"\d+", found[0])]
-    return Segments(*map(np.asarray, _checked(numbers[:, :4], numbers[:, 4:])))
-
-
-def _checked(bins: Int[Array, "... 4"], codes: Int[Array, "... 16"]) -> Segments:
-    placed = jnp.all((bins >= 0) & (bins <= LOC_MAX), axis=-1) & jnp.all(bins[..., 2:] > bins[..., :2], axis=-1)
-    valid = placed & jnp.all((codes >= 0) & (codes < SEG_TOKENS), axis=-1)
-    return Segments(jnp.where(valid[..., None], bins, 0), jnp.where(valid[..., None], codes, 0), valid)
+def read(texts: Sequence[str]) -> Segments:
+    """Returns what completions begin with; like the evaluator, it leaves unread what follows the codes, such as a name."""
+    found = Segments(np.zeros((len(texts), 4), int), np.zeros((len(texts), CODES), int), np.zeros(len(texts), bool))
+    for row, text in enumerate(texts):
+        written = _WRITTEN.match(text)
+        numbers = [int(number) for number in re.findall("[0-9]+", written[0])] if written else [0] * (4 + CODES)
+        y1, x1, y2, x2, *codes = numbers
+        if y2 > y1 and x2 > x1 and max(y2, x2) <= LOC_MAX and max(codes) < SEG_TOKENS:
+            found.bins[row], found.codes[row], found.valid[row] = (y1, x1, y2, x2), codes, True
+    return found
 
 
 def write(yxyx: Float[np.ndarray, "4"], codes: Int[np.ndarray, "16"]) -> str:
