@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from pg_ground import tokenizer
 from pg_ground.measure import segmentation
 from pg_ground.measure.segmentation import Judged, judge, read, summary, write
 from pg_ground.model import vqvae
@@ -151,3 +152,9 @@ def test_means_are_over_all_answers():
     assert summary(judged) == {"miou": 0.3, "boxacc50": 0.75, "boxacc75": 0.5, "invalid": 2, "n": 4}
     with pytest.raises(ValueError, match="no answers"):
         summary([])
+
+
+def test_a_mask_is_twenty_tokens_and_their_text_is_read():
+    tokens = tokenizer.load()
+    ids = tokens.text(WHOLE)
+    assert len(ids) == 20 and read([tokens.decode([*ids, EOS])]).valid.all()
