@@ -279,9 +279,9 @@ def exact_match(text: str, example: TextExample) -> float:
 
 
 def spatial_answer(text: str, example: TextExample) -> float:
-    """Returns 1 for the gold relation or option letter, by any of its names, else −0.5 (ReinforceSight's, with its names).
+    """Returns 1 for the gold relation (by any of its names), option letter, or yes or no, else −0.5 (ReinforceSight's).
 
-    An answer that names two, or none, is wrong. A gold that is neither (an object's name) is compared as by `exact_match`.
+    An answer that names two, or none, is wrong. Any other gold, as an object's name, is compared as by `exact_match`.
     """
     if not _gold_text(example):
         return math.nan
