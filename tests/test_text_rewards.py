@@ -462,7 +462,7 @@ def test_defect_19_reasoning_is_qualitative_names_the_objects_and_leads_to_the_a
 WHICH = "Which is closer to the dog, the parking meter or the hot dog?"
 WHETHER = "Is the hot dog closer to the dog than the parking meter is?"
 PLACES = (
-    "I need to compare how far the parking meter and the hot dog are from the dog. Outwards from the dog, the hot dog comes first "
+    "I need to compare how far the parking meter and the hot dog are from the dog. Going outwards, the hot dog comes first "
     "and then the parking meter. "
 )
 
