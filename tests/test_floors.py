@@ -24,7 +24,7 @@ ASSETS = ("assets", "assets.make_tokenizer")
 ROOMS = {
     "model": ("lora", "siglip", "gemma", "paligemma", "files", "vqvae", "hugging_face", "weights"),
     "data": (
-        *("synthetic", "records", "masks", "sampling", "tables", "hub", "arrayrecord", "tfds", "refer", "fetch"),
+        *("synthetic", "records", "masks", "sampling", "tables", "hub", "arrayrecord", "tfds", "refer", "relations", "fetch"),
         *("sources", "examples", "pipeline"),
     ),
     "rl": (

@@ -35,7 +35,10 @@ FORMS = ("circle", "square", "triangle", "cross")
 
 @dataclass(frozen=True)
 class Scenes:
-    """A split as a random-access sequence of records: `image`, `phrase`, `box` and `point` in pixels."""
+    """A split as a random-access sequence of records: `image`, `phrase`, `box` and `point` in pixels.
+
+    `objects` are the names and exact boxes of all shapes, the first of them the one that the phrase fits.
+    """
 
     split: str = "train"
     side: int = 48  # pixels
@@ -62,12 +65,15 @@ class Scenes:
         width, height = x2 - x1, y2 - y1
         left, top, right, bottom = rng.uniform(0, self.loose, 4) if self.loose else np.zeros(4)
         box = np.clip([x1 - left * width, y1 - top * height, x2 + right * width, y2 + bottom * height], 0, 1)
-        colour, form = kinds[0]
+        names = [f"{list(COLOURS)[colour]} {FORMS[form]}" for colour, form in kinds]
         return {
             "image": np.minimum(np.maximum(image, 0), 255).astype(np.uint8),
-            "phrase": f"{list(COLOURS)[colour]} {FORMS[form]}",
+            "phrase": names[0],
             "box": (box * self.side).tolist(),
             "point": [(x1 + x2) / 2 * self.side, (y1 + y2) / 2 * self.side],
+            "objects": [
+                {"name": name, "box": (np.array(place) * self.side).tolist()} for name, place in zip(names, places, strict=True)
+            ],
         }
 
 
