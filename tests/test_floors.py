@@ -27,6 +27,10 @@ ROOMS = {
         *("synthetic", "records", "masks", "sampling", "tables", "hub", "arrayrecord", "tfds", "refer", "fetch"),
         *("sources", "examples", "pipeline"),
     ),
+    "measure": (
+        *("rows", "answers", "boxes", "frames", "intervals", "grounding", "pointing", "counting", "cv_bench", "environment"),
+        *("benchmarks", "files"),
+    ),
     "rl": (
         *("advantages", "loss", "rewards", "experience", "rollout", "update"),
         *("grammars", "text_rewards", "judge_worker", "judges"),
@@ -42,6 +46,7 @@ ENTRY_POINTS = (
         "flops",
         "memory",
         "programs",
+        "exam",
         "evaluate",
         "ahead",
         "diary",
@@ -151,7 +156,7 @@ def test_every_import_points_down():
 def test_the_package_was_read():
     modules = sources()
     assert len(modules) > 25 and sum(len(set(own_modules(source))) for source in modules.values()) > 60
-    assert {"train", "evaluate"} <= {name for name, source in modules.items() if calls_jit(source)}
+    assert {"programs", "exam", "train"} <= {name for name, source in modules.items() if calls_jit(source)}
     assert any(imported.startswith("flax") for imported in imports(modules["model.gemma"]))
 
 
