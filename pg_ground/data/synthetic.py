@@ -1,8 +1,8 @@
 """The embedded task: scenes drawn from (split, seed, index) alone, with no files.
 
-`synthetic:SPLIT?side=48&shapes=3&loose=0.5&seed=0&scenes=512`: a textured background and several shapes of different colour, form,
-size and place; the phrase ("red circle") fits exactly one of them, and another one always shares its colour or its form. There are
-2^20 scenes in each split unless `scenes` says how many, so a model that sees a few thousand of them cannot memorise them.
+`synthetic:SPLIT?side=48&shapes=3&loose=0.5&seed=0&scenes=512`: a textured background and several shapes of different colour,
+form, size and place; the phrase ("red circle") fits exactly one of them, and another one always shares its colour or its form.
+There are 2^20 scenes in each split unless `scenes` says how many, so a model that sees a few thousand cannot memorise them.
 """
 
 from collections.abc import Mapping

@@ -179,7 +179,7 @@ def number(value: Any) -> float | None:
 
 
 _OPTION = re.compile(r"\(([A-Fa-f])\)")
-_SAID = re.compile(r"\b(?:answer|option|choice)\s*(?:is\b)?\s*:?\s*([A-F])\b")
+_SAID = re.compile(r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)\s*(?:is\b)?\s*:?\s*([A-F])\b")
 _BARE = re.compile(r"([A-Fa-f])(?:[.:)](?:\s.*)?)?", re.DOTALL)
 
 

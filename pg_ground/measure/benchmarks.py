@@ -10,7 +10,7 @@ from jaxtyping import Float
 from pg_ground.config import nearest
 from pg_ground.measure import counting, cv_bench, environment, grounding, pointing
 from pg_ground.measure.intervals import intervals
-from pg_ground.measure.rows import SAMPLED, Row, column
+from pg_ground.measure.rows import SAMPLED, Row, bare, column
 from pg_ground.types import UserError
 
 
@@ -124,8 +124,8 @@ def check_count(rows: Sequence[Row], name: str) -> None:
 
 
 def scored(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Returns rows with what their benchmarks find of each."""
-    return [{**row, **KINDS[benchmark_of(row["benchmark"], "benchmark").kind].score(row)} for row in rows]
+    """Returns rows with what their benchmarks find of each, and nothing that was found before."""
+    return [bare(row) | KINDS[benchmark_of(row["benchmark"], "benchmark").kind].score(row) for row in rows]
 
 
 class Measured(NamedTuple):
@@ -143,6 +143,8 @@ def measure(rows: Sequence[Row]) -> Measured:
     columns |= {f"{name}_fraction": column(rows, name) for name in ("malformed", "unfinished") if name in rows[0]}
     columns = {name: values for name, values in columns.items() if not np.isnan(values).all()}
     values = {name: float(np.nanmean(of)) for name, of in columns.items()} | kind.others(rows)
+    if "invalid" in columns:
+        values["invalid_count"] = float(columns["invalid"].sum())
     if "suffix_nll" in rows[0]:
         nll = float(column(rows, "suffix_nll").sum() / column(rows, "suffix_tokens").sum())
         values |= {"suffix_nll": nll, "suffix_perplexity": math.exp(nll)}
@@ -204,7 +206,7 @@ def shown(of: Mapping[str, Any]) -> list[list[str]]:
     for name, value in of.items():
         if isinstance(value, float):
             low_high = of["intervals"].get(name)
-            share = 0 <= value <= 1 and "distance" not in name and name not in ("mae", "box_size_ratio", "duplicates_per_image")
+            share = name in of["intervals"] and "distance" not in name and name not in ("mae", "mean_reward")
             scale, form = (100, ".2f") if share else (1, ".4g")
             between = f"{low_high[0] * scale:{form}} to {low_high[1] * scale:{form}}" if low_high else ""
             found.append([name, f"{value * scale:{form}}{' %' if share else ''}", between])

@@ -16,6 +16,9 @@ POINT_ORDERS = ("xy", "yx")
 SUSPECT, BETTER, SEEN = 0.25, 3, 8
 """A file is suspected where acc50 is lower, another reading of its boxes gives so many times as much, and it has so many rows."""
 
+LIKELY = (100, 10_000)
+"""Pixels of an image's side, to tell units apart where no size is given."""
+
 
 def check_format(value: str, flag: str, orders: Sequence[str]) -> None:
     """Raises UserError if there is no such format."""
@@ -57,22 +60,18 @@ def check_frame(
     """
     if len(given) < SEEN:
         return
-    known = [size for size in sizes if size is not None]
     ones = [(1.0, 1.0)] * len(given)
-    now = _accuracy(given, gold, known if len(known) == len(given) else ones, form)
+    known = [size for size in sizes if size is not None]
+    told = len(known) == len(given)
+    now, _ = _fit(given, gold, known if told else ones, form)
     if now >= SUSPECT:
         return
-    best, reading = 0.0, ""
+    readings: list[tuple[str, tuple[float, float]]] = []
     for order in BOX_ORDERS:
-        if len(known) == len(given):
-            tried = [(f"{order}_{unit}", _accuracy(given, gold, known, f"{order}_{unit}")) for unit in WHOLE]
-            tried = [(f"--box-format={name}", accuracy) for name, accuracy in tried]
-        else:
-            accuracy = _accuracy(given, gold, ones, f"{order}_px")
-            tried = [(f"--box-format={order}_px", accuracy), _scaled(given, gold, order)]
-        for name, accuracy in tried:
-            if accuracy > best + 1e-9:
-                best, reading = accuracy, name
+        forms = [f"{order}_{unit}" for unit in WHOLE] if told else [f"{order}_px"]
+        readings += [(f"--box-format={name}", _fit(given, gold, known if told else ones, name)) for name in forms]
+        readings += [] if told else [_scaled(given, gold, order)]
+    reading, (best, _) = max(readings, key=lambda one: one[1][1])
     if best >= max(BETTER * now, SUSPECT):
         raise UserError(
             f"{len(given)} boxes read as {form} give acc50 {now:.4f}, so they are in another frame than the gold boxes: "
@@ -80,28 +79,28 @@ def check_frame(
         )
 
 
-def _accuracy(
+def _fit(
     given: Sequence[tuple[float, ...]], gold: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], form: str
-) -> float:
-    hits = [iou_of(to_px(a, form, size), b) >= 0.5 for a, b, size in zip(given, gold, sizes, strict=True)]
-    return sum(hits) / len(hits)
+) -> tuple[float, float]:
+    """Returns acc50 and mean IoU."""
+    overlaps = [iou_of(to_px(a, form, size), b) for a, b, size in zip(given, gold, sizes, strict=True)]
+    return sum(overlap >= 0.5 for overlap in overlaps) / len(overlaps), sum(overlaps) / len(overlaps)
 
 
-def _scaled(given: Sequence[tuple[float, ...]], gold: Sequence[Sequence[float]], order: str) -> tuple[str, float]:
-    """Returns a reading with a scale for each axis in words, and its acc50; the scale is that of the median box."""
+def _scaled(given: Sequence[tuple[float, ...]], gold: Sequence[Sequence[float]], order: str) -> tuple[str, tuple[float, float]]:
+    """Returns a reading with a scale for each axis in words, and its fit; the scale is that of the median box."""
     edges = [to_px(box, f"{order}_px", (1.0, 1.0)) for box in given]
     pairs = [(a, b) for a, b in zip(edges, gold, strict=True) if is_proper(a)]
     ratios = [sorted((b[i] + b[i + 2]) / (a[i] + a[i + 2]) for a, b in pairs if a[i] + a[i + 2] > 0) for i in (0, 1)]
     if not all(ratios):
-        return "", 0.0
+        return "", (0.0, 0.0)
     x, y = (ratio[len(ratio) // 2] for ratio in ratios)
-    largest = max(max(box) for box in given)
-    fitting = [unit for unit, whole in WHOLE.items() if whole and largest <= 1.02 * whole]
-    unit = fitting[0] if fitting else "px"
-    accuracy = _accuracy(given, gold, [(x, y)] * len(given), f"{order}_px")
+    fitting = [unit for unit, whole in WHOLE.items() if whole and LIKELY[0] <= x * whole <= LIKELY[1]]
+    fit = _fit(given, gold, [(x, y)] * len(given), f"{order}_frac")
     words = f"{order} with x scaled by {x:.4g} and y by {y:.4g}"
-    if min(x, y) > 1 or unit in ("permille", "bin"):
-        words += f", as --box-format={order}_{unit} does where --fields also names width and height,"
-    elif max(x, y) < 0.02:
+    if max(x, y) < 0.02:
         words += " (is it the gold that is in fractions? see --gold-format)"
-    return words, accuracy
+    elif fitting:
+        names = " or ".join(f"{order}_{unit}" for unit in fitting)
+        words += f", as --box-format={names} does where --fields also names width and height,"
+    return words, fit

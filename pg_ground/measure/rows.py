@@ -11,7 +11,7 @@ A row has
     prompt, text         what was asked and answered, as text
     prediction, gold     what both say: `boxes` (`label`, `xyxy_px`, which is null where unreadable; `score`), `points` (`label`,
                          `xy_px`), `number`, `choice` or `text`
-    malformed, unfinished, reward, suffix_nll, suffix_tokens    where they are known: of the model that answered
+    index, malformed, unfinished, reward, suffix_nll, suffix_tokens    where they are known: of who asked, and of the model
 
 and behind these what its benchmark finds of it (`iou`, `correct` …), which is for people and is computed anew by who reads it.
 """
@@ -33,7 +33,7 @@ GREEDY, SAMPLED, GIVEN = "greedy", "sampled", "given"
 OWN = ("source", "benchmark", "id", "image", "size_px", "mode", "rollout", "prompt", "text", "prediction", "gold")
 """The fields that every row has; a file whose first record has them is ours."""
 
-TOLD = ("malformed", "unfinished", "reward", "suffix_nll", "suffix_tokens")
+TOLD = ("index", "malformed", "unfinished", "reward", "suffix_nll", "suffix_tokens")
 """The fields that a row has besides, where they are known."""
 
 
