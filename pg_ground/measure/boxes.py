@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-Box = Sequence[float]
+Box = Sequence[float | int]
+"""x1 y1 x2 y2 in pixels; JSON has whole numbers without a point."""
 
 
 def is_proper(box: Box | None) -> bool:
@@ -14,7 +15,7 @@ def is_proper(box: Box | None) -> bool:
 
 
 def area(box: Box) -> float:
-    return (box[2] - box[0]) * (box[3] - box[1])
+    return float((box[2] - box[0]) * (box[3] - box[1]))
 
 
 def iou_of(a: Box | None, b: Box | None) -> float:
@@ -26,7 +27,7 @@ def iou_of(a: Box | None, b: Box | None) -> float:
     return overlap / (area(a) + area(b) - overlap)
 
 
-def holds(box: Box, point: Sequence[float]) -> bool:
+def holds(box: Box, point: Sequence[float | int]) -> bool:
     """Returns whether a point lies in a box or on its edge, give or take a millionth of its coordinates' size."""
     slack = 1e-6 * max(abs(v) for v in box)
     return box[0] - slack <= point[0] <= box[2] + slack and box[1] - slack <= point[1] <= box[3] + slack

@@ -109,7 +109,7 @@ def runs_of(mask: Bool[np.ndarray, "H W"]) -> dict[str, Any]:
     return {"size": list(mask.shape), "counts": np.diff([0, *edges.tolist(), flat.size]).tolist()}
 
 
-def covers(mask: Mapping[str, Any], point: Sequence[float], size: Sequence[float] | None) -> bool:
+def covers(mask: Mapping[str, Any], point: Sequence[float | int], size: Sequence[float | int] | None) -> bool:
     """Returns whether the cell of a mask (run lengths over the whole image) that a point lies in is set."""
     height, width = mask["size"]
     x, y = point[0] / (size[0] if size else width), point[1] / (size[1] if size else height)
