@@ -28,14 +28,26 @@ ROOMS = {
         *("sources", "examples", "pipeline"),
     ),
     "measure": (
-        *("rows", "answers", "boxes", "frames", "intervals", "grounding", "pointing", "counting", "cv_bench", "environment"),
+        *(
+            "segmentation",
+            "detection",
+            "rows",
+            "answers",
+            "boxes",
+            "frames",
+            "intervals",
+            "grounding",
+            "pointing",
+            "counting",
+            "cv_bench",
+            "environment",
+        ),
         *("benchmarks", "files"),
     ),
     "rl": (
         *("advantages", "loss", "rewards", "experience", "rollout", "update"),
         *("grammars", "text_rewards", "judge_worker", "judges"),
     ),
-    "measure": ("segmentation", "detection"),
 }
 """Floor 2. In order: a module may import those before it in its own room; a room's `__init__` stands on top of it."""
 

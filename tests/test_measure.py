@@ -248,6 +248,16 @@ def test_sets_of_boxes_pay_for_missing_spurious_and_duplicate_ones():
     assert benchmarks.measure(found).values["duplicates_per_image"] == 0.2
 
 
+def test_detection_ranks_by_scores_where_all_boxes_have_one():
+    gold = [boxes(("a", A), ("c", C))]
+    said = {"boxes": [{"label": "a", "xyxy_px": C, "score": 0.1}, {"label": "a", "xyxy_px": A, "score": 0.9}]}
+    values = benchmarks.measure(rows_of("detection", [said], gold)).values
+    assert (values["ap"], values["ap50"]) == (pytest.approx(0.5), pytest.approx(0.5))
+    for one in said["boxes"]:
+        del one["score"]
+    assert benchmarks.measure(rows_of("detection", [said], gold)).values["ap"] == pytest.approx(0.25)  # the wrong one is first
+
+
 def test_points_are_matched_for_most_hits():
     gold = {**boxes(("", A), ("", [0, 0, 100, 100])), **points([5, 5], [60, 60])}
     found = rows_of(

@@ -28,6 +28,7 @@ class Kind(NamedTuple):
 KINDS: dict[str, Kind] = {
     "box": Kind(grounding.score_one, grounding.columns_one, grounding.others),
     "boxes": Kind(grounding.score_set, grounding.columns_set, grounding.others),
+    "detection": Kind(grounding.score_set, grounding.columns_set, grounding.detected),
     "points": Kind(pointing.score_set, pointing.columns_set, pointing.others),
     "click": Kind(pointing.score_click, pointing.columns_click, pointing.others),
     "count": Kind(counting.score_count, counting.columns_count, counting.nothing),
@@ -69,6 +70,11 @@ BENCHMARKS: dict[str, Benchmark] = {
         "boxes",
         "all boxes against all gold boxes, matched one to one within names for the largest total IoU; accP is 2 "
         "hits / (predicted + gold) with a hit at IoU >= P, mean_iou 2 sum / (predicted + gold), nothing answered to nothing is 1",
+    ),
+    "detection": Benchmark(
+        "detection",
+        "COCO's average precision (pycocotools; ap over IoU .5 to .95, ap50, ap75, ar100), each answer an image; ranked by score "
+        "where all boxes have one, else in the order written",
     ),
     "pointing": Benchmark(
         "points",

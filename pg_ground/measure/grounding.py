@@ -93,3 +93,23 @@ def others(rows: Sequence[Row]) -> dict[str, float]:
     known = ratios[~np.isnan(ratios)]
     found = {"duplicates_per_image": float(column(rows, "duplicates").sum() / len(images))}
     return found | ({"box_size_ratio": float(np.median(known))} if len(known) else {})
+
+
+def detected(rows: Sequence[Row]) -> dict[str, float]:
+    """Returns COCO's average precision over answers (shares of 1), beside `others`.
+
+    Boxes are ranked by their scores where all have one, else by the order in which they are written.
+    """
+    from pg_ground.measure import detection  # pycocotools brings matplotlib: a second, which other benchmarks do not wait for
+
+    def of(row: Row, what: str) -> tuple[np.ndarray, list[str]]:
+        boxes = row[what]["boxes"]
+        return np.array([one["xyxy_px"] or [np.nan] * 4 for one in boxes], np.float64).reshape(-1, 4), [b["label"] for b in boxes]
+
+    surely = all("score" in one for row in rows for one in row["prediction"]["boxes"])
+    scores = [[one["score"] for one in row["prediction"]["boxes"]] if surely else None for row in rows]
+    said = [detection.Predicted(*of(row, "prediction"), score) for row, score in zip(rows, scores, strict=True)]
+    found = detection.average_precision(said, [detection.Annotated(*of(row, "gold")) for row in rows])
+    measures = {"ap": found.ap, "ap50": found.ap50, "ap75": found.ap75, "ar100": found.ar100}
+    known = {name: value for name, value in measures.items() if not np.isnan(value)}
+    return others(rows) | known
