@@ -1,8 +1,8 @@
 """The embedded task: scenes drawn from (split, seed, index) alone, with no files.
 
-`synthetic:SPLIT?side=48&shapes=3&loose=0.5&seed=0`: a textured background and several shapes of different colour, form, size and
-place; the phrase ("red circle") fits exactly one of them, and another one always shares its colour or its form. There are 2^20
-scenes in each split, so a model that sees a few thousand of them cannot memorise them.
+`synthetic:SPLIT?side=48&shapes=3&loose=0.5&seed=0&scenes=512`: a textured background and several shapes of different colour,
+form, size and place; the phrase ("red circle") fits exactly one of them, and another one always shares its colour or its form.
+There are 2^20 scenes in each split unless `scenes` says how many, so a model that sees a few thousand cannot memorise them.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,6 @@ from pg_ground.config import nearest
 from pg_ground.types import UserError
 
 SPLITS = {"train": 0, "heldout": 1}
-SCENES = 2**20
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
@@ -47,11 +46,12 @@ class Scenes:
     forms: int = 3  # the first so many of FORMS
     loose: float = 0.0  # each side of the box is drawn outside the shape by up to this share of the shape's extent
     seed: int = 0
+    scenes: int = 2**20  # in the split: the first so many
 
     root: Path | None = None
 
     def __len__(self) -> int:
-        return SCENES
+        return self.scenes
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng([SPLITS[self.split], self.seed, int(index)])
@@ -95,7 +95,14 @@ def open_scenes(split: str, options: Mapping[str, str]) -> Scenes:
         except ValueError:
             raise UserError(f"synthetic:{split}?{name}={text}: a number is wanted") from None
     scenes = Scenes(split, **values)
-    limits = {"side": (16, 1024), "shapes": (2, 6), "colours": (2, len(COLOURS)), "forms": (2, len(FORMS)), "loose": (0, 2)}
+    limits = {
+        "side": (16, 1024),
+        "shapes": (2, 6),
+        "colours": (2, len(COLOURS)),
+        "forms": (2, len(FORMS)),
+        "loose": (0, 2),
+        "scenes": (1, 2**20),
+    }
     for name, (low, high) in limits.items():
         if not low <= getattr(scenes, name) <= high:
             raise UserError(f"synthetic:{split}?{name}={getattr(scenes, name)}: it must be from {low} to {high}")
