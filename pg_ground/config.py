@@ -299,6 +299,7 @@ class Eval:
     temperature: float = 1.0  # of the sampled answers
     rollouts: int = 1  # sampled answers a question; 0 is none
     perplexity: bool = False  # whether the gold suffixes' log-probabilities are measured too
+    vqvae: str = ""  # file of the published VQ-VAE of masks (vae-oid.npz), for the benchmarks of segmentation
 
 
 @dataclass(frozen=True)

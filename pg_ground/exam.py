@@ -1,6 +1,7 @@
 """A policy's answers to held-out questions, greedy and sampled, as rows for `pg_ground.measure`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +16,11 @@ from pg_ground import processes, sharding
 from pg_ground.config import Config, Source
 from pg_ground.data import pipeline
 from pg_ground.data.examples import field_at
-from pg_ground.measure import answers, benchmarks, cv_bench, pointing
+from pg_ground.data.records import BadRecord
+from pg_ground.measure import answers, benchmarks, cv_bench, segmentation
 from pg_ground.measure.rows import GREEDY, SAMPLED
-from pg_ground.model import PaliGemma, weights
+from pg_ground.measure.runs import runs_of
+from pg_ground.model import PaliGemma, vqvae, weights
 from pg_ground.rl import rewards
 from pg_ground.rl.rollout import sample
 from pg_ground.tokenizer import Tokenizer
@@ -36,6 +39,8 @@ class Answered(NamedTuple):
     """The completion is not an answer of the asked kind."""
     unfinished: Bool[Array, "B G"]
     """It does not end in EOS."""
+    confidence: Float[Array, "B G K"]
+    """Of its boxes, in the order they are written."""
 
 
 class Programs(NamedTuple):
@@ -47,6 +52,8 @@ class Programs(NamedTuple):
     """(params, batch) to minus the log-probability (nats) of each gold suffix, f32[B]."""
     reward: Any
     """(batch of one question, its rollout) to the weighted rewards of `config.grpo.rewards`, f32[1,G]."""
+    masks: Any
+    """Codes i32[N,16] of masks to what they stand for, f32[N,64,64]; None without `config.eval.vqvae`."""
 
 
 def programs_of(config: Config, model: PaliGemma, vocab: Vocab) -> Programs:
@@ -56,7 +63,8 @@ def programs_of(config: Config, model: PaliGemma, vocab: Vocab) -> Programs:
         inputs = (batch.image, batch.prompt, batch.prompt_mask)
         rollout = sample(model, params, *inputs, key, group_size, config.eval.max_new_tokens, temperature)
         said = read(rollout, batch)
-        return Answered(rollout, ~said.grammatical, ~said.finished)
+        sure = rewards.confidence(rollout.tokens, rollout.mask, rollout.logps, vocab)
+        return Answered(rollout, ~said.grammatical, ~said.finished, sure)
 
     def read(rollout: Rollout, batch: Batch) -> Any:
         return rewards.read_answer(rollout.tokens, rollout.mask, batch.gold.asks, batch.gold.names, vocab)
@@ -70,7 +78,8 @@ def programs_of(config: Config, model: PaliGemma, vocab: Vocab) -> Programs:
         functions = {name: rewards.by_name(name) for name in ends}
         return rewards.score(read(rollout, batch), batch, ends, config.grpo.reward_settings, functions).total
 
-    return Programs(jax.jit(answer, static_argnames="group_size"), jax.jit(suffix_nll), jax.jit(reward))
+    masks = jax.jit(partial(vqvae.decode, vqvae.load(Path(config.eval.vqvae)))) if config.eval.vqvae else None
+    return Programs(jax.jit(answer, static_argnames="group_size"), jax.jit(suffix_nll), jax.jit(reward), masks)
 
 
 class Evaluation(NamedTuple):
@@ -91,7 +100,10 @@ def held_out(config: Config) -> dict[str, pipeline.Examples]:
     for name, benchmark in config.eval.benchmarks.items():
         if name not in config.eval.sources:
             raise UserError(f"config.eval.benchmarks.{name}: there is no such source, but {', '.join(config.eval.sources)}")
-        benchmarks.benchmark_of(benchmark, f"config.eval.benchmarks.{name}")
+        kind = benchmarks.benchmark_of(benchmark, f"config.eval.benchmarks.{name}").kind
+        if kind == "mask" and not (config.eval.vqvae and config.eval.sources[name].mask):
+            wanted = f"config.eval.vqvae=vae-oid.npz and the path of masks, config.eval.sources.{name}.mask"
+            raise UserError(f"config.eval.benchmarks.{name} is {benchmark!r}, which needs {wanted}")
     return {
         name: pipeline.open_examples(f"eval/{name}", source, config.data, config.model.image_size)
         for name, source in config.eval.sources.items()
@@ -193,18 +205,42 @@ def answered_rows(
                     continue
                 answered = programs.answer(params, placed, jnp.float32(temperature), draw, group_size=group)
                 answered = sharding.take_rows(mesh, answered)
+                texts = [[tokenizer.decode(one.tolist()) for one in group_of] for group_of in answered.rollout.tokens]
+                masks = masks_of(programs, texts) if exam.kind == "mask" else None
                 for row in own:
                     rewarded = rewards_of(programs, batch, answered.rollout, row) if exam.kind == "reward" else [{}] * group
-                    for rollout in range(group):
-                        judged = {
-                            "malformed": int(answered.malformed[row, rollout]),
-                            "unfinished": int(answered.unfinished[row, rollout]),
-                        }
-                        tokens = answered.rollout.tokens[row, rollout].tolist()
-                        said = {"mode": MODES[mode], "rollout": rollout} | answer_of(exam, asked[row], tokens, tokenizer)
-                        rest = judged | rewarded[rollout] | ({} if mode else told.get(row, {}))
-                        yield (number, mode, int(mine[row]), rollout), asked[row] | said | rest
+                    for i in range(group):
+                        said = answer_of(exam, asked[row], texts[row][i], answered.rollout.tokens[row, i].tolist(), tokenizer)
+                        malformed = bool(answered.malformed[row, i])
+                        if exam.kind == "detection":
+                            said = with_scores(said, answered.confidence[row, i])
+                        if masks is not None:
+                            said |= {"mask": masks(row, i, batch.size[row])}
+                            malformed = said["mask"] is None
+                        found = {"mode": MODES[mode], "rollout": i, "text": texts[row][i], "prediction": said}
+                        found |= {"malformed": int(malformed), "unfinished": int(answered.unfinished[row, i])}
+                        rest = rewarded[i] | ({} if mode else told.get(row, {}))
+                        yield (number, mode, int(mine[row]), i), asked[row] | found | rest
             bar.update(len(own))
+
+
+def with_scores(prediction: dict[str, Any], confidence: Float[np.ndarray, " K"]) -> dict[str, Any]:
+    """Returns a prediction whose boxes have scores, to six digits: beyond them the number of devices shows."""
+    scores = [float(f"{value:.6g}") for value in confidence[: len(prediction["boxes"])]]
+    return prediction | {"boxes": [{**box, "score": score} for box, score in zip(prediction["boxes"], scores, strict=True)]}
+
+
+def masks_of(programs: Programs, texts: Sequence[Sequence[str]]) -> Callable[[int, int, Any], Any]:
+    """Returns (row, rollout, size) to the run lengths of the mask that this text writes, None where it writes none."""
+    found = segmentation.read([text for group in texts for text in group])
+    decoded = np.asarray(programs.masks(found.codes))
+
+    def of(row: int, rollout: int, size: Any) -> dict[str, Any] | None:
+        i = row * len(texts[0]) + rollout
+        mask = segmentation.paste(found.bins[i], decoded[i], (int(size[1]), int(size[0]))) if found.valid[i] else None
+        return None if mask is None else runs_of(mask)
+
+    return of
 
 
 def rewards_of(programs: Programs, batch: Batch, rollout: Rollout, row: int) -> list[dict[str, Any]]:
@@ -265,12 +301,18 @@ def gold_of(
             for i in used
         ]
     masks = [np.asarray(gold.masks[row][i]) for i in range(len(found["points"]))] if gold.masks.shape[-1] else []
-    return found | ({"masks": [pointing.runs_of(mask) for mask in masks]} if masks and all(m.any() for m in masks) else {})
+    if exam.kind == "mask":
+        index = int(batch.index[row])
+        try:
+            return found | {"mask": runs_of(exam.opened.mask(index, size))}
+        except BadRecord as bad:
+            raise UserError(f"source {exam.opened.name}: question {index}: {bad}") from None
+    return found | ({"masks": [runs_of(mask) for mask in masks]} if masks and all(m.any() for m in masks) else {})
 
 
-def answer_of(exam: Exam, asked: Mapping[str, Any], tokens: list[int], tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns what a completion says: its text, and what its benchmark reads in it."""
-    text, size = tokenizer.decode(tokens), (asked["size_px"][0], asked["size_px"][1])
+def answer_of(exam: Exam, asked: Mapping[str, Any], text: str, tokens: list[int], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns what a completion says, as its benchmark reads it."""
+    size = asked["size_px"][0], asked["size_px"][1]
     if exam.kind == "choice":
         read: dict[str, Any] = {"choice": answers.choice(text, asked["gold"]["choices"])}
     elif exam.kind == "count":
@@ -283,7 +325,7 @@ def answer_of(exam: Exam, asked: Mapping[str, Any], tokens: list[int], tokenizer
         read = {"boxes": placed["xyxy_px"], "points": placed["xy_px"]}
     else:
         read = answers.loc_answers(tokens, tokenizer, size)
-    return {"text": text, "prediction": read}
+    return read
 
 
 def measure_checkpoint(config: Config, place: Path, group: processes.Group, told: Any) -> tuple[Evaluation, dict[str, int]]:

@@ -29,13 +29,14 @@ ROOMS = {
     ),
     "measure": (
         *(
-            "segmentation",
-            "detection",
             "rows",
+            "runs",
             "answers",
             "boxes",
             "frames",
             "intervals",
+            "segmentation",
+            "detection",
             "grounding",
             "pointing",
             "counting",

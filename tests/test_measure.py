@@ -14,6 +14,7 @@ from pg_ground.config import Source
 from pg_ground.measure import answers, benchmarks, cv_bench, environment, files, frames, pointing, rows
 from pg_ground.measure.boxes import iou_of
 from pg_ground.measure.intervals import intervals
+from pg_ground.measure.runs import runs_of
 from pg_ground.types import UserError
 
 FIELDS = {"pred": "extracted_answer", "gold": "ground_truth"}
@@ -272,7 +273,7 @@ def test_points_are_matched_for_most_hits():
 @given(st.integers(0, 2**12 - 1), st.integers(0, 99), st.integers(0, 99))
 def test_run_lengths_cover_the_cells_of_their_mask(bits, x, y):
     mask = np.array([bits >> i & 1 for i in range(12)], bool).reshape(3, 4)
-    assert pointing.covers(pointing.runs_of(mask), (x + 0.5, y + 0.5), (100, 100)) == mask[y * 3 // 100, x * 4 // 100]
+    assert pointing.covers(runs_of(mask), (x + 0.5, y + 0.5), (100, 100)) == mask[y * 3 // 100, x * 4 // 100]
 
 
 def test_a_click_on_the_edge_is_inside(data):

@@ -1,13 +1,18 @@
 """Answers with masks judged as big_vision's evaluator judges them, to the last digit, and the laws of cutting out and pasting."""
 
 import json
+import re
+from functools import partial
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
+from hypothesis.extra import numpy as npst
 
-from pg_ground import tokenizer
-from pg_ground.measure import segmentation
+from pg_ground import exam, tokenizer
+from pg_ground.measure import benchmarks, segmentation
+from pg_ground.measure.runs import mask_of, runs_of
 from pg_ground.measure.segmentation import Judged, judge, read, summary, write
 from pg_ground.model import vqvae
 from pg_ground.vocab import EOS, LOC_MAX, vocab_of_size
@@ -46,6 +51,39 @@ def test_the_evaluators_numbers(golden):
     assert found["miou"] == pytest.approx(theirs["miou"], rel=1e-12)
     assert (found["boxacc50"], found["boxacc75"]) == (theirs["boxacc/0.5"], theirs["boxacc/0.75"])
     assert (found["invalid"], found["n"]) == (theirs["invalid"], theirs["total"])
+
+
+def test_rows_give_the_evaluators_numbers_too(golden):
+    """A row has the mask as run lengths and the box in pixels; so `--predictions` needs no weights."""
+    folder = golden / "preprocessing"
+    given, said = np.load(folder / "seg.npz"), json.loads((folder / "seg.json").read_text())["evaluator"]
+    programs = exam.Programs(None, None, None, jax.jit(partial(vqvae.decode, vqvae.load(folder / "tiny_vae.npz"))))
+    texts = [[text_of(row)] for row in given["decoded_tokens"]]
+    masks = exam.masks_of(programs, texts)
+    rows = []
+    for index, (gold, box) in enumerate(zip(given["mask"][..., 0] > 0, given["gt_box_eval"], strict=True)):
+        height, width = gold.shape
+        y1, x1, y2, x2 = map(float, box)
+        places = [int(place) / LOC_MAX for place in re.findall("<loc([0-9]{4})>", texts[index][0])]
+        edges = [place * side for place, side in zip(places, (height, width) * 2, strict=False)]
+        boxes = [{"xyxy_px": [edges[i] for i in (1, 0, 3, 2)]}] if len(edges) == 4 else []
+        rows.append(
+            {
+                "id": index, "mode": "greedy", "benchmark": "segmentation",
+                "prediction": {"boxes": boxes, "mask": masks(index, 0, (width, height))},
+                "gold": {"boxes": [{"xyxy_px": [x1 * width, y1 * height, x2 * width, y2 * height]}], "mask": runs_of(gold)},
+            }
+        )  # fmt: skip
+    scored = [row | segmentation.score(row) for row in json.loads(json.dumps(rows))]
+    found = benchmarks.measure(scored).values
+    assert found["miou"] == pytest.approx(said["miou"], rel=1e-12)
+    assert (found["boxacc50"], found["boxacc75"]) == (said["boxacc/0.5"], said["boxacc/0.75"])
+    assert found["invalid_count"] == said["invalid"]
+
+
+@hypothesis.given(npst.arrays(bool, npst.array_shapes(min_dims=2, max_dims=2, max_side=7)))
+def test_run_lengths_give_the_mask_back(mask):
+    np.testing.assert_array_equal(mask_of(runs_of(mask)), mask)
 
 
 def test_the_answers_that_big_vision_learns_from(golden):

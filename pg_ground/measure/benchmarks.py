@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from pg_ground.config import nearest
-from pg_ground.measure import counting, cv_bench, environment, grounding, pointing
+from pg_ground.measure import counting, cv_bench, environment, grounding, pointing, segmentation
 from pg_ground.measure.intervals import intervals
 from pg_ground.measure.rows import SAMPLED, Row, bare, column
 from pg_ground.types import UserError
@@ -29,6 +29,7 @@ KINDS: dict[str, Kind] = {
     "box": Kind(grounding.score_one, grounding.columns_one, grounding.others),
     "boxes": Kind(grounding.score_set, grounding.columns_set, grounding.others),
     "detection": Kind(grounding.score_set, grounding.columns_set, grounding.detected),
+    "mask": Kind(segmentation.score, segmentation.columns, counting.nothing),
     "points": Kind(pointing.score_set, pointing.columns_set, pointing.others),
     "click": Kind(pointing.score_click, pointing.columns_click, pointing.others),
     "count": Kind(counting.score_count, counting.columns_count, counting.nothing),
@@ -52,6 +53,10 @@ class Benchmark(NamedTuple):
 REC = "first box of the answer against the one gold box, plain IoU (no +1 pixel), correct where IoU >= 0.5, unreadable is IoU 0"
 UNC = f"{REC}; one question a sentence of the UNC split"
 UMD = f"{REC}; one question a sentence of the UMD split"
+MASK = (
+    "mIoU of masks at full resolution over all answers, 0 for one without a mask, as big_vision's evaluator has it; boxaccP is "
+    "the share of boxes with IoU >= P"
+)
 CV = "one option letter (or the option's own words); none or several is wrong"
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -76,6 +81,15 @@ BENCHMARKS: dict[str, Benchmark] = {
         "COCO's average precision (pycocotools; ap over IoU .5 to .95, ap50, ap75, ar100), each answer an image; ranked by score "
         "where all boxes have one, else in the order written",
     ),
+    "segmentation": Benchmark("mask", MASK),
+    "refcoco_val_seg": Benchmark("mask", MASK, 10834),
+    "refcoco_testA_seg": Benchmark("mask", MASK, 5657),
+    "refcoco_testB_seg": Benchmark("mask", MASK, 5095),
+    "refcoco+_val_seg": Benchmark("mask", MASK, 10758),
+    "refcoco+_testA_seg": Benchmark("mask", MASK, 5726),
+    "refcoco+_testB_seg": Benchmark("mask", MASK, 4889),
+    "refcocog_val_seg": Benchmark("mask", MASK, 4896),
+    "refcocog_test_seg": Benchmark("mask", MASK, 9602),
     "pointing": Benchmark(
         "points",
         "points and gold objects matched one to one for most hits (arXiv 2409.17146); a hit lies in the object's mask, else in "

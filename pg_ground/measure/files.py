@@ -65,6 +65,10 @@ def read(
       UserError: fields are missing, ids come twice, gold answers cannot be read, or boxes are in another frame than gold.
     """
     kind = benchmark_of(benchmark, "--benchmark").kind
+    if kind == "mask":
+        raise UserError(
+            f"--benchmark={benchmark} takes a predictions.jsonl of this package alone: it holds the masks that codes stand for"
+        )
     wanted = ("pred",) if kind == "reward" else ("pred", "gold")
     for name in wanted:
         if name not in given:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from pg_ground.measure.boxes import holds, matched
 from pg_ground.measure.rows import Row, column
@@ -100,13 +100,6 @@ def others(rows: Sequence[Row]) -> dict[str, float]:
     known = column(rows, "distance_px")
     known = known[~np.isnan(known)]
     return {"median_distance_px": float(np.median(known))} if len(known) else {}
-
-
-def runs_of(mask: Bool[np.ndarray, "H W"]) -> dict[str, Any]:
-    """Returns a mask as COCO's run lengths: down the columns, beginning with what is not the object."""
-    flat = mask.T.reshape(-1)
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], flat])))
-    return {"size": list(mask.shape), "counts": np.diff([0, *edges.tolist(), flat.size]).tolist()}
 
 
 def covers(mask: Mapping[str, Any], point: Sequence[float | int], size: Sequence[float | int] | None) -> bool:

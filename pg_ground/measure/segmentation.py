@@ -7,12 +7,15 @@ masks of 64 x 64, and masks codes, by `pg_ground.model.vqvae`.
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 
+from pg_ground.measure.boxes import iou_of
+from pg_ground.measure.rows import Row, column
+from pg_ground.measure.runs import mask_of
 from pg_ground.vocab import LOC_MAX, SEG_TOKENS
 
 CODES = 16
@@ -80,25 +83,53 @@ def judge(
     gold: Bool[np.ndarray, "H W"],
     gold_yxyx: Float[np.ndarray, "4"],
 ) -> Judged:
-    """Returns how a box and its decoded mask (`vqvae.decode`) compare with a mask of the whole image and its box (fractions).
+    """Returns how a box and its decoded mask (`vqvae.decode`) compare with a mask of the whole image and its box (fractions)."""
+    box_iou = _box_iou(np.asarray(bins, np.int64) / LOC_MAX, np.asarray(gold_yxyx, np.float64)) if valid else 0.0
+    mine = paste(bins, decoded, gold.shape) if valid else None
+    return Judged(0.0, box_iou, True) if mine is None else Judged(_mask_iou(mine, gold), box_iou, False)
+
+
+def paste(
+    bins: Int[np.ndarray, "4"], decoded: Float[np.ndarray, "64 64"], shape: tuple[int, ...]
+) -> Bool[np.ndarray, "H W"] | None:
+    """Returns the mask of the whole image that a box and its decoded mask say; None where the box has no pixel of it.
 
     The mask is resized linearly into the box, whose corners are cut off to pixels, and is the object where it is above 0.
     """
-    height, width = gold.shape
-    yxyx = np.asarray(bins, np.int64) / LOC_MAX
-    box_iou = _box_iou(yxyx, np.asarray(gold_yxyx, np.float64)) if valid else 0.0
-    y1, x1, y2, x2 = (yxyx * [height, width, height, width]).astype(int)
-    if not valid or y2 <= y1 or x2 <= x1:
-        return Judged(0.0, box_iou, True)
-    mine = np.asarray(Image.fromarray(np.float32(decoded)).resize((x2 - x1, y2 - y1), Image.Resampling.BILINEAR)) > 0
-    both = np.sum(gold[y1:y2, x1:x2] & mine)
-    return Judged(float(both / max(gold.sum() + mine.sum() - both, 1)), box_iou, False)
+    height, width = shape
+    y1, x1, y2, x2 = (np.asarray(bins, np.int64) / LOC_MAX * [height, width, height, width]).astype(int)
+    if y2 <= y1 or x2 <= x1:
+        return None
+    whole = np.zeros((height, width), bool)
+    whole[y1:y2, x1:x2] = (
+        np.asarray(Image.fromarray(np.float32(decoded)).resize((x2 - x1, y2 - y1), Image.Resampling.BILINEAR)) > 0
+    )
+    return whole
+
+
+def _mask_iou(a: Bool[np.ndarray, "H W"], b: Bool[np.ndarray, "H W"]) -> float:
+    both = np.sum(a & b)
+    return float(both / max(a.sum() + b.sum() - both, 1))
 
 
 def _box_iou(a: Float[np.ndarray, "4"], b: Float[np.ndarray, "4"]) -> float:
     """Returns the IoU in double precision: at a threshold, `boxes.iou` may round to its other side."""
     overlap = np.prod(np.maximum(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0))
     return float(overlap / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - overlap))
+
+
+def score(row: Row) -> dict[str, Any]:
+    """Returns `mask_iou` and `iou` (of the boxes) of an answer, and whether it is `valid`: it writes a mask."""
+    said, gold = row["prediction"], row["gold"]
+    overlap = 0.0 if said["mask"] is None else _mask_iou(mask_of(said["mask"]), mask_of(gold["mask"]))
+    box = said["boxes"][0]["xyxy_px"] if said["boxes"] else None
+    return {"mask_iou": overlap, "iou": iou_of(box, gold["boxes"][0]["xyxy_px"]), "valid": int(said["mask"] is not None)}
+
+
+def columns(rows: Sequence[Row]) -> dict[str, np.ndarray]:
+    overlap = column(rows, "iou")
+    found = {f"boxacc{threshold * 100:.0f}": (overlap >= threshold).astype(np.float64) for threshold in BOX_THRESHOLDS}
+    return {"miou": column(rows, "mask_iou"), **found, "invalid": 1 - column(rows, "valid")}
 
 
 def summary(judged: Sequence[Judged]) -> dict[str, float]:
