@@ -19,8 +19,8 @@ from pg_ground.measure import benchmarks, files, rows
 from pg_ground.report import Table, ascii_table, write_whole
 from pg_ground.types import UserError
 
-SHOWN = ("ap", "ap50", "miou", "acc50", "acc75", "acc95", "mean_iou", "point_in_box", "f1", "accuracy", "mae", "cv_bench", "mean_reward",
-         "malformed_fraction", "unfinished_fraction", "suffix_perplexity")  # fmt: skip
+SHOWN = ("ap", "ap50", "miou", "acc50", "acc75", "acc95", "mean_iou", "point_in_box", "f1", "accuracy", "mae", "cv_bench",
+         "mean_reward", "malformed_fraction", "unfinished_fraction", "suffix_perplexity")  # fmt: skip
 """The measures in a table of results; eval.json has all."""
 
 
