@@ -19,7 +19,7 @@ from pg_ground import boxes, cli, processes, sharding
 from pg_ground.config import Config
 from pg_ground.data import pipeline
 from pg_ground.model import PaliGemma, weights
-from pg_ground.report import Table, ascii_table, write_whole
+from pg_ground.pages import Table, ascii_table, write_whole
 from pg_ground.rl.rewards import read_answer
 from pg_ground.rl.rollout import sample
 from pg_ground.tokenizer import Tokenizer

@@ -23,7 +23,7 @@ from pg_ground.data.examples import resize
 from pg_ground.data.records import BadRecord, load_image
 from pg_ground.evaluate import check_vocabulary
 from pg_ground.model import weights
-from pg_ground.report import write_whole
+from pg_ground.pages import write_whole
 from pg_ground.rl.rollout import sample
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.tokenizer import load as load_tokenizer
