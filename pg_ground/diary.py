@@ -103,7 +103,7 @@ class Diary:
         metrics = self._measure(params)
         if metrics:
             self._write(step, stage, metrics)
-            self._update_report()
+        self._update_report()
 
     def _write(self, step: int, stage: str, metrics: Mapping[str, float], last: bool = False) -> None:
         if self.writer is not None:
@@ -123,7 +123,10 @@ class Diary:
         pictures: Callable[[], Pictures] | None = None,
         also: Mapping[str, Any] | None = None,
     ) -> None:
-        """Writes what is due after a step of `stage`; `pictures` draws its rollouts, `also` is for its checkpoint's record."""
+        """Writes what is due after a step of `stage`; `pictures` draws its rollouts, `also` is for its checkpoint's record.
+
+        With measures, pictures and checkpoints the report is written anew.
+        """
         c, done = self.config, int(state.step)
         step, last = self.offset(stage) + done, done == self._lengths[stage]
         for name, value in metrics.items():
@@ -142,6 +145,7 @@ class Diary:
             self._write_bad_records()
             mine = {"batches": batches.get_state(), "bad_records": self.bad.get_state(), **(also or {})}
             self.checkpoints.save(step, state, {"stage": stage, "window": self._window, "processes": processes.gather(mine)})
+            self._update_report()
         self._trace(step)
 
     def _trace(self, step: int) -> None:

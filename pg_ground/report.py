@@ -50,7 +50,7 @@ CURVES: tuple[tuple[str, str], ...] = (
     ("Completion length (tokens)", r"completion/length"),
     ("Malformed, unfinished, groups without spread (fraction)", r"completion/.*_fraction$|group/.*_fraction$"),
     ("Clipped tokens (fraction)", r"policy/clip_fraction$"),
-    ("Sampler against trainer: largest |Δ logp|", r"policy/logp_diff_max$"),
+    ("Sampler against trainer: largest Δ logp", r"policy/logp_diff_max$"),
     ("Gradient norm", r"optim/grad_norm$"),
     ("Learning rate", r"optim/lr$"),
     ("Throughput (a second)", r"perf/(images|completions)_per_s$"),
@@ -60,8 +60,8 @@ CURVES: tuple[tuple[str, str], ...] = (
 """A chart's title and the metrics it shows; what matches none gets a chart of its own, evaluations one a benchmark."""
 
 
-HEADLINES = r"eval/.+/(acc50|point_in_box|accuracy)|reward/total|completion/malformed_fraction"
-"""Metrics that stand at the top of the page."""
+HEADLINES = r"eval/(.+/(?:acc50|point_in_box|accuracy))|(reward)/total|completion/(malformed)_fraction"
+"""Metrics that stand at the top of the page, and by which part of their names."""
 
 
 class Run(NamedTuple):
@@ -213,8 +213,9 @@ def _tiles(run: Run) -> str:
     found = []
     for curve in curves_of(run.metrics):
         known = [value for value in curve.values if not math.isnan(value)]
-        if re.fullmatch(HEADLINES, curve.name) and known:
-            name = curve.name.removeprefix("eval/").replace("/", " ").replace("_", " ")
+        named = re.fullmatch(HEADLINES, curve.name)
+        if named and known:
+            name = next(filter(None, named.groups())).replace("/", ": ").replace("_", " ")
             before = f"<small>from {known[0]:.3f}</small>" if len(known) > 1 else ""
             found.append(f'<div class="tile"><dt>{html.escape(name)}</dt><dd>{known[-1]:.3f}{before}</dd></div>')
     return f'<dl class="tiles">{"".join(found)}</dl>' if found else ""
@@ -418,7 +419,7 @@ def _evaluation_title(metric: str) -> str:
 
 
 def _label(metric: str) -> str:
-    return metric.rpartition("/")[2].removeprefix("sampled_").removesuffix("_fraction").removesuffix("_s")
+    return metric.rpartition("/")[2].removeprefix("sampled_").removesuffix("_fraction").removesuffix("_s").removesuffix("_per")
 
 
 def curves_of(metrics: Sequence[Mapping[str, Any]]) -> list[Curve]:
@@ -453,7 +454,7 @@ def _drawn(curve: Curve, marks: Sequence[tuple[str, int]]) -> dict[str, Any]:
     if len(values) > MOVING and not re.match(EXACT, curve.name):
         cuts = np.searchsorted(curve.steps, [start for _, start in marks[1:]], side="right")
         half = max(1, len(values) // 40)
-        means = np.concatenate([running_mean(part, half) for part in np.split(values, cuts)])
+        means = np.concatenate([running_mean(part, half) for part in np.split(values, cuts) if len(part)])
         line["means"] = _numbers(means[kept])
     return line
 

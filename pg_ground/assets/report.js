@@ -91,10 +91,12 @@ function chart(spec) {
   }
 
   function draw() {
-    const width = Math.max(plot.clientWidth, 200), height = 190, left = 44, right = 10, top = 16, bottom = 24;
+    const width = Math.max(plot.clientWidth, 200), height = 190, left = 44, right = 12, top = 18, bottom = 24;
     const visible = spec.lines.filter((_, i) => !hidden.has(i));
     const [low, high] = range(visible.length ? visible : spec.lines);
-    const first = Math.min(0, steps[0]), last = Math.max(steps[steps.length - 1], first + 1);
+    // what is measured from a later stage on begins where that does
+    const first = Math.min(steps[0], Math.max(0, ...marks.map((mark) => mark[1]).filter((start) => start < steps[0])));
+    const last = Math.max(steps[steps.length - 1], first + 1);
     const x = (step) => left + (width - left - right) * (step - first) / (last - first);
     const y = (value) => height - bottom - (height - top - bottom) * (value - low) / (high - low);
     toX = x;
@@ -107,9 +109,9 @@ function chart(spec) {
       root.append(svg("text", { x: x(tick), y: height - 8, "text-anchor": "middle" }, short(tick)));
     }
     for (const [stage, start] of marks) {
-      if (x(start) > width - right - 8) continue;
-      root.append(svg("line", { class: "mark", x1: x(start), x2: x(start), y1: top - 4, y2: height - bottom }),
-        svg("text", { x: x(start) + 4, y: top + 4 }, stage));
+      if (start < first || x(start) > width - right - 8) continue;
+      root.append(svg("line", { class: "mark", x1: x(start), x2: x(start), y1: top - 6, y2: height - bottom }),
+        svg("text", { x: x(start) + 4, y: top - 5 }, stage));
     }
     const clip = `clip${charts.indexOf(spec)}`;
     root.append(svg("clipPath", { id: clip }, svg("rect", {
@@ -215,19 +217,22 @@ function colourOf(reward, [low, high]) {
 const css = (rgb) => `rgb(${rgb.join(" ")})`;
 const isDark = ([r, g, b]) => 0.299 * r + 0.587 * g + 0.114 * b < 110;
 
+function average(values) {
+  const known = values.filter((value) => value !== null);
+  return known.length ? known.reduce((a, b) => a + b) / known.length : null;
+}
+
 function statistics(prompt) {
-  const rewards = prompt.completions.map((c) => c.reward).filter((r) => r !== null);
-  if (!rewards.length) return { mean: NaN, spread: NaN };
-  const mean = rewards.reduce((a, b) => a + b) / rewards.length;
-  return { mean, spread: Math.sqrt(rewards.reduce((sum, r) => sum + (r - mean) ** 2, 0) / rewards.length) };
+  const rewards = prompt.completions.map((c) => c.reward), mean = average(rewards);
+  const squares = rewards.map((r) => (r === null ? null : (r - mean) ** 2));
+  return { mean, spread: mean === null ? null : Math.sqrt(average(squares)) };
 }
 
 function arranged(prompts, order) {
   const found = prompts.map((prompt) => ({ prompt, ...statistics(prompt) }));
   const compare = ORDERS[order];
   if (!compare) return found;
-  const judged = found.filter((one) => !Number.isNaN(one.mean)).sort(compare);
-  return [...judged, ...found.filter((one) => Number.isNaN(one.mean))];
+  return [...found.filter((one) => one.mean !== null).sort(compare), ...found.filter((one) => one.mean === null)];
 }
 
 function distinct(completions) {
@@ -289,19 +294,23 @@ function prompt({ prompt: asked, mean, spread }, scale) {
   html("span", { class: "reward" }, fixed(answer.reward)), raw(answer.text),
   html("span", { class: "times" }, answer.times > 1 ? `×${answer.times}` : "")));
 
+  const chips = (pairs) => html("dl", { class: "parts" },
+    ...pairs.map(([name, value]) => html("div", {}, html("dt", {}, name), html("dd", {}, fixed(value)))));
+  const averages = [["reward", average(asked.completions.map((c) => c.reward))],
+    ...Object.keys(asked.completions[0].parts).map((name) => [name, average(asked.completions.map((c) => c.parts[name]))])];
+
   function light(index) {
     view.classList.toggle("lit", index !== null);
     layers.forEach((layer, i) => layer.classList.toggle("on", i === index));
     rows.forEach((row, i) => row.classList.toggle("on", i === index));
     if (index === null) {
-      const kinds = `${asked.completions.length} answers, ${answers.length} different`;
-      readout.replaceChildren(html("p", { class: "soft" }, kinds));
+      const kinds = `${asked.completions.length} answers, ${answers.length} different; on average:`;
+      readout.replaceChildren(html("p", { class: "soft" }, kinds), chips(averages));
       return;
     }
     const { text, reward, advantage, parts } = answers[index];
     const pairs = [["reward", reward], ...Object.entries(parts), ["advantage", advantage]];
-    readout.replaceChildren(html("p", {}, raw(text)), html("dl", { class: "parts" },
-      ...pairs.map(([name, value]) => html("div", {}, html("dt", {}, name), html("dd", {}, fixed(value))))));
+    readout.replaceChildren(html("p", {}, raw(text)), chips(pairs));
   }
 
   function pin(index) {
@@ -345,7 +354,7 @@ function prompt({ prompt: asked, mean, spread }, scale) {
   }
   light(null);
 
-  const about = [Number.isNaN(mean) ? "not judged" : `mean ${fixed(mean)} · spread ${fixed(spread)}`];
+  const about = [mean === null ? "not judged" : `mean ${fixed(mean)} · spread ${fixed(spread)}`];
   if (asked.source) about.push(`${asked.source} ${asked.index}`);
   return html("article", { class: "card prompt" },
     html("header", {}, html("h3", {}, asked.prompt), html("span", { class: "soft" }, about.join(" · "))),
