@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -50,7 +50,7 @@ class MetricsWriter:
         folder = str(workdir / "tb")
         self._tensorboard = SummaryWriter(folder, purge_step=purge_step, flush_secs=10, filename_suffix=suffix)
         self._mirror = mirror
-        self.progress = Progress(sys.stdout)
+        self.progress = Progress()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -160,10 +160,8 @@ class Progress:
     What is measured, and the last line of a stage, always stays.
     """
 
-    def __init__(self, out: TextIO, clock: Callable[[], float] = time.monotonic):
-        self._out, self._clock = out, clock
-        self._live = out.isatty()
-        self._said = -math.inf
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock, self._live, self._said = clock, sys.stdout.isatty(), -math.inf
         self._accuracy: dict[str, float] = {}
         self._pending = False
 
@@ -178,18 +176,16 @@ class Progress:
             line = progress_line(step, total, stage, {**metrics, **self._accuracy})
         if self._live:
             width = shutil.get_terminal_size().columns - 1
-            self._out.write("\r\x1b[K" + (line if keep else line[:width]) + ("\n" if keep else ""))
+            print("\r\x1b[K" + (line if keep else line[:width]), end="\n" if keep else "", flush=True)
             self._pending = not keep
         elif keep or self._clock() - self._said >= QUIET_S:
-            self._out.write(line + "\n")
+            print(line, flush=True)
             self._said = self._clock()
-        self._out.flush()
 
     def end(self) -> None:
         """Leaves the line that was written over where it stands, for what is printed next."""
         if self._pending:
-            self._out.write("\n")
-            self._out.flush()
+            print(flush=True)
         self._pending = False
 
 

@@ -63,7 +63,8 @@ function chart(spec) {
   const steps = [...new Set(spec.lines.flatMap((line) => line.steps))].sort((a, b) => a - b);
   const marks = data.runs[0].marks.slice(1).filter(() => data.runs.length === 1);
   const hidden = new Set();
-  const colour = (i) => SERIES[i % SERIES.length], dash = (i) => DASHES[Math.floor(i / SERIES.length) % DASHES.length];
+  const pen = (i) => (data.runs.length > 1 ? spec.lines[i].run : i);  // a run has one colour in all charts
+  const colour = (i) => SERIES[pen(i) % SERIES.length], dash = (i) => DASHES[Math.floor(pen(i) / SERIES.length) % DASHES.length];
   const where = html("output", {}), plot = html("div", { class: "plot", tabindex: 0, role: "slider", "aria-label": spec.title });
   plot.setAttribute("aria-valuemin", 0);
   plot.setAttribute("aria-valuemax", steps.length - 1);
@@ -119,10 +120,10 @@ function chart(spec) {
     const lines = svg("g", { "clip-path": `url(#${clip})` });
     spec.lines.forEach((line, i) => {
       if (hidden.has(i)) return;
-      const pen = { stroke: colour(i), "stroke-dasharray": dash(i) || null };
+      const stroke = { stroke: colour(i), "stroke-dasharray": dash(i) || null };
       const faint = line.means ? { opacity: 0.3, "stroke-width": 1 } : { "stroke-width": 1.7 };
-      lines.append(svg("path", { d: path(line, line.values, x, y), ...pen, ...faint }));
-      if (line.means) lines.append(svg("path", { d: path(line, line.means, x, y), ...pen, "stroke-width": 2 }));
+      lines.append(svg("path", { d: path(line, line.values, x, y), ...stroke, ...faint }));
+      if (line.means) lines.append(svg("path", { d: path(line, line.means, x, y), ...stroke, "stroke-width": 2 }));
       line.values.forEach((value, j) => {
         if (value === null) return;
         const at = { cx: x(line.steps[j]), cy: y(value), fill: colour(i) };
