@@ -176,28 +176,32 @@ def report_html(runs: Sequence[Run]) -> str:
 
 
 def _body(title: str, runs: Sequence[Run]) -> Iterator[str]:
-    yield f"<header><h1>{html.escape(title)}</h1>"
-    for run in runs:
-        yield f'<p class="note">{html.escape(_summary(run, alone=len(runs) == 1))}</p>'
-    yield f"{_tiles(runs[0]) if len(runs) == 1 else ''}</header>"
-    table = results(runs[0]) if len(runs) == 1 else comparison(runs)
-    if table.rows:
-        yield _section("results", "Results", pages.table_html(table))
-    if any(run.metrics for run in runs):
-        yield _section("curves", "Curves", f'<p class="note">{html.escape(_curves_note(runs))}</p><div id="charts"></div>')
-    if any(run.samples for run in runs):
-        yield _section("rollouts", "Rollouts", f'<p class="note">{html.escape(_rollouts_note(runs))}</p><div id="gallery"></div>')
-    yield _section("settings", "Settings", "\n".join(_settings(runs)))
-    if any(run.machines for run in runs):
-        yield _section("hardware", "Hardware", pages.table_html(machines_table(runs)))
-    times = [pages.table_html(times_table(run, run.name if len(runs) > 1 else "")) for run in runs if _phases(run)]
-    if times:
-        yield _section("times", "Time", "\n".join(times))
+    sections = {name: content for name, content in _sections(runs).items() if content}
+    links = " ".join(f'<a href="#{name.lower()}">{name}</a>' for name in sections)
+    notes = "".join(f'<p class="note">{html.escape(_summary(run, alone=len(runs) == 1))}</p>' for run in runs)
+    tiles = _tiles(runs[0]) if len(runs) == 1 else ""
+    yield f'<header><h1>{html.escape(title)}</h1>{notes}<nav aria-label="sections">{links}</nav>{tiles}</header>'
+    for name, content in sections.items():
+        yield f'<section id="{name.lower()}"><h2>{name}</h2>{content}</section>'
     yield "<noscript><p>Curves and gallery are drawn by a script of this page, which is not allowed to run.</p></noscript>"
 
 
-def _section(name: str, title: str, content: str) -> str:
-    return f'<section id="{name}"><h2>{html.escape(title)}</h2>{content}</section>'
+def _sections(runs: Sequence[Run]) -> dict[str, str]:
+    """Returns the page's parts by title, "" where there is nothing to say."""
+
+    def drawn(note: str, place: str) -> str:
+        return f'<p class="note">{html.escape(note)}</p><div id="{place}"></div>'
+
+    table = results(runs[0]) if len(runs) == 1 else comparison(runs)
+    times = [pages.table_html(times_table(run, run.name if len(runs) > 1 else "")) for run in runs if _phases(run)]
+    return {
+        "Results": pages.table_html(table) if table.rows else "",
+        "Curves": drawn(_curves_note(runs), "charts") if any(run.metrics for run in runs) else "",
+        "Rollouts": drawn(_rollouts_note(runs), "gallery") if any(run.samples for run in runs) else "",
+        "Settings": "\n".join(_settings(runs)),
+        "Hardware": pages.table_html(machines_table(runs)) if any(run.machines for run in runs) else "",
+        "Time": "\n".join(times),
+    }
 
 
 def _summary(run: Run, alone: bool) -> str:
