@@ -16,7 +16,7 @@ from pg_ground.config import Config
 from pg_ground.evaluate import answerer
 from pg_ground.model import PaliGemma
 from pg_ground.pages import Table
-from pg_ground.params import flatten, join, unflatten
+from pg_ground.params import flatten, is_multiplied, join, map_named, unflatten
 from pg_ground.rl.experience import Experience
 from pg_ground.sharding import AnyMesh
 from pg_ground.types import Batch, Boxes, Gold, Points, Rollout, UserError
@@ -116,7 +116,9 @@ def job_of(config: Config, mesh: AnyMesh, name: str, hbm_bytes: float | None) ->
         share = memory.work(config, mesh, questions, group, tokens, parts)
         dtype = jnp.dtype(config.model.dtype)
         other = sharding.held([leaf for leaf in jax.tree.leaves((trained, frozen)) if leaf.dtype != dtype])
-        return memory.learning(config, mesh, share, sharding.held(trained), other, parts)
+        gradients = map_named(lambda name, leaf: leaf.update(dtype=dtype) if is_multiplied(name) else leaf, trained)
+        so_far = sharding.held(trained) * (parts > 1)
+        return memory.learning(config, mesh, share, sharding.held(gradients) + so_far, other)
 
     if name == "sft":
         batch = batch_like(config, mesh, config.sft.batch_size)

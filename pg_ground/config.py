@@ -317,6 +317,9 @@ class Checkpoint:
 
     every: int = 500  # steps; the end of a stage is always saved
     keep: int = 2  # newest checkpoints that stay
+    best: str = (
+        ""  # held-out measure whose best parameters stay in best/: "eval/boxes/acc50"; "-eval/…" for the least; "" is none
+    )
 
 
 @dataclass(frozen=True)
@@ -534,6 +537,9 @@ def _check(c: Config) -> None:
     one_of("grpo.rollout_weights", c.grpo.rollout_weights, ("auto", "gathered", "sharded"))
     share = c.grpo.focus_share
     need(share is None or 0 < share <= 1, "grpo.focus_share", share, "in (0, 1]")
+    measures = " or ".join(f'"eval/{name}/…"' for name in c.eval.sources) or '"", since config.eval.sources is empty'
+    of = c.checkpoint.best.removeprefix("-").rpartition("/")[0]
+    need(not of or of in {f"eval/{name}" for name in c.eval.sources}, "checkpoint.best", c.checkpoint.best, measures)
     need(c.eval.temperature > 0, "eval.temperature", c.eval.temperature, "above 0")
     need(0 <= c.sft.label_smoothing < 1, "sft.label_smoothing", c.sft.label_smoothing, "in [0, 1)")
     need(c.sft.loc_smoothing_bins >= 0, "sft.loc_smoothing_bins", c.sft.loc_smoothing_bins, "0 or more")

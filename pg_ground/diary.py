@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import jax
 from PIL import Image
 
-from pg_ground import draw, hardware, processes, report
+from pg_ground import checkpoints, draw, hardware, processes, report
 from pg_ground.checkpoints import Checkpoints
-from pg_ground.config import Config
+from pg_ground.config import Config, nearest
 from pg_ground.data import pipeline
 from pg_ground.data.pipeline import BadRecords
 from pg_ground.metrics import MetricsWriter
@@ -68,13 +68,13 @@ class Diary:
         config: Config,
         workdir: Path,
         writer: MetricsWriter | None,
-        checkpoints: Checkpoints,
+        saved: Checkpoints,
         measure: Callable[[Any], dict[str, float]],
         bad: BadRecords,
         found: int | None,
     ):
         """`found` is the step of the checkpoint that the run goes on from: what it wrote later, it will write again."""
-        self.config, self.workdir, self.writer, self.checkpoints, self.bad = config, workdir, writer, checkpoints, bad
+        self.config, self.workdir, self.writer, self.checkpoints, self.bad = config, workdir, writer, saved, bad
         self._measure = measure
         self._report_fails = False
         if writer is not None:
@@ -83,6 +83,8 @@ class Diary:
         self.resumed: Mapping[str, Any] = {}
         """What this process goes on from, of the checkpoint's record."""
         self._window: dict[str, list[float]] = {}
+        self._best: tuple[int, float] | None = None
+        """Step of the best measurement so far and how good it is (`goodness`)."""
         self._tracing = False
         self._lengths = {"sft": config.sft.steps, "grpo": config.grpo.steps}
 
@@ -92,17 +94,23 @@ class Diary:
 
     def open_with(self, record: Mapping[str, Any]) -> None:
         """Takes up what had been gathered when a checkpoint was written."""
-        if "processes" not in record:
+        if not {"processes", "best"} <= record.keys():
             raise UserError(f"{self.workdir} has a checkpoint of an earlier version of this package: go on with that one")
         self.resumed = own_part(record["processes"], jax.process_index(), jax.process_count())
         self._window = {name: list(values) for name, values in record["window"].items()}
+        self._best = record["best"] and tuple(record["best"])
         self.bad.set_state(self.resumed["bad_records"])
 
     def measure(self, step: int, stage: str, params: Any) -> None:
-        """Writes the held-out measures of `params`."""
+        """Writes the held-out measures of `params`, and `params` too if they are the best so far."""
         metrics = self._measure(params)
         if metrics:
             self._write(step, stage, metrics)
+        if self.config.checkpoint.best:
+            found = goodness(self.config.checkpoint.best, metrics)
+            if self._best is None or found > self._best[1]:
+                checkpoints.keep_best(self.workdir, step, params)
+                self._best = step, found
         self._update_report()
 
     def _write(self, step: int, stage: str, metrics: Mapping[str, float], last: bool = False) -> None:
@@ -144,7 +152,8 @@ class Diary:
         if done % c.checkpoint.every == 0 or last:
             self._write_bad_records()
             mine = {"batches": batches.get_state(), "bad_records": self.bad.get_state(), **(also or {})}
-            self.checkpoints.save(step, state, {"stage": stage, "window": self._window, "processes": processes.gather(mine)})
+            record = {"stage": stage, "window": self._window, "best": self._best, "processes": processes.gather(mine)}
+            self.checkpoints.save(step, state, record)
             self._update_report()
         self._trace(step)
 
@@ -203,6 +212,19 @@ class Diary:
             write_whole(self.workdir / "bad_records.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
+def goodness(measure: str, metrics: Mapping[str, float]) -> float:
+    """Returns the value of a measure, negated where its name begins with "-": more is better, and NaN is worst.
+
+    Raises:
+      UserError: nothing of that name was measured.
+    """
+    name = measure.removeprefix("-")
+    if name not in metrics:
+        raise UserError(f"config.checkpoint.best is {measure!r}, which is not measured: {nearest(name, metrics)}")
+    value = -metrics[name] if measure.startswith("-") else metrics[name]
+    return -math.inf if math.isnan(value) else value
+
+
 def own_part(parts: Sequence[Mapping[str, Any]], index: int, count: int) -> Mapping[str, Any]:
     """Returns what process `index` of `count` goes on from, of what as many or other processes left behind.
 
@@ -226,7 +248,7 @@ def mean_of_finite(values: Sequence[float]) -> float:
     return statistics.fmean(finite) if finite else math.nan
 
 
-MAY_DIFFER = ("log.", "checkpoint.", "mesh.")
+MAY_DIFFER = ("log.", "checkpoint.every", "checkpoint.keep", "mesh.")
 """Settings that a resumed run may change: they do not touch what is computed, or, on another mesh, only the order of its sums."""
 
 
@@ -250,6 +272,8 @@ def claim(workdir: Path, config: Config) -> None:
     file = workdir / "config.json"
     processes.barrier("claim")  # all have looked before anything changes
     if processes.is_writer():
+        if not checkpoints.steps(workdir):  # what a run left that ended before its first checkpoint is not this one's
+            checkpoints.remove_tree(workdir / checkpoints.BEST)
         write_whole(file, json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     processes.barrier("claimed")
     seen = processes.gather(file.is_file())

@@ -22,7 +22,7 @@ ASSETS = ("assets", "assets.make_tokenizer")
 """Floor 1 too: data files, and the script that makes them."""
 
 ROOMS = {
-    "model": ("lora", "siglip", "gemma", "paligemma", "files", "hugging_face", "weights"),
+    "model": ("lora", "siglip", "gemma", "paligemma", "files", "vqvae", "hugging_face", "weights"),
     "data": (
         *("synthetic", "records", "masks", "sampling", "tables", "hub", "arrayrecord", "tfds", "refer", "fetch"),
         *("sources", "examples", "pipeline"),
@@ -31,6 +31,7 @@ ROOMS = {
         *("advantages", "loss", "rewards", "experience", "rollout", "update"),
         *("grammars", "text_rewards", "judge_worker", "judges"),
     ),
+    "measure": ("segmentation", "detection"),
 }
 """Floor 2. In order: a module may import those before it in its own room; a room's `__init__` stands on top of it."""
 

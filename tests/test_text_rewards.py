@@ -373,6 +373,49 @@ def test_defect_18_no_answer_is_wrong(text):
     assert reward("spatial", text, ask("(C)", prompt=QUESTION)) == -0.5
 
 
+SEARCHES = "<think>I look.</think><search>Eiffel tower height</search>"
+SAYS = "<think>I know.</think><answer>{}</answer>"
+
+
+def test_defect_11_tools_without_the_right_answer_earn_nothing():
+    """There, a wrong answer after one tool call is worth 1.4, gibberish after one 1.2, and three calls 3.6."""
+    example = ask("330 metres")
+    for text in (SEARCHES, SEARCHES * 3, SEARCHES + SAYS.format("red"), SEARCHES + "gibberish", SEARCHES + "<answer> </answer>"):
+        assert reward("agent", text, example) == 0, text
+    right = SAYS.format("330 metres")
+    assert reward("agent", right, example) == 1
+    assert reward("agent", SEARCHES + right, example) == reward("agent", SEARCHES * 5 + right, example) == pytest.approx(1.2)
+    half = SAYS.format("330 feet")
+    assert reward("agent", SEARCHES + half, example) < reward("agent", right, example)
+
+
+@pytest.mark.parametrize(
+    ("act", "gold", "same", "other"),
+    [
+        ("problem", "{'dark', 'rotation90'}", "{'rotation90', 'dark'}", "{'dark'}"),
+        ("code", "x = img[0:9]  # crop", "```python\nx = img[ 0:9 ]\n```", "x = img[0:8]"),
+        ("code", "not python at all", "not python at all", "print('anything')"),
+        ("answer", "a red car", "the red car", "blue bus"),
+        ("search", "height of tower", "tower of height", "rain"),
+    ],
+)
+def test_defect_12_a_turn_is_compared_with_the_gold_one(act, gold, same, other):
+    """There, a right problem is always worth 0, and any code at all 0.9."""
+
+    def turn(what, kind=act):
+        return f"<think>so</think><{kind}>{what}</{kind}>"
+
+    example = ask(turn(gold))
+    assert reward("agent_step", turn(same), example) == 1
+    elsewhere = "code" if act == "answer" else "answer"
+    for text in (turn(other), turn(same, elsewhere), turn(same) + turn(same), same, ""):
+        assert reward("agent_step", text, example) == 0, text
+    assert reward("agent_format", turn(same), example) == 1
+    assert reward("agent_format", SEARCHES + turn(same), example) == 1
+    for text in (f"<{act}>{same}</{act}>", turn(same) + " more", turn(""), turn(same).replace("<think>", ""), ""):
+        assert reward("agent_format", text, example) == 0, text
+
+
 def test_defect_18_an_answer_is_one_relation():
     example = ask("left", prompt=QUESTION)
     for text in ("left", "left.", "<think>x</think><answer>left</answer>", "The answer is: to the left of the table"):

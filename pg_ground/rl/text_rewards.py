@@ -5,9 +5,11 @@ of the original image, and sets of them are matched one to one for the largest t
 spurious and a duplicate answer all cost, and one that cannot be read counts as a prediction with similarity 0.
 """
 
+import ast
 import math
 import re
 import string
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
@@ -42,6 +44,9 @@ REASONING_WEIGHT = 0.3
 
 REASONING_WORDS = (20, 150)
 """Bounds on the length of a chain of thought (ReinforceSight)."""
+
+TOOL_BONUS = 0.2
+"""Of what an answer is worth, added where a tool was used before it."""
 
 MAX_MATH = 200
 """Characters of the longest mathematical answer that is looked at: nonsense costs math-verify time beyond its length."""
@@ -267,10 +272,7 @@ def token_f1(text: str, example: TextExample) -> float:
     """Returns the F1 of the answer's words against the gold's, in [0, 1], normalised as SQuAD's are (arXiv 1606.05250)."""
     if not _gold_text(example):
         return math.nan
-    found, gold = _squad_words(text), _squad_words(example.gold)
-    if not found or not gold:
-        return float(found == gold)
-    return 2 * (Counter(found) & Counter(gold)).total() / (len(found) + len(gold))
+    return _f1(_squad_words(text), _squad_words(example.gold))
 
 
 def exact_match(text: str, example: TextExample) -> float:
@@ -296,6 +298,47 @@ def spatial(text: str, example: TextExample) -> float:
     """
     earned = spatial_answer(text, example)
     return earned + REASONING_WEIGHT * _reasoning(*grammars.conclusion(text), example.prompt) if earned > 0 else earned
+
+
+def agent_format(text: str, _: TextExample) -> float:
+    """Returns 1 where the whole text is `<think>…</think>` and one act (`<answer>`, `<search>`, `<code>` or `<problem>`), else 0.
+
+    Of a transcript, where that is so of every turn.
+    """
+    return float(grammars.turns(text).ok)
+
+
+def agent_step(text: str, example: TextExample) -> float:
+    """Returns how near one turn is to the gold turn, in [0, 1] (RLLaVA's code and search agents).
+
+    A turn with another act than the gold's, or with two, is 0. Answers and searches are compared by F1 of their words, problems
+    as sets of labels, code by its syntax tree: it is never run, and spaces, comments and quotes do not count.
+    """
+    gold = grammars.turns(_gold_text(example)).acts
+    if len(gold) != 1:
+        return math.nan
+    (kind, wanted), acts = gold[0], grammars.turns(text).acts
+    if [name for name, _ in acts] != [kind]:
+        return 0.0
+    found = acts[0][1]
+    if kind == "problem":
+        return float(set(_LABEL.findall(found)) == set(_LABEL.findall(wanted)))
+    return float(_syntax(found) == _syntax(wanted)) if kind == "code" else _f1(_plain_words(found), _plain_words(wanted))
+
+
+def agent(text: str, example: TextExample) -> float:
+    """Returns the F1 of a transcript's last answer, and for having acted before it 0.2 of that more, in [0, 1.2].
+
+    A transcript that does not end in an answer is 0, whatever was done: acts are worth nothing by themselves.
+    """
+    gold = _gold_text(example)
+    if not gold:
+        return math.nan
+    acts = grammars.turns(text).acts
+    if not acts or acts[-1][0] != "answer":
+        return 0.0
+    right = _f1(_plain_words(acts[-1][1]), _squad_words(gold))
+    return right * (1 + TOOL_BONUS * any(kind != "answer" for kind, _ in acts[:-1]))
 
 
 TEXT_REWARDS: dict[str, TextReward] = {
@@ -330,6 +373,9 @@ TEXT_REWARDS: dict[str, TextReward] = {
     "exact_match": exact_match,
     "spatial_answer": spatial_answer,
     "spatial": spatial,
+    "agent_format": agent_format,
+    "agent_step": agent_step,
+    "agent": agent,
 }
 
 
@@ -462,7 +508,32 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def _squad_words(text: str) -> list[str]:
-    return _ARTICLES.sub(" ", grammars.sections(text).answer.lower().translate(_PUNCTUATION)).split()
+    return _plain_words(grammars.sections(text).answer)
+
+
+def _plain_words(text: str) -> list[str]:
+    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+
+
+def _f1(found: list[str], gold: list[str]) -> float:
+    if not found or not gold:
+        return float(found == gold)
+    return 2 * (Counter(found) & Counter(gold)).total() / (len(found) + len(gold))
+
+
+_LABEL = re.compile(r"[\w-]+")
+_FENCE = re.compile(r"\s*```(?:python|py)?\n(.*)```\s*", re.DOTALL)
+
+
+def _syntax(code: str) -> str:
+    """Returns the syntax tree of code, in a fence or not; the code itself where it has none."""
+    fenced = _FENCE.fullmatch(code)
+    code = fenced[1] if fenced else code
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return ast.dump(ast.parse(code)) if len(code) <= grammars.MAX_LITERAL else code
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return code
 
 
 _TWO_NUMBERS = re.compile(r"[0-9]\s+[0-9]")
