@@ -118,7 +118,7 @@ def main() -> None:
             lines = []
             for row in rows:
                 found = compiled(row)
-                everything[f"{title}/{row.name}"] = found
+                everything[f"{title}/{row.name}, {row.topology}"] = found
                 lines += [cells(row, program, numbers) for program, numbers in found.items()]
                 print(*lines[-len(found) :], sep="\n", file=sys.stderr, flush=True)
             print(ascii_table(Table(title, HEADS, lines, "")), flush=True)

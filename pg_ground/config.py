@@ -290,11 +290,15 @@ class Eval:
     """Held-out measurement, with greedy and with sampled answers."""
 
     sources: Mapping[str, Source] = field(default_factory=dict)
-    examples: int = 256  # of each source
+    benchmarks: Mapping[str, str] = field(default_factory=dict)  # source to what it is measured as; else by what it asks for
+    examples: int = 0  # of each source; 0 is all, fewer than there are is said in the names: eval/NAME@512/acc50
     batch_size: int = 64
-    every: int = 0  # steps between measurements; 0 is only at the start of a run and at the end of each stage
+    at_start: bool = True  # whether a run is measured before its first step
+    every: int = 0  # steps between measurements; 0 is only at the end of each stage
     max_new_tokens: int = 16
     temperature: float = 1.0  # of the sampled answers
+    rollouts: int = 1  # sampled answers a question; 0 is none
+    perplexity: bool = False  # whether the gold suffixes' log-probabilities are measured too
 
 
 @dataclass(frozen=True)
@@ -479,7 +483,7 @@ def _check(c: Config) -> None:
         "model.text.num_kv_heads", "model.text.head_dim", "model.logits_block", "model.scan_unroll", "sft.steps",
         "sft.batch_size", "sft.micro_batches", "grpo.steps", "grpo.batch_size", "grpo.micro_batches",
         "grpo.updates_per_rollout", "grpo.minibatches", "grpo.max_new_tokens", "grpo.advantage_epsilon",
-        "grpo.kl_horizon", "eval.examples", "eval.batch_size", "eval.max_new_tokens",
+        "grpo.kl_horizon", "eval.batch_size", "eval.max_new_tokens",
         "data.fetch.concurrency", "data.fetch.timeout_s", "data.fetch.max_bytes", "data.prompt_length",
         "data.suffix_length", "data.max_boxes", "log.every", "log.samples", "checkpoint.every", "checkpoint.keep",
         "grpo.judging.workers", "grpo.judging.timeout_s", "grpo.rollout_parts",
@@ -491,7 +495,8 @@ def _check(c: Config) -> None:
         need(value > 0, path, value, "above 0")
     zero_or_more = (
         "grpo.top_k", "grpo.resample", "grpo.kl_target",
-        "seed", "eval.every", "log.samples_every", "mesh.cpu_devices", "data.workers", "data.read_threads", "data.check_records",
+        "seed", "eval.every", "eval.examples", "eval.rollouts", "log.samples_every", "mesh.cpu_devices", "data.workers",
+        "data.read_threads", "data.check_records",
         "data.fetch.retries", "data.fetch.backoff_s", "data.mask_size", "grpo.judging.memory_bytes",
         "grpo.reward_settings.overlong_max_tokens")  # fmt: skip
     for path in zero_or_more:

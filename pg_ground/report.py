@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pg_ground import cli, config, draw, hardware, pages
+from pg_ground.evaluate import SHOWN, results_table
 from pg_ground.metrics import read_metrics
 from pg_ground.pages import Table
 from pg_ground.processes import leaves
@@ -62,6 +63,12 @@ CURVES: tuple[tuple[str, str], ...] = (
 
 HEADLINES = r"eval/(.+/(?:acc50|point_in_box|accuracy))|(reward)/total|completion/(malformed)_fraction"
 """Metrics that stand at the top of the page, and by which part of their names."""
+
+
+NOTE = "sampled_: at temperature; the rest: greedy."
+
+OWN_SCALE = ("mae", "suffix_perplexity")
+"""Held-out measures that are no fractions of 1: each has a chart of its own."""
 
 
 class Run(NamedTuple):
@@ -250,9 +257,7 @@ def _rollouts_note(runs: Sequence[Run]) -> str:
 
 def results(run: Run) -> Table:
     """Returns the held-out measures, a row each: at the start, at the end of each stage, and the last ones so far."""
-    return Table(
-        "Held-out measures", *_columns(measured(run)), note="sampled_: at temperature; the rest: greedy. Fractions of 1."
-    )
+    return results_table("Held-out measures", measured(run), NOTE)
 
 
 def comparison(runs: Sequence[Run]) -> Table:
@@ -263,21 +268,7 @@ def comparison(runs: Sequence[Run]) -> Table:
         if moments:
             moment = list(moments)[-1]
             last[f"{run.name}, {moment}"] = moments[moment]
-    return Table(
-        "Held-out measures, the last of each run",
-        *_columns(last),
-        note="sampled_: at temperature; the rest: greedy. Fractions of 1.",
-    )
-
-
-def _columns(columns: Mapping[str, Mapping[str, float]]) -> tuple[list[str], list[list[Any]]]:
-    names = sorted({name for values in columns.values() for name in values if not name.endswith("/questions")})
-    rows = [[name.removeprefix("eval/"), *(_short(values.get(name)) for values in columns.values())] for name in names]
-    return ["measure", *columns], rows
-
-
-def _short(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+    return results_table("Held-out measures, the last of each run", last, NOTE)
 
 
 def measured(run: Run) -> dict[str, dict[str, float]]:
@@ -405,10 +396,13 @@ def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def groups(names: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Returns the charts of metrics in the order of the page: reward, evaluations, then the rest of CURVES and what is left."""
+    """Returns the charts of metrics in the order of the page: reward, evaluations, then the rest of CURVES and what is left.
+
+    Of held-out measures those of the table of results have one.
+    """
     evaluations: dict[str, list[str]] = {}
     for name in names:
-        if name.startswith("eval/") and not name.endswith("/questions"):
+        if name.startswith("eval/") and _measure(name) in SHOWN:
             evaluations.setdefault(_evaluation_title(name), []).append(name)
     named = [(title, [name for name in names if re.match(pattern, name)]) for title, pattern in CURVES]
     taken = {name for _, group in named for name in group} | {name for name in names if name.startswith("eval/")}
@@ -419,7 +413,13 @@ def groups(names: Sequence[str]) -> list[tuple[str, list[str]]]:
 def _evaluation_title(metric: str) -> str:
     """Returns the chart of `eval/<benchmark>/<measure>` or `eval/<benchmark>/sampled_<measure>`."""
     benchmark, _, measure = metric.removeprefix("eval/").rpartition("/")
-    return f"Evaluation: {benchmark}, {'sampled' if measure.startswith('sampled_') else 'greedy'} answers"
+    mode = "sampled" if measure.startswith("sampled_") else "greedy"
+    own = f", {_measure(metric)}" if _measure(metric) in OWN_SCALE else ""
+    return f"Evaluation: {benchmark}{own}, {mode} answers"
+
+
+def _measure(metric: str) -> str:
+    return metric.rpartition("/")[2].removeprefix("sampled_")
 
 
 def _label(metric: str) -> str:

@@ -25,7 +25,7 @@ from pg_ground.config import Config
 from pg_ground.data import pipeline
 from pg_ground.diary import Diary, Pictures, Stopwatch, claim
 from pg_ground.doctor import examine
-from pg_ground.evaluate import answerer, check_vocabulary, evaluate, held_out
+from pg_ground.exam import check_vocabulary, evaluate, held_out, programs_of
 from pg_ground.model import PaliGemma, weights
 from pg_ground.pages import Table, ascii_table
 from pg_ground.params import flatten, join, pick, unflatten
@@ -109,7 +109,7 @@ def train(config: Config, workdir: Path) -> Path:
     check_vocabulary(tokenizer, model)
     trained, frozen = programs.layout(config, model, mesh)
     first = None if started(workdir) else begin(config, model, trained | frozen)
-    answer = answerer(model, tokenizer.vocab, config.eval.max_new_tokens)
+    answering = programs_of(config, model, tokenizer.vocab)
     streams = {stage: open_stream(config, stage, tokenizer, mesh, bad) for stage in config.stages}
     questions = held_out(config)
     parts = [part for stream in streams.values() for part in stream.parts]
@@ -120,7 +120,7 @@ def train(config: Config, workdir: Path) -> Path:
     del first
 
     def measure(params: Any) -> dict[str, float]:
-        return evaluate(answer, join(kept, params), questions, config, tokenizer, mesh, bad).metrics
+        return evaluate(answering, join(kept, params), questions, config, tokenizer, mesh, bad).metrics
 
     with checkpoints.Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as saved:
         found = saved.latest()
@@ -138,7 +138,7 @@ def train(config: Config, workdir: Path) -> Path:
                     streams[stage].set_state(diary.resumed["batches"])
                 else:
                     state = fresh_state(run, stage, params)
-                    if stage == config.stages[0]:
+                    if stage == config.stages[0] and config.eval.at_start:
                         diary.measure(0, stage, state.params)
                 with pipeline.Ahead(streams[stage], partial(sharding.put_batch, mesh)) as batches:
                     params = STAGES[stage](run, state, batches).params

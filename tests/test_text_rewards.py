@@ -459,6 +459,36 @@ def test_defect_19_reasoning_is_qualitative_names_the_objects_and_leads_to_the_a
     assert reward("spatial", text.replace(">left<", ">(B)<"), ask("(B)", prompt=choices)) == pytest.approx(1 + 0.3 * quality)
 
 
+WHICH = "Which is closer to the dog, the parking meter or the hot dog?"
+WHETHER = "Is the hot dog closer to the dog than the parking meter is?"
+PLACES = (
+    "I need to compare how far the parking meter and the hot dog are from the dog. Going outwards, the hot dog comes first "
+    "and then the parking meter. "
+)
+
+
+@pytest.mark.parametrize(
+    ("question", "gold", "end", "quality"),
+    [
+        (WHICH, "hot dog", "So it is the hot dog.", 1),
+        (WHICH, "hot dog", "So it is the dog.", 0),
+        (WHICH, "hot dog", "Not the parking meter but the hot dog.", 0),
+        (WHICH, "hot dog", "By a meter, it is the hot dog.", 0.5),
+        (WHETHER, "yes", "So yes, it is closer.", 1),
+        (WHETHER, "yes", "So no, it is farther.", 0),
+        (WHETHER, "yes", "Yes or no.", 0),
+        (WHETHER, "yes", "It is closer.", 0),
+        (f"{WHICH}\n(A) parking meter\n(B) hot dog", "(B)", "So it is the hot dog.", 1),
+        (f"{WHICH}\n(A) parking meter\n(B) hot dog", "(B)", "So it is the dog.", 0),
+    ],
+)
+def test_reasoning_leads_to_yes_or_no_or_an_object_where_that_is_the_answer(question, gold, end, quality):
+    thought = f"{PLACES}{end} Therefore, the answer is: "
+    example = ask(thought + gold, prompt=question)
+    assert reward("spatial", thought + gold, example) == pytest.approx(1 + 0.3 * quality)
+    assert reward("spatial", f"{thought}horse", example) == -0.5
+
+
 def test_defect_24_a_list_is_not_the_best_of_it():
     example = ask_points((421, 198))
     assert recipe(POINT_RECIPE, json_points((421, 198)), example) == 1

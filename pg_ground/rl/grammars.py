@@ -253,6 +253,11 @@ def relations(text: str) -> set[str]:
     return {_RELATION_OF[phrase] for phrase in _RELATION.findall(_THE.sub("", text.lower()))}
 
 
+def yes_or_no(text: str) -> set[str]:
+    """Returns which of "yes" and "no" a text says."""
+    return set(_YES_NO.findall(text.lower()))
+
+
 def choice(text: str) -> Choice:
     """Returns the one option letter, spatial relation, or yes or no, that an answer names.
 
@@ -264,7 +269,7 @@ def choice(text: str) -> Choice:
     for kind, found in (
         ("option", letters or {bare[1]} if bare else letters),
         ("relation", set() if _NEGATION.search(answer.lower()) else relations(answer)),
-        ("yes/no", set(_YES_NO.findall(answer.lower()))),
+        ("yes/no", yes_or_no(answer)),
     ):
         if found:
             return Choice(kind, found.pop()) if len(found) == 1 else Choice("", "")

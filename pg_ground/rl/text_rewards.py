@@ -281,9 +281,9 @@ def exact_match(text: str, example: TextExample) -> float:
 
 
 def spatial_answer(text: str, example: TextExample) -> float:
-    """Returns 1 for the gold relation or option letter, by any of its names, else −0.5 (ReinforceSight's, with its names).
+    """Returns 1 for the gold relation (by any of its names), option letter, or yes or no, else −0.5 (ReinforceSight's).
 
-    An answer that names two, or none, is wrong. A gold that is neither (an object's name) is compared as by `exact_match`.
+    An answer that names two, or none, is wrong. Any other gold, as an object's name, is compared as by `exact_match`.
     """
     if not _gold_text(example):
         return math.nan
@@ -293,8 +293,9 @@ def spatial_answer(text: str, example: TextExample) -> float:
 def spatial(text: str, example: TextExample) -> float:
     """Returns `spatial_answer`, and for a right answer up to 0.3 more for its reasoning, in [−0.5, 1.3].
 
-    Reasoning of 20 to 150 words earns if its last sentence that names a relation names the answer's alone. Half is for using
-    neither digits nor units, half for naming the objects that the question names.
+    Reasoning of 20 to 150 words earns if its last sentence that names a relation (or says yes or no, or names an object of the
+    question, as the answer does) names the answer's alone. Half is for using neither digits nor units, but in the objects' names,
+    half for naming the objects that the question names.
     """
     earned = spatial_answer(text, example)
     return earned + REASONING_WEIGHT * _reasoning(*grammars.conclusion(text), example.prompt) if earned > 0 else earned
@@ -547,7 +548,8 @@ def _expression(latex: str | None) -> list:
 
 
 def _chosen(answer: str, gold: str) -> bool:
-    right, given = grammars.choice(grammars.conclusion(gold)[1]), grammars.choice(answer)
+    gold = grammars.conclusion(gold)[1]
+    right, given = grammars.choice(gold), grammars.choice(answer)
     return given == right if right.kind else bool(_squad_words(gold)) and _squad_words(answer) == _squad_words(gold)
 
 
@@ -557,19 +559,29 @@ _MEASURED = re.compile(
     r"\d|[%°]|\b(?:[cmk]?m|(?:centi|milli|kilo)?met(?:er|re)s?|feet|ft|inch(?:es)?|yards?|miles?|pixels?|px|degrees?|percent)\b"
 )
 _OBJECT = re.compile(
-    r"\bthe ((?:(?!(?:and|or|to|of|in|is|on|at|as|be|relative|located|with|from|than|appears?|left|right|above|below|camera"
-    r"|viewer|image|picture|photo|scene|spatial|relation(?:ship)?|positions?|following|answer|object|one)\b)[a-z'-]+ ?){1,3})"
+    r"\bthe ((?:(?!(?:the|and|or|to|of|in|is|on|at|as|be|relative|located|with|from|than|appears?|left|right|above|below|over"
+    r"|under|beneath|before|behind|after|closer|nearer|farther|further|camera|viewer|image|picture|photo|scene|spatial"
+    r"|relation(?:ship)?|positions?|following|answer|object|one)\b)[a-z'-]+ ?){1,3})"
 )
 
 
 def _reasoning(reasoning: str, answer: str, prompt: str) -> float:
     """Returns the quality of a chain of thought that led to the right answer, in {0, ½, 1}: see `spatial`."""
     prompt, thought = prompt.lower(), reasoning.lower()
-    options = dict(_OPTION_TEXT.findall(prompt.upper()))
-    concluded = grammars.relations(options.get(grammars.choice(answer).value, answer))
-    last = [named for sentence in _SENTENCE.split(thought) if (named := grammars.relations(sentence))][-1:]
+    options, chosen = dict(_OPTION_TEXT.findall(prompt.upper())), grammars.choice(answer)
+    answer = options.get(chosen.value, answer).lower()
+    objects = {name.strip() for name in _OBJECT.findall(prompt)}
+    names = sorted({*objects, " ".join(_squad_words(answer))} - {""}, key=len, reverse=True)
+    name = re.compile(rf"\b(?:{'|'.join(map(re.escape, names)) or '(?!)'})\b")
+
+    def named(text: str) -> set[str]:
+        """Returns what a text names of the kind that the answer is of."""
+        if grammars.relations(answer):
+            return grammars.relations(text)
+        return grammars.yes_or_no(text) if chosen.kind == "yes/no" else set(name.findall(text))
+
+    last = [found for sentence in _SENTENCE.split(thought) if (found := named(sentence))][-1:]
     shortest, longest = REASONING_WORDS
-    if last != [concluded] or not shortest <= len(thought.split()) <= longest:
+    if last != [named(answer)] or not shortest <= len(thought.split()) <= longest:
         return 0.0
-    named = all(name.strip() in thought for name in _OBJECT.findall(prompt))
-    return (named + (not _MEASURED.search(thought))) / 2
+    return (all(one in thought for one in objects) + (not _MEASURED.search(name.sub(" ", thought)))) / 2
