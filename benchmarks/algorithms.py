@@ -24,7 +24,7 @@ import jax
 
 from pg_ground import cli, config, sharding
 from pg_ground.metrics import read_metrics
-from pg_ground.report import Table, ascii_table
+from pg_ground.pages import Table, ascii_table
 from pg_ground.train import train
 
 ROWS = "grpo,dr_grpo,dapo,gspo,gmpo,cispo,sapo,rloo,remax,reinforce_plus_plus_baseline,opo,gdpo"

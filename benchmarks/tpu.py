@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from pg_ground import cli
 from pg_ground.chips import CHIPS, GIB, parse_topology
-from pg_ground.report import Table, ascii_table
+from pg_ground.pages import Table, ascii_table
 from pg_ground.types import UserError
 
 ROOT = Path(__file__).parents[1]

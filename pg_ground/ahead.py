@@ -15,8 +15,8 @@ from pg_ground import chips, flops, memory, programs, sharding
 from pg_ground.config import Config
 from pg_ground.exam import programs_of
 from pg_ground.model import PaliGemma
+from pg_ground.pages import Table
 from pg_ground.params import flatten, is_multiplied, join, map_named, unflatten
-from pg_ground.report import Table
 from pg_ground.rl.experience import Experience
 from pg_ground.sharding import AnyMesh
 from pg_ground.types import Batch, Boxes, Gold, Points, Rollout, UserError

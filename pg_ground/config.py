@@ -308,7 +308,8 @@ class Log:
 
     every: int = 10  # steps between lines of metrics.jsonl
     samples_every: int = 200  # steps between pictures of rollouts; 0 is never
-    samples: int = 4  # prompts in such a picture
+    samples: int = 8  # prompts in such a picture, and in the gallery of report.html
+    wandb: str = ""  # project at Weights & Biases that the run is mirrored to (needs wandb installed); "" is none
     profile_steps: tuple[int, int] = (
         0,
         0,

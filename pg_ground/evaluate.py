@@ -16,7 +16,7 @@ from typing import Any
 
 from pg_ground import cli, processes
 from pg_ground.measure import benchmarks, files, rows
-from pg_ground.report import Table, ascii_table, write_whole
+from pg_ground.pages import Table, ascii_table, write_whole
 from pg_ground.types import UserError
 
 SHOWN = ("ap", "ap50", "miou", "acc50", "acc75", "acc95", "mean_iou", "point_in_box", "f1", "accuracy", "mae", "cv_bench",

@@ -23,7 +23,7 @@ from pg_ground.data.records import BadRecord, load_image
 from pg_ground.exam import check_vocabulary
 from pg_ground.measure.answers import loc_answers
 from pg_ground.model import weights
-from pg_ground.report import write_whole
+from pg_ground.pages import write_whole
 from pg_ground.rl.rollout import sample
 from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.types import UserError

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "pg_ground"
 WORDS = ("types", "vocab", "config", "params")
 """Floor 0. In order: `config` may import the two before it."""
 
-CONCERNS = ("boxes", "tokenizer", "sharding", "optim", "metrics", "checkpoints", "draw", "report", "processes")
+CONCERNS = ("boxes", "tokenizer", "sharding", "optim", "metrics", "checkpoints", "draw", "pages", "processes")
 """Floor 1: one concern each; they import floor 0 only, and not one another."""
 
 ASSETS = ("assets", "assets.make_tokenizer")
@@ -63,6 +63,8 @@ ENTRY_POINTS = (
         "exam",
         "evaluate",
         "ahead",
+        "hardware",
+        "report",
         "diary",
         "sampler",
         "doctor",
