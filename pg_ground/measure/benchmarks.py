@@ -131,7 +131,10 @@ def check_count(rows: Sequence[Row], name: str) -> None:
     """Raises UserError unless rows (of one mode) are all questions of the benchmark of that name."""
     benchmark = benchmark_of(name, "benchmark")
     number = len({str(row["id"]) for row in rows})
-    if "@" in name or benchmark.count is None:
+    part = name.partition("@")[2]
+    if part and part != str(number):
+        raise UserError(f"{name} has {part} questions, but there are {number}")
+    if part or benchmark.count is None:
         return
     if number != benchmark.count:
         free = next(free for free, other in BENCHMARKS.items() if other.kind == benchmark.kind and other.count is None)
