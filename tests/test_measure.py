@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pg_ground import cli, evaluate, exam
@@ -258,6 +258,7 @@ def test_another_number_of_questions_is_not_reported_under_the_benchmark_s_name(
 coordinate = st.floats(0, 1000, allow_nan=False)
 
 
+@example((0, 0, 1e-200, 1e-200), (0, 0, 1e-200, 1e-200))
 @given(st.tuples(*[coordinate] * 4), st.tuples(*[coordinate] * 4))
 def test_iou_is_symmetric_and_a_share(a, b):
     assert iou_of(a, b) == iou_of(b, a) and 0 <= iou_of(a, b) <= 1
