@@ -212,6 +212,7 @@ def main(argv: Sequence[str], group: processes.Group) -> None:
     place = Path(own["workdir"] or own["params"])
     out = Path(own["out"] or (place if place.is_dir() else place.parent))
     sharding.split_cpu(config.mesh)
+    sharding.keep_programs(config.mesh)
     group.open(processes.leaves({"config": dataclasses.asdict(config), "--params": own["params"], "--workdir": own["workdir"]}))
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_rows(mesh, config.eval.batch_size, "eval.batch_size")
