@@ -2,14 +2,13 @@
 
 python benchmarks/versus.py [--size=tiny|small|3b_224|3b_448] [--peers=ours,hand,trl,…] [--rounds=5] [--threads=1]
     [--device=cpu|cuda] [--dtype=float32|bfloat16] [--checkpointing=true|false] [--prompts=N --group=N --tokens=N]
-    [--micro_batches=1] [--python=PEERS_PYTHON] [--big_vision=CHECKOUT] [--json=O] [--out=O.md]
+    [--micro_batches=1] [--python=PEERS_PYTHON] [--json=O] [--out=O.md]
 
 Peers: ours; hand, the loop a torch user writes (Hugging Face's generate with its cache, then TRL's loss); trl, TRL's GRPOTrainer;
-generate_dynamic, generate_static and generate_compiled, sampling alone; big_vision, its decode loop and its train step. A peer
-that is not installed is said to be so and left out:
+generate_dynamic, generate_static and generate_compiled, sampling alone. A peer that is not installed is said to be so and left
+out:
 
-    pip install torch==2.13.0 transformers==5.23.0 trl==1.16.0 accelerate datasets peft sentencepiece pillow
-    git clone https://github.com/google-research/big_vision    (and --big_vision=PATH)
+    pip install 'pg-ground[peers]'    (torch 2.13.0, transformers 5.23.0, trl 1.16.0)
 
 Equal work: an architecture of the same sizes with random float32 parameters, all trained by Adam with the gradient clipped; the
 same numbers of prompts (an image and `prompt_tokens` tokens each), completions and tokens, none of which ends early; a KL to a
@@ -49,7 +48,6 @@ PEERS: dict[str, tuple[str, str]] = {
     "generate_dynamic": ("torch_peers.py", "generate:dynamic"),
     "generate_static": ("torch_peers.py", "generate:static"),
     "generate_compiled": ("torch_peers.py", "generate:compiled"),
-    "big_vision": ("big_vision_peer.py", ""),
 }
 """Program and what it is to do."""
 
@@ -210,7 +208,7 @@ def commit() -> str:
 
 FLAGS = {
     "size": "tiny", "peers": ",".join(PEERS), "rounds": 5, "threads": 1, "device": "cpu", "dtype": "", "checkpointing": "true",
-    "prompts": 0, "group": 0, "tokens": 0, "prompt_tokens": 16, "micro_batches": 1, "python": sys.executable, "big_vision": "",
+    "prompts": 0, "group": 0, "tokens": 0, "prompt_tokens": 16, "micro_batches": 1, "python": sys.executable,
     "together": "", "logs": "", "json": "", "out": ""}  # fmt: skip
 
 
@@ -233,7 +231,6 @@ def main(argv: Sequence[str]) -> None:
         threads=own["threads"],
         micro_batches=own["micro_batches"],
         variant="",
-        big_vision=own["big_vision"],
     )
     if cpu:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-w.threads :])

@@ -308,7 +308,8 @@ def shares(phase: Phase, top: Ceilings, seconds: float) -> dict[str, float]:
 
 
 def main(argv: Sequence[str]) -> None:
-    given = argv if any(argument.startswith("--config") for argument in argv) else [f"--config={DEFAULT}", *argv]
+    named = any(argument.split("=")[0] == "--config" for argument in argv)
+    given = argv if named else [f"--config={DEFAULT}", *argv]
     config, own = cli.parse(given, {"steps": 10})
     if own["steps"] < 1:
         raise UserError(f"--steps={own['steps']}: it must be at least 1")

@@ -70,7 +70,8 @@ def split_cpu(c: config.Mesh) -> None:
 
 def keep_programs(c: config.Mesh) -> None:
     """Makes jax keep compiled programs in the folder that `c` names; one that JAX_COMPILATION_CACHE_DIR names goes before it."""
-    if c.compile_cache and jax.config.jax_compilation_cache_dir is None:
+    named = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]: jax makes it at import
+    if c.compile_cache and named is None:
         jax.config.update("jax_compilation_cache_dir", str(Path(c.compile_cache).expanduser()))
 
 

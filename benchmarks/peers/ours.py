@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 from work import CLIP_NORM, LR, Laps, Work, asked, peak_rss, reset_peak_rss, say, versions, work
 
 from pg_ground import config, programs, sharding
@@ -39,8 +40,8 @@ def stray_share(answer: Any, batch: Any, settings: Any) -> Any:
     return answer.stray / 16
 
 
-def recipe(w: Work) -> Config:
-    """Returns the work as a config."""
+def recipe(w: Work) -> ConfigDict:
+    """Returns the work as a config that `config.parse` reads."""
     s, c = w.of, config.template()
     c.model.image_size = s.image
     c.model.vision.update(
@@ -57,7 +58,7 @@ def recipe(w: Work) -> Config:
     c.grpo.algorithm = "grpo"  # KL to the reference policy: 0.04
     c.grpo.optimizer.update(name="adamw", lr=LR, weight_decay=0.0, clip_norm=CLIP_NORM)
     c.grpo.sources = {"none": config.section(Source(uri="synthetic:train", boxes="box"))}
-    return config.parse(c)
+    return c
 
 
 def random_batch(c: Config, mesh: Any, seed: int) -> Batch:
@@ -76,7 +77,7 @@ def random_batch(c: Config, mesh: Any, seed: int) -> Batch:
 
 def main() -> None:
     w = work()
-    c = recipe(w)
+    c = config.parse(recipe(w))
     mesh = sharding.make_mesh(c.mesh)
     model = PaliGemma(c.model, sharding.places(mesh))
     trained, frozen = programs.layout(c, model, mesh)

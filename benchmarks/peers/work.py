@@ -75,8 +75,6 @@ class Work(NamedTuple):
     micro_batches: int
     variant: str
     """What a peer is to do, of several things it can."""
-    big_vision: str
-    """A checkout to put on the path; "" for an installed one."""
 
     @property
     def of(self) -> Size:
