@@ -24,11 +24,13 @@ import jax
 
 from pg_ground import cli, config, sharding
 from pg_ground.metrics import read_metrics
-from pg_ground.report import Table, ascii_table
+from pg_ground.pages import Table, ascii_table
 from pg_ground.train import train
 
 ROWS = "grpo,dr_grpo,dapo,gspo,gmpo,cispo,sapo,rloo,remax,reinforce_plus_plus_baseline,opo,gdpo"
 CONFIG = Path(__file__).parents[1] / "configs/algorithms.py"
+ACC50 = "eval/boxes@256/acc50"
+"""Of 256 of the held-out scenes."""
 PROGRAMS = re.compile(r"Compiling jit\((roll|judge|compare|learn|grpo_step|refill)\)")
 
 
@@ -68,7 +70,7 @@ def run(name: str, steps: int, start: Path, out: Path) -> dict[str, Any]:
     logger.removeHandler(counter)
     lines = read_metrics(workdir)
     learned = [line for line in lines if "reward/total" in line]
-    held_out = [line for line in lines if "eval/boxes/acc50" in line]
+    held_out = [line for line in lines if ACC50 in line]
     third = max(1, len(learned) // 3)
 
     def means(key: str) -> list[float]:
@@ -79,7 +81,7 @@ def run(name: str, steps: int, start: Path, out: Path) -> dict[str, Any]:
         "algorithm": name,
         "reward": means("reward/total"),
         "iou": means("reward/iou"),
-        "acc50": [held_out[0]["eval/boxes/acc50"], held_out[-1]["eval/boxes/acc50"]],
+        "acc50": [held_out[0][ACC50], held_out[-1][ACC50]],
         "clip_fraction": statistics.mean(line["policy/clip_fraction"] for line in learned),
         "compiled": {key: counter.names.count(key) for key in sorted(set(counter.names))},
         "step_s": statistics.median(line["time/step_s"] for line in learned[2:]),

@@ -35,7 +35,7 @@ from pg_ground import cli, tokenizer
 from pg_ground.config import Data, Source
 from pg_ground.data import pipeline
 from pg_ground.metrics import read_metrics
-from pg_ground.report import Table, ascii_table
+from pg_ground.pages import Table, ascii_table
 from pg_ground.types import UserError
 from pg_ground.vocab import BOS, EOS, LOC_MAX, NEWLINE, PAD
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from pg_ground import cli
 from pg_ground.metrics import read_metrics
-from pg_ground.report import Table, ascii_table, write_whole
+from pg_ground.pages import Table, ascii_table, write_whole
 from pg_ground.types import UserError
 
 CONFIG = "configs/quickstart.py"

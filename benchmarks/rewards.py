@@ -22,7 +22,7 @@ import optax
 from pg_ground import cli, tokenizer
 from pg_ground.config import Model, RewardSettings, Text, Vision
 from pg_ground.model import PaliGemma
-from pg_ground.report import Table, ascii_table
+from pg_ground.pages import Table, ascii_table
 from pg_ground.rl import experience, loss, rewards, rollout, update
 from pg_ground.rl.experience import Experience, Sampled
 from pg_ground.types import Batch, Boxes, Gold, Points, Rollout, TrainState

@@ -21,7 +21,7 @@ import numpy as np
 
 from pg_ground import cli, config, flops, programs, sharding
 from pg_ground.model import PaliGemma
-from pg_ground.report import Table, ascii_table
+from pg_ground.pages import Table, ascii_table
 from pg_ground.rl.experience import Experience
 from pg_ground.train import Run, begin, fresh_state
 

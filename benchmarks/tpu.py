@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from pg_ground import cli
 from pg_ground.chips import CHIPS, GIB, parse_topology
-from pg_ground.report import Table, ascii_table
+from pg_ground.pages import Table, ascii_table
 from pg_ground.types import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -118,7 +118,7 @@ def main() -> None:
             lines = []
             for row in rows:
                 found = compiled(row)
-                everything[f"{title}/{row.name}"] = found
+                everything[f"{title}/{row.name}, {row.topology}"] = found
                 lines += [cells(row, program, numbers) for program, numbers in found.items()]
                 print(*lines[-len(found) :], sep="\n", file=sys.stderr, flush=True)
             print(ascii_table(Table(title, HEADS, lines, "")), flush=True)

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from pg_ground import cli, config, optim
 from pg_ground.config import DECODERS, Lora
 from pg_ground.model import PaliGemma
+from pg_ground.pages import Table, ascii_table
 from pg_ground.params import flatten, lr_factors, unflatten
-from pg_ground.report import Table, ascii_table
 
 
 def row(name: str, model: config.Model, frozen_dtype: str) -> list[str]:

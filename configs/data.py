@@ -85,6 +85,14 @@ ENTRIES: dict[str, Source] = {
         suffix="{ground_truth}",
         prompt="answer en how many {phrase} are there?",
     ),
+    "cv_bench": Source(  # the whole test split; c.eval.benchmarks = {"cv_bench": "cv_bench"}
+        uri="hf:nyu-visionx/CV-Bench@test",
+        asks="text",
+        phrase="prompt",
+        prompt="{phrase}",
+        suffix="{answer}",
+        name="",
+    ),
     # --- several objects ---
     "coco_detection": Source(  # one question for each image and category
         uri="coco:DIR/annotations/instances_train2017.json?ask=category&images=DIR/train2017",

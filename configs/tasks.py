@@ -22,6 +22,8 @@ multi_box           EasyDistill. [{"image_path": "1.jpg", "instruction": "…", 
                     themselves and not gated at IoU 0.5 (2).
 spatial             ReinforceSight. {"image_path": "1.jpg", "question": "…", "cot": "…", "answer": "left"}. Two relations, or
                     none, are wrong (18); reasoning earns only with a right answer (19); SFT is on the answer alone (22).
+relations           Made from scenes: labels fit the question (20). Drawn ones, unless the uri is relations:jsonl:FILE,
+                    {"image": "1.jpg", "objects": [{"name": "vase", "box": [x1, y1, x2, y2], "depth": 1.2}, …]}.
 
 From published weights, with the sizes, rates and batches of configs/paligemma.py: `configs/tasks.py:grounding+pg2_3b_448` and
 `--config.init=… --config.data.tokenizer=…`. Where the weights know the form of the answer, skip SFT: `--config.stages=grpo,`.
@@ -73,6 +75,9 @@ RELATIONS = Source(
     suffix="{cot} Therefore, the answer is: {answer}",
     prompt="answer en {phrase}",
 )
+SCENES = replace(
+    RELATIONS, uri="relations:synthetic:train?side=64&scenes=4096", image="image", boxes="objects.box", label="objects.name"
+)
 
 SYNTHETIC_GROUNDING = {"algorithm": "grpo", "group_size": 8}
 """An environment: its trainer is the user's."""
@@ -123,6 +128,7 @@ TASKS = {
         prompt_tokens=96,
     ),
     "spatial": Task(RELATIONS, REINFORCESIGHT, {}, {"spatial": 1.0}, answer_tokens=192, prompt_tokens=128),
+    "relations": Task(SCENES, REINFORCESIGHT, {}, {"spatial": 1.0}, answer_tokens=192, prompt_tokens=128),
 }
 
 

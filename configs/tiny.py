@@ -13,7 +13,7 @@ from pg_ground.config import Source
 
 def scenes(split: str, asks: str, loose: float = 0.0) -> ConfigDict:
     """Returns an entry of the embedded task: `detect red circle` for boxes, `point to red circle` for points."""
-    uri = f"synthetic:{split}?side=32&shapes=2&loose={loose}"
+    uri = f"synthetic:{split}?side=32&shapes=2&loose={loose}" + ("&scenes=32" if split == "heldout" else "")
     if asks == "boxes":
         return config.section(Source(uri=uri, boxes="box"))
     return config.section(Source(uri=uri, asks="points", boxes="box", points="point", prompt="point to {phrase}"))
@@ -45,7 +45,6 @@ def get_config() -> ConfigDict:
     c.grpo.sources = {"boxes": scenes("train", "boxes"), "points": scenes("train", "points")}
 
     c.eval.sources = {"boxes": scenes("heldout", "boxes"), "points": scenes("heldout", "points")}
-    c.eval.examples = 32
     c.eval.batch_size = 32
     c.eval.max_new_tokens = 8
     c.log.every = 2

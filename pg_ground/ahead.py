@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 
 from pg_ground import chips, flops, memory, programs, sharding
 from pg_ground.config import Config
-from pg_ground.evaluate import answerer
+from pg_ground.exam import programs_of
 from pg_ground.model import PaliGemma
-from pg_ground.params import flatten, join, unflatten
-from pg_ground.report import Table
+from pg_ground.pages import Table
+from pg_ground.params import flatten, is_multiplied, join, map_named, unflatten
 from pg_ground.rl.experience import Experience
 from pg_ground.sharding import AnyMesh
 from pg_ground.types import Batch, Boxes, Gold, Points, Rollout, UserError
@@ -116,7 +116,9 @@ def job_of(config: Config, mesh: AnyMesh, name: str, hbm_bytes: float | None) ->
         share = memory.work(config, mesh, questions, group, tokens, parts)
         dtype = jnp.dtype(config.model.dtype)
         other = sharding.held([leaf for leaf in jax.tree.leaves((trained, frozen)) if leaf.dtype != dtype])
-        return memory.learning(config, mesh, share, sharding.held(trained), other, parts)
+        gradients = map_named(lambda name, leaf: leaf.update(dtype=dtype) if is_multiplied(name) else leaf, trained)
+        so_far = sharding.held(trained) * (parts > 1)
+        return memory.learning(config, mesh, share, sharding.held(gradients) + so_far, other)
 
     if name == "sft":
         batch = batch_like(config, mesh, config.sft.batch_size)
@@ -128,11 +130,18 @@ def job_of(config: Config, mesh: AnyMesh, name: str, hbm_bytes: float | None) ->
     if name == "evaluation":
         batch, tokens = batch_like(config, mesh, config.eval.batch_size), config.eval.max_new_tokens
         scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(mesh))
-        share = memory.work(config, mesh, config.eval.batch_size, 1, tokens)
+        group = max(1, config.eval.rollouts)
+        share = memory.work(config, mesh, config.eval.batch_size, group, tokens)
         inside = {"parameters": kept["parameters"], "batch": sharding.held(batch), "cache": memory.cache(config, mesh, share)}
         beside = {"optimizer": kept["optimizer"]} | reference | copied
-        arguments = (join(frozen, trained), batch, scalar, key)
-        return Job(lambda: answerer(model, vocab, tokens), arguments, inside, beside, memory.sampling(config, mesh, share, False))
+        arguments = (join(frozen, trained), batch, scalar, key, group)
+        return Job(
+            lambda: programs_of(config, model, vocab).answer,
+            arguments,
+            inside,
+            beside,
+            memory.sampling(config, mesh, share, False),
+        )
     if name == "rollout":
         part = batch_like(config, mesh, c.batch_size // c.rollout_parts)
         share = memory.work(config, mesh, c.batch_size, len(programs.temperatures(c)), c.max_new_tokens, c.rollout_parts)

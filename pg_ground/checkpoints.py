@@ -1,7 +1,7 @@
 """A run's checkpoints, by orbax: asynchronous, atomic, sharded as the arrays are; all processes of a run write them together.
 
 `DIR/<step>/` has three items: `params`; `rest`, the step within the stage and the optimizer's state; and `record`, which is JSON:
-stage, data iterator, means not yet written.
+stage, data iterator, means not yet written. Of the best parameters by a measure there are `WORKDIR/best/<step>/params` alone.
 """
 
 import shutil
@@ -16,6 +16,8 @@ from etils import epath
 
 from pg_ground.params import flatten
 from pg_ground.types import TrainState, UserError
+
+BEST = "best"
 
 
 class Checkpoints:
@@ -117,6 +119,30 @@ def describe(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is no tree of arrays written by a run: {error}") from None
     return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flatten(found.tree).items()}
+
+
+def keep_best(workdir: Path, step: int, params: Any) -> Path:
+    """Returns the folder of the best parameters so far, written whole before those of any other step are removed."""
+    folder = workdir / BEST / str(step)
+    if not (folder / "params").is_dir():  # a resumed run comes by here again, with the same
+        save_tree(folder / "params", params)
+    if jax.process_index() == 0:
+        for other in folder.parent.iterdir():
+            if other != folder:
+                remove_tree(other)
+    return folder
+
+
+def best(folder: Path) -> Path:
+    """Returns the folder of the one step in a run's `best`.
+
+    Raises:
+      UserError: nothing there.
+    """
+    found = [step for step in folder.glob("*") if (step / "params").is_dir()]
+    if not found:
+        raise UserError(f"{folder} is empty: expected {folder}/<step>/params of a run with config.checkpoint.best")
+    return max(found, key=lambda step: int(step.name))
 
 
 def newest(workdir: Path) -> Path:

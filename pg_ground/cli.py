@@ -21,8 +21,9 @@ from pg_ground.types import UserError
 REQUIRED = None
 """Default of a flag that must be given."""
 
-Flags = Mapping[str, str | int | bool | None]
-"""A command's own flags: name to default. One whose default is False is a switch: `--name` alone turns it on."""
+Flags = Mapping[str, str | int | bool | tuple[str, ...] | None]
+"""A command's own flags: name to default. One whose default is False is a switch: `--name` alone turns it on; one whose default
+is a tuple may be given several times, and has all its values."""
 
 
 def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
@@ -190,7 +191,8 @@ def _own(given: Sequence[tuple[str, str]], own: Flags) -> dict[str, Any]:
         if name not in own:
             raise UserError(f"--{name} does not exist: {config.nearest(name, own)}")
         kind = type(own[name]) if isinstance(own[name], int) else str
-        values[name] = _spelled(text, kind, name)
+        value = _spelled(text, kind, name)
+        values[name] = (*values[name], value) if isinstance(own[name], tuple) else value
     lacking = [name for name, value in values.items() if value is REQUIRED]
     if lacking:
         raise UserError(f"--{lacking[0]} is needed")

@@ -27,7 +27,7 @@ from pg_ground import ahead, chips, cli, config, hlo, programs, sharding
 from pg_ground.chips import CHIPS, GIB, Chip
 from pg_ground.config import Config
 from pg_ground.memory import KINDS
-from pg_ground.report import Table, ascii_table
+from pg_ground.pages import Table, ascii_table
 from pg_ground.types import UserError
 
 REPORT, PROGRAM = "after_optimizations-memory-usage-report.txt", "after_optimizations.txt"

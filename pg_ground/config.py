@@ -290,11 +290,16 @@ class Eval:
     """Held-out measurement, with greedy and with sampled answers."""
 
     sources: Mapping[str, Source] = field(default_factory=dict)
-    examples: int = 256  # of each source
+    benchmarks: Mapping[str, str] = field(default_factory=dict)  # source to what it is measured as; else by what it asks for
+    examples: int = 0  # of each source; 0 is all, fewer than there are is said in the names: eval/NAME@512/acc50
     batch_size: int = 64
-    every: int = 0  # steps between measurements; 0 is only at the start of a run and at the end of each stage
+    at_start: bool = True  # whether a run is measured before its first step
+    every: int = 0  # steps between measurements; 0 is only at the end of each stage
     max_new_tokens: int = 16
     temperature: float = 1.0  # of the sampled answers
+    rollouts: int = 1  # sampled answers a question; 0 is none
+    perplexity: bool = False  # whether the gold suffixes' log-probabilities are measured too
+    vqvae: str = ""  # file of the published VQ-VAE of masks (vae-oid.npz), for the benchmarks of segmentation
 
 
 @dataclass(frozen=True)
@@ -303,7 +308,8 @@ class Log:
 
     every: int = 10  # steps between lines of metrics.jsonl
     samples_every: int = 200  # steps between pictures of rollouts; 0 is never
-    samples: int = 4  # prompts in such a picture
+    samples: int = 8  # prompts in such a picture, and in the gallery of report.html
+    wandb: str = ""  # project at Weights & Biases that the run is mirrored to (needs wandb installed); "" is none
     profile_steps: tuple[int, int] = (
         0,
         0,
@@ -316,6 +322,9 @@ class Checkpoint:
 
     every: int = 500  # steps; the end of a stage is always saved
     keep: int = 2  # newest checkpoints that stay
+    best: str = (
+        ""  # held-out measure whose best parameters stay in best/: "eval/boxes/acc50"; "-eval/…" for the least; "" is none
+    )
 
 
 @dataclass(frozen=True)
@@ -476,7 +485,7 @@ def _check(c: Config) -> None:
         "model.text.num_kv_heads", "model.text.head_dim", "model.logits_block", "model.scan_unroll", "sft.steps",
         "sft.batch_size", "sft.micro_batches", "grpo.steps", "grpo.batch_size", "grpo.micro_batches",
         "grpo.updates_per_rollout", "grpo.minibatches", "grpo.max_new_tokens", "grpo.advantage_epsilon",
-        "grpo.kl_horizon", "eval.examples", "eval.batch_size", "eval.max_new_tokens",
+        "grpo.kl_horizon", "eval.batch_size", "eval.max_new_tokens",
         "data.fetch.concurrency", "data.fetch.timeout_s", "data.fetch.max_bytes", "data.prompt_length",
         "data.suffix_length", "data.max_boxes", "log.every", "log.samples", "checkpoint.every", "checkpoint.keep",
         "grpo.judging.workers", "grpo.judging.timeout_s", "grpo.rollout_parts",
@@ -488,7 +497,8 @@ def _check(c: Config) -> None:
         need(value > 0, path, value, "above 0")
     zero_or_more = (
         "grpo.top_k", "grpo.resample", "grpo.kl_target",
-        "seed", "eval.every", "log.samples_every", "mesh.cpu_devices", "data.workers", "data.read_threads", "data.check_records",
+        "seed", "eval.every", "eval.examples", "eval.rollouts", "log.samples_every", "mesh.cpu_devices", "data.workers",
+        "data.read_threads", "data.check_records",
         "data.fetch.retries", "data.fetch.backoff_s", "data.mask_size", "grpo.judging.memory_bytes",
         "grpo.reward_settings.overlong_max_tokens")  # fmt: skip
     for path in zero_or_more:
@@ -534,6 +544,9 @@ def _check(c: Config) -> None:
     one_of("grpo.rollout_weights", c.grpo.rollout_weights, ("auto", "gathered", "sharded"))
     share = c.grpo.focus_share
     need(share is None or 0 < share <= 1, "grpo.focus_share", share, "in (0, 1]")
+    measures = " or ".join(f'"eval/{name}/…"' for name in c.eval.sources) or '"", since config.eval.sources is empty'
+    of = c.checkpoint.best.removeprefix("-").rpartition("/")[0]
+    need(not of or of in {f"eval/{name}" for name in c.eval.sources}, "checkpoint.best", c.checkpoint.best, measures)
     need(c.eval.temperature > 0, "eval.temperature", c.eval.temperature, "above 0")
     need(0 <= c.sft.label_smoothing < 1, "sft.label_smoothing", c.sft.label_smoothing, "in [0, 1)")
     need(c.sft.loc_smoothing_bins >= 0, "sft.loc_smoothing_bins", c.sft.loc_smoothing_bins, "0 or more")

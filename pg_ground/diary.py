@@ -1,33 +1,39 @@
-"""What a run writes down between its steps: metrics, measurements, pictures, checkpoints, and the report at the end."""
+"""What a run writes down between its steps: metrics, measurements, pictures, checkpoints, and the report of all of it."""
 
 import dataclasses
 import json
 import math
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from PIL import Image
 
-from pg_ground import draw, processes
+from pg_ground import checkpoints, draw, hardware, processes, report
 from pg_ground.checkpoints import Checkpoints
-from pg_ground.config import Config
+from pg_ground.config import Config, nearest
 from pg_ground.data import pipeline
 from pg_ground.data.pipeline import BadRecords
-from pg_ground.evaluate import results_table
-from pg_ground.metrics import MetricsWriter, progress_line, read_metrics
+from pg_ground.metrics import MetricsWriter
 from pg_ground.model.weights import run_config
+from pg_ground.pages import ascii_table, write_whole
 from pg_ground.processes import leaves
-from pg_ground.report import FILE as REPORT_FILE
-from pg_ground.report import ascii_table, write_report, write_whole
 from pg_ground.rl import judges
 from pg_ground.types import TrainState, UserError
 
-PICTURES_IN_REPORT = 4
+
+class Pictures(NamedTuple):
+    """The first prompts of a step with what was answered to them."""
+
+    sheet: Image.Image
+    """Drawn."""
+    prompts: list[dict[str, Any]]
+    """As `draw.rollout_record` has them."""
 
 
 class Stopwatch:
@@ -62,15 +68,23 @@ class Diary:
         config: Config,
         workdir: Path,
         writer: MetricsWriter | None,
-        checkpoints: Checkpoints,
+        saved: Checkpoints,
         measure: Callable[[Any], dict[str, float]],
         bad: BadRecords,
+        found: int | None,
     ):
-        self.config, self.workdir, self.writer, self.checkpoints, self.bad = config, workdir, writer, checkpoints, bad
+        """`found` is the step of the checkpoint that the run goes on from: what it wrote later, it will write again."""
+        self.config, self.workdir, self.writer, self.checkpoints, self.bad = config, workdir, writer, saved, bad
         self._measure = measure
+        self._report_fails = False
+        if writer is not None:
+            report.forget_samples(workdir, found)
+            hardware.note(workdir, found)
         self.resumed: Mapping[str, Any] = {}
         """What this process goes on from, of the checkpoint's record."""
         self._window: dict[str, list[float]] = {}
+        self._best: tuple[int, float] | None = None
+        """Step of the best measurement so far and how good it is (`goodness`)."""
         self._tracing = False
         self._lengths = {"sft": config.sft.steps, "grpo": config.grpo.steps}
 
@@ -80,22 +94,29 @@ class Diary:
 
     def open_with(self, record: Mapping[str, Any]) -> None:
         """Takes up what had been gathered when a checkpoint was written."""
-        if "processes" not in record:
+        if not {"processes", "best"} <= record.keys():
             raise UserError(f"{self.workdir} has a checkpoint of an earlier version of this package: go on with that one")
         self.resumed = own_part(record["processes"], jax.process_index(), jax.process_count())
         self._window = {name: list(values) for name, values in record["window"].items()}
+        self._best = record["best"] and tuple(record["best"])
         self.bad.set_state(self.resumed["bad_records"])
 
     def measure(self, step: int, stage: str, params: Any) -> None:
-        """Writes the held-out measures of `params`."""
+        """Writes the held-out measures of `params`, and `params` too if they are the best so far."""
         metrics = self._measure(params)
         if metrics:
             self._write(step, stage, metrics)
+        if self.config.checkpoint.best:
+            found = goodness(self.config.checkpoint.best, metrics)
+            if self._best is None or found > self._best[1]:
+                checkpoints.keep_best(self.workdir, step, params)
+                self._best = step, found
+        self._update_report()
 
-    def _write(self, step: int, stage: str, metrics: Mapping[str, float], shown: Mapping[str, float] | None = None) -> None:
+    def _write(self, step: int, stage: str, metrics: Mapping[str, float], last: bool = False) -> None:
         if self.writer is not None:
             self.writer.write(step, stage, metrics)
-        processes.say(progress_line(step, self.total, stage, metrics if shown is None else shown))
+            self.writer.progress.show(step, self.total, stage, metrics, last)
 
     @property
     def total(self) -> int:
@@ -107,10 +128,13 @@ class Diary:
         state: TrainState,
         batches: Any,
         metrics: Mapping[str, float],
-        pictures: Callable[[], Image.Image] | None = None,
+        pictures: Callable[[], Pictures] | None = None,
         also: Mapping[str, Any] | None = None,
     ) -> None:
-        """Writes what is due after a step of `stage`; `pictures` draws its rollouts, `also` is for its checkpoint's record."""
+        """Writes what is due after a step of `stage`; `pictures` draws its rollouts, `also` is for its checkpoint's record.
+
+        With measures, pictures and checkpoints the report is written anew.
+        """
         c, done = self.config, int(state.step)
         step, last = self.offset(stage) + done, done == self._lengths[stage]
         for name, value in metrics.items():
@@ -119,18 +143,18 @@ class Diary:
             means = {name: mean_of_finite(values) for name, values in self._window.items()}
             kinds = Counter(entry["kind"] for entry in self._bad_records())
             counts = {f"data/bad_records/{kind}": float(count) for kind, count in kinds.items()}
-            self._write(step, stage, means | counts, shown=means)
+            self._write(step, stage, means | counts, last)
             self._window = {}
         if (c.eval.every and done % c.eval.every == 0) or last:
             self.measure(step, stage, state.params)
         if pictures is not None and ((c.log.samples_every and done % c.log.samples_every == 0) or last):
-            drawn = pictures()
-            if processes.is_writer():
-                write_whole(self.workdir / "samples" / f"{stage}_{step:08d}.png", draw.png_bytes(drawn))
+            self._show(step, stage, pictures())
         if done % c.checkpoint.every == 0 or last:
             self._write_bad_records()
             mine = {"batches": batches.get_state(), "bad_records": self.bad.get_state(), **(also or {})}
-            self.checkpoints.save(step, state, {"stage": stage, "window": self._window, "processes": processes.gather(mine)})
+            record = {"stage": stage, "window": self._window, "best": self._best, "processes": processes.gather(mine)}
+            self.checkpoints.save(step, state, record)
+            self._update_report()
         self._trace(step)
 
     def _trace(self, step: int) -> None:
@@ -143,34 +167,39 @@ class Diary:
             jax.profiler.start_trace(self.workdir / "profile")
             self._tracing = True
 
+    def _show(self, step: int, stage: str, pictures: Pictures) -> None:
+        if self.writer is None:
+            return
+        name = report.samples_name(stage, step)
+        write_whole(self.workdir / f"{name}.png", draw.png_bytes(pictures.sheet))
+        sample = {"stage": stage, "step": step, "prompts": pictures.prompts}
+        write_whole(self.workdir / f"{name}.json", json.dumps(sample, allow_nan=False) + "\n")
+        self.writer.picture(step, "samples", pictures.sheet)
+        self._update_report()
+
+    def _update_report(self) -> None:
+        """Writes the report so far. Whatever goes wrong is said once and costs the page, not the run."""
+        if self.writer is None:
+            return
+        try:
+            report.write_report(self.workdir)
+        except Exception as error:
+            if not self._report_fails:
+                self.writer.progress.end()
+                said = " ".join(str(error).split())
+                print(f"{report.FILE} was not updated: {type(error).__name__}: {said}", file=sys.stderr, flush=True)
+            self._report_fails = True
+
     def close(self) -> Path:
         """Returns the path of the report. Process 0 has written it, and printed the table of results."""
         self._write_bad_records()
-        report = self._write_report() if processes.is_writer() else self.workdir / REPORT_FILE
+        if processes.is_writer():
+            report.write_report(self.workdir)
+            table = report.results(report.read_run(self.workdir))
+            if table.rows:
+                print(ascii_table(table))
         processes.barrier("report")
-        return report
-
-    def _write_report(self) -> Path:
-        metrics = read_metrics(self.workdir)
-        columns: dict[str, dict[str, float]] = {}
-        ends = {0: "start"} | {self.offset(stage) + self._lengths[stage]: f"after {stage}" for stage in self.config.stages}
-        for line in metrics:
-            measured = {name: value for name, value in line.items() if name.startswith("eval/") and value is not None}
-            if measured and line["step"] in ends:
-                columns[ends[line["step"]]] = measured
-        table = results_table("held-out measures (sampled_: at temperature; the rest: greedy)", columns)
-        pictures = sorted((self.workdir / "samples").glob("*.png"))[-PICTURES_IN_REPORT:]
-        report = write_report(
-            self.workdir,
-            title=f"pg_ground: {self.workdir.name}",
-            config_json=dataclasses.asdict(self.config),
-            metrics=metrics,
-            tables=[table] if columns else [],
-            pictures=[(picture.stem, picture) for picture in pictures],
-        )
-        if columns:
-            print(ascii_table(table))
-        return report
+        return self.workdir / report.FILE
 
     def _bad_records(self) -> list[dict[str, Any]]:
         """Returns those that any process has come across, each once."""
@@ -181,6 +210,19 @@ class Diary:
         entries = self._bad_records()
         if entries and processes.is_writer():
             write_whole(self.workdir / "bad_records.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
+
+
+def goodness(measure: str, metrics: Mapping[str, float]) -> float:
+    """Returns the value of a measure, negated where its name begins with "-": more is better, and NaN is worst.
+
+    Raises:
+      UserError: nothing of that name was measured.
+    """
+    name = measure.removeprefix("-")
+    if name not in metrics:
+        raise UserError(f"config.checkpoint.best is {measure!r}, which is not measured: {nearest(name, metrics)}")
+    value = -metrics[name] if measure.startswith("-") else metrics[name]
+    return -math.inf if math.isnan(value) else value
 
 
 def own_part(parts: Sequence[Mapping[str, Any]], index: int, count: int) -> Mapping[str, Any]:
@@ -206,7 +248,7 @@ def mean_of_finite(values: Sequence[float]) -> float:
     return statistics.fmean(finite) if finite else math.nan
 
 
-MAY_DIFFER = ("log.", "checkpoint.", "mesh.")
+MAY_DIFFER = ("log.", "checkpoint.every", "checkpoint.keep", "mesh.")
 """Settings that a resumed run may change: they do not touch what is computed, or, on another mesh, only the order of its sums."""
 
 
@@ -230,6 +272,8 @@ def claim(workdir: Path, config: Config) -> None:
     file = workdir / "config.json"
     processes.barrier("claim")  # all have looked before anything changes
     if processes.is_writer():
+        if not checkpoints.steps(workdir):  # what a run left that ended before its first checkpoint is not this one's
+            checkpoints.remove_tree(workdir / checkpoints.BEST)
         write_whole(file, json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     processes.barrier("claimed")
     seen = processes.gather(file.is_file())

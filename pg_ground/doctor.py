@@ -12,7 +12,7 @@ from pg_ground.config import Config
 from pg_ground.data.pipeline import Batches
 from pg_ground.diary import Stopwatch
 from pg_ground.model import PaliGemma
-from pg_ground.report import Table, ascii_table
+from pg_ground.pages import Table, ascii_table
 from pg_ground.rl.experience import Sampled, has_spread, weights_at
 from pg_ground.sampler import Sampler, question_of, text_judges
 from pg_ground.tokenizer import Tokenizer

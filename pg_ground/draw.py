@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from pg_ground.types import POINTS, TEXT, Answer, Batch, Boxes, Points, Rewards
+from pg_ground.types import POINTS, TEXT, Answer, Batch, Boxes, Gold, Points, Rewards
 from pg_ground.vocab import LOC_MAX
 
 Color = tuple[int, int, int]
@@ -45,6 +45,10 @@ LINE_PX = 17
 PAD_PX = 8
 LEGEND_PX = 22
 CAPTION_LINES = 4
+DRAWING_PX = 128
+"""Images of at most so many pixels a side are kept as they are where they are written down …"""
+PHOTO_PX = 448
+"""… and larger ones are made to have at most so many."""
 NEAREST_FROM = 2.5
 """Pictures enlarged by more than this keep their pixels as squares: they are drawings, not photographs."""
 
@@ -162,6 +166,70 @@ def draw_rollout(
     image = to_uint8(np.asarray(batch.image[row]))
     drawn = panel(image, boxes=boxes, points=points, caption=caption, size=(width, height), scale_to=scale_to)
     return _stacked([drawn, reward_legend(scale_to, scale)])
+
+
+def rollout_record(
+    batch: Batch,
+    answer: Answer,
+    rewards: Rewards,
+    advantages: Float[np.ndarray, "B G"],
+    row: int,
+    prompt: str,
+    completions: Sequence[str],
+    gold: str,
+    names: Sequence[str],
+) -> dict[str, Any]:
+    """Returns as JSON what `draw_rollout` draws of one prompt, for a page that draws it itself; NaN is null.
+
+    Shapes are fractions, `[y1, x1, y2, x2]` and `[y, x]`; `image` is a square that `size`, width and height, gives its aspect.
+
+    Args:
+      names: the texts of the question's names, which labels are indices of.
+    """
+    total = np.asarray(rewards.total[row], np.float32)
+    parts = {name: np.asarray(part[row], np.float32) for name, part in rewards.parts.items()}
+
+    def shapes(at: Any, slots: Boxes | Points, where: Any) -> list[dict[str, Any]]:
+        used, labels = np.asarray(slots.valid[where]), np.asarray(slots.label[where])
+        return [
+            {"at": [round(float(v), 4) for v in one], "label": names[label] if 0 <= label < len(names) else ""}
+            for one, label in zip(np.asarray(at[where])[used], labels[used], strict=True)
+        ]
+
+    def marks(of: Gold | Answer, where: Any) -> dict[str, Any]:
+        return {"boxes": shapes(of.boxes.yxyx, of.boxes, where), "points": shapes(of.points.yx, of.points, where)}
+
+    return {
+        "prompt": prompt,
+        "image": photo_uri(to_uint8(np.asarray(batch.image[row]))),
+        "size": np.asarray(batch.size[row]).tolist(),
+        "gold": {"text": gold, **marks(batch.gold, row)},
+        "completions": [
+            {
+                "text": text,
+                **marks(answer, (row, g)),
+                "reward": _number(total[g]),
+                "parts": {name: _number(part[g]) for name, part in parts.items()},
+                "advantage": _number(advantages[row][g]),
+            }
+            for g, text in enumerate(completions)
+        ],
+    }
+
+
+def _number(value: Any) -> float | None:
+    return round(float(value), 4) if math.isfinite(value) else None
+
+
+def photo_uri(image: UInt8[np.ndarray, "H W 3"]) -> str:
+    """Returns a model's image as a `data:` address: a drawing as PNG, a photograph as JPEG of at most `PHOTO_PX` a side."""
+    picture = Image.fromarray(image)
+    if max(picture.size) <= DRAWING_PX:
+        return data_uri(picture)
+    picture.thumbnail((PHOTO_PX, PHOTO_PX), Image.Resampling.LANCZOS)
+    out = io.BytesIO()
+    picture.save(out, format="JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode("ascii")
 
 
 def reward_legend(width: int, scale: Scale = (0.0, 1.0)) -> Image.Image:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from pg_ground import cli, draw, report
+from pg_ground import cli, draw, pages
 from pg_ground.config import Config, Source
 from pg_ground.data import pipeline
 from pg_ground.data.records import BadRecord
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
 
 def look(config: Config, *, n: int, out: Path) -> Path:
     """Returns `out`, the page with the first `n` examples of every source, written whole."""
-    report.write_whole(out, look_page(open_sources(config), n, load_tokenizer(config.data.tokenizer)))
+    pages.write_whole(out, look_page(open_sources(config), n, load_tokenizer(config.data.tokenizer)))
     return out
 
 
@@ -79,7 +79,7 @@ def look_page(looks: Sequence[Look], n: int, tokenizer: Tokenizer) -> str:
         body += [f"<h2>{html.escape(one.name)}</h2>", f'<p class="note">{html.escape(where)}</p>', '<div class="grid">']
         body += [_card(one, i, tokenizer) for i in range(count)]
         body += ["</div>"]
-    return report.page("What the sources hold", "\n".join(body))
+    return pages.page("What the sources hold", "\n".join(body))
 
 
 def _card(one: Look, index: int, tokenizer: Tokenizer) -> str:

@@ -54,13 +54,12 @@ def sampling(config: Config, mesh: AnyMesh, w: Work, gathered: bool) -> float:
     return max(prefix, _logits(config, w, 1, copies=4)) + (0.0 if gathered else _weights(config, mesh))
 
 
-def learning(config: Config, mesh: AnyMesh, w: Work, trained_bytes: float, cast_bytes: float, parts: int) -> float:
+def learning(config: Config, mesh: AnyMesh, w: Work, gradient_bytes: float, cast_bytes: float) -> float:
     """Returns the bytes of a gradient and its update.
 
     Args:
-      trained_bytes: of a device's trained parameters, and so of their gradients.
+      gradient_bytes: of a device's share of the gradients, of all that are alive at once.
       cast_bytes: of those of its parameters whose dtype is not that of activations.
-      parts: micro-batches; with more than one the gradients so far wait beside those of a part.
     """
     m = config.model
     text, vision = _layers(config, mesh, w, copies=5)
@@ -69,11 +68,10 @@ def learning(config: Config, mesh: AnyMesh, w: Work, trained_bytes: float, cast_
     kept_vision = m.vision.depth * w.prompts * image_tokens(config) * m.vision.width * _width(config)
     if m.remat == "none":  # all of a layer's activations are kept, for all layers
         kept_text, kept_vision = m.text.depth * text, m.vision.depth * vision
-    gradients = trained_bytes * (2 if parts > 1 else 1)
     cast = cast_bytes * _width(config) / jnp.dtype(m.param_dtype).itemsize
     vocabulary = _logits(config, w, min(w.tokens, m.logits_block), copies=3)
     at_text = kept_text + kept_vision + max(text + _weights(config, mesh), vocabulary)
-    return gradients + cast + max(at_text, kept_vision + vision)
+    return gradient_bytes + cast + max(at_text, kept_vision + vision)
 
 
 def _width(config: Config) -> int:

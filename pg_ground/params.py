@@ -81,6 +81,11 @@ def is_adapter(name: str) -> bool:
     return name.endswith((DOWN, UP))
 
 
+def is_multiplied(name: str) -> bool:
+    """Returns whether the named parameter is a matrix, or a factor of one."""
+    return is_adapter(name) or matrix_axes(name) is not None
+
+
 def lr_factors(names: Iterable[str], table: Sequence[tuple[str, float]]) -> dict[str, float]:
     """Returns what each named parameter's learning rate is multiplied by; 0 is frozen.
 

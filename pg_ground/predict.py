@@ -18,17 +18,15 @@ import numpy as np
 from jaxtyping import UInt8
 
 from pg_ground import cli, draw
-from pg_ground.boxes import decode_loc
 from pg_ground.data.examples import resize
 from pg_ground.data.records import BadRecord, load_image
-from pg_ground.evaluate import check_vocabulary
+from pg_ground.exam import check_vocabulary
+from pg_ground.measure.answers import loc_answers
 from pg_ground.model import weights
-from pg_ground.report import write_whole
+from pg_ground.pages import write_whole
 from pg_ground.rl.rollout import sample
-from pg_ground.tokenizer import Tokenizer
 from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.types import UserError
-from pg_ground.vocab import EOS, LOC_TOKENS
 
 
 def predict(
@@ -52,34 +50,7 @@ def predict(
     rollout = answer(params, pixels[None], ids, jnp.ones(ids.shape, bool), jax.random.key(0))
     tokens = rollout.tokens[0, 0][np.asarray(rollout.mask[0, 0])].tolist()
     height, width = image.shape[:2]
-    return {"text": tokenizer.decode(tokens), **answers(tokens, tokenizer, (width, height))}, image
-
-
-def answers(tokens: Sequence[int], tokenizer: Tokenizer, size: tuple[int, int]) -> dict[str, list[dict[str, Any]]]:
-    """Returns the boxes and points that a completion writes, in pixels of an image of `size` (width, height), with labels.
-
-    The grammar is that of `pg_ground.rl.rewards.read_answer`: segments between ";", four loc tokens a box, two a point.
-    """
-    vocab = tokenizer.vocab
-    segments: list[list[int]] = [[]]
-    for token in tokens:
-        if token in vocab.separators:
-            segments.append([])
-        elif token != EOS:
-            segments[-1].append(token)
-    width, height = size
-    found: dict[str, list[dict[str, Any]]] = {"boxes": [], "points": []}
-    for segment in segments:
-        bins = [token - vocab.loc0 for token in segment if 0 <= token - vocab.loc0 < LOC_TOKENS]
-        label = tokenizer.decode([token for token in segment if not 0 <= token - vocab.loc0 < LOC_TOKENS]).strip()
-        place = [float(fraction) for fraction in decode_loc(np.array(bins, np.int32))]
-        if len(place) == 4:
-            y1, x1, y2, x2 = place
-            corners = [x1 * width, y1 * height, x2 * width, y2 * height]
-            found["boxes"].append({"label": label, "xyxy_px": [round(corner, 3) for corner in corners]})
-        elif len(place) == 2:
-            found["points"].append({"label": label, "xy_px": [round(place[1] * width, 3), round(place[0] * height, 3)]})
-    return found
+    return {"text": tokenizer.decode(tokens), **loc_answers(tokens, tokenizer, (width, height))}, image
 
 
 def main(argv: Sequence[str]) -> None:

@@ -18,18 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
 
 from pg_ground import checkpoints, cli, draw, metrics, optim, processes, programs, sharding
 from pg_ground.ahead import estimates
 from pg_ground.config import Config
 from pg_ground.data import pipeline
-from pg_ground.diary import Diary, Stopwatch, claim
+from pg_ground.diary import Diary, Pictures, Stopwatch, claim
 from pg_ground.doctor import examine
-from pg_ground.evaluate import answerer, check_vocabulary, evaluate, held_out
+from pg_ground.exam import check_vocabulary, evaluate, held_out, programs_of
 from pg_ground.model import PaliGemma, weights
+from pg_ground.pages import Table, ascii_table
 from pg_ground.params import flatten, join, pick, unflatten
-from pg_ground.report import Table, ascii_table
 from pg_ground.rl import loss
 from pg_ground.rl.experience import Sampled, weights_at
 from pg_ground.sampler import LOTS, Sampler, device_rewards, text_judges
@@ -90,7 +89,7 @@ def grpo(run: Run, state: TrainState, batches: Any) -> TrainState:
             new = {f"reward/errors/{name}": count - failed[name] for name, count in workers.errors().items()}
             errors = processes.summed(new)
             found = measured(run, "grpo", state, seen | updated | drawn | errors, watch)
-            pictures = partial(rollout_pictures, run, sampled)
+            pictures = partial(rollout_pictures, run, sampled, learned_from.advantages)
             run.diary.keep("grpo", state, batches, found, pictures, {"judges": workers.get_state()})
     return state
 
@@ -110,7 +109,7 @@ def train(config: Config, workdir: Path) -> Path:
     check_vocabulary(tokenizer, model)
     trained, frozen = programs.layout(config, model, mesh)
     first = None if started(workdir) else begin(config, model, trained | frozen)
-    answer = answerer(model, tokenizer.vocab, config.eval.max_new_tokens)
+    answering = programs_of(config, model, tokenizer.vocab)
     streams = {stage: open_stream(config, stage, tokenizer, mesh, bad) for stage in config.stages}
     questions = held_out(config)
     parts = [part for stream in streams.values() for part in stream.parts]
@@ -121,13 +120,13 @@ def train(config: Config, workdir: Path) -> Path:
     del first
 
     def measure(params: Any) -> dict[str, float]:
-        return evaluate(answer, join(kept, params), questions, config, tokenizer, mesh, bad).metrics
+        return evaluate(answering, join(kept, params), questions, config, tokenizer, mesh, bad).metrics
 
     with checkpoints.Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as saved:
         found = saved.latest()
         record = None if found is None else saved.record(found)
-        with metrics.open_metrics(workdir, found) if processes.is_writer() else nullcontext() as writer:
-            diary = Diary(config, workdir, writer, saved, measure, bad)
+        with open_writer(config, workdir, found) if processes.is_writer() else nullcontext() as writer:
+            diary = Diary(config, workdir, writer, saved, measure, bad, found)
             factors = programs.factors_of(config, trained | frozen)
             run = Run(config, workdir, model, kept, factors, tokenizer, mesh, diary, bad)
             processes.say(size_line(run, trained, frozen))
@@ -139,11 +138,16 @@ def train(config: Config, workdir: Path) -> Path:
                     streams[stage].set_state(diary.resumed["batches"])
                 else:
                     state = fresh_state(run, stage, params)
-                    if stage == config.stages[0]:
+                    if stage == config.stages[0] and config.eval.at_start:
                         diary.measure(0, stage, state.params)
                 with pipeline.Ahead(streams[stage], partial(sharding.put_batch, mesh)) as batches:
                     params = STAGES[stage](run, state, batches).params
     return diary.close()
+
+
+def open_writer(config: Config, workdir: Path, found: int | None) -> metrics.MetricsWriter:
+    """Returns what the run's numbers go to, from the checkpoint of step `found` on."""
+    return metrics.open_metrics(workdir, found, config.log.wandb, dataclasses.asdict(config))
 
 
 def started(workdir: Path) -> bool:
@@ -212,6 +216,7 @@ def size_line(run: Run, trained: weights.Like, frozen: weights.Like) -> str:
 
 def check(config: Config, mesh: Mesh) -> None:
     """Raises UserError for settings that do not fit the devices, the rewards or the algorithms there are."""
+    metrics.check_mirror(config.log.wandb)
     loss.choose(config.grpo)
     device_rewards(config.grpo)
     text_judges(config.grpo)
@@ -287,16 +292,19 @@ def measured(run: Run, stage: str, state: TrainState, found: dict[str, Any], wat
     return values | watch.seconds | {"time/step_s": seconds} | rates
 
 
-def rollout_pictures(run: Run, sampled: Sampled) -> Image.Image:
+def rollout_pictures(run: Run, sampled: Sampled, advantages: Any) -> Pictures:
     """Returns the first prompts (of those on this process) of a step with gold and sampled answers drawn on their images."""
-    batch, rollout, answer, judged, _ = sharding.take_rows(run.mesh, sampled)
-    panels = []
+    (batch, rollout, answer, judged, _), advantages = sharding.take_rows(run.mesh, (sampled, advantages))
+    decode, sources, panels, records = run.tokenizer.decode, list(run.config.grpo.sources), [], []
     for row in range(min(run.config.log.samples, len(batch.prompt))):
-        prompt = run.tokenizer.decode(batch.prompt[row][batch.prompt_mask[row]].tolist())
-        texts = [run.tokenizer.decode(tokens.tolist()) for tokens in rollout.tokens[row]]
-        gold = run.tokenizer.decode(batch.suffix[row].tolist())
-        panels.append(draw.draw_rollout(batch, answer, judged, row, prompt.strip(), texts, gold=gold))
-    return draw.rollout_sheet(panels)
+        prompt = decode(batch.prompt[row][batch.prompt_mask[row]].tolist()).strip()
+        texts = [decode(tokens.tolist()) for tokens in rollout.tokens[row]]
+        gold = decode(batch.suffix[row].tolist())
+        names = [decode(tokens.tolist()).strip() for tokens in batch.gold.names[row]]
+        panels.append(draw.draw_rollout(batch, answer, judged, row, prompt, texts, gold=gold))
+        place = {"source": sources[int(batch.source[row])], "index": int(batch.index[row])}
+        records.append(place | draw.rollout_record(batch, answer, judged, advantages, row, prompt, texts, gold, names))
+    return Pictures(draw.rollout_sheet(panels), records)
 
 
 def dry_run(config: Config, workdir: Path | None) -> str:

@@ -15,17 +15,35 @@ PACKAGE = Path(__file__).parents[1] / "pg_ground"
 WORDS = ("types", "vocab", "config", "params")
 """Floor 0. In order: `config` may import the two before it."""
 
-CONCERNS = ("boxes", "tokenizer", "sharding", "optim", "metrics", "checkpoints", "draw", "report", "processes")
+CONCERNS = ("boxes", "tokenizer", "sharding", "optim", "metrics", "checkpoints", "draw", "pages", "processes")
 """Floor 1: one concern each; they import floor 0 only, and not one another."""
 
 ASSETS = ("assets", "assets.make_tokenizer")
 """Floor 1 too: data files, and the script that makes them."""
 
 ROOMS = {
-    "model": ("lora", "siglip", "gemma", "paligemma", "files", "hugging_face", "weights"),
+    "model": ("lora", "siglip", "gemma", "paligemma", "files", "vqvae", "hugging_face", "weights"),
     "data": (
-        *("synthetic", "records", "masks", "sampling", "tables", "hub", "arrayrecord", "tfds", "refer", "fetch"),
+        *("synthetic", "records", "masks", "sampling", "tables", "hub", "arrayrecord", "tfds", "refer", "relations", "fetch"),
         *("sources", "examples", "pipeline"),
+    ),
+    "measure": (
+        *(
+            "rows",
+            "runs",
+            "answers",
+            "boxes",
+            "frames",
+            "intervals",
+            "segmentation",
+            "detection",
+            "grounding",
+            "pointing",
+            "counting",
+            "cv_bench",
+            "environment",
+        ),
+        *("benchmarks", "files"),
     ),
     "rl": (
         *("advantages", "loss", "rewards", "experience", "rollout", "update"),
@@ -42,8 +60,11 @@ ENTRY_POINTS = (
         "flops",
         "memory",
         "programs",
+        "exam",
         "evaluate",
         "ahead",
+        "hardware",
+        "report",
         "diary",
         "sampler",
         "doctor",
@@ -151,7 +172,7 @@ def test_every_import_points_down():
 def test_the_package_was_read():
     modules = sources()
     assert len(modules) > 25 and sum(len(set(own_modules(source))) for source in modules.values()) > 60
-    assert {"train", "evaluate"} <= {name for name, source in modules.items() if calls_jit(source)}
+    assert {"programs", "exam", "train"} <= {name for name, source in modules.items() if calls_jit(source)}
     assert any(imported.startswith("flax") for imported in imports(modules["model.gemma"]))
 
 

@@ -427,6 +427,25 @@ def test_an_unknown_algorithm_is_refused_with_the_nearest():
         choose(Grpo(algorithm="dr_grop"))
 
 
+@ROWS
+def test_defect_13_every_token_of_the_policy_is_learned_from_and_none_of_its_surroundings(row):
+    """A transcript's mask has holes where a tool's answer stands. RLLaVA trains its last turn alone."""
+    row = made(row, focus=None)
+    key, _ = jax.random.split(jax.random.key(0))
+    logps = -jax.random.uniform(key, (2, 2, 8), jnp.float64, 0.1, 3.0)
+    advantage = jnp.array([[1.0, -1.0], [0.5, -0.5]], jnp.float64)
+    of_policy = jnp.broadcast_to(jnp.array([1, 1, 0, 0, 1, 1, 0, 1]) > 0, logps.shape)
+
+    def loss(logps, noise):
+        shown = jnp.where(of_policy, logps, noise)
+        old = jax.lax.stop_gradient(shown)
+        return jnp.sum(policy_loss(shown, old, None, advantage, of_policy, row, None).loss * row.average(of_policy))
+
+    value, gradient = jax.value_and_grad(loss)(logps, -1.0)
+    np.testing.assert_array_equal(gradient != 0, of_policy)
+    assert loss(logps, -2.5) == value
+
+
 def test_defect_14_an_estimator_that_is_not_there_is_refused():
     """RLLaVA lists gae and srft, of which one cannot run and the other silently is another loss."""
     for name in ("gae", "srft", "ppo"):

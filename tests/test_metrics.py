@@ -1,10 +1,16 @@
 """Laws of `pg_ground.metrics`: lines are exact, survive a kill, and a resumed file is a prefix of the old one."""
 
+import io
 import json
 import math
+import re
+import sys
+import types
 
 import numpy as np
 import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
 
 from pg_ground import metrics
 from pg_ground.types import UserError
@@ -82,30 +88,154 @@ def test_no_file_reads_as_no_lines(tmp_path):
     assert metrics.read_metrics(tmp_path) == []
 
 
-def test_tensorboard_has_the_finite_values_and_is_told_what_resume_purges(tmp_path):
-    from tensorboardX.proto.event_pb2 import Event
-
-    write_run(tmp_path, range(3))
-    with metrics.open_metrics(tmp_path, 1) as writer:
-        writer.write(2, "grpo", {"reward/total": 0.5, "policy/kl": math.nan})
-    events = []
-    for path in sorted((tmp_path / "tb").iterdir()):
+def events(workdir):
+    """Returns every event that TensorBoard would read, in its order."""
+    found = []
+    for path in sorted((workdir / "tb").iterdir()):
         data, at = path.read_bytes(), 0  # records: length u64, its checksum u32, the event, its checksum u32
         while at < len(data):
             length = int.from_bytes(data[at : at + 8], "little")
-            events.append(Event.FromString(data[at + 12 : at + 12 + length]))
+            found.append(Event.FromString(data[at + 12 : at + 12 + length]))
             at += 12 + length + 4
-    values = {(e.step, v.tag, v.simple_value) for e in events for v in e.summary.value}
+    return found
+
+
+def test_tensorboard_has_the_finite_values_and_is_told_what_resume_purges(tmp_path):
+    write_run(tmp_path, range(3))
+    with metrics.open_metrics(tmp_path, 1) as writer:
+        writer.write(2, "grpo", {"reward/total": 0.5, "policy/kl": math.nan})
+    values = {(e.step, v.tag, v.simple_value) for e in events(tmp_path) for v in e.summary.value}
     assert (2, "reward/total", 0.5) in values and (1, "policy/kl", 0.5) in values
     assert all(math.isfinite(value) for _, _, value in values)
-    starts = [e.step for e in events if e.session_log.status == 1]
+    starts = [e.step for e in events(tmp_path) if e.session_log.status == 1]
     assert starts == [0, 2]
 
 
-def test_progress_line_says_where_how_well_and_how_long():
-    values = {"reward/total": 0.75, "reward/iou": 0.5, "policy/kl": 0.01, "time/step_s": 2.0, "optim/lr": 1e-6}
-    line = metrics.progress_line(40, 100, "grpo", values)
-    assert line == "grpo  40/100  reward 0.75  iou 0.5  kl 0.01  2 s/step  ETA 2m00s"
+def test_a_run_that_starts_over_leaves_nothing_of_the_one_before_in_tensorboard(tmp_path):
+    write_run(tmp_path, range(5))
+    (tmp_path / "tb" / "notes.txt").write_bytes(b"")
+    write_run(tmp_path, range(2))
+    assert {e.step for e in events(tmp_path) if e.summary.value} == {0, 1}
+    assert (tmp_path / "tb" / "notes.txt").exists()
+
+
+def test_tensorboard_has_the_pictures(tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 9, 3), dtype=np.uint8))
+    with metrics.open_metrics(tmp_path, None) as writer:
+        writer.picture(7, "samples", picture)
+    ((step, value),) = [(e.step, v) for e in events(tmp_path) for v in e.summary.value]
+    assert (step, value.tag) == (7, "samples")
+    with Image.open(io.BytesIO(value.image.encoded_image_string)) as stored:
+        np.testing.assert_array_equal(np.asarray(stored.convert("RGB")), np.asarray(picture))
+
+
+class Mirror(types.ModuleType):
+    """Stands for wandb, and remembers what it is told."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.begun, self.logged, self.finished, self.refuses = [], [], 0, False
+
+    def init(self, **given):
+        if self.refuses:
+            raise self.Error("No API key configured.\nUse `wandb login`")
+        self.begun.append(given)
+        return self
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def Image(self, picture):
+        return ("image", picture.size)
+
+    def finish(self):
+        self.finished += 1
+
+
+@pytest.fixture
+def mirror(monkeypatch):
+    mirror = Mirror()
+    monkeypatch.setitem(sys.modules, "wandb", mirror)
+    return mirror
+
+
+def test_a_mirrored_run_sends_what_is_finite_and_goes_on_under_its_id(tmp_path, mirror):
+    with metrics.open_metrics(tmp_path, None, "grounding", {"seed": 3}) as writer:
+        writer.write(1, "sft", {"sft/loss": 2.0, "policy/kl": math.nan})
+        writer.picture(1, "samples", Image.new("RGB", (4, 2)))
+    assert mirror.logged == [(1, {"sft/loss": 2.0}), (1, {"samples": ("image", (4, 2))})] and mirror.finished == 1
+    with metrics.open_metrics(tmp_path, 1, "grounding", {"seed": 3}) as writer:
+        writer.write(2, "sft", {"sft/loss": 1.0})
+    metrics.open_metrics(tmp_path, None, "grounding", {"seed": 3}).close()
+    first, resumed, over = mirror.begun
+    assert first == resumed and first["project"] == "grounding" and first["config"] == {"seed": 3}
+    assert over["id"] != first["id"], "what starts over is another run"
+    assert [row["step"] for row in metrics.read_metrics(tmp_path)] == [], "as it is here"
+
+
+def test_a_run_is_mirrored_only_if_asked(tmp_path, mirror):
+    write_run(tmp_path, range(2))
+    assert mirror.begun == mirror.logged == [] and not (tmp_path / "wandb.json").exists()
+
+
+def test_a_mirror_that_cannot_be_opened_is_one_line_and_changes_nothing(tmp_path, mirror):
+    write_run(tmp_path, range(3))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    mirror.refuses = True
+    with pytest.raises(UserError, match=r"config\.log\.wandb=grounding: No API key"):
+        metrics.open_metrics(tmp_path, None, "grounding")
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_mirror_that_is_not_installed_is_said_at_the_start(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # what makes an import fail
+    metrics.check_mirror("")
+    with pytest.raises(UserError, match=r"wandb is not installed: pip install"):
+        metrics.check_mirror("grounding")
+
+
+def test_progress_line_says_where_how_well_how_fast_and_how_long():
+    values = {"reward/total": 0.75, "policy/kl": 0.01, "time/step_s": 2.0, "optim/lr": 1e-6, "perf/images_per_s": 16.0}
+    line = metrics.progress_line(40, 100, "grpo", {**values, "accuracy": 0.5})
+    assert line == "grpo  40/100  reward 0.75  acc 0.5  kl 0.01  16 examples/s  2m00s left"
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_has_one_line_that_is_written_over_and_what_was_measured_stays(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    out = Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    progress = metrics.Progress()
+    progress.show(1, 90, "grpo", {"reward/total": 0.25})
+    progress.show(2, 90, "grpo", {"reward/total": 0.5, "policy/kl": 0.125, "perf/images_per_s": 1234.0})
+    progress.show(2, 90, "grpo", {"eval/val/acc50": 0.75})
+    progress.show(3, 90, "grpo", {"reward/total": 0.5})
+    progress.end()
+    progress.end()
+    lines = out.getvalue().split("\r\x1b[K")[1:]
+    assert lines[0] == "grpo  1/90  reward 0.25" and len(lines[1]) == 29, "a longer one would not be written over"
+    assert lines[2] == "grpo  2/90  val: acc50 0.75\n"
+    assert lines[3] == "grpo  3/90  reward 0.5  acc 0\n", "the accuracy that was measured last; cut to the width"
+
+
+def test_a_log_has_a_line_a_minute_and_what_was_measured_and_the_last(monkeypatch):
+    now, out = [0.0], io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    progress = metrics.Progress(clock=lambda: now[0])
+    for step in range(1, 301):
+        now[0] += 1.0
+        progress.show(step, 300, "sft", {"sft/loss": 1.0}, keep=step == 300)
+        if step == 100:
+            progress.show(step, 300, "sft", {"eval/val/acc50": 0.5})
+    steps = [int(re.match(r"sft +(\d+)/300  ", line)[1]) for line in out.getvalue().splitlines()]
+    assert steps == [1, 61, 100, 160, 220, 280, 300] and "\r" not in out.getvalue()
 
 
 def test_progress_line_of_an_evaluation_names_the_benchmarks():

@@ -12,8 +12,9 @@ from PIL import ExifTags, Image
 from programs import run
 
 from pg_ground import tokenizer
+from pg_ground.measure.answers import loc_answers as answers
 from pg_ground.model import PaliGemma, weights
-from pg_ground.predict import answers, predict
+from pg_ground.predict import predict
 from pg_ground.rl.rewards import read_answer
 from pg_ground.types import BOXES
 from pg_ground.vocab import EOS, PAD
@@ -38,7 +39,7 @@ def test_predict_and_rewards_read_the_same_answers():
         points = np.asarray(read.points.yx[row, 0][np.asarray(read.points.valid[row, 0])])
         pixels = np.array([500, 1000, 500, 1000])
         mine = np.array([[b["xyxy_px"][i] for i in (1, 0, 3, 2)] for b in found["boxes"]]).reshape(-1, 4)
-        np.testing.assert_allclose(mine, boxes * pixels, atol=1e-3)  # answers are rounded to 1e-3 pixels
+        np.testing.assert_allclose(mine, boxes * pixels, atol=1e-3)  # answers are rounded to 1e-4 pixels
         mine = np.array([p["xy_px"][::-1] for p in found["points"]]).reshape(-1, 2)
         np.testing.assert_allclose(mine, points * pixels[:2], atol=1e-3)
         seen += len(boxes) + len(points)

@@ -7,7 +7,7 @@ import pytest
 
 from pg_ground import tokenizer
 from pg_ground.config import RewardSettings
-from pg_ground.rl.rewards import REWARDS, by_name, measures, read_answer, score
+from pg_ground.rl.rewards import REWARDS, by_name, confidence, measures, read_answer, score
 from pg_ground.types import BOXES, POINTS, Answer, Batch, Boxes, Gold, Points, Rewards, Rollout, UserError
 from pg_ground.vocab import EOS, LOC_MAX, PAD
 
@@ -218,6 +218,64 @@ def test_as_many_boxes_as_fit_are_read():
     assert bins_of(read(text).boxes) == [list(BOX)] * 4 and int(r.mask.sum()) > 24
     full = loc(*range(28))
     assert read(full).stray == 28
+
+
+# how sure
+
+sure = jax.jit(confidence, static_argnums=(3, 4))
+
+
+def likelihoods(text: str) -> tuple[Rollout, np.ndarray]:
+    """Returns the completion with a log-probability of its own for each token, and those by token."""
+    r = rollout(text)
+    logps = -np.random.default_rng(len(text)).uniform(0.01, 2, LENGTH).astype(np.float32)
+    return r._replace(logps=jnp.where(r.mask, logps, 0)), np.where(r.mask[0, 0], logps, 0)
+
+
+def test_a_box_is_as_sure_as_its_name_is_likely():
+    segments = [f"{loc(*BOX)} red circle", " ;", f" {loc(*OTHER)} cat", " ;", f" {loc(*FAR)}"]
+    r, logps = likelihoods("".join(segments))
+    tokens = np.asarray(r.tokens[0, 0])
+    is_loc = (tokens >= TOKENS.vocab.loc0) & (tokens < TOKENS.vocab.seg0)
+    first, second, third = np.flatnonzero(is_loc).reshape(3, 4)
+    ends = np.flatnonzero(np.isin(tokens, TOKENS.vocab.separators))
+    names = [np.arange(first[-1] + 1, ends[0]), np.arange(second[-1] + 1, ends[1])]
+    assert len(names[0]) > len(names[1]) >= 1
+    wanted = [logps[names[0]], logps[names[1]], logps[third]]
+    for per_token, of in ((True, np.mean), (False, np.sum)):
+        found = np.asarray(sure(r.tokens, r.mask, r.logps, TOKENS.vocab, per_token)[0, 0])
+        np.testing.assert_allclose(found[:3], [np.exp(of(one)) for one in wanted], rtol=1e-6)
+        assert not found[3:].any()
+
+
+def test_certainty_stands_in_the_slots_of_the_boxes():
+    """A point and a broken answer between two boxes have none."""
+    r, _ = likelihoods(f"{loc(*BOX)} cat ; {loc(1, 2)} cat ; {loc(1, 2, 3)} cat ; {loc(*OTHER)} dog")
+    found = sure(r.tokens, r.mask, r.logps, TOKENS.vocab)
+    answer = read_jitted(r.tokens, r.mask, jnp.array([BOXES]), name_ids(("cat", "dog")), TOKENS.vocab)
+    assert found.shape == answer.boxes.valid.shape and int(answer.boxes.valid.sum()) == 2
+    np.testing.assert_array_equal(found > 0, answer.boxes.valid)
+
+
+def test_certainty_moves_with_its_box():
+    """Each token's log-probability is a function of the token, and the separators are the same in any order."""
+    of_token = -np.random.default_rng(0).uniform(0.01, 2, TOKENS.vocab.size).astype(np.float32)
+    pieces = [f"{loc(*BOX)} red circle", f"{loc(*OTHER)} cat", f"{loc(*FAR)} dog"]
+    found = {}
+    for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
+        r = rollout(" ; ".join(pieces[i] for i in order))
+        scores = np.asarray(sure(r.tokens, r.mask, jnp.where(r.mask, of_token[np.asarray(r.tokens)], 0), TOKENS.vocab)[0, 0])
+        found[tuple(order)] = [scores[order.index(i)] for i in range(3)]
+    for other in found.values():
+        np.testing.assert_allclose(other, found[0, 1, 2], rtol=1e-6)
+
+
+def test_the_codes_of_a_mask_are_no_name():
+    codes = "".join(f"<seg{code:03d}>" for code in range(16))
+    for name in (" cat", ""):
+        r, logps = likelihoods(f"{loc(*BOX)}{codes}{name}")
+        part = logps[20 : int(r.mask.sum()) - 1] if name else logps[:4]
+        np.testing.assert_allclose(sure(r.tokens, r.mask, r.logps, TOKENS.vocab)[0, 0, 0], np.exp(part.mean()), rtol=1e-6)
 
 
 # judging

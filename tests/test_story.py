@@ -64,6 +64,17 @@ def test_resume_continues_the_same_trajectory(straight, environment, tmp_path):
     assert_same_run(straight, tmp_path / "run")
 
 
+def test_the_best_parameters_stay_and_are_those_of_their_measurement(environment, tmp_path):
+    flags = ("--config.checkpoint.best=-eval/boxes/mean_iou", "--config.eval.every=2", "--config.checkpoint.every=4")
+    killed_and_resumed(environment, tmp_path / "run", lines=7, delay_s=0.0, flags=flags)
+    measured = {row["step"]: row["eval/boxes/mean_iou"] for row in rows(tmp_path / "run") if "eval/boxes/mean_iou" in row}
+    least = min(measured, key=lambda step: (measured[step], step))
+    assert [step.name for step in (tmp_path / "run" / "best").iterdir()] == [str(least)] and len(measured) > 4
+    arguments = [f"--params={tmp_path / 'run' / 'best'}", f"--out={tmp_path}"]
+    assert run(environment, "evaluate", "--config=configs/tiny.py", *arguments).returncode == 0
+    assert json.loads((tmp_path / "eval.json").read_text())["eval/boxes/mean_iou"] == measured[least]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("lines", [2, 6], ids=["sft", "grpo"])
 @pytest.mark.parametrize("attempt", [0, 1, 2])
@@ -96,7 +107,7 @@ def test_predict_answers_in_pixels_and_draws(straight, environment, tmp_path):
 
 def test_the_package_lists_its_commands(environment):
     done = subprocess.run([sys.executable, "-m", "pg_ground"], env=environment, capture_output=True, text=True, check=True)
-    commands = ["train", "evaluate", "predict", "look", "prefetch", "pack", "convert", "compile"]
+    commands = ["train", "evaluate", "report", "predict", "look", "prefetch", "pack", "convert", "compile"]
     assert [line.split(".")[-1] for line in done.stdout.splitlines()[::2]] == commands
 
 
@@ -111,6 +122,10 @@ ERRORS = {
     "an unknown algorithm": (["--config=configs/tiny.py", "--config.grpo.algorithm=grop"], r"did you mean grpo\?"),
     "an unknown reward": (["--config=configs/tiny.py", "--config.grpo.rewards.iuo=1"], r"did you mean iou\?"),
     "a missing source": (["--config=configs/photos.py"], r"config\.grpo\.sources\.photos\.uri \(jsonl:photos\.jsonl\)"),
+    "the best of what is not measured": (
+        ["--config=configs/tiny.py", "--config.checkpoint.best=eval/dogs/acc50"],
+        r'must be "eval/boxes/…"',
+    ),
     "a missing checkpoint": (["--config=configs/tiny.py", "--config.init=none.npz"], r"none\.npz: no such file"),
 }
 

@@ -166,7 +166,9 @@ def test_a_printed_command_names_settings_that_exist_and_the_data_it_needs(comma
     given = {flag.partition(".sources.")[2].partition("=")[0] for flag in flags}
     for section in {"look": sections, "train": (*c.stages, "eval"), "compile": ()}[module]:
         for name, source in sections[section].items():
-            assert source.uri.startswith("synthetic:") or f"{name}.uri" in given, f"{section}/{name} is {source.uri}"
+            assert source.uri.startswith(("synthetic:", "relations:synthetic:")) or f"{name}.uri" in given, (
+                f"{section}/{name} is {source.uri}"
+            )
 
 
 def test_there_are_printed_commands():

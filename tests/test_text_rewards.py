@@ -373,6 +373,49 @@ def test_defect_18_no_answer_is_wrong(text):
     assert reward("spatial", text, ask("(C)", prompt=QUESTION)) == -0.5
 
 
+SEARCHES = "<think>I look.</think><search>Eiffel tower height</search>"
+SAYS = "<think>I know.</think><answer>{}</answer>"
+
+
+def test_defect_11_tools_without_the_right_answer_earn_nothing():
+    """There, a wrong answer after one tool call is worth 1.4, gibberish after one 1.2, and three calls 3.6."""
+    example = ask("330 metres")
+    for text in (SEARCHES, SEARCHES * 3, SEARCHES + SAYS.format("red"), SEARCHES + "gibberish", SEARCHES + "<answer> </answer>"):
+        assert reward("agent", text, example) == 0, text
+    right = SAYS.format("330 metres")
+    assert reward("agent", right, example) == 1
+    assert reward("agent", SEARCHES + right, example) == reward("agent", SEARCHES * 5 + right, example) == pytest.approx(1.2)
+    half = SAYS.format("330 feet")
+    assert reward("agent", SEARCHES + half, example) < reward("agent", right, example)
+
+
+@pytest.mark.parametrize(
+    ("act", "gold", "same", "other"),
+    [
+        ("problem", "{'dark', 'rotation90'}", "{'rotation90', 'dark'}", "{'dark'}"),
+        ("code", "x = img[0:9]  # crop", "```python\nx = img[ 0:9 ]\n```", "x = img[0:8]"),
+        ("code", "not python at all", "not python at all", "print('anything')"),
+        ("answer", "a red car", "the red car", "blue bus"),
+        ("search", "height of tower", "tower of height", "rain"),
+    ],
+)
+def test_defect_12_a_turn_is_compared_with_the_gold_one(act, gold, same, other):
+    """There, a right problem is always worth 0, and any code at all 0.9."""
+
+    def turn(what, kind=act):
+        return f"<think>so</think><{kind}>{what}</{kind}>"
+
+    example = ask(turn(gold))
+    assert reward("agent_step", turn(same), example) == 1
+    elsewhere = "code" if act == "answer" else "answer"
+    for text in (turn(other), turn(same, elsewhere), turn(same) + turn(same), same, ""):
+        assert reward("agent_step", text, example) == 0, text
+    assert reward("agent_format", turn(same), example) == 1
+    assert reward("agent_format", SEARCHES + turn(same), example) == 1
+    for text in (f"<{act}>{same}</{act}>", turn(same) + " more", turn(""), turn(same).replace("<think>", ""), ""):
+        assert reward("agent_format", text, example) == 0, text
+
+
 def test_defect_18_an_answer_is_one_relation():
     example = ask("left", prompt=QUESTION)
     for text in ("left", "left.", "<think>x</think><answer>left</answer>", "The answer is: to the left of the table"):
@@ -414,6 +457,36 @@ def test_defect_19_reasoning_is_qualitative_names_the_objects_and_leads_to_the_a
     assert reward("spatial", text, ask("left", prompt=QUESTION)) == pytest.approx(1 + 0.3 * quality)
     choices = f"{QUESTION} Select from the following choices.\n(A) right\n(B) left"
     assert reward("spatial", text.replace(">left<", ">(B)<"), ask("(B)", prompt=choices)) == pytest.approx(1 + 0.3 * quality)
+
+
+WHICH = "Which is closer to the dog, the parking meter or the hot dog?"
+WHETHER = "Is the hot dog closer to the dog than the parking meter is?"
+PLACES = (
+    "I need to compare how far the parking meter and the hot dog are from the dog. Going outwards, the hot dog comes first "
+    "and then the parking meter. "
+)
+
+
+@pytest.mark.parametrize(
+    ("question", "gold", "end", "quality"),
+    [
+        (WHICH, "hot dog", "So it is the hot dog.", 1),
+        (WHICH, "hot dog", "So it is the dog.", 0),
+        (WHICH, "hot dog", "Not the parking meter but the hot dog.", 0),
+        (WHICH, "hot dog", "By a meter, it is the hot dog.", 0.5),
+        (WHETHER, "yes", "So yes, it is closer.", 1),
+        (WHETHER, "yes", "So no, it is farther.", 0),
+        (WHETHER, "yes", "Yes or no.", 0),
+        (WHETHER, "yes", "It is closer.", 0),
+        (f"{WHICH}\n(A) parking meter\n(B) hot dog", "(B)", "So it is the hot dog.", 1),
+        (f"{WHICH}\n(A) parking meter\n(B) hot dog", "(B)", "So it is the dog.", 0),
+    ],
+)
+def test_reasoning_leads_to_yes_or_no_or_an_object_where_that_is_the_answer(question, gold, end, quality):
+    thought = f"{PLACES}{end} Therefore, the answer is: "
+    example = ask(thought + gold, prompt=question)
+    assert reward("spatial", thought + gold, example) == pytest.approx(1 + 0.3 * quality)
+    assert reward("spatial", f"{thought}horse", example) == -0.5
 
 
 def test_defect_24_a_list_is_not_the_best_of_it():

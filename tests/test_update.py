@@ -5,6 +5,7 @@ by its own size, so that an entry of 1e-9, which is all rounding, would move its
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from conftest import CLOSE, B, G, assert_close_trees, inputs, unlabelled
 
 from pg_ground import config, sharding
 from pg_ground.model import PaliGemma
+from pg_ground.params import flatten, is_multiplied
 from pg_ground.rl import update
 from pg_ground.rl.experience import Experience
 from pg_ground.rl.loss import ALGORITHMS, Algorithm, policy_loss
@@ -258,3 +260,21 @@ def test_split_and_join_are_inverses_and_keep_devices_together():
         assert halves.shape == (parts, 8 // parts, 3)
         np.testing.assert_array_equal(halves[0, :, 0], x[::parts, 0])
         np.testing.assert_array_equal(update.unsplit(halves), x)
+
+
+def test_gradients_of_matrices_are_gathered_in_the_dtype_of_their_products(pg1):
+    """They come in the parameters' float32, but are bfloat16 numbers. The embedding table's are summed finer."""
+    x = inputs(pg1.model)
+
+    def gradient(dtype: str) -> dict[str, jax.Array]:
+        model = PaliGemma(replace(pg1.model.config, dtype=dtype))
+        return flatten(jax.grad(lambda params: -jnp.mean(model.completion_logps(params, *x)[0]))(pg1.params))
+
+    exact, found = gradient("float32"), gradient("bfloat16")
+    for name, g in found.items():
+        assert g.dtype == jnp.float32
+        assert not is_multiplied(name) or bool(jnp.all(g == g.astype(jnp.bfloat16))), name
+    table = found["llm/embedder/input_embedding"]
+    assert not bool(jnp.all(table == table.astype(jnp.bfloat16)))
+    error, size = (optax.tree.norm(tree) for tree in (jax.tree.map(jnp.subtract, found, exact), exact))
+    assert error < 0.05 * size  # 2^-9 for each of the 20 or so products and sums that a gradient passes through

@@ -26,12 +26,14 @@ from pg_ground.data.examples import (
     check_formats,
     check_room,
     elements,
+    field_at,
     listed_by,
     question,
     to_batch_row,
     to_example,
     whole_sides,
 )
+from pg_ground.data.masks import whole_masks
 from pg_ground.data.records import BadRecord, Records
 from pg_ground.data.sampling import sampled
 from pg_ground.data.sources import open_records
@@ -171,6 +173,19 @@ class Examples:
                 raise BadRecord("empty", f"{self._list} is empty")
             element = int(np.random.default_rng([self._seed, index, draw]).integers(count))
         return record, element
+
+    def mask(self, index: int, size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
+        """Returns the mask of question `index`'s one object, in pixels of its annotation.
+
+        Args:
+          size: width and height of the image.
+
+        Raises:
+          BadRecord: bad_mask, or missing_field.
+        """
+        record, element = self.record(index)
+        folder = self._records.root / self.source.image_root if self._records.root else None
+        return whole_masks(field_at(record, self.source.mask, element), 1, size, folder)[0]
 
     def __getitem__(self, index: int) -> Example:
         return self.example(index)

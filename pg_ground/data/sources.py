@@ -12,6 +12,7 @@ from pg_ground.data.arrayrecord import open_array_record
 from pg_ground.data.hub import open_hub
 from pg_ground.data.records import Records
 from pg_ground.data.refer import open_refer
+from pg_ground.data.relations import open_relations
 from pg_ground.data.tables import open_coco, open_json, open_json_lines, open_parquet, open_yaml
 from pg_ground.data.tfds import open_tfds
 from pg_ground.types import UserError
@@ -44,6 +45,10 @@ def _open_synthetic(rest: str) -> Records:
     return synthetic.open_scenes(split, dict(parse_qsl(options, keep_blank_values=True)))
 
 
+def _open_relations(rest: str) -> Records:
+    return open_relations(rest, open_records)
+
+
 SCHEMES: dict[str, Callable[[str], Records]] = {
     "arrayrecord": open_array_record,
     "coco": open_coco,
@@ -52,6 +57,7 @@ SCHEMES: dict[str, Callable[[str], Records]] = {
     "jsonl": open_json_lines,
     "parquet": open_parquet,
     "refer": open_refer,
+    "relations": _open_relations,
     "synthetic": _open_synthetic,
     "tfds": open_tfds,
     "yaml": open_yaml,

@@ -1,8 +1,8 @@
 """The embedded task: scenes drawn from (split, seed, index) alone, with no files.
 
-`synthetic:SPLIT?side=48&shapes=3&loose=0.5&seed=0`: a textured background and several shapes of different colour, form, size and
-place; the phrase ("red circle") fits exactly one of them, and another one always shares its colour or its form. There are 2^20
-scenes in each split, so a model that sees a few thousand of them cannot memorise them.
+`synthetic:SPLIT?side=48&shapes=3&loose=0.5&seed=0&scenes=512`: a textured background and several shapes of different colour,
+form, size and place; the phrase ("red circle") fits exactly one of them, and another one always shares its colour or its form.
+There are 2^20 scenes in each split unless `scenes` says how many, so a model that sees a few thousand cannot memorise them.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,6 @@ from pg_ground.config import nearest
 from pg_ground.types import UserError
 
 SPLITS = {"train": 0, "heldout": 1}
-SCENES = 2**20
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 40, 40),
@@ -35,7 +34,10 @@ FORMS = ("circle", "square", "triangle", "cross")
 
 @dataclass(frozen=True)
 class Scenes:
-    """A split as a random-access sequence of records: `image`, `phrase`, `box` and `point` in pixels."""
+    """A split as a random-access sequence of records: `image`, `phrase`, `box` and `point` in pixels.
+
+    `objects` are the names and exact boxes of all shapes, the first of them the one that the phrase fits.
+    """
 
     split: str = "train"
     side: int = 48  # pixels
@@ -44,11 +46,12 @@ class Scenes:
     forms: int = 3  # the first so many of FORMS
     loose: float = 0.0  # each side of the box is drawn outside the shape by up to this share of the shape's extent
     seed: int = 0
+    scenes: int = 2**20  # in the split: the first so many
 
     root: Path | None = None
 
     def __len__(self) -> int:
-        return SCENES
+        return self.scenes
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = np.random.default_rng([SPLITS[self.split], self.seed, int(index)])
@@ -62,12 +65,15 @@ class Scenes:
         width, height = x2 - x1, y2 - y1
         left, top, right, bottom = rng.uniform(0, self.loose, 4) if self.loose else np.zeros(4)
         box = np.clip([x1 - left * width, y1 - top * height, x2 + right * width, y2 + bottom * height], 0, 1)
-        colour, form = kinds[0]
+        names = [f"{list(COLOURS)[colour]} {FORMS[form]}" for colour, form in kinds]
         return {
             "image": np.minimum(np.maximum(image, 0), 255).astype(np.uint8),
-            "phrase": f"{list(COLOURS)[colour]} {FORMS[form]}",
+            "phrase": names[0],
             "box": (box * self.side).tolist(),
             "point": [(x1 + x2) / 2 * self.side, (y1 + y2) / 2 * self.side],
+            "objects": [
+                {"name": name, "box": (np.array(place) * self.side).tolist()} for name, place in zip(names, places, strict=True)
+            ],
         }
 
 
@@ -89,7 +95,14 @@ def open_scenes(split: str, options: Mapping[str, str]) -> Scenes:
         except ValueError:
             raise UserError(f"synthetic:{split}?{name}={text}: a number is wanted") from None
     scenes = Scenes(split, **values)
-    limits = {"side": (16, 1024), "shapes": (2, 6), "colours": (2, len(COLOURS)), "forms": (2, len(FORMS)), "loose": (0, 2)}
+    limits = {
+        "side": (16, 1024),
+        "shapes": (2, 6),
+        "colours": (2, len(COLOURS)),
+        "forms": (2, len(FORMS)),
+        "loose": (0, 2),
+        "scenes": (1, 2**20),
+    }
     for name, (low, high) in limits.items():
         if not low <= getattr(scenes, name) <= high:
             raise UserError(f"synthetic:{split}?{name}={getattr(scenes, name)}: it must be from {low} to {high}")

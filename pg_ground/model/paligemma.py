@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int, PRNGKeyArray, UInt8
 from pg_ground.config import Model
 from pg_ground.model.gemma import Decoder, KeyValues, softcap
 from pg_ground.model.siglip import Tower
+from pg_ground.params import is_multiplied, map_named
 from pg_ground.types import ANYWHERE, Array, Places, PrefixCache, SuffixCache
 
 Params = Any
@@ -182,6 +183,7 @@ class PaliGemma:
         The vocabulary is only ever spread out for `config.logits_block` completion tokens at once, in the backward pass too.
         Inputs of adapters are dropped (`config.lora.dropout`) only where there is a `dropout_key`.
         """
+        params = self._with_cast_matrices(params)
         given = (image, prompt, prompt_mask, tokens[:, :, :-1])
         first, hidden = self._apply(params, "both", *given, dropout_key=dropout_key)
         first = jnp.broadcast_to(first[:, None, None], (*tokens.shape[:2], 1, first.shape[-1]))
@@ -192,6 +194,15 @@ class PaliGemma:
     def _apply(self, params: Params, method: str, *args: Any, dropout_key: PRNGKeyArray | None = None) -> Any:
         rngs = {} if dropout_key is None else {"dropout": dropout_key}
         return self.network.apply({"params": params}, *args, method=method, rngs=rngs)
+
+    def _with_cast_matrices(self, params: Params) -> Params:
+        """Returns parameters whose matrices have the dtype they are multiplied in.
+
+        A layer would cast its own, to the same values. Cast before the loop over layers, the gradients that the loop gathers are
+        of that dtype too, as its products are, and half as large (PG2 10B, eight chips of v5p, 64 prompts: 23.7 GiB, now 21.8).
+        """
+        dtype = jnp.dtype(self.config.dtype)
+        return map_named(lambda name, leaf: leaf.astype(dtype) if is_multiplied(name) else leaf, params)
 
     def _vocabulary(self, params: Params) -> Float[Array, "V D"]:
         return self._apply(params, "vocabulary")

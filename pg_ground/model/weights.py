@@ -68,9 +68,9 @@ def load(
 ) -> tuple[PaliGemma, Any]:
     """Returns the model and the parameters of a checkpoint, split over `mesh` (else on the first device).
 
-    `path` is a big_vision `.npz`, a Hugging Face directory, a run (the newest of its checkpoints, adapters merged) or an orbax
-    directory written by `convert`. Sizes are read from it; what shapes can't tell is in its `config.json`, or else that of
-    the published model of these sizes; `sizes` says it for others. `dtype` "" keeps that of the file. The final soft-cap is
+    `path` is a big_vision `.npz`, a Hugging Face directory, a run (its newest checkpoint, or RUN/best; adapters merged) or
+    an orbax directory written by `convert`. Sizes are read from it; what shapes can't tell is in its `config.json`, or else that
+    of the published model of these sizes; `sizes` says it for others. `dtype` "" keeps that of the file. The final soft-cap is
     off unless `sizes` has one. Position embeddings of another resolution than `sizes.image_size` are an error, or are
     resampled as big_vision does. A table of plain Gemma gets PaliGemma's 1,152 rows.
 
@@ -117,8 +117,10 @@ def _run_of(path: Path) -> tuple[Path, Path]:
     """Returns the working directory and the checkpoint that a path into a run names; the newest, if it names none."""
     if (path / "config.json").is_file():
         return path, checkpoints.newest(path)
+    if path.name == checkpoints.BEST and (path.parent / "config.json").is_file():
+        return path.parent, checkpoints.best(path)
     step = path.parent if path.name == "params" else path
-    if step.parent.name == "checkpoints" and (step / "params").is_dir():
+    if step.parent.name in ("checkpoints", checkpoints.BEST) and (step / "params").is_dir():
         return step.parent.parent, step
     raise UserError(
         f"{path} is no checkpoint: neither a Hugging Face directory nor the working directory of a run (it has no config.json)"

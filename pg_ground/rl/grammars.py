@@ -197,6 +197,34 @@ def think_boxed(text: str) -> bool:
     return text.count(r"\boxed{") == 1 and bool((last_boxed(pieces[-1]) or "").strip())
 
 
+ACTS = ("answer", "search", "code", "problem")
+"""What an agent's turn can do (RLLaVA's tags)."""
+
+_ACT_TAG = re.compile(rf"(</?(?:think|{'|'.join(ACTS)})>)")
+
+
+class Turns(NamedTuple):
+    """What an agent did, in order."""
+
+    acts: tuple[tuple[str, str], ...]
+    """One of `ACTS`, and what its tags hold; none where tags are nested, left open, or empty."""
+    ok: bool
+    """Each act is preceded by its own `<think>…</think>`, and nothing else is said."""
+
+
+def turns(text: str) -> Turns:
+    """Returns the acts of one turn, or of a transcript of several; what stands between the tags outside of them is said aloud."""
+    pieces = _ACT_TAG.split(text)
+    between, tags = pieces[::2], pieces[1::2]
+    pairs = list(zip(tags[::2], tags[1::2], between[1::2], strict=False))
+    if len(tags) % 2 or any(closing != f"</{opening[1:]}" or not held.strip() for opening, closing, held in pairs):
+        return Turns((), False)
+    names = [opening[1:-1] for opening, _, _ in pairs]
+    acts = tuple((name, held.strip()) for name, (_, _, held) in zip(names, pairs, strict=True) if name != "think")
+    alternate = len(names) == 2 * len(acts) > 0 and all(name == "think" for name in names[::2])
+    return Turns(acts, alternate and names[1::2].count("think") == 0 and not any(said.strip() for said in between[::2]))
+
+
 _NEAR, _FAR, _EYES = ("closer", "nearer"), ("farther", "further"), ("camera", "viewer")
 
 RELATIONS: dict[str, tuple[str, ...]] = {
@@ -225,6 +253,11 @@ def relations(text: str) -> set[str]:
     return {_RELATION_OF[phrase] for phrase in _RELATION.findall(_THE.sub("", text.lower()))}
 
 
+def yes_or_no(text: str) -> set[str]:
+    """Returns which of "yes" and "no" a text says."""
+    return set(_YES_NO.findall(text.lower()))
+
+
 def choice(text: str) -> Choice:
     """Returns the one option letter, spatial relation, or yes or no, that an answer names.
 
@@ -236,7 +269,7 @@ def choice(text: str) -> Choice:
     for kind, found in (
         ("option", letters or {bare[1]} if bare else letters),
         ("relation", set() if _NEGATION.search(answer.lower()) else relations(answer)),
-        ("yes/no", set(_YES_NO.findall(answer.lower()))),
+        ("yes/no", yes_or_no(answer)),
     ):
         if found:
             return Choice(kind, found.pop()) if len(found) == 1 else Choice("", "")

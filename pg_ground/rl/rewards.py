@@ -6,6 +6,7 @@ and a duplicate answer all cost, an improper box counts as a prediction with sim
 """
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
@@ -14,7 +15,7 @@ from pg_ground import boxes
 from pg_ground.config import RewardSettings, nearest
 from pg_ground.rl.advantages import group_std, has_spread
 from pg_ground.types import BOXES, POINTS, TEXT, Answer, Array, Batch, Boxes, Points, Rewards, Rollout, UserError
-from pg_ground.vocab import EOS, LOC_TOKENS, PAD, Vocab
+from pg_ground.vocab import EOS, LOC_TOKENS, PAD, SEG_TOKENS, Vocab
 
 Reward = Callable[[Answer, Batch, RewardSettings], Float[Array, "B G"]]
 
@@ -40,32 +41,15 @@ def read_answer(
     among `names`; where a question has at most one name, every answer bears it.
     """
     length = tokens.shape[-1]
-    loc = mask & (tokens >= vocab.loc0) & (tokens < vocab.loc0 + LOC_TOKENS)
-    separator = mask & _among(tokens, vocab.separators)
-    eos = mask & (tokens == EOS)
-    segment = jnp.cumsum(separator, axis=-1)
-    within = (segment[..., None] == jnp.arange(length)) & mask[..., None]  # [B, G, T, segment]
-
-    def per_segment(flags: Bool[Array, "B G T"]) -> Int[Array, "B G T"]:
-        return jnp.sum(within & flags[..., None], axis=-2)
-
-    def before_in_segment(flags: Bool[Array, "B G T"]) -> Int[Array, "B G T"]:
-        totals = per_segment(flags)
-        earlier = jnp.take_along_axis(jnp.cumsum(totals, axis=-1) - totals, segment.clip(max=length - 1), axis=-1)
-        return jnp.cumsum(flags, axis=-1) - flags - earlier
-
-    locs = per_segment(loc)
-    rank = before_in_segment(loc)
-    lead = _among(tokens, vocab.spaces) & (rank == 0)  # the lone space that sentencepiece leaves before a later box
-    text = mask & ~loc & ~separator & ~eos & ~lead
-    words = per_segment(text)
+    loc, text, segment, within = cut = _cut(tokens, mask, vocab)
+    locs, words, rank = _per_segment(cut, loc), _per_segment(cut, text), _before_in_segment(cut, loc)
 
     bins = jnp.where(loc, tokens - vocab.loc0, 0)
     place = within & loc[..., None]
     corners = jnp.stack([jnp.sum(jnp.where(place & (rank == r)[..., None], bins[..., None], 0), -2) for r in range(4)], -1)
     fractions = boxes.decode_loc(corners)  # [B, G, segment, 4]
 
-    word = jnp.clip(before_in_segment(text), 0, names.shape[-1] - 1)
+    word = jnp.clip(_before_in_segment(cut, text), 0, names.shape[-1] - 1)
     spelled = jnp.take_along_axis(names[:, None, None], word[:, :, :, None, None], axis=-1)[..., 0]  # [B, G, T, C]
     correct = (spelled == tokens[..., None]).astype(jnp.int32)
     agree = jnp.einsum("BGTs,BGTC->BGsC", (within & text[..., None]).astype(jnp.int32), correct)
@@ -80,8 +64,8 @@ def read_answer(
     segments = segment[..., -1] + 1
     real = jnp.arange(length) < segments[..., None]
     complete = (locs == wanted[..., None]) & ((words > 0) == (named[..., None] > 0))
-    in_order = jnp.all(complete | ~real, axis=-1) & ~jnp.any(loc & (before_in_segment(text) > 0), axis=-1)
-    finished = jnp.any(eos, axis=-1)
+    in_order = jnp.all(complete | ~real, axis=-1) & ~jnp.any(loc & (_before_in_segment(cut, text) > 0), axis=-1)
+    finished = jnp.any(mask & (tokens == EOS), axis=-1)
     return Answer(
         boxes=Boxes(*_first(is_box, (length + 1) // 5, fractions, label)),
         points=Points(*_first(is_point, (length + 1) // 3, fractions[..., :2], label)),
@@ -91,6 +75,63 @@ def read_answer(
         tokens=tokens,
         mask=mask,
     )
+
+
+def confidence(
+    tokens: Int[Array, "B G T"], mask: Bool[Array, "B G T"], logps: Float[Array, "B G T"], vocab: Vocab, per_token: bool = True
+) -> Float[Array, "B G K"]:
+    """Returns how likely each box's name is behind it, in [0, 1], for the slots of `read_answer`'s boxes; 0 for an unused one.
+
+    Detections are ranked by it (pix2seq, arXiv 2109.10852; PaliGemma 2, arXiv 2412.03555, appendix C), and not by the likelihood
+    of the box, which is shared out among the bins next to it; that is taken for a box without a name. It is the geometric mean
+    over the name's tokens, so that long names are not unlikely ones, or with `per_token` False their product: boxes of one name
+    rank alike by both and have the same average precision.
+
+    Args:
+      logps: as in `Rollout`; those of a greedy rollout are the model's own, at temperature 1.
+    """
+    cut = _cut(tokens, mask, vocab)
+    name = cut.text & ~((tokens >= vocab.seg0) & (tokens < vocab.seg0 + SEG_TOKENS))  # what shape it has is not its name
+    named = _per_segment(cut, name) > 0
+
+    def total(of: Array) -> Array:
+        by_name, by_place = (jnp.sum(jnp.where(cut.within & flags[..., None], of[..., None], 0), -2) for flags in (name, cut.loc))
+        return jnp.where(named, by_name, by_place)
+
+    likelihood = jnp.exp(total(logps) / (jnp.maximum(total(mask), 1) if per_token else 1))
+    is_box = _per_segment(cut, cut.loc) == 4
+    return _first(is_box, (tokens.shape[-1] + 1) // 5, likelihood[..., None], jnp.zeros(is_box.shape, jnp.int32))[0][..., 0]
+
+
+class _Cut(NamedTuple):
+    """Completions cut into segments at their separators."""
+
+    loc: Bool[Array, "B G T"]
+    text: Bool[Array, "B G T"]
+    """What else a segment holds."""
+    segment: Int[Array, "B G T"]
+    """The number of it that each token is in."""
+    within: Bool[Array, "B G T s"]
+
+
+def _cut(tokens: Int[Array, "B G T"], mask: Bool[Array, "B G T"], vocab: Vocab) -> _Cut:
+    loc = mask & (tokens >= vocab.loc0) & (tokens < vocab.loc0 + LOC_TOKENS)
+    separator = mask & _among(tokens, vocab.separators)
+    segment = jnp.cumsum(separator, axis=-1)
+    within = (segment[..., None] == jnp.arange(tokens.shape[-1])) & mask[..., None]
+    cut = _Cut(loc, mask & ~loc & ~separator & (tokens != EOS), segment, within)
+    lead = _among(tokens, vocab.spaces) & (_before_in_segment(cut, loc) == 0)
+    return cut._replace(text=cut.text & ~lead)  # without the lone space that sentencepiece leaves before a later box
+
+
+def _per_segment(cut: _Cut, flags: Bool[Array, "B G T"]) -> Int[Array, "B G s"]:
+    return jnp.sum(cut.within & flags[..., None], axis=-2)
+
+
+def _before_in_segment(cut: _Cut, flags: Bool[Array, "B G T"]) -> Int[Array, "B G T"]:
+    totals = _per_segment(cut, flags)
+    earlier = jnp.take_along_axis(jnp.cumsum(totals, axis=-1) - totals, cut.segment.clip(max=flags.shape[-1] - 1), axis=-1)
+    return jnp.cumsum(flags, axis=-1) - flags - earlier
 
 
 def _among(tokens: Int[Array, "..."], ids: tuple[int, ...]) -> Bool[Array, "..."]:

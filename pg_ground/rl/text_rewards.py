@@ -5,9 +5,11 @@ of the original image, and sets of them are matched one to one for the largest t
 spurious and a duplicate answer all cost, and one that cannot be read counts as a prediction with similarity 0.
 """
 
+import ast
 import math
 import re
 import string
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
@@ -42,6 +44,9 @@ REASONING_WEIGHT = 0.3
 
 REASONING_WORDS = (20, 150)
 """Bounds on the length of a chain of thought (ReinforceSight)."""
+
+TOOL_BONUS = 0.2
+"""Of what an answer is worth, added where a tool was used before it."""
 
 MAX_MATH = 200
 """Characters of the longest mathematical answer that is looked at: nonsense costs math-verify time beyond its length."""
@@ -267,10 +272,7 @@ def token_f1(text: str, example: TextExample) -> float:
     """Returns the F1 of the answer's words against the gold's, in [0, 1], normalised as SQuAD's are (arXiv 1606.05250)."""
     if not _gold_text(example):
         return math.nan
-    found, gold = _squad_words(text), _squad_words(example.gold)
-    if not found or not gold:
-        return float(found == gold)
-    return 2 * (Counter(found) & Counter(gold)).total() / (len(found) + len(gold))
+    return _f1(_squad_words(text), _squad_words(example.gold))
 
 
 def exact_match(text: str, example: TextExample) -> float:
@@ -279,9 +281,9 @@ def exact_match(text: str, example: TextExample) -> float:
 
 
 def spatial_answer(text: str, example: TextExample) -> float:
-    """Returns 1 for the gold relation or option letter, by any of its names, else −0.5 (ReinforceSight's, with its names).
+    """Returns 1 for the gold relation (by any of its names), option letter, or yes or no, else −0.5 (ReinforceSight's).
 
-    An answer that names two, or none, is wrong. A gold that is neither (an object's name) is compared as by `exact_match`.
+    An answer that names two, or none, is wrong. Any other gold, as an object's name, is compared as by `exact_match`.
     """
     if not _gold_text(example):
         return math.nan
@@ -291,11 +293,53 @@ def spatial_answer(text: str, example: TextExample) -> float:
 def spatial(text: str, example: TextExample) -> float:
     """Returns `spatial_answer`, and for a right answer up to 0.3 more for its reasoning, in [−0.5, 1.3].
 
-    Reasoning of 20 to 150 words earns if its last sentence that names a relation names the answer's alone. Half is for using
-    neither digits nor units, half for naming the objects that the question names.
+    Reasoning of 20 to 150 words earns if its last sentence that names a relation (or says yes or no, or names an object of the
+    question, as the answer does) names the answer's alone. Half is for using neither digits nor units, but in the objects' names,
+    half for naming the objects that the question names.
     """
     earned = spatial_answer(text, example)
     return earned + REASONING_WEIGHT * _reasoning(*grammars.conclusion(text), example.prompt) if earned > 0 else earned
+
+
+def agent_format(text: str, _: TextExample) -> float:
+    """Returns 1 where the whole text is `<think>…</think>` and one act (`<answer>`, `<search>`, `<code>` or `<problem>`), else 0.
+
+    Of a transcript, where that is so of every turn.
+    """
+    return float(grammars.turns(text).ok)
+
+
+def agent_step(text: str, example: TextExample) -> float:
+    """Returns how near one turn is to the gold turn, in [0, 1] (RLLaVA's code and search agents).
+
+    A turn with another act than the gold's, or with two, is 0. Answers and searches are compared by F1 of their words, problems
+    as sets of labels, code by its syntax tree: it is never run, and spaces, comments and quotes do not count.
+    """
+    gold = grammars.turns(_gold_text(example)).acts
+    if len(gold) != 1:
+        return math.nan
+    (kind, wanted), acts = gold[0], grammars.turns(text).acts
+    if [name for name, _ in acts] != [kind]:
+        return 0.0
+    found = acts[0][1]
+    if kind == "problem":
+        return float(set(_LABEL.findall(found)) == set(_LABEL.findall(wanted)))
+    return float(_syntax(found) == _syntax(wanted)) if kind == "code" else _f1(_plain_words(found), _plain_words(wanted))
+
+
+def agent(text: str, example: TextExample) -> float:
+    """Returns the F1 of a transcript's last answer, and for having acted before it 0.2 of that more, in [0, 1.2].
+
+    A transcript that does not end in an answer is 0, whatever was done: acts are worth nothing by themselves.
+    """
+    gold = _gold_text(example)
+    if not gold:
+        return math.nan
+    acts = grammars.turns(text).acts
+    if not acts or acts[-1][0] != "answer":
+        return 0.0
+    right = _f1(_plain_words(acts[-1][1]), _squad_words(gold))
+    return right * (1 + TOOL_BONUS * any(kind != "answer" for kind, _ in acts[:-1]))
 
 
 TEXT_REWARDS: dict[str, TextReward] = {
@@ -330,6 +374,9 @@ TEXT_REWARDS: dict[str, TextReward] = {
     "exact_match": exact_match,
     "spatial_answer": spatial_answer,
     "spatial": spatial,
+    "agent_format": agent_format,
+    "agent_step": agent_step,
+    "agent": agent,
 }
 
 
@@ -462,7 +509,32 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def _squad_words(text: str) -> list[str]:
-    return _ARTICLES.sub(" ", grammars.sections(text).answer.lower().translate(_PUNCTUATION)).split()
+    return _plain_words(grammars.sections(text).answer)
+
+
+def _plain_words(text: str) -> list[str]:
+    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+
+
+def _f1(found: list[str], gold: list[str]) -> float:
+    if not found or not gold:
+        return float(found == gold)
+    return 2 * (Counter(found) & Counter(gold)).total() / (len(found) + len(gold))
+
+
+_LABEL = re.compile(r"[\w-]+")
+_FENCE = re.compile(r"\s*```(?:python|py)?\n(.*)```\s*", re.DOTALL)
+
+
+def _syntax(code: str) -> str:
+    """Returns the syntax tree of code, in a fence or not; the code itself where it has none."""
+    fenced = _FENCE.fullmatch(code)
+    code = fenced[1] if fenced else code
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return ast.dump(ast.parse(code)) if len(code) <= grammars.MAX_LITERAL else code
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return code
 
 
 _TWO_NUMBERS = re.compile(r"[0-9]\s+[0-9]")
@@ -476,7 +548,8 @@ def _expression(latex: str | None) -> list:
 
 
 def _chosen(answer: str, gold: str) -> bool:
-    right, given = grammars.choice(grammars.conclusion(gold)[1]), grammars.choice(answer)
+    gold = grammars.conclusion(gold)[1]
+    right, given = grammars.choice(gold), grammars.choice(answer)
     return given == right if right.kind else bool(_squad_words(gold)) and _squad_words(answer) == _squad_words(gold)
 
 
@@ -486,19 +559,29 @@ _MEASURED = re.compile(
     r"\d|[%°]|\b(?:[cmk]?m|(?:centi|milli|kilo)?met(?:er|re)s?|feet|ft|inch(?:es)?|yards?|miles?|pixels?|px|degrees?|percent)\b"
 )
 _OBJECT = re.compile(
-    r"\bthe ((?:(?!(?:and|or|to|of|in|is|on|at|as|be|relative|located|with|from|than|appears?|left|right|above|below|camera"
-    r"|viewer|image|picture|photo|scene|spatial|relation(?:ship)?|positions?|following|answer|object|one)\b)[a-z'-]+ ?){1,3})"
+    r"\bthe ((?:(?!(?:the|and|or|to|of|in|is|on|at|as|be|relative|located|with|from|than|appears?|left|right|above|below|over"
+    r"|under|beneath|before|behind|after|closer|nearer|farther|further|camera|viewer|image|picture|photo|scene|spatial"
+    r"|relation(?:ship)?|positions?|following|answer|object|one)\b)[a-z'-]+ ?){1,3})"
 )
 
 
 def _reasoning(reasoning: str, answer: str, prompt: str) -> float:
     """Returns the quality of a chain of thought that led to the right answer, in {0, ½, 1}: see `spatial`."""
     prompt, thought = prompt.lower(), reasoning.lower()
-    options = dict(_OPTION_TEXT.findall(prompt.upper()))
-    concluded = grammars.relations(options.get(grammars.choice(answer).value, answer))
-    last = [named for sentence in _SENTENCE.split(thought) if (named := grammars.relations(sentence))][-1:]
+    options, chosen = dict(_OPTION_TEXT.findall(prompt.upper())), grammars.choice(answer)
+    answer = options.get(chosen.value, answer).lower()
+    objects = {name.strip() for name in _OBJECT.findall(prompt)}
+    names = sorted({*objects, " ".join(_squad_words(answer))} - {""}, key=len, reverse=True)
+    name = re.compile(rf"\b(?:{'|'.join(map(re.escape, names)) or '(?!)'})\b")
+
+    def named(text: str) -> set[str]:
+        """Returns what a text names of the kind that the answer is of."""
+        if grammars.relations(answer):
+            return grammars.relations(text)
+        return grammars.yes_or_no(text) if chosen.kind == "yes/no" else set(name.findall(text))
+
+    last = [found for sentence in _SENTENCE.split(thought) if (found := named(sentence))][-1:]
     shortest, longest = REASONING_WORDS
-    if last != [concluded] or not shortest <= len(thought.split()) <= longest:
+    if last != [named(answer)] or not shortest <= len(thought.split()) <= longest:
         return 0.0
-    named = all(name.strip() in thought for name in _OBJECT.findall(prompt))
-    return (named + (not _MEASURED.search(thought))) / 2
+    return (all(one in thought for one in objects) + (not _MEASURED.search(name.sub(" ", thought)))) / 2

@@ -1,0 +1,198 @@
+"""Answers with masks judged as big_vision's evaluator judges them, to the last digit, and the laws of cutting out and pasting."""
+
+import json
+import re
+from functools import partial
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+from hypothesis.extra import numpy as npst
+
+from pg_ground import exam, tokenizer
+from pg_ground.measure import benchmarks, segmentation
+from pg_ground.measure.runs import mask_of, runs_of
+from pg_ground.measure.segmentation import Judged, judge, read, summary, write
+from pg_ground.model import vqvae
+from pg_ground.vocab import EOS, LOC_MAX, vocab_of_size
+
+VOCAB = vocab_of_size(1664)
+CODES = tuple(range(100, 116))
+
+FULL = np.ones((64, 64), np.float32)
+EMPTY = -FULL
+
+
+def text_of(tokens: np.ndarray) -> str:
+    """Returns the text of a completion of loc and seg tokens in big_vision's tiny vocabulary."""
+    ids = tokens[: tokens.tolist().index(EOS)]
+    return "".join(f"<loc{i - VOCAB.loc0:04d}>" if i < VOCAB.seg0 else f"<seg{i - VOCAB.seg0:03d}>" for i in ids)
+
+
+def block(y1: int, x1: int, y2: int, x2: int, shape: tuple[int, int]) -> np.ndarray:
+    mask = np.zeros(shape, bool)
+    mask[y1:y2, x1:x2] = True
+    return mask
+
+
+def test_the_evaluators_numbers(golden):
+    """On big_vision's own masks and weights."""
+    folder = golden / "preprocessing"
+    given, said = np.load(folder / "seg.npz"), json.loads((folder / "seg.json").read_text())
+    params = vqvae.load(folder / "tiny_vae.npz")
+    texts = [text_of(row) for row in given["decoded_tokens"]]
+    assert texts == said["eval_suffix"]
+    bins, codes, valid = read(texts)
+    decoded = np.asarray(jax.jit(vqvae.decode)(params, codes))
+    gold = given["mask"][..., 0] > 0
+    judged = [judge(*one) for one in zip(bins, valid, decoded, gold, given["gt_box_eval"], strict=True)]
+    found, theirs = summary(judged), said["evaluator"]
+    assert found["miou"] == pytest.approx(theirs["miou"], rel=1e-12)
+    assert (found["boxacc50"], found["boxacc75"]) == (theirs["boxacc/0.5"], theirs["boxacc/0.75"])
+    assert (found["invalid"], found["n"]) == (theirs["invalid"], theirs["total"])
+
+
+def test_rows_give_the_evaluators_numbers_too(golden):
+    """A row has the mask as run lengths and the box in pixels; so `--predictions` needs no weights."""
+    folder = golden / "preprocessing"
+    given, said = np.load(folder / "seg.npz"), json.loads((folder / "seg.json").read_text())["evaluator"]
+    programs = exam.Programs(None, None, None, jax.jit(partial(vqvae.decode, vqvae.load(folder / "tiny_vae.npz"))))
+    texts = [[text_of(row)] for row in given["decoded_tokens"]]
+    masks = exam.masks_of(programs, texts)
+    rows = []
+    for index, (gold, box) in enumerate(zip(given["mask"][..., 0] > 0, given["gt_box_eval"], strict=True)):
+        height, width = gold.shape
+        y1, x1, y2, x2 = map(float, box)
+        places = [int(place) / LOC_MAX for place in re.findall("<loc([0-9]{4})>", texts[index][0])]
+        edges = [place * side for place, side in zip(places, (height, width) * 2, strict=False)]
+        boxes = [{"xyxy_px": [edges[i] for i in (1, 0, 3, 2)]}] if len(edges) == 4 else []
+        rows.append(
+            {
+                "id": index, "mode": "greedy", "benchmark": "segmentation",
+                "prediction": {"boxes": boxes, "mask": masks(index, 0, (width, height))},
+                "gold": {"boxes": [{"xyxy_px": [x1 * width, y1 * height, x2 * width, y2 * height]}], "mask": runs_of(gold)},
+            }
+        )  # fmt: skip
+    scored = [row | segmentation.score(row) for row in json.loads(json.dumps(rows))]
+    found = benchmarks.measure(scored).values
+    assert found["miou"] == pytest.approx(said["miou"], rel=1e-12)
+    assert (found["boxacc50"], found["boxacc75"]) == (said["boxacc/0.5"], said["boxacc/0.75"])
+    assert found["invalid_count"] == said["invalid"]
+
+
+@hypothesis.given(npst.arrays(bool, npst.array_shapes(min_dims=2, max_dims=2, max_side=7)))
+def test_run_lengths_give_the_mask_back(mask):
+    np.testing.assert_array_equal(mask_of(runs_of(mask)), mask)
+
+
+def test_the_answers_that_big_vision_learns_from(golden):
+    folder = golden / "preprocessing"
+    given, said = np.load(folder / "seg.npz"), json.loads((folder / "seg.json").read_text())
+    params = vqvae.load(folder / "tiny_vae.npz", encoder=True)
+    cut = np.stack([segmentation.crop(m[..., 0] > 0, box) for m, box in zip(given["mask"], given["box"], strict=True)])
+    codes = np.asarray(jax.jit(vqvae.encode)(params, cut))
+    np.testing.assert_array_equal(codes, given["seg_idx"])
+    assert [write(box, row) for box, row in zip(given["box"], codes, strict=True)] == said["suffix"]
+
+
+def test_what_is_written_is_read():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        bins = np.sort(rng.choice(LOC_MAX + 1, (2, 2), replace=False), axis=0).ravel()
+        codes = rng.integers(0, 128, 16)
+        found = read([write((bins / LOC_MAX).astype(np.float32), codes) + " a name"])
+        assert found.valid.all()
+        np.testing.assert_array_equal(found.bins[0], bins)
+        np.testing.assert_array_equal(found.codes[0], codes)
+
+
+BOX = (100, 200, 500, 900)
+WHOLE = write(np.array(BOX) / LOC_MAX, np.array(CODES))
+LOCS, SEGS = WHOLE[:36], WHOLE[36:]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        LOCS,
+        LOCS + SEGS[:-8],
+        LOCS[9:] + SEGS,
+        "a" + WHOLE,
+        LOCS + " cat" + SEGS,
+        "<loc0500><loc0200><loc0100><loc0900>" + SEGS,
+        "<loc0100><loc0200><loc0500><loc0200>" + SEGS,
+        "<loc0100><loc0200><loc0500><loc1024>" + SEGS,
+        LOCS + SEGS[:-8] + "<seg128>",
+        SEGS[:32] + SEGS,
+    ],
+)
+def test_what_is_no_mask_is_all_zeros(text):
+    found = read([text, WHOLE + " cat"])
+    assert found.valid.tolist() == [False, True], "nothing stands before the codes or between them; a name may stand behind"
+    assert not found.bins[0].any() and not found.codes[0].any()
+    assert tuple(found.bins[1]) == BOX and tuple(found.codes[1]) == CODES
+
+
+def test_a_full_mask_is_its_box():
+    """In an image of 1023 pixels bins are pixels."""
+    gold = block(*BOX, (LOC_MAX, LOC_MAX))
+    fractions = np.array(BOX) / LOC_MAX
+    assert judge(np.array(BOX), True, FULL, gold, fractions) == Judged(1.0, 1.0, False)
+    half = block(100, 200, 300, 900, (LOC_MAX, LOC_MAX))
+    assert judge(np.array(BOX), True, FULL, half, fractions).mask_iou == 0.5
+    assert judge(np.array(BOX), True, EMPTY, gold, fractions) == Judged(0.0, 1.0, False)
+    zero = np.zeros((64, 64), np.float32)
+    assert judge(np.array(BOX), True, zero, gold, fractions).mask_iou == 0, "the object is what is above 0"
+
+
+def test_pixels_outside_the_box_count_against_it():
+    gold = block(100, 200, 500, 1000, (LOC_MAX, LOC_MAX))
+    assert judge(np.array(BOX), True, FULL, gold, np.array([100, 200, 500, 1000]) / LOC_MAX).mask_iou == 700 / 800
+
+
+def test_corners_are_cut_off_to_pixels_and_not_rounded():
+    """1023 bins on 10 pixels: bin 1022 is pixel 9.99, and 9 of the 10 columns are covered."""
+    gold = np.ones((10, 10), bool)
+    found = judge(np.array([0, 0, 1023, 1022]), True, FULL, gold, np.array([0.0, 0, 1, 1]))
+    assert found.mask_iou == 0.9 and found.box_iou == pytest.approx(1022 / 1023)
+
+
+def test_a_box_without_a_pixel_is_invalid_but_is_a_box():
+    """As in the evaluator, which compares boxes before it looks for pixels."""
+    fractions = np.array([10, 10, 50, 50]) / LOC_MAX
+    found = judge(np.array([10, 10, 50, 50]), True, FULL, np.ones((10, 10), bool), fractions)
+    assert found == Judged(0.0, 1.0, True)
+    assert judge(np.array([10, 10, 50, 50]), False, FULL, np.ones((99, 99), bool), fractions) == Judged(0.0, 0.0, True)
+
+
+def test_what_is_cut_out_is_pasted_back():
+    """All but a rim: one cell of 64 around an ellipse is 1 - (31/32)² = 6 % of it, a pixel of 30 x 40 on two sides as much."""
+    ys, xs = np.mgrid[:480, :640] + 0.5
+    for y1, x1, y2, x2 in ((40, 100, 360, 500), (200, 300, 230, 340), (0, 0, 480, 640)):
+        box = np.array([y1 / 480, x1 / 640, y2 / 480, x2 / 640])
+        gold = ((ys - (y1 + y2) / 2) / (y2 - y1)) ** 2 + ((xs - (x1 + x2) / 2) / (x2 - x1)) ** 2 <= 0.25
+        bins = np.round(box * LOC_MAX).astype(int)
+        found = judge(bins, True, 2 * segmentation.crop(gold, box) - 1, gold, box)
+        assert found.mask_iou > 0.88 and found.box_iou > 0.95
+
+
+def test_a_box_within_a_pixel_is_cut_out_as_that_pixel():
+    mask = block(3, 5, 4, 6, (10, 10))
+    for box in ((0.31, 0.51, 0.32, 0.52), (0.3, 0.5, 0.3, 0.5), (0.999, 0.999, 1, 1)):
+        cut = segmentation.crop(mask, np.array(box))
+        assert cut.shape == (64, 64) and (cut == cut[0, 0]).all()
+
+
+def test_means_are_over_all_answers():
+    judged = [Judged(0.5, 0.5, False), Judged(0.7, 0.75, False), Judged(0.0, 0.9, True), Judged(0.0, 0.0, True)]
+    assert summary(judged) == {"miou": 0.3, "boxacc50": 0.75, "boxacc75": 0.5, "invalid": 2, "n": 4}
+    with pytest.raises(ValueError, match="no answers"):
+        summary([])
+
+
+def test_a_mask_is_twenty_tokens_and_their_text_is_read():
+    tokens = tokenizer.load()
+    ids = tokens.text(WHOLE)
+    assert len(ids) == 20 and read([tokens.decode([*ids, EOS])]).valid.all()
