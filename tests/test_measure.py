@@ -51,7 +51,7 @@ def test_published_predictions_give_their_published_numbers(data, name):
     path = data / "predictions" / f"{name}.json"
     found, scored = evaluate.rescore(path, "rec", FIELDS, files.Formats())
     accuracy, unreadable = PUBLISHED[name]
-    assert (found["acc50"], found["invalid_count"], found["n"]) == (accuracy, unreadable, 2000)
+    assert (found["acc50"], found["invalid"], found["n"]) == (accuracy, unreadable, 2000)
     theirs = json.loads(path.read_text())
     assert theirs["accuracy"] == round(100 * found["acc50"], 2)
     assert [row["correct"] for row in scored] == [record["correct"] for record in theirs["results"]]
@@ -148,7 +148,7 @@ def test_a_box_is_read_in_any_form(form, tmp_path):
 )
 def test_what_cannot_be_read_is_invalid_and_counts_as_wrong(box, tmp_path):
     found, scored = score(tmp_path, records_of([box, [10, 20, 110, 220]]))
-    assert (found["acc50"], found["mean_iou"], found["invalid_count"], found["center_acc"]) == (0.5, 0.5, 1, 1)
+    assert (found["acc50"], found["mean_iou"], found["invalid"], found["center_acc"]) == (0.5, 0.5, 1, 1)
     assert scored[0]["iou"] == 0 and scored[0]["correct"] == 0
 
 
@@ -341,7 +341,7 @@ def test_a_click_on_the_edge_is_inside(data):
     said = [points([x1, y2]), points([x2 + 1, y2]), points(element["point"]), points(), boxes(("", element["bbox"]))]
     found = rows_of("screenspot", said, [boxes(("", element["bbox"]))] * 5)
     assert [row["correct"] for row in found] == [1, 0, 1, 0, 1]
-    assert benchmarks.measure(found).values["invalid"] == 0.2
+    assert benchmarks.measure(found).values["invalid_fraction"] == 0.2
 
 
 def test_counts_are_exact_and_off_by_their_mean(data, tmp_path):
@@ -349,7 +349,7 @@ def test_counts_are_exact_and_off_by_their_mean(data, tmp_path):
     for i, record in enumerate(records):
         record["pred"] = [record["ground_truth"], f"<answer> {record['ground_truth'] + 2} </answer>", "many", "3 or 4"][i % 4]
     found, _ = score(tmp_path, records, "counting", {"pred": "pred", "gold": "ground_truth"})
-    assert (found["accuracy"], found["mae"], found["invalid"]) == (0.25, 1, 0.5)
+    assert (found["accuracy"], found["mae"], found["invalid_fraction"]) == (0.25, 1, 0.5)
 
 
 @pytest.mark.parametrize(
