@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-COMMANDS = ("train", "evaluate", "report", "predict", "look", "prefetch", "pack", "convert", "compile")
+COMMANDS = ("train", "evaluate", "report", "predict", "look", "prefetch", "pack", "convert", "compile", "bench")
 
 
 def main() -> None:

@@ -335,6 +335,7 @@ def measure_checkpoint(config: Config, place: Path, group: processes.Group, told
       UserError: something in `config` does not fit the checkpoint, the data or the devices.
     """
     sharding.split_cpu(config.mesh)
+    sharding.keep_programs(config.mesh)
     group.open(told)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_rows(mesh, config.eval.batch_size, "eval.batch_size")

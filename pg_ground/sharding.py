@@ -9,6 +9,7 @@ The parameters have big_vision's names, and so have the optimizer's copies and a
 
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -65,6 +66,13 @@ def split_cpu(c: config.Mesh) -> None:
     """Makes the CPU count as `c.cpu_devices` devices (0 leaves it as it is); only before this process first uses one."""
     if c.cpu_devices:
         jax.config.update("jax_num_cpu_devices", c.cpu_devices)
+
+
+def keep_programs(c: config.Mesh) -> None:
+    """Makes jax keep compiled programs in the folder that `c` names; one that JAX_COMPILATION_CACHE_DIR names goes before it."""
+    named = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]: jax makes it at import
+    if c.compile_cache and named is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path(c.compile_cache).expanduser()))
 
 
 def make_mesh(c: config.Mesh, devices: Sequence[Any] | None = None) -> Mesh:

@@ -333,6 +333,7 @@ def main(argv: Sequence[str], group: processes.Group) -> None:
     if own["dry_run"] and own[cli.DISTRIBUTED]:
         raise UserError("--dry_run is for one process: leave out --distributed")
     sharding.split_cpu(config.mesh)
+    sharding.keep_programs(config.mesh)
     group.open(processes.leaves({"config": dataclasses.asdict(config), "--workdir": own["workdir"]}))
     if own["dry_run"]:
         print(dry_run(config, Path(own["workdir"]) if own["workdir"] else None))

@@ -118,3 +118,14 @@ def test_a_users_rule_comes_first():
     mesh = sharding.make_mesh(MESH)
     tree = {"llm/layers/mlp/linear": jax.ShapeDtypeStruct((16, 16384, 2048), jnp.float32)}
     assert axes(sharding.fsdp(mesh, tree, (("mlp/linear", ("", "data")),))["llm/layers/mlp/linear"].spec) == ["", "", "data"]
+
+
+@pytest.mark.parametrize(("given", "named", "kept"), [(None, "F", "F"), ("G", "F", "G"), (None, "", None)])
+def test_programs_are_kept_where_the_environment_says_else_where_the_config_does(given, named, kept):
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", given)
+        sharding.keep_programs(config.Mesh(compile_cache=named))
+        assert jax.config.jax_compilation_cache_dir == kept
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
