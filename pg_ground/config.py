@@ -295,6 +295,7 @@ class Eval:
     batch_size: int = 64
     at_start: bool = True  # whether a run is measured before its first step
     every: int = 0  # steps between measurements; 0 is only at the end of each stage
+    every_epochs: float = 0.0  # the same in passes over a stage's questions; 0 is none
     max_new_tokens: int = 16
     temperature: float = 1.0  # of the sampled answers
     rollouts: int = 1  # sampled answers a question; 0 is none
@@ -547,6 +548,8 @@ def _check(c: Config) -> None:
     measures = " or ".join(f'"eval/{name}/…"' for name in c.eval.sources) or '"", since config.eval.sources is empty'
     of = c.checkpoint.best.removeprefix("-").rpartition("/")[0].removesuffix(f"@{c.eval.examples}")
     need(not of or of in {f"eval/{name}" for name in c.eval.sources}, "checkpoint.best", c.checkpoint.best, measures)
+    often = c.eval.every_epochs
+    need(0 <= often < math.inf and not (often and c.eval.every), "eval.every_epochs", often, "above 0, and eval.every then 0")
     need(c.eval.temperature > 0, "eval.temperature", c.eval.temperature, "above 0")
     need(0 <= c.sft.label_smoothing < 1, "sft.label_smoothing", c.sft.label_smoothing, "in [0, 1)")
     need(c.sft.loc_smoothing_bins >= 0, "sft.loc_smoothing_bins", c.sft.loc_smoothing_bins, "0 or more")

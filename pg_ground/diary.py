@@ -71,12 +71,16 @@ class Diary:
         writer: MetricsWriter | None,
         saved: Checkpoints,
         measure: Callable[[Any], dict[str, float]],
+        measure_every: Mapping[str, int],
         bad: BadRecords,
         found: int | None,
     ):
-        """`found` is the step of the checkpoint that the run goes on from: what it wrote later, it will write again."""
+        """Args:
+        measure_every: steps of each stage between measurements; 0 is only at its end.
+        found: the step of the checkpoint that the run goes on from: what it wrote later, it will write again.
+        """
         self.config, self.workdir, self.writer, self.checkpoints, self.bad = config, workdir, writer, saved, bad
-        self._measure = measure
+        self._measure, self._measure_every = measure, measure_every
         self._report_fails = False
         if writer is not None:
             report.forget_samples(workdir, found)
@@ -146,7 +150,8 @@ class Diary:
             counts = {f"data/bad_records/{kind}": float(count) for kind, count in kinds.items()}
             self._write(step, stage, means | counts, last)
             self._window = {}
-        if (c.eval.every and done % c.eval.every == 0) or last:
+        between = self._measure_every[stage]
+        if (between and done % between == 0) or last:
             self.measure(step, stage, state.params)
         if pictures is not None and ((c.log.samples_every and done % c.log.samples_every == 0) or last):
             self._show(step, stage, pictures())

@@ -112,6 +112,8 @@ def train(config: Config, workdir: Path) -> Path:
     answering = programs_of(config, model, tokenizer.vocab)
     streams = {stage: open_stream(config, stage, tokenizer, mesh, bad) for stage in config.stages}
     questions = held_out(config)
+    counts = {stage: sum(map(len, stream.parts)) for stage, stream in streams.items()}
+    measure_every = {stage: steps_between_measures(config, stage, count) for stage, count in counts.items()}
     parts = [part for stream in streams.values() for part in stream.parts]
     measure_texts(config, tokenizer, [*parts, *questions.values()])
     claim(workdir, config)
@@ -126,7 +128,7 @@ def train(config: Config, workdir: Path) -> Path:
         found = saved.latest()
         record = None if found is None else saved.record(found)
         with open_writer(config, workdir, found) if processes.is_writer() else nullcontext() as writer:
-            diary = Diary(config, workdir, writer, saved, measure, bad, found)
+            diary = Diary(config, workdir, writer, saved, measure, measure_every, bad, found)
             factors = programs.factors_of(config, trained | frozen)
             run = Run(config, workdir, model, kept, factors, tokenizer, mesh, diary, bad)
             processes.say(size_line(run, trained, frozen))
@@ -257,6 +259,14 @@ def open_stream(config: Config, stage: str, tokenizer: Tokenizer, mesh: Mesh, ba
         bad=bad,
         rows=sharding.rows_here(mesh, c.batch_size),
     )
+
+
+def steps_between_measures(config: Config, stage: str, questions: int) -> int:
+    """Returns the steps of a stage between measurements, 0 for none but at its end; an epoch is what all `questions` take."""
+    if not config.eval.every_epochs:
+        return config.eval.every
+    batch_size = config.sft.batch_size if stage == "sft" else config.grpo.batch_size
+    return max(1, round(config.eval.every_epochs * questions / batch_size))
 
 
 def fresh_state(run: Run, stage: str, params: Any) -> TrainState:

@@ -191,6 +191,7 @@ def test_a_value_of_another_type_is_refused_by_its_full_name(name, value, messag
         ("grpo__sources__a__weight", 0.0, "config.grpo.sources.a.weight is 0.0: it must be above 0"),
         ("grpo__sources__a__weight", float("inf"), "config.grpo.sources.a.weight is inf: it must be above 0 and finite"),
         ("grpo__sources__a__weight", float("nan"), "config.grpo.sources.a.weight is nan: it must be above 0 and finite"),
+        ("eval__every_epochs", -1.0, "config.eval.every_epochs is -1.0: it must be above 0, and eval.every then 0"),
         ("checkpoint__keep", 0, "config.checkpoint.keep is 0: it must be above 0"),
         ("model__logits_block", 0, "config.model.logits_block is 0: it must be above 0"),
         ("model__image_size", 0, "config.model.image_size is 0"),
