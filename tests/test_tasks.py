@@ -180,7 +180,8 @@ def test_a_setting_in_a_sentence_has_a_name_and_a_value_that_exist():
     assert len(found) > 12
     for name, value in found:
         tree = config.template()
-        tree.sft.sources = tree.grpo.sources = {"a": config.section(config.Source(uri="synthetic:train", boxes="box"))}
+        source = config.section(config.Source(uri="synthetic:train", boxes="box"))
+        tree.sft.sources = tree.grpo.sources = tree.eval.sources = {"boxes": source}
         cli.override(tree, name, value.strip("'"))
         config.parse(tree)
 
