@@ -132,13 +132,16 @@ def override(tree: config_dict.ConfigDict, path: str, text: str) -> None:
         place = ".".join(["config", *parents[:depth]])
         if not isinstance(node, config_dict.ConfigDict):
             raise UserError(f"--{path}: {place} is a value, not a section")
+        if not node:
+            raise UserError(f"--{path}: {place} is empty, and is filled in the config file: c.{place[7:]} = {{'{part}': …}}")
         if part not in node:
             raise UserError(f"{place}.{part} does not exist: {config.nearest(part, node)}")
         if depth < len(parents):
             node = node[part]
     value = node[name]
     if isinstance(value, config_dict.ConfigDict):
-        raise UserError(f"--{path} is a section: set one of {', '.join(sorted(value.keys()))}")
+        found = ", ".join(sorted(value.keys()))
+        raise UserError(f"--{path} is a section: " + (f"set one of {found}" if found else "it is filled in the config file"))
     node[name] = _spelled(text, node.get_type(name), path)
 
 

@@ -545,7 +545,7 @@ def _check(c: Config) -> None:
     share = c.grpo.focus_share
     need(share is None or 0 < share <= 1, "grpo.focus_share", share, "in (0, 1]")
     measures = " or ".join(f'"eval/{name}/…"' for name in c.eval.sources) or '"", since config.eval.sources is empty'
-    of = c.checkpoint.best.removeprefix("-").rpartition("/")[0]
+    of = c.checkpoint.best.removeprefix("-").rpartition("/")[0].removesuffix(f"@{c.eval.examples}")
     need(not of or of in {f"eval/{name}" for name in c.eval.sources}, "checkpoint.best", c.checkpoint.best, measures)
     need(c.eval.temperature > 0, "eval.temperature", c.eval.temperature, "above 0")
     need(0 <= c.sft.label_smoothing < 1, "sft.label_smoothing", c.sft.label_smoothing, "in [0, 1)")

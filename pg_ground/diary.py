@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -215,13 +216,16 @@ class Diary:
 def goodness(measure: str, metrics: Mapping[str, float]) -> float:
     """Returns the value of a measure, negated where its name begins with "-": more is better, and NaN is worst.
 
+    `eval/boxes/acc50` is `eval/boxes@512/acc50` where only so many questions are asked.
+
     Raises:
       UserError: nothing of that name was measured.
     """
     name = measure.removeprefix("-")
-    if name not in metrics:
-        raise UserError(f"config.checkpoint.best is {measure!r}, which is not measured: {nearest(name, metrics)}")
-    value = -metrics[name] if measure.startswith("-") else metrics[name]
+    known = {re.sub(r"@\d+(?=/[^/]*$)", "", full): value for full, value in metrics.items()} | dict(metrics)
+    if name not in known:
+        raise UserError(f"config.checkpoint.best is {measure!r}, which is not measured: {nearest(name, known)}")
+    value = -known[name] if measure.startswith("-") else known[name]
     return -math.inf if math.isnan(value) else value
 
 

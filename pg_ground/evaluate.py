@@ -48,11 +48,22 @@ def rescore(path: Path, benchmark: str, fields: Mapping[str, str], formats: file
         raise UserError(f"--benchmark is needed for {path}: one of {', '.join(benchmarks.BENCHMARKS)}")
     else:
         known = files.read(records, path, benchmark, fields, formats)
-    for some in benchmarks.grouped(known).values():
-        benchmarks.check_count(some, some[0]["benchmark"])
-    found = benchmarks.scored(known)
+    for (source, mode), some in benchmarks.grouped(known).items():
+        names = {str(row["benchmark"]) for row in some}
+        if len(names) > 1:
+            raise UserError(f"--predictions={path}: source {source!r}, {mode}, is measured as {' and '.join(sorted(names))}")
+        benchmarks.check_count(some, names.pop())
+    found = [_scored(row, index, path) for index, row in enumerate(known)]
     claims = {} if rows.is_own(records) else _claims(besides, records, found)
     return benchmarks.report(found) | claims, found
+
+
+def _scored(row: rows.Row, index: int, path: Path) -> dict[str, Any]:
+    try:
+        return benchmarks.scored([row])[0]
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:  # somebody has edited the file
+        said = f"row {index} (id {row['id']!r:.40}) is no row of {row['benchmark']}: {type(error).__name__} {error}"
+        raise UserError(f"--predictions={path}: {said}") from error
 
 
 def _claims(

@@ -175,7 +175,7 @@ def named(rows: Sequence[dict[str, Any]], given: bool) -> list[dict[str, Any]]:
     try:
         benchmarks.check_count(greedy, name)
     except UserError:  # another number of questions is another benchmark
-        name = f"{name}@{len(greedy)}"
+        name = f"{name.partition('@')[0]}@{len(greedy)}"
     return [{**row, "benchmark": name} for row in rows]
 
 

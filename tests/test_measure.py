@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pg_ground import cli, evaluate, exam
@@ -51,7 +51,7 @@ def test_published_predictions_give_their_published_numbers(data, name):
     path = data / "predictions" / f"{name}.json"
     found, scored = evaluate.rescore(path, "rec", FIELDS, files.Formats())
     accuracy, unreadable = PUBLISHED[name]
-    assert (found["acc50"], found["invalid_count"], found["n"]) == (accuracy, unreadable, 2000)
+    assert (found["acc50"], found["invalid"], found["n"]) == (accuracy, unreadable, 2000)
     theirs = json.loads(path.read_text())
     assert theirs["accuracy"] == round(100 * found["acc50"], 2)
     assert [row["correct"] for row in scored] == [record["correct"] for record in theirs["results"]]
@@ -68,6 +68,45 @@ def test_rows_that_were_written_give_the_same_numbers_and_rows(data, tmp_path):
     assert rows.lines(rescored) == (tmp_path / "predictions.jsonl").read_text()
 
 
+def test_rows_hold_any_text(tmp_path):
+    texts = ["line\u2028separator", "next\x85line", "half a pair \ud800", "\u732b"]
+    found, scored = score(tmp_path, [records_of([[10, 20, 110, 220]], question=text)[0] for text in texts])
+    evaluate.write(tmp_path, found, scored)
+    again, rescored = evaluate.rescore(tmp_path / "predictions.jsonl", "", {}, files.Formats())
+    assert again == found and [row["prompt"] for row in rescored] == texts
+    assert "\u732b" in (tmp_path / "predictions.jsonl").read_text()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        ({"prediction": None}, "row 1 .id 1. is no row of rec"),
+        ({"prediction": {"boxes": [{"label": "", "xyxy_px": [1, 2]}]}}, "row 1 .id 1. is no row of rec"),
+        ({"benchmark": "counting"}, "is measured as counting and rec"),
+    ],
+)
+def test_rows_that_somebody_has_edited_are_refused(edit, message, tmp_path):
+    _, scored = score(tmp_path, records_of([[10, 20, 110, 220]] * 3))
+    path = tmp_path / "rows.jsonl"
+    path.write_text(rows.lines([scored[0], {**scored[1], **edit}, scored[2]]))
+    with pytest.raises(UserError, match=message):
+        evaluate.rescore(path, "", {}, files.Formats())
+
+
+POINTS = {
+    "Molmo's": '<points x1="10.5" y1="20" x2="30" y2="40.5" alt="cats">cats</points>',
+    "one a tag": '<point x="10.5" y="20" alt="cat">cat</point> <point x="30" y="40.5">cat</point>',
+    "clicks": "click(x=10.5, y=20) click(x=30, y=40.5)",
+    "JSON": '```json\n[{"point_2d": [10.5, 20]}, {"point_2d": [30, 40.5]}]\n```',
+    "pairs": "(10.5, 20), (30, 40.5)",
+}
+
+
+@pytest.mark.parametrize("form", POINTS)
+def test_points_are_read_in_any_form(form):
+    assert [place.numbers for place in answers.places(POINTS[form], 2)] == [(10.5, 20), (30, 40.5)]
+
+
 FORMS = {
     "a list": [10, 20, 110, 220],
     "numbers as text": ["10", "20", "110", "220"],
@@ -77,6 +116,9 @@ FORMS = {
     "behind a thought": "<think>[1, 2, 3, 4]</think> the box is [10, 20, 110, 220].",
     "Python in a tag": "<think>3 of 4</think><answer>{'bbox_2d': [10, 20, 110, 220]}</answer>",
     "pairs in text": "<box>(10,20),(110,220)</box>",
+    "one pair of brackets a number": "<p>cat</p> {<10><20><110><220>}",
+    "a tag that sampling stopped at": "<think>[1, 2, 3, 4]</think><answer>[10, 20, 110, 220]",
+    "a tag behind a thought without end": "<think>[1, 2, 3, 4] <answer>[10, 20, 110, 220]",
     "an object": {"x1": 10, "y1": 20, "x2": 110, "y2": 220},
     "a named box": {"bbox": [10, 20, 110, 220], "score": 0.5},
 }
@@ -106,7 +148,7 @@ def test_a_box_is_read_in_any_form(form, tmp_path):
 )
 def test_what_cannot_be_read_is_invalid_and_counts_as_wrong(box, tmp_path):
     found, scored = score(tmp_path, records_of([box, [10, 20, 110, 220]]))
-    assert (found["acc50"], found["mean_iou"], found["invalid_count"], found["center_acc"]) == (0.5, 0.5, 1, 1)
+    assert (found["acc50"], found["mean_iou"], found["invalid"], found["center_acc"]) == (0.5, 0.5, 1, 1)
     assert scored[0]["iou"] == 0 and scored[0]["correct"] == 0
 
 
@@ -150,6 +192,7 @@ BAD: dict[str, tuple] = {
     ),
     "gold": (records_of([[1, 2, 3, 4]], (5, 5, 5, 5)), "gold of 1 of 1 rows is not one box"),
     "rows": ([3], "1 of 1 rows are no objects"),
+    "a number": ("3", "is 3: a JSON list, JSON lines or an object"),
 }
 
 
@@ -174,14 +217,25 @@ def random_boxes(count: int = 40) -> np.ndarray:
         (lambda b: b * 1000 / [640, 480, 640, 480], True, "--box-format=xyxy_permille would give 1.0000"),
         (lambda b: (b / [640, 480, 640, 480])[[1, 0, 3, 2]] * 1023, True, "--box-format=yxyx_bin would give 1.0000"),
         (lambda b: b / [640, 480, 640, 480], False, "x scaled by 640 and y by 480, as --box-format=xyxy_frac does"),
+        (lambda b: b / 2, True, "x scaled by 2 and y by 2 .boxes of a resized image"),
     ],
 )
-def test_boxes_in_another_frame_are_told_with_the_reading_that_fits(wrong, sizes, reading, tmp_path):
+@pytest.mark.parametrize("benchmark", ["rec", "objects", "detection"])
+def test_boxes_in_another_frame_are_told_with_the_reading_that_fits(wrong, sizes, reading, benchmark, tmp_path):
     records = [
         {"extracted_answer": list(wrong(box)), "ground_truth": box.tolist(), **({"width": 640, "height": 480} if sizes else {})}
         for box in random_boxes()
     ]
     with pytest.raises(UserError, match=reading):
+        score(tmp_path, records, benchmark)
+
+
+def test_gold_in_another_frame_is_told(tmp_path):
+    records = [
+        {"extracted_answer": list(box), "ground_truth": list(box * 1000 / [640, 480, 640, 480]), "img_size": [640, 480]}
+        for box in random_boxes()
+    ]
+    with pytest.raises(UserError, match="--gold-format=xyxy_permille would give 1.0000"):
         score(tmp_path, records)
 
 
@@ -194,6 +248,8 @@ def test_a_poor_model_is_no_wrong_frame(tmp_path):
 def test_another_number_of_questions_is_not_reported_under_the_benchmark_s_name(tmp_path):
     with pytest.raises(UserError, match="refcoco_val has 10834 questions, but there are 2: --benchmark=rec"):
         score(tmp_path, records_of([[1, 2, 3, 4]] * 2), "refcoco_val")
+    with pytest.raises(UserError, match="refcoco_val@3 has 3 questions, but there are 2"):
+        score(tmp_path, records_of([[1, 2, 3, 4]] * 2), "refcoco_val@3")
     row = {"benchmark": "refcoco_val", "mode": "greedy", "id": 0, "gold": {"boxes": [0]}}
     assert exam.named([row], given=True)[0]["benchmark"] == "refcoco_val@1"
     assert exam.named([{**row, "benchmark": "rec", "gold": {"boxes": []}}], given=False)[0]["benchmark"] == "objects"
@@ -202,6 +258,7 @@ def test_another_number_of_questions_is_not_reported_under_the_benchmark_s_name(
 coordinate = st.floats(0, 1000, allow_nan=False)
 
 
+@example((0, 0, 1e-200, 1e-200), (0, 0, 1e-200, 1e-200))
 @given(st.tuples(*[coordinate] * 4), st.tuples(*[coordinate] * 4))
 def test_iou_is_symmetric_and_a_share(a, b):
     assert iou_of(a, b) == iou_of(b, a) and 0 <= iou_of(a, b) <= 1
@@ -273,7 +330,9 @@ def test_points_are_matched_for_most_hits():
 @given(st.integers(0, 2**12 - 1), st.integers(0, 99), st.integers(0, 99))
 def test_run_lengths_cover_the_cells_of_their_mask(bits, x, y):
     mask = np.array([bits >> i & 1 for i in range(12)], bool).reshape(3, 4)
-    assert pointing.covers(runs_of(mask), (x + 0.5, y + 0.5), (100, 100)) == mask[y * 3 // 100, x * 4 // 100]
+    assert (
+        pointing.covers(runs_of(mask), (x + 0.5, y + 0.5), (100, 100)) == mask[int((y + 0.5) * 3 / 100), int((x + 0.5) * 4 / 100)]
+    )
 
 
 def test_a_click_on_the_edge_is_inside(data):
@@ -282,7 +341,7 @@ def test_a_click_on_the_edge_is_inside(data):
     said = [points([x1, y2]), points([x2 + 1, y2]), points(element["point"]), points(), boxes(("", element["bbox"]))]
     found = rows_of("screenspot", said, [boxes(("", element["bbox"]))] * 5)
     assert [row["correct"] for row in found] == [1, 0, 1, 0, 1]
-    assert benchmarks.measure(found).values["invalid"] == 0.2
+    assert benchmarks.measure(found).values["invalid_fraction"] == 0.2
 
 
 def test_counts_are_exact_and_off_by_their_mean(data, tmp_path):
@@ -290,7 +349,7 @@ def test_counts_are_exact_and_off_by_their_mean(data, tmp_path):
     for i, record in enumerate(records):
         record["pred"] = [record["ground_truth"], f"<answer> {record['ground_truth'] + 2} </answer>", "many", "3 or 4"][i % 4]
     found, _ = score(tmp_path, records, "counting", {"pred": "pred", "gold": "ground_truth"})
-    assert (found["accuracy"], found["mae"], found["invalid"]) == (0.25, 1, 0.5)
+    assert (found["accuracy"], found["mae"], found["invalid_fraction"]) == (0.25, 1, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -306,6 +365,9 @@ def test_counts_are_exact_and_off_by_their_mean(data, tmp_path):
         (True, None),
         (None, None),
         ("five (5)", 5),
+        ("one hundred", None),
+        ("thirty-one", None),
+        ("9" * 400, None),
     ],
 )
 def test_a_count_is_the_one_number_of_an_answer(text, number):
@@ -358,6 +420,9 @@ def test_defect_21_cv_bench_is_cv_bench_with_its_published_counts_and_formula():
         ("The answer is (A).", "A"),
         ("Answer: B", "B"),
         ("right", "B"),
+        ("**B**", "B"),
+        ("\\boxed{B}", "B"),
+        ('{"answer": "B"}', "B"),
         ("", None),
         ("<answer>e</answer>", None),
         ("(A) or (B)", None),

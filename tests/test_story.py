@@ -126,6 +126,10 @@ ERRORS = {
         ["--config=configs/tiny.py", "--config.checkpoint.best=eval/dogs/acc50"],
         r'must be "eval/boxes/…"',
     ),
+    "an entry of an empty section": (
+        ["--config=configs/tiny.py", "--config.eval.benchmarks.boxes=rec"],
+        r"config\.eval\.benchmarks is empty, and is filled in the config file: c\.eval\.benchmarks = \{'boxes': …\}",
+    ),
     "a missing checkpoint": (["--config=configs/tiny.py", "--config.init=none.npz"], r"none\.npz: no such file"),
 }
 

@@ -1,6 +1,7 @@
 """What answers say: boxes, points, numbers and options, out of tokens, text or JSON. Nothing is evaluated; time is linear.
 
-Of an answer in prose counts what the last `<answer>` tag holds, else what is behind `</think>`; of that, what a code fence holds.
+Of an answer in prose counts what the last `<answer>` tag holds, closed or not, else what is behind `</think>`; of that, what a
+code fence holds.
 """
 
 import json
@@ -53,7 +54,9 @@ def loc_answers(tokens: Sequence[int], tokenizer: Tokenizer, size: tuple[int, in
 
 _LOC = re.compile(r"<loc(\d{4})>")
 _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
-_FILLER = re.compile(r"[\s,;()\[\]{}]*")
+_XY = re.compile(rf"""\bx(\d*)=["']?({_NUMBER})["']?,?\s?y\1=["']?({_NUMBER})""")
+"""`<points x1="10.5" y1="20.5" …>`, as Molmo writes, and `click(x=10, y=20)`."""
+_FILLER = re.compile(r"[\s,;()\[\]{}<>]*")
 _PLACES = ("bbox_2d", "bbox", "box_2d", "box", "Position", "xyxy_px", "point_2d", "point", "xy_px", "coordinates", "coordinate")
 _LISTS = ("boxes", "points", "objects", "predictions", "answer")
 _LABELS = ("label", "name", "category")
@@ -111,7 +114,8 @@ def _in_text(text: str, width: int) -> list[Place]:
         value = None
     if isinstance(value, list | dict):
         return places(value, width)
-    return [Place(tuple(map(float, numbers))) for numbers in _groups(answer, width)]
+    attributes = [(x, y) for _, x, y in _XY.findall(answer)] if width == 2 else []
+    return [Place(tuple(map(float, numbers))) for numbers in attributes or _groups(answer, width)]
 
 
 def _groups(text: str, width: int) -> list[list[str]]:
@@ -149,6 +153,8 @@ def cut(text: str) -> str:
     start = text.rfind("<answer>", 0, end) if end >= 0 else -1
     if start >= 0:
         text = text[start + len("<answer>") : end]
+    elif "<answer>" in text:  # the tag was where sampling stopped, or the answer was cut off
+        text = text[text.rfind("<answer>") + len("<answer>") :]
     elif "</think>" in text:
         text = text[text.rfind("</think>") + len("</think>") :]
     fence = text.find("```")
@@ -163,7 +169,11 @@ _WORDS = (
     *("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen"),
     *("fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
 )
-_COUNT = re.compile(r"(?<![\w.])[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?![\w])|\b(?:" + "|".join(_WORDS) + r")\b")
+_COUNT = re.compile(
+    r"(?<![\w.])[-+]?\d+(?:,\d{3})*(?:\.\d+)?(?![\w])|(?<![\w-])(?:"
+    + "|".join(_WORDS)
+    + r")\b(?!-|\s+(?:hundred|thousand|million)\b)"
+)
 
 
 def number(value: Any) -> float | None:
@@ -171,15 +181,15 @@ def number(value: Any) -> float | None:
     if isinstance(value, str):
         found = {word.replace(",", "") for word in _COUNT.findall(cut(value).lower())}
         values = {float(_WORDS.index(word)) if word in _WORDS else float(word) for word in found}
-        return values.pop() if len(values) == 1 else None
+        return values.pop() if len(values) == 1 and all(map(math.isfinite, values)) else None
     if isinstance(value, list | tuple) and len(value) == 1:
         return number(value[0])
     single = _number(value)
     return single if math.isfinite(single) else None
 
 
-_OPTION = re.compile(r"\(([A-Fa-f])\)")
-_SAID = re.compile(r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)\s*(?:is\b)?\s*:?\s*([A-F])\b")
+_OPTION = re.compile(r"(?<=\()[A-Fa-f](?=\))|(?<=\[)[A-F](?=\])|(?<=\{)[A-F](?=\})")
+_SAID = re.compile(r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)\"?\s*(?:is\b)?\s*:?\s*\"?([A-F])\b")
 _BARE = re.compile(r"([A-Fa-f])(?:[.:)](?:\s.*)?)?", re.DOTALL)
 
 
@@ -190,7 +200,7 @@ def choice(value: Any, choices: Sequence[str] = ()) -> str | None:
     """
     if not isinstance(value, str):
         return None
-    answer = cut(value)
+    answer = cut(value).replace("**", "")
     letters = {letter.upper() for letter in _OPTION.findall(answer)} or set(_SAID.findall(answer))
     bare = _BARE.fullmatch(answer)
     if not letters and bare:

@@ -131,7 +131,10 @@ def check_count(rows: Sequence[Row], name: str) -> None:
     """Raises UserError unless rows (of one mode) are all questions of the benchmark of that name."""
     benchmark = benchmark_of(name, "benchmark")
     number = len({str(row["id"]) for row in rows})
-    if "@" in name or benchmark.count is None:
+    part = name.partition("@")[2]
+    if part and part != str(number):
+        raise UserError(f"{name} has {part} questions, but there are {number}")
+    if part or benchmark.count is None:
         return
     if number != benchmark.count:
         free = next(free for free, other in BENCHMARKS.items() if other.kind == benchmark.kind and other.count is None)
@@ -163,8 +166,8 @@ def measure(rows: Sequence[Row]) -> Measured:
     columns |= {f"{name}_fraction": column(rows, name) for name in ("malformed", "unfinished") if name in rows[0]}
     columns = {name: values for name, values in columns.items() if not np.isnan(values).all()}
     values = {name: float(np.nanmean(of)) for name, of in columns.items()} | kind.others(rows)
-    if "invalid" in columns:
-        values["invalid_count"] = float(columns["invalid"].sum())
+    if "invalid_fraction" in columns:
+        values["invalid"] = float(columns["invalid_fraction"].sum())
     if "suffix_nll" in rows[0]:
         nll = float(column(rows, "suffix_nll").sum() / column(rows, "suffix_tokens").sum())
         values |= {"suffix_nll": nll, "suffix_perplexity": math.exp(nll)}

@@ -10,8 +10,8 @@ Box = Sequence[float | int]
 
 
 def is_proper(box: Box | None) -> bool:
-    """Returns whether a box can be read and has a width and a height."""
-    return box is not None and box[2] > box[0] and box[3] > box[1]
+    """Returns whether a box can be read and has a width, a height and an area, which could underflow."""
+    return box is not None and box[2] > box[0] and box[3] > box[1] and area(box) > 0
 
 
 def area(box: Box) -> float:

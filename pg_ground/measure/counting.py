@@ -17,7 +17,7 @@ def score_count(row: Row) -> dict[str, Any]:
 
 def columns_count(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     """Returns exact accuracy (what cannot be read is wrong), the mean absolute error of what can, and the share that cannot."""
-    return {"accuracy": column(rows, "correct"), "mae": column(rows, "error"), "invalid": 1 - column(rows, "valid")}
+    return {"accuracy": column(rows, "correct"), "mae": column(rows, "error"), "invalid_fraction": 1 - column(rows, "valid")}
 
 
 def score_text(row: Row) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def score(row: Row) -> dict[str, Any]:
 def columns(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     """Returns accuracy overall, of each task and of each source, and the share of answers that name no option."""
     right = column(rows, "correct")
-    found = {"accuracy": right, "invalid": 1 - column(rows, "valid")}
+    found = {"accuracy": right, "invalid_fraction": 1 - column(rows, "valid")}
     for field, names in (("task", TASKS), ("source", SOURCES)):
         of = np.array([row["gold"].get(field) or "" for row in rows])
         found |= {name.lower(): np.where(of == name, right, np.nan) for name in names}

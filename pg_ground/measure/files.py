@@ -86,7 +86,7 @@ def read(
     sizes = _sizes(columns, len(records))
     reader = _Reader(kind, formats, path, columns, sizes)
     gold, predictions = reader.gold(), reader.predictions()
-    if kind in ("box", "click"):
+    if kind in ("box", "boxes", "detection", "click"):
         reader.check_frame(gold)
     rows = []
     for index in range(len(records)):
@@ -198,7 +198,7 @@ class _Reader(NamedTuple):
         if self.kind == "text":
             return {"text": answers.words(value)}
         if self.kind == "choice":
-            choices = list(map(str, self.columns["choices"][index] or ())) if "choices" in self.columns else []
+            choices = self._choices(index)
             letter = answers.choice(value, choices)
             about = {name: self.columns[name][index] for name in ("task", "source") if name in self.columns}
             return None if letter is None else {"choice": letter, "choices": choices, **about}
@@ -223,14 +223,17 @@ class _Reader(NamedTuple):
         if self.kind == "text":
             return {"text": answers.words(value)}
         if self.kind == "choice":
-            choices = list(map(str, self.columns["choices"][index] or ())) if "choices" in self.columns else []
-            return {"choice": answers.choice(value, choices)}
+            return {"choice": answers.choice(value, self._choices(index))}
         if self.kind in ("points", "click"):
             points = self._located(value, 2, self.formats.points, index, self.gold_form())
             boxes = [] if self.kind == "points" else self._located(value, 4, self.formats.boxes, index, self.gold_form())
             boxes = [one for one in boxes if one["xyxy_px"] is not None]
             return {"points": [] if boxes else points, "boxes": boxes}
         return {"boxes": self._located(value, 4, self.formats.boxes, index, self.gold_form())}
+
+    def _choices(self, index: int) -> list[str]:
+        found = self.columns["choices"][index] if "choices" in self.columns else None
+        return list(map(str, found)) if isinstance(found, list) else []
 
     def _located(self, value: Any, width: int, form: str, index: int, other: str) -> list[dict[str, Any]]:
         key = "xyxy_px" if width == 4 else "xy_px"
@@ -258,9 +261,11 @@ class _Reader(NamedTuple):
 
     def check_frame(self, gold: Sequence[Mapping[str, Any]]) -> None:
         """Raises UserError where the boxes answered are in another frame than the gold ones."""
-        found = [(answers.places(value, 4) or [answers.Place(None)])[0] for value in self.columns["pred"]]
-        rows = [i for i, place in enumerate(found) if place.numbers is not None and not place.is_loc and any(place.numbers)]
-        given = [place.numbers for place in found if place.numbers is not None and not place.is_loc and any(place.numbers)]
-        frames.check_frame(
-            given, [gold[i]["boxes"][0]["xyxy_px"] for i in rows], [self.sizes[i] for i in rows], self.formats.boxes
-        )
+        pairs = [
+            (place.numbers, one["xyxy_px"], self.sizes[i])
+            for i, value in enumerate(self.columns["pred"])
+            for place, one in zip(answers.places(value, 4), gold[i]["boxes"], strict=False)  # as they are written
+            if place.numbers is not None and not place.is_loc and any(place.numbers)
+        ]
+        given, theirs, sizes = [pair[0] for pair in pairs], [pair[1] for pair in pairs], [pair[2] for pair in pairs]
+        frames.check_frame(given, theirs, sizes, self.formats.boxes, self.gold_form())

@@ -48,7 +48,11 @@ def to_px(numbers: Sequence[float], form: str, size: Sequence[float]) -> list[fl
 
 
 def check_frame(
-    given: Sequence[tuple[float, ...]], gold: Sequence[Sequence[float]], sizes: Sequence[Sequence[float] | None], form: str
+    given: Sequence[tuple[float, ...]],
+    gold: Sequence[Sequence[float]],
+    sizes: Sequence[Sequence[float] | None],
+    form: str,
+    gold_form: str,
 ) -> None:
     """Raises UserError where boxes fit the gold ones badly as `form` says to read them, and well in another reading.
 
@@ -56,7 +60,7 @@ def check_frame(
 
     Args:
       given: numbers as the file has them.
-      gold: x1 y1 x2 y2 in pixels.
+      gold: x1 y1 x2 y2 in pixels, if `gold_form` is right.
     """
     if len(given) < SEEN:
         return
@@ -67,10 +71,13 @@ def check_frame(
     if now >= SUSPECT:
         return
     readings: list[tuple[str, tuple[float, float]]] = []
+    for unit in WHOLE if told and gold_form.endswith("_px") else ():
+        scaled = [to_px(box, f"xyxy_{unit}", size) for box, size in zip(gold, known, strict=True)]
+        readings.append((f"--gold-format={gold_form.removesuffix('px')}{unit}", _fit(given, scaled, known, form)))
     for order in BOX_ORDERS:
         forms = [f"{order}_{unit}" for unit in WHOLE] if told else [f"{order}_px"]
         readings += [(f"--box-format={name}", _fit(given, gold, known if told else ones, name)) for name in forms]
-        readings += [] if told else [_scaled(given, gold, order)]
+        readings.append(_scaled(given, gold, order, told))
     reading, (best, _) = max(readings, key=lambda one: one[1][1])
     if best >= max(BETTER * now, SUSPECT):
         raise UserError(
@@ -87,8 +94,14 @@ def _fit(
     return sum(overlap >= 0.5 for overlap in overlaps) / len(overlaps), sum(overlaps) / len(overlaps)
 
 
-def _scaled(given: Sequence[tuple[float, ...]], gold: Sequence[Sequence[float]], order: str) -> tuple[str, tuple[float, float]]:
-    """Returns a reading with a scale for each axis in words, and its fit; the scale is that of the median box."""
+def _scaled(
+    given: Sequence[tuple[float, ...]], gold: Sequence[Sequence[float]], order: str, told: bool
+) -> tuple[str, tuple[float, float]]:
+    """Returns a reading with a scale for each axis in words, and its fit; the scale is that of the median box.
+
+    Args:
+      told: the images' sizes are known, and do not explain the scale.
+    """
     edges = [to_px(box, f"{order}_px", (1.0, 1.0)) for box in given]
     pairs = [(a, b) for a, b in zip(edges, gold, strict=True) if is_proper(a)]
     ratios = [sorted((b[i] + b[i + 2]) / (a[i] + a[i + 2]) for a, b in pairs if a[i] + a[i + 2] > 0) for i in (0, 1)]
@@ -98,7 +111,9 @@ def _scaled(given: Sequence[tuple[float, ...]], gold: Sequence[Sequence[float]],
     fitting = [unit for unit, whole in WHOLE.items() if whole and LIKELY[0] <= x * whole <= LIKELY[1]]
     fit = _fit(given, gold, [(x, y)] * len(given), f"{order}_frac")
     words = f"{order} with x scaled by {x:.4g} and y by {y:.4g}"
-    if max(x, y) < 0.02:
+    if told:
+        words += " (boxes of a resized image?)"
+    elif max(x, y) < 0.02:
         words += " (is it the gold that is in fractions? see --gold-format)"
     elif fitting:
         names = " or ".join(f"{order}_{unit}" for unit in fitting)

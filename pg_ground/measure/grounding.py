@@ -43,7 +43,7 @@ def score_one(row: Row) -> dict[str, Any]:
 def columns_one(rows: Sequence[Row]) -> Columns:
     overlap = column(rows, "iou")
     found = {f"acc{percent}": (overlap >= percent / 100).astype(np.float64) for percent in PERCENT}
-    return found | {"mean_iou": overlap, "center_acc": column(rows, "center"), "invalid": 1 - column(rows, "valid")}
+    return found | {"mean_iou": overlap, "center_acc": column(rows, "center"), "invalid_fraction": 1 - column(rows, "valid")}
 
 
 def score_set(row: Row) -> dict[str, Any]:
@@ -74,7 +74,11 @@ def score_set(row: Row) -> dict[str, Any]:
 
 def columns_set(rows: Sequence[Row]) -> Columns:
     found = {f"acc{percent}": column(rows, f"f{percent}") for percent in PERCENT}
-    return found | {"mean_iou": column(rows, "iou"), "all_found": column(rows, "correct"), "invalid": 1 - column(rows, "valid")}
+    return found | {
+        "mean_iou": column(rows, "iou"),
+        "all_found": column(rows, "correct"),
+        "invalid_fraction": 1 - column(rows, "valid"),
+    }
 
 
 def duplicates(row: Row) -> int:

@@ -68,7 +68,7 @@ def score_set(row: Row) -> dict[str, Any]:
 
 def columns_set(rows: Sequence[Row]) -> Columns:
     names = ("precision", "recall", "f1", "point_in_box", "distance_px", "distance")
-    return {name: column(rows, name) for name in names} | {"invalid": 1 - column(rows, "valid")}
+    return {name: column(rows, name) for name in names} | {"invalid_fraction": 1 - column(rows, "valid")}
 
 
 def score_click(row: Row) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def score_click(row: Row) -> dict[str, Any]:
 
 def columns_click(rows: Sequence[Row]) -> Columns:
     names = {"accuracy": "correct", "point_in_box": "correct", "distance_px": "distance_px", "distance": "distance"}
-    return {name: column(rows, field) for name, field in names.items()} | {"invalid": 1 - column(rows, "valid")}
+    return {name: column(rows, field) for name, field in names.items()} | {"invalid_fraction": 1 - column(rows, "valid")}
 
 
 def others(rows: Sequence[Row]) -> dict[str, float]:

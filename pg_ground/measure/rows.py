@@ -17,6 +17,7 @@ and behind these what its benchmark finds of it (`iou`, `correct` …), which is
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,16 @@ def bare(row: Row) -> dict[str, Any]:
 
 def lines(rows: Iterable[Row]) -> str:
     """Returns rows as `predictions.jsonl`; numbers are written so that reading gives them back bit for bit."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(_line(row) + "\n" for row in rows)
+
+
+_HALF = re.compile("[\ud800-\udfff]")
+"""Of a surrogate pair: only JSON's escapes can spell one alone."""
+
+
+def _line(row: Row) -> str:
+    line = json.dumps(row, ensure_ascii=False)
+    return json.dumps(row) if _HALF.search(line) else line
 
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -70,6 +80,8 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         name = "results" if "results" in listed else next(iter(listed), "")
         besides = {key: value for key, value in found.items() if not isinstance(value, list)}
         found = listed.get(name, [])
+    if not isinstance(found, list):
+        raise UserError(f"--predictions={path} is {found!r:.60}: a JSON list, JSON lines or an object with `results` is wanted")
     if not found:
         raise UserError(f"--predictions={path} has 0 rows")
     wrong = [index for index, record in enumerate(found) if not isinstance(record, dict)]
@@ -83,7 +95,7 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 def _parsed(text: str, path: Path) -> Any:
     """Returns a JSON document, or the list of a JSON-lines file; an object alone on its line is a record or holds them."""
-    parts = text.splitlines()
+    parts = text.split("\n")  # not splitlines: JSON's strings may hold the other ends of lines that Unicode has
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

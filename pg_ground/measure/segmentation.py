@@ -129,7 +129,7 @@ def score(row: Row) -> dict[str, Any]:
 def columns(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     overlap = column(rows, "iou")
     found = {f"boxacc{threshold * 100:.0f}": (overlap >= threshold).astype(np.float64) for threshold in BOX_THRESHOLDS}
-    return {"miou": column(rows, "mask_iou"), **found, "invalid": 1 - column(rows, "valid")}
+    return {"miou": column(rows, "mask_iou"), **found, "invalid_fraction": 1 - column(rows, "valid")}
 
 
 def summary(judged: Sequence[Judged]) -> dict[str, float]:
