@@ -107,7 +107,7 @@ def test_predict_answers_in_pixels_and_draws(straight, environment, tmp_path):
 
 def test_the_package_lists_its_commands(environment):
     done = subprocess.run([sys.executable, "-m", "pg_ground"], env=environment, capture_output=True, text=True, check=True)
-    commands = ["train", "evaluate", "report", "predict", "look", "prefetch", "pack", "convert", "compile"]
+    commands = ["train", "evaluate", "report", "predict", "look", "prefetch", "pack", "convert", "compile", "bench"]
     assert [line.split(".")[-1] for line in done.stdout.splitlines()[::2]] == commands
 
 
