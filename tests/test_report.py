@@ -301,6 +301,7 @@ def without_times(data: dict[str, Any]) -> dict[str, Any]:
     return data | {"charts": kept}
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_run_has_the_report_of_one_that_was_not(straight, environment, tmp_path):
     killed_and_resumed(environment, tmp_path / "run", 6, 0.0, ["--config.log.samples_every=2"])
     one, other = (embedded((workdir / "report.html").read_text(encoding="utf-8")) for workdir in (straight, tmp_path / "run"))

@@ -64,6 +64,7 @@ def test_resume_continues_the_same_trajectory(straight, environment, tmp_path):
     assert_same_run(straight, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_the_best_parameters_stay_and_are_those_of_their_measurement(environment, tmp_path):
     flags = ("--config.checkpoint.best=-eval/boxes/mean_iou", "--config.eval.every=2", "--config.checkpoint.every=4")
     killed_and_resumed(environment, tmp_path / "run", lines=7, delay_s=0.0, flags=flags)
