@@ -4,7 +4,7 @@ Everything is elementwise float arithmetic over leading axes and runs inside `ji
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,16 @@ def encode_loc(fraction: Float[Array, "..."]) -> Int[Array, "..."]:
 def decode_loc(bins: Int[Array, "..."]) -> Float[Array, "..."]:
     """Returns fractions in [0, 1] of loc bins: bin / 1023, as big_vision reads them (not / 1024)."""
     return bins.astype(jnp.float32) / LOC_MAX
+
+
+def corners(order: str, a: Any, b: Any, c: Any, d: Any) -> tuple[Any, Any, Any, Any]:
+    """Returns x1, y1, x2, y2 of a box's four numbers, or arrays of them, in `order`: xyxy, yxyx, xywh or cxcywh."""
+    return {
+        "xyxy": (a, b, c, d),
+        "yxyx": (b, a, d, c),
+        "xywh": (a, b, a + c, b + d),
+        "cxcywh": (a - c / 2, b - d / 2, a + c / 2, b + d / 2),
+    }[order]
 
 
 def is_proper(yxyx: Float[Array, "... 4"]) -> Bool[Array, "..."]:

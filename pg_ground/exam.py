@@ -210,13 +210,15 @@ def answered_rows(
                 for row in own:
                     rewarded = rewards_of(programs, batch, answered.rollout, row) if exam.kind == "reward" else [{}] * group
                     for i in range(group):
-                        said = answer_of(exam, asked[row], texts[row][i], answered.rollout.tokens[row, i].tolist(), tokenizer)
                         malformed = bool(answered.malformed[row, i])
+                        if masks is None:
+                            tokens = answered.rollout.tokens[row, i].tolist()
+                            said = answer_of(exam, asked[row], texts[row][i], tokens, tokenizer)
+                        else:
+                            said = masks(row, i, batch.size[row])
+                            malformed = said["mask"] is None
                         if exam.kind == "detection":
                             said = with_scores(said, answered.confidence[row, i])
-                        if masks is not None:
-                            said |= {"mask": masks(row, i, batch.size[row])}
-                            malformed = said["mask"] is None
                         found = {"mode": MODES[mode], "rollout": i, "text": texts[row][i], "prediction": said}
                         found |= {"malformed": int(malformed), "unfinished": int(answered.unfinished[row, i])}
                         rest = rewarded[i] | ({} if mode else told.get(row, {}))
@@ -230,15 +232,14 @@ def with_scores(prediction: dict[str, Any], confidence: Float[np.ndarray, " K"])
     return prediction | {"boxes": [{**box, "score": score} for box, score in zip(prediction["boxes"], scores, strict=True)]}
 
 
-def masks_of(programs: Programs, texts: Sequence[Sequence[str]]) -> Callable[[int, int, Any], Any]:
-    """Returns (row, rollout, size) to the run lengths of the mask that this text writes, None where it writes none."""
+def masks_of(programs: Programs, texts: Sequence[Sequence[str]]) -> Callable[[int, int, Any], dict[str, Any]]:
+    """Returns (row, rollout, (width, height)) to the box and the mask that this text writes."""
     found = segmentation.read([text for group in texts for text in group])
     decoded = np.asarray(programs.masks(found.codes))
 
-    def of(row: int, rollout: int, size: Any) -> dict[str, Any] | None:
+    def of(row: int, rollout: int, size: Any) -> dict[str, Any]:
         i = row * len(texts[0]) + rollout
-        mask = segmentation.paste(found.bins[i], decoded[i], (int(size[1]), int(size[0]))) if found.valid[i] else None
-        return None if mask is None else runs_of(mask)
+        return segmentation.answer(found.bins[i], found.valid[i], decoded[i], (int(size[0]), int(size[1])))
 
     return of
 

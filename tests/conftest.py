@@ -154,13 +154,24 @@ def tiny(request) -> Tiny:
     return request.getfixturevalue(request.param)
 
 
+def beside(name: str) -> Path:
+    """Returns a folder that stands beside the project and is no part of it; a test that needs it skips where it is not."""
+    path = Path(__file__).parents[2] / "shared" / name
+    if not path.is_dir():
+        pytest.skip(f"../shared/{name} is not here")
+    return path
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """The folder with other implementations' numbers. It stands beside the project and is not part of it."""
-    path = Path(__file__).parents[2] / "shared" / "golden"
-    if not path.is_dir():
-        pytest.skip("../shared/golden is not here")
-    return path
+    """Other implementations' numbers."""
+    return beside("golden")
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """Real annotations, photographs and predictions."""
+    return beside("data")
 
 
 @pytest.fixture(scope="session")

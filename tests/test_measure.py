@@ -20,15 +20,6 @@ from pg_ground.types import UserError
 FIELDS = {"pred": "extracted_answer", "gold": "ground_truth"}
 
 
-@pytest.fixture(scope="session")
-def data() -> Path:
-    """Real predictions and annotations beside the project."""
-    path = Path(__file__).parents[2] / "shared" / "data"
-    if not path.is_dir():
-        pytest.skip("../shared/data is not here")
-    return path
-
-
 def score(tmp_path: Path, records, benchmark="rec", fields=FIELDS, formats=files.Formats()):  # noqa: B008
     path = tmp_path / "file.json"
     path.write_text(records if isinstance(records, str) else json.dumps(records))

@@ -11,8 +11,6 @@ from pg_ground.data.records import BadRecord, Records
 from pg_ground.data.refer import open_refer
 from pg_ground.types import UserError
 
-SAMPLES = Path(__file__).parents[2] / "shared" / "data" / "refcoco"
-
 CONFIGS = {
     "refcoco_unc": {"train": 2, "val": 2, "testA": 2, "testB": 2},
     "refcoco_google": {"train": 2, "val": 2, "test": 2},
@@ -25,11 +23,8 @@ CONFIGS = {
 
 
 @pytest.fixture(scope="module")
-def samples() -> Path:
-    """The folder with real annotations. It stands beside the project and is not part of it."""
-    if not SAMPLES.is_dir():
-        pytest.skip("../shared/data is not here")
-    return SAMPLES
+def samples(data) -> Path:
+    return data / "refcoco"
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """Answers with masks judged as big_vision's evaluator judges them, to the last digit, and the laws of cutting out and pasting."""
 
 import json
-import re
 from functools import partial
+from typing import Any
 
 import hypothesis
 import jax
@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as npst
 from pg_ground import exam, tokenizer
 from pg_ground.measure import benchmarks, segmentation
 from pg_ground.measure.runs import mask_of, runs_of
-from pg_ground.measure.segmentation import Judged, judge, read, summary, write
+from pg_ground.measure.segmentation import read, write
 from pg_ground.model import vqvae
 from pg_ground.vocab import EOS, LOC_MAX, vocab_of_size
 
@@ -36,49 +36,47 @@ def block(y1: int, x1: int, y2: int, x2: int, shape: tuple[int, int]) -> np.ndar
     return mask
 
 
+def judge(bins, valid, decoded, gold, gold_yxyx) -> dict[str, Any]:
+    """Returns the row of one answer against a mask and its box (fractions), scored after a way through a file."""
+    height, width = gold.shape
+    y1, x1, y2, x2 = (np.asarray(gold_yxyx, np.float64) * [height, width, height, width]).tolist()
+    row = {
+        "id": 0,
+        "mode": "greedy",
+        "benchmark": "segmentation",
+        "prediction": segmentation.answer(np.asarray(bins), valid, decoded, (width, height)),
+        "gold": {"boxes": [{"xyxy_px": [x1, y1, x2, y2]}], "mask": runs_of(gold)},
+    }
+    row = json.loads(json.dumps(row))
+    return row | segmentation.score(row)
+
+
 def test_the_evaluators_numbers(golden):
-    """On big_vision's own masks and weights."""
+    """On big_vision's own masks and weights, from rows, which need neither."""
     folder = golden / "preprocessing"
     given, said = np.load(folder / "seg.npz"), json.loads((folder / "seg.json").read_text())
-    params = vqvae.load(folder / "tiny_vae.npz")
     texts = [text_of(row) for row in given["decoded_tokens"]]
     assert texts == said["eval_suffix"]
     bins, codes, valid = read(texts)
-    decoded = np.asarray(jax.jit(vqvae.decode)(params, codes))
+    decoded = np.asarray(jax.jit(vqvae.decode)(vqvae.load(folder / "tiny_vae.npz"), codes))
     gold = given["mask"][..., 0] > 0
-    judged = [judge(*one) for one in zip(bins, valid, decoded, gold, given["gt_box_eval"], strict=True)]
-    found, theirs = summary(judged), said["evaluator"]
+    rows = [judge(*one) for one in zip(bins, valid, decoded, gold, given["gt_box_eval"], strict=True)]
+    found, theirs = benchmarks.measure(rows).values, said["evaluator"]
     assert found["miou"] == pytest.approx(theirs["miou"], rel=1e-12)
     assert (found["boxacc50"], found["boxacc75"]) == (theirs["boxacc/0.5"], theirs["boxacc/0.75"])
-    assert (found["invalid"], found["n"]) == (theirs["invalid"], theirs["total"])
+    assert (found["invalid"], len(rows)) == (theirs["invalid"], theirs["total"])
 
 
-def test_rows_give_the_evaluators_numbers_too(golden):
-    """A row has the mask as run lengths and the box in pixels; so `--predictions` needs no weights."""
+def test_masks_of_a_group_are_those_of_their_texts(golden):
+    """Two answers a prompt, in images of two sizes; what is decoded at once stands where its text does."""
     folder = golden / "preprocessing"
-    given, said = np.load(folder / "seg.npz"), json.loads((folder / "seg.json").read_text())["evaluator"]
-    programs = exam.Programs(None, None, None, jax.jit(partial(vqvae.decode, vqvae.load(folder / "tiny_vae.npz"))))
-    texts = [[text_of(row)] for row in given["decoded_tokens"]]
-    masks = exam.masks_of(programs, texts)
-    rows = []
-    for index, (gold, box) in enumerate(zip(given["mask"][..., 0] > 0, given["gt_box_eval"], strict=True)):
-        height, width = gold.shape
-        y1, x1, y2, x2 = map(float, box)
-        places = [int(place) / LOC_MAX for place in re.findall("<loc([0-9]{4})>", texts[index][0])]
-        edges = [place * side for place, side in zip(places, (height, width) * 2, strict=False)]
-        boxes = [{"xyxy_px": [edges[i] for i in (1, 0, 3, 2)]}] if len(edges) == 4 else []
-        rows.append(
-            {
-                "id": index, "mode": "greedy", "benchmark": "segmentation",
-                "prediction": {"boxes": boxes, "mask": masks(index, 0, (width, height))},
-                "gold": {"boxes": [{"xyxy_px": [x1 * width, y1 * height, x2 * width, y2 * height]}], "mask": runs_of(gold)},
-            }
-        )  # fmt: skip
-    scored = [row | segmentation.score(row) for row in json.loads(json.dumps(rows))]
-    found = benchmarks.measure(scored).values
-    assert found["miou"] == pytest.approx(said["miou"], rel=1e-12)
-    assert (found["boxacc50"], found["boxacc75"]) == (said["boxacc/0.5"], said["boxacc/0.75"])
-    assert found["invalid"] == said["invalid"]
+    params = vqvae.load(folder / "tiny_vae.npz")
+    texts = [[WHOLE, "no mask"], [LOCS + "<seg001>" * 16, WHOLE]]
+    masks = exam.masks_of(exam.Programs(None, None, None, jax.jit(partial(vqvae.decode, params))), texts)
+    assert masks(0, 1, (90, 80))["mask"] is None and masks(0, 1, (90, 80))["boxes"] == []
+    alone = np.asarray(vqvae.decode(params, read([texts[1][0]]).codes))
+    assert masks(1, 0, (90, 80)) == segmentation.answer(np.array(BOX), True, alone[0], (90, 80))
+    assert masks(0, 0, (90, 80)) == masks(1, 1, (90, 80)) != masks(1, 0, (90, 80))
 
 
 @hypothesis.given(npst.arrays(bool, npst.array_shapes(min_dims=2, max_dims=2, max_side=7)))
@@ -139,32 +137,35 @@ def test_a_full_mask_is_its_box():
     """In an image of 1023 pixels bins are pixels."""
     gold = block(*BOX, (LOC_MAX, LOC_MAX))
     fractions = np.array(BOX) / LOC_MAX
-    assert judge(np.array(BOX), True, FULL, gold, fractions) == Judged(1.0, 1.0, False)
+    assert scores(judge(BOX, True, FULL, gold, fractions)) == (1, 1, 1)
     half = block(100, 200, 300, 900, (LOC_MAX, LOC_MAX))
-    assert judge(np.array(BOX), True, FULL, half, fractions).mask_iou == 0.5
-    assert judge(np.array(BOX), True, EMPTY, gold, fractions) == Judged(0.0, 1.0, False)
+    assert judge(BOX, True, FULL, half, fractions)["mask_iou"] == 0.5
+    assert scores(judge(BOX, True, EMPTY, gold, fractions)) == (0, 1, 1)
     zero = np.zeros((64, 64), np.float32)
-    assert judge(np.array(BOX), True, zero, gold, fractions).mask_iou == 0, "the object is what is above 0"
+    assert judge(BOX, True, zero, gold, fractions)["mask_iou"] == 0, "the object is what is above 0"
+
+
+def scores(row: dict[str, Any]) -> tuple[float, float, int]:
+    return row["mask_iou"], pytest.approx(row["iou"], rel=1e-12), row["valid"]
 
 
 def test_pixels_outside_the_box_count_against_it():
     gold = block(100, 200, 500, 1000, (LOC_MAX, LOC_MAX))
-    assert judge(np.array(BOX), True, FULL, gold, np.array([100, 200, 500, 1000]) / LOC_MAX).mask_iou == 700 / 800
+    assert judge(BOX, True, FULL, gold, np.array([100, 200, 500, 1000]) / LOC_MAX)["mask_iou"] == 700 / 800
 
 
 def test_corners_are_cut_off_to_pixels_and_not_rounded():
     """1023 bins on 10 pixels: bin 1022 is pixel 9.99, and 9 of the 10 columns are covered."""
     gold = np.ones((10, 10), bool)
-    found = judge(np.array([0, 0, 1023, 1022]), True, FULL, gold, np.array([0.0, 0, 1, 1]))
-    assert found.mask_iou == 0.9 and found.box_iou == pytest.approx(1022 / 1023)
+    found = judge([0, 0, 1023, 1022], True, FULL, gold, np.array([0.0, 0, 1, 1]))
+    assert found["mask_iou"] == 0.9 and found["iou"] == pytest.approx(1022 / 1023)
 
 
 def test_a_box_without_a_pixel_is_invalid_but_is_a_box():
-    """As in the evaluator, which compares boxes before it looks for pixels."""
+    """As in the evaluator, which compares boxes before it looks for pixels; but there is no box without all codes."""
     fractions = np.array([10, 10, 50, 50]) / LOC_MAX
-    found = judge(np.array([10, 10, 50, 50]), True, FULL, np.ones((10, 10), bool), fractions)
-    assert found == Judged(0.0, 1.0, True)
-    assert judge(np.array([10, 10, 50, 50]), False, FULL, np.ones((99, 99), bool), fractions) == Judged(0.0, 0.0, True)
+    assert scores(judge([10, 10, 50, 50], True, FULL, np.ones((10, 10), bool), fractions)) == (0, 1, 0)
+    assert scores(judge([10, 10, 50, 50], False, FULL, np.ones((99, 99), bool), fractions)) == (0, 0, 0)
 
 
 def test_what_is_cut_out_is_pasted_back():
@@ -175,7 +176,7 @@ def test_what_is_cut_out_is_pasted_back():
         gold = ((ys - (y1 + y2) / 2) / (y2 - y1)) ** 2 + ((xs - (x1 + x2) / 2) / (x2 - x1)) ** 2 <= 0.25
         bins = np.round(box * LOC_MAX).astype(int)
         found = judge(bins, True, 2 * segmentation.crop(gold, box) - 1, gold, box)
-        assert found.mask_iou > 0.88 and found.box_iou > 0.95
+        assert found["mask_iou"] > 0.88 and found["iou"] > 0.95
 
 
 def test_a_box_within_a_pixel_is_cut_out_as_that_pixel():
@@ -186,10 +187,12 @@ def test_a_box_within_a_pixel_is_cut_out_as_that_pixel():
 
 
 def test_means_are_over_all_answers():
-    judged = [Judged(0.5, 0.5, False), Judged(0.7, 0.75, False), Judged(0.0, 0.9, True), Judged(0.0, 0.0, True)]
-    assert summary(judged) == {"miou": 0.3, "boxacc50": 0.75, "boxacc75": 0.5, "invalid": 2, "n": 4}
-    with pytest.raises(ValueError, match="no answers"):
-        summary([])
+    rows = [
+        {"id": i, "mode": "greedy", "benchmark": "segmentation", "mask_iou": mask, "iou": box, "valid": valid}
+        for i, (mask, box, valid) in enumerate([(0.5, 0.5, 1), (0.7, 0.75, 1), (0.0, 0.9, 0), (0.0, 0.0, 0)])
+    ]
+    wanted = {"miou": 0.3, "boxacc50": 0.75, "boxacc75": 0.5, "invalid": 2, "invalid_fraction": 0.5}
+    assert benchmarks.measure(rows).values == wanted
 
 
 def test_a_mask_is_twenty_tokens_and_their_text_is_read():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image, ImageDraw
-from test_refer import CONFIGS, SAMPLES, all_of, uri, write_refer
+from test_refer import CONFIGS, all_of, uri, write_refer
 
 tfds = pytest.importorskip("tensorflow_datasets")
 
@@ -176,12 +176,10 @@ def tfds_writes() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def manual(tmp_path_factory) -> Path:
+def manual(data, tmp_path_factory) -> Path:
     """What both builders want downloaded by hand, made of the sample of all configs; photographs are of one colour."""
-    if not SAMPLES.is_dir():
-        pytest.skip("../shared/data is not here")
     folder = tmp_path_factory.mktemp("manual")
-    text = (SAMPLES / "annotations" / "tfds_dummy_refcoco.json").read_text()
+    text = (data / "refcoco" / "annotations" / "tfds_dummy_refcoco.json").read_text()
     (folder / "refcoco.json").write_text(text)
     write_refer(json.loads(text), folder / "refer")
     (folder / "coco_train2014").mkdir()

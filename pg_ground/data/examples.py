@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
+from pg_ground.boxes import corners
 from pg_ground.config import Data, Fetch, Source, nearest
 from pg_ground.data.fetch import cached, is_url
 from pg_ground.data.masks import to_masks
@@ -295,16 +296,7 @@ def to_yxyx(value: Any, box_format: str, size: tuple[int, int]) -> Float[np.ndar
         return np.zeros((0, 4), np.float32)
     order, unit = box_format.rsplit("_", 1)
     rows = _rows_of_numbers(value, 4, "bad_box")
-    a, b, c, d = rows.T
-    if order == "xyxy":
-        edges = (a, b, c, d)
-    elif order == "yxyx":
-        edges = (b, a, d, c)
-    elif order == "xywh":
-        edges = (a, b, a + c, b + d)
-    else:
-        edges = (a - c / 2, b - d / 2, a + c / 2, b + d / 2)
-    x1, y1, x2, y2 = edges
+    x1, y1, x2, y2 = corners(order, *rows.T)
     yxyx = np.clip(np.stack([y1, x1, y2, x2], 1) / whole_sides(unit, size)[[1, 0, 1, 0]], 0, 1).astype(np.float32)
     for i in np.flatnonzero((yxyx[:, 2] <= yxyx[:, 0]) | (yxyx[:, 3] <= yxyx[:, 1])).tolist():
         wrong = "has no area" if x2[i] <= x1[i] or y2[i] <= y1[i] else f"lies outside an image of {_text(size)} pixels"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from pg_ground.boxes import corners
 from pg_ground.config import nearest
 from pg_ground.measure.boxes import iou_of, is_proper
 from pg_ground.types import UserError
@@ -35,15 +36,7 @@ def to_px(numbers: Sequence[float], form: str, size: Sequence[float]) -> list[fl
         return [numbers[0] * x, numbers[1] * y]
     if order == "yx":
         return [numbers[1] * x, numbers[0] * y]
-    a, b, c, d = numbers
-    if order == "xyxy":
-        edges = (a, b, c, d)
-    elif order == "yxyx":
-        edges = (b, a, d, c)
-    elif order == "xywh":
-        edges = (a, b, a + c, b + d)
-    else:
-        edges = (a - c / 2, b - d / 2, a + c / 2, b + d / 2)
+    edges = corners(order, *numbers)
     return [edges[0] * x, edges[1] * y, edges[2] * x, edges[3] * y]
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pg_ground.measure.boxes import iou_of
 from pg_ground.measure.rows import Row, column
-from pg_ground.measure.runs import mask_of
+from pg_ground.measure.runs import mask_of, runs_of
 from pg_ground.vocab import LOC_MAX, SEG_TOKENS
 
 CODES = 16
@@ -37,16 +37,6 @@ class Segments(NamedTuple):
     codes: Int[np.ndarray, "N 16"]
     valid: Bool[np.ndarray, " N"]
     """There are the loc tokens of a proper box, and all seg tokens behind them."""
-
-
-class Judged(NamedTuple):
-    """One answer against its annotation."""
-
-    mask_iou: float
-    """Of pixels of the original image."""
-    box_iou: float
-    invalid: bool
-    """There is no mask: the completion writes none, or its box has no pixel of the image (`box_iou` is judged even so)."""
 
 
 def read(texts: Sequence[str]) -> Segments:
@@ -76,46 +66,34 @@ def crop(mask: Bool[np.ndarray, "H W"], yxyx: Float[np.ndarray, "4"]) -> Float[n
     return np.asarray(part.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
 
-def judge(
-    bins: Int[np.ndarray, "4"],
-    valid: bool | np.bool_,
-    decoded: Float[np.ndarray, "64 64"],
-    gold: Bool[np.ndarray, "H W"],
-    gold_yxyx: Float[np.ndarray, "4"],
-) -> Judged:
-    """Returns how a box and its decoded mask (`vqvae.decode`) compare with a mask of the whole image and its box (fractions)."""
-    box_iou = _box_iou(np.asarray(bins, np.int64) / LOC_MAX, np.asarray(gold_yxyx, np.float64)) if valid else 0.0
-    mine = paste(bins, decoded, gold.shape) if valid else None
-    return Judged(0.0, box_iou, True) if mine is None else Judged(_mask_iou(mine, gold), box_iou, False)
+def answer(
+    bins: Int[np.ndarray, "4"], valid: bool | np.bool_, decoded: Float[np.ndarray, "64 64"], size: tuple[int, int]
+) -> dict[str, Any]:
+    """Returns the prediction of a row: the box in pixels of an image of `size` (width, height), and the mask as run lengths.
 
+    The decoded mask is resized linearly into the box, whose corners are cut off to pixels, and is the object where it is above 0.
+    Without all its codes there is no box either. A box without a pixel of the image is a box, but has no mask: the evaluator
+    compares boxes before it looks for pixels.
 
-def paste(
-    bins: Int[np.ndarray, "4"], decoded: Float[np.ndarray, "64 64"], shape: tuple[int, ...]
-) -> Bool[np.ndarray, "H W"] | None:
-    """Returns the mask of the whole image that a box and its decoded mask say; None where the box has no pixel of it.
-
-    The mask is resized linearly into the box, whose corners are cut off to pixels, and is the object where it is above 0.
+    Args:
+      decoded: what `vqvae.decode` makes of the codes.
     """
-    height, width = shape
-    y1, x1, y2, x2 = (np.asarray(bins, np.int64) / LOC_MAX * [height, width, height, width]).astype(int)
-    if y2 <= y1 or x2 <= x1:
-        return None
-    whole = np.zeros((height, width), bool)
-    whole[y1:y2, x1:x2] = (
-        np.asarray(Image.fromarray(np.float32(decoded)).resize((x2 - x1, y2 - y1), Image.Resampling.BILINEAR)) > 0
-    )
-    return whole
+    if not valid:
+        return {"boxes": [], "points": [], "mask": None}
+    width, height = size
+    edges = np.asarray(bins, np.float64) / LOC_MAX * [height, width, height, width]
+    y1, x1, y2, x2 = edges.astype(int)
+    mask = np.zeros((height, width), bool)
+    if y2 > y1 and x2 > x1:
+        part = Image.fromarray(np.float32(decoded)).resize((x2 - x1, y2 - y1), Image.Resampling.BILINEAR)
+        mask[y1:y2, x1:x2] = np.asarray(part) > 0
+    box = {"label": "", "xyxy_px": edges[[1, 0, 3, 2]].tolist()}
+    return {"boxes": [box], "points": [], "mask": runs_of(mask) if y2 > y1 and x2 > x1 else None}
 
 
 def _mask_iou(a: Bool[np.ndarray, "H W"], b: Bool[np.ndarray, "H W"]) -> float:
     both = np.sum(a & b)
     return float(both / max(a.sum() + b.sum() - both, 1))
-
-
-def _box_iou(a: Float[np.ndarray, "4"], b: Float[np.ndarray, "4"]) -> float:
-    """Returns the IoU in double precision: at a threshold, `boxes.iou` may round to its other side."""
-    overlap = np.prod(np.maximum(np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]), 0))
-    return float(overlap / (np.prod(a[2:] - a[:2]) + np.prod(b[2:] - b[:2]) - overlap))
 
 
 def score(row: Row) -> dict[str, Any]:
@@ -130,20 +108,3 @@ def columns(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     overlap = column(rows, "iou")
     found = {f"boxacc{threshold * 100:.0f}": (overlap >= threshold).astype(np.float64) for threshold in BOX_THRESHOLDS}
     return {"miou": column(rows, "mask_iou"), **found, "invalid_fraction": 1 - column(rows, "valid")}
-
-
-def summary(judged: Sequence[Judged]) -> dict[str, float]:
-    """Returns `miou` and `boxacc50`, `boxacc75` as means over all answers (0 for an invalid one), `invalid` and `n` as counts.
-
-    Raises:
-      ValueError: there are none.
-    """
-    if not judged:
-        raise ValueError("no answers to judge")
-    overlaps = np.array([one.box_iou for one in judged])
-    return {
-        "miou": float(np.mean([one.mask_iou for one in judged])),
-        **{f"boxacc{threshold * 100:.0f}": float(np.mean(overlaps >= threshold)) for threshold in BOX_THRESHOLDS},
-        "invalid": float(sum(one.invalid for one in judged)),
-        "n": float(len(judged)),
-    }

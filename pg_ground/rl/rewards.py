@@ -78,14 +78,13 @@ def read_answer(
 
 
 def confidence(
-    tokens: Int[Array, "B G T"], mask: Bool[Array, "B G T"], logps: Float[Array, "B G T"], vocab: Vocab, per_token: bool = True
+    tokens: Int[Array, "B G T"], mask: Bool[Array, "B G T"], logps: Float[Array, "B G T"], vocab: Vocab
 ) -> Float[Array, "B G K"]:
     """Returns how likely each box's name is behind it, in [0, 1], for the slots of `read_answer`'s boxes; 0 for an unused one.
 
     Detections are ranked by it (pix2seq, arXiv 2109.10852; PaliGemma 2, arXiv 2412.03555, appendix C), and not by the likelihood
     of the box, which is shared out among the bins next to it; that is taken for a box without a name. It is the geometric mean
-    over the name's tokens, so that long names are not unlikely ones, or with `per_token` False their product: boxes of one name
-    rank alike by both and have the same average precision.
+    over the name's tokens, so that long names are not unlikely ones; boxes of one name would rank alike by their product.
 
     Args:
       logps: as in `Rollout`; those of a greedy rollout are the model's own, at temperature 1.
@@ -98,7 +97,7 @@ def confidence(
         by_name, by_place = (jnp.sum(jnp.where(cut.within & flags[..., None], of[..., None], 0), -2) for flags in (name, cut.loc))
         return jnp.where(named, by_name, by_place)
 
-    likelihood = jnp.exp(total(logps) / (jnp.maximum(total(mask), 1) if per_token else 1))
+    likelihood = jnp.exp(total(logps) / jnp.maximum(total(mask), 1))
     is_box = _per_segment(cut, cut.loc) == 4
     return _first(is_box, (tokens.shape[-1] + 1) // 5, likelihood[..., None], jnp.zeros(is_box.shape, jnp.int32))[0][..., 0]
 
