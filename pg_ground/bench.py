@@ -10,8 +10,9 @@ matrices in the dtype of activations, and of copying a large array, on all devic
 counted in each program's jaxpr as if nothing were recomputed. Bytes are what must be moved at least, activations left out: of a
 rollout, all weights once, then the decoder's, keys and values for every token; of an update, weights twice, then gradients,
 the optimizer's averages and the parameters, each written and read once. `roofline_s` is the longer of the two at the ceilings,
-`roofline_share` that over the measured median, `mfu` the share of the FLOPs' ceiling. `idle_share` is the share of a few traced
-steps in which no device ran anything. `compile` is by phase of the first step: seconds, and programs read from a cache on disk.
+`roofline_share` that over the measured median, `mfu` the share of the FLOPs' ceiling. Steps are dispatched and read as `train` does.
+`idle_share` is the share of a few traced ones in which no device ran anything, and `host_gap_s` that of the median step: how long
+the host keeps devices waiting. `compile` is by phase: seconds, and programs read from a cache on disk.
 """
 
 import json
@@ -19,7 +20,8 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from pathlib import Path
@@ -40,7 +42,7 @@ from pg_ground.rl.experience import weights_at
 from pg_ground.sampler import LOTS, Sampler, text_judges
 from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.train import Run, begin, check, fresh_state, open_stream
-from pg_ground.types import UserError
+from pg_ground.types import Array, UserError
 
 DEFAULT = "configs/quickstart.py"
 
@@ -73,8 +75,8 @@ class Phase(NamedTuple):
     bytes: float
 
 
-Step = Callable[[int, Stopwatch], int]
-"""Does step number n, timed by a watch; returns the number of tokens that were sampled one after the other."""
+Step = Callable[[int, Stopwatch], Array]
+"""Dispatches step number n, timed by a watch; returns the mask of what it samples, bool[B, G, T]."""
 
 
 def ceilings(mesh: Mesh, dtype: jnp.dtype) -> Ceilings:
@@ -148,14 +150,15 @@ def reinforced(run: Run, batches: Any, opened: Callable[[AbstractContextManager[
     sampler = Sampler(run.config, model, mesh, read_frozen(frozen), run.tokenizer, opened(text_judges(c)))
     key, held = jax.random.key(run.config.seed), [state]
 
-    def step(number: int, watch: Stopwatch) -> int:
+    def step(number: int, watch: Stopwatch) -> Array:
         state, own_key = held.pop(), jax.random.fold_in(key, number)
         by_reward = weights_at(c.all_rewards, number)
         sampled, _ = sampler(read(state.params), batches.__next__, own_key, by_reward, watch, batches.prepare)
         learned_from, _ = watch.lap("score", compare(sampled, frozen, ref_params, by_reward, state.kl_coef))
-        state, _ = watch.lap("update", learn(state, frozen, learned_from, jax.random.fold_in(own_key, LOTS)))
+        state, updated = learn(state, frozen, learned_from, jax.random.fold_in(own_key, LOTS))
+        watch.lap("update", updated)
         held.append(state)
-        return int(sampled.rollout.mask.any(axis=(0, 1)).sum())
+        return sampled.rollout.mask
 
     return step
 
@@ -168,12 +171,14 @@ def supervised(run: Run, batches: Any) -> Step:
     learn = programs.compiled(learn, run.config, run.mesh)
     key, held = jax.random.key(run.config.seed), [state]
 
-    def step(number: int, watch: Stopwatch) -> int:
+    def step(number: int, watch: Stopwatch) -> Array:
         batch = watch.lap("data", next(batches))
         dropout_key = jax.random.fold_in(key, number) if run.config.model.lora.dropout else None
-        state, _ = watch.lap("update", learn(held.pop(), run.frozen, batch, dropout_key=dropout_key), batches.prepare)
+        state, updated = learn(held.pop(), run.frozen, batch, dropout_key=dropout_key)
+        watch.lap("update", updated)
+        batches.prepare()
         held.append(state)
-        return 0
+        return np.zeros((c.batch_size, 1, 0), bool)
 
     return step
 
@@ -207,12 +212,28 @@ class Watch(Stopwatch):
         self._compilations = compilations
         self.compiled: dict[str, dict[str, float]] = {}
 
-    def lap(self, phase: str, value: Any, meanwhile: Callable[[], None] = lambda: None) -> Any:
-        value, new = super().lap(phase, value, meanwhile), self._compilations.take()
-        for name, count in new.items():
-            self.compiled.setdefault(phase, {}).setdefault(name, 0.0)
-            self.compiled[phase][name] += count
-        return value
+    def lap(self, phase: str, value: Any) -> Any:
+        found = self.compiled.setdefault(phase, {"seconds": 0.0, "from_cache": 0.0})
+        for name, count in self._compilations.take().items():
+            found[name] += count
+        return super().lap(phase, value)
+
+
+def in_turn(step: Step, numbers: Iterable[int], watch: Stopwatch) -> list[tuple[dict[str, float], int]]:
+    """Returns the seconds of these steps, and the tokens that each sampled one after the other.
+
+    As in `train`, a step is read once the next is dispatched.
+    """
+
+    def read(seconds: Callable[[], dict[str, float]], mask: Array) -> tuple[dict[str, float], int]:
+        return seconds(), int(np.asarray(mask).any(axis=(0, 1)).sum())
+
+    found, unread = [], deque()
+    for number in numbers:
+        unread.append((watch.step(), step(number, watch)))
+        if len(unread) > 1:
+            found.append(read(*unread.popleft()))
+    return found + [read(*one) for one in unread]
 
 
 def idle_share(trace: Path) -> float | None:
@@ -255,23 +276,22 @@ def bench(config: Config, steps: int) -> dict[str, Any]:
     factors = programs.factors_of(config, trained | frozen)
     kept = begin(config, model, frozen) if frozen else {}
     run = Run(config, Path(), model, kept, factors, tokenizer, mesh, None, bad)  # pyright: ignore[reportArgumentType]: no diary
-    watches, turns = [], []
+    watch = Watch(compilations)
     with ExitStack() as stack:
         stream = open_stream(config, stage, tokenizer, mesh, bad)
         batches = stack.enter_context(pipeline.Ahead(stream, partial(sharding.put_batch, mesh)))
         step = reinforced(run, batches, stack.enter_context) if stage == "grpo" else supervised(run, batches)
         compilations.take()
-        for number in range(WARM_UP + steps):
-            watches.append(Watch(compilations))
-            turns.append(step(number, watches[-1]))
+        timed = in_turn(step, range(WARM_UP + steps), watch)[WARM_UP:]
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # tracing Python would slow down the host
         with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder):
-                for number in range(WARM_UP + steps, WARM_UP + steps + TRACED):
-                    step(number, Watch(compilations))
+            with jax.profiler.trace(folder, profiler_options=options):
+                in_turn(step, range(WARM_UP + steps, WARM_UP + steps + TRACED), watch)
             idle = idle_share(Path(folder))
         held, kind = peak_bytes(mesh)
-    top, mean_turns = ceilings(mesh, jnp.dtype(config.model.dtype)), round(statistics.mean(turns[WARM_UP:]))
-    measured = [{name[len("time/") : -len("_s")]: spent for name, spent in w.seconds.items()} for w in watches[WARM_UP:]]
+    top, mean_turns = ceilings(mesh, jnp.dtype(config.model.dtype)), round(statistics.mean(turns for _, turns in timed))
+    measured = [{name[len("time/") : -len("_s")]: spent for name, spent in seconds.items()} for seconds, _ in timed]
     whole = statistics.median(sum(spent.values()) for spent in measured)
     phases = {}
     for phase in measured[0]:
@@ -294,9 +314,10 @@ def bench(config: Config, steps: int) -> dict[str, Any]:
         "completions_per_s": completions / whole,
         "images_per_s": c.batch_size / whole,
         "idle_share": idle,
+        "host_gap_s": None if idle is None else idle * whole,
         "peak_bytes": held,
         "peak_bytes_of": kind,
-        "compile": watches[0].compiled,
+        "compile": watch.compiled,
     }
 
 

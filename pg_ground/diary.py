@@ -7,8 +7,10 @@ import re
 import statistics
 import sys
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,24 +40,46 @@ class Pictures(NamedTuple):
 
 
 class Stopwatch:
-    """Seconds of each phase of a step."""
+    """Seconds of each phase of the steps of a stage. The host dispatches and goes on; only a thread beside waits for devices.
+
+    Devices work in the order of dispatch: a phase lasts from the end of the one before until all that it has is computed.
+    """
 
     def __init__(self) -> None:
-        self._last = time.perf_counter()
-        self.seconds: dict[str, float] = {}
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="stopwatch")
+        self._laps: list[tuple[str, Future[float]]] = []
+        self._end, self._read = 0.0, True
 
-    def lap(self, phase: str, value: Any, meanwhile: Callable[[], None] = lambda: None) -> Any:
-        """Returns `value` once it is computed, having added the time since the last lap to `time/<phase>_s`.
+    def step(self) -> Callable[[], dict[str, float]]:
+        """Begins a step; returns what waits until devices are through with it and returns its seconds, as `time/<phase>_s`.
 
-        `meanwhile` is called before waiting, and so while devices compute.
+        It begins where the step before ended, or now if that has been read: what was done between is no part of it.
         """
-        meanwhile()
-        value = jax.block_until_ready(value)
-        now = time.perf_counter()
-        name = f"time/{phase}_s"
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
-        self._last = now
+        if self._read:
+            self._end = time.perf_counter()
+        laps = self._laps = []
+        self._read = False
+
+        def seconds() -> dict[str, float]:
+            found: dict[str, float] = {}
+            for phase, end in laps:
+                name, before = f"time/{phase}_s", self._end
+                self._end = end.result()
+                found[name] = found.get(name, 0.0) + self._end - before
+            self._read = laps is self._laps
+            return found
+
+        return seconds
+
+    def lap(self, phase: str, value: Any) -> Any:
+        """Returns `value` at once: what `phase` waits for or computes, but nothing that is donated to a later program."""
+        self._laps.append((phase, self._beside.submit(_time_of, value)))
         return value
+
+
+def _time_of(value: Any) -> float:
+    jax.block_until_ready(value)
+    return time.perf_counter()
 
 
 class Diary:
@@ -87,6 +111,8 @@ class Diary:
             hardware.note(workdir, found)
         self.resumed: Mapping[str, Any] = {}
         """What this process goes on from, of the checkpoint's record."""
+        self._unread: deque[Callable[[], None]] = deque()
+        """At most one step that is dispatched and has not been read."""
         self._window: dict[str, list[float]] = {}
         self._best: tuple[int, float] | None = None
         """Step of the best measurement so far and how good it is (`goodness`)."""
@@ -130,38 +156,55 @@ class Diary:
     def keep(
         self,
         stage: str,
+        done: int,
         state: TrainState,
         batches: Any,
-        metrics: Mapping[str, float],
+        metrics: Callable[[], Mapping[str, float]],
         pictures: Callable[[], Pictures] | None = None,
         also: Mapping[str, Any] | None = None,
     ) -> None:
-        """Writes what is due after a step of `stage`; `pictures` draws its rollouts, `also` is for its checkpoint's record.
+        """Takes in step number `done` of `stage`, which is dispatched; `metrics` waits for its numbers.
 
+        They are read when the next step is dispatched too, so that devices do not wait for the host; at once if anything else
+        is due after this step, which is then written. `pictures` draws its rollouts, `also` is for its checkpoint's record.
         With measures, pictures and checkpoints the report is written anew.
         """
-        c, done = self.config, int(state.step)
-        step, last = self.offset(stage) + done, done == self._lengths[stage]
-        for name, value in metrics.items():
-            self._window.setdefault(name, []).append(float(value))
-        if done % c.log.every == 0 or last:
-            means = {name: mean_of_finite(values) for name, values in self._window.items()}
-            kinds = Counter(entry["kind"] for entry in self._bad_records())
-            counts = {f"data/bad_records/{kind}": float(count) for kind, count in kinds.items()}
-            self._write(step, stage, means | counts, last)
-            self._window = {}
-        between = self._measure_every[stage]
-        if (between and done % between == 0) or last:
+        c, last = self.config, done == self._lengths[stage]
+
+        def due(every: int) -> bool:
+            return last or (every > 0 and done % every == 0)
+
+        step, log = self.offset(stage) + done, due(c.log.every)
+        measure, save = due(self._measure_every[stage]), due(c.checkpoint.every)
+        show = pictures is not None and due(c.log.samples_every)
+        first_traced, last_traced = c.log.profile_steps
+        trace = step in (first_traced - 1, last_traced)
+        tell = log and jax.process_count() > 1  # by a program of the devices, which comes after all that they have to do
+        self._unread.append(partial(self._note, step, stage, metrics, log, last))
+        while len(self._unread) > (0 if measure or show or save or trace or tell else 1):
+            self._unread.popleft()()
+        if measure:
             self.measure(step, stage, state.params)
-        if pictures is not None and ((c.log.samples_every and done % c.log.samples_every == 0) or last):
+        if pictures is not None and show:
             self._show(step, stage, pictures())
-        if done % c.checkpoint.every == 0 or last:
+        if save:
             self._write_bad_records()
             mine = {"batches": batches.get_state(), "bad_records": self.bad.get_state(), **(also or {})}
             record = {"stage": stage, "window": self._window, "best": self._best, "processes": processes.gather(mine)}
             self.checkpoints.save(step, state, record)
             self._update_report()
         self._trace(step)
+
+    def _note(self, step: int, stage: str, metrics: Callable[[], Mapping[str, float]], log: bool, last: bool) -> None:
+        """Waits for the numbers of a step, and writes a line where one is due."""
+        for name, value in metrics().items():
+            self._window.setdefault(name, []).append(float(value))
+        if log:
+            means = {name: mean_of_finite(values) for name, values in self._window.items()}
+            kinds = Counter(entry["kind"] for entry in self._bad_records())
+            counts = {f"data/bad_records/{kind}": float(count) for kind, count in kinds.items()}
+            self._write(step, stage, means | counts, last)
+            self._window = {}
 
     def _trace(self, step: int) -> None:
         """Starts the profiler after the step before the first to be traced, and ends it after the last, or the run's last."""

@@ -153,9 +153,9 @@ class Sampler:
             parts = [self._part(batch, i) for i in range(count)]
             keys = [jax.random.fold_in(jax.random.fold_in(key, PARTS), i) for i in range(count)]
         rollouts = [self._roll(params, self._frozen, part, own) for part, own in zip(parts, keys, strict=True)]
+        rollout = watch.lap("rollout", rollouts[0] if count == 1 else self._put_together(tuple(rollouts)))
         meanwhile()
         told = self._told(parts, rollouts)  # the first part is judged while the devices sample the second
-        rollout = watch.lap("rollout", rollouts[0] if count == 1 else self._put_together(tuple(rollouts)))
         scores = {name: np.stack([part.result().scores[name] for part in told]) for name in self._workers.names}
         shape = (count, -1, rollout.tokens.shape[1])
         mine = {name: update.unsplit(values.reshape(shape)) for name, values in scores.items()}

@@ -58,13 +58,15 @@ def sft(run: Run, state: TrainState, batches: Any) -> TrainState:
     c = run.config.sft
     learn = programs.sft_update(run.config, run.model, run.mesh, run.factors, state, run.tokenizer.vocab)
     learn = programs.compiled(learn, run.config, run.mesh)
-    key = jax.random.key(run.config.seed)
+    key, rates, watch = jax.random.key(run.config.seed), learning_rates(run.config, "sft"), Stopwatch()
     for step in range(int(state.step), c.steps):
-        watch = Stopwatch()
+        seconds = watch.step()
         batch = watch.lap("data", next(batches))
         dropout_key = jax.random.fold_in(key, step) if run.config.model.lora.dropout else None
-        state, updated = watch.lap("update", learn(state, run.frozen, batch, dropout_key=dropout_key), batches.prepare)
-        run.diary.keep("sft", state, batches, measured(run, "sft", state, updated, watch))
+        state, updated = learn(state, run.frozen, batch, dropout_key=dropout_key)
+        found = watch.lap("update", updated) | {"optim/lr": rates[step]}
+        batches.prepare()
+        run.diary.keep("sft", step + 1, state, batches, partial(measured, run, "sft", found, seconds))
     return state
 
 
@@ -75,22 +77,24 @@ def grpo(run: Run, state: TrainState, batches: Any) -> TrainState:
     compare = programs.compiled(programs.grpo_compare(run.config, run.model), run.config, run.mesh)
     learn = programs.grpo_update(run.config, run.model, run.mesh, run.factors, state)
     learn = programs.compiled(learn, run.config, run.mesh)
-    key = jax.random.key(run.config.seed)
+    key, rates, watch = jax.random.key(run.config.seed), learning_rates(run.config, "grpo"), Stopwatch()
     with text_judges(c) as workers:
         workers.set_state(run.diary.resumed.get("judges", workers.get_state()))
         read, read_frozen = (programs.reader(run.config, run.mesh, tree) for tree in (state.params, run.frozen))
         sampler = Sampler(run.config, run.model, run.mesh, read_frozen(run.frozen), run.tokenizer, workers)
         for step in range(int(state.step), c.steps):
-            watch, own_key, failed = Stopwatch(), jax.random.fold_in(key, step), workers.errors()
+            seconds, own_key, failed = watch.step(), jax.random.fold_in(key, step), workers.errors()
             weights = weights_at(c.all_rewards, step)
             sampled, drawn = sampler(read(state.params), batches.__next__, own_key, weights, watch, batches.prepare)
-            learned_from, seen = watch.lap("score", compare(sampled, run.frozen, ref_params, weights, state.kl_coef))
-            state, updated = watch.lap("update", learn(state, run.frozen, learned_from, jax.random.fold_in(own_key, LOTS)))
             new = {f"reward/errors/{name}": count - failed[name] for name, count in workers.errors().items()}
-            errors = processes.summed(new)
-            found = measured(run, "grpo", state, seen | updated | drawn | errors, watch)
-            pictures = partial(rollout_pictures, run, sampled, learned_from.advantages)
-            run.diary.keep("grpo", state, batches, found, pictures, {"judges": workers.get_state()})
+            errors = processes.summed(new)  # here, where the host has read the texts, and not behind the update
+            learned_from, seen = watch.lap("score", compare(sampled, run.frozen, ref_params, weights, state.kl_coef))
+            state, updated = learn(state, run.frozen, learned_from, jax.random.fold_in(own_key, LOTS))
+            found = seen | watch.lap("update", updated) | drawn | errors | {"optim/lr": rates[step]}
+            run.diary.keep(
+                "grpo", step + 1, state, batches, partial(measured, run, "grpo", found, seconds),
+                partial(rollout_pictures, run, sampled, learned_from.advantages), {"judges": workers.get_state()},
+            )  # fmt: skip
     return state
 
 
@@ -287,19 +291,23 @@ def reference(run: Run, state: TrainState) -> Any:
     return checkpoints.restore_tree(path, state.params)
 
 
-def measured(run: Run, stage: str, state: TrainState, found: dict[str, Any], watch: Stopwatch) -> dict[str, float]:
-    """Returns the numbers of one step on the host: what it found, its learning rate, its times and rates."""
+def learning_rates(config: Config, stage: str) -> np.ndarray:
+    """Returns the learning rate of each step's last update."""
+    c, mu = config.sft if stage == "sft" else config.grpo, programs.updates_a_step(config, stage)
+    return np.asarray(optim.schedule(c.optimizer, c.steps * mu)(np.arange(mu - 1, c.steps * mu, mu)))
+
+
+def measured(run: Run, stage: str, found: dict[str, Any], seconds: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Returns the numbers of one step on the host, once devices are through with it: what it found, its times and rates."""
     c = run.config.sft if stage == "sft" else run.config.grpo
     group = run.config.grpo.group_size if stage == "grpo" else 1
-    mu = programs.updates_a_step(run.config, stage)
-    values = {name: float(value) for name, value in jax.device_get(found).items()}
-    values["optim/lr"] = float(np.asarray(optim.schedule(c.optimizer, c.steps * mu)(int(state.step) * mu - 1)))
-    seconds = sum(watch.seconds.values())
-    rates = {"perf/images_per_s": c.batch_size / seconds}
+    values, times = {name: float(value) for name, value in jax.device_get(found).items()}, seconds()
+    whole = sum(times.values())
+    rates = {"perf/images_per_s": c.batch_size / whole}
     if stage == "grpo":
-        rates["perf/completions_per_s"] = c.batch_size * group / seconds
-        rates["perf/tokens_per_s"] = values["completion/length"] * c.batch_size * group / seconds
-    return values | watch.seconds | {"time/step_s": seconds} | rates
+        rates["perf/completions_per_s"] = c.batch_size * group / whole
+        rates["perf/tokens_per_s"] = values["completion/length"] * c.batch_size * group / whole
+    return values | times | {"time/step_s": whole} | rates
 
 
 def rollout_pictures(run: Run, sampled: Sampled, advantages: Any) -> Pictures:
