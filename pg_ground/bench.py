@@ -10,7 +10,7 @@ matrices in the dtype of activations, and of copying a large array, on all devic
 counted in each program's jaxpr as if nothing were recomputed. Bytes are what must be moved at least, activations left out: of a
 rollout, all weights once, then the decoder's, keys and values for every token; of an update, weights twice, then gradients,
 the optimizer's averages and the parameters, each written and read once. `roofline_s` is the longer of the two at the ceilings,
-`roofline_share` that over the measured median, `mfu` the share of the FLOPs' ceiling. Steps are dispatched and read as `train` does.
+`roofline_share` that over the measured median, `mfu` the share of the FLOPs' ceiling. Steps are dispatched as `train` does.
 `idle_share` is the share of a few traced ones in which no device ran anything, and `host_gap_s` that of the median step: how long
 the host keeps devices waiting. `compile` is by phase: seconds, and programs read from a cache on disk.
 """
@@ -178,7 +178,7 @@ def supervised(run: Run, batches: Any) -> Step:
         watch.lap("update", updated)
         batches.prepare()
         held.append(state)
-        return np.zeros((c.batch_size, 1, 0), bool)
+        return np.zeros((1, 1, 0), bool)
 
     return step
 
