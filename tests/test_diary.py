@@ -1,15 +1,29 @@
-"""What a run writes down between its steps; that its files are those of an unbroken run is in test_story."""
+"""What a run writes down between its steps, and when; that its files are those of an unbroken run is in test_story."""
 
+import itertools
 import math
 import runpy
+import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from programs import ROOT
 
-from pg_ground import config, diary
-from pg_ground.train import steps_between_measures
-from pg_ground.types import UserError
+from pg_ground import config, diary, optim, train
+from pg_ground.checkpoints import Checkpoints
+from pg_ground.config import Config
+from pg_ground.data.pipeline import BadRecords
+from pg_ground.train import learning_rates, steps_between_measures
+from pg_ground.types import TrainState, UserError
+
+
+@pytest.fixture
+def tiny() -> Config:
+    return config.parse(runpy.run_path(str(ROOT / "configs" / "tiny.py"))["get_config"]())
 
 
 def test_the_measure_of_the_best_is_named_with_or_without_its_number_of_questions():
@@ -21,8 +35,112 @@ def test_the_measure_of_the_best_is_named_with_or_without_its_number_of_question
         diary.goodness("eval/boxes/acc5", metrics)
 
 
-def test_an_epoch_is_as_many_steps_as_all_questions_of_a_stage_take():
-    c = config.parse(runpy.run_path(str(ROOT / "configs" / "tiny.py"))["get_config"]())
+def test_an_epoch_is_as_many_steps_as_all_questions_of_a_stage_take(tiny):
+    c = tiny
     assert steps_between_measures(replace(c, eval=replace(c.eval, every_epochs=0.5)), "grpo", 160) == 10  # 8 questions a step
     assert steps_between_measures(replace(c, eval=replace(c.eval, every_epochs=0.001)), "sft", 160) == 1
     assert steps_between_measures(replace(c, eval=replace(c.eval, every=7)), "sft", 160) == 7
+
+
+class Coming:
+    """A result that is there once it is set."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def set(self) -> None:
+        self._event.set()
+
+    def block_until_ready(self) -> None:
+        assert self._event.wait(60)
+
+
+def test_phases_add_up_to_the_time_between_the_ends_of_steps(monkeypatch):
+    """The clock says how often it has been asked: once where a step begins after a pause, and at the end of each phase."""
+    ticks = itertools.count()
+    monkeypatch.setattr(diary, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    watch, results = diary.Stopwatch(), [Coming() for _ in range(6)]
+    first = watch.step()
+    assert [watch.lap(phase, result) for phase, result in zip(("data", "score", "score"), results, strict=False)] == results[:3]
+    second = watch.step()  # before anything of the first is computed
+    watch.lap("update", results[3])
+    for result in results:
+        result.set()
+    assert first() == {"time/data_s": 1.0, "time/score_s": 2.0} and second() == {"time/update_s": 1.0}
+    next(ticks)  # something that is no part of a step
+    third = watch.step()
+    watch.lap("update", results[4])
+    assert third() == {"time/update_s": 1.0} and next(ticks) == 8
+
+
+def test_an_error_of_a_program_comes_where_its_step_is_read():
+    def fail(_: jax.Array) -> jax.Array:
+        raise ValueError("a fault of the device")
+
+    watch = diary.Stopwatch()
+    seconds = watch.step()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="a fault of the device"):
+        watch.lap("rollout", jax.jit(lambda x: jax.pure_callback(fail, x, x))(jnp.ones(3)))
+        seconds()
+
+
+def test_a_step_is_read_behind_the_next_and_before_what_is_due_after_it(tiny, tmp_path):
+    """Eight steps, a line every second, a measurement after the third, a checkpoint after the fifth, and all at the end."""
+    happened: list[str] = []
+
+    class Saved(Checkpoints):
+        def __init__(self) -> None:
+            pass
+
+        def save(self, step, state, record) -> None:
+            happened.append(f"save {step} {record['window']}")
+
+    def measure(_: object) -> dict[str, float]:
+        happened.append("measure")
+        return {}
+
+    def metrics(step: int) -> dict[str, float]:
+        happened.append(f"read {step}")
+        return {"sft/loss": float(step)}
+
+    c = replace(tiny, sft=replace(tiny.sft, steps=8), checkpoint=replace(tiny.checkpoint, every=5))
+    kept = diary.Diary(c, tmp_path, None, Saved(), measure, {"sft": 3}, BadRecords(), None)
+    state, batches = TrainState(jnp.int32(0), {}, {}, jnp.float32(0)), SimpleNamespace(get_state=dict)
+    for step in range(1, 9):
+        happened.append(f"dispatch {step}")
+        kept.keep("sft", step, state, batches, lambda step=step: metrics(step))
+    assert happened == [
+        *("dispatch 1", "dispatch 2", "read 1", "dispatch 3", "read 2", "read 3", "measure"),
+        *("dispatch 4", "dispatch 5", "read 4", "read 5", "save 5 {'sft/loss': [5.0]}"),
+        *("dispatch 6", "read 6", "measure", "dispatch 7", "dispatch 8", "read 7", "read 8", "measure", "save 8 {}"),
+    ]
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_stage_dispatches_a_step_before_it_reads_the_last(stage, tiny, tmp_path, monkeypatch):
+    happened, lap, measured = [], diary.Stopwatch.lap, train.measured
+
+    def noted_lap(self, phase, value):
+        happened.append(phase)
+        return lap(self, phase, value)
+
+    def noted_measured(*given):
+        happened.append("read")
+        return measured(*given)
+
+    monkeypatch.setattr(diary.Stopwatch, "lap", noted_lap)
+    monkeypatch.setattr(train, "measured", noted_measured)
+    short = {stage: replace(tiny.sft if stage == "sft" else tiny.grpo, steps=3), "mesh": replace(tiny.mesh, data=1)}
+    c = replace(tiny, stages=(stage,), eval=replace(tiny.eval, sources={}), data=replace(tiny.data, check_records=0), **short)
+    train.train(c, tmp_path / "run")
+    step = ["data", "update"] if stage == "sft" else ["data", "rollout", "score", "score", "update"]
+    assert happened == [*step, *step, "read", *step, "read", "read"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_steps_learning_rate_is_that_of_its_last_update(stage, tiny):
+    c = replace(tiny, grpo=replace(tiny.grpo, minibatches=2, updates_per_rollout=2))
+    own, updates = (c.sft, 1) if stage == "sft" else (c.grpo, 4)
+    schedule = optim.schedule(own.optimizer, own.steps * updates)
+    expected = [float(schedule(updates * step - 1)) for step in range(1, own.steps + 1)]
+    np.testing.assert_array_equal(learning_rates(c, stage), np.float32(expected))
