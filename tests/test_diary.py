@@ -116,6 +116,7 @@ def test_a_step_is_read_behind_the_next_and_before_what_is_due_after_it(tiny, tm
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_a_stage_dispatches_a_step_before_it_reads_the_last(stage, tiny, tmp_path, monkeypatch):
     happened, lap, measured = [], diary.Stopwatch.lap, train.measured
