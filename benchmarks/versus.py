@@ -2,13 +2,15 @@
 
 python benchmarks/versus.py [--size=tiny|small|3b_224|3b_448] [--peers=ours,hand,trl,…] [--rounds=5] [--threads=1]
     [--device=cpu|cuda] [--dtype=float32|bfloat16] [--checkpointing=true|false] [--prompts=N --group=N --tokens=N]
-    [--micro_batches=1] [--python=PEERS_PYTHON] [--json=O] [--out=O.md]
+    [--micro_batches=1] [--python=PEERS_PYTHON] [--big_vision=CLONE] [--json=O] [--out=O.md]
 
 Peers: ours; hand, the loop a torch user writes (Hugging Face's generate with its cache, then TRL's loss); trl, TRL's GRPOTrainer;
-generate_dynamic, generate_static and generate_compiled, sampling alone. A peer that is not installed is said to be so and left
-out:
+generate_dynamic, generate_static and generate_compiled, sampling alone; big_vision, a step of its model, its decode loop and its
+trainer's loss, and big_vision_decode, that loop alone. A peer that is not installed is said to be so and left out:
 
     pip install 'pg-ground[peers]'    (torch 2.13.0, transformers 5.23.0, trl 1.16.0)
+    git clone https://github.com/google-research/big_vision; git -C big_vision checkout 0127fb6; pip install tensorflow
+                                      (which it imports; then --big_vision=big_vision)
 
 Equal work: an architecture of the same sizes with random float32 parameters, all trained by Adam with the gradient clipped; the
 same numbers of prompts (an image and `prompt_tokens` tokens each), completions and tokens, none of which ends early; a KL to a
@@ -48,6 +50,8 @@ PEERS: dict[str, tuple[str, str]] = {
     "generate_dynamic": ("torch_peers.py", "generate:dynamic"),
     "generate_static": ("torch_peers.py", "generate:static"),
     "generate_compiled": ("torch_peers.py", "generate:compiled"),
+    "big_vision": ("big_vision_peer.py", ""),
+    "big_vision_decode": ("big_vision_peer.py", "decode"),
 }
 """Program and what it is to do."""
 
@@ -157,7 +161,7 @@ def tables(found: dict[str, Result | str], w: Work) -> list[Table]:
     """Returns CPU seconds and wall seconds a step, each with its ratio to ours."""
     measured = {name: result for name, result in found.items() if isinstance(result, Result)}
     out: list[Table] = []
-    for clock, label in (("cpu_seconds", "CPU seconds"), ("seconds", "seconds")):
+    for clock, label in (("cpu_seconds", "CPU seconds"), ("seconds", "seconds")) if measured else ():
         heads = ["peer", "rollout", "score", "update", "step", "rollout / ours", "step / ours", "spread", "tokens/s", "peak GiB"]
         rows = []
         for name, result in measured.items():
@@ -209,7 +213,7 @@ def commit() -> str:
 FLAGS = {
     "size": "tiny", "peers": ",".join(PEERS), "rounds": 5, "threads": 1, "device": "cpu", "dtype": "", "checkpointing": "true",
     "prompts": 0, "group": 0, "tokens": 0, "prompt_tokens": 16, "micro_batches": 1, "python": sys.executable,
-    "together": "", "logs": "", "json": "", "out": ""}  # fmt: skip
+    "big_vision": "", "together": "", "logs": "", "json": "", "out": ""}  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> None:
@@ -234,6 +238,9 @@ def main(argv: Sequence[str]) -> None:
     )
     if cpu:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-w.threads :])
+    if own["big_vision"]:
+        paths = [str(Path(own["big_vision"]).resolve()), os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     logs = Path(own["logs"] or "/tmp") / f"versus-{os.getpid()}"
     logs.mkdir(parents=True)
     together = own["together"] == "true" or (not own["together"] and cpu)

@@ -84,6 +84,7 @@ class Model:
     remat: str = "nothing_saveable"  # one of REMAT: which activations are kept for the backward pass; "none" keeps all
     scan_unroll: int = 1  # layers per turn of the loop over layers: more compile slower and, on a CPU, run faster
     logits_block: int = 8  # completion tokens whose vocabulary softmax is held at once
+    attention_block: int = 1024  # queries of a prompt whose attention logits are held at once
     coordinate_init: str = "normal"  # of <locNNNN> rows and patch positions, from nothing: "normal", or "sinusoid"
 
 
@@ -483,8 +484,8 @@ def _check(c: Config) -> None:
     positive = (
         "model.image_size", "model.vision.width", "model.vision.depth", "model.vision.mlp_dim", "model.vision.num_heads",
         "model.vision.patch_size", "model.text.width", "model.text.depth", "model.text.mlp_dim", "model.text.num_heads",
-        "model.text.num_kv_heads", "model.text.head_dim", "model.logits_block", "model.scan_unroll", "sft.steps",
-        "sft.batch_size", "sft.micro_batches", "grpo.steps", "grpo.batch_size", "grpo.micro_batches",
+        "model.text.num_kv_heads", "model.text.head_dim", "model.logits_block", "model.attention_block", "model.scan_unroll",
+        "sft.steps", "sft.batch_size", "sft.micro_batches", "grpo.steps", "grpo.batch_size", "grpo.micro_batches",
         "grpo.updates_per_rollout", "grpo.minibatches", "grpo.max_new_tokens", "grpo.advantage_epsilon",
         "grpo.kl_horizon", "eval.batch_size", "eval.max_new_tokens",
         "data.fetch.concurrency", "data.fetch.timeout_s", "data.fetch.max_bytes", "data.prompt_length",

@@ -240,6 +240,17 @@ def test_vocabulary_in_blocks_equals_the_whole(pg1, gradient_of):
     assert_close_trees(blocked_grads, whole_grads)
 
 
+@pytest.mark.parametrize("block", [1, 5, 3 * G])
+def test_attention_in_blocks_of_queries_equals_the_whole(tiny, gradient_of, block):
+    """Of patches (9), of a prefix (15) and of the completions of a group together: one at a time, uneven, three of each."""
+    x = inputs(tiny.model)
+    assert tiny.model.config.attention_block >= max(9 + L, G * T)
+    whole, whole_grads = gradient_of(*tiny, x)
+    blocked, blocked_grads = gradient_of(changed(tiny, attention_block=block), tiny.params, x)
+    np.testing.assert_allclose(blocked, whole, rtol=0, atol=CLOSE)
+    assert_close_trees(blocked_grads, whole_grads)
+
+
 def test_rematerialised_layers_equal_kept_ones(pg2, gradient_of):
     x = inputs(pg2.model)
     assert pg2.model.config.remat == "none"

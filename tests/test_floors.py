@@ -22,7 +22,7 @@ ASSETS = ("assets", "assets.make_tokenizer")
 """Floor 1 too: data files, and the script that makes them."""
 
 ROOMS = {
-    "model": ("lora", "siglip", "gemma", "paligemma", "files", "vqvae", "hugging_face", "weights"),
+    "model": ("blocks", "lora", "siglip", "gemma", "paligemma", "files", "vqvae", "hugging_face", "weights"),
     "data": (
         *("synthetic", "records", "masks", "sampling", "tables", "hub", "arrayrecord", "tfds", "refer", "relations", "fetch"),
         *("sources", "examples", "pipeline"),

@@ -6,12 +6,15 @@ Frequencies are compared with probabilities at fixed keys. For n draws of k cate
 
 from typing import NamedTuple
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis.extra import numpy as npst
 
-from pg_ground.rl.rollout import nucleus, sample
+from pg_ground.rl.rollout import _first_beyond, categorical, nucleus, sample
 from pg_ground.types import PrefixCache, Rollout, SuffixCache
 from pg_ground.vocab import BOS, CONTROL, EOS, PAD, UNK
 
@@ -161,6 +164,29 @@ def test_suppressed_ids_are_never_drawn_however_likely(table):
     table[:, list(CONTROL)] = 0
     found = draw(table, b=1, g=20_000, t=1, suppress=(*CONTROL, 5))
     assert_frequencies(np.asarray(found.tokens), only(softmax(table[WORDS[0]]), set(NOT_CONTROL) - {5}))
+
+
+def test_large_vocabularies_are_drawn_from_their_softmax():
+    """1,000 ids in blocks of 32, most of them so unlikely that they are drawn as often as nine together."""
+    logits = np.log(np.random.default_rng(0).dirichlet(np.full(1000, 0.1)) + 1e-12)
+    drawn = categorical(jax.random.key(0), jnp.broadcast_to(jnp.asarray(logits), (60_000, 1000)))
+    likely = np.argsort(-logits)[:99]
+    ranks = np.full(1000, 99)
+    ranks[likely] = np.arange(99)
+    p = softmax(logits)
+    assert_frequencies(ranks[np.asarray(drawn)], np.append(p[likely], 1 - p[likely].sum()))
+
+
+@hypothesis.given(
+    npst.arrays(np.float32, st.integers(1, 40), elements=st.sampled_from([0, 1e-30, 1e-7, 1 / 3, 1])),
+    st.sampled_from([0, 2.0**-23, 0.5, 1 - 2.0**-23]),
+)
+def test_what_weighs_nothing_is_never_reached(weights, share):
+    """At either end of what a random number can be, and behind the last weight."""
+    hypothesis.assume(weights.any())
+    place = int(_first_beyond(jnp.float32([share]), jnp.asarray(weights)))
+    assert weights[place] > 0
+    assert weights[:place].sum() <= (share + 1e-5) * weights.sum()
 
 
 def test_temperature_0_is_the_likeliest_token_whatever_the_key(table):

@@ -5,6 +5,7 @@ Every activation is `[B, G, t, …]`: the prefix itself is the case G = 1. A tok
 completion. Facts: big_vision/models/proj/paligemma/gemma_bv.py; arXiv 2403.08295 (Gemma), 2408.00118 (Gemma 2).
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from flax import linen as nn
 from jaxtyping import Bool, Float, Int
 
 from pg_ground.config import Lora, Text
+from pg_ground.model.blocks import in_blocks
 from pg_ground.model.lora import low_rank
 from pg_ground.model.siglip import rematerialised, sinusoids
 from pg_ground.types import Array, Places
@@ -28,6 +30,14 @@ class KeyValues(NamedTuple):
 
     k: Float[Array, "... K H"]
     v: Float[Array, "... K H"]
+
+
+class Seen(NamedTuple):
+    """What queries attend to: slots of their prompt, `[B, S, K, H]`, or of their own completion, `[B, G, S, K, H]`."""
+
+    kv: KeyValues
+    mask: Bool[Array, "#B S"] | None
+    """The slots that hold something; None where the slots are the queries' own, of which each sees those up to itself."""
 
 
 class Embedder(nn.Module):
@@ -79,6 +89,7 @@ class RMSNorm(nn.Module):
 
 class Attention(nn.Module):
     config: Text
+    block: int
     lora: Lora
 
     def setup(self) -> None:
@@ -91,22 +102,20 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "B G t D"],
         positions: Int[Array, "B G t"],
-        own: KeyValues | None,
-        own_mask: Bool[Array, "#B #G #t T"],
+        mask: Bool[Array, "B t"] | None,
+        past: KeyValues | None,
+        length: Int[Array, ""] | int,
         prefix: KeyValues | None,
         prefix_mask: Bool[Array, "B S"] | None,
-        write_at: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "B G t D"], KeyValues]:
         q, new = self._project(x, positions)
-        if own is None:
-            own = new
-        else:
-            own = KeyValues(
-                jax.lax.dynamic_update_slice_in_dim(own.k, new.k, write_at, axis=2),
-                jax.lax.dynamic_update_slice_in_dim(own.v, new.v, write_at, axis=2),
-            )
-        out = attend(q, own, own_mask, prefix, prefix_mask, self.config.attn_softcap)
-        return self.attn_vec_einsum("BGtNH,NHD->BGtD", out), own
+        seen = [Seen(new, mask)]
+        if past is not None:
+            seen.insert(0, Seen(past, (jnp.arange(past.k.shape[2]) < length)[None]))
+        if prefix is not None:
+            seen.insert(0, Seen(prefix, prefix_mask))
+        out = attend(q, seen, self.config.attn_softcap, self.block)
+        return self.attn_vec_einsum("BGtNH,NHD->BGtD", out), new
 
     def _project(self, x: Float[Array, "B G t D"], positions: Int[Array, "B G t"]) -> tuple[Float[Array, "B G t N H"], KeyValues]:
         """Returns scaled queries, and keys and values, turned by their positions."""
@@ -115,34 +124,40 @@ class Attention(nn.Module):
         return rope(q, positions) * self.config.query_scale, KeyValues(rope(k, positions), v)
 
 
-def attend(
-    q: Float[Array, "B G t N H"],
-    own: KeyValues,
-    own_mask: Bool[Array, "#B #G #t T"],
-    prefix: KeyValues | None,
-    prefix_mask: Bool[Array, "B S"] | None,
-    cap: float,
-) -> Float[Array, "B G t N H"]:
-    """Returns what queries read of their own completion and, if there is one, of the prefix they share with the group."""
-    b, g, t, n, h = q.shape
-    k = own.k.shape[3]
-    q = q.reshape(b, g, t, k, n // k, h)
-    logits = jnp.einsum("BGtKRH,BGTKH->BGKRtT", q, own.k, preferred_element_type=jnp.float32)
-    mask = jnp.broadcast_to(own_mask, (b, g, t, own.k.shape[2]))
-    if prefix is not None and prefix_mask is not None:
-        ahead = jnp.einsum("BGtKRH,BSKH->BGKRtS", q, prefix.k, preferred_element_type=jnp.float32)
-        logits = jnp.concatenate([ahead, logits], axis=-1)
-        behind = jnp.broadcast_to(prefix_mask[:, None, None], (b, g, t, prefix.k.shape[1]))
-        mask = jnp.concatenate([behind, mask], axis=-1)
-    if cap:
-        logits = softcap(logits, cap)
-    weights = jax.nn.softmax(jnp.where(mask[:, :, None, None], logits, MASKED), axis=-1).astype(own.v.dtype)
-    split = weights.shape[-1] - own.k.shape[2]
-    out = jnp.einsum("BGKRtT,BGTKH->BGtKRH", weights[..., split:], own.v, preferred_element_type=jnp.float32)
-    if prefix is not None:
-        behind = weights[..., :split]
-        out = out + jnp.einsum("BGKRtS,BSKH->BGtKRH", behind, prefix.v, preferred_element_type=jnp.float32)
-    return out.astype(own.v.dtype).reshape(b, g, t, n, h)
+def attend(q: Float[Array, "B G t N H"], seen: Sequence[Seen], cap: float, block: int) -> Float[Array, "B G t N H"]:
+    """Returns what queries read of all they see, by one softmax.
+
+    The group is one more axis of the queries, never a repeated batch. Logits are held for at most `block` queries of a prompt at
+    once (of all its completions; one of each at least), in the backward pass too.
+    """
+
+    def read(q: Float[Array, "B G t N H"], index: Int[Array, " t"]) -> Float[Array, "B G t N H"]:
+        b, g, t, n, h = q.shape
+        k = seen[0].kv.k.shape[-2]
+        q, logits, masks = q.reshape(b, g, t, k, n // k, h), [], []
+        for (keys, _), mask in seen:
+            slots = jnp.arange(keys.shape[-3])
+            logits.append(jnp.einsum(f"BGtKRH,{axes(keys)}KH->BGKRtS", q, keys, preferred_element_type=jnp.float32))
+            visible = (slots <= index[:, None])[None, None] if mask is None else mask[:, None, None]
+            masks.append(jnp.broadcast_to(visible, (b, g, t, slots.size)))
+        together = jnp.concatenate(logits, axis=-1)
+        if cap:
+            together = softcap(together, cap)
+        together = jnp.where(jnp.concatenate(masks, axis=-1)[:, :, None, None], together, MASKED)
+        weights, out, start = jax.nn.softmax(together, axis=-1).astype(q.dtype), jnp.float32(0), 0
+        for (_, values), _ in seen:
+            own = weights[..., start : start + values.shape[-3]]
+            out += jnp.einsum(f"BGKRtS,{axes(values)}KH->BGtKRH", own, values, preferred_element_type=jnp.float32)
+            start += values.shape[-3]
+        return out.astype(q.dtype).reshape(b, g, t, n, h)
+
+    def axes(x: Array) -> str:
+        return "BS" if x.ndim == 4 else "BGS"
+
+    at_once, length = max(block // q.shape[1], 1), q.shape[2]
+    if length <= at_once:
+        return read(q, jnp.arange(length))
+    return in_blocks(read, at_once, (2, 0), q, jnp.arange(length))
 
 
 class FeedForward(nn.Module):
@@ -184,25 +199,26 @@ def both_products(x: Float[Array, "B G t D"], w: Float[Array, "2 D F"]) -> tuple
 
 class Block(nn.Module):
     config: Text
+    attention_block: int
     lora: Lora
     places: Places
 
     def setup(self) -> None:
         self.pre_attention_norm, self.pre_ffw_norm = RMSNorm(), RMSNorm()
-        self.attn, self.mlp = Attention(self.config, self.lora), FeedForward(self.config, self.lora)
+        self.attn, self.mlp = Attention(self.config, self.attention_block, self.lora), FeedForward(self.config, self.lora)
         if self.config.post_norms:
             self.post_attention_norm, self.post_ffw_norm = RMSNorm(), RMSNorm()
 
-    def __call__(self, x, positions, own, own_mask, prefix, prefix_mask, write_at):
+    def __call__(self, x, positions, mask, past, length, prefix, prefix_mask):
         x = self.places.rows(x)
-        y, own = self.attn(self.pre_attention_norm(x), positions, own, own_mask, prefix, prefix_mask, write_at)
-        return self._rest(x, y), own
+        y, new = self.attn(self.pre_attention_norm(x), positions, mask, past, length, prefix, prefix_mask)
+        return self._rest(x, y), new
 
-    def both(self, streams, prefix_positions, prefix_mask, positions, own_mask):
+    def both(self, streams, prefix_positions, prefix_mask, positions):
         """The block for prefixes, then for their completions, which see the prefixes' keys and values."""
         before, x = streams
-        before, seen = self(before, prefix_positions, None, prefix_mask[:, None, None], None, None, 0)
-        x, _ = self(x, positions, None, own_mask, KeyValues(seen.k[:, 0], seen.v[:, 0]), prefix_mask, 0)
+        before, seen = self(before, prefix_positions, prefix_mask, None, 0, None, None)
+        x, _ = self(x, positions, None, None, 0, KeyValues(seen.k[:, 0], seen.v[:, 0]), prefix_mask)
         return (before, x), None
 
     def _rest(self, x: Float[Array, "B G t D"], y: Float[Array, "B G t D"]) -> Float[Array, "B G t D"]:
@@ -216,6 +232,7 @@ class Decoder(nn.Module):
     dtype: jnp.dtype
     remat: str
     unroll: int
+    attention_block: int
     coordinate_init: str
     lora: Lora
     places: Places
@@ -230,8 +247,8 @@ class Decoder(nn.Module):
         same = nn.broadcast
         self.layers = nn.scan(
             rematerialised(Block, self.remat, ("__call__", "both")),
-            methods={"__call__": over_layers(same, 0, same, 0, same, same), "both": over_layers(same, same, same, same)},
-        )(self.config, self.lora, self.places)
+            methods={"__call__": over_layers(same, same, 0, same, 0, same), "both": over_layers(same, same, same)},
+        )(self.config, self.attention_block, self.lora, self.places)
         self.final_norm = RMSNorm()
 
     def embed(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
@@ -242,19 +259,19 @@ class Decoder(nn.Module):
         self,
         x: Float[Array, "B G t D"],
         positions: Int[Array, "B G t"],
-        own: KeyValues | None,
-        own_mask: Bool[Array, "#B #G #t T"],
+        mask: Bool[Array, "B t"] | None,
+        past: KeyValues | None = None,
+        length: Int[Array, ""] | int = 0,
         prefix: KeyValues | None = None,
         prefix_mask: Bool[Array, "B S"] | None = None,
-        write_at: Int[Array, ""] | int = 0,
     ) -> tuple[Float[Array, "B G t D"], KeyValues]:
-        """Returns the final hidden states of `x`, and `own` with the keys and values of `x` written from slot `write_at` on.
+        """Returns the final hidden states of `x` and its keys and values, stacked over layers as `past` and `prefix` are.
 
-        `own` and `prefix` are stacked over layers. `own_mask[…, i, j]` lets token i see slot j of its own completion;
-        `own` None means that `x` is all there is of it. Every token sees the slots of the prefix where `prefix_mask` holds.
+        Every token sees those of `x` where `mask` holds, or without one those up to itself; the first `length` slots of `past`,
+        of its own completion; and the slots of the prefix where `prefix_mask` holds.
         """
-        x, written = self.layers(x, positions, own, own_mask, prefix, prefix_mask, jnp.asarray(write_at))
-        return self.final_norm(x), written
+        x, new = self.layers(x, positions, mask, past, jnp.asarray(length), prefix, prefix_mask)
+        return self.final_norm(x), new
 
     def both(
         self,
@@ -262,14 +279,13 @@ class Decoder(nn.Module):
         prefix_mask: Bool[Array, "B S"],
         x: Float[Array, "B G t D"],
         positions: Int[Array, "B G t"],
-        own_mask: Bool[Array, "#B #G t t"],
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B G t D"]]:
         """Returns the final hidden states of prefixes and of their completions.
 
         What two calls give, side by side: each layer's weights serve both while they are gathered, and no cache outlives it.
         """
         where = jnp.cumsum(prefix_mask, axis=1)[:, None] - 1
-        (before, x), _ = self.layers.both((before[:, None], x), where, prefix_mask, positions, own_mask)
+        (before, x), _ = self.layers.both((before[:, None], x), where, prefix_mask, positions)
         return self.final_norm(before[:, 0]), self.final_norm(x)
 
     def vocabulary(self) -> Float[Array, "V D"]:

@@ -4,7 +4,6 @@ Prefix-LM: image and prompt see each other in both directions; a completion toke
 the prefix sees a completion. So the prefix is computed once per prompt, exactly, whatever the number of completions.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from flax import linen as nn
 from jaxtyping import Bool, Float, Int, PRNGKeyArray, UInt8
 
 from pg_ground.config import Model
+from pg_ground.model.blocks import in_blocks
 from pg_ground.model.gemma import Decoder, KeyValues, softcap
 from pg_ground.model.siglip import Tower
 from pg_ground.params import is_multiplied, map_named
@@ -39,7 +39,7 @@ class Network(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        how = (jnp.dtype(c.dtype), c.remat, c.scan_unroll, c.coordinate_init, c.lora, self.places)
+        how = (jnp.dtype(c.dtype), c.remat, c.scan_unroll, c.attention_block, c.coordinate_init, c.lora, self.places)
         self.img = Tower(c.vision, c.text.width, *how)
         self.llm = Decoder(c.text, *how)
 
@@ -49,7 +49,7 @@ class Network(nn.Module):
         """Returns the cache of image and prompt, and the hidden state of the last prompt token."""
         x, mask = self._embed_prefix(image, prompt, prompt_mask)
         positions = jnp.cumsum(mask, axis=1) - 1
-        hidden, own = self.llm(x[:, None], positions[:, None], None, mask[:, None, None])
+        hidden, own = self.llm(x[:, None], positions[:, None], mask)
         return PrefixCache(own.k[:, :, 0], own.v[:, :, 0], mask), last_of(hidden[:, 0], mask)
 
     def _embed_prefix(self, image: Image, prompt: Int[Array, "B L"], prompt_mask: Bool[Array, "B L"]) -> tuple[Array, Array]:
@@ -63,20 +63,20 @@ class Network(nn.Module):
         """Returns the hidden states of the next t tokens of each completion, and the cache with them in it."""
         t = tokens.shape[2]
         start = 0 if suffix is None else suffix.length
-        own = None if suffix is None else KeyValues(suffix.k, suffix.v)
-        slots = t if suffix is None else suffix.k.shape[3]
-        past = jnp.arange(slots) <= start + jnp.arange(t)[:, None]
+        past = None if suffix is None else KeyValues(suffix.k, suffix.v)
         positions = prefix.mask.sum(axis=1)[:, None, None] + start + jnp.arange(t)
-        hidden, own = self.llm(
+        hidden, new = self.llm(
             self.llm.embed(tokens),
             jnp.broadcast_to(positions, tokens.shape),
-            own,
-            past[None, None],
+            None,
+            past,
+            start,
             KeyValues(prefix.k, prefix.v),
             prefix.mask,
-            start,
         )
-        return hidden, SuffixCache(own.k, own.v, jnp.asarray(start + t))
+        if past is not None:  # written once and behind the loop over layers, which would write all of the past anew
+            new = jax.tree.map(lambda old, own: jax.lax.dynamic_update_slice_in_dim(old, own, start, axis=3), past, new)
+        return hidden, SuffixCache(new.k, new.v, jnp.asarray(start + t))
 
     def both(
         self, image: Image, prompt: Int[Array, "B L"], prompt_mask: Bool[Array, "B L"], tokens: Int[Array, "B G t"]
@@ -85,8 +85,7 @@ class Network(nn.Module):
         x, mask = self._embed_prefix(image, prompt, prompt_mask)
         t = tokens.shape[2]
         positions = jnp.broadcast_to(mask.sum(axis=1)[:, None, None] + jnp.arange(t), tokens.shape)
-        past = jnp.tril(jnp.ones((t, t), bool))[None, None]
-        before, hidden = self.llm.both(x, mask, self.llm.embed(tokens), positions, past)
+        before, hidden = self.llm.both(x, mask, self.llm.embed(tokens), positions)
         return last_of(before, mask), hidden
 
     def vocabulary(self) -> Float[Array, "V D"]:
@@ -189,7 +188,9 @@ class PaliGemma:
         first = jnp.broadcast_to(first[:, None, None], (*tokens.shape[:2], 1, first.shape[-1]))
         hidden = jnp.concatenate([first, hidden], axis=2)
         table = self._vocabulary(params)
-        return in_blocks(lambda h, chosen: score(self._logits(table, h), chosen), self.config.logits_block, hidden, tokens)
+        return in_blocks(
+            lambda h, chosen: score(self._logits(table, h), chosen), self.config.logits_block, (2, 2), hidden, tokens
+        )
 
     def _apply(self, params: Params, method: str, *args: Any, dropout_key: PRNGKeyArray | None = None) -> Any:
         rngs = {} if dropout_key is None else {"dropout": dropout_key}
@@ -218,23 +219,3 @@ def last_of(hidden: Float[Array, "B S D"], mask: Bool[Array, "B S"]) -> Float[Ar
     """Returns the states at the last slots where `mask` holds."""
     last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-
-
-def in_blocks(f: Callable[[Array, Array], Any], block: int, hidden: Float[Array, "B G T D"], tokens: Int[Array, "B G T"]) -> Any:
-    """Returns `f(hidden, tokens)`, computed over `block` slots of T at a time and recomputed in the backward pass."""
-    length = tokens.shape[2]
-    blocks = math.ceil(length / block)
-    if blocks == 1:
-        return jax.checkpoint(f)(hidden, tokens)
-    pad = blocks * block - length
-
-    def split(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 3))
-        return jnp.moveaxis(x.reshape(*x.shape[:2], blocks, block, *x.shape[3:]), 2, 0)
-
-    def join(x: Array) -> Array:
-        x = jnp.moveaxis(x, 0, 2)
-        return x.reshape(*x.shape[:2], blocks * block)[:, :, :length]
-
-    scores = jax.lax.map(lambda parts: jax.checkpoint(f)(*parts), (split(hidden), split(tokens)))
-    return jax.tree.map(join, scores)

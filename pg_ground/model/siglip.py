@@ -10,6 +10,7 @@ from flax import linen as nn
 from jaxtyping import Float, UInt8
 
 from pg_ground.config import Lora, Vision
+from pg_ground.model.blocks import in_blocks
 from pg_ground.model.lora import low_rank
 from pg_ground.types import Array, Places
 
@@ -46,9 +47,10 @@ class MlpBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of every patch to every patch."""
+    """Multi-head attention of every patch to every patch; logits are held for at most `block` patches at once."""
 
     config: Vision
+    block: int
     lora: Lora
 
     @nn.compact
@@ -56,9 +58,13 @@ class Attention(nn.Module):
         width, heads = self.config.width, self.config.num_heads
         shape = (width, heads, width // heads)
         q, k, v = (Dense("BPD,DNH->BPNH", shape, self.lora, name=name)(x) for name in ("query", "key", "value"))
-        logits = jnp.einsum("BPNH,BQNH->BNPQ", q * shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
-        y = jnp.einsum("BNPQ,BQNH->BPNH", weights, v)
+
+        def read(q: Float[Array, "B p N H"]) -> Float[Array, "B p N H"]:
+            logits = jnp.einsum("BpNH,BQNH->BNpQ", q * shape[-1] ** -0.5, k, preferred_element_type=jnp.float32)
+            weights = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
+            return jnp.einsum("BNpQ,BQNH->BpNH", weights, v)
+
+        y = read(q) if x.shape[1] <= self.block else in_blocks(read, self.block, (1,), q)
         return Dense("BPNH,NHD->BPD", (*shape[1:], width), self.lora, name="out")(y)
 
 
@@ -67,13 +73,14 @@ class EncoderBlock(nn.Module):
 
     config: Vision
     dtype: jnp.dtype
+    attention_block: int
     lora: Lora
     places: Places
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"], _: None) -> tuple[Float[Array, "B P D"], None]:
         x = self.places.rows(x)
-        attention = Attention(self.config, self.lora, name="MultiHeadDotProductAttention_0")
+        attention = Attention(self.config, self.attention_block, self.lora, name="MultiHeadDotProductAttention_0")
         x = self.places.rows(x + attention(nn.LayerNorm(dtype=self.dtype)(x)))
         return self.places.rows(x + MlpBlock(self.config, self.lora)(nn.LayerNorm(dtype=self.dtype)(x))), None
 
@@ -83,6 +90,7 @@ class Encoder(nn.Module):
     dtype: jnp.dtype
     remat: str
     unroll: int
+    attention_block: int
     lora: Lora
     places: Places
 
@@ -97,7 +105,7 @@ class Encoder(nn.Module):
             length=c.depth,
             unroll=self.unroll,
         )
-        x, _ = blocks(c, self.dtype, self.lora, self.places, name="encoderblock")(x, None)
+        x, _ = blocks(c, self.dtype, self.attention_block, self.lora, self.places, name="encoderblock")(x, None)
         return nn.LayerNorm(dtype=self.dtype, name="encoder_norm")(x)
 
 
@@ -112,6 +120,7 @@ class Tower(nn.Module):
     dtype: jnp.dtype
     remat: str
     unroll: int
+    attention_block: int
     coordinate_init: str
     lora: Lora
     places: Places
@@ -128,7 +137,7 @@ class Tower(nn.Module):
         init = sinusoids_2d if self.coordinate_init == "sinusoid" else nn.initializers.normal(c.width**-0.5)
         posemb = self.param("pos_embedding", init, (1, x.shape[1], c.width))
         x = self.places.rows(x + posemb.astype(x.dtype))
-        x = Encoder(c, self.dtype, self.remat, self.unroll, self.lora, self.places, name="Transformer")(x)
+        x = Encoder(c, self.dtype, self.remat, self.unroll, self.attention_block, self.lora, self.places, name="Transformer")(x)
         return Dense("BPD,DO->BPO", (c.width, self.out_width), self.lora, nn.initializers.lecun_normal, name="head")(x)
 
 

@@ -1,0 +1,38 @@
+"""Working through an axis a block at a time, so that what is large is never whole."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pg_ground.types import Array
+
+
+def in_blocks(f: Callable[..., Any], block: int, axes: tuple[int, ...], *arrays: Array) -> Any:
+    """Returns `f(*arrays)`, computed over at most `block` slots at a time and recomputed in the backward pass.
+
+    Blocks are as equal as can be; the last is padded with zeros, of which nothing is kept.
+
+    Args:
+      f: to a tree of arrays that have these slots where the first of `arrays` has them.
+      axes: where each array has the slots.
+    """
+    length = arrays[0].shape[axes[0]]
+    blocks = math.ceil(length / block)
+    if blocks == 1:
+        return jax.checkpoint(f)(*arrays)
+    size = math.ceil(length / blocks)
+
+    def split(x: Array, axis: int) -> Array:
+        x = jnp.pad(x, [(0, (blocks * size - length) * (i == axis)) for i in range(x.ndim)])
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], blocks, size, *x.shape[axis + 1 :]), axis, 0)
+
+    def join(x: Array) -> Array:
+        x = jnp.moveaxis(x, 0, axes[0])
+        x = x.reshape(*x.shape[: axes[0]], blocks * size, *x.shape[axes[0] + 2 :])
+        return jax.lax.slice_in_dim(x, 0, length, axis=axes[0])
+
+    found = jax.lax.map(lambda parts: jax.checkpoint(f)(*parts), tuple(map(split, arrays, axes)))
+    return jax.tree.map(join, found)
