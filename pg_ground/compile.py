@@ -26,7 +26,7 @@ import jax
 from pg_ground import ahead, chips, cli, config, hlo, programs, sharding
 from pg_ground.chips import CHIPS, GIB, Chip
 from pg_ground.config import Config
-from pg_ground.memory import KINDS
+from pg_ground.memory import KINDS, image_tokens
 from pg_ground.pages import Table, ascii_table
 from pg_ground.types import UserError
 
@@ -322,6 +322,8 @@ def advice(c: Config, fit: Fit, chip: Chip) -> str:
         said.append(f"twice config.{stage}.micro_batches, or a smaller config.{stage}.batch_size")
         if c.model.logits_block > 2:
             said.append(f"config.model.logits_block=2 (now {c.model.logits_block})")
+        if not c.model.attention_block and image_tokens(c) > 1024:
+            said.append("config.model.attention_block=512")
     if fit.kinds["rollout weights"] and fit.program in ("rollout", "evaluation"):
         said.append("config.grpo.rollout_weights=sharded")
     return "\n".join([*lines, "What would help: " + "; ".join(said or ["more chips"])])

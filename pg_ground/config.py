@@ -84,7 +84,7 @@ class Model:
     remat: str = "nothing_saveable"  # one of REMAT: which activations are kept for the backward pass; "none" keeps all
     scan_unroll: int = 1  # layers per turn of the loop over layers: more compile slower and, on a CPU, run faster
     logits_block: int = 8  # completion tokens whose vocabulary softmax is held at once
-    attention_block: int = 1024  # queries of a prompt whose attention logits are held at once
+    attention_block: int = 0  # queries of a prompt whose attention logits are held at once; 0 is all of them
     coordinate_init: str = "normal"  # of <locNNNN> rows and patch positions, from nothing: "normal", or "sinusoid"
 
 
@@ -484,7 +484,7 @@ def _check(c: Config) -> None:
     positive = (
         "model.image_size", "model.vision.width", "model.vision.depth", "model.vision.mlp_dim", "model.vision.num_heads",
         "model.vision.patch_size", "model.text.width", "model.text.depth", "model.text.mlp_dim", "model.text.num_heads",
-        "model.text.num_kv_heads", "model.text.head_dim", "model.logits_block", "model.attention_block", "model.scan_unroll",
+        "model.text.num_kv_heads", "model.text.head_dim", "model.logits_block", "model.scan_unroll",
         "sft.steps", "sft.batch_size", "sft.micro_batches", "grpo.steps", "grpo.batch_size", "grpo.micro_batches",
         "grpo.updates_per_rollout", "grpo.minibatches", "grpo.max_new_tokens", "grpo.advantage_epsilon",
         "grpo.kl_horizon", "eval.batch_size", "eval.max_new_tokens",
@@ -498,7 +498,7 @@ def _check(c: Config) -> None:
         value = operator.attrgetter(path)(c)
         need(value > 0, path, value, "above 0")
     zero_or_more = (
-        "grpo.top_k", "grpo.resample", "grpo.kl_target",
+        "model.attention_block", "grpo.top_k", "grpo.resample", "grpo.kl_target",
         "seed", "eval.every", "eval.examples", "eval.rollouts", "log.samples_every", "mesh.cpu_devices", "data.workers",
         "data.read_threads", "data.check_records",
         "data.fetch.retries", "data.fetch.backoff_s", "data.mask_size", "grpo.judging.memory_bytes",

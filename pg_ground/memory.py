@@ -84,9 +84,14 @@ def _layers(config: Config, mesh: AnyMesh, w: Work, copies: int) -> tuple[float,
     patches = image_tokens(config)
     prefix, fed = patches + config.data.prompt_length, w.group * max(w.tokens - 1, 1)
     wide = (copies * fed + max(copies - 2, 2) * prefix) * m.text.mlp_dim * _width(config)
-    seen = prefix**2 + fed * (prefix + w.tokens)
+
+    def at_once(queries: int) -> int:
+        return min(queries, m.attention_block or queries)
+
+    seen = at_once(prefix) * prefix + at_once(fed) * (prefix + w.tokens)
     text = w.prompts * (wide + 1.5 * seen * m.text.num_heads * 4) / model
-    tower = w.prompts * (copies * patches * m.vision.mlp_dim * _width(config) + 1.5 * patches**2 * m.vision.num_heads * 4) / model
+    logits = 1.5 * at_once(patches) * patches * m.vision.num_heads * 4
+    tower = w.prompts * (copies * patches * m.vision.mlp_dim * _width(config) + logits) / model
     return text, tower
 
 

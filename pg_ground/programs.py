@@ -241,4 +241,6 @@ def reader(config: Config, mesh: Mesh, params: Any) -> Callable[[Any], Any]:
     """Returns the function that makes of such parameters what sampling reads: `rollout_weights`, or the same."""
     if not gathers(config, mesh, sharding.hbm_bytes(mesh)) or read_like(config, mesh, params) is params:
         return lambda params: params
-    return compiled(rollout_weights(config, mesh, params), config, mesh)
+    gather = compiled(rollout_weights(config, mesh, params), config, mesh)
+    # as large as a model: while an update ran, it would come on top of what that needs
+    return lambda params: gather(jax.block_until_ready(params))

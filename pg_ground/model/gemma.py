@@ -6,6 +6,7 @@ completion. Facts: big_vision/models/proj/paligemma/gemma_bv.py; arXiv 2403.0829
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -128,7 +129,7 @@ def attend(q: Float[Array, "B G t N H"], seen: Sequence[Seen], cap: float, block
     """Returns what queries read of all they see, by one softmax.
 
     The group is one more axis of the queries, never a repeated batch. Logits are held for at most `block` queries of a prompt at
-    once (of all its completions; one of each at least), in the backward pass too.
+    once (of all its completions; one of each at least), in the backward pass too; for all of them if `block` is 0.
     """
 
     def read(q: Float[Array, "B G t N H"], index: Int[Array, " t"]) -> Float[Array, "B G t N H"]:
@@ -154,10 +155,9 @@ def attend(q: Float[Array, "B G t N H"], seen: Sequence[Seen], cap: float, block
     def axes(x: Array) -> str:
         return "BS" if x.ndim == 4 else "BGS"
 
-    at_once, length = max(block // q.shape[1], 1), q.shape[2]
-    if length <= at_once:
-        return read(q, jnp.arange(length))
-    return in_blocks(read, at_once, (2, 0), q, jnp.arange(length))
+    length = q.shape[2]
+    at_once = max(block // q.shape[1], 1) if block else length
+    return (read if length <= at_once else partial(in_blocks, read, at_once, (2, 0)))(q, jnp.arange(length))
 
 
 class FeedForward(nn.Module):

@@ -47,7 +47,7 @@ class MlpBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of every patch to every patch; logits are held for at most `block` patches at once."""
+    """Multi-head attention of every patch to every patch; logits are held for at most `block` of them at once, if it is not 0."""
 
     config: Vision
     block: int
@@ -64,7 +64,7 @@ class Attention(nn.Module):
             weights = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
             return jnp.einsum("BNpQ,BQNH->BpNH", weights, v)
 
-        y = read(q) if x.shape[1] <= self.block else in_blocks(read, self.block, (1,), q)
+        y = in_blocks(read, self.block, (1,), q) if 0 < self.block < x.shape[1] else read(q)
         return Dense("BPNH,NHD->BPD", (*shape[1:], width), self.lora, name="out")(y)
 
 
