@@ -93,17 +93,17 @@ def _traffic(i: Instruction, shapes: Mapping[str, str], program: Mapping[str, li
         return 2 * size(shapes.get(i.operands[1], ""), True)
     if i.operation == "copy-start":
         return sum(size(part, True) for part in (i.shape.split("}, ")[0], shapes.get(i.operands[0], "")))
-    if i.operation != "fusion":
+    if i.operation not in ("fusion", "async-start"):
         return size(i.shape, True) + sum(size(shapes.get(name, ""), True) for name in i.operands)
     inner = program.get(_called(i.attributes, "calls"), [])
-    names = _parameters(inner)
+    names, made = _parameters(inner), size(i.shape.partition("), ")[2] if i.operation == "async-start" else i.shape, True)
     read_bytes = 0
     for place, operand in enumerate(i.operands):
         read_bytes += _read_of(names.get(place, ""), inner, size(shapes.get(operand, ""), True), program)
     updates = [k for k in inner if k.operation == "dynamic-update-slice"]
     inside = {j.name: j.shape for j in inner}
-    written = sum(size(inside.get(k.operands[1], "")) for k in updates) if updates else size(i.shape, True)
-    return read_bytes + min(written, size(i.shape, True))
+    written = sum(size(inside.get(k.operands[1], "")) for k in updates) if updates else made
+    return read_bytes + min(written, made)
 
 
 def _parameters(computation: list[Instruction]) -> dict[int, str]:

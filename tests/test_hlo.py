@@ -72,6 +72,11 @@ TPU = """HloModule m, is_scheduled=true
   ROOT %all-gather.2 = bf16[64,128]{1,0} all-gather(%input.2), channel_id=7, dimensions={0}
 }
 
+%part (whole: bf16[8,128]) -> bf16[2,128] {
+  %whole = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %slice.1 = bf16[2,128]{1,0:T(8,128)(2,1)S(1)} slice(%whole), slice={[0:2], [0:128]}
+}
+
 %condition (state: (s32[], bf16[8,128])) -> pred[] {
   %state = (s32[]{:T(128)}, bf16[8,128]{1,0}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%state), index=0
@@ -90,19 +95,22 @@ TPU = """HloModule m, is_scheduled=true
 
 ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
   %a = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+  %slice-start = ((bf16[8,128]{1,0:T(8,128)(2,1)}), bf16[2,128]{1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) async-start(%a), calls=%part
+  %slice-done = bf16[2,128]{1,0:T(8,128)(2,1)S(1)} async-done(%slice-start)
   %zero = s32[]{:T(128)} constant(0)
   %tuple.2 = (s32[]{:T(128)}, bf16[8,128]{1,0}) tuple(%zero, %a)
   %while.1 = (s32[]{:T(128)}, bf16[8,128]{1,0}) while(%tuple.2), condition=%condition, body=%body
   ROOT %out = bf16[8,128]{1,0} get-tuple-element(%while.1), index=1
 }
 """
-"""What a TPU's program looks like: a gather spread over two fusions, a sum of which a device keeps its part, numbers in VMEM."""
+"""What a TPU's program looks like: a gather spread over two fusions, a sum of which a device keeps its part, numbers in VMEM, and
+a slice brought there ahead of time."""
 
 
 def test_a_tpus_program():
     found = hlo.read(TPU, 1)
     assert found.collectives == {"all-gather": (18, 18 * 64 * 128 * 2), "reduce-scatter": (18, 18 * 64 * 128 * 2)}
-    assert found.hbm_bytes == 18 * 8 * 128 * 2  # the result of fusion.9; the rest lies in VMEM
+    assert found.hbm_bytes == (18 * 8 + 2) * 128 * 2  # the result of fusion.9, and a slice read; the rest lies in VMEM
 
 
 @pytest.mark.parametrize(
