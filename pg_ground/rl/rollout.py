@@ -103,9 +103,9 @@ def categorical(key: PRNGKeyArray, logits: Float[Array, "... V"]) -> Int[Array, 
     """Returns ids drawn with the probabilities softmax(logits); one of probability 0 never is.
 
     By inverting the cumulative distribution, over blocks of ids and then within one: two random numbers a row, where
-    `jax.random.categorical` takes one for each id (and a third of a small model's rollout on a CPU). A TPU makes these where it looks
-    for the largest, and would copy logits to cut them into blocks. The number of blocks divides the vocabulary: one that is split
-    over up to 64 devices stays so.
+    `jax.random.categorical` takes one for each id (and a third of a small model's rollout on a CPU). A TPU makes these where it
+    looks for the largest, and would copy logits to cut them into blocks. The number of blocks divides the vocabulary: one that
+    is split over up to 64 devices stays so.
     """
     blocks = logits.reshape(*logits.shape[:-1], math.gcd(logits.shape[-1], 64), -1)
     highest = logits.max(axis=-1)[..., None, None]
