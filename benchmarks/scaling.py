@@ -1,6 +1,6 @@
 """How a step's cost grows with group, completion length, image and batch, beside the growth of its operations by formula.
 
-python benchmarks/scaling.py [--axes=group,tokens,image,prompts] [--repeats=3] [--json=O]
+python benchmarks/scaling.py [--axes=group,tokens,image,prompts] [--repeats=3] [--attention_block=0] [--json=O]
 
 A small model of PaliGemma's architecture. For each program: CPU seconds (the fastest of `repeats`), bytes that it needs beside
 its arguments and results, and operations counted in its jaxpr, recomputation included; for each axis the exponent of a straight
@@ -50,11 +50,11 @@ class Cost(NamedTuple):
     flops: float
 
 
-def costs(axis: str, value: int, repeats: int) -> dict[str, Cost]:
+def costs(axis: str, value: int, repeats: int, attention_block: int) -> dict[str, Cost]:
     """Returns what each program costs with one of the sizes changed."""
     w = BASE if axis == "image" else BASE._replace(**{axis: value})
     tree = ours.recipe(w)
-    tree.model.image_size = value if axis == "image" else 96
+    tree.model.update(image_size=value if axis == "image" else 96, attention_block=attention_block)
     c = config.parse(tree)
     mesh = sharding.make_mesh(c.mesh)
     model = PaliGemma(c.model, sharding.places(mesh))
@@ -91,7 +91,7 @@ def exponent(values: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def main(argv: Sequence[str]) -> None:
-    own = cli.parse_own(argv, {"axes": ",".join(AXES), "repeats": 3, "json": ""})
+    own = cli.parse_own(argv, {"axes": ",".join(AXES), "repeats": 3, "attention_block": 0, "json": ""})
     axes = own["axes"].split(",")
     for axis in axes:
         if axis not in AXES:
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> None:
     everything, rows = {}, []
     for axis in axes:
         values = AXES[axis]
-        found = [costs(axis, value, own["repeats"]) for value in values]
+        found = [costs(axis, value, own["repeats"], own["attention_block"]) for value in values]
         everything[axis] = {value: {k: v._asdict() for k, v in point.items()} for value, point in zip(values, found, strict=True)}
         for name in PROGRAMS:
             of = [point[name] for point in found]

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
@@ -27,7 +29,7 @@ def optimizer(c: Optimizer, steps: int, factors: Mapping[str, float] | None = No
     `factors` multiply the learning rates of the parameters they name; the norm that is clipped is that before.
     """
     lr = schedule(c, steps)
-    clip = optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity()
+    clip = clipped(c.clip_norm) if c.clip_norm else optax.identity()
     if c.name == "adamw":
         step = optax.adamw(lr, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay)
     else:
@@ -46,6 +48,20 @@ def optimizer(c: Optimizer, steps: int, factors: Mapping[str, float] | None = No
         return map_named(lambda name, update: update * factors[name], updates)
 
     return optax.chain(clip, step, optax.stateless(scale))
+
+
+def clipped(norm: float) -> optax.GradientTransformation:
+    """Returns what scales gradients down to a global norm of `norm` where theirs is larger.
+
+    As `optax.clip_by_global_norm`, but by one factor: XLA writes out a gradient that is divided, and reads it twice, where it
+    multiplies in passing (7 % of an update of 270 million parameters on a CPU).
+    """
+
+    def scale(updates: Any, _: Any) -> Any:
+        factor = jnp.minimum(1.0, norm / optax.tree.norm(updates))
+        return jax.tree.map(lambda update: update * factor.astype(update.dtype), updates)
+
+    return optax.stateless(scale)
 
 
 def matrices(params: Any) -> Any:

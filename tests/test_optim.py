@@ -1,8 +1,11 @@
 """The optax chain of a stage."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
@@ -48,6 +51,13 @@ def test_a_muon_update_is_orthogonal_matrix_by_matrix():
         values = np.linalg.svd(matrix, compute_uv=False)
         values = values / values.mean()
         assert values.min() > 0.5 and values.max() < 1.5  # five Newton-Schulz steps leave singular values within about 0.7..1.2
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
+def test_clipping_is_optaxs(scale):
+    grads = {"a": scale * jnp.linspace(-1, 1, 12).reshape(3, 4), "b": jnp.full(5, scale * 0.1)}
+    found, expected = (clip.update(grads, clip.init(grads))[0] for clip in (optim.clipped(1.5), optax.clip_by_global_norm(1.5)))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
 
 
 def test_clipping_bounds_the_gradient_that_the_optimizer_sees():
