@@ -53,7 +53,9 @@ def main(argv: Sequence[str]) -> None:
         for _ in range(2):
             done = subprocess.run([sys.executable, __file__, *argv, f"--cache={cache}"], capture_output=True, text=True)
             if done.returncode:
-                raise UserError((done.stderr.strip().splitlines() or ["a process ended without a word"])[-1])
+                raise UserError(
+                    (done.stderr.strip().splitlines() or ["a process ended without a word"])[-1].removeprefix("error: ")
+                )
             starts.append(json.loads(done.stdout.splitlines()[-1]))
     rows = [[name, *(f"{spent:.1f}" for start in starts for spent in start[name])] for name in starts[0]]
     rows.append(["all", *(f"{sum(part):.1f}" for start in starts for part in zip(*start.values(), strict=True))])

@@ -180,7 +180,8 @@ class Diary:
         first_traced, last_traced = c.log.profile_steps
         trace = step in (first_traced - 1, last_traced)
         tell = log and jax.process_count() > 1  # by a program of the devices, which comes after all that they have to do
-        self._unread.append(partial(self._note, step, stage, metrics, log, last))
+        counts = self._bad_counts() if log else {}
+        self._unread.append(partial(self._note, step, stage, metrics, log, counts, last))
         while len(self._unread) > (0 if measure or show or save or trace or tell else 1):
             self._unread.popleft()()
         if measure:
@@ -195,14 +196,14 @@ class Diary:
             self._update_report()
         self._trace(step)
 
-    def _note(self, step: int, stage: str, metrics: Callable[[], Mapping[str, float]], log: bool, last: bool) -> None:
+    def _note(
+        self, step: int, stage: str, metrics: Callable[[], Mapping[str, float]], log: bool, counts: Any, last: bool
+    ) -> None:
         """Waits for the numbers of a step, and writes a line where one is due."""
         for name, value in metrics().items():
             self._window.setdefault(name, []).append(float(value))
         if log:
             means = {name: mean_of_finite(values) for name, values in self._window.items()}
-            kinds = Counter(entry["kind"] for entry in self._bad_records())
-            counts = {f"data/bad_records/{kind}": float(count) for kind, count in kinds.items()}
             self._write(step, stage, means | counts, last)
             self._window = {}
 
@@ -249,6 +250,10 @@ class Diary:
                 print(ascii_table(table))
         processes.barrier("report")
         return self.workdir / report.FILE
+
+    def _bad_counts(self) -> dict[str, float]:
+        kinds = Counter(entry["kind"] for entry in self._bad_records())
+        return {f"data/bad_records/{kind}": float(count) for kind, count in kinds.items()}
 
     def _bad_records(self) -> list[dict[str, Any]]:
         """Returns those that any process has come across, each once."""

@@ -85,10 +85,10 @@ def _layers(config: Config, mesh: AnyMesh, w: Work, copies: int) -> tuple[float,
     prefix, fed = patches + config.data.prompt_length, w.group * max(w.tokens - 1, 1)
     wide = (copies * fed + max(copies - 2, 2) * prefix) * m.text.mlp_dim * _width(config)
 
-    def at_once(queries: int) -> int:
-        return min(queries, m.attention_block or queries)
+    def at_once(queries: int, least: int = 1) -> int:
+        return min(queries, max(m.attention_block, least) if m.attention_block else queries)
 
-    seen = at_once(prefix) * prefix + at_once(fed) * (prefix + w.tokens)
+    seen = at_once(prefix) * prefix + at_once(fed, w.group) * (prefix + w.tokens)
     text = w.prompts * (wide + 1.5 * seen * m.text.num_heads * 4) / model
     logits = 1.5 * at_once(patches) * patches * m.vision.num_heads * 4
     tower = w.prompts * (copies * patches * m.vision.mlp_dim * _width(config) + logits) / model

@@ -128,7 +128,7 @@ class Sampler:
                 break
             batch, own_key = watch.lap("data", next_batch()), jax.random.fold_in(jax.random.fold_in(key, AGAIN), again)
             fresh = self.once(params, batch, own_key, weights, watch, meanwhile)
-            sampled = self._refill(sampled, fresh)
+            sampled = watch.lap("score", self._refill(sampled, fresh))
             lacking = int(self._lacking(sampled))
         return sampled, {"group/without_spread": first / len(sampled.batch.prompt), "group/resampled": float(first - lacking)}
 

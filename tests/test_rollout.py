@@ -167,19 +167,20 @@ def test_suppressed_ids_are_never_drawn_however_likely(table):
 
 
 def test_large_vocabularies_are_drawn_from_their_softmax():
-    """1,000 ids in blocks of 32, most of them so unlikely that they are drawn as often as nine together."""
-    logits = np.log(np.random.default_rng(0).dirichlet(np.full(1000, 0.1)) + 1e-12)
-    drawn = categorical(jax.random.key(0), jnp.broadcast_to(jnp.asarray(logits), (60_000, 1000)))
+    """1,024 ids in 64 blocks, most of them so unlikely that they are drawn as often as nine together."""
+    logits = np.log(np.random.default_rng(0).dirichlet(np.full(1024, 0.1)) + 1e-12)
+    drawn = categorical(jax.random.key(0), jnp.broadcast_to(jnp.asarray(logits), (60_000, 1024)))
     likely = np.argsort(-logits)[:99]
-    ranks = np.full(1000, 99)
+    ranks = np.full(1024, 99)
     ranks[likely] = np.arange(99)
     p = softmax(logits)
     assert_frequencies(ranks[np.asarray(drawn)], np.append(p[likely], 1 - p[likely].sum()))
 
 
+@hypothesis.settings(deadline=None)  # each length is compiled
 @hypothesis.given(
-    npst.arrays(np.float32, st.integers(1, 40), elements=st.sampled_from([0, 1e-30, 1e-7, 1 / 3, 1])),
-    st.sampled_from([0, 2.0**-23, 0.5, 1 - 2.0**-23]),
+    npst.arrays(np.float32, st.sampled_from([1, 2, 7, 40]), elements=st.sampled_from([0, 1e-30, 1e-7, 1 / 3, 1])),
+    st.sampled_from([2.0**-24, 2.0**-23, 0.5, 1 - 2.0**-23]),
 )
 def test_what_weighs_nothing_is_never_reached(weights, share):
     """At either end of what a random number can be, and behind the last weight."""

@@ -109,14 +109,15 @@ def categorical(key: PRNGKeyArray, logits: Float[Array, "... V"]) -> Int[Array, 
     """
     blocks = logits.reshape(*logits.shape[:-1], math.gcd(logits.shape[-1], 64), -1)
     highest = logits.max(axis=-1)[..., None, None]
-    first, second = jax.random.uniform(key, (2, *logits.shape[:-1], 1))
+    # 0 itself would draw the first id of all, however unlikely
+    first, second = jax.random.uniform(key, (2, *logits.shape[:-1], 1), minval=2.0**-24)
     block = _first_beyond(first, jnp.exp(blocks - highest).sum(axis=-1))
     inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)
     return block * blocks.shape[-1] + _first_beyond(second, jnp.exp(inside - highest)[..., 0, :])
 
 
 def _first_beyond(share: Float[Array, "... 1"], weights: Float[Array, "... n"]) -> Int[Array, "..."]:
-    """Returns the first place with a weight where the running sum is above `share`, in [0, 1), of the whole."""
+    """Returns the first place with a weight where the running sum is above `share`, in (0, 1), of the whole."""
     reached = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0)  # its largest, not its last: rounding may differ by place
     return jnp.argmax(reached > share * reached.max(axis=-1, keepdims=True), axis=-1)
 
