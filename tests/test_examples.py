@@ -491,6 +491,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=10_000, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(st.sampled_from(["image", "sentences", "box", "labels", "points"]), VALUES, st.booleans())
 def test_any_value_in_any_field_makes_an_example_or_a_bad_record(field, value, within):

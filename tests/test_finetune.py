@@ -97,6 +97,7 @@ def test_the_run_starts_at_its_checkpoint_and_moves(adapted, base):
     assert max(row.get("policy/logp_diff_max", 0) for row in written) < 1e-4
 
 
+@pytest.mark.slow
 def test_evaluate_and_convert_take_the_merged_policy(adapted, environment, tmp_path):
     workdir, _ = adapted
     done = run(environment, "evaluate", "--config=configs/tiny.py", f"--workdir={workdir}", f"--out={tmp_path}")

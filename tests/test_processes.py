@@ -109,6 +109,7 @@ def two(setting, recipe, tmp_path_factory) -> tuple[Path, list[str]]:
     return workdir, together(setting, recipe, 2, workdir)
 
 
+@pytest.mark.slow
 def test_one_process_and_two_have_the_same_trajectory(two, setting, recipe, tmp_path):
     """Bit for bit: gloo's order of sums goes by device, and eight devices of one process reduce by it too where it has joined."""
     together(setting, recipe, 1, tmp_path / "one")
