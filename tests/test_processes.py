@@ -49,7 +49,7 @@ def length(completion, example):
 
 Process = subprocess.Popen[str]
 
-WAIT_S = 300
+WAIT_S = 600
 """Long enough for any machine: no test is about speed."""
 
 
