@@ -54,7 +54,7 @@ def clipped(norm: float) -> optax.GradientTransformation:
     """Returns what scales gradients down to a global norm of `norm` where theirs is larger.
 
     As `optax.clip_by_global_norm`, but by one factor: XLA writes out a gradient that is divided, and reads it twice, where it
-    multiplies in passing (a third of an update of 270 million parameters on a CPU).
+    multiplies in passing (docs/performance.md, 2026-11-22: a third of an update of 274 million parameters on a CPU).
     """
 
     def scale(updates: Any, _: Any) -> Any:

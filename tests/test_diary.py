@@ -5,6 +5,7 @@ import math
 import runpy
 import threading
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import jax
@@ -113,6 +114,31 @@ def test_a_step_is_read_behind_the_next_and_before_what_is_due_after_it(tiny, tm
         *("dispatch 1", "dispatch 2", "read 1", "dispatch 3", "read 2", "read 3", "measure"),
         *("dispatch 4", "dispatch 5", "read 4", "read 5", "save 5 {'sft/loss': [5.0]}"),
         *("dispatch 6", "read 6", "measure", "dispatch 7", "dispatch 8", "read 7", "read 8", "measure", "save 8 {}"),
+    ]
+
+
+def test_a_step_is_read_before_its_pictures_and_where_a_trace_begins_or_ends(tiny, tmp_path, monkeypatch):
+    """Pictures after every third of five steps, a trace of the second and third; nothing else is due before the end."""
+    happened: list[str] = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda _: happened.append("trace"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: happened.append("traced"))
+    log = replace(tiny.log, samples_every=3, profile_steps=(2, 3))
+    c = replace(tiny, stages=("grpo",), grpo=replace(tiny.grpo, steps=5), log=log, checkpoint=replace(tiny.checkpoint, every=9))
+    saved = SimpleNamespace(save=lambda *_: happened.append("save"))
+    kept = diary.Diary(c, tmp_path, None, saved, lambda _: {}, {"grpo": 0}, BadRecords(), None)  # pyright: ignore[reportArgumentType]
+    state, batches = TrainState(jnp.int32(0), {}, {}, jnp.float32(0)), SimpleNamespace(get_state=dict)
+
+    def note(what: str, value: object) -> object:
+        happened.append(what)
+        return value
+
+    for step in range(1, 6):
+        happened.append(f"dispatch {step}")
+        metrics = partial(note, f"read {step}", {"reward": 1.0})
+        kept.keep("grpo", step, state, batches, metrics, partial(note, f"draw {step}", None))  # pyright: ignore[reportArgumentType]
+    assert happened == [
+        *("dispatch 1", "read 1", "trace", "dispatch 2", "dispatch 3", "read 2", "read 3", "draw 3", "traced"),
+        *("dispatch 4", "dispatch 5", "read 4", "read 5", "draw 5", "save"),
     ]
 
 
