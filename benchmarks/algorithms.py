@@ -22,10 +22,11 @@ from typing import Any
 
 import jax
 
-from pg_ground import cli, config, sharding
-from pg_ground.metrics import read_metrics
-from pg_ground.pages import Table, ascii_table
-from pg_ground.train import train
+from pg_ground import cli, config
+from pg_ground.parallel import sharding
+from pg_ground.reporting.html_page import Table, ascii_table
+from pg_ground.reporting.metric_writers import read_metrics
+from pg_ground.training.loop import train
 
 ROWS = "grpo,dr_grpo,dapo,gspo,gmpo,cispo,sapo,rloo,remax,reinforce_plus_plus_baseline,opo,gdpo"
 CONFIG = Path(__file__).parents[1] / "configs/algorithms.py"
@@ -112,7 +113,9 @@ def main(argv: Sequence[str]) -> None:
         for r in rows
     ]  # fmt: skip
     heads = ["algorithm", "reward", "IoU", "held-out acc@.5", "clipped", "s/step", "compiled"]
-    note = f"{own['steps']} steps each; first → last third of them; held out: before → after, greedy"
+    note = (
+        f"{own['steps']} steps each; first → last third of them; held out: before → after, greedy"
+    )
     print(ascii_table(Table("algorithms", heads, cells, note)))
     print(json.dumps(rows))
 

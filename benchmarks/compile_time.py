@@ -16,8 +16,11 @@ from collections.abc import Sequence
 
 import jax
 
-from pg_ground import ahead, cli, programs, sharding
-from pg_ground.pages import Table, ascii_table
+from pg_ground import cli
+from pg_ground.aot import jobs
+from pg_ground.parallel import sharding
+from pg_ground.reporting.html_page import Table, ascii_table
+from pg_ground.training import programs
 from pg_ground.types import UserError
 
 PARTS = ("trace", "lower", "compile")
@@ -31,7 +34,7 @@ def seconds_of(argv: Sequence[str]) -> dict[str, list[float]]:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     mesh, found = sharding.make_mesh(config.mesh), {}
     for name in programs.names(config):
-        job = ahead.job_of(config, mesh, name, sharding.hbm_bytes(mesh))
+        job = jobs.job_of(config, mesh, name, sharding.hbm_bytes(mesh))
         start = time.perf_counter()
         traced = job.function().trace(*job.arguments)
         middle = time.perf_counter()
@@ -51,14 +54,27 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as cache:
         starts = []
         for _ in range(2):
-            done = subprocess.run([sys.executable, __file__, *argv, f"--cache={cache}"], capture_output=True, text=True)
+            done = subprocess.run(
+                [sys.executable, __file__, *argv, f"--cache={cache}"],
+                capture_output=True,
+                text=True,
+            )
             if done.returncode:
                 raise UserError(
-                    (done.stderr.strip().splitlines() or ["a process ended without a word"])[-1].removeprefix("error: ")
+                    (done.stderr.strip().splitlines() or ["a process ended without a word"])[
+                        -1
+                    ].removeprefix("error: ")
                 )
             starts.append(json.loads(done.stdout.splitlines()[-1]))
-    rows = [[name, *(f"{spent:.1f}" for start in starts for spent in start[name])] for name in starts[0]]
-    rows.append(["all", *(f"{sum(part):.1f}" for start in starts for part in zip(*start.values(), strict=True))])
+    rows = [
+        [name, *(f"{spent:.1f}" for start in starts for spent in start[name])] for name in starts[0]
+    ]
+    rows.append(
+        [
+            "all",
+            *(f"{sum(part):.1f}" for start in starts for part in zip(*start.values(), strict=True)),
+        ]
+    )
     heads = ["program", *(f"{part}, {start}" for start in ("first", "second") for part in PARTS)]
     print(ascii_table(Table("seconds by start", heads, rows, f"jax {jax.__version__}")))
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-sys.path.insert(0, str(Path(__file__).parent / "peers"))  # they are programs, and import one another as such
+sys.path.insert(
+    0, str(Path(__file__).parent / "peers")
+)  # they are programs, and import one another as such
 import ours
 from work import SIZES, Work
 

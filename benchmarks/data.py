@@ -34,8 +34,8 @@ from torch.utils.data import DataLoader, Dataset
 from pg_ground import cli, tokenizer
 from pg_ground.config import Data, Source
 from pg_ground.data import pipeline
-from pg_ground.metrics import read_metrics
-from pg_ground.pages import Table, ascii_table
+from pg_ground.reporting.html_page import Table, ascii_table
+from pg_ground.reporting.metric_writers import read_metrics
 from pg_ground.types import UserError
 from pg_ground.vocab import BOS, EOS, LOC_MAX, NEWLINE, PAD
 
@@ -81,8 +81,16 @@ class TorchPhotos(Dataset):
     """The same examples for a DataLoader, at the places of an order: (image, prompt, its mask, suffix, its mask, box)."""
 
     def __init__(self, photos: Photos, order: Sequence[int], data: Data, side: int):
-        lines = Path(photos.source.uri.removeprefix("jsonl:")).read_text(encoding="utf-8").splitlines()
-        self._lines, self._photos, self._order, self._data, self._side = lines, photos, order, data, side
+        lines = (
+            Path(photos.source.uri.removeprefix("jsonl:")).read_text(encoding="utf-8").splitlines()
+        )
+        self._lines, self._photos, self._order, self._data, self._side = (
+            lines,
+            photos,
+            order,
+            data,
+            side,
+        )
         self._pieces = tokenizer.load(data.tokenizer).pieces
 
     def __len__(self) -> int:
@@ -93,13 +101,22 @@ class TorchPhotos(Dataset):
         with Image.open(self._photos.folder / record[source.image]) as file:
             image = ImageOps.exif_transpose(file).convert("RGB")
         x1, y1, x2, y2 = record[source.boxes]
-        box = np.clip(np.array([y1, x1, y2, x2]) / ([image.height, image.width] * 2), 0, 1).astype(np.float32)
+        box = np.clip(np.array([y1, x1, y2, x2]) / ([image.height, image.width] * 2), 0, 1).astype(
+            np.float32
+        )
         phrase = " ".join(record[source.phrase].split())
-        locs = "".join(f"<loc{int(code):04d}>" for code in np.clip(np.rint(box * LOC_MAX), 0, LOC_MAX))
+        locs = "".join(
+            f"<loc{int(code):04d}>" for code in np.clip(np.rint(box * LOC_MAX), 0, LOC_MAX)
+        )
         prompt = [BOS, *self._pieces.Encode(f"detect {phrase}"), NEWLINE]
         suffix = [*self._pieces.Encode(f"{locs} {phrase}"), EOS]
         pixels = np.asarray(image.resize((self._side, self._side), Image.Resampling.BILINEAR))
-        return pixels, *_padded(prompt, self._data.prompt_length), *_padded(suffix, self._data.suffix_length), box
+        return (
+            pixels,
+            *_padded(prompt, self._data.prompt_length),
+            *_padded(suffix, self._data.suffix_length),
+            box,
+        )
 
 
 def torch_stack(rows: Sequence[tuple[np.ndarray, ...]]) -> tuple[torch.Tensor, ...]:
@@ -116,10 +133,16 @@ def _padded(ids: list[int], length: int) -> tuple[np.ndarray, np.ndarray]:
 def given_photos(folder: Path, records: str, images: str, phrase: str, boxes: str) -> Photos:
     """Returns a source over the photographs of a folder, from a file with a record on each line."""
     source = Source(uri=f"jsonl:{folder / records}", image_root=images, phrase=phrase, boxes=boxes)
-    rows = [json.loads(line) for line in (folder / records).read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line) for line in (folder / records).read_text(encoding="utf-8").splitlines()
+    ]
     files = {row[source.image] for row in rows}
     kilobytes = statistics.mean((folder / images / file).stat().st_size for file in files) / 1000
-    return Photos(f"{len(files)} photographs ({len(rows)} questions), {kilobytes:.0f} kB each", source, folder / images)
+    return Photos(
+        f"{len(files)} photographs ({len(rows)} questions), {kilobytes:.0f} kB each",
+        source,
+        folder / images,
+    )
 
 
 def made_photos(folder: Path) -> Photos:
@@ -130,10 +153,22 @@ def made_photos(folder: Path) -> Photos:
         image = np.full((480, 640, 3), 128.0)
         for cells in (4, 8, 16, 32, 64, 128, 256, 480):
             coarse = Image.fromarray(rng.integers(0, 256, (cells, cells * 4 // 3, 3), np.uint8))
-            image += (np.asarray(coarse.resize((640, 480), Image.Resampling.BICUBIC), np.float64) - 128) * 2 / cells**0.5
-        Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(folder / f"{i}.jpg", quality=90)
+            image += (
+                (np.asarray(coarse.resize((640, 480), Image.Resampling.BICUBIC), np.float64) - 128)
+                * 2
+                / cells**0.5
+            )
+        Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(
+            folder / f"{i}.jpg", quality=90
+        )
         x1, y1 = rng.uniform(0, 300, 2)
-        rows.append({"image": f"{i}.jpg", "phrase": f"a red cup on table {i}", "box": [x1, y1, x1 + 200, y1 + 150]})
+        rows.append(
+            {
+                "image": f"{i}.jpg",
+                "phrase": f"a red cup on table {i}",
+                "box": [x1, y1, x1 + 200, y1 + 150],
+            }
+        )
     (folder / "photos.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     made = given_photos(folder, "photos.jsonl", "", "phrase", "box")
     return made._replace(what=f"made here of 1/f noise, 640x480: {made.what}")
@@ -149,18 +184,37 @@ def measure(photos: Photos, side: int, repeats: int, batches: int) -> dict[str, 
     tokens, seed = tokenizer.load(data.tokenizer), 0
     parts = [pipeline.open_examples("photos", photos.source, data, side, seed)]
     mixture = pipeline.Mixture(parts, tokens, data, seed)
-    order = [int(mixture.question(place)[1]) for place in range((repeats * (WARM_UP + batches) + 1) * BATCH)]
+    order = [
+        int(mixture.question(place)[1])
+        for place in range((repeats * (WARM_UP + batches) + 1) * BATCH)
+    ]
 
     def ours(place: Place) -> Iterator[Any]:
-        own = Data(prompt_length=128, suffix_length=128, read_threads=place.threads, workers=place.workers)
+        own = Data(
+            prompt_length=128, suffix_length=128, read_threads=place.threads, workers=place.workers
+        )
         return pipeline.training_batches(
-            {"photos": photos.source}, own, tokens, image_size=side, batch_size=BATCH, seed=seed, bad=pipeline.BadRecords()
+            {"photos": photos.source},
+            own,
+            tokens,
+            image_size=side,
+            batch_size=BATCH,
+            seed=seed,
+            bad=pipeline.BadRecords(),
         )
 
     def theirs(place: Place) -> Iterator[Any]:
         dataset = TorchPhotos(photos, order, data, side)
-        context = "spawn" if place.workers else None  # as grain does; a fork of this process would have its threads' locks
-        loader = DataLoader(dataset, BATCH, num_workers=place.workers, collate_fn=torch_stack, multiprocessing_context=context)
+        context = (
+            "spawn" if place.workers else None
+        )  # as grain does; a fork of this process would have its threads' locks
+        loader = DataLoader(
+            dataset,
+            BATCH,
+            num_workers=place.workers,
+            collate_fn=torch_stack,
+            multiprocessing_context=context,
+        )
         return ([column.numpy() for column in batch] for batch in loader)
 
     streams = {place.name: (ours if place.rival else theirs)(place) for place in PLACES}
@@ -168,7 +222,9 @@ def measure(photos: Photos, side: int, repeats: int, batches: int) -> dict[str, 
     for place in PLACES:
         if place.rival:
             _check_equal(first[place.name], first[place.rival])
-    turns: dict[str, Any] = {place.name: {"examples_per_s": [], "cpu_ms_per_example": []} for place in PLACES}
+    turns: dict[str, Any] = {
+        place.name: {"examples_per_s": [], "cpu_ms_per_example": []} for place in PLACES
+    }
     for turn in range(repeats):
         for place in PLACES[:: -1 if turn % 2 else 1]:
             time.sleep(1)  # the one before reads ahead until its buffers are full
@@ -179,7 +235,14 @@ def measure(photos: Photos, side: int, repeats: int, batches: int) -> dict[str, 
 
 
 def _check_equal(batch: Any, rival: Sequence[np.ndarray]) -> None:
-    own = (batch.image, batch.prompt, batch.prompt_mask, batch.suffix, batch.suffix_mask, batch.gold.boxes.yxyx[:, 0])
+    own = (
+        batch.image,
+        batch.prompt,
+        batch.prompt_mask,
+        batch.suffix,
+        batch.suffix_mask,
+        batch.gold.boxes.yxyx[:, 0],
+    )
     if not all(np.array_equal(a, b) for a, b in zip(own, rival, strict=True)):
         raise UserError("the two sides do not make the same batch of the same records")
 
@@ -198,7 +261,11 @@ def _cpu_seconds(process: int) -> float:
     """Returns what a process and those it started have used of processors so far (Linux; to a hundredth of a second)."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-    children = [child for file in Path(f"/proc/{process}/task").glob("*/children") for child in file.read_text().split()]
+    children = [
+        child
+        for file in Path(f"/proc/{process}/task").glob("*/children")
+        for child in file.read_text().split()
+    ]
     return own + sum(_cpu_seconds(int(child)) for child in children)
 
 
@@ -212,7 +279,10 @@ def summary(turns: dict[int, Any]) -> list[dict[str, Any]]:
             row |= {key: statistics.median(values) for key, values in own.items()}
             if place.rival:
                 other = of_side[place.rival]
-                row |= {"faster": _ratio(own, other, "examples_per_s"), "cpu": _ratio(own, other, "cpu_ms_per_example")}
+                row |= {
+                    "faster": _ratio(own, other, "examples_per_s"),
+                    "cpu": _ratio(own, other, "cpu_ms_per_example"),
+                }
             rows.append(row)
     return rows
 
@@ -230,16 +300,28 @@ def table(rows: Sequence[dict[str, Any]], note: str) -> Table:
         ]
         for row in rows
     ]  # fmt: skip
-    heads = ["pixels", "who", "examples/s", "per core", "CPU ms/example", "speed / torch", "CPU / torch"]
+    heads = [
+        "pixels",
+        "who",
+        "examples/s",
+        "per core",
+        "CPU ms/example",
+        "speed / torch",
+        "CPU / torch",
+    ]
     return Table("JPEG photographs to batches", heads, cells, note)
 
 
 def waiting(workdir: Path) -> dict[str, Any]:
     """Returns for each stage of a run the median seconds of a logged step and of waiting for data in it, and the median share."""
-    lines = [line for line in read_metrics(workdir) if "time/step_s" in line and "time/data_s" in line]
+    lines = [
+        line for line in read_metrics(workdir) if "time/step_s" in line and "time/data_s" in line
+    ]
     found = {}
     for stage in dict.fromkeys(line["stage"] for line in lines):
-        own = [(line["time/data_s"], line["time/step_s"]) for line in lines if line["stage"] == stage]
+        own = [
+            (line["time/data_s"], line["time/step_s"]) for line in lines if line["stage"] == stage
+        ]
         found[stage] = {
             "windows": len(own),
             "data_s": statistics.median(data for data, _ in own),
@@ -250,14 +332,24 @@ def waiting(workdir: Path) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-    defaults = {"photos": "", "records": "photos.jsonl", "images": "", "phrase": "phrase", "boxes": "box"}
+    defaults = {
+        "photos": "",
+        "records": "photos.jsonl",
+        "images": "",
+        "phrase": "phrase",
+        "boxes": "box",
+    }
     own = cli.parse_own(argv, defaults | {"repeats": 7, "batches": 12, "workdir": ""})
     if own["workdir"]:
         print(json.dumps(waiting(Path(own["workdir"])), indent=1))
         return
     with tempfile.TemporaryDirectory() as temporary:
         given = (own["records"], own["images"], own["phrase"], own["boxes"])
-        photos = given_photos(Path(own["photos"]), *given) if own["photos"] else made_photos(Path(temporary))
+        photos = (
+            given_photos(Path(own["photos"]), *given)
+            if own["photos"]
+            else made_photos(Path(temporary))
+        )
         turns = {side: measure(photos, side, own["repeats"], own["batches"]) for side in SIZES}
     versions = {
         "python": platform.python_version(), "pillow": PIL.__version__, "libjpeg_turbo": features.version("libjpeg_turbo"),
@@ -268,7 +360,18 @@ def main(argv: Sequence[str]) -> None:
     note = f"{photos.what}; {cores} cores; medians of {own['repeats']} turns of {own['batches']} batches of {BATCH}; {made_with}"
     rows = summary(turns)
     print(ascii_table(table(rows, note)))
-    print(json.dumps({"photos": photos.what, "cores": cores, "batch": BATCH, "versions": versions, "rows": rows}, indent=1))
+    print(
+        json.dumps(
+            {
+                "photos": photos.what,
+                "cores": cores,
+                "batch": BATCH,
+                "versions": versions,
+                "rows": rows,
+            },
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from pathlib import Path
 import jax
 
 import pg_ground
-from pg_ground import cli, config, sharding
+from pg_ground import cli, config
+from pg_ground.parallel import sharding
 
 
 def main(argv: Sequence[str]) -> None:

@@ -18,10 +18,12 @@ import jax
 import jax.numpy as jnp
 
 from pg_ground import cli, config
-from pg_ground.model import PaliGemma
+from pg_ground.models import PaliGemma
 from pg_ground.rl.rollout import sample
 
-sys.path.insert(0, str(Path(__file__).parent / "peers"))  # they are programs, and import one another as such
+sys.path.insert(
+    0, str(Path(__file__).parent / "peers")
+)  # they are programs, and import one another as such
 import ours
 from work import Work
 
@@ -40,7 +42,9 @@ def main(argv: Sequence[str]) -> None:
 
     def loss(params: Any, given: Any, tokens: jax.Array) -> jax.Array:
         image, prompt, mask = given
-        return model.completion_logps(params, image, prompt, mask, tokens, jnp.ones(tokens.shape, bool))[0].mean()
+        return model.completion_logps(
+            params, image, prompt, mask, tokens, jnp.ones(tokens.shape, bool)
+        )[0].mean()
 
     def draw(params: Any, given: Any, key: jax.Array, group: int) -> Any:
         image, prompt, mask = given
@@ -57,7 +61,9 @@ def main(argv: Sequence[str]) -> None:
             if turn:  # the first compiles
                 times[name].append(time.process_time() - start)
     shared, repeated = (statistics.median(times[name]) for name in ways)
-    print(f"prefix once per prompt {shared:.3f} CPU s, once per completion {repeated:.3f}: {repeated / shared:.1f} times")
+    print(
+        f"prefix once per prompt {shared:.3f} CPU s, once per completion {repeated:.3f}: {repeated / shared:.1f} times"
+    )
 
 
 if __name__ == "__main__":

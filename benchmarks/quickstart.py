@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pg_ground import cli
-from pg_ground.metrics import read_metrics
-from pg_ground.pages import Table, ascii_table, write_whole
+from pg_ground.reporting.html_page import Table, ascii_table, write_whole
+from pg_ground.reporting.metric_writers import read_metrics
 from pg_ground.types import UserError
 
 CONFIG = "configs/quickstart.py"
@@ -39,7 +39,13 @@ def run_arm(arm: str, seed: int, workdir: Path) -> dict[str, Any]:
     summary = workdir / "seconds.json"
     if not summary.is_file():
         start = time.perf_counter()
-        command = [sys.executable, "-m", "pg_ground.train", f"--config={CONFIG}:{arm}", f"--workdir={workdir}"]
+        command = [
+            sys.executable,
+            "-m",
+            "pg_ground.train",
+            f"--config={CONFIG}:{arm}",
+            f"--workdir={workdir}",
+        ]
         if subprocess.run([*command, f"--config.seed={seed}"], check=False).returncode:
             raise UserError(f"the run in {workdir} failed")
         write_whole(summary, json.dumps(time.perf_counter() - start))
@@ -54,17 +60,29 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
     rows = []
     for result in results:
         last = result.get("grpo", result["sft"])
-        cells = [f"{result['sft'][m]:.3f} → {last[m]:.3f}" if "grpo" in result else f"{last[m]:.3f}" for m in MEASURES]
+        cells = [
+            f"{result['sft'][m]:.3f} → {last[m]:.3f}" if "grpo" in result else f"{last[m]:.3f}"
+            for m in MEASURES
+        ]
         rows.append([result["arm"], str(result["seed"]), *cells, f"{result['wall_s']:.0f}"])
     note = "a → b: after SFT → at the end. Greedy on 512 held-out scenes; sampled at temperature 1."
-    return Table("quickstart: GRPO, and the same compute on SFT alone", ["arm", "seed", *MEASURES, "wall s"], rows, note)
+    return Table(
+        "quickstart: GRPO, and the same compute on SFT alone",
+        ["arm", "seed", *MEASURES, "wall s"],
+        rows,
+        note,
+    )
 
 
 def main(argv: Sequence[str]) -> None:
-    own = cli.parse_own(argv, {"seeds": "0,1,2", "arms": "grpo,sft_loose,sft_exact", "workdir": "runs/arms"})
+    own = cli.parse_own(
+        argv, {"seeds": "0,1,2", "arms": "grpo,sft_loose,sft_exact", "workdir": "runs/arms"}
+    )
     workdir = Path(own["workdir"])
     results = [
-        run_arm(arm, int(seed), workdir / f"{arm}_{seed}") for seed in own["seeds"].split(",") for arm in own["arms"].split(",")
+        run_arm(arm, int(seed), workdir / f"{arm}_{seed}")
+        for seed in own["seeds"].split(",")
+        for arm in own["arms"].split(",")
     ]
     write_whole(workdir / "arms.json", json.dumps(results, indent=1) + "\n")
     print(ascii_table(table(results)))

@@ -13,8 +13,9 @@ import jax
 import numpy as np
 
 from pg_ground import cli, config
-from pg_ground.model import PaliGemma, weights
-from pg_ground.model.files import Stored, Where, wheres
+from pg_ground.checkpoints import weights
+from pg_ground.checkpoints.tensor_files import Stored, Where, wheres
+from pg_ground.models import PaliGemma
 from pg_ground.params import flatten
 
 
@@ -30,10 +31,15 @@ def random_tensor(name: str, shape: tuple[int, ...], dtype: str, seed: int) -> S
 
 
 def main(argv: Sequence[str]) -> None:
-    flags = cli.parse_own(argv, {"variant": "pg1_3b", "image_size": 224, "dtype": "bfloat16", "out": cli.REQUIRED})
+    flags = cli.parse_own(
+        argv, {"variant": "pg1_3b", "image_size": 224, "dtype": "bfloat16", "out": cli.REQUIRED}
+    )
     model = PaliGemma(config.variant(flags["variant"], flags["image_size"]))
     shapes = flatten(jax.eval_shape(model.init, jax.random.key(0)))
-    tensors = {name: random_tensor(name, leaf.shape, flags["dtype"], i) for i, (name, leaf) in enumerate(shapes.items())}
+    tensors = {
+        name: random_tensor(name, leaf.shape, flags["dtype"], i)
+        for i, (name, leaf) in enumerate(shapes.items())
+    }
     weights.write(Path(flags["out"]), tensors, model.config)
     print(flags["out"])
 

@@ -21,10 +21,11 @@ import optax
 
 from pg_ground import cli, tokenizer
 from pg_ground.config import Model, RewardSettings, Text, Vision
-from pg_ground.model import PaliGemma
-from pg_ground.pages import Table, ascii_table
-from pg_ground.rl import experience, loss, rewards, rollout, update
-from pg_ground.rl.experience import Experience, Sampled
+from pg_ground.models import PaliGemma
+from pg_ground.reporting.html_page import Table, ascii_table
+from pg_ground.rewards import device_rewards
+from pg_ground.rl import loss, rollout, scored_rollouts, update
+from pg_ground.rl.scored_rollouts import Experience, Sampled
 from pg_ground.types import Batch, Boxes, Gold, Points, Rollout, TrainState
 from pg_ground.vocab import EOS, PAD
 
@@ -33,7 +34,11 @@ SIDE, WIDTH, DEPTH = 224, 256, 4
 
 def random_batch(b: int, objects: int, length: int, rng: np.random.Generator) -> Batch:
     """Returns questions about `objects` boxes each, on noise."""
-    corners = np.sort(rng.uniform(size=(b, objects, 2, 2)), axis=2).reshape(b, objects, 4).astype(np.float32)
+    corners = (
+        np.sort(rng.uniform(size=(b, objects, 2, 2)), axis=2)
+        .reshape(b, objects, 4)
+        .astype(np.float32)
+    )
     used = np.ones((b, objects), bool)
     labels = np.zeros((b, objects), np.int32)
     names = np.full((b, objects, 8), PAD, np.int32)
@@ -71,27 +76,55 @@ def programs(b: int, g: int, length: int, objects: int) -> dict[str, Callable[[]
     """Returns the phases of a step as functions without arguments, compiled."""
     rng, vocab = np.random.default_rng(0), tokenizer.load().vocab
     vision = Vision(width=WIDTH, depth=DEPTH, mlp_dim=4 * WIDTH, num_heads=4, patch_size=14)
-    text = Text(width=WIDTH, depth=DEPTH, mlp_dim=4 * WIDTH, num_heads=4, num_kv_heads=1, head_dim=64, vocab_size=vocab.size)
+    text = Text(
+        width=WIDTH,
+        depth=DEPTH,
+        mlp_dim=4 * WIDTH,
+        num_heads=4,
+        num_kv_heads=1,
+        head_dim=64,
+        vocab_size=vocab.size,
+    )
     model = PaliGemma(Model(image_size=SIDE, vision=vision, text=text))
     batch = jax.device_put(random_batch(b, objects, length, rng))
     drawn = jax.device_put(random_rollout(b, g, length, vocab, rng))
     params = jax.jit(model.init)(jax.random.key(0))
-    optimizer, row, weights = optax.adamw(1e-5), loss.ALGORITHMS["dapo"], dict.fromkeys(rewards.REWARDS, 1.0)
+    optimizer, row, weights = (
+        optax.adamw(1e-5),
+        loss.ALGORITHMS["dapo"],
+        dict.fromkeys(device_rewards.REWARDS, 1.0),
+    )
     state = TrainState(jnp.int32(0), params, optimizer.init(params))
 
     @jax.jit
     def roll(params: Any, key: Any) -> Any:
-        return rollout.sample(model, params, batch.image, batch.prompt, batch.prompt_mask, key, g, length, suppress=(EOS,))
+        return rollout.sample(
+            model,
+            params,
+            batch.image,
+            batch.prompt,
+            batch.prompt_mask,
+            key,
+            g,
+            length,
+            suppress=(EOS,),
+        )
 
     @jax.jit
     def judge(drawn: Any) -> Any:
         gold = batch.gold
-        answer = rewards.read_answer(drawn.tokens, drawn.mask, gold.asks, gold.names, vocab)
-        return Sampled(batch, drawn, answer, rewards.score(answer, batch, weights, RewardSettings()), None)
+        answer = device_rewards.read_answer(drawn.tokens, drawn.mask, gold.asks, gold.names, vocab)
+        return Sampled(
+            batch,
+            drawn,
+            answer,
+            device_rewards.score(answer, batch, weights, RewardSettings()),
+            None,
+        )
 
     @jax.jit
     def compare(sampled: Any) -> Any:
-        return experience.compare(sampled, None, weights, 0.0, row, 1e-4)
+        return scored_rollouts.compare(sampled, None, weights, 0.0, row, 1e-4)
 
     @jax.jit
     def learn(state: Any, experience: Experience) -> Any:
@@ -127,10 +160,19 @@ def main(argv: Sequence[str]) -> None:
     size = f"{DEPTH}+{DEPTH} layers of {WIDTH}, {SIDE} px, {jax.devices()[0].device_kind}, Python {platform.python_version()}"
     print(
         ascii_table(
-            Table(f"phases of a step, {what}", ["phase", "s", "share"], rows, f"{size}; all of {len(rewards.REWARDS)} rewards")
+            Table(
+                f"phases of a step, {what}",
+                ["phase", "s", "share"],
+                rows,
+                f"{size}; all of {len(device_rewards.REWARDS)} rewards",
+            )
         )
     )
-    print(json.dumps({"seconds": medians, "judging_share": (medians["judge"] + medians["compare"]) / step}))
+    print(
+        json.dumps(
+            {"seconds": medians, "judging_share": (medians["judge"] + medians["compare"]) / step}
+        )
+    )
 
 
 if __name__ == "__main__":

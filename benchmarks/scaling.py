@@ -19,14 +19,19 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from pg_ground import cli, config, flops, programs, sharding
-from pg_ground.model import PaliGemma
-from pg_ground.pages import Table, ascii_table
-from pg_ground.rl.experience import Experience
-from pg_ground.train import Run, begin, fresh_state
+from pg_ground import cli, config
+from pg_ground.aot import flops
+from pg_ground.models import PaliGemma
+from pg_ground.parallel import sharding
+from pg_ground.reporting.html_page import Table, ascii_table
+from pg_ground.rl.scored_rollouts import Experience
+from pg_ground.training import programs
+from pg_ground.training.loop import Run, begin, fresh_state
 from pg_ground.types import UserError
 
-sys.path.insert(0, str(Path(__file__).parent / "peers"))  # they are programs, and import one another as such
+sys.path.insert(
+    0, str(Path(__file__).parent / "peers")
+)  # they are programs, and import one another as such
 import ours
 from work import Work
 
@@ -71,17 +76,23 @@ def costs(axis: str, value: int, repeats: int, attention_block: int) -> dict[str
         ready = traced.lower().compile()
         memory, best, out = ready.memory_analysis(), math.inf, None
         for _ in range(repeats + 1):
-            given = jax.block_until_ready(jax.tree.map(lambda leaf: leaf.copy(), arguments))  # some are donated
+            given = jax.block_until_ready(
+                jax.tree.map(lambda leaf: leaf.copy(), arguments)
+            )  # some are donated
             start = time.process_time()
             out = jax.block_until_ready(ready(*given))
             best = min(best, time.process_time() - start)
-        found[name] = Cost(best, float(memory.temp_size_in_bytes), float(flops.count(traced.jaxpr.jaxpr, w.tokens)))
+        found[name] = Cost(
+            best, float(memory.temp_size_in_bytes), float(flops.count(traced.jaxpr.jaxpr, w.tokens))
+        )
         return out
 
     rollout = measure("rollout", programs.rollout(c, model), params, {}, batch, key)
     logps = measure("reference", programs.reference_logps(c, model), params, {}, batch, rollout)
     experience = Experience(batch, rollout, jax.random.normal(key, rollout.tokens.shape[:2]), logps)
-    measure("update", programs.grpo_update(c, model, mesh, factors, state), state, {}, experience, key)
+    measure(
+        "update", programs.grpo_update(c, model, mesh, factors, state), state, {}, experience, key
+    )
     return found
 
 
@@ -91,7 +102,9 @@ def exponent(values: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def main(argv: Sequence[str]) -> None:
-    own = cli.parse_own(argv, {"axes": ",".join(AXES), "repeats": 3, "attention_block": 0, "json": ""})
+    own = cli.parse_own(
+        argv, {"axes": ",".join(AXES), "repeats": 3, "attention_block": 0, "json": ""}
+    )
     axes = own["axes"].split(",")
     for axis in axes:
         if axis not in AXES:
@@ -100,17 +113,34 @@ def main(argv: Sequence[str]) -> None:
     for axis in axes:
         values = AXES[axis]
         found = [costs(axis, value, own["repeats"], own["attention_block"]) for value in values]
-        everything[axis] = {value: {k: v._asdict() for k, v in point.items()} for value, point in zip(values, found, strict=True)}
+        everything[axis] = {
+            value: {k: v._asdict() for k, v in point.items()}
+            for value, point in zip(values, found, strict=True)
+        }
         for name in PROGRAMS:
             of = [point[name] for point in found]
-            slopes = [exponent(values, [getattr(cost, field) for cost in of]) for field in Cost._fields]
-            last = [exponent(values[-2:], [getattr(cost, field) for cost in of[-2:]]) for field in Cost._fields]
+            slopes = [
+                exponent(values, [getattr(cost, field) for cost in of]) for field in Cost._fields
+            ]
+            last = [
+                exponent(values[-2:], [getattr(cost, field) for cost in of[-2:]])
+                for field in Cost._fields
+            ]
             both = (f"{a:.2f} ({b:.2f})" for a, b in zip(slopes, last, strict=True))
             seconds = f"{of[0].seconds:.3f}-{of[-1].seconds:.3f}"
             mib = f"{of[0].temp_bytes / 2**20:.0f}-{of[-1].temp_bytes / 2**20:.0f}"
             rows.append([axis, f"{values[0]}-{values[-1]}", name, *both, seconds, mib])
             print(rows[-1], file=sys.stderr, flush=True)
-    heads = ["axis", "from-to", "program", "CPU seconds", "temporary bytes", "operations", "seconds", "MiB"]
+    heads = [
+        "axis",
+        "from-to",
+        "program",
+        "CPU seconds",
+        "temporary bytes",
+        "operations",
+        "seconds",
+        "MiB",
+    ]
     print(ascii_table(Table("exponents over all sizes (between the last two)", heads, rows, "")))
     if own["json"]:
         Path(own["json"]).write_text(json.dumps(everything, indent=1) + "\n")

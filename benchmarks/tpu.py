@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pg_ground import cli
-from pg_ground.chips import CHIPS, GIB, parse_topology
-from pg_ground.pages import Table, ascii_table
+from pg_ground.aot.tpu_specs import CHIPS, GIB, parse_topology
+from pg_ground.reporting.html_page import Table, ascii_table
 from pg_ground.types import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -35,11 +35,21 @@ class Row(NamedTuple):
     flags: tuple[str, ...] = ()
 
 
-def paligemma(model: str, topology: str, prompts: int, *flags: str, name: str = "", tokens: int = 64) -> Row:
+def paligemma(
+    model: str, topology: str, prompts: int, *flags: str, name: str = "", tokens: int = 64
+) -> Row:
     """Returns the update of a model of configs/paligemma.py with so many prompts, 8 completions of `tokens` tokens each."""
     sizes = (
-        *(f"--config.grpo.batch_size={prompts}", "--config.grpo.micro_batches=1", f"--config.grpo.max_new_tokens={tokens}"),
-        *("--config.data.prompt_length=32", f"--config.data.suffix_length={tokens}", "--config.model.logits_block=2"),
+        *(
+            f"--config.grpo.batch_size={prompts}",
+            "--config.grpo.micro_batches=1",
+            f"--config.grpo.max_new_tokens={tokens}",
+        ),
+        *(
+            "--config.data.prompt_length=32",
+            f"--config.data.suffix_length={tokens}",
+            "--config.model.logits_block=2",
+        ),
     )
     label = name or f"{model}, {prompts} prompts"
     return Row(label, f"configs/paligemma.py:{model}", topology, "update", (*sizes, *flags))
@@ -63,20 +73,38 @@ TARGETS = (
 
 def prefix_rows(tokens: int) -> tuple[Row, Row]:
     """Returns a shared prefix and a repeated one for the same 256 completions of `tokens` tokens."""
-    shared = paligemma("pg1_3b_224_full", "v5e:2x4", 32, name=f"shared, {tokens} tokens", tokens=tokens)
+    shared = paligemma(
+        "pg1_3b_224_full", "v5e:2x4", 32, name=f"shared, {tokens} tokens", tokens=tokens
+    )
     flags = tuple(flag for flag in shared.flags if "grpo" not in flag)
-    supervised = ('--config.stages=("sft",)', "--config.sft.batch_size=256", "--config.sft.micro_batches=1")
+    supervised = (
+        '--config.stages=("sft",)',
+        "--config.sft.batch_size=256",
+        "--config.sft.micro_batches=1",
+    )
     config = "configs/tasks.py:grounding+pg1_3b_224_full"
-    return shared, Row(f"repeated, {tokens} tokens", config, shared.topology, "sft", (*flags, *supervised))
+    return shared, Row(
+        f"repeated, {tokens} tokens", config, shared.topology, "sft", (*flags, *supervised)
+    )
 
 
 def compiled(row: Row) -> dict[str, Any]:
     """Returns what `compile --json` says of each program of a row; a row whose figures are not there has a message instead."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "o.json"
-        flags = [f"--config={row.config}", f"--topology={row.topology}", *row.flags, f"--json={out}"]
+        flags = [
+            f"--config={row.config}",
+            f"--topology={row.topology}",
+            *row.flags,
+            f"--json={out}",
+        ]
         flags += [f"--programs={row.programs}"] if row.programs else []
-        done = subprocess.run([sys.executable, "-m", "pg_ground.compile", *flags], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "pg_ground.compile", *flags],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
         if not out.exists():
             raise UserError(f"{row.name}: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
         return json.loads(out.read_text())["programs"]
@@ -101,14 +129,29 @@ def cells(row: Row, program: str, found: dict[str, Any]) -> list[str]:
     ]
 
 
-HEADS = ["", "topology", "program", "GiB a chip", "fits", "by arithmetic", "TFLOP", "link GB", "s at best", "bound by", "MFU"]
+HEADS = [
+    "",
+    "topology",
+    "program",
+    "GiB a chip",
+    "fits",
+    "by arithmetic",
+    "TFLOP",
+    "link GB",
+    "s at best",
+    "bound by",
+    "MFU",
+]
 
 
 def main() -> None:
     own = cli.parse_own(sys.argv[1:], {"only": "", "json": ""})
     recipes = runpy.run_path(str(ROOT / "configs" / "tpu.py"))["RECIPES"]
     tables = {
-        "recipes": [Row(name, f"configs/tpu.py:{name}", recipe.topology, "rollout,update") for name, recipe in recipes.items()],
+        "recipes": [
+            Row(name, f"configs/tpu.py:{name}", recipe.topology, "rollout,update")
+            for name, recipe in recipes.items()
+        ],
         "targets": list(TARGETS),
         "prefix": [row for tokens in (64, 8) for row in prefix_rows(tokens)],
     }

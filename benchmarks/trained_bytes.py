@@ -12,11 +12,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pg_ground import cli, config, optim
+from pg_ground import cli, config
 from pg_ground.config import DECODERS, Lora
-from pg_ground.model import PaliGemma
-from pg_ground.pages import Table, ascii_table
+from pg_ground.models import PaliGemma
 from pg_ground.params import flatten, lr_factors, unflatten
+from pg_ground.reporting.html_page import Table, ascii_table
+from pg_ground.training import optimizers
 
 
 def row(name: str, model: config.Model, frozen_dtype: str) -> list[str]:
@@ -24,13 +25,17 @@ def row(name: str, model: config.Model, frozen_dtype: str) -> list[str]:
     shapes = flatten(jax.eval_shape(PaliGemma(model).init, jax.random.key(0)))
     factors = lr_factors(shapes, ())
     trained: dict[str, Any] = {n: leaf for n, leaf in shapes.items() if factors[n]}
-    optimizer = jax.eval_shape(optim.optimizer(config.Optimizer(), 1).init, unflatten(trained))
+    optimizer = jax.eval_shape(optimizers.optimizer(config.Optimizer(), 1).init, unflatten(trained))
     mine = sum(leaf.size for leaf in trained.values())
     frozen = sum(leaf.size for leaf in shapes.values()) - mine
     frozen_bytes = frozen * jnp.dtype(frozen_dtype).itemsize
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(optimizer))
     how = f"LoRA rank {model.lora.rank}" if model.lora.rank else "full"
-    return [name, how, *(f"{n:,}" for n in (mine, 4 * mine, state, frozen_bytes, 4 * mine + state + frozen_bytes))]
+    return [
+        name,
+        how,
+        *(f"{n:,}" for n in (mine, 4 * mine, state, frozen_bytes, 4 * mine + state + frozen_bytes)),
+    ]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,9 +44,32 @@ def main(argv: Sequence[str]) -> None:
     for name in DECODERS:
         model = config.variant(name, flags["image_size"])
         rows.append(row(name, model, "float32"))
-        rows.append(row(name, replace(model, lora=Lora(rank=flags["rank"], pattern=flags["pattern"])), "bfloat16"))
-    heads = ["variant", "how", "trained", "trained bytes", "optimizer bytes", "frozen bytes", "all bytes"]
-    print(ascii_table(Table("what is trained, and what it takes", heads, rows, "trained in float32, adamw; frozen in bfloat16")))
+        rows.append(
+            row(
+                name,
+                replace(model, lora=Lora(rank=flags["rank"], pattern=flags["pattern"])),
+                "bfloat16",
+            )
+        )
+    heads = [
+        "variant",
+        "how",
+        "trained",
+        "trained bytes",
+        "optimizer bytes",
+        "frozen bytes",
+        "all bytes",
+    ]
+    print(
+        ascii_table(
+            Table(
+                "what is trained, and what it takes",
+                heads,
+                rows,
+                "trained in float32, adamw; frozen in bfloat16",
+            )
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from peers.work import SIZES, Work
 
 from pg_ground import cli
 from pg_ground.config import nearest
-from pg_ground.pages import Table, ascii_table
+from pg_ground.reporting.html_page import Table, ascii_table
 from pg_ground.types import UserError
 
 HERE = Path(__file__).parent / "peers"
@@ -64,8 +64,14 @@ class Peer:
     def __init__(self, name: str, w: Work, python: str, log: Path):
         program, variant = PEERS[name]
         threads = {key: str(w.threads) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        offline = {key: "1" for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")}
-        platform = {"JAX_PLATFORMS": w.device} if w.device == "cpu" else {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        offline = {
+            key: "1" for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+        }
+        platform = (
+            {"JAX_PLATFORMS": w.device}
+            if w.device == "cpu"
+            else {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        )
         self._process = subprocess.Popen(
             [python, str(HERE / program), json.dumps(w._replace(variant=variant)._asdict())],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True,
@@ -118,7 +124,9 @@ class Result(NamedTuple):
         return (max(sums) - min(sums)) / statistics.median(sums)
 
 
-def measure(names: Sequence[str], w: Work, rounds: int, together: bool, python: str, logs: Path) -> dict[str, Result | str]:
+def measure(
+    names: Sequence[str], w: Work, rounds: int, together: bool, python: str, logs: Path
+) -> dict[str, Result | str]:
     """Returns what each peer did, or why it could not."""
     found: dict[str, Result | str] = {}
     running: dict[str, Peer] = {}
@@ -136,7 +144,11 @@ def measure(names: Sequence[str], w: Work, rounds: int, together: bool, python: 
                 step = running[name].step()
                 check(name, w, step["checks"])
                 result.steps.append(step)
-                print(f"round {turn + 1}: {name} {sum(step['cpu_seconds'].values()):.2f} CPU s", file=sys.stderr, flush=True)
+                print(
+                    f"round {turn + 1}: {name} {sum(step['cpu_seconds'].values()):.2f} CPU s",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 if not together:
                     running.pop(name).end()
             except UserError as error:
@@ -161,18 +173,51 @@ def tables(found: dict[str, Result | str], w: Work) -> list[Table]:
     """Returns CPU seconds and wall seconds a step, each with its ratio to ours."""
     measured = {name: result for name, result in found.items() if isinstance(result, Result)}
     out: list[Table] = []
-    for clock, label in (("cpu_seconds", "CPU seconds"), ("seconds", "seconds")) if measured else ():
-        heads = ["peer", "rollout", "score", "update", "step", "rollout / ours", "step / ours", "spread", "tokens/s", "peak GiB"]
+    for clock, label in (
+        (("cpu_seconds", "CPU seconds"), ("seconds", "seconds")) if measured else ()
+    ):
+        heads = [
+            "peer",
+            "rollout",
+            "score",
+            "update",
+            "step",
+            "rollout / ours",
+            "step / ours",
+            "spread",
+            "tokens/s",
+            "peak GiB",
+        ]
         rows = []
         for name, result in measured.items():
             values = {phase: result.median(clock, phase) for phase in (*PHASES, "step")}
-            ours = {p: measured["ours"].median(clock, p) for p in ("rollout", "step")} if "ours" in measured else {}
+            ours = (
+                {p: measured["ours"].median(clock, p) for p in ("rollout", "step")}
+                if "ours" in measured
+                else {}
+            )
             ratios = [_ratio(values[phase], ours.get(phase)) for phase in ("rollout", "step")]
             sampled = w.rows * w.tokens / (values["rollout"] or 1.0)
             peak = max(step["peak_bytes"] for step in result.steps) / 2**30
             cells = [f"{v:.3g}" if v is not None else "" for v in values.values()]
-            rows.append([name, *cells, *ratios, f"{result.spread(clock):.0%}", f"{sampled:.0f}", f"{peak:.2f}"])
-        out.append(Table(f"{label} a step, median of {max(len(r.steps) for r in measured.values())}", heads, rows, ""))
+            rows.append(
+                [
+                    name,
+                    *cells,
+                    *ratios,
+                    f"{result.spread(clock):.0%}",
+                    f"{sampled:.0f}",
+                    f"{peak:.2f}",
+                ]
+            )
+        out.append(
+            Table(
+                f"{label} a step, median of {max(len(r.steps) for r in measured.values())}",
+                heads,
+                rows,
+                "",
+            )
+        )
     return out
 
 
@@ -189,7 +234,13 @@ def markdown(found: dict[str, Result | str], w: Work, argv: Sequence[str]) -> st
         f"{date.today()}, commit {commit()}: `python benchmarks/versus.py {' '.join(argv)}`",
     ]
     for table in tables(found, w):
-        lines += ["", table.title + ":", "", "| " + " | ".join(table.columns) + " |", "|---" * len(table.columns) + "|"]
+        lines += [
+            "",
+            table.title + ":",
+            "",
+            "| " + " | ".join(table.columns) + " |",
+            "|---" * len(table.columns) + "|",
+        ]
         lines += ["| " + " | ".join(row) + " |" for row in table.rows]
     lines.append("")
     for name, result in found.items():
@@ -205,9 +256,13 @@ def commit() -> str:
     """Returns the commit that is checked out, and whether files differ from it."""
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], cwd=HERE, capture_output=True, text=True, check=False
+        ).stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + (" and changes" if git("status", "--porcelain", "-uno") else "")
+    return git("rev-parse", "--short", "HEAD") + (
+        " and changes" if git("status", "--porcelain", "-uno") else ""
+    )
 
 
 FLAGS = {
@@ -257,8 +312,14 @@ def main(argv: Sequence[str]) -> None:
         with open(own["out"], "a") as file:
             file.write(markdown(found, w, argv) + "\n")
     if own["json"]:
-        everything = {name: result._asdict() if isinstance(result, Result) else result for name, result in found.items()}
-        Path(own["json"]).write_text(json.dumps({"work": w._asdict(), "commit": commit(), "peers": everything}, indent=1) + "\n")
+        everything = {
+            name: result._asdict() if isinstance(result, Result) else result
+            for name, result in found.items()
+        }
+        Path(own["json"]).write_text(
+            json.dumps({"work": w._asdict(), "commit": commit(), "peers": everything}, indent=1)
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,12 @@ from ml_collections import ConfigDict
 
 BESIDE = {
     # dynamic sampling, and a completion that runs out of room leaves the loss and costs
-    "dapo": {"resample": 3, "mask_unfinished": True, "max_new_tokens": 12, "rewards": {"overlong": 0.5}},
+    "dapo": {
+        "resample": 3,
+        "mask_unfinished": True,
+        "max_new_tokens": 12,
+        "rewards": {"overlong": 0.5},
+    },
     # the distance to the reference is taken off the reward
     "rloo": {"kl_coef": 0.01},
     "remax": {"kl_coef": 0.01},

@@ -168,13 +168,23 @@ def get_config(argument: str = "refcoco_refer") -> ConfigDict:
     names = argument.split("+")
     unknown = [name for name in names if name not in ENTRIES]
     if unknown:
-        raise UserError(f"configs/data.py:{unknown[0]} does not exist: {config.nearest(unknown[0], ENTRIES)}")
+        raise UserError(
+            f"configs/data.py:{unknown[0]} does not exist: {config.nearest(unknown[0], ENTRIES)}"
+        )
     c = config.template()
     c.stages = ("sft",)
 
     c.model.image_size = 224
     c.model.vision.update(width=64, depth=2, mlp_dim=128, num_heads=4, patch_size=14)
-    c.model.text.update(width=64, depth=2, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=16, query_scale=16**-0.5)
+    c.model.text.update(
+        width=64,
+        depth=2,
+        mlp_dim=256,
+        num_heads=4,
+        num_kv_heads=1,
+        head_dim=16,
+        query_scale=16**-0.5,
+    )
     c.model.text.vocab_size = 2048
     c.model.coordinate_init = "sinusoid"
     c.data.prompt_length = 96

@@ -30,7 +30,9 @@ def get_config(argument: str = "pg2_3b_448") -> ConfigDict:
     c = config.template()
     name, _, pixels = argument.removesuffix("_full").rpartition("_")
     if pixels not in ("224", "448", "896"):
-        raise UserError(f"configs/paligemma.py:{argument}: the argument is VARIANT_PIXELS, such as pg2_3b_448 or pg2_3b_448_full")
+        raise UserError(
+            f"configs/paligemma.py:{argument}: the argument is VARIANT_PIXELS, such as pg2_3b_448 or pg2_3b_448_full"
+        )
     c.model = config.section(config.variant(name, int(pixels)))
     c.model.dtype = "bfloat16"
     c.model.frozen_dtype = "bfloat16"

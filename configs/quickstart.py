@@ -35,7 +35,15 @@ def get_config(arm: str = "grpo") -> ConfigDict:
 
     c.model.image_size = 48
     c.model.vision.update(width=64, depth=2, mlp_dim=256, num_heads=4, patch_size=8)
-    c.model.text.update(width=64, depth=3, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=16, query_scale=16**-0.5)
+    c.model.text.update(
+        width=64,
+        depth=3,
+        mlp_dim=256,
+        num_heads=4,
+        num_kv_heads=1,
+        head_dim=16,
+        query_scale=16**-0.5,
+    )
     c.model.text.vocab_size = 2048
     c.model.coordinate_init = "sinusoid"
     c.model.remat = "none"
@@ -69,7 +77,9 @@ def get_config(arm: str = "grpo") -> ConfigDict:
     c.mesh.cpu_devices = 2
 
     if arm not in ("grpo", "sft_loose", "sft_exact"):
-        raise UserError(f"configs/quickstart.py:{arm} does not exist: there are grpo, sft_loose and sft_exact")
+        raise UserError(
+            f"configs/quickstart.py:{arm} does not exist: there are grpo, sft_loose and sft_exact"
+        )
     if arm != "grpo":
         c.stages = ("sft",)
         c.sft.steps = SFT_STEPS + SFT_STEPS_PER_GRPO_STEP * GRPO_STEPS
@@ -85,5 +95,11 @@ def boxes(split: str, loose: float = 0.0) -> ConfigDict:
 def points(split: str) -> ConfigDict:
     """Returns `point to {phrase}`, with the exact boxes as the regions that points should lie in."""
     return config.section(
-        Source(uri=f"synthetic:{SPLITS[split]}", asks="points", boxes="box", points="point", prompt="point to {phrase}")
+        Source(
+            uri=f"synthetic:{SPLITS[split]}",
+            asks="points",
+            boxes="box",
+            points="point",
+            prompt="point to {phrase}",
+        )
     )

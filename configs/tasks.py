@@ -62,7 +62,9 @@ def beside(name: str) -> dict[str, Any]:
 ENTRIES: dict[str, Source] = beside("data.py")["ENTRIES"]
 PHOTOS: Source = beside("photos.py")["PHOTOS"]
 
-DETECTIONS = Source(uri="jsonl:ovd.jsonl", phrase="problem", asks="text", suffix="{solution}", prompt="{phrase}")
+DETECTIONS = Source(
+    uri="jsonl:ovd.jsonl", phrase="problem", asks="text", suffix="{solution}", prompt="{phrase}"
+)
 COUNTS = replace(
     ENTRIES["count_jsonl"],
     suffix="<think>I see {ground_truth} {question}.</think> <answer>{ground_truth}</answer>",
@@ -76,7 +78,11 @@ RELATIONS = Source(
     prompt="answer en {phrase}",
 )
 SCENES = replace(
-    RELATIONS, uri="relations:synthetic:train?side=64&scenes=4096", image="image", boxes="objects.box", label="objects.name"
+    RELATIONS,
+    uri="relations:synthetic:train?side=64&scenes=4096",
+    image="image",
+    boxes="objects.box",
+    label="objects.name",
 )
 
 SYNTHETIC_GROUNDING = {"algorithm": "grpo", "group_size": 8}
@@ -92,7 +98,13 @@ RLLAVA = {
     "optimizer": {"weight_decay": 0.01},
 }
 
-EASYDISTILL = {"algorithm": "grpo", "kl": "k3", "kl_coef": 0.04, "advantage_epsilon": 1e-4, "group_size": 8}
+EASYDISTILL = {
+    "algorithm": "grpo",
+    "kl": "k3",
+    "kl_coef": 0.04,
+    "advantage_epsilon": 1e-4,
+    "group_size": 8,
+}
 
 REINFORCESIGHT = {
     "algorithm": "grpo",
@@ -104,9 +116,19 @@ REINFORCESIGHT = {
 
 TASKS = {
     "point_environment": Task(
-        ENTRIES["gui_points"], SYNTHETIC_GROUNDING, {"format": 0.2, "distance_gaussian": 0.8}, {}, answer_tokens=40
+        ENTRIES["gui_points"],
+        SYNTHETIC_GROUNDING,
+        {"format": 0.2, "distance_gaussian": 0.8},
+        {},
+        answer_tokens=40,
     ),
-    "grounding": Task(PHOTOS, RLLAVA | {"group_size": 3}, {"format": 0.5, "iou_squared": 0.5}, {}, prompt_tokens=72),
+    "grounding": Task(
+        PHOTOS,
+        RLLAVA | {"group_size": 3},
+        {"format": 0.5, "iou_squared": 0.5},
+        {},
+        prompt_tokens=72,
+    ),
     "open_vocabulary": Task(
         DETECTIONS,
         RLLAVA,
@@ -115,9 +137,19 @@ TASKS = {
         answer_tokens=192,
         prompt_tokens=192,
     ),
-    "counting": Task(COUNTS, RLLAVA, {}, {"think_answer_format": 0.5, "count_exact": 0.5, "count_graded": 0.0}, answer_tokens=48),
+    "counting": Task(
+        COUNTS,
+        RLLAVA,
+        {},
+        {"think_answer_format": 0.5, "count_exact": 0.5, "count_graded": 0.0},
+        answer_tokens=48,
+    ),
     "single_box": Task(
-        PHOTOS, EASYDISTILL, {"format": 1.0, "gaussian_point": 1.0, "gaussian_coverage": 1.0, "iou": 0.0}, {}, prompt_tokens=72
+        PHOTOS,
+        EASYDISTILL,
+        {"format": 1.0, "gaussian_point": 1.0, "gaussian_coverage": 1.0, "iou": 0.0},
+        {},
+        prompt_tokens=72,
     ),
     "multi_box": Task(
         ENTRIES["easydistill_multi"],
@@ -127,8 +159,12 @@ TASKS = {
         answer_tokens=80,
         prompt_tokens=96,
     ),
-    "spatial": Task(RELATIONS, REINFORCESIGHT, {}, {"spatial": 1.0}, answer_tokens=192, prompt_tokens=128),
-    "relations": Task(SCENES, REINFORCESIGHT, {}, {"spatial": 1.0}, answer_tokens=192, prompt_tokens=128),
+    "spatial": Task(
+        RELATIONS, REINFORCESIGHT, {}, {"spatial": 1.0}, answer_tokens=192, prompt_tokens=128
+    ),
+    "relations": Task(
+        SCENES, REINFORCESIGHT, {}, {"spatial": 1.0}, answer_tokens=192, prompt_tokens=128
+    ),
 }
 
 
@@ -158,7 +194,15 @@ def small() -> ConfigDict:
     c = config.template()
     c.model.image_size = 224
     c.model.vision.update(width=64, depth=2, mlp_dim=128, num_heads=4, patch_size=14)
-    c.model.text.update(width=64, depth=2, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=16, query_scale=16**-0.5)
+    c.model.text.update(
+        width=64,
+        depth=2,
+        mlp_dim=256,
+        num_heads=4,
+        num_kv_heads=1,
+        head_dim=16,
+        query_scale=16**-0.5,
+    )
     c.model.text.vocab_size = 2048
     c.model.coordinate_init = "sinusoid"
     c.sft.steps = 200

@@ -13,10 +13,14 @@ from pg_ground.config import Source
 
 def scenes(split: str, asks: str, loose: float = 0.0) -> ConfigDict:
     """Returns an entry of the embedded task: `detect red circle` for boxes, `point to red circle` for points."""
-    uri = f"synthetic:{split}?side=32&shapes=2&loose={loose}" + ("&scenes=32" if split == "heldout" else "")
+    uri = f"synthetic:{split}?side=32&shapes=2&loose={loose}" + (
+        "&scenes=32" if split == "heldout" else ""
+    )
     if asks == "boxes":
         return config.section(Source(uri=uri, boxes="box"))
-    return config.section(Source(uri=uri, asks="points", boxes="box", points="point", prompt="point to {phrase}"))
+    return config.section(
+        Source(uri=uri, asks="points", boxes="box", points="point", prompt="point to {phrase}")
+    )
 
 
 def get_config() -> ConfigDict:
@@ -24,7 +28,9 @@ def get_config() -> ConfigDict:
 
     c.model.image_size = 32
     c.model.vision.update(width=16, depth=2, mlp_dim=32, num_heads=2, patch_size=8)
-    c.model.text.update(width=16, depth=2, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8, query_scale=8**-0.5)
+    c.model.text.update(
+        width=16, depth=2, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8, query_scale=8**-0.5
+    )
     c.model.text.vocab_size = 2048
     c.model.coordinate_init = "sinusoid"
     c.data.prompt_length = 8
@@ -34,7 +40,10 @@ def get_config() -> ConfigDict:
     c.sft.steps = 6
     c.sft.batch_size = 8
     c.sft.optimizer.lr = 1e-3
-    c.sft.sources = {"boxes": scenes("train", "boxes", loose=0.5), "points": scenes("train", "points")}
+    c.sft.sources = {
+        "boxes": scenes("train", "boxes", loose=0.5),
+        "points": scenes("train", "points"),
+    }
 
     c.grpo.steps = 6
     c.grpo.batch_size = 8

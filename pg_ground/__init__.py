@@ -4,12 +4,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pg_ground.model.weights import load
+    from pg_ground.checkpoints.weights import load
     from pg_ground.rl.rollout import sample
 
 __all__ = ["load", "sample"]
 
-_HOMES = {"load": "pg_ground.model.weights", "sample": "pg_ground.rl.rollout"}
+_HOMES = {"load": "pg_ground.checkpoints.weights", "sample": "pg_ground.rl.rollout"}
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,18 @@
 import ast
 from pathlib import Path
 
-COMMANDS = ("train", "evaluate", "report", "predict", "look", "prefetch", "pack", "convert", "compile", "bench")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "report",
+    "predict",
+    "look",
+    "prefetch",
+    "pack",
+    "convert",
+    "compile",
+    "bench",
+)
 
 
 def main() -> None:

@@ -59,7 +59,9 @@ def sides(yxyx: Float[Array, "... 4"]) -> Float[Array, "... 2"]:
 
 def _areas(a: Float[Array, "... 4"], b: Float[Array, "... 4"]) -> tuple[Array, Array]:
     """Returns the areas of intersection and union of proper boxes."""
-    overlap = jnp.maximum(jnp.minimum(a[..., 2:], b[..., 2:]) - jnp.maximum(a[..., :2], b[..., :2]), 0).prod(axis=-1)
+    overlap = jnp.maximum(
+        jnp.minimum(a[..., 2:], b[..., 2:]) - jnp.maximum(a[..., :2], b[..., :2]), 0
+    ).prod(axis=-1)
     return overlap, sides(a).prod(axis=-1) + sides(b).prod(axis=-1) - overlap
 
 
@@ -79,7 +81,9 @@ def giou(a: Float[Array, "... 4"], b: Float[Array, "... 4"]) -> Float[Array, "..
     return jnp.where(proper, overlap / union - (hull - union) / hull, -1)
 
 
-def gaussian_point(yx: Float[Array, "... 2"], gold: Float[Array, "... 4"], alpha: float) -> Float[Array, "..."]:
+def gaussian_point(
+    yx: Float[Array, "... 2"], gold: Float[Array, "... 4"], alpha: float
+) -> Float[Array, "..."]:
     """Returns exp(-½ Σ (d / (alpha · side))²) in [0, 1] for points against gold boxes, d measured from the gold centre.
 
     EasyDistill's point reward; per-axis scaling leaves it unchanged, so fractions and pixels agree.
@@ -88,7 +92,9 @@ def gaussian_point(yx: Float[Array, "... 2"], gold: Float[Array, "... 4"], alpha
     return jnp.exp(-0.5 * jnp.sum(jnp.square((yx - centre(gold)) / sigma), axis=-1))
 
 
-def gaussian_coverage(yxyx: Float[Array, "... 4"], gold: Float[Array, "... 4"], alpha: float) -> Float[Array, "..."]:
+def gaussian_coverage(
+    yxyx: Float[Array, "... 4"], gold: Float[Array, "... 4"], alpha: float
+) -> Float[Array, "..."]:
     """Returns the Bhattacharyya coefficient in [0, 1] of two Gaussians with sigma = alpha · sides; 0 for improper boxes.
 
     EasyDistill's plane reward as a sum of logarithms per axis, ¼·ln(4·Vp·Vg/(Vp+Vg)²) − d²/(4(Vp+Vg)): no absolute epsilon, so
@@ -99,11 +105,15 @@ def gaussian_coverage(yxyx: Float[Array, "... 4"], gold: Float[Array, "... 4"], 
     theirs = alpha * jnp.maximum(sides(gold), ONE_BIN)
     total = jnp.square(mine) + jnp.square(theirs)
     offset = jnp.square(centre(yxyx) - centre(gold))
-    log_axis = 0.5 * (jnp.log(2.0) + jnp.log(mine) + jnp.log(theirs) - jnp.log(total)) - offset / (4 * total)
+    log_axis = 0.5 * (jnp.log(2.0) + jnp.log(mine) + jnp.log(theirs) - jnp.log(total)) - offset / (
+        4 * total
+    )
     return jnp.where(proper, jnp.exp(jnp.minimum(log_axis.sum(axis=-1), 0)), 0)
 
 
-def distance_px(yx: Float[Array, "... 2"], size: Int[Array, "... 2"], max_size_px: float) -> Float[Array, "..."]:
+def distance_px(
+    yx: Float[Array, "... 2"], size: Int[Array, "... 2"], max_size_px: float
+) -> Float[Array, "..."]:
     """Returns the length of (y, x) offsets in pixels of an image whose longer side has `max_size_px` of them.
 
     `size` is (width, height) of the original image.
@@ -189,7 +199,9 @@ def detect(
     """
     iou = jnp.where(may_match, iou, 0)
     first = jax.nn.one_hot(jnp.argmax(iou, axis=-1), iou.shape[-1], dtype=bool)
-    matches = jnp.sum(jnp.where(first, iou, 0)[..., None] > jnp.asarray(thresholds), axis=-3)  # [..., K, N]
+    matches = jnp.sum(
+        jnp.where(first, iou, 0)[..., None] > jnp.asarray(thresholds), axis=-3
+    )  # [..., K, N]
     hit = matches > 0
     return Detections(
         number=jnp.sum(hit, axis=-2),

@@ -15,7 +15,7 @@ from ml_collections import config_dict
 
 from pg_ground import config
 from pg_ground.config import Config
-from pg_ground.processes import Group, is_loss, loss_line
+from pg_ground.parallel.multiprocess import Group, is_loss, loss_line
 from pg_ground.types import UserError
 
 REQUIRED = None
@@ -51,7 +51,9 @@ def run_together(main: Callable[[Sequence[str], Group], None]) -> NoReturn:
     except BaseException as error:
         if group is None or not group.joined:
             raise
-        code, said = (3, loss_line(str(error))) if is_loss(error) else (1, traceback.format_exc().rstrip())
+        code, said = (
+            (3, loss_line(str(error))) if is_loss(error) else (1, traceback.format_exc().rstrip())
+        )
     else:
         code, said = 0, ""
     if said:
@@ -75,7 +77,9 @@ def parse(argv: Sequence[str], own: Flags) -> tuple[Config, dict[str, Any]]:
     for name, value in given:
         if name.startswith("config."):
             override(tree, name, value)
-    return config.parse(tree), _own([pair for pair in given if pair[0].partition(".")[0] != "config"], own)
+    return config.parse(tree), _own(
+        [pair for pair in given if pair[0].partition(".")[0] != "config"], own
+    )
 
 
 def parse_own(argv: Sequence[str], own: Flags) -> dict[str, Any]:
@@ -109,7 +113,9 @@ def load(path: str) -> config_dict.ConfigDict:
     try:
         names = runpy.run_path(file)
         if "get_config" not in names:
-            raise UserError(f"--config={path}: {file} has no function get_config, which returns the config")
+            raise UserError(
+                f"--config={path}: {file} has no function get_config, which returns the config"
+            )
         return names["get_config"](argument) if colon else names["get_config"]()
     except UserError:
         raise
@@ -133,7 +139,9 @@ def override(tree: config_dict.ConfigDict, path: str, text: str) -> None:
         if not isinstance(node, config_dict.ConfigDict):
             raise UserError(f"--{path}: {place} is a value, not a section")
         if not node:
-            raise UserError(f"--{path}: {place} is empty, and is filled in the config file: c.{place[7:]} = {{'{part}': …}}")
+            raise UserError(
+                f"--{path}: {place} is empty, and is filled in the config file: c.{place[7:]} = {{'{part}': …}}"
+            )
         if part not in node:
             raise UserError(f"{place}.{part} does not exist: {config.nearest(part, node)}")
         if depth < len(parents):
@@ -141,7 +149,10 @@ def override(tree: config_dict.ConfigDict, path: str, text: str) -> None:
     value = node[name]
     if isinstance(value, config_dict.ConfigDict):
         found = ", ".join(sorted(value.keys()))
-        raise UserError(f"--{path} is a section: " + (f"set one of {found}" if found else "it is filled in the config file"))
+        raise UserError(
+            f"--{path} is a section: "
+            + (f"set one of {found}" if found else "it is filled in the config file")
+        )
     node[name] = _spelled(text, node.get_type(name), path)
 
 

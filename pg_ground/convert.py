@@ -11,41 +11,17 @@ tensor keeps its own. It is written beside DST and moved there when whole.
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-
 from pg_ground import cli
-from pg_ground.model import files, weights
+from pg_ground.checkpoints.conversion import DTYPES, convert
 from pg_ground.types import UserError
-
-DTYPES = ("float32", "bfloat16", "float16")
-
-TOKENIZER_FILES = (
-    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-)  # fmt: skip
-
-
-def convert(source: Path, target: Path, dtype: str) -> None:
-    """Writes the checkpoint at `source` to `target`, in the format that the name of `target` says.
-
-    Raises:
-      UserError: `source` cannot be read, `target` exists, or its format cannot express the model.
-    """
-    if target.exists():
-        raise UserError(f"{target} exists already: remove it, or choose another name")
-    found = weights.open_checkpoint(source, keep_final_softcap=True)
-    tensors = found.tensors
-    if not tensors:
-        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
-        like = {name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=host) for name, s in found.like.items()}
-        tensors = {name: files.in_memory(name, array) for name, array in found.read(like).items()}
-    beside = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    weights.write(target, tensors, found.model.config, dtype, beside)
 
 
 def main(argv: Sequence[str]) -> None:
     places, flags = cli.parse_places(argv, {"dtype": ""})
     if len(places) != 2:
-        raise UserError(f"{len(places)} paths are given, but python -m pg_ground.convert SRC DST takes two")
+        raise UserError(
+            f"{len(places)} paths are given, but python -m pg_ground.convert SRC DST takes two"
+        )
     if flags["dtype"] not in ("", *DTYPES):
         raise UserError(f"--dtype={flags['dtype']}: it must be one of {', '.join(DTYPES)}")
     source, target = map(Path, places)

@@ -58,7 +58,9 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 def map_named(f: Callable[[str, Any], Any], tree: Any) -> Any:
     """Returns the tree of `f(name, leaf)`."""
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: f("/".join(str(key.key) for key in path), leaf), tree)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: f("/".join(str(key.key) for key in path), leaf), tree
+    )
 
 
 def join(*trees: Any) -> dict[str, Any]:
@@ -102,14 +104,22 @@ def lr_factors(names: Iterable[str], table: Sequence[tuple[str, float]]) -> dict
     try:
         patterns = [re.compile(pattern) for pattern, _ in table]
     except re.error as error:
-        raise UserError(f"config.lr_factors: {error.pattern!r} is no regular expression: {error}") from None
-    first = {name: next((i for i, p in enumerate(patterns) if p.fullmatch(name)), None) for name in names}
+        raise UserError(
+            f"config.lr_factors: {error.pattern!r} is no regular expression: {error}"
+        ) from None
+    first = {
+        name: next((i for i, p in enumerate(patterns) if p.fullmatch(name)), None) for name in names
+    }
     lost = [name for name, i in first.items() if i is None]
     if lost:
-        raise UserError(f"config.lr_factors says nothing of {', '.join(lost)}; a last ('.*', 0.0) would freeze the rest")
+        raise UserError(
+            f"config.lr_factors says nothing of {', '.join(lost)}; a last ('.*', 0.0) would freeze the rest"
+        )
     idle = [table[i][0] for i in range(len(table)) if i not in first.values()]
     if idle:
-        raise UserError(f"config.lr_factors: {', '.join(map(repr, idle))} is the first match of no parameter, such as {names[0]}")
+        raise UserError(
+            f"config.lr_factors: {', '.join(map(repr, idle))} is the first match of no parameter, such as {names[0]}"
+        )
     factors = {name: float(table[i][1]) for name, i in first.items() if i is not None}
     if not any(factors.values()):
         raise UserError("config.lr_factors freezes every parameter: nothing is left to train")

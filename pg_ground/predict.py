@@ -8,64 +8,41 @@ for several things: --prompt="detect cat ; dog".
 
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import UInt8
-
-from pg_ground import cli, draw
-from pg_ground.data.examples import resize
-from pg_ground.data.records import BadRecord, load_image
-from pg_ground.exam import check_vocabulary
-from pg_ground.measure.answers import loc_answers
-from pg_ground.model import weights
-from pg_ground.pages import write_whole
-from pg_ground.rl.rollout import sample
-from pg_ground.tokenizer import load as load_tokenizer
+from pg_ground import cli
+from pg_ground.evals.prediction import predict
+from pg_ground.reporting import drawing
+from pg_ground.reporting.html_page import write_whole
 from pg_ground.types import UserError
-
-
-def predict(
-    params_path: Path, image_path: Path, prompt: str, tokenizer_path: str, max_new_tokens: int
-) -> tuple[dict[str, Any], UInt8[np.ndarray, "H W 3"]]:
-    """Returns the greedy answer (`text`, `boxes`, `points` in pixels of the original image), and the image itself.
-
-    Raises:
-      UserError: the checkpoint, the tokenizer or the image cannot be used.
-    """
-    tokenizer = load_tokenizer(tokenizer_path or weights.tokenizer_of(params_path))
-    try:
-        image = load_image(str(image_path), Path())
-    except BadRecord as bad:
-        raise UserError(f"--image={image_path}: {bad}") from None
-    model, params = weights.load(params_path)
-    check_vocabulary(tokenizer, model)
-    pixels = resize(image, model.config.image_size).astype(np.float32) / 127.5 - 1
-    ids = jnp.array([tokenizer.prefix(prompt)], jnp.int32)
-    answer = jax.jit(partial(sample, model, group_size=1, max_new_tokens=max_new_tokens, temperature=0.0))
-    rollout = answer(params, pixels[None], ids, jnp.ones(ids.shape, bool), jax.random.key(0))
-    tokens = rollout.tokens[0, 0][np.asarray(rollout.mask[0, 0])].tolist()
-    height, width = image.shape[:2]
-    return {"text": tokenizer.decode(tokens), **loc_answers(tokens, tokenizer, (width, height))}, image
 
 
 def main(argv: Sequence[str]) -> None:
     required = cli.REQUIRED
-    own = {"params": required, "image": required, "prompt": required, "out": "", "tokenizer": "", "max_new_tokens": 64}
+    own = {
+        "params": required,
+        "image": required,
+        "prompt": required,
+        "out": "",
+        "tokenizer": "",
+        "max_new_tokens": 64,
+    }
     flags = cli.parse_own(argv, own)
     if flags["max_new_tokens"] < 1:
         raise UserError(f"--max_new_tokens={flags['max_new_tokens']}: it must be above 0")
     found, image = predict(
-        Path(flags["params"]), Path(flags["image"]), flags["prompt"], flags["tokenizer"], flags["max_new_tokens"]
+        Path(flags["params"]),
+        Path(flags["image"]),
+        flags["prompt"],
+        flags["tokenizer"],
+        flags["max_new_tokens"],
     )
     print(json.dumps(found), flush=True)
     if flags["out"]:
-        picture = draw.draw_answer(image, (image.shape[1], image.shape[0]), found["boxes"], found["points"])
-        write_whole(Path(flags["out"]), draw.png_bytes(picture))
+        picture = drawing.draw_answer(
+            image, (image.shape[1], image.shape[0]), found["boxes"], found["points"]
+        )
+        write_whole(Path(flags["out"]), drawing.png_bytes(picture))
 
 
 if __name__ == "__main__":

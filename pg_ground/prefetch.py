@@ -6,15 +6,13 @@ Run `python -m pg_ground.prefetch --config=configs/quickstart.py`. Stopped, it g
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from tqdm import tqdm
 
 from pg_ground import cli
-from pg_ground.config import Config
-from pg_ground.data import fetch, pipeline
-from pg_ground.data.examples import field_at
-from pg_ground.data.records import BadRecord
+from pg_ground.data import fetch
+from pg_ground.data.prefetching import urls_of
 from pg_ground.types import UserError
 
 
@@ -24,31 +22,10 @@ def main(argv: Sequence[str]) -> None:
     if flags["retry_failed"] not in (0, 1):
         raise UserError(f"--retry_failed is {flags['retry_failed']}: it must be 0 or 1")
     with tqdm(unit=" images", file=sys.stderr) as bar:
-        outcomes = fetch.prefetch(urls_of(config), config.data.fetch, lambda _: bar.update(), bool(flags["retry_failed"]))
+        outcomes = fetch.prefetch(
+            urls_of(config), config.data.fetch, lambda _: bar.update(), bool(flags["retry_failed"])
+        )
     print(json.dumps(dict(sorted(outcomes.items()))))
-
-
-def urls_of(config: Config) -> Iterator[tuple[str, str | None]]:
-    """Yields the url and, where the source has it, the sha256 of every image that is a url, each source once.
-
-    What is no url is passed over, and so is a record that cannot be read: training counts it.
-
-    Raises:
-      UserError: a source cannot be opened.
-    """
-    sections = (config.sft.sources, config.grpo.sources, config.eval.sources)
-    named = {source: name for section in sections for name, source in section.items()}
-    for source, name in named.items():
-        questions = pipeline.open_examples(name, source, config.data, config.model.image_size, config.seed)
-        for index in range(len(questions)):
-            try:
-                record, element = questions.record(index)
-                url = field_at(record, source.image, element)
-                sha256 = field_at(record, source.image_sha256, element) if source.image_sha256 else None
-            except BadRecord:
-                continue
-            if fetch.is_url(url):
-                yield url, None if sha256 is None else str(sha256)
 
 
 if __name__ == "__main__":

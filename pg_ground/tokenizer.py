@@ -9,7 +9,17 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from pg_ground.types import UserError
-from pg_ground.vocab import BOS, EOS, LOC_TOKENS, NEWLINE, PAD, SEG_TOKENS, UNK, Vocab, vocab_of_size
+from pg_ground.vocab import (
+    BOS,
+    EOS,
+    LOC_TOKENS,
+    NEWLINE,
+    PAD,
+    SEG_TOKENS,
+    UNK,
+    Vocab,
+    vocab_of_size,
+)
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """How sentencepiece writes a space inside a piece."""
@@ -61,14 +71,18 @@ def load(path: str = "") -> Tokenizer:
     _check_layout(pieces, vocab, name)
     return Tokenizer(
         pieces,
-        vocab._replace(separators=_ids_of(pieces, (";", SPACE + ";")), spaces=_ids_of(pieces, (SPACE,))),
+        vocab._replace(
+            separators=_ids_of(pieces, (";", SPACE + ";")), spaces=_ids_of(pieces, (SPACE,))
+        ),
     )
 
 
 def with_loc_pieces(model: bytes) -> bytes:
     """Returns a sentencepiece model with the 1,152 loc and seg pieces behind its own, user-defined and of score 0."""
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # pyright: ignore[reportAttributeAccessIssue]: made at import
-    names = [f"<loc{i:04d}>" for i in range(LOC_TOKENS)] + [f"<seg{i:03d}>" for i in range(SEG_TOKENS)]
+    names = [f"<loc{i:04d}>" for i in range(LOC_TOKENS)] + [
+        f"<seg{i:03d}>" for i in range(SEG_TOKENS)
+    ]
     for name in names:
         proto.pieces.add(piece=name, score=0.0, type=proto.SentencePiece.USER_DEFINED)
     return proto.SerializeToString()
@@ -80,7 +94,9 @@ def _bytes_of(path: str) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as e:
-        raise UserError(f"tokenizer {path}: {e.strerror or e}; data.tokenizer names a sentencepiece .model file") from e
+        raise UserError(
+            f"tokenizer {path}: {e.strerror or e}; data.tokenizer names a sentencepiece .model file"
+        ) from e
 
 
 def _read(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
@@ -95,13 +111,22 @@ def _read(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
 
 
 def _check_layout(pieces: sentencepiece.SentencePieceProcessor, vocab: Vocab, name: str) -> None:
-    found = (pieces.pad_id(), pieces.eos_id(), pieces.bos_id(), pieces.unk_id(), pieces.PieceToId("\n"))
+    found = (
+        pieces.pad_id(),
+        pieces.eos_id(),
+        pieces.bos_id(),
+        pieces.unk_id(),
+        pieces.PieceToId("\n"),
+    )
     if found != (PAD, EOS, BOS, UNK, NEWLINE):
         raise UserError(
             f"tokenizer {name}: pad, eos, bos, unk and newline are ids {', '.join(map(str, found))}, "
             f"but PaliGemma has {PAD}, {EOS}, {BOS}, {UNK}, {NEWLINE}"
         )
-    for first, count, form in ((vocab.loc0, LOC_TOKENS, "<loc{:04d}>"), (vocab.seg0, SEG_TOKENS, "<seg{:03d}>")):
+    for first, count, form in (
+        (vocab.loc0, LOC_TOKENS, "<loc{:04d}>"),
+        (vocab.seg0, SEG_TOKENS, "<seg{:03d}>"),
+    ):
         for i in range(count):
             piece = form.format(i)
             if first < 0 or pieces.Encode(piece) != [first + i]:

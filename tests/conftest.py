@@ -27,7 +27,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 jaxtyping.install_import_hook("pg_ground", "beartype.beartype")
 
 from pg_ground.config import Model, Text, Vision  # noqa: E402
-from pg_ground.model import PaliGemma  # noqa: E402
+from pg_ground.models import PaliGemma  # noqa: E402
 from pg_ground.types import BOXES, Batch, Boxes, Gold, Points  # noqa: E402
 from pg_ground.vocab import BOS, EOS, NEWLINE, PAD  # noqa: E402
 
@@ -115,10 +115,14 @@ def assert_close_trees(found: Any, expected: Any, bound: float = CLOSE) -> None:
     The second part is for leaves whose gradient is a small rest of large terms, as that of the key bias, which is 0 in theory.
     """
     whole = float(optax.tree.norm(expected))
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    ):
         a, b = np.asarray(a), np.asarray(b)
         off, size = np.linalg.norm(a - b), np.linalg.norm(b)
-        assert off <= bound * (size + 1e-3 * whole), f"{jax.tree_util.keystr(path)}: off by {off}, of {size}"
+        assert off <= bound * (size + 1e-3 * whole), (
+            f"{jax.tree_util.keystr(path)}: off by {off}, of {size}"
+        )
 
 
 def unlabelled(image: Any, prompt: Any, prompt_mask: Any, suffix: Any, suffix_mask: Any) -> Batch:
@@ -178,5 +182,9 @@ def data() -> Path:
 def environment(tmp_path_factory) -> dict[str, str]:
     """One device, and programs compiled once for all runs of this file."""
     cache = tmp_path_factory.mktemp("compiled")
-    ours = {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "XLA_FLAGS": ""}
+    ours = {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": "",
+    }
     return {**os.environ, **ours, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}

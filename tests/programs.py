@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from pg_ground.checkpoints import newest
+from pg_ground.checkpoints.manager import newest
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,18 +29,32 @@ def command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"pg_ground.{module}", *arguments]
 
 
-def run(environment: dict[str, str], module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(module, *arguments), env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+def run(
+    environment: dict[str, str], module: str, *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(module, *arguments),
+        env=environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
-def train_tiny(environment: dict[str, str], workdir: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+def train_tiny(
+    environment: dict[str, str], workdir: Path, *flags: str
+) -> subprocess.CompletedProcess[str]:
     return run(environment, "train", "--config=configs/tiny.py", f"--workdir={workdir}", *flags)
 
 
 def rows(workdir: Path) -> list[dict[str, float]]:
     """Returns the lines of metrics.jsonl without what depends on the machine."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "perf/"))} for line in lines]
+    return [
+        {k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "perf/"))}
+        for line in lines
+    ]
 
 
 def arrays(workdir: Path) -> dict[str, np.ndarray]:
@@ -53,7 +67,10 @@ def arrays(workdir: Path) -> dict[str, np.ndarray]:
             stored = checkpointer.metadata(folder / item).item_metadata.tree
             on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
             tree = checkpointer.restore(folder / item, restore_args=on_host)
-        found |= {item + jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+        found |= {
+            item + jax.tree_util.keystr(path): np.asarray(x)
+            for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        }
     return found
 
 
@@ -79,7 +96,9 @@ def killed_and_resumed(
         env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     file = workdir / "metrics.jsonl"
-    while process.poll() is None and not (file.exists() and file.read_bytes().count(b"\n") >= lines):
+    while process.poll() is None and not (
+        file.exists() and file.read_bytes().count(b"\n") >= lines
+    ):
         time.sleep(0.005)
     time.sleep(delay_s)
     alive = process.poll() is None

@@ -21,7 +21,9 @@ def of_totals(estimator):
     return lambda rewards: estimator(Scores(rewards))
 
 
-centred, standardised, leave_one_out = map(of_totals, (estimators.centred, estimators.standardised, estimators.leave_one_out))
+centred, standardised, leave_one_out = map(
+    of_totals, (estimators.centred, estimators.standardised, estimators.leave_one_out)
+)
 
 KINDS = pytest.mark.parametrize("compare", [centred, standardised, leave_one_out])
 
@@ -40,14 +42,30 @@ def rewards():
 GOLDEN = [
     ("E1 one group G=4 r=[1,0,.5,.25] scale=group", standardised, [[1, 0, 0.5, 0.25]]),
     ("E1 scale=none (Dr.GRPO)", centred, [[1, 0, 0.5, 0.25]]),
-    ("E2 two groups G=4 r=[1,0,0,0 | .9,.8,.7,.2] scale=group", standardised, [[1, 0, 0, 0], [0.9, 0.8, 0.7, 0.2]]),
+    (
+        "E2 two groups G=4 r=[1,0,0,0 | .9,.8,.7,.2] scale=group",
+        standardised,
+        [[1, 0, 0, 0], [0.9, 0.8, 0.7, 0.2]],
+    ),
     ("E2 scale=none", centred, [[1, 0, 0, 0], [0.9, 0.8, 0.7, 0.2]]),
-    ("E3 zero-variance group [1,1,1,1 | 0,1,0,1] scale=group", standardised, [[1, 1, 1, 1], [0, 1, 0, 1]]),
+    (
+        "E3 zero-variance group [1,1,1,1 | 0,1,0,1] scale=group",
+        standardised,
+        [[1, 1, 1, 1], [0, 1, 0, 1]],
+    ),
     ("E4 unscorable (None->NaN) [1,NaN,0,.5] scale=group", standardised, [[1, NAN, 0, 0.5]]),
-    ("E5 two rewards iou=[.9,.5,.1,0] fmt=[1,1,0,1] w=[1,.5] sum_then_normalize", standardised, [[1.4, 1.0, 0.1, 0.5]]),
+    (
+        "E5 two rewards iou=[.9,.5,.1,0] fmt=[1,1,0,1] w=[1,.5] sum_then_normalize",
+        standardised,
+        [[1.4, 1.0, 0.1, 0.5]],
+    ),
     ("E2 scale=batch", of_totals(estimators.batch_scaled), [[1, 0, 0, 0], [0.9, 0.8, 0.7, 0.2]]),
     ("[1,0,.5,.25] G=4", leave_one_out, [[1, 0, 0.5, 0.25]]),
-    ("same, normalize_advantages", of_totals(estimators.leave_one_out_normalised), [[1, 0, 0.5, 0.25]]),
+    (
+        "same, normalize_advantages",
+        of_totals(estimators.leave_one_out_normalised),
+        [[1, 0, 0.5, 0.25]],
+    ),
     ("[1,0|.3,.8] G=2", leave_one_out, [[1, 0], [0.3, 0.8]]),
 ]
 
@@ -55,7 +73,10 @@ GOLDEN = [
 @pytest.mark.parametrize(("name", "compare", "rewards"), GOLDEN, ids=[name for name, *_ in GOLDEN])
 def test_advantages_equal_trls(golden, name, compare, rewards):
     trl = json.loads((golden / "trl_losses.json").read_text())
-    expected = (trl["rloo_advantages"] | {key: value["advantages"] for key, value in trl["advantages"].items()})[name]
+    expected = (
+        trl["rloo_advantages"]
+        | {key: value["advantages"] for key, value in trl["advantages"].items()}
+    )[name]
     found = compare(jnp.asarray(rewards, jnp.float64))
     np.testing.assert_allclose(found.ravel(), expected, rtol=0, atol=FLOAT32)
 
@@ -80,7 +101,9 @@ def test_groups_do_not_see_one_another(rewards, compare):
 
 @KINDS
 def test_advantages_rank_as_the_rewards_do(rewards, compare):
-    np.testing.assert_array_equal(jnp.argsort(compare(rewards), axis=1), jnp.argsort(rewards, axis=1))
+    np.testing.assert_array_equal(
+        jnp.argsort(compare(rewards), axis=1), jnp.argsort(rewards, axis=1)
+    )
 
 
 @KINDS
@@ -93,10 +116,15 @@ def test_scale_leaves_standardised_alone_but_for_epsilon(rewards):
     """A = c / (s + 1e-4), so (s + 1e-4)·A is c whatever the scale; centred advantages grow with the rewards."""
     for scale in (1.0, 100.0):
         np.testing.assert_allclose(
-            standardised(scale * rewards) * (group_std(scale * rewards) + 1e-4), scale * centred(rewards), rtol=0, atol=1e-10
+            standardised(scale * rewards) * (group_std(scale * rewards) + 1e-4),
+            scale * centred(rewards),
+            rtol=0,
+            atol=1e-10,
         )
     spread = jnp.std(standardised(rewards), axis=1, ddof=1)
-    np.testing.assert_allclose(spread, 1 - 1e-4 / (group_std(rewards)[:, 0] + 1e-4), rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(
+        spread, 1 - 1e-4 / (group_std(rewards)[:, 0] + 1e-4), rtol=0, atol=ROUNDING
+    )
 
 
 def test_leave_one_out_is_reward_minus_the_mean_of_the_others(rewards):
@@ -122,13 +150,20 @@ def test_a_group_with_one_or_no_judged_completion_has_none(compare):
 def test_mean_and_spread_are_numpys(rewards):
     some = rewards.at[0, 3].set(NAN).at[2, :4].set(NAN)
     np.testing.assert_allclose(group_mean(some)[:, 0], np.nanmean(some, axis=1), rtol=ROUNDING)
-    np.testing.assert_allclose(group_std(some)[:, 0], np.nanstd(some, axis=1, ddof=1), rtol=ROUNDING)
+    np.testing.assert_allclose(
+        group_std(some)[:, 0], np.nanstd(some, axis=1, ddof=1), rtol=ROUNDING
+    )
     assert group_mean(jnp.full((1, 3), NAN)) == 0 and group_std(jnp.full((1, 3), NAN)) == 0
 
 
 def test_gdpo_equals_trls(golden):
-    expected = json.loads((golden / "trl_losses.json").read_text())["advantages"]["E5 normalize_then_sum (GDPO)"]["advantages"]
-    parts = {"iou": jnp.asarray([[0.9, 0.5, 0.1, 0.0]]), "format": jnp.asarray([[1.0, 1.0, 0.0, 1.0]])}
+    expected = json.loads((golden / "trl_losses.json").read_text())["advantages"][
+        "E5 normalize_then_sum (GDPO)"
+    ]["advantages"]
+    parts = {
+        "iou": jnp.asarray([[0.9, 0.5, 0.1, 0.0]]),
+        "format": jnp.asarray([[1.0, 1.0, 0.0, 1.0]]),
+    }
     weights = {"iou": 1.0, "format": 0.5}
     total = sum(weights[name] * part for name, part in parts.items())
     found = estimators.normalised_then_summed(Scores(total, parts, weights))
@@ -153,19 +188,31 @@ SEEDS = {
 def test_estimators_equal_rllavas(name):
     total = jnp.asarray([[1.0, 0.5, 0.0, 0.25], [0.2, 0.2, NAN, NAN]])
     lengths = jnp.asarray([[3, 2, 4, 1], [2, 2, 7, 9]])
-    found = ADVANTAGES[name](Scores(total, lengths=lengths, baseline=jnp.full(2, 0.3), epsilon=1e-6))
+    found = ADVANTAGES[name](
+        Scores(total, lengths=lengths, baseline=jnp.full(2, 0.3), epsilon=1e-6)
+    )
     np.testing.assert_allclose(found[0], SEEDS[name][0], rtol=0, atol=1e-6)
     np.testing.assert_allclose(found[1, :2], SEEDS[name][1], rtol=0, atol=1e-6)
     assert not found[1, 2:].any()
 
 
-OF_GROUPS = ("centred", "standardised", "batch_scaled", "leave_one_out", "best_of_group", "length_weighted", "upweighted")
+OF_GROUPS = (
+    "centred",
+    "standardised",
+    "batch_scaled",
+    "leave_one_out",
+    "best_of_group",
+    "length_weighted",
+    "upweighted",
+)
 
 
 @pytest.mark.parametrize("name", OF_GROUPS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 def test_a_group_of_equals_has_exactly_none_whatever_its_rounded_mean(name, dtype):
-    rewards = jnp.full((6, 7), 0.1, dtype).at[1:].set(jnp.linspace(0.11, 3.3, 5, dtype=dtype)[:, None])
+    rewards = (
+        jnp.full((6, 7), 0.1, dtype).at[1:].set(jnp.linspace(0.11, 3.3, 5, dtype=dtype)[:, None])
+    )
     rewards = rewards.at[5].set(jnp.arange(7, dtype=dtype))
     found = ADVANTAGES[name](Scores(rewards, lengths=jnp.arange(1, 8)))
     assert not found[:5].any() and found[5].any()
@@ -178,7 +225,9 @@ def test_remax_needs_the_greedy_completion():
 
 def test_the_epsilon_is_a_setting():
     rewards = jnp.asarray([[0.0, 1e-4]])
-    small, large = (estimators.standardised(Scores(rewards, epsilon=epsilon)) for epsilon in (1e-8, 1.0))
+    small, large = (
+        estimators.standardised(Scores(rewards, epsilon=epsilon)) for epsilon in (1e-8, 1.0)
+    )
     assert small[0, 1] > 0.7 and large[0, 1] < 1e-4
 
 

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from pg_ground.data.arrayrecord import decode, decode_example, encode, open_array_record, text_or_bytes, write_array_record
+from pg_ground.data.arrayrecord import (
+    decode,
+    decode_example,
+    encode,
+    open_array_record,
+    text_or_bytes,
+    write_array_record,
+)
 from pg_ground.data.records import BadRecord
 from pg_ground.types import UserError
 
@@ -93,14 +100,20 @@ def assert_same(found: object, expected: object) -> None:
 def anything(rng: random.Random, depth: int = 0) -> object:
     kind = rng.randrange(8 if depth < 4 else 6)
     if kind == 0:
-        return rng.choice([None, True, False, rng.getrandbits(64), -rng.getrandbits(63), rng.uniform(-9, 9)])
+        return rng.choice(
+            [None, True, False, rng.getrandbits(64), -rng.getrandbits(63), rng.uniform(-9, 9)]
+        )
     if kind in (1, 2):
-        return "".join(chr(rng.choice([65, 233, 0x4E00, 0x1F600, 0])) for _ in range(rng.randrange(40)))
+        return "".join(
+            chr(rng.choice([65, 233, 0x4E00, 0x1F600, 0])) for _ in range(rng.randrange(40))
+        )
     if kind == 3:
         return rng.randbytes(rng.randrange(300))
     if kind in (4, 5):
         shape = [rng.randrange(4) for _ in range(rng.randrange(4))]
-        return np.frombuffer(rng.randbytes(8 * int(np.prod(shape))), np.uint8)[: int(np.prod(shape))].reshape(shape)
+        return np.frombuffer(rng.randbytes(8 * int(np.prod(shape))), np.uint8)[
+            : int(np.prod(shape))
+        ].reshape(shape)
     if kind == 6:
         return [anything(rng, depth + 1) for _ in range(rng.randrange(4))]
     return {str(rng.random()): anything(rng, depth + 1) for _ in range(rng.randrange(4))}
@@ -119,12 +132,27 @@ def test_arrays_of_any_number_come_back(dtype):
     for shape in ((), (0,), (3, 0, 2), (2, 3)):
         array = np.random.default_rng(0).integers(0, 2, shape).astype(dtype)
         assert_same(decode(encode({"a": array})), {"a": array})
-    turned = np.arange(6, dtype=dtype).reshape(2, 3).T[:, ::-1] if dtype != "?" else np.array([[True, False]]).T
+    turned = (
+        np.arange(6, dtype=dtype).reshape(2, 3).T[:, ::-1]
+        if dtype != "?"
+        else np.array([[True, False]]).T
+    )
     assert_same(decode(encode({"a": turned})), {"a": turned})
 
 
 @pytest.mark.parametrize(
-    "value", [(1, 2), {1}, np.float32(1), np.float64(1), np.array(["a"]), np.array([None]), 1j, Path("a"), object]
+    "value",
+    [
+        (1, 2),
+        {1},
+        np.float32(1),
+        np.float64(1),
+        np.array(["a"]),
+        np.array([None]),
+        1j,
+        Path("a"),
+        object,
+    ],
 )
 def test_what_would_come_back_as_something_else_is_refused(value):
     with pytest.raises(TypeError, match=type(value).__name__):
@@ -144,7 +172,10 @@ def test_bytes_that_are_no_record_are_bad():
         b"\x81\xa1a\xc7\x01\x02x",
         b"\xff" * 9,
     ]
-    noise += [whole[:end] for end in range(0, len(whole), 7)] + [b"\x81\xa1a\xc7\x03\x01\x93\xa1O\x90", b"\x81\xa1a\xc4\xff"]
+    noise += [whole[:end] for end in range(0, len(whole), 7)] + [
+        b"\x81\xa1a\xc7\x03\x01\x93\xa1O\x90",
+        b"\x81\xa1a\xc4\xff",
+    ]
     for data in noise:
         with pytest.raises(BadRecord) as bad:
             decode(data)
@@ -155,7 +186,11 @@ def test_what_is_written_is_read(tmp_path):
     path = tmp_path / "a.array_record"
     assert write_array_record(path, ({"i": i, "record": RECORD} for i in range(20))) == 20
     records = open_array_record(str(path))
-    assert len(records) == 20 and records.root == tmp_path and os.listdir(tmp_path) == ["a.array_record"]
+    assert (
+        len(records) == 20
+        and records.root == tmp_path
+        and os.listdir(tmp_path) == ["a.array_record"]
+    )
     for i in (7, 0, 19, -1):
         assert_same(records[i], {"i": i % 20, "record": RECORD})
     with pytest.raises(IndexError):
@@ -173,7 +208,10 @@ def test_a_record_that_cannot_be_written_leaves_no_file(tmp_path):
 
 def test_many_threads_and_other_processes_read_the_same(tmp_path):
     for shard in range(3):
-        write_array_record(tmp_path / f"a.array_record-{shard:05d}-of-00003", map(number, range(shard * 100, shard * 100 + 100)))
+        write_array_record(
+            tmp_path / f"a.array_record-{shard:05d}-of-00003",
+            map(number, range(shard * 100, shard * 100 + 100)),
+        )
     records = open_array_record(f"{tmp_path}/a.array_record@3")
     order = np.random.default_rng(0).integers(0, 300, 3000).tolist()
     with ThreadPoolExecutor(16) as pool:
@@ -194,14 +232,26 @@ def test_files_are_named_singly_by_folder_by_glob_or_as_a_set(tmp_path):
     (one / "notes.txt").write_text("of no array_record")
     assert numbers(f"{one}/a.array_record") == [5, 6]
     assert numbers(f"{one}") == numbers(f"{one}/") == [5, 6, 0, 1]
-    assert numbers(f"{one}/b*") == numbers(f"{one}/b.array_record@2") == numbers(f"{one}/b.array_record@*") == [0, 1]
+    assert (
+        numbers(f"{one}/b*")
+        == numbers(f"{one}/b.array_record@2")
+        == numbers(f"{one}/b.array_record@*")
+        == [0, 1]
+    )
     assert numbers(f"{tmp_path}/*/*-00001-of-*") == [1, 11]
-    assert numbers(f"{two}") == numbers(f"{two}/c@2.arrayrecord") == numbers(f"{two}/c@*.arrayrecord") == [10, 11]
+    assert (
+        numbers(f"{two}")
+        == numbers(f"{two}/c@2.arrayrecord")
+        == numbers(f"{two}/c@*.arrayrecord")
+        == [10, 11]
+    )
 
 
 def test_files_that_cannot_be_opened_are_refused_by_name(tmp_path):
     write_array_record(tmp_path / "empty.array_record", [])
-    whole = write_raw(tmp_path / "whole.array_record", [os.urandom(3000) for _ in range(50)]).read_bytes()
+    whole = write_raw(
+        tmp_path / "whole.array_record", [os.urandom(3000) for _ in range(50)]
+    ).read_bytes()
     (tmp_path / "cut.array_record").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.array_record").write_text("text")
     write_array_record(tmp_path / "s-00001-of-00002", [number(1)])
@@ -267,7 +317,9 @@ def test_examples_are_read_without_tensorflow(tmp_path):
     assert decode_example(data) == expected
     write_raw(tmp_path / "a", [data, encode(RECORD), example(words=[b"a", b"b\0", b""]), b"\n\0"])
     records = open_array_record(f"{tmp_path}/a")
-    assert records[0] == expected and records[2] == {"words": ["a", b"b\0", ""]} and records[3] == {}
+    assert (
+        records[0] == expected and records[2] == {"words": ["a", b"b\0", ""]} and records[3] == {}
+    )
     assert_same(records[1], RECORD)
 
 
@@ -277,7 +329,12 @@ def test_examples_are_those_of_the_protobuf_definition():
     message.features.feature["c"].int64_list.value.append(-3)
     message.features.feature["d"].bytes_list.value.append(b"text")
     message.features.feature["e"].bytes_list.SetInParent()
-    assert decode_example(message.SerializeToString()) == {"a/b": [1.5, -2.0], "c": -3, "d": "text", "e": []}
+    assert decode_example(message.SerializeToString()) == {
+        "a/b": [1.5, -2.0],
+        "c": -3,
+        "d": "text",
+        "e": [],
+    }
 
 
 def test_an_example_that_is_cut_off_is_bad():

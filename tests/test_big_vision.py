@@ -14,10 +14,12 @@ import pytest
 from conftest import PG1, PG2, Inputs, inputs, random_params
 
 from pg_ground.config import Model
-from pg_ground.model import PaliGemma
+from pg_ground.models import PaliGemma
 from pg_ground.params import flatten
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # those of big_vision and what it imports are not ours
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # those of big_vision and what it imports are not ours
 
 LOGIT_TOLERANCE = 1e-3
 """Logits reach 6.5 here and the two sides differ by float32's rounding, 5e-6 when measured.
@@ -29,7 +31,9 @@ tower's key bias moved none, as a softmax does not see it.
 CASES = {
     "gemma_2b": PG1,
     "gemma2_2b": PG2,
-    "gemma2_27b": replace(PG2, text=replace(PG2.text, query_scale=(PG2.text.width // PG2.text.num_heads) ** -0.5)),
+    "gemma2_27b": replace(
+        PG2, text=replace(PG2.text, query_scale=(PG2.text.width // PG2.text.num_heads) ** -0.5)
+    ),
 }
 """big_vision's variants, and our tiny models that should do what these do."""
 
@@ -43,7 +47,11 @@ def case(request, monkeypatch) -> tuple[Model, Any]:
     scale of queries. The final soft-cap is off, as in PaliGemma 2's transfers.
     """
     pytest.importorskip("big_vision", reason="google-research/big_vision is not installed")
-    config, text, vision = CASES[request.param], CASES[request.param].text, CASES[request.param].vision
+    config, text, vision = (
+        CASES[request.param],
+        CASES[request.param].text,
+        CASES[request.param].vision,
+    )
     gemma = importlib.import_module("big_vision.models.ppp.gemma")
     paligemma = importlib.import_module("big_vision.models.proj.paligemma.paligemma")
     published = gemma.get_config
@@ -76,7 +84,9 @@ def rows_of(x: Inputs) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     mask_ar, predicts = np.ones_like(text), np.zeros(text.shape, bool)
     for i, j in np.ndindex(b, g):
         start, length = prompt_mask[i].sum(), mask[i, j].sum()
-        text[i, j, : start + length] = np.concatenate([prompt[i, prompt_mask[i]], tokens[i, j, mask[i, j]]])
+        text[i, j, : start + length] = np.concatenate(
+            [prompt[i, prompt_mask[i]], tokens[i, j, mask[i, j]]]
+        )
         mask_ar[i, j, :start] = 0
         predicts[i, j, start - 1 : start + length - 1] = True
     return image, *(array.reshape(b * g, -1) for array in (text, mask_ar, predicts))
@@ -89,7 +99,10 @@ def test_big_visions_parameters_have_our_names_and_shapes(case):
     expected = jax.eval_shape(theirs.init, jax.random.key(0), image[:1], text[:1], mask_ar[:1])
     found = jax.eval_shape(PaliGemma(config).init, jax.random.key(0))
     assert expected.keys() == {"params"}
-    kinds = [{name: (a.shape, a.dtype) for name, a in flatten(tree).items()} for tree in (found, expected["params"])]
+    kinds = [
+        {name: (a.shape, a.dtype) for name, a in flatten(tree).items()}
+        for tree in (found, expected["params"])
+    ]
     assert kinds[0] == kinds[1]
 
 
@@ -105,7 +118,9 @@ def test_big_vision_computes_our_logits_from_our_parameters(case):
     @jax.jit
     def ours(params: Any, x: Inputs) -> jax.Array:
         prefix, first = model.prefill(params, x.image, x.prompt, x.prompt_mask)
-        later, _ = model.extend(params, prefix, model.suffix_cache(prefix, *x.tokens.shape[1:]), x.tokens)
+        later, _ = model.extend(
+            params, prefix, model.suffix_cache(prefix, *x.tokens.shape[1:]), x.tokens
+        )
         first = jnp.broadcast_to(first[:, None, None], later[:, :, :1].shape)
         return jnp.concatenate([first, later[:, :, :-1]], axis=2)
 

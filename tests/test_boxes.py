@@ -38,7 +38,9 @@ def random_boxes(count: int, seed: int = 0) -> jax.Array:
     """Returns proper boxes with sides of at least 0.05."""
     rng = np.random.default_rng(seed)
     corner = rng.uniform(0, 0.6, (count, 2))
-    return jnp.asarray(np.concatenate([corner, corner + rng.uniform(0.05, 0.4, (count, 2))], axis=1), jnp.float32)
+    return jnp.asarray(
+        np.concatenate([corner, corner + rng.uniform(0.05, 0.4, (count, 2))], axis=1), jnp.float32
+    )
 
 
 # the loc grid
@@ -58,13 +60,21 @@ def test_fractions_come_back_within_half_a_bin():
 
 def test_ends_of_the_grid_are_0_and_1_and_what_lies_beyond_is_clipped():
     assert boxes.decode_loc(jnp.array([0, LOC_MAX])).tolist() == [0.0, 1.0]
-    assert boxes.encode_loc(jnp.array([0.0, 1.0, -0.5, 1.5, 50.0])).tolist() == [0, 1023, 0, 1023, 1023]
+    assert boxes.encode_loc(jnp.array([0.0, 1.0, -0.5, 1.5, 50.0])).tolist() == [
+        0,
+        1023,
+        0,
+        1023,
+        1023,
+    ]
 
 
 def test_halves_round_to_the_even_bin():
     halves = np.arange(LOC_MAX) + 0.5
     fractions = jnp.asarray(halves / LOC_MAX, jnp.float32)
-    exact = np.asarray(fractions * LOC_MAX) == halves  # others are no ties once float32 has rounded them
+    exact = (
+        np.asarray(fractions * LOC_MAX) == halves
+    )  # others are no ties once float32 has rounded them
     assert exact.sum() > 100
     expected = np.where(np.floor(halves) % 2 == 0, np.floor(halves), np.ceil(halves))
     np.testing.assert_array_equal(np.asarray(boxes.encode_loc(fractions))[exact], expected[exact])
@@ -77,10 +87,14 @@ def test_loc_tokens_equal_opentaus(seeds):
         extent = np.array([w, h] * (len(x_first) // 2), float)
         y_first = (np.array(x_first) / extent).reshape(-1, 2)[:, ::-1].ravel()
         bins = boxes.encode_loc(jnp.asarray(y_first, jnp.float32))
-        assert bins.tolist() == [int(digits) for digits in re.findall(r"<loc(\d{4})>", case["tokens"])]
+        assert bins.tolist() == [
+            int(digits) for digits in re.findall(r"<loc(\d{4})>", case["tokens"])
+        ]
         decoded = np.asarray(boxes.decode_loc(bins)).reshape(-1, 2)[:, ::-1].ravel() * extent
         # a float32 fraction times an extent of at most 1,920 px, and the 6 decimals it is compared with
-        np.testing.assert_allclose(decoded, np.ravel(case["decoded"]), rtol=0, atol=1920 * 2**-24 + 5e-7)
+        np.testing.assert_allclose(
+            decoded, np.ravel(case["decoded"]), rtol=0, atol=1920 * 2**-24 + 5e-7
+        )
 
 
 # similarities of two boxes
@@ -115,7 +129,9 @@ def test_distance_gaussian_equals_synthetic_groundings(seeds, dtype):
     bound = IN_64_BITS if dtype is jnp.float64 else PRINTED
     with jax.enable_x64(dtype is jnp.float64):
         for case in seeds["distance_gaussian_sigma100"]:
-            mine, gold = (jnp.array([y / 480, x / 640], dtype) for x, y in (case["pred"], case["gt"]))
+            mine, gold = (
+                jnp.array([y / 480, x / 640], dtype) for x, y in (case["pred"], case["gt"])
+            )
             found = boxes.distance_gaussian(mine, gold, jnp.array([640, 480]), 100.0, 640.0)
             assert found.dtype == dtype
             np.testing.assert_allclose(found, case["reward"], rtol=0, atol=bound)
@@ -125,11 +141,16 @@ def test_distance_gaussian_measures_in_the_scaled_image():
     """The same fraction of a 1280×720 and of a 640×360 image is the same distance; of a 360×640 one it is not."""
     mine, gold = jnp.array([0.4, 0.3]), jnp.array([0.5, 0.5])
     wide, small, tall = (
-        boxes.distance_gaussian(mine, gold, jnp.array(s), 100.0, 640.0) for s in ((1280, 720), (640, 360), (360, 640))
+        boxes.distance_gaussian(mine, gold, jnp.array(s), 100.0, 640.0)
+        for s in ((1280, 720), (640, 360), (360, 640))
     )
     assert wide == small
-    np.testing.assert_allclose(wide, np.exp(-((0.2 * 640) ** 2 + (0.1 * 360) ** 2) / 2 / 100**2), rtol=1e-5)
-    np.testing.assert_allclose(tall, np.exp(-((0.2 * 360) ** 2 + (0.1 * 640) ** 2) / 2 / 100**2), rtol=1e-5)
+    np.testing.assert_allclose(
+        wide, np.exp(-((0.2 * 640) ** 2 + (0.1 * 360) ** 2) / 2 / 100**2), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+        tall, np.exp(-((0.2 * 360) ** 2 + (0.1 * 640) ** 2) / 2 / 100**2), rtol=1e-5
+    )
 
 
 def test_iou_is_symmetric_bounded_and_1_only_for_the_same_box():
@@ -176,17 +197,29 @@ def test_improper_boxes_are_like_nothing(improper):
     """Reversed, flat and empty ones; EasyDistill's rewards give a reversed box everything."""
     improper, gold = jnp.array(improper, jnp.float32), jnp.array([0.4, 0.4, 0.9, 0.9])
     assert not boxes.is_proper(improper)
-    assert boxes.iou(improper, gold) == boxes.iou(gold, improper) == boxes.iou(improper, improper) == 0
-    assert boxes.giou(improper, gold) == boxes.giou(gold, improper) == boxes.giou(improper, improper) == -1
+    assert (
+        boxes.iou(improper, gold) == boxes.iou(gold, improper) == boxes.iou(improper, improper) == 0
+    )
+    assert (
+        boxes.giou(improper, gold)
+        == boxes.giou(gold, improper)
+        == boxes.giou(improper, improper)
+        == -1
+    )
     assert boxes.gaussian_coverage(improper, gold, ALPHA) == 0
 
 
 def test_gaussians_are_bounded_and_1_only_at_the_gold():
     a, gold = random_boxes(500), random_boxes(500, seed=1)
-    point, coverage = boxes.gaussian_point(boxes.centre(a), gold, ALPHA), boxes.gaussian_coverage(a, gold, ALPHA)
+    point, coverage = (
+        boxes.gaussian_point(boxes.centre(a), gold, ALPHA),
+        boxes.gaussian_coverage(a, gold, ALPHA),
+    )
     for values in (point, coverage):
         assert (values >= 0).all() and (values < 1).all() and (values > 0.1).any()
-    np.testing.assert_array_equal(boxes.gaussian_point(boxes.centre(gold), gold, ALPHA), jnp.ones(500))
+    np.testing.assert_array_equal(
+        boxes.gaussian_point(boxes.centre(gold), gold, ALPHA), jnp.ones(500)
+    )
     # ln 2 + ln s + ln s − ln(s² + s²) cancels to a few float32 steps of ln s, which is at most 5
     np.testing.assert_allclose(boxes.gaussian_coverage(gold, gold, ALPHA), 1, rtol=0, atol=4e-6)
     assert (boxes.gaussian_coverage(gold, gold, ALPHA) <= 1).all()
@@ -196,7 +229,10 @@ def test_gaussians_do_not_see_a_scaling_of_either_axis():
     """So fractions of the image and pixels of it agree; EasyDistill's epsilon made 4 or 16 of normalised boxes."""
     a, gold = random_boxes(500), random_boxes(500, seed=1)
     scale = jnp.array([640.0, 480.0, 640.0, 480.0])
-    for f in (lambda x, g: boxes.gaussian_point(boxes.centre(x), g, ALPHA), lambda x, g: boxes.gaussian_coverage(x, g, ALPHA)):
+    for f in (
+        lambda x, g: boxes.gaussian_point(boxes.centre(x), g, ALPHA),
+        lambda x, g: boxes.gaussian_coverage(x, g, ALPHA),
+    ):
         # an exponent of up to 88 (beyond is 0) known to float32's 1e-7, through products rounded in another order
         np.testing.assert_allclose(f(a * scale, gold * scale), f(a, gold), rtol=1e-4, atol=1e-7)
 
@@ -218,7 +254,10 @@ def test_coverage_sees_size_where_the_point_does_not():
 
 def test_a_flat_gold_box_still_has_a_scale():
     flat = jnp.array([0.5, 0.2, 0.5, 0.8])
-    near, far = (boxes.gaussian_point(jnp.array([0.5 + d, 0.5]), flat, ALPHA) for d in (0.5 / LOC_MAX, 5 / LOC_MAX))
+    near, far = (
+        boxes.gaussian_point(jnp.array([0.5 + d, 0.5]), flat, ALPHA)
+        for d in (0.5 / LOC_MAX, 5 / LOC_MAX)
+    )
     np.testing.assert_allclose(
         near, np.exp(-0.5), rtol=1e-3
     )  # half a bin is one sigma of half a bin; float32 knows 0.5 + d to 1e-4 of d
@@ -233,7 +272,9 @@ def test_a_box_contains_its_corners_edges_and_middle():
     inside = jnp.array([[0.2, 0.3], [0.4, 0.7], [0.2, 0.7], [0.3, 0.3], [0.3, 0.5]])
     assert boxes.contains(box, inside).all()
     assert not boxes.contains(box, jnp.array([[0.19999, 0.5], [0.3, 0.70001], [0.41, 0.29]])).any()
-    assert not boxes.contains(box[jnp.array([2, 3, 0, 1])], inside).any(), "a reversed box contains nothing"
+    assert not boxes.contains(box[jnp.array([2, 3, 0, 1])], inside).any(), (
+        "a reversed box contains nothing"
+    )
 
 
 @pytest.mark.parametrize("side", [1, 2, 5, 64])
@@ -243,7 +284,9 @@ def test_a_point_is_covered_where_its_cell_is_set(side):
     yx[:, :4] = [[0, 0], [0, 1], [1, 0], [1, 1]]
     cell = np.minimum(np.floor(np.float32(yx) * np.float32(side)), side - 1).astype(int)
     expected = [mask[i][tuple(cell[i].T)] for i in range(3)]
-    np.testing.assert_array_equal(boxes.covers(jnp.asarray(mask), jnp.asarray(yx, jnp.float32)), expected)
+    np.testing.assert_array_equal(
+        boxes.covers(jnp.asarray(mask), jnp.asarray(yx, jnp.float32)), expected
+    )
 
 
 # sets
@@ -253,7 +296,10 @@ def brute_force(similarity: np.ndarray) -> float:
     if similarity.shape[0] > similarity.shape[1]:
         similarity = similarity.T
     rows, columns = similarity.shape
-    return max(similarity[range(rows), list(chosen)].sum() for chosen in itertools.permutations(range(columns), rows))
+    return max(
+        similarity[range(rows), list(chosen)].sum()
+        for chosen in itertools.permutations(range(columns), rows)
+    )
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4), (3, 1), (2, 2), (2, 5), (4, 3), (4, 4), (5, 5)])
@@ -292,13 +338,19 @@ def test_similarity_of_sets_equals_the_micro_f_of_all_classes(seeds, dtype):
                 "iou": boxes.iou(*pairs),
             }
             for name, similarity in similarities.items():
-                found = set_similarity(jnp.where(same, similarity, 0), predicted, jnp.ones(len(gold), bool))
+                found = set_similarity(
+                    jnp.where(same, similarity, 0), predicted, jnp.ones(len(gold), bool)
+                )
                 assert found.dtype == dtype
                 np.testing.assert_allclose(found, case[name], rtol=0, atol=bound, err_msg=name)
 
 
 def sets(values, predicted, gold) -> float:
-    return float(set_similarity(jnp.asarray(values, jnp.float32), jnp.asarray(predicted, bool), jnp.asarray(gold, bool)))
+    return float(
+        set_similarity(
+            jnp.asarray(values, jnp.float32), jnp.asarray(predicted, bool), jnp.asarray(gold, bool)
+        )
+    )
 
 
 def test_nothing_found_where_nothing_is_is_right():
@@ -351,7 +403,15 @@ def test_similarity_of_sets_is_bounded_and_symmetric():
 
 def test_leading_axes_are_looked_at_one_by_one():
     rng = np.random.default_rng(2)
-    values, predicted, gold = rng.uniform(size=(2, 3, 4, 2)), rng.random((2, 3, 4)) < 0.5, rng.random((2, 1, 2)) < 0.7
-    found = set_similarity(jnp.asarray(values, jnp.float32), jnp.asarray(predicted), jnp.asarray(gold))
+    values, predicted, gold = (
+        rng.uniform(size=(2, 3, 4, 2)),
+        rng.random((2, 3, 4)) < 0.5,
+        rng.random((2, 1, 2)) < 0.7,
+    )
+    found = set_similarity(
+        jnp.asarray(values, jnp.float32), jnp.asarray(predicted), jnp.asarray(gold)
+    )
     for b, g in np.ndindex(2, 3):
-        np.testing.assert_allclose(found[b, g], sets(values[b, g], predicted[b, g], gold[b, 0]), rtol=1e-6)
+        np.testing.assert_allclose(
+            found[b, g], sets(values[b, g], predicted[b, g], gold[b, 0]), rtol=1e-6
+        )

@@ -4,14 +4,15 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
 
-from pg_ground.checkpoints import Checkpoints
+from pg_ground.checkpoints.manager import Checkpoints
 from pg_ground.types import TrainState, UserError
 
 
 def test_a_checkpoint_without_a_part_of_the_state_is_refused_by_its_path(tmp_path):
     params = {"w": jnp.ones((2, 3))}
     items = ocp.args.Composite(
-        params=ocp.args.StandardSave(params), rest=ocp.args.StandardSave({"step": jnp.int32(3), "opt": {}})
+        params=ocp.args.StandardSave(params),
+        rest=ocp.args.StandardSave({"step": jnp.int32(3), "opt": {}}),
     )
     with ocp.CheckpointManager(tmp_path) as manager:
         manager.save(3, args=items)

@@ -56,7 +56,9 @@ def sections(kind: type = Config) -> list[type]:
 
 def test_what_is_not_said_has_its_default():
     found = parse(usable(grpo__group_size=4))
-    assert found.grpo == dataclasses.replace(Grpo(), group_size=4, sources={"a": Source(uri="jsonl:x", boxes="box")})
+    assert found.grpo == dataclasses.replace(
+        Grpo(), group_size=4, sources={"a": Source(uri="jsonl:x", boxes="box")}
+    )
     assert found.model == Config().model and found.seed == 0
 
 
@@ -71,7 +73,11 @@ def test_template_and_parse_are_inverses():
     for stage in (tree.sft, tree.grpo, tree.eval):
         stage.sources = {"a": section(BOXES)}
     one = {"a": BOXES}
-    expected = Config(sft=Sft(sources=one), grpo=Grpo(sources=one), eval=dataclasses.replace(Config().eval, sources=one))
+    expected = Config(
+        sft=Sft(sources=one),
+        grpo=Grpo(sources=one),
+        eval=dataclasses.replace(Config().eval, sources=one),
+    )
     assert parse(tree) == expected
     assert parse(tree.lock()) == expected
 
@@ -122,8 +128,14 @@ def test_there_are_recipes():
     [
         ("grpo__group_sise", "config.grpo.group_sise does not exist: did you mean group_size?"),
         ("model__text__widht", "config.model.text.widht does not exist: did you mean width?"),
-        ("grpo__optimizer__learning_rate", "config.grpo.optimizer.learning_rate does not exist: there are b1, b2, clip_norm"),
-        ("sft__sources__a__box_formats", "config.sft.sources.a.box_formats does not exist: did you mean box_format?"),
+        (
+            "grpo__optimizer__learning_rate",
+            "config.grpo.optimizer.learning_rate does not exist: there are b1, b2, clip_norm",
+        ),
+        (
+            "sft__sources__a__box_formats",
+            "config.sft.sources.a.box_formats does not exist: did you mean box_format?",
+        ),
         ("gpro", "config.gpro does not exist: did you mean grpo?"),
     ],
 )
@@ -138,10 +150,22 @@ def test_a_name_that_does_not_exist_is_given_in_full_with_the_nearest(name, mess
         ("grpo__group_size", True, "config.grpo.group_size is True, but it must be of type int"),
         ("grpo__group_size", "4", "config.grpo.group_size is '4', but it must be of type int"),
         ("grpo__group_size", None, "config.grpo.group_size is None, but it must be of type int"),
-        ("grpo__temperature", True, "config.grpo.temperature is True, but it must be of type float"),
+        (
+            "grpo__temperature",
+            True,
+            "config.grpo.temperature is True, but it must be of type float",
+        ),
         ("grpo__clip_low", "a", "config.grpo.clip_low is 'a', but it must be of type float"),
-        ("model__text__post_norms", 1, "config.model.text.post_norms is 1, but it must be of type bool"),
-        ("grpo__rewards", {"iou": "1"}, "config.grpo.rewards.iou is '1', but it must be of type float"),
+        (
+            "model__text__post_norms",
+            1,
+            "config.model.text.post_norms is 1, but it must be of type bool",
+        ),
+        (
+            "grpo__rewards",
+            {"iou": "1"},
+            "config.grpo.rewards.iou is '1', but it must be of type float",
+        ),
         ("stages", ["sft", 3], "config.stages[1] is 3, but it must be of type str"),
         ("stages", "sft", "config.stages is 'sft', but it must be of type tuple"),
         ("grpo__optimizer", 3, "config.grpo.optimizer is 3, but it is a section with name, lr"),
@@ -160,38 +184,122 @@ def test_a_value_of_another_type_is_refused_by_its_full_name(name, value, messag
         ("grpo__temperature", 0.0, "config.grpo.temperature is 0.0: it must be above 0"),
         ("grpo__top_p", 0.0, "config.grpo.top_p is 0.0: it must be in (0, 1]"),
         ("grpo__top_p", 1.1, "config.grpo.top_p is 1.1"),
-        ("grpo__reward_settings__distance_unit", "metres", "config.grpo.reward_settings.distance_unit is 'metres'"),
-        ("grpo__reward_settings__distance_sigma_share", 0.0, "config.grpo.reward_settings.distance_sigma_share is 0.0: it must"),
-        ("grpo__reward_settings__gaussian_alpha", -0.5, "config.grpo.reward_settings.gaussian_alpha is -0.5"),
-        ("grpo__reward_settings__repetition_ngram", 0, "config.grpo.reward_settings.repetition_ngram is 0: it must be above 0"),
-        ("grpo__reward_settings__overlong_cache_tokens", 0, "config.grpo.reward_settings.overlong_cache_tokens is 0"),
-        ("grpo__reward_settings__overlong_max_tokens", -1, "config.grpo.reward_settings.overlong_max_tokens is -1"),
+        (
+            "grpo__reward_settings__distance_unit",
+            "metres",
+            "config.grpo.reward_settings.distance_unit is 'metres'",
+        ),
+        (
+            "grpo__reward_settings__distance_sigma_share",
+            0.0,
+            "config.grpo.reward_settings.distance_sigma_share is 0.0: it must",
+        ),
+        (
+            "grpo__reward_settings__gaussian_alpha",
+            -0.5,
+            "config.grpo.reward_settings.gaussian_alpha is -0.5",
+        ),
+        (
+            "grpo__reward_settings__repetition_ngram",
+            0,
+            "config.grpo.reward_settings.repetition_ngram is 0: it must be above 0",
+        ),
+        (
+            "grpo__reward_settings__overlong_cache_tokens",
+            0,
+            "config.grpo.reward_settings.overlong_cache_tokens is 0",
+        ),
+        (
+            "grpo__reward_settings__overlong_max_tokens",
+            -1,
+            "config.grpo.reward_settings.overlong_max_tokens is -1",
+        ),
         ("data__mask_size", -1, "config.data.mask_size is -1: it must be 0 or more"),
         ("eval__temperature", 0.0, "config.eval.temperature is 0.0"),
         ("sft__label_smoothing", 1.0, "config.sft.label_smoothing is 1.0: it must be in [0, 1)"),
         ("sft__loc_smoothing_bins", -1.0, "config.sft.loc_smoothing_bins is -1.0"),
-        ("grpo__micro_batches", 3, "config.grpo.batch_size is 8: it must be a multiple of micro_batches, 3"),
+        (
+            "grpo__micro_batches",
+            3,
+            "config.grpo.batch_size is 8: it must be a multiple of micro_batches, 3",
+        ),
         ("sft__micro_batches", 0, "config.sft.micro_batches is 0"),
-        ("sft__micro_batches", 5, "config.sft.batch_size is 16: it must be a multiple of micro_batches, 5"),
-        ("grpo__optimizer__name", "adam", "config.grpo.optimizer.name is 'adam': it must be one of adamw, muon"),
-        ("sft__optimizer__schedule", "step", "config.sft.optimizer.schedule is 'step': it must be one of constant"),
-        ("model__remat", "nothing_savable", "config.model.remat is 'nothing_savable': it must be one of none, "),
-        ("model__remat", "save_only_these_names", "config.model.remat is 'save_only_these_names'"),  # makes a policy, is none
-        ("model__dtype", "float16", "config.model.dtype is 'float16': it must be one of float32, bfloat16"),
+        (
+            "sft__micro_batches",
+            5,
+            "config.sft.batch_size is 16: it must be a multiple of micro_batches, 5",
+        ),
+        (
+            "grpo__optimizer__name",
+            "adam",
+            "config.grpo.optimizer.name is 'adam': it must be one of adamw, muon",
+        ),
+        (
+            "sft__optimizer__schedule",
+            "step",
+            "config.sft.optimizer.schedule is 'step': it must be one of constant",
+        ),
+        (
+            "model__remat",
+            "nothing_savable",
+            "config.model.remat is 'nothing_savable': it must be one of none, ",
+        ),
+        (
+            "model__remat",
+            "save_only_these_names",
+            "config.model.remat is 'save_only_these_names'",
+        ),  # makes a policy, is none
+        (
+            "model__dtype",
+            "float16",
+            "config.model.dtype is 'float16': it must be one of float32, bfloat16",
+        ),
         ("model__image_size", 225, "config.model.image_size is 225: it must be a multiple of"),
-        ("model__vision__num_heads", 7, "config.model.vision.width is 1152: it must be a multiple of num_heads"),
-        ("model__text__num_kv_heads", 3, "config.model.text.num_heads is 8: it must be a multiple of num_kv_heads"),
-        ("model__text__vocab_size", 1152, "config.model.text.vocab_size is 1152: it must be more than"),
+        (
+            "model__vision__num_heads",
+            7,
+            "config.model.vision.width is 1152: it must be a multiple of num_heads",
+        ),
+        (
+            "model__text__num_kv_heads",
+            3,
+            "config.model.text.num_heads is 8: it must be a multiple of num_kv_heads",
+        ),
+        (
+            "model__text__vocab_size",
+            1152,
+            "config.model.text.vocab_size is 1152: it must be more than",
+        ),
         ("stages", [], "config.stages is ()"),
         ("stages", ["sft", "sft"], "config.stages is ('sft', 'sft')"),
         ("stages", ["ppo"], "config.stages is 'ppo': it must be one of sft, grpo"),
         ("grpo__sources", {}, "config.grpo.sources is {}: it must be at least one source"),
-        ("sft__sources__a__asks", "masks", "config.sft.sources.a.asks is 'masks': it must be one of boxes, points"),
+        (
+            "sft__sources__a__asks",
+            "masks",
+            "config.sft.sources.a.asks is 'masks': it must be one of boxes, points",
+        ),
         ("sft__sources__a__asks", "points", "config.sft.sources.a.points is ''"),
-        ("grpo__sources__a__weight", 0.0, "config.grpo.sources.a.weight is 0.0: it must be above 0"),
-        ("grpo__sources__a__weight", float("inf"), "config.grpo.sources.a.weight is inf: it must be above 0 and finite"),
-        ("grpo__sources__a__weight", float("nan"), "config.grpo.sources.a.weight is nan: it must be above 0 and finite"),
-        ("eval__every_epochs", -1.0, "config.eval.every_epochs is -1.0: it must be above 0, and eval.every then 0"),
+        (
+            "grpo__sources__a__weight",
+            0.0,
+            "config.grpo.sources.a.weight is 0.0: it must be above 0",
+        ),
+        (
+            "grpo__sources__a__weight",
+            float("inf"),
+            "config.grpo.sources.a.weight is inf: it must be above 0 and finite",
+        ),
+        (
+            "grpo__sources__a__weight",
+            float("nan"),
+            "config.grpo.sources.a.weight is nan: it must be above 0 and finite",
+        ),
+        (
+            "eval__every_epochs",
+            -1.0,
+            "config.eval.every_epochs is -1.0: it must be above 0, and eval.every then 0",
+        ),
         ("checkpoint__keep", 0, "config.checkpoint.keep is 0: it must be above 0"),
         ("model__logits_block", 0, "config.model.logits_block is 0: it must be above 0"),
         ("model__image_size", 0, "config.model.image_size is 0"),
@@ -202,11 +310,31 @@ def test_a_value_of_another_type_is_refused_by_its_full_name(name, value, messag
         ("mesh__replica", 0, "config.mesh.replica is 0: it must be at least 1"),
         ("mesh__model", -1, "config.mesh.model is -1: it must be at least 1"),
         ("mesh__data", 0, "config.mesh.data is 0: it must be at least 1, or -1"),
-        ("mesh__rules", (("llm/(", ("data",)),), "config.mesh.rules[0][0] is 'llm/(': it must be a regular expression"),
-        ("mesh__rules", (("llm", ("data", "data")),), "config.mesh.rules[0][1] is ('data', 'data'): it must be each axis once"),
-        ("mesh__compiler_options", ("xla_flag",), "config.mesh.compiler_options[0] is 'xla_flag': it must be name=value"),
-        ("grpo__rollout_weights", "whole", "config.grpo.rollout_weights is 'whole': it must be one of auto, gathered, sharded"),
-        ("log__profile_steps", (1, 5), "config.log.profile_steps is (1, 5): it must be (first, last) with 2 <= first <= last"),
+        (
+            "mesh__rules",
+            (("llm/(", ("data",)),),
+            "config.mesh.rules[0][0] is 'llm/(': it must be a regular expression",
+        ),
+        (
+            "mesh__rules",
+            (("llm", ("data", "data")),),
+            "config.mesh.rules[0][1] is ('data', 'data'): it must be each axis once",
+        ),
+        (
+            "mesh__compiler_options",
+            ("xla_flag",),
+            "config.mesh.compiler_options[0] is 'xla_flag': it must be name=value",
+        ),
+        (
+            "grpo__rollout_weights",
+            "whole",
+            "config.grpo.rollout_weights is 'whole': it must be one of auto, gathered, sharded",
+        ),
+        (
+            "log__profile_steps",
+            (1, 5),
+            "config.log.profile_steps is (1, 5): it must be (first, last) with 2 <= first <= last",
+        ),
     ],
 )
 def test_a_value_that_no_run_could_use_is_refused(name, value, message):
@@ -225,7 +353,11 @@ def test_stages_that_do_not_run_need_no_sources():
 
 def attributes_read(source: str) -> set[str]:
     """Returns the names that `source` reads as attributes of something."""
-    return {n.attr for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    return {
+        n.attr
+        for n in ast.walk(ast.parse(source))
+        if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
+    }
 
 
 def read_outside_of_config() -> set[str]:
@@ -235,7 +367,12 @@ def read_outside_of_config() -> set[str]:
 
 
 def unread(kind: type, read: set[str]) -> list[str]:
-    return [f"{s.__name__}.{f.name}" for s in sections(kind) for f in dataclasses.fields(s) if f.name not in read]
+    return [
+        f"{s.__name__}.{f.name}"
+        for s in sections(kind)
+        for f in dataclasses.fields(s)
+        if f.name not in read
+    ]
 
 
 def test_every_setting_has_a_reader():
@@ -249,7 +386,9 @@ def test_a_setting_without_a_reader_would_be_found():
 
     assert unread(Planted, read_outside_of_config()) == ["Planted.nobody_reads_this"]
     assert {s.__name__ for s in sections()} == {
-        name for name, value in vars(config).items() if dataclasses.is_dataclass(value) and value.__module__ == config.__name__
+        name
+        for name, value in vars(config).items()
+        if dataclasses.is_dataclass(value) and value.__module__ == config.__name__
     }
 
 

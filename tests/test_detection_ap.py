@@ -10,7 +10,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pg_ground.measure.detection import Annotated, Predicted, average_precision
+from pg_ground.evals.detection import Annotated, Predicted, average_precision
 from pg_ground.types import UserError
 
 LABELS = ("cat", "dog", "red circle", "ears of a dog")
@@ -23,7 +23,9 @@ def scene(rng: np.random.Generator) -> tuple[Predicted, Annotated]:
     gold = np.concatenate([corner, corner + rng.uniform(2, 140, (count, 2))], axis=1)
     labels = [LABELS[i] for i in rng.integers(0, 3, count)]
     picked = rng.integers(0, max(count, 1), rng.integers(0, 2 * count + 1))
-    noisy = np.sort((gold[picked] + rng.normal(0, 8, (len(picked), 4))).reshape(-1, 2, 2), axis=1).reshape(-1, 4)
+    noisy = np.sort(
+        (gold[picked] + rng.normal(0, 8, (len(picked), 4))).reshape(-1, 2, 2), axis=1
+    ).reshape(-1, 4)
     named = [labels[i] if rng.random() < 0.8 else LABELS[rng.integers(0, 4)] for i in picked]
     made_up = np.tile(rng.uniform(0, 500, (3, 2)), 2) + np.array([0, 0, 60, 40])
     boxes = np.concatenate([noisy, made_up])
@@ -40,15 +42,32 @@ def scenes(seed: int, count: int) -> tuple[list[Predicted], list[Annotated]]:
 
 def by_coco(predicted, gold, folder) -> tuple[float, ...]:
     """Returns ap, ap50, ap75, ar100 and the ap of each label: files of COCO's form, read and judged by pycocotools alone."""
-    categories = [{"id": i + 7, "name": name} for i, name in enumerate(sorted({one for image in gold for one in image.labels}))]
+    categories = [
+        {"id": i + 7, "name": name}
+        for i, name in enumerate(sorted({one for image in gold for one in image.labels}))
+    ]
     ids = {one["name"]: one["id"] for one in categories}
-    whole = {"images": [{"id": 100 + i, "width": 640, "height": 640} for i in range(len(gold))], "categories": categories}
+    whole = {
+        "images": [{"id": 100 + i, "width": 640, "height": 640} for i in range(len(gold))],
+        "categories": categories,
+    }
     whole["annotations"], results = [], []
     for i, (mine, theirs) in enumerate(zip(predicted, gold, strict=True)):
-        for (x1, y1, x2, y2), label, crowd in zip(theirs.xyxy_px.tolist(), theirs.labels, theirs.crowd, strict=True):
-            one = {"image_id": 100 + i, "category_id": ids[label], "bbox": [x1, y1, x2 - x1, y2 - y1], "iscrowd": int(crowd)}
-            whole["annotations"].append(one | {"id": len(whole["annotations"]) + 1, "area": (x2 - x1) * (y2 - y1)})
-        for (x1, y1, x2, y2), label, score in zip(mine.xyxy_px.tolist(), mine.labels, mine.scores, strict=True):
+        for (x1, y1, x2, y2), label, crowd in zip(
+            theirs.xyxy_px.tolist(), theirs.labels, theirs.crowd, strict=True
+        ):
+            one = {
+                "image_id": 100 + i,
+                "category_id": ids[label],
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "iscrowd": int(crowd),
+            }
+            whole["annotations"].append(
+                one | {"id": len(whole["annotations"]) + 1, "area": (x2 - x1) * (y2 - y1)}
+            )
+        for (x1, y1, x2, y2), label, score in zip(
+            mine.xyxy_px.tolist(), mine.labels, mine.scores, strict=True
+        ):
             if label in ids:
                 box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
                 results.append({"image_id": 100 + i, "category_id": ids[label]} | box)
@@ -82,7 +101,11 @@ def plain_ap(predicted, gold, label: str, threshold: float) -> float:
         boxes = theirs.xyxy_px[[one == label for one in theirs.labels]]
         there += len(boxes)
         free = np.ones(len(boxes), bool)
-        own = [(-score, i) for i, (score, one) in enumerate(zip(mine.scores, mine.labels, strict=True)) if one == label]
+        own = [
+            (-score, i)
+            for i, (score, one) in enumerate(zip(mine.scores, mine.labels, strict=True))
+            if one == label
+        ]
         for score, i in sorted(own):
             box = mine.xyxy_px[i]
             sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
@@ -95,7 +118,9 @@ def plain_ap(predicted, gold, label: str, threshold: float) -> float:
             rows.append((score, hit))
     hits = np.array([hit for _, hit in sorted(rows, key=lambda row: row[0])])
     precision, recall = hits.cumsum() / np.arange(1, len(hits) + 1), hits.cumsum() / there
-    return float(np.mean([max(precision[recall >= r], default=0.0) for r in np.linspace(0, 1, 101)]))
+    return float(
+        np.mean([max(precision[recall >= r], default=0.0) for r in np.linspace(0, 1, 101)])
+    )
 
 
 def test_average_precision_is_what_it_is_defined_as():
@@ -105,7 +130,9 @@ def test_average_precision_is_what_it_is_defined_as():
     gold = [one._replace(crowd=None) for one in gold]
     found = average_precision(predicted, gold)
     for threshold, mean in ((0.5, found.ap50), (0.75, found.ap75)):
-        assert np.mean([plain_ap(predicted, gold, label, threshold) for label in found.by_label]) == pytest.approx(mean, abs=1e-9)
+        assert np.mean(
+            [plain_ap(predicted, gold, label, threshold) for label in found.by_label]
+        ) == pytest.approx(mean, abs=1e-9)
 
 
 BOXES = np.array([[10.0, 10, 60, 60], [100, 10, 160, 60], [10, 100, 60, 160]])
@@ -116,7 +143,9 @@ NONE = np.zeros((0, 4))
 def test_right_answers_are_worth_1_and_no_answers_0():
     right = Predicted(BOXES, GOLD.labels, [0.1, 0.2, 0.3])
     found = average_precision([right], [GOLD])
-    assert found[:4] == pytest.approx((1, 1, 1, 1)) and found.by_label == pytest.approx({"cat": 1, "dog": 1})
+    assert found[:4] == pytest.approx((1, 1, 1, 1)) and found.by_label == pytest.approx(
+        {"cat": 1, "dog": 1}
+    )
     assert average_precision([Predicted(NONE, [])], [GOLD])[:4] == (0, 0, 0, 0)
     assert average_precision([right._replace(labels=["dog", "dog", "cat"])], [GOLD]).ap == 0
 
@@ -124,7 +153,11 @@ def test_right_answers_are_worth_1_and_no_answers_0():
 def test_where_nothing_is_there_is_no_average():
     for predicted in ([], [Predicted(BOXES, ["a", "b", "c"])]):
         found = average_precision(predicted, [Annotated(NONE, [])] * len(predicted))
-        assert all(map(math.isnan, found[:4])) and found.by_label == {} and found.unknown == 3 * len(predicted)
+        assert (
+            all(map(math.isnan, found[:4]))
+            and found.by_label == {}
+            and found.unknown == 3 * len(predicted)
+        )
     crowd = Annotated(BOXES, ["cat"] * 3, np.ones(3, bool))
     assert math.isnan(average_precision([Predicted(BOXES, ["cat"] * 3)], [crowd]).ap)
 
@@ -145,8 +178,12 @@ def test_without_scores_what_is_written_first_is_surer():
     """In every image: first boxes stand before all second ones, so that a wrong second box costs nothing."""
     wrong = np.array([[300.0, 300, 350, 350]])
     there = [Annotated(BOXES[i : i + 1], ["cat"]) for i in range(2)]
-    good_first = [Predicted(np.concatenate([BOXES[i : i + 1], wrong]), ["cat", "cat"]) for i in range(2)]
-    bad_first = [Predicted(np.concatenate([wrong, BOXES[i : i + 1]]), ["cat", "cat"]) for i in range(2)]
+    good_first = [
+        Predicted(np.concatenate([BOXES[i : i + 1], wrong]), ["cat", "cat"]) for i in range(2)
+    ]
+    bad_first = [
+        Predicted(np.concatenate([wrong, BOXES[i : i + 1]]), ["cat", "cat"]) for i in range(2)
+    ]
     assert average_precision(good_first, there).ap == pytest.approx(1)
     assert average_precision(bad_first, there).ap == pytest.approx(0.5)
     as_scores = [one._replace(scores=[1.0, 0.5]) for one in good_first]
@@ -165,7 +202,10 @@ def test_boxes_that_are_none_match_nothing_and_cost():
 def test_the_order_of_images_does_not_matter():
     predicted, gold = scenes(2, 40)
     order = np.random.default_rng(0).permutation(40)
-    predicted = [one._replace(scores=(np.arange(len(one.labels)) + i / 40).tolist()) for i, one in enumerate(predicted)]
+    predicted = [
+        one._replace(scores=(np.arange(len(one.labels)) + i / 40).tolist())
+        for i, one in enumerate(predicted)
+    ]
     shuffled = average_precision([predicted[i] for i in order], [gold[i] for i in order])
     np.testing.assert_allclose(shuffled[:4], average_precision(predicted, gold)[:4], atol=1e-12)
 
@@ -176,8 +216,14 @@ def test_bad_numbers_are_refused():
         average_precision([one, one._replace(scores=None)], [GOLD, GOLD])
     with pytest.raises(UserError, match=r"image 1: the score nan of a box of 'dog' is not finite"):
         average_precision([one._replace(scores=[1, 2, math.nan])], [GOLD])
-    with pytest.raises(UserError, match=r"image 1: the gold box \[nan, 10\.0, 60\.0, 60\.0\] of 'cat' is not finite"):
-        average_precision([one], [GOLD._replace(xyxy_px=BOXES * [[math.nan, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]])])
+    with pytest.raises(
+        UserError,
+        match=r"image 1: the gold box \[nan, 10\.0, 60\.0, 60\.0\] of 'cat' is not finite",
+    ):
+        average_precision(
+            [one],
+            [GOLD._replace(xyxy_px=BOXES * [[math.nan, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]])],
+        )
 
 
 def test_each_image_may_have_a_label_of_its_own():

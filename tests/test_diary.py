@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from programs import ROOT
 
-from pg_ground import config, diary, optim, train
-from pg_ground.checkpoints import Checkpoints
+from pg_ground import config
+from pg_ground.checkpoints.manager import Checkpoints
 from pg_ground.config import Config
 from pg_ground.data.pipeline import BadRecords
-from pg_ground.train import learning_rates, steps_between_measures
+from pg_ground.training import loop, optimizers, recorder
+from pg_ground.training.loop import learning_rates, steps_between_measures
 from pg_ground.types import TrainState, UserError
 
 
@@ -30,16 +31,25 @@ def tiny() -> Config:
 def test_the_measure_of_the_best_is_named_with_or_without_its_number_of_questions():
     metrics = {"eval/boxes@512/acc50": 0.5, "eval/boxes@512/mae": math.nan}
     for name in ("eval/boxes/acc50", "eval/boxes@512/acc50"):
-        assert (diary.goodness(name, metrics), diary.goodness("-" + name, metrics)) == (0.5, -0.5)
-    assert diary.goodness("-eval/boxes/mae", metrics) == -math.inf
+        assert (recorder.goodness(name, metrics), recorder.goodness("-" + name, metrics)) == (
+            0.5,
+            -0.5,
+        )
+    assert recorder.goodness("-eval/boxes/mae", metrics) == -math.inf
     with pytest.raises(UserError, match="did you mean eval/boxes/acc50"):
-        diary.goodness("eval/boxes/acc5", metrics)
+        recorder.goodness("eval/boxes/acc5", metrics)
 
 
 def test_an_epoch_is_as_many_steps_as_all_questions_of_a_stage_take(tiny):
     c = tiny
-    assert steps_between_measures(replace(c, eval=replace(c.eval, every_epochs=0.5)), "grpo", 160) == 10  # 8 questions a step
-    assert steps_between_measures(replace(c, eval=replace(c.eval, every_epochs=0.001)), "sft", 160) == 1
+    assert (
+        steps_between_measures(replace(c, eval=replace(c.eval, every_epochs=0.5)), "grpo", 160)
+        == 10
+    )  # 8 questions a step
+    assert (
+        steps_between_measures(replace(c, eval=replace(c.eval, every_epochs=0.001)), "sft", 160)
+        == 1
+    )
     assert steps_between_measures(replace(c, eval=replace(c.eval, every=7)), "sft", 160) == 7
 
 
@@ -59,15 +69,20 @@ class Coming:
 def test_phases_add_up_to_the_time_between_the_ends_of_steps(monkeypatch):
     """The clock says how often it has been asked: once where a step begins after a pause, and at the end of each phase."""
     ticks = itertools.count()
-    monkeypatch.setattr(diary, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
-    watch, results = diary.Stopwatch(), [Coming() for _ in range(6)]
+    monkeypatch.setattr(recorder, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    watch, results = recorder.Stopwatch(), [Coming() for _ in range(6)]
     first = watch.step()
-    assert [watch.lap(phase, result) for phase, result in zip(("data", "score", "score"), results, strict=False)] == results[:3]
+    assert [
+        watch.lap(phase, result)
+        for phase, result in zip(("data", "score", "score"), results, strict=False)
+    ] == results[:3]
     second = watch.step()  # before anything of the first is computed
     watch.lap("update", results[3])
     for result in results:
         result.set()
-    assert first() == {"time/data_s": 1.0, "time/score_s": 2.0} and second() == {"time/update_s": 1.0}
+    assert first() == {"time/data_s": 1.0, "time/score_s": 2.0} and second() == {
+        "time/update_s": 1.0
+    }
     next(ticks)  # something that is no part of a step
     third = watch.step()
     watch.lap("update", results[4])
@@ -78,7 +93,7 @@ def test_an_error_of_a_program_comes_where_its_step_is_read():
     def fail(_: jax.Array) -> jax.Array:
         raise ValueError("a fault of the device")
 
-    watch = diary.Stopwatch()
+    watch = recorder.Stopwatch()
     seconds = watch.step()
     with pytest.raises(jax.errors.JaxRuntimeError, match="a fault of the device"):
         watch.lap("rollout", jax.jit(lambda x: jax.pure_callback(fail, x, x))(jnp.ones(3)))
@@ -105,28 +120,52 @@ def test_a_step_is_read_behind_the_next_and_before_what_is_due_after_it(tiny, tm
         return {"sft/loss": float(step)}
 
     c = replace(tiny, sft=replace(tiny.sft, steps=8), checkpoint=replace(tiny.checkpoint, every=5))
-    kept = diary.Diary(c, tmp_path, None, Saved(), measure, {"sft": 3}, BadRecords(), None)
-    state, batches = TrainState(jnp.int32(0), {}, {}, jnp.float32(0)), SimpleNamespace(get_state=dict)
+    kept = recorder.Diary(c, tmp_path, None, Saved(), measure, {"sft": 3}, BadRecords(), None)
+    state, batches = (
+        TrainState(jnp.int32(0), {}, {}, jnp.float32(0)),
+        SimpleNamespace(get_state=dict),
+    )
     for step in range(1, 9):
         happened.append(f"dispatch {step}")
         kept.keep("sft", step, state, batches, lambda step=step: metrics(step))
     assert happened == [
         *("dispatch 1", "dispatch 2", "read 1", "dispatch 3", "read 2", "read 3", "measure"),
         *("dispatch 4", "dispatch 5", "read 4", "read 5", "save 5 {'sft/loss': [5.0]}"),
-        *("dispatch 6", "read 6", "measure", "dispatch 7", "dispatch 8", "read 7", "read 8", "measure", "save 8 {}"),
+        *(
+            "dispatch 6",
+            "read 6",
+            "measure",
+            "dispatch 7",
+            "dispatch 8",
+            "read 7",
+            "read 8",
+            "measure",
+            "save 8 {}",
+        ),
     ]
 
 
-def test_a_step_is_read_before_its_pictures_and_where_a_trace_begins_or_ends(tiny, tmp_path, monkeypatch):
+def test_a_step_is_read_before_its_pictures_and_where_a_trace_begins_or_ends(
+    tiny, tmp_path, monkeypatch
+):
     """Pictures after every third of five steps, a trace of the second and third; nothing else is due before the end."""
     happened: list[str] = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda _: happened.append("trace"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: happened.append("traced"))
     log = replace(tiny.log, samples_every=3, profile_steps=(2, 3))
-    c = replace(tiny, stages=("grpo",), grpo=replace(tiny.grpo, steps=5), log=log, checkpoint=replace(tiny.checkpoint, every=9))
+    c = replace(
+        tiny,
+        stages=("grpo",),
+        grpo=replace(tiny.grpo, steps=5),
+        log=log,
+        checkpoint=replace(tiny.checkpoint, every=9),
+    )
     saved = SimpleNamespace(save=lambda *_: happened.append("save"))
-    kept = diary.Diary(c, tmp_path, None, saved, lambda _: {}, {"grpo": 0}, BadRecords(), None)  # pyright: ignore[reportArgumentType]
-    state, batches = TrainState(jnp.int32(0), {}, {}, jnp.float32(0)), SimpleNamespace(get_state=dict)
+    kept = recorder.Diary(c, tmp_path, None, saved, lambda _: {}, {"grpo": 0}, BadRecords(), None)  # pyright: ignore[reportArgumentType]
+    state, batches = (
+        TrainState(jnp.int32(0), {}, {}, jnp.float32(0)),
+        SimpleNamespace(get_state=dict),
+    )
 
     def note(what: str, value: object) -> object:
         happened.append(what)
@@ -137,7 +176,17 @@ def test_a_step_is_read_before_its_pictures_and_where_a_trace_begins_or_ends(tin
         metrics = partial(note, f"read {step}", {"reward": 1.0})
         kept.keep("grpo", step, state, batches, metrics, partial(note, f"draw {step}", None))  # pyright: ignore[reportArgumentType]
     assert happened == [
-        *("dispatch 1", "read 1", "trace", "dispatch 2", "dispatch 3", "read 2", "read 3", "draw 3", "traced"),
+        *(
+            "dispatch 1",
+            "read 1",
+            "trace",
+            "dispatch 2",
+            "dispatch 3",
+            "read 2",
+            "read 3",
+            "draw 3",
+            "traced",
+        ),
         *("dispatch 4", "dispatch 5", "read 4", "read 5", "draw 5", "save"),
     ]
 
@@ -145,7 +194,7 @@ def test_a_step_is_read_before_its_pictures_and_where_a_trace_begins_or_ends(tin
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_a_stage_dispatches_a_step_before_it_reads_the_last(stage, tiny, tmp_path, monkeypatch):
-    happened, lap, measured = [], diary.Stopwatch.lap, train.measured
+    happened, lap, measured = [], recorder.Stopwatch.lap, loop.measured
 
     def noted_lap(self, phase, value):
         happened.append(phase)
@@ -155,11 +204,20 @@ def test_a_stage_dispatches_a_step_before_it_reads_the_last(stage, tiny, tmp_pat
         happened.append("read")
         return measured(*given)
 
-    monkeypatch.setattr(diary.Stopwatch, "lap", noted_lap)
-    monkeypatch.setattr(train, "measured", noted_measured)
-    short = {stage: replace(tiny.sft if stage == "sft" else tiny.grpo, steps=3), "mesh": replace(tiny.mesh, data=1)}
-    c = replace(tiny, stages=(stage,), eval=replace(tiny.eval, sources={}), data=replace(tiny.data, check_records=0), **short)
-    train.train(c, tmp_path / "run")
+    monkeypatch.setattr(recorder.Stopwatch, "lap", noted_lap)
+    monkeypatch.setattr(loop, "measured", noted_measured)
+    short = {
+        stage: replace(tiny.sft if stage == "sft" else tiny.grpo, steps=3),
+        "mesh": replace(tiny.mesh, data=1),
+    }
+    c = replace(
+        tiny,
+        stages=(stage,),
+        eval=replace(tiny.eval, sources={}),
+        data=replace(tiny.data, check_records=0),
+        **short,
+    )
+    loop.train(c, tmp_path / "run")
     step = ["data", "update"] if stage == "sft" else ["data", "rollout", "score", "score", "update"]
     assert happened == [*step, *step, "read", *step, "read", "read"]
 
@@ -168,6 +226,6 @@ def test_a_stage_dispatches_a_step_before_it_reads_the_last(stage, tiny, tmp_pat
 def test_a_steps_learning_rate_is_that_of_its_last_update(stage, tiny):
     c = replace(tiny, grpo=replace(tiny.grpo, minibatches=2, updates_per_rollout=2))
     own, updates = (c.sft, 1) if stage == "sft" else (c.grpo, 4)
-    schedule = optim.schedule(own.optimizer, own.steps * updates)
+    schedule = optimizers.schedule(own.optimizer, own.steps * updates)
     expected = [float(schedule(updates * step - 1)) for step in range(1, own.steps + 1)]
     np.testing.assert_array_equal(learning_rates(c, stage), np.float32(expected))

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from conftest import CLOSE, B, G, Inputs, L, T, assert_close_trees, inputs
 
-from pg_ground import config, sharding
-from pg_ground.model import PaliGemma
+from pg_ground import config
+from pg_ground.models import PaliGemma
+from pg_ground.parallel import sharding
 from pg_ground.rl.rollout import sample
 from pg_ground.types import Rollout
 from pg_ground.vocab import CONTROL
@@ -28,7 +29,9 @@ def logps_of() -> Callable[..., jax.Array]:
     compiled: dict[PaliGemma, Any] = {}
 
     def logps(model: PaliGemma, params: Any, x: Inputs) -> jax.Array:
-        program = compiled.setdefault(model, jax.jit(lambda params, x: model.completion_logps(params, *x)[0]))
+        program = compiled.setdefault(
+            model, jax.jit(lambda params, x: model.completion_logps(params, *x)[0])
+        )
         return program(params, x)
 
     return logps
@@ -47,7 +50,9 @@ def gradient_of() -> Callable[..., tuple[jax.Array, Any]]:
         return jax.jit(jax.grad(value, has_aux=True))
 
     def gradient(model: PaliGemma, params: Any, x: Inputs) -> tuple[jax.Array, Any]:
-        weights = jnp.asarray(np.random.default_rng(1).normal(size=x.mask.size).reshape(x.mask.shape), jnp.float32)
+        weights = jnp.asarray(
+            np.random.default_rng(1).normal(size=x.mask.size).reshape(x.mask.shape), jnp.float32
+        )
         grads, logps = compiled.setdefault(model, program(model))(params, x, weights)
         return logps, grads
 
@@ -73,7 +78,9 @@ def test_log_probabilities_before_a_token_do_not_move_by_one_bit(tiny, logps_of)
 
 def test_completions_of_a_group_do_not_see_one_another(tiny, logps_of):
     x = inputs(tiny.model)
-    before, after = (np.asarray(logps_of(*tiny, y)) for y in (x, x._replace(tokens=x.tokens.at[:, 1].set(700))))
+    before, after = (
+        np.asarray(logps_of(*tiny, y)) for y in (x, x._replace(tokens=x.tokens.at[:, 1].set(700)))
+    )
     np.testing.assert_array_equal(after[:, [0, 2]], before[:, [0, 2]])
     assert (after[:, 1] != before[:, 1]).any()
 
@@ -98,7 +105,9 @@ def test_every_prompt_token_sees_every_other_in_both_directions(tiny, logps_of):
 def test_another_image_changes_the_log_probabilities(tiny, logps_of):
     """A model blind to its images would pass every other test here."""
     x = inputs(tiny.model)
-    before, after = (np.asarray(logps_of(*tiny, y)) for y in (x, x._replace(image=jnp.roll(x.image, 1, axis=0))))
+    before, after = (
+        np.asarray(logps_of(*tiny, y)) for y in (x, x._replace(image=jnp.roll(x.image, 1, axis=0)))
+    )
     assert (np.abs(after - before)[..., 0].max(axis=1) > 1000 * CLOSE).all()
 
 
@@ -111,13 +120,18 @@ def test_padding_of_the_prompt_changes_nothing_whatever_its_amount_and_side(tiny
         mask = mask[:, ::-1] if left else mask
         prompt = np.full(mask.shape, 77, np.int32)  # what stands at padding must not matter either
         prompt[mask] = np.asarray(x.prompt)[np.asarray(x.prompt_mask)]
-        after = logps_of(*tiny, x._replace(prompt=jnp.asarray(prompt), prompt_mask=jnp.asarray(mask)))
+        after = logps_of(
+            *tiny, x._replace(prompt=jnp.asarray(prompt), prompt_mask=jnp.asarray(mask))
+        )
         np.testing.assert_allclose(after, before, rtol=0, atol=CLOSE)
 
 
 def test_masked_completion_tokens_say_0_and_change_nothing_before_them(tiny, logps_of):
     x = inputs(tiny.model)
-    before, after = (np.asarray(logps_of(*tiny, y)) for y in (x, x._replace(tokens=jnp.where(x.mask, x.tokens, 900))))
+    before, after = (
+        np.asarray(logps_of(*tiny, y))
+        for y in (x, x._replace(tokens=jnp.where(x.mask, x.tokens, 900)))
+    )
     np.testing.assert_array_equal(before, after)
     assert (before[~np.asarray(x.mask)] == 0).all() and (before[np.asarray(x.mask)] < 0).all()
 
@@ -168,7 +182,9 @@ def test_sampler_and_trainer_give_the_same_log_probabilities(tiny, rollout_of):
     np.testing.assert_allclose(logps, rollout.logps, rtol=0, atol=CLOSE)
 
 
-@pytest.mark.parametrize("shape", [config.Mesh(), config.Mesh(replica=2, model=2)], ids=["data", "all axes"])
+@pytest.mark.parametrize(
+    "shape", [config.Mesh(), config.Mesh(replica=2, model=2)], ids=["data", "all axes"]
+)
 def test_tokens_are_the_same_on_one_device_and_on_eight(pg1, monkeypatch, shape):
     """Arrays up to 4 MiB are not split in earnest; here all are, and activations are held to their places."""
     monkeypatch.setattr(sharding, "SMALL_BYTES", 0)
@@ -176,7 +192,9 @@ def test_tokens_are_the_same_on_one_device_and_on_eight(pg1, monkeypatch, shape)
     assert mesh.size == 8
     held = PaliGemma(pg1.model.config, sharding.places(mesh))
     x = jax.tree.map(lambda a: jnp.concatenate([a] * (8 // B)), tuple(inputs(pg1.model)[:3]))
-    one = jax.jit(lambda params, x, key: sample(pg1.model, params, *x, key, G, T))(pg1.params, x, jax.random.key(3))
+    one = jax.jit(lambda params, x, key: sample(pg1.model, params, *x, key, G, T))(
+        pg1.params, x, jax.random.key(3)
+    )
     draw = jax.jit(lambda params, x, key: sample(held, params, *x, key, G, T))
     split = jax.device_put(pg1.params, sharding.fsdp(mesh, pg1.params))
     assert sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(split)) > 10
@@ -189,9 +207,13 @@ def test_the_gradient_of_the_vocabulary_adds_up_in_float32(pg1):
     """With activations in bfloat16 the table's own dtype takes up what each block of completion tokens has for it."""
     model = PaliGemma(replace(pg1.model.config, dtype="bfloat16", logits_block=2))
     x = inputs(model)
-    gradient = jax.jit(jax.grad(lambda params: model.completion_logps(params, *x)[0].sum()))(pg1.params)
+    gradient = jax.jit(jax.grad(lambda params: model.completion_logps(params, *x)[0].sum()))(
+        pg1.params
+    )
     table = gradient["llm"]["embedder"]["input_embedding"]
-    exact = np.asarray(table == table.astype(jnp.bfloat16).astype(jnp.float32))[np.asarray(table) != 0]
+    exact = np.asarray(table == table.astype(jnp.bfloat16).astype(jnp.float32))[
+        np.asarray(table) != 0
+    ]
     assert exact.mean() < 0.5  # all of them, were they rounded
 
 
@@ -202,13 +224,18 @@ def test_control_ids_are_never_sampled_even_by_a_model_that_wants_nothing_else(t
 
     def wanting(*ids: int) -> Rollout:
         embedder = {"input_embedding": table.at[jnp.array(ids)].set(rows)}
-        return rollout_of(tiny, {**tiny.params, "llm": {**tiny.params["llm"], "embedder": embedder}})
+        return rollout_of(
+            tiny, {**tiny.params, "llm": {**tiny.params["llm"], "embedder": embedder}}
+        )
 
     assert np.isin(np.asarray(wanting(5, 6).tokens), [5, 6]).mean() > 0.9
     for first, second in itertools.combinations(CONTROL, 2):
         found = wanting(first, second)
         tokens = np.asarray(found.tokens)[np.asarray(found.mask)]
-        assert not np.isin(tokens, CONTROL).any() and (tokens < tiny.model.config.text.vocab_size).all()
+        assert (
+            not np.isin(tokens, CONTROL).any()
+            and (tokens < tiny.model.config.text.vocab_size).all()
+        )
 
 
 # one prefix per prompt
@@ -217,7 +244,9 @@ def test_control_ids_are_never_sampled_even_by_a_model_that_wants_nothing_else(t
 def repeated(x: Inputs) -> Inputs:
     """Returns every completion as a prompt of its own."""
     image, prompt, prompt_mask = (jnp.repeat(a, G, axis=0) for a in x[:3])
-    return Inputs(image, prompt, prompt_mask, x.tokens.reshape(B * G, 1, T), x.mask.reshape(B * G, 1, T))
+    return Inputs(
+        image, prompt, prompt_mask, x.tokens.reshape(B * G, 1, T), x.mask.reshape(B * G, 1, T)
+    )
 
 
 def test_a_shared_prefix_equals_a_repeated_one(tiny, gradient_of):
@@ -263,12 +292,17 @@ def test_rematerialised_layers_equal_kept_ones(pg2, gradient_of):
 def test_unrolled_layers_equal_looped_ones(pg2, logps_of):
     x = inputs(pg2.model)
     assert pg2.model.config.scan_unroll == 1
-    np.testing.assert_allclose(logps_of(changed(pg2, scan_unroll=2), pg2.params, x), logps_of(*pg2, x), rtol=0, atol=CLOSE)
+    np.testing.assert_allclose(
+        logps_of(changed(pg2, scan_unroll=2), pg2.params, x), logps_of(*pg2, x), rtol=0, atol=CLOSE
+    )
 
 
 def test_bfloat16_activations_stay_near_float32(tiny, logps_of):
     """bfloat16 knows a number to 2^-9. Logits of a few units, each the end of some ten roundings, are off by a few hundredths."""
     x = inputs(tiny.model)
-    off = np.abs(np.asarray(logps_of(changed(tiny, dtype="bfloat16"), tiny.params, x)) - np.asarray(logps_of(*tiny, x)))
+    off = np.abs(
+        np.asarray(logps_of(changed(tiny, dtype="bfloat16"), tiny.params, x))
+        - np.asarray(logps_of(*tiny, x))
+    )
     off = off[np.asarray(x.mask)]
     assert 2**-12 < np.median(off) < 10 * 2**-9 and off.max() < 100 * 2**-9

@@ -28,7 +28,9 @@ from pg_ground.types import BOXES, POINTS, TEXT, Example, UserError
 from pg_ground.vocab import EOS, NEWLINE, PAD
 
 SHARED = Path(__file__).parents[2] / "shared"
-needs_golden = pytest.mark.skipif(not (SHARED / "golden").exists(), reason="shared/golden is not here")
+needs_golden = pytest.mark.skipif(
+    not (SHARED / "golden").exists(), reason="shared/golden is not here"
+)
 needs_data = pytest.mark.skipif(not (SHARED / "data").exists(), reason="shared/data is not here")
 
 SOURCE = Source(uri="jsonl:x", boxes="box", points="", prompt="detect {phrase}", name="{phrase}")
@@ -52,7 +54,11 @@ def test_example_says_where_it_comes_from_and_what_it_asks():
     assert made.image.shape == (16, 16, 3) and made.image.dtype == np.uint8
     assert (made.prompt, made.names) == ("detect red circle", ("red circle",))
     np.testing.assert_array_equal(made.boxes.yxyx, np.array([[0.25, 0.1, 0.5, 0.5]], np.float32))
-    assert made.boxes.valid.tolist() == [True] and made.boxes.label.tolist() == [0] and made.points.yx.shape == (0, 2)
+    assert (
+        made.boxes.valid.tolist() == [True]
+        and made.boxes.label.tolist() == [0]
+        and made.points.yx.shape == (0, 2)
+    )
     assert made.suffix == "<loc0256><loc0102><loc0512><loc0512> red circle"
 
 
@@ -68,14 +74,23 @@ def test_all_box_formats_agree():
     for order, written in orders.items():
         for unit, (w, h) in whole.items():
             made = example({"box": written(w, h)}, box_format=f"{order}_{unit}")
-            np.testing.assert_allclose(made.boxes.yxyx, [[y1, x1, y2, x2]], atol=1e-7, err_msg=f"{order}_{unit}")
+            np.testing.assert_allclose(
+                made.boxes.yxyx, [[y1, x1, y2, x2]], atol=1e-7, err_msg=f"{order}_{unit}"
+            )
 
 
 def test_all_point_formats_agree():
-    for unit, (w, h) in {"px": (80, 40), "frac": (1, 1), "percent": (100, 100), "bin": (1023, 1023)}.items():
+    for unit, (w, h) in {
+        "px": (80, 40),
+        "frac": (1, 1),
+        "percent": (100, 100),
+        "bin": (1023, 1023),
+    }.items():
         for order, point in {"xy": [0.25 * w, 0.75 * h], "yx": [0.75 * h, 0.25 * w]}.items():
             record = {"point": point}
-            made = example(record, asks="points", boxes="", points="point", point_format=f"{order}_{unit}")
+            made = example(
+                record, asks="points", boxes="", points="point", point_format=f"{order}_{unit}"
+            )
             np.testing.assert_allclose(made.points.yx, [[0.75, 0.25]], atol=1e-7)
             assert made.asks == POINTS and made.suffix == "<loc0767><loc0256> red circle"
 
@@ -96,13 +111,19 @@ def test_one_box_and_a_list_of_boxes_are_both_read():
     assert made.boxes.yxyx.tolist() == [[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]]
     first, second = "<loc0000><loc0000><loc0512><loc0512>", "<loc0512><loc0512><loc1023><loc1023>"
     assert made.suffix == f"{first} red circle ; {second} red circle"
-    assert example({"box": many}, name="").suffix == f"{first} ; {second}" and example({"box": many}, name="").names == ()
+    assert (
+        example({"box": many}, name="").suffix == f"{first} ; {second}"
+        and example({"box": many}, name="").names == ()
+    )
 
 
 def test_points_may_carry_the_boxes_they_lie_in():
     record = {"point": [[20, 10], [60, 30]], "box": [[0, 0, 40, 20], [40, 20, 80, 40]]}
     made = example(record, asks="points", points="point")
-    assert made.boxes.yxyx.shape == (2, 4) and made.points.yx.tolist() == [[0.25, 0.25], [0.75, 0.75]]
+    assert made.boxes.yxyx.shape == (2, 4) and made.points.yx.tolist() == [
+        [0.25, 0.25],
+        [0.75, 0.75],
+    ]
     assert made.suffix == "<loc0256><loc0256> red circle ; <loc0767><loc0767> red circle"
     kind, text = kind_and_text(record | {"box": [0, 0, 40, 20]}, asks="points", points="point")
     assert kind == "bad_box" and "1 boxes for 2 points" in text
@@ -113,7 +134,9 @@ def test_loc_codes_round_half_to_even_and_stay_on_the_grid():
     assert answer_text(fractions, [""]) == "<loc0000><loc0002><loc0002><loc1022>"
     assert answer_text(np.array([[0.0, 1.0]]), "x") == "<loc0000><loc1023> x"
     codes = np.arange(1024)
-    assert answer_text((codes / 1023).astype(np.float32)[None], [""]) == "".join(f"<loc{i:04d}>" for i in codes)
+    assert answer_text((codes / 1023).astype(np.float32)[None], [""]) == "".join(
+        f"<loc{i:04d}>" for i in codes
+    )
 
 
 def test_boxes_are_clipped_to_the_image():
@@ -144,10 +167,26 @@ def test_unusable_box_is_a_bad_box(box):
 @pytest.mark.parametrize(
     ("box", "said", "settings"),
     [
-        ([[1, 2, 9, 9], [8, 7, 10.5, 7]], "[8, 7, 10.5, 7] (number 2 of 2) as xyxy_px has no area", {}),
-        ([84.25, 3, 95, 9], "[84.25, 3, 95, 9] as xyxy_px lies outside an image of 80x40 pixels", {}),
-        ([50, 3, -9, 9], "[50, 3, -9, 9] as xywh_percent has no area", {"box_format": "xywh_percent"}),
-        ([[1, 2, 9, 9], [1, 2, float("nan"), 9]], "[1, 2, nan, 9] (number 2 of 2) is not finite", {}),
+        (
+            [[1, 2, 9, 9], [8, 7, 10.5, 7]],
+            "[8, 7, 10.5, 7] (number 2 of 2) as xyxy_px has no area",
+            {},
+        ),
+        (
+            [84.25, 3, 95, 9],
+            "[84.25, 3, 95, 9] as xyxy_px lies outside an image of 80x40 pixels",
+            {},
+        ),
+        (
+            [50, 3, -9, 9],
+            "[50, 3, -9, 9] as xywh_percent has no area",
+            {"box_format": "xywh_percent"},
+        ),
+        (
+            [[1, 2, 9, 9], [1, 2, float("nan"), 9]],
+            "[1, 2, nan, 9] (number 2 of 2) is not finite",
+            {},
+        ),
     ],
 )
 def test_a_bad_box_is_told_in_the_sources_own_numbers(box, said, settings):
@@ -156,13 +195,20 @@ def test_a_bad_box_is_told_in_the_sources_own_numbers(box, said, settings):
 
 
 def test_a_bad_point_is_told_in_the_sources_own_numbers():
-    kind, text = kind_and_text({"point": [[5, 5], [7.5, 66]]}, asks="points", boxes="", points="point")
-    assert (kind, text) == ("bad_point", "[7.5, 66] (number 2 of 2) as xy_px lies outside an image of 80x40 pixels")
+    kind, text = kind_and_text(
+        {"point": [[5, 5], [7.5, 66]]}, asks="points", boxes="", points="point"
+    )
+    assert (kind, text) == (
+        "bad_point",
+        "[7.5, 66] (number 2 of 2) as xy_px lies outside an image of 80x40 pixels",
+    )
 
 
 @pytest.mark.parametrize("point", [[90, 5], [5, -9], [float("nan"), 5], [1, 2, 3], None, {"x": 1}])
 def test_unusable_point_is_a_bad_point(point):
-    assert kind_and_text({"point": point}, asks="points", boxes="", points="point")[0] == "bad_point"
+    assert (
+        kind_and_text({"point": point}, asks="points", boxes="", points="point")[0] == "bad_point"
+    )
 
 
 def test_point_on_the_far_border_is_kept():
@@ -173,7 +219,10 @@ def test_point_on_the_far_border_is_kept():
 def test_dotted_paths_reach_into_objects_and_through_lists():
     assert field_at({"objects": {"bbox": [1, 2]}}, "objects.bbox") == [1, 2]
     assert field_at({"objects": [{"bbox": [1]}, {"bbox": [2]}]}, "objects.bbox") == [[1], [2]]
-    nested = {"objects": [{"bbox": [0, 0, 40, 20]}, {"bbox": [40, 20, 80, 40]}], "meta": {"text": "cat"}}
+    nested = {
+        "objects": [{"bbox": [0, 0, 40, 20]}, {"bbox": [40, 20, 80, 40]}],
+        "meta": {"text": "cat"},
+    }
     made = example(nested, boxes="objects.bbox", phrase="meta.text")
     assert made.boxes.yxyx.shape == (2, 4) and made.prompt == "detect cat"
 
@@ -187,13 +236,21 @@ def test_missing_field_is_named_with_those_that_exist(path):
 
 def test_templates_are_filled_from_the_record_once_and_in_single_spaces():
     record = {"phrase": " a {b}\n cat ", "n": 3, "b": "dog", "meta": {"lang": "en"}}
-    assert fill("answer {meta.lang}  {phrase} x{n}{b}", record, "phrase") == "answer en a {b} cat x3dog"
+    assert (
+        fill("answer {meta.lang}  {phrase} x{n}{b}", record, "phrase")
+        == "answer en a {b} cat x3dog"
+    )
     assert fill("", record, "phrase") == "" and fill("detect {phrase}", record, "b") == "detect dog"
 
 
 @pytest.mark.parametrize(
     "record, kind",
-    [({}, "missing_field"), ({"text": None}, "bad_text"), ({"text": ["a"]}, "bad_text"), ({"text": "  "}, "bad_text")],
+    [
+        ({}, "missing_field"),
+        ({"text": None}, "bad_text"),
+        ({"text": ["a"]}, "bad_text"),
+        ({"text": "  "}, "bad_text"),
+    ],
 )
 def test_template_over_an_unusable_field_is_a_bad_record(record, kind):
     assert kind_and_text({"box": [0, 0, 4, 4]} | record, prompt="detect {text}")[0] == kind
@@ -235,7 +292,9 @@ def test_image_of_the_right_size_is_not_touched():
 @pytest.mark.parametrize("side", [42, 224])
 def test_resizing_equals_pillow_and_stays_within_a_grey_level_of_tensorflow(name, side):
     golden = np.load(SHARED / "golden" / "preprocessing" / "images.npz")
-    image = np.asarray(Image.open(SHARED / "golden" / "preprocessing" / f"{name}.png").convert("RGB"))
+    image = np.asarray(
+        Image.open(SHARED / "golden" / "preprocessing" / f"{name}.png").convert("RGB")
+    )
     resized = resize(image, side).astype(np.float32) / 127.5 - 1
     np.testing.assert_allclose(resized, golden[f"{name}/{side}/pil_bilinear"], atol=1e-6)
     grey_levels = np.abs(resized - golden[f"{name}/{side}/notebook_antialias_float"]) * 127.5
@@ -247,14 +306,20 @@ def test_photographs_convert_to_the_fractions_they_were_annotated_with():
     folder = SHARED / "data" / "refcoco"
     records = open_records(f"jsonl:{folder / 'triples.jsonl'}")
     assert len(records) == 644
-    xyxy = dataclasses.replace(SOURCE, boxes="bbox_xyxy", phrase="expression", image_root=str(folder / "images"))
+    xyxy = dataclasses.replace(
+        SOURCE, boxes="bbox_xyxy", phrase="expression", image_root=str(folder / "images")
+    )
     xywh = dataclasses.replace(xyxy, boxes="bbox_xywh", box_format="xywh_px")
     for i in range(0, 644, 46):
         row = records[i]
         made = to_example(row, xyxy, "refcoco", i, 224, records.root)
         w, h = row["width"], row["height"]
         x1, y1, x2, y2 = row["bbox_xyxy"]
-        assert made.size == (w, h) and made.image.shape == (224, 224, 3) and made.names[0] in made.prompt
+        assert (
+            made.size == (w, h)
+            and made.image.shape == (224, 224, 3)
+            and made.names[0] in made.prompt
+        )
         np.testing.assert_allclose(made.boxes.yxyx, [[y1 / h, x1 / w, y2 / h, x2 / w]], atol=1e-6)
         other = to_example(row, xywh, "refcoco", i, 224, records.root)
         np.testing.assert_allclose(other.boxes.yxyx, made.boxes.yxyx, atol=0.02 / min(w, h))
@@ -262,7 +327,10 @@ def test_photographs_convert_to_the_fractions_they_were_annotated_with():
 
 @needs_data
 def test_points_in_percent_with_objects_for_coordinates_are_read_by_path():
-    rows = [json.loads(line) for line in (SHARED / "data" / "gui" / "test.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (SHARED / "data" / "gui" / "test.jsonl").read_text().splitlines()
+    ]
     source = dataclasses.replace(
         SOURCE, asks="points", image="image_filename", points="test_samples.point", boxes="test_samples.bbox",
         prompt="point to buttons", name="",
@@ -272,7 +340,9 @@ def test_points_in_percent_with_objects_for_coordinates_are_read_by_path():
         assert made.size == (row["image_width"], row["image_height"])
         y, x = made.points.yx.T
         y1, x1, y2, x2 = made.boxes.yxyx.T
-        assert len(y) == row["sample_count"] and ((y1 <= y) & (y <= y2) & (x1 <= x) & (x <= x2)).all()
+        assert (
+            len(y) == row["sample_count"] and ((y1 <= y) & (y <= y2) & (x1 <= x) & (x <= x2)).all()
+        )
 
 
 def test_batch_row_has_the_shapes_and_types_of_a_batch_without_b():
@@ -287,11 +357,17 @@ def test_batch_row_has_the_shapes_and_types_of_a_batch_without_b():
     assert row.prompt_mask.sum() == len(prompt) and row.prompt_mask[: len(prompt)].all()
     assert row.suffix[row.suffix_mask][-1] == EOS and (row.suffix[~row.suffix_mask] == PAD).all()
     assert row_text and row.suffix[:6].tolist() == suffix[:6]
-    assert row.gold.boxes.valid.tolist() == [True, True, False] and row.gold.boxes.yxyx.shape == (3, 4)
+    assert row.gold.boxes.valid.tolist() == [True, True, False] and row.gold.boxes.yxyx.shape == (
+        3,
+        4,
+    )
     assert row.gold.points.yx.shape == (3, 2) and not row.gold.points.valid.any()
     assert row.gold.names.shape == (3, 16) and row.gold.asks == BOXES
     name = tokens.text(" red circle")
-    assert row.gold.names[0].tolist() == name + [PAD] * (16 - len(name)) and not row.gold.names[1:].any()
+    assert (
+        row.gold.names[0].tolist() == name + [PAD] * (16 - len(name))
+        and not row.gold.names[1:].any()
+    )
     assert (row.size.tolist(), int(row.source), int(row.index)) == ([80, 40], 2, 7)
     assert row.image.dtype == np.uint8 and row.image.min() == row.image.max() == 0
     ints = (
@@ -304,7 +380,9 @@ def test_batch_row_has_the_shapes_and_types_of_a_batch_without_b():
         row.gold.names,
         row.gold.boxes.label,
     )
-    assert {x.dtype for x in ints} == {np.dtype(np.int32)} and row.gold.boxes.yxyx.dtype == np.float32
+    assert {x.dtype for x in ints} == {
+        np.dtype(np.int32)
+    } and row.gold.boxes.yxyx.dtype == np.float32
 
 
 def test_image_of_a_batch_is_bytes():
@@ -315,7 +393,9 @@ def test_image_of_a_batch_is_bytes():
 
 def test_name_of_the_gold_answer_follows_its_loc_tokens_in_the_suffix():
     tokens = tokenizer.load()
-    row = to_batch_row(example({"box": [0, 0, 40, 20], "phrase": "café 12"}), tokens, Data(suffix_length=24), 0)
+    row = to_batch_row(
+        example({"box": [0, 0, 40, 20], "phrase": "café 12"}), tokens, Data(suffix_length=24), 0
+    )
     name = row.gold.names[0][row.gold.names[0] != PAD].tolist()
     assert row.suffix[row.suffix_mask].tolist()[4:-1] == name
 
@@ -329,7 +409,9 @@ def test_name_of_the_gold_answer_follows_its_loc_tokens_in_the_suffix():
     ],
 )
 def test_question_without_room_names_the_setting_to_raise(data, kind, setting):
-    made = example({"box": [[0, 0, 40, 20], [0, 0, 40, 30]][: 2 if kind == "too_many_boxes" else 1]})
+    made = example(
+        {"box": [[0, 0, 40, 20], [0, 0, 40, 30]][: 2 if kind == "too_many_boxes" else 1]}
+    )
     with pytest.raises(BadRecord, match=setting) as bad:
         to_batch_row(made, tokenizer.load(), data, 0)
     assert bad.value.kind == kind
@@ -338,9 +420,13 @@ def test_question_without_room_names_the_setting_to_raise(data, kind, setting):
 # several objects
 
 
-BOXES_OF = {"box": [[0, 0, 40, 20], [40, 20, 80, 40], [8, 8, 16, 16]], "label": ["cat", "dog", "cat"]}
+BOXES_OF = {
+    "box": [[0, 0, 40, 20], [40, 20, 80, 40], [8, 8, 16, 16]],
+    "label": ["cat", "dog", "cat"],
+}
 LOCS = [
-    "".join(f"<loc{code:04d}>" for code in codes) for codes in ((0, 0, 512, 512), (512, 512, 1023, 1023), (205, 102, 409, 205))
+    "".join(f"<loc{code:04d}>" for code in codes)
+    for codes in ((0, 0, 512, 512), (512, 512, 1023, 1023), (205, 102, 409, 205))
 ]
 
 
@@ -351,11 +437,17 @@ def test_each_object_has_its_own_name():
 
 
 def test_boxes_keyed_by_label_are_read_in_their_order():
-    made = example({"box": {"cat": [BOXES_OF["box"][0]], "bird": [], "dog": [BOXES_OF["box"][1]]}}, prompt="find", name="")
+    made = example(
+        {"box": {"cat": [BOXES_OF["box"][0]], "bird": [], "dog": [BOXES_OF["box"][1]]}},
+        prompt="find",
+        name="",
+    )
     assert made.suffix == f"{LOCS[0]} cat ; {LOCS[1]} dog" and made.names == ("cat", "dog")
 
 
-@pytest.mark.parametrize("labels", [["cat"], ["cat", "dog", None], ["cat", "", "dog"], 3.5, [["a"], ["b"], ["c"]]])
+@pytest.mark.parametrize(
+    "labels", [["cat"], ["cat", "dog", None], ["cat", "", "dog"], 3.5, [["a"], ["b"], ["c"]]]
+)
 def test_labels_that_are_no_names_are_bad_text(labels):
     assert kind_and_text(BOXES_OF | {"label": labels}, label="label")[0] == "bad_text"
 
@@ -369,11 +461,19 @@ def test_objects_alike_in_name_and_bins_count_once():
 
 def test_max_objects_chooses_without_replacement_in_order_and_by_the_seed():
     points = {"points": [{"x": x, "y": 1} for x in range(40)]}
-    entry = {"asks": "points", "boxes": "", "points": "points", "point_format": "xy_px", "max_objects": 8}
+    entry = {
+        "asks": "points",
+        "boxes": "",
+        "points": "points",
+        "point_format": "xy_px",
+        "max_objects": 8,
+    }
 
     def chosen(seed: int) -> list[int]:
         record = {"image": BLANK, "phrase": "cat"} | points
-        made = to_example(record, dataclasses.replace(SOURCE, **entry), "toy", 7, 16, None, seed=seed)
+        made = to_example(
+            record, dataclasses.replace(SOURCE, **entry), "toy", 7, 16, None, seed=seed
+        )
         assert made.suffix.count(" ; ") == 7
         return np.rint(made.points.yx[:, 1] * 80).astype(int).tolist()
 
@@ -384,7 +484,10 @@ def test_max_objects_chooses_without_replacement_in_order_and_by_the_seed():
 
 def test_points_are_pairs_or_have_x_and_y_and_lie_in_their_unit():
     entry = {"asks": "points", "boxes": "", "points": "points", "point_format": "xy_percent"}
-    pairs, named = (example({"points": points}, **entry) for points in ([[50, 25]], [{"x": 50, "y": 25, "z": 1}]))
+    pairs, named = (
+        example({"points": points}, **entry)
+        for points in ([[50, 25]], [{"x": 50, "y": 25, "z": 1}])
+    )
     assert pairs.suffix == named.suffix == "<loc0256><loc0512> red circle"
 
 
@@ -405,13 +508,23 @@ def test_json_answers_are_in_pixels_of_the_original():
         {"bbox_2d": [0, 0, 40, 20], "label": "cat"}, {"bbox_2d": [40, 20, 80, 40], "label": "dog"},
         {"bbox_2d": [8, 8, 16, 16], "label": "cat"},
     ]  # fmt: skip
-    points = example({"point": [40, 10]}, asks="points", boxes="", points="point", suffix="json", name="")
-    assert json.loads(points.suffix) == [{"point_2d": [40, 10]}] and points.asks == TEXT == made.asks
+    points = example(
+        {"point": [40, 10]}, asks="points", boxes="", points="point", suffix="json", name=""
+    )
+    assert (
+        json.loads(points.suffix) == [{"point_2d": [40, 10]}] and points.asks == TEXT == made.asks
+    )
 
 
 def test_counts_and_texts():
     assert example(BOXES_OF, suffix="count", prompt="how many").suffix == "3"
-    made = example({"answer": 5}, asks="text", boxes="", suffix="{answer}", prompt="answer en how many {phrase}?")
+    made = example(
+        {"answer": 5},
+        asks="text",
+        boxes="",
+        suffix="{answer}",
+        prompt="answer en how many {phrase}?",
+    )
     assert (made.prompt, made.suffix, made.asks) == ("answer en how many red circle?", "5", TEXT)
 
 
@@ -434,7 +547,11 @@ def test_a_path_goes_through_one_element_of_a_list():
 
 
 def test_two_lists_at_once_are_refused():
-    for entry in ({"phrase": "a[].b", "boxes": "c[].d"}, {"phrase": "a[].b[].c"}, {"prompt": "{a[].b} {c[].d}"}):
+    for entry in (
+        {"phrase": "a[].b", "boxes": "c[].d"},
+        {"phrase": "a[].b[].c"},
+        {"prompt": "{a[].b} {c[].d}"},
+    ):
         with pytest.raises(UserError, match=r"one list with \[\]"):
             listed_by(dataclasses.replace(SOURCE, **entry))
 
@@ -485,19 +602,38 @@ def test_resizing_equals_its_reference(how, reference):
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8) | st.binary(max_size=8),
-    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.binary(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=5) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 
 
 @pytest.mark.slow
-@settings(max_examples=10_000, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+    max_examples=10_000,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
 @given(st.sampled_from(["image", "sentences", "box", "labels", "points"]), VALUES, st.booleans())
 def test_any_value_in_any_field_makes_an_example_or_a_bad_record(field, value, within):
     """10,000 mutated records: never another exception, never a question whose numbers are not those of an image."""
     boxes = [[0, 0, 4, 4], [2, 2, 9, 9]]
-    record = {"image": BLANK, "sentences": [{"raw": "cat"}], "box": boxes, "labels": ["a", "b"], "points": [[1, 2], [3, 3]]}
+    record = {
+        "image": BLANK,
+        "sentences": [{"raw": "cat"}],
+        "box": boxes,
+        "labels": ["a", "b"],
+        "points": [[1, 2], [3, 3]],
+    }
     if within and isinstance(record[field], list):
         value = [*record[field][:1], value]
     source = dataclasses.replace(
@@ -510,4 +646,6 @@ def test_any_value_in_any_field_makes_an_example_or_a_bad_record(field, value, w
         assert bad.kind
         return
     assert (made.boxes.yxyx >= 0).all() and (made.boxes.yxyx <= 1).all() and made.prompt
-    assert (made.boxes.yxyx[:, 2:] > made.boxes.yxyx[:, :2]).all() and made.suffix.count("<loc") % 2 == 0
+    assert (made.boxes.yxyx[:, 2:] > made.boxes.yxyx[:, :2]).all() and made.suffix.count(
+        "<loc"
+    ) % 2 == 0

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import pytest
 
-from pg_ground import cli, prefetch
+from pg_ground import cli
 from pg_ground.config import Config, Data, Eval, Grpo, Sft, Source
 from pg_ground.data import fetch as fetching
+from pg_ground.data import prefetching
 from pg_ground.data.fetch import Fetch, cached, is_public, is_url
 from pg_ground.data.records import BadRecord
 from pg_ground.types import UserError
@@ -104,7 +105,9 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def fetch(tmp_path) -> Fetch:
-    return Fetch(str(tmp_path / "cache"), concurrency=4, backoff_s=0.0, timeout_s=20.0, allow_private=True)
+    return Fetch(
+        str(tmp_path / "cache"), concurrency=4, backoff_s=0.0, timeout_s=20.0, allow_private=True
+    )
 
 
 def send(content: bytes, **headers: str) -> Callable[[Answers, int], None]:
@@ -282,7 +285,12 @@ def test_a_server_that_dawdles_is_left(server, fetch, part):
     left = threading.Event()
 
     def dawdle(handler: Answers, _: int) -> None:
-        start = {"status": b"", "header": b"HTTP/1.0 200 OK\r\nX: ", "body": b"HTTP/1.0 200 OK\r\n\r\n", "nothing": b""}[part]
+        start = {
+            "status": b"",
+            "header": b"HTTP/1.0 200 OK\r\nX: ",
+            "body": b"HTTP/1.0 200 OK\r\n\r\n",
+            "nothing": b"",
+        }[part]
         handler.wfile.write(start)
         try:
             while not left.wait(0.02):
@@ -370,7 +378,10 @@ def test_redirects_are_followed_to_a_relative_place(server, fetch):
 
 
 def test_five_redirects_are_followed_and_a_loop_is_left(server, fetch):
-    server.routes |= {f"/{i}": status(301, f"/{i + 1}") for i in range(5)} | {"/5": send(IMAGE), "/loop": status(301, "/loop")}
+    server.routes |= {f"/{i}": status(301, f"/{i + 1}") for i in range(5)} | {
+        "/5": send(IMAGE),
+        "/loop": status(301, "/loop"),
+    }
     assert cached(server.url("/0"), None, fetch) == IMAGE
     kind, text = kind_and_text(server.url("/loop"), fetch)
     assert kind == "fetch_failed" and "5 redirects" in text
@@ -385,7 +396,9 @@ def test_what_is_no_web_address_is_refused(url, fetch):
     assert kind_of(url, fetch) == "refused_url"
 
 
-@pytest.mark.parametrize("place", ["file:///etc/passwd", "ftp://127.0.0.1/", "http://[::1/", "gopher://127.0.0.1/"])
+@pytest.mark.parametrize(
+    "place", ["file:///etc/passwd", "ftp://127.0.0.1/", "http://[::1/", "gopher://127.0.0.1/"]
+)
 def test_a_redirect_out_of_the_web_is_refused(server, fetch, place):
     server.routes["/out"] = status(302, place)
     assert kind_of(server.url("/out"), fetch) == "refused_url"
@@ -458,7 +471,10 @@ def test_a_redirect_to_this_machine_is_refused(fetch, monkeypatch):
 
 def test_one_private_address_of_a_name_is_enough_to_refuse_it(server, fetch, monkeypatch):
     resolving(monkeypatch, {"images.test": [["8.8.8.8", "127.0.0.1"]]})
-    assert kind_of(server.url(host="images.test"), replace(fetch, allow_private=False)) == "refused_url"
+    assert (
+        kind_of(server.url(host="images.test"), replace(fetch, allow_private=False))
+        == "refused_url"
+    )
     assert not server.asked
 
 
@@ -488,14 +504,18 @@ def test_tls_checks_the_name_of_the_url_not_the_address(tmp_path, fetch, monkeyp
         "-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem"),
     ]  # fmt: skip
     subprocess.run(command, check=True, capture_output=True)
-    certificate.write_bytes((tmp_path / "cert.pem").read_bytes() + (tmp_path / "key.pem").read_bytes())
+    certificate.write_bytes(
+        (tmp_path / "cert.pem").read_bytes() + (tmp_path / "key.pem").read_bytes()
+    )
     resolving(monkeypatch, {"images.test": [["127.0.0.1"]], "other.test": [["127.0.0.1"]]})
     with serving(certificate=certificate) as server:
         kind, text = kind_and_text(server.url(host="images.test"), fetch)
         assert kind == "fetch_failed" and "certificate verify failed" in text
         trusting = ssl.create_default_context(cafile=str(certificate))
         monkeypatch.setattr(fetching, "_certificates", lambda: trusting)
-        resolving(monkeypatch, {"images.test": [["127.0.0.1"], ["127.0.0.9"]]})  # asked twice, it would be elsewhere
+        resolving(
+            monkeypatch, {"images.test": [["127.0.0.1"], ["127.0.0.9"]]}
+        )  # asked twice, it would be elsewhere
         assert cached(server.url(host="images.test"), None, replace(fetch, retries=0)) == IMAGE
         kind, text = kind_and_text(server.url(host="other.test"), fetch)
         assert kind == "fetch_failed" and "other.test" in text
@@ -545,11 +565,20 @@ def test_what_cannot_be_written_whole_is_not_there(server, fetch, monkeypatch):
 def test_prefetch_counts_outcomes_and_no_failure_stops_the_others(server, fetch):
     server.routes |= {f"/{i}": send(b"%d" % i) for i in range(20)} | {"/busy": status(503)}
     urls = [(server.url(f"/{i}"), None) for i in range(20)]
-    urls += [(server.url(), DIGEST), (server.url("/gone"), None), (server.url("/0"), OTHER), (server.url("/busy"), None)]
+    urls += [
+        (server.url(), DIGEST),
+        (server.url("/gone"), None),
+        (server.url("/0"), OTHER),
+        (server.url("/busy"), None),
+    ]
     urls += [("ftp://a/b", None)]
     seen: list[str] = []
     outcomes = fetching.prefetch(urls, replace(fetch, concurrency=3), seen.append)
-    assert outcomes == {"fetched": 21, "fetch_failed": 2, "wrong_sha256": 1, "refused_url": 1} == Counter(seen)
+    assert (
+        outcomes
+        == {"fetched": 21, "fetch_failed": 2, "wrong_sha256": 1, "refused_url": 1}
+        == Counter(seen)
+    )
     assert len(blobs(fetch)) == 21
 
 
@@ -572,7 +601,10 @@ def test_prefetch_goes_on_where_it_was_stopped(server, fetch):
     assert fetching.prefetch(urls, fetch, lambda _: None) == {"cached": 20, "fetch_failed": 1}
     assert server.asked == {path: 1 for path in [f"/{i}" for i in range(20)] + ["/gone"]}
     server.routes["/gone"] = send(IMAGE)
-    assert fetching.prefetch(urls, fetch, lambda _: None, retry_failed=True) == {"cached": 20, "fetched": 1}
+    assert fetching.prefetch(urls, fetch, lambda _: None, retry_failed=True) == {
+        "cached": 20,
+        "fetched": 1,
+    }
 
 
 def test_prefetch_asks_once_for_an_image_that_neighbours_share(server, fetch):
@@ -608,7 +640,12 @@ def test_what_is_a_url():
 
 def config_of(tmp_path: Path, fetch: Fetch, **sources: Source) -> Config:
     sft, grpo, held_out = (dict([pair]) for pair in sources.items())
-    return Config(data=Data(fetch=fetch), sft=Sft(sources=sft), grpo=Grpo(sources=grpo), eval=Eval(sources=held_out))
+    return Config(
+        data=Data(fetch=fetch),
+        sft=Sft(sources=sft),
+        grpo=Grpo(sources=grpo),
+        eval=Eval(sources=held_out),
+    )
 
 
 def source_of(path: Path, records: list, **settings: str) -> Source:
@@ -618,22 +655,27 @@ def source_of(path: Path, records: list, **settings: str) -> Source:
 
 @pytest.fixture
 def config(tmp_path, server, fetch) -> Config:
-    a = source_of(tmp_path / "a.jsonl", [{"image": server.url(), "box": 1}, {"image": "a.jpg"}, {"box": 2}, "no record"])
+    a = source_of(
+        tmp_path / "a.jsonl",
+        [{"image": server.url(), "box": 1}, {"image": "a.jpg"}, {"box": 2}, "no record"],
+    )
     hashes = [{"at": {"url": server.url("/b"), "sha": sha}} for sha in (None, OTHER, 5)]
     b = source_of(tmp_path / "b.jsonl", hashes, image="at.url", image_sha256="at.sha")
     return config_of(tmp_path, fetch, sft=a, grpo=b, eval=a)
 
 
 def test_urls_of_a_config(config, server):
-    assert list(prefetch.urls_of(config)) == [
+    assert list(prefetching.urls_of(config)) == [
         (server.url(), None), (server.url("/b"), None), (server.url("/b"), OTHER), (server.url("/b"), "5")
     ]  # fmt: skip
 
 
 def test_the_command_counts_on_stdout_and_asks_again_when_told(config, server, monkeypatch, capsys):
     def run(retry_failed: int) -> dict[str, int]:
-        monkeypatch.setattr(cli, "parse", lambda _, own: (config, {**own, "retry_failed": retry_failed}))
-        prefetch.main([])
+        monkeypatch.setattr(
+            cli, "parse", lambda _, own: (config, {**own, "retry_failed": retry_failed})
+        )
+        prefetching.main([])
         out, err = capsys.readouterr()
         assert "4 images" in err
         return json.loads(out)

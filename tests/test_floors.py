@@ -15,16 +15,48 @@ PACKAGE = Path(__file__).parents[1] / "pg_ground"
 WORDS = ("types", "vocab", "config", "params")
 """Floor 0. In order: `config` may import the two before it."""
 
-CONCERNS = ("boxes", "tokenizer", "sharding", "optim", "metrics", "checkpoints", "draw", "pages", "processes")
+CONCERNS = (
+    "boxes",
+    "tokenizer",
+    "sharding",
+    "optim",
+    "metrics",
+    "checkpoints",
+    "draw",
+    "pages",
+    "processes",
+)
 """Floor 1: one concern each; they import floor 0 only, and not one another."""
 
 ASSETS = ("assets", "assets.make_tokenizer")
 """Floor 1 too: data files, and the script that makes them."""
 
 ROOMS = {
-    "model": ("blocks", "lora", "siglip", "gemma", "paligemma", "files", "vqvae", "hugging_face", "weights"),
+    "model": (
+        "blocks",
+        "lora",
+        "siglip",
+        "gemma",
+        "paligemma",
+        "files",
+        "vqvae",
+        "hugging_face",
+        "weights",
+    ),
     "data": (
-        *("synthetic", "records", "masks", "sampling", "tables", "hub", "arrayrecord", "tfds", "refer", "relations", "fetch"),
+        *(
+            "synthetic",
+            "records",
+            "masks",
+            "sampling",
+            "tables",
+            "hub",
+            "arrayrecord",
+            "tfds",
+            "refer",
+            "relations",
+            "fetch",
+        ),
         *("sources", "examples", "pipeline"),
     ),
     "measure": (
@@ -104,13 +136,16 @@ PLACES = places()
 
 
 def module_name(path: Path) -> str:
-    """Returns `model.gemma` for `pg_ground/model/gemma.py`, `model` for `pg_ground/model/__init__.py`."""
+    """Returns `model.gemma` for `pg_ground/models/gemma.py`, `model` for `pg_ground/model/__init__.py`."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
 def sources() -> dict[str, str]:
-    return {module_name(path): path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
+    return {
+        module_name(path): path.read_text(encoding="utf-8")
+        for path in sorted(PACKAGE.rglob("*.py"))
+    }
 
 
 @functools.cache
@@ -124,7 +159,9 @@ def imports(source: str) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"line {node.lineno}: imports of the package are written out, not relative"
+            assert node.level == 0, (
+                f"line {node.lineno}: imports of the package are written out, not relative"
+            )
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
@@ -133,7 +170,9 @@ def own_modules(source: str) -> Iterator[str]:
     for name in imports(source):
         first, _, rest = name.partition(".")
         if first == "pg_ground":
-            while rest and rest not in PLACES:  # what is left over is a name inside the module, not a module
+            while (
+                rest and rest not in PLACES
+            ):  # what is left over is a name inside the module, not a module
                 rest = rest.rpartition(".")[0]
             yield rest or "__init__"
 
@@ -148,12 +187,18 @@ def faults(modules: dict[str, str]) -> list[str]:
         floor, room, place = PLACES[name]
         for other in own_modules(source):
             other_floor, other_room, other_place = PLACES[other]
-            below = other_floor < floor or (other_floor == floor and other_room == room and other_place < place)
+            below = other_floor < floor or (
+                other_floor == floor and other_room == room and other_place < place
+            )
             if not below and other != name:
-                found.append(f"{name} imports {other}, which is {'above' if other_floor > floor else 'beside'} it")
+                found.append(
+                    f"{name} imports {other}, which is {'above' if other_floor > floor else 'beside'} it"
+                )
         if floor < 3 and calls_jit(source):
             found.append(f"{name} compiles: jax.jit is for entry points")
-        if room != FLAX_ROOM and any(imported.split(".")[0] == "flax" for imported in imports(source)):
+        if room != FLAX_ROOM and any(
+            imported.split(".")[0] == "flax" for imported in imports(source)
+        ):
             found.append(f"{name} imports flax, which is for {FLAX_ROOM}")
     return found
 
@@ -162,7 +207,9 @@ def calls_jit(source: str) -> bool:
     """Returns whether `jit` or `pmap` is taken from jax, as an attribute or by an import."""
     names = ("jit", "pmap")
     attributes = (n.attr for n in nodes(source) if isinstance(n, ast.Attribute))
-    return any(a in names for a in attributes) or any(n in [f"jax.{name}" for name in names] for n in imports(source))
+    return any(a in names for a in attributes) or any(
+        n in [f"jax.{name}" for name in names] for n in imports(source)
+    )
 
 
 def test_every_import_points_down():
@@ -171,8 +218,12 @@ def test_every_import_points_down():
 
 def test_the_package_was_read():
     modules = sources()
-    assert len(modules) > 25 and sum(len(set(own_modules(source))) for source in modules.values()) > 60
-    assert {"programs", "exam", "train"} <= {name for name, source in modules.items() if calls_jit(source)}
+    assert (
+        len(modules) > 25 and sum(len(set(own_modules(source))) for source in modules.values()) > 60
+    )
+    assert {"programs", "exam", "train"} <= {
+        name for name, source in modules.items() if calls_jit(source)
+    }
     assert any(imported.startswith("flax") for imported in imports(modules["model.gemma"]))
 
 
@@ -180,15 +231,47 @@ def test_the_package_was_read():
     ("name", "line", "fault"),
     [
         ("types", "from pg_ground.vocab import PAD", "types imports vocab, which is beside it"),
-        ("boxes", "from pg_ground.rl import rewards", "boxes imports rl.rewards, which is above it"),
-        ("boxes", "import pg_ground.optim", "boxes imports optim, which is beside it"),
-        ("rl.update", "from pg_ground.model.paligemma import PaliGemma", "rl.update imports model.paligemma, which is beside it"),
-        ("rl.update", "from pg_ground.model import PaliGemma", "rl.update imports model, which is beside it"),
+        (
+            "boxes",
+            "from pg_ground.rl import rewards",
+            "boxes imports rl.rewards, which is above it",
+        ),
+        (
+            "boxes",
+            "import pg_ground.training.optimizers",
+            "boxes imports optim, which is beside it",
+        ),
+        (
+            "rl.update",
+            "from pg_ground.models.paligemma import PaliGemma",
+            "rl.update imports model.paligemma, which is beside it",
+        ),
+        (
+            "rl.update",
+            "from pg_ground.model import PaliGemma",
+            "rl.update imports model, which is beside it",
+        ),
         ("rl.rollout", "from pg_ground import data", "rl.rollout imports data, which is beside it"),
-        ("rl.loss", "from pg_ground.rl.update import accumulate", "rl.loss imports rl.update, which is beside it"),
-        ("data.sources", "from pg_ground.data import examples", "data.sources imports data.examples, which is beside it"),
-        ("evaluate", "from pg_ground.train import Run", "evaluate imports train, which is beside it"),
-        ("model.gemma", "from pg_ground import load", "model.gemma imports __init__, which is above it"),
+        (
+            "rl.loss",
+            "from pg_ground.rl.update import accumulate",
+            "rl.loss imports rl.update, which is beside it",
+        ),
+        (
+            "data.sources",
+            "from pg_ground.data import examples",
+            "data.sources imports data.examples, which is beside it",
+        ),
+        (
+            "evaluate",
+            "from pg_ground.train import Run",
+            "evaluate imports train, which is beside it",
+        ),
+        (
+            "model.gemma",
+            "from pg_ground import load",
+            "model.gemma imports __init__, which is above it",
+        ),
         ("metrics", "import jax\njax.jit(len)", "metrics compiles: jax.jit is for entry points"),
         ("rl.update", "from jax import jit", "rl.update compiles: jax.jit is for entry points"),
         ("rl.update", "import flax.linen as nn", "rl.update imports flax, which is for model"),
@@ -208,7 +291,10 @@ def test_imports_that_point_down_are_no_faults():
     for name, line in (
         ("config", "from pg_ground import types, vocab"),
         ("rl.update", "from pg_ground.rl import advantages, rollout"),
-        ("model", "import pg_ground.model.weights"),
-        ("train", "from pg_ground import boxes, cli, data, rl\nfrom pg_ground.model import PaliGemma, weights"),
+        ("model", "import pg_ground.checkpoints.weights"),
+        (
+            "train",
+            "from pg_ground import boxes, cli, data, rl\nfrom pg_ground.model import PaliGemma, weights",
+        ),
     ):
         assert faults({name: line}) == []

@@ -14,16 +14,25 @@ import jax.extend
 import jax.numpy as jnp
 import pytest
 
-from pg_ground import flops
+from pg_ground.aot import flops
 from pg_ground.config import Model, Text, Vision
-from pg_ground.model import PaliGemma
+from pg_ground.models import PaliGemma
 
 B, G, L, T = 1, 8, 16, 8
 
 SMALL = Model(
     image_size=224,
     vision=Vision(width=72, depth=2, mlp_dim=269, num_heads=4, patch_size=14),
-    text=Text(width=128, depth=2, mlp_dim=1024, num_heads=8, num_kv_heads=1, head_dim=16, query_scale=16**-0.5, vocab_size=1792),
+    text=Text(
+        width=128,
+        depth=2,
+        mlp_dim=1024,
+        num_heads=8,
+        num_kv_heads=1,
+        head_dim=16,
+        query_scale=16**-0.5,
+        vocab_size=1792,
+    ),
     remat="none",
     scan_unroll=2,
     logits_block=T,
@@ -53,7 +62,11 @@ def arguments(policy: PaliGemma, sizes: Sizes) -> tuple[Any, ...]:
 
     tokens = (sizes.images, sizes.group_size, sizes.completion)
     prompt = (sizes.images, length)
-    args = of((sizes.images, side, side, 3), jnp.float32), of(prompt, jnp.int32), of(prompt, jnp.bool_)
+    args = (
+        of((sizes.images, side, side, 3), jnp.float32),
+        of(prompt, jnp.int32),
+        of(prompt, jnp.bool_),
+    )
     return params, *args, of(tokens, jnp.int32), of(tokens, jnp.bool_)
 
 
@@ -81,7 +94,9 @@ def flops_by_hand(sizes: Sizes, model: Model) -> float:
     suffix = fed * matrices + 2 * fed * (sizes.prefix + fed) * heads
 
     vocabulary = sizes.completion * t.vocab_size * t.width
-    return 2.0 * (sizes.images * (tower + t.depth * prefix) + completions * (t.depth * suffix + vocabulary))
+    return 2.0 * (
+        sizes.images * (tower + t.depth * prefix) + completions * (t.depth * suffix + vocabulary)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +111,21 @@ def test_a_shared_prefix_costs_at_most_a_fifth_of_repeated_ones(counted):
 @pytest.mark.parametrize("sizes", [SHARED, REPEATED], ids=["shared", "repeated"])
 def test_the_count_is_that_of_the_matrix_products(counted, sizes):
     """What a count by hand leaves out is elementwise: some 20 operations per number against 2 · 128 and more of a product."""
-    assert flops_by_hand(sizes, SMALL) <= counted[sizes] <= (1 + 20 / 256) * flops_by_hand(sizes, SMALL)
+    assert (
+        flops_by_hand(sizes, SMALL)
+        <= counted[sizes]
+        <= (1 + 20 / 256) * flops_by_hand(sizes, SMALL)
+    )
 
 
 def test_the_count_sees_every_layer(counted):
     """The control: were a layer counted once, as loops are, a third one would be free."""
-    deeper = replace(SMALL, text=replace(SMALL.text, depth=3), vision=replace(SMALL.vision, depth=3), scan_unroll=3)
+    deeper = replace(
+        SMALL,
+        text=replace(SMALL.text, depth=3),
+        vision=replace(SMALL.vision, depth=3),
+        scan_unroll=3,
+    )
     more = flops_by_xla(SHARED, deeper) / counted[SHARED]
     by_hand = flops_by_hand(SHARED, deeper) / flops_by_hand(SHARED, SMALL)
     assert by_hand > 1.3 and abs(more / by_hand - 1) < 0.05
@@ -140,14 +164,18 @@ def test_a_gradient_costs_two_more_passes_and_recomputation_a_third():
         counts[remat] = flops.count(jaxpr_of(jax.grad(loss), params, *rest), turns=1)
     once = flops_by_hand(SHARED, SMALL)
     vocabulary = 2.0 * B * G * T * SMALL.text.vocab_size * SMALL.text.width
-    patches = 2.0 * 256 * SMALL.vision.patch_size**2 * 3 * SMALL.vision.width  # no gradient is asked of pixels
+    patches = (
+        2.0 * 256 * SMALL.vision.patch_size**2 * 3 * SMALL.vision.width
+    )  # no gradient is asked of pixels
     assert counts["none"] == pytest.approx(3 * once + vocabulary - patches)
     assert counts["none"] < counts["nothing_saveable"] < counts["none"] + once
 
 
 def test_a_loop_with_a_condition_turns_as_often_as_is_said():
     def decode(x):
-        return jax.lax.while_loop(lambda s: s[0] < x.sum(), lambda s: (s[0] + 1, s[1] @ s[1]), (0.0, x))
+        return jax.lax.while_loop(
+            lambda s: s[0] < x.sum(), lambda s: (s[0] + 1, s[1] @ s[1]), (0.0, x)
+        )
 
     assert flops.count(jaxpr_of(decode, jnp.ones((4, 4))), turns=7) == 7 * 2 * 4**3
 

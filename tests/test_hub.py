@@ -32,7 +32,13 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "hub"
 
 
-def put(cache: Path, files: Mapping[str, bytes], repo: str = "org/ds", revision: str = "main", commit: str = COMMIT) -> Path:
+def put(
+    cache: Path,
+    files: Mapping[str, bytes],
+    repo: str = "org/ds",
+    revision: str = "main",
+    commit: str = COMMIT,
+) -> Path:
     """Writes files as huggingface_hub keeps them: blobs by hash, snapshots of links to them, refs to snapshots."""
     folder = cache / f"datasets--{repo.replace('/', '--')}"
     (folder / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)
@@ -78,33 +84,56 @@ LAYOUTS = {
     },
     "folders": {"val/0000.parquet": [2], "val/0001.parquet": [3], "testA/part.parquet": [1]},
     "folders of data": {"data/val/0000.parquet": [2, 3], "data/testA/0000.parquet": [1]},
-    "converted": {"default/val/0000.parquet": [2], "default/val/0001.parquet": [3], "default/testA/0000.parquet": [1]},
-    "one config": {"refcoco/val-00000-of-00001.parquet": [2, 3], "refcoco/testA-00000-of-00001.parquet": [1]},
+    "converted": {
+        "default/val/0000.parquet": [2],
+        "default/val/0001.parquet": [3],
+        "default/testA/0000.parquet": [1],
+    },
+    "one config": {
+        "refcoco/val-00000-of-00001.parquet": [2, 3],
+        "refcoco/testA-00000-of-00001.parquet": [1],
+    },
     "top": {"val.parquet": [2, 3], "testA.parquet": [1]},
 }
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_files_of_a_split_are_found_where_the_hub_has_them(cache, layout):
-    folder = put(cache, {name: table(*n) for name, n in LAYOUTS[layout].items()} | {".gitattributes": b"", "other.txt": b""})
+    folder = put(
+        cache,
+        {name: table(*n) for name, n in LAYOUTS[layout].items()}
+        | {".gitattributes": b"", "other.txt": b""},
+    )
     assert values("org/ds@val?offline=1") == [2, 3] and values("org/ds@testA?offline=1") == [1]
     records = open_hub("org/ds@val?offline=1")
     assert records.root == folder and isinstance(records, Records)
     copy = pickle.loads(pickle.dumps(records))
     assert copy[1] == {"n": 3} and copy.root == folder and len(copy) == 2
-    assert "no split 'train'; there are @" in (text := refusal("org/ds@train?offline=1")) and "@testA" in text and "@val" in text
+    assert (
+        "no split 'train'; there are @" in (text := refusal("org/ds@train?offline=1"))
+        and "@testA" in text
+        and "@val" in text
+    )
 
 
 def test_config_is_named_where_several_have_the_split(cache):
     put(
         cache,
-        {"en/train-00000-of-00001.parquet": table(1), "de/train-00000-of-00001.parquet": table(2), "de/test/0.parquet": table(3)},
+        {
+            "en/train-00000-of-00001.parquet": table(1),
+            "de/train-00000-of-00001.parquet": table(2),
+            "de/test/0.parquet": table(3),
+        },
     )
-    assert values("org/ds@train?config=en&offline=1") == [1] and values("org/ds@train?offline=1&config=de") == [2]
+    assert values("org/ds@train?config=en&offline=1") == [1] and values(
+        "org/ds@train?offline=1&config=de"
+    ) == [2]
     assert values("org/ds@test?offline=1") == [3] == values("org/ds@test?offline=1&config=de")
     assert "no split 'train'; there are" in (text := refusal("org/ds@train?offline=1"))
     assert "@train?config=de" in text and "@train?config=en" in text
-    assert "no split 'train' of config 'fr'; there are" in refusal("org/ds@train?offline=1&config=fr")
+    assert "no split 'train' of config 'fr'; there are" in refusal(
+        "org/ds@train?offline=1&config=fr"
+    )
 
 
 README = """---
@@ -140,21 +169,39 @@ FILES = {
 def test_readme_says_which_files(cache, first):
     put(cache, FILES | {"README.md": README.format(first=first).encode()})
     assert values("org/ds@train?offline=1") == [1, 2] and values("org/ds@val?offline=1") == [4, 5]
-    assert values("org/ds@train?offline=1&config=small") == [1] and values("org/ds@train?config=pairs&offline=1") == [4]
+    assert values("org/ds@train?offline=1&config=small") == [1] and values(
+        "org/ds@train?config=pairs&offline=1"
+    ) == [4]
     assert values(f"org/ds@train?offline=1&config={first.split()[0]}") == [1, 2]
-    assert "notes.csv is no parquet" in (text := refusal("org/ds@train?offline=1&config=text")) and "refs/convert/parquet" in text
+    assert (
+        "notes.csv is no parquet" in (text := refusal("org/ds@train?offline=1&config=text"))
+        and "refs/convert/parquet" in text
+    )
     there = refusal("org/ds@test?offline=1")
-    assert "@train, @train?config=" in there and "@val" in there and "small" in there and "gone" not in there
+    assert (
+        "@train, @train?config=" in there
+        and "@val" in there
+        and "small" in there
+        and "gone" not in there
+    )
 
 
 def test_readme_without_a_default_config_needs_the_name_only_where_it_matters(cache):
     put(cache, FILES | {"README.md": README.format(first="large").encode()})
     assert values("org/ds@val?offline=1") == [4, 5]
-    assert "@train?config=large, @train?config=pairs, @train?config=small" in refusal("org/ds@train?offline=1")
+    assert "@train?config=large, @train?config=pairs, @train?config=small" in refusal(
+        "org/ds@train?offline=1"
+    )
 
 
 @pytest.mark.parametrize(
-    "readme", [b"# No header", b"---\nlicense: mit\n---\n", b"---\nconfigs:\n- config_name: default\n---\n", b""]
+    "readme",
+    [
+        b"# No header",
+        b"---\nlicense: mit\n---\n",
+        b"---\nconfigs:\n- config_name: default\n---\n",
+        b"",
+    ],
 )
 def test_readme_that_declares_no_files_leaves_their_places(cache, readme):
     put(cache, {"README.md": readme, "data/train-00000-of-00001.parquet": table(1)})
@@ -178,7 +225,12 @@ def test_readme_that_cannot_be_read_is_refused(cache, readme):
 def test_revision_is_a_branch_or_a_commit(cache):
     other = COMMIT[::-1]
     put(cache, {"train.parquet": table(1)})
-    put(cache, {"default/train/0000.parquet": table(2)}, revision="refs/convert/parquet", commit=other)
+    put(
+        cache,
+        {"default/train/0000.parquet": table(2)},
+        revision="refs/convert/parquet",
+        commit=other,
+    )
     assert values("org/ds@train?offline=1") == [1] == values("org/ds@train?offline=1&revision=main")
     assert (
         values("org/ds@train?offline=1&revision=refs/convert/parquet")
@@ -191,7 +243,9 @@ def test_revision_is_a_branch_or_a_commit(cache):
 def test_what_is_not_cached_is_refused_offline(cache):
     assert "org/ds at main is not in the cache" in refusal("org/ds@train?offline=1")
     folder = put(cache, {"data/train-00001-of-00003.parquet": table(1)})
-    assert "data/train-00000-of-00003.parquet is not in the cache" in refusal("org/ds@train?offline=1")
+    assert "data/train-00000-of-00003.parquet is not in the cache" in refusal(
+        "org/ds@train?offline=1"
+    )
     (folder / "data" / "train-00001-of-00003.parquet").resolve().unlink()  # the link is left
     assert "there is no parquet; the Hub may have it converted" in refusal("org/ds@train?offline=1")
 
@@ -201,7 +255,11 @@ def test_list_of_files_in_the_cache_tells_what_is_missing(cache):
 
     put(cache, {"a/train.parquet": table(1), "b/val.parquet": table(2)})
     names = ["README.md", "a/train.parquet", "a/train2.parquet", "b/val.parquet"]
-    write_tree_cache(str(cache / "datasets--org--ds"), COMMIT, {name: TreeCacheEntry(size=1, blob_id=name) for name in names})
+    write_tree_cache(
+        str(cache / "datasets--org--ds"),
+        COMMIT,
+        {name: TreeCacheEntry(size=1, blob_id=name) for name in names},
+    )
     assert values("org/ds@b?offline=1") == [2]
     assert "org/ds at main is not in the cache, or not all of it" in refusal("org/ds@a?offline=1")
 
@@ -234,14 +292,26 @@ class Online:
         return list(self.files)
 
     def snapshot_download(self, repo_id, *, repo_type, revision, allow_patterns, local_files_only):
-        assert (repo_id, repo_type, revision, local_files_only) == ("org/ds", "dataset", "v1", False)
-        wanted = list(huggingface_hub.utils.filter_repo_objects(self.files, allow_patterns=allow_patterns))
+        assert (repo_id, repo_type, revision, local_files_only) == (
+            "org/ds",
+            "dataset",
+            "v1",
+            False,
+        )
+        wanted = list(
+            huggingface_hub.utils.filter_repo_objects(self.files, allow_patterns=allow_patterns)
+        )
         self.asked.append(wanted)
         return str(put(self.cache, {name: self.files[name] for name in wanted}, revision=revision))
 
 
 def test_only_the_files_of_the_split_are_downloaded(cache, monkeypatch):
-    files = {"README.md": b"", "data/train-00000-of-00001.parquet": table(1), "data/val-[x].parquet": table(2), "big.zip": b""}
+    files = {
+        "README.md": b"",
+        "data/train-00000-of-00001.parquet": table(1),
+        "data/val-[x].parquet": table(2),
+        "big.zip": b"",
+    }
     online = Online(monkeypatch, cache, files)
     assert values("org/ds@train?revision=v1") == [1]
     assert online.asked == [["README.md"], ["data/train-00000-of-00001.parquet"]]
@@ -261,20 +331,29 @@ def test_names_that_look_like_patterns_are_names(cache, monkeypatch):
         ("GatedRepoError", "accept its terms at https://huggingface.co/datasets/org/ds"),
         ("RepositoryNotFoundError", "the Hub has no data set 'org/ds'"),
         ("RevisionNotFoundError", "org/ds has no revision 'v1'"),
-        ("HfHubHTTPError", "(503 Server Error Request ID: 1); what is in the cache is read with offline=1"),
+        (
+            "HfHubHTTPError",
+            "(503 Server Error Request ID: 1); what is in the cache is read with offline=1",
+        ),
     ],
 )
 def test_answers_of_the_hub_are_told_in_a_line(cache, monkeypatch, error, found):
     def refuse(*args, **kwargs):
         response = httpx2.Response(503, request=httpx2.Request("GET", "https://huggingface.co"))
-        raise getattr(huggingface_hub.errors, error)("503 Server Error\n\nRequest ID: 1", response=response)
+        raise getattr(huggingface_hub.errors, error)(
+            "503 Server Error\n\nRequest ID: 1", response=response
+        )
 
     monkeypatch.setattr(hub.HfApi, "list_repo_files", refuse)
     assert found in refusal("org/ds@train?revision=v1")
 
 
 @pytest.mark.parametrize(
-    "error", [httpx2.ConnectError("[Errno -2] Name or service not known"), huggingface_hub.errors.OfflineModeIsEnabled("off")]
+    "error",
+    [
+        httpx2.ConnectError("[Errno -2] Name or service not known"),
+        huggingface_hub.errors.OfflineModeIsEnabled("off"),
+    ],
 )
 def test_no_network_is_told_in_a_line(cache, monkeypatch, error):
     def refuse(*args, **kwargs):

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from conftest import PG1, PG2, inputs, random_params
 
-from pg_ground.convert import convert
-from pg_ground.model import PaliGemma, hugging_face, weights
+from pg_ground.checkpoints import hugging_face, weights
+from pg_ground.checkpoints.conversion import convert
+from pg_ground.models import PaliGemma
 from pg_ground.params import flatten
 from pg_ground.rl.rollout import sample
 from pg_ground.types import UserError
@@ -42,7 +43,10 @@ def same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_loads_to_the_same_parameters(folder, layout):
     model, params = weights.load(folder / layout)
-    expected = {name.removeprefix("params/"): array for name, array in np.load(folder / "as_bv_f32.npz").items()}
+    expected = {
+        name.removeprefix("params/"): array
+        for name, array in np.load(folder / "as_bv_f32.npz").items()
+    }
     flat = flatten(params)
     assert flat.keys() == expected.keys()
     for name, array in expected.items():
@@ -56,16 +60,28 @@ def test_logits_are_those_of_transformers(folder):
     model, params = weights.load(folder)
     io = np.load(folder / "io.npz")
     images = (model.config.image_size // model.config.vision.patch_size) ** 2
-    ids, types, valid = io["input_ids"][:, images:], io["token_type_ids"][:, images:], io["attention_mask"][:, images:]
+    ids, types, valid = (
+        io["input_ids"][:, images:],
+        io["token_type_ids"][:, images:],
+        io["attention_mask"][:, images:],
+    )
     image = jnp.asarray(io["pixel_values"].transpose(0, 2, 3, 1))
     seen = 0
     for row in range(len(ids)):
-        prompt, suffix = (jnp.asarray(ids[row][(valid[row] == 1) & (types[row] == kind)])[None] for kind in (0, 1))
-        cache, first = model.prefill(params, image[row : row + 1], prompt, jnp.ones(prompt.shape, bool))
-        later, _ = model.extend(params, cache, model.suffix_cache(cache, 1, suffix.shape[1]), suffix[:, None])
+        prompt, suffix = (
+            jnp.asarray(ids[row][(valid[row] == 1) & (types[row] == kind)])[None] for kind in (0, 1)
+        )
+        cache, first = model.prefill(
+            params, image[row : row + 1], prompt, jnp.ones(prompt.shape, bool)
+        )
+        later, _ = model.extend(
+            params, cache, model.suffix_cache(cache, 1, suffix.shape[1]), suffix[:, None]
+        )
         found = jnp.concatenate([first[:, None], later[:, 0]], axis=1)[0]
         start = images + prompt.shape[1] - 1
-        expected = io["logits_uncapped"][row, start : start + len(found), : model.config.text.vocab_size]
+        expected = io["logits_uncapped"][
+            row, start : start + len(found), : model.config.text.vocab_size
+        ]
         np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=LOGIT_TOLERANCE)
         seen += len(found)
     assert seen > 20
@@ -103,7 +119,9 @@ def test_the_tokenizer_travels_along(folder, golden, tmp_path):
     shutil.copytree(folder / "hub_layout", tmp_path / "src")
     shutil.copy(golden / "preprocessing/tiny_gemma_sp.model", tmp_path / "src/tokenizer.model")
     convert(tmp_path / "src", tmp_path / "dst", "")
-    assert (tmp_path / "dst/tokenizer.model").read_bytes() == (tmp_path / "src/tokenizer.model").read_bytes()
+    assert (tmp_path / "dst/tokenizer.model").read_bytes() == (
+        tmp_path / "src/tokenizer.model"
+    ).read_bytes()
     assert weights.tokenizer_of(tmp_path / "dst") == str(tmp_path / "dst/tokenizer.model")
 
 
@@ -126,7 +144,9 @@ def test_transformers_computes_our_logits_from_our_directory(config, tmp_path):
     patches, row, suffix = (config.image_size // config.vision.patch_size) ** 2, 0, x.tokens[:1, 0]
     prompt = x.prompt[:1, : int(x.prompt_mask[row].sum())]
     ids = np.concatenate([np.full((1, patches), config.text.vocab_size), prompt, suffix], axis=1)
-    types = np.concatenate([np.zeros((1, patches + prompt.shape[1])), np.ones(suffix.shape)], axis=1)
+    types = np.concatenate(
+        [np.zeros((1, patches + prompt.shape[1])), np.ones(suffix.shape)], axis=1
+    )
     with torch.no_grad():
         logits = theirs(
             pixel_values=torch.tensor(np.asarray(x.image[:1]).transpose(0, 3, 1, 2)),
@@ -135,7 +155,9 @@ def test_transformers_computes_our_logits_from_our_directory(config, tmp_path):
             token_type_ids=torch.tensor(types).long(),
         ).logits.numpy()
     cache, first = model.prefill(params, x.image[:1], prompt, jnp.ones(prompt.shape, bool))
-    later, _ = model.extend(params, cache, model.suffix_cache(cache, 1, suffix.shape[1]), suffix[:, None])
+    later, _ = model.extend(
+        params, cache, model.suffix_cache(cache, 1, suffix.shape[1]), suffix[:, None]
+    )
     ours = np.concatenate([first[:, None], later[:, 0]], axis=1)
     expected = logits[:, patches + prompt.shape[1] - 1 :, : config.text.vocab_size]
     np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-3)
@@ -144,11 +166,24 @@ def test_transformers_computes_our_logits_from_our_directory(config, tmp_path):
         pixel_values=torch.tensor(np.asarray(x.image[:1]).transpose(0, 3, 1, 2)),
         input_ids=torch.tensor(ids[:, : -suffix.shape[1]]).long(),
         attention_mask=torch.ones((1, ids.shape[1] - suffix.shape[1])).long(),
-        token_type_ids=torch.zeros((1, ids.shape[1] - suffix.shape[1])).long(),  # without them the prefix is causal there
+        token_type_ids=torch.zeros(
+            (1, ids.shape[1] - suffix.shape[1])
+        ).long(),  # without them the prefix is causal there
         max_new_tokens=5,
         do_sample=False,
     )[0, ids.shape[1] - suffix.shape[1] :].numpy()
-    greedy = sample(model, params, x.image[:1], prompt, jnp.ones(prompt.shape, bool), jax.random.key(0), 1, 5, 0.0, suppress=())
+    greedy = sample(
+        model,
+        params,
+        x.image[:1],
+        prompt,
+        jnp.ones(prompt.shape, bool),
+        jax.random.key(0),
+        1,
+        5,
+        0.0,
+        suppress=(),
+    )
     np.testing.assert_array_equal(generated, np.asarray(greedy.tokens[0, 0])[: len(generated)])
 
 
@@ -166,8 +201,14 @@ def test_layers_of_different_dtypes_are_not_rounded_to_the_first(folder, tmp_pat
     shutil.copytree(folder / "hub_layout", tmp_path / "mixed")
     tensors = load_file(tmp_path / "mixed/model.safetensors")
     name = "language_model.model.layers.0.mlp.down_proj.weight"
-    save_file(tensors | {name: tensors[name].astype(ml_dtypes.bfloat16)}, tmp_path / "mixed/model.safetensors")
-    found, exact = (flatten(weights.load(path)[1])["llm/layers/mlp/linear"] for path in (tmp_path / "mixed", folder))
+    save_file(
+        tensors | {name: tensors[name].astype(ml_dtypes.bfloat16)},
+        tmp_path / "mixed/model.safetensors",
+    )
+    found, exact = (
+        flatten(weights.load(path)[1])["llm/layers/mlp/linear"]
+        for path in (tmp_path / "mixed", folder)
+    )
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found[1:], exact[1:])
 
@@ -190,14 +231,23 @@ def broken(folder, tmp_path, change):
 
 
 def test_a_missing_shard_is_named(folder, tmp_path):
-    text = broken(folder / "sharded", tmp_path, lambda src: (src / "model-00002-of-00004.safetensors").unlink())
-    assert "model-00002-of-00004.safetensors does not exist" in text and "index.json says that it holds" in text
+    text = broken(
+        folder / "sharded",
+        tmp_path,
+        lambda src: (src / "model-00002-of-00004.safetensors").unlink(),
+    )
+    assert (
+        "model-00002-of-00004.safetensors does not exist" in text
+        and "index.json says that it holds" in text
+    )
 
 
 def test_a_tensor_missing_from_its_shard_is_named(folder, tmp_path):
     def change(src):
         index = json.loads((src / "model.safetensors.index.json").read_text())
-        index["weight_map"]["language_model.model.extra.weight"] = "model-00001-of-00004.safetensors"
+        index["weight_map"]["language_model.model.extra.weight"] = (
+            "model-00001-of-00004.safetensors"
+        )
         (src / "model.safetensors.index.json").write_text(json.dumps(index))
 
     text = broken(folder / "sharded", tmp_path, change)
@@ -210,7 +260,9 @@ def test_a_truncated_file_is_named(folder, tmp_path, keep):
         data = (src / "model.safetensors").read_bytes()
         (src / "model.safetensors").write_bytes(data[:keep])
 
-    assert "model.safetensors cannot be read as safetensors" in broken(folder / "hub_layout", tmp_path, change)
+    assert "model.safetensors cannot be read as safetensors" in broken(
+        folder / "hub_layout", tmp_path, change
+    )
 
 
 def retold(folder, tmp_path, edit):
@@ -232,8 +284,12 @@ def test_every_tensor_that_does_not_fit_is_named_at_once(folder, tmp_path):
         tensors["vision_tower.vision_model.head.probe"] = np.zeros(3, np.float32)
         name = "language_model.model.layers.2.self_attn.k_proj.weight"
         tensors[name] = tensors[name][:, :-1].copy()
-        tensors["language_model.model.norm.weight"] = tensors["language_model.model.norm.weight"][None]
-        tensors["language_model.model.layers.foo.weight"] = tensors["language_model.model.layers.300000.weight"] = np.ones(2, "f")
+        tensors["language_model.model.norm.weight"] = tensors["language_model.model.norm.weight"][
+            None
+        ]
+        tensors["language_model.model.layers.foo.weight"] = tensors[
+            "language_model.model.layers.300000.weight"
+        ] = np.ones(2, "f")
 
     text = retold(folder, tmp_path, edit)
     for part in (
@@ -257,7 +313,9 @@ def test_an_untied_head_is_refused_and_a_tied_one_is_not(folder, tmp_path):
     save_file(tensors | {"lm_head.weight": tensors[table]}, tmp_path / "tied/model.safetensors")
     weights.load(tmp_path / "tied")
     shutil.rmtree(tmp_path / "tied")
-    assert "tied" in retold(folder, tmp_path, lambda t: t.update({"language_model.lm_head.weight": t[table] + 1}))
+    assert "tied" in retold(
+        folder, tmp_path, lambda t: t.update({"language_model.lm_head.weight": t[table] + 1})
+    )
 
 
 @pytest.mark.parametrize(
@@ -266,7 +324,13 @@ def test_an_untied_head_is_refused_and_a_tied_one_is_not(folder, tmp_path):
         ({"model_type": "llava"}, "model_type is 'llava', but 'paligemma' is wanted"),
         ({"text_config": {"model_type": "llama"}}, "text_config.model_type is 'llama'"),
         (
-            {"text_config": {"model_type": "gemma", "num_attention_heads": 3, "num_key_value_heads": 1}},
+            {
+                "text_config": {
+                    "model_type": "gemma",
+                    "num_attention_heads": 3,
+                    "num_key_value_heads": 1,
+                }
+            },
             "(64, 32) in the file, which the heads of config.json (3) or",
         ),
         (
@@ -275,10 +339,16 @@ def test_an_untied_head_is_refused_and_a_tied_one_is_not(folder, tmp_path):
         ),
         ({"text_config": {"rms_norm_eps": 1e-3}}, "text_config.rms_norm_eps is 0.001"),
         ({"text_config": {"head_dim": None}}, "head_dim is None, but it must be a number above 0"),
-        ({"text_config": {"num_attention_heads": 0}}, "num_attention_heads is 0, but it must be a number above 0"),
+        (
+            {"text_config": {"num_attention_heads": 0}},
+            "num_attention_heads is 0, but it must be a number above 0",
+        ),
         ({"text_config": []}, "text_config is [], but it must be an object"),
         ({"image_token_index": "x"}, "image_token_index is 'x'"),
-        ({"vision_config": {"num_attention_heads": 5}}, "(24, 24) in the file, which the heads of config.json (5) or"),
+        (
+            {"vision_config": {"num_attention_heads": 5}},
+            "(24, 24) in the file, which the heads of config.json (5) or",
+        ),
     ],
 )
 def test_a_config_that_is_another_models_is_refused(folder, tmp_path, edit, said):

@@ -11,7 +11,7 @@ import pytest
 
 from pg_ground import config
 from pg_ground.config import Judging
-from pg_ground.rl.judges import Judges, load_reward
+from pg_ground.rewards.workers import Judges, load_reward
 from pg_ground.types import UserError
 
 REWARDS = """
@@ -124,8 +124,17 @@ class Place(NamedTuple):
     def spec(self, name: str) -> str:
         return f"{self.folder / 'rewards.py'}:{name}"
 
-    def judges(self, *names: str, workers: int = 2, timeout_s: float = 1.0, error_share: float = 1.0, memory_bytes: int = 2**32):
-        settings = Judging(workers=workers, timeout_s=timeout_s, error_share=error_share, memory_bytes=memory_bytes)
+    def judges(
+        self,
+        *names: str,
+        workers: int = 2,
+        timeout_s: float = 1.0,
+        error_share: float = 1.0,
+        memory_bytes: int = 2**32,
+    ):
+        settings = Judging(
+            workers=workers, timeout_s=timeout_s, error_share=error_share, memory_bytes=memory_bytes
+        )
         return Judges({name: self.spec(name) for name in names}, {}, settings)
 
 
@@ -224,7 +233,9 @@ def test_defect_26_an_exception_in_a_reward_kills_the_run(place, capfd):
         (line,) = (line for line in said if line.startswith(f"the reward {name} "))
         assert what in line and line.endswith("for 'good'" if name in SPOILT else "for 'bad'")
     assert len(said) == len(FAULTS | SPOILT)
-    assert ended(int((place.folder / "grandchild").read_text())), "what a reward started ends with it"
+    assert ended(int((place.folder / "grandchild").read_text())), (
+        "what a reward started ends with it"
+    )
 
 
 def test_scores_and_counts_do_not_depend_on_the_number_of_workers(place):
@@ -233,10 +244,15 @@ def test_scores_and_counts_do_not_depend_on_the_number_of_workers(place):
     results = []
     for workers in (1, 3):
         with place.judges(*names, workers=workers) as judges:
-            pending = [judges.submit(completions[at:], [None] * len(completions[at:])) for at in (0, 50)]
+            pending = [
+                judges.submit(completions[at:], [None] * len(completions[at:])) for at in (0, 50)
+            ]
             results.append(([p.result() for p in pending], judges.get_state()))
     (one, state), (three, other_state) = results
-    assert state == other_state and state["errors"]["dying"] == (completions + completions[50:]).count("bad") > 4
+    assert (
+        state == other_state
+        and state["errors"]["dying"] == (completions + completions[50:]).count("bad") > 4
+    )
     for a, b in zip(one, three, strict=True):
         assert a.errors == b.errors
         for name in names:
@@ -260,18 +276,28 @@ def test_counts_go_on_after_a_resume(place, capfd):
         for _ in range(2):
             judges.submit(COMPLETIONS, place.examples).result()
         assert judges.get_state() == whole
-    assert whole["calls"] == {"raising": 12, "length": 12} and judges.errors() == {"raising": 3, "length": 0}
-    assert capfd.readouterr().err.count("the reward raising") == 1, "said before the interruption, and so not again"
+    assert whole["calls"] == {"raising": 12, "length": 12} and judges.errors() == {
+        "raising": 3,
+        "length": 0,
+    }
+    assert capfd.readouterr().err.count("the reward raising") == 1, (
+        "said before the interruption, and so not again"
+    )
 
 
-@pytest.mark.parametrize(("bad", "calls", "fatal"), [(5, 60, False), (6, 60, True), (6, 120, False), (7, 120, True)])
+@pytest.mark.parametrize(
+    ("bad", "calls", "fatal"), [(5, 60, False), (6, 60, True), (6, 120, False), (7, 120, True)]
+)
 def test_a_run_ends_above_the_share_of_errors(place, bad, calls, fatal):
     """5 % of at least 100 calls: 5 of the first 60 may fail, and 6 of 120."""
     with place.judges("raising", error_share=0.05) as judges:
         judges.submit(["bad"] * bad + ["good"] * (calls - bad), [None] * calls).result()
     if not fatal:
         return judges.check()
-    with pytest.raises(UserError, match=rf"the reward raising failed on {bad} of {calls} .* first with: KeyError: 'key'"):
+    with pytest.raises(
+        UserError,
+        match=rf"the reward raising failed on {bad} of {calls} .* first with: KeyError: 'key'",
+    ):
         judges.check()
 
 
@@ -280,8 +306,15 @@ def test_a_reward_that_always_hangs_ends_the_run_after_a_few_calls(place):
         start = time.monotonic()
         scores, errors = judges.submit(["good"] * 120, [None] * 120).result()
         assert time.monotonic() - start < 10, "120 calls of 0.5 s are 30 s on two workers"
-        assert errors == {"hanging": 120, "length": 0} and not scores["hanging"].any() and scores["length"].all()
-        with pytest.raises(UserError, match="the reward hanging failed on 120 of 120 .* first with: it took more than 0.5 s"):
+        assert (
+            errors == {"hanging": 120, "length": 0}
+            and not scores["hanging"].any()
+            and scores["length"].all()
+        )
+        with pytest.raises(
+            UserError,
+            match="the reward hanging failed on 120 of 120 .* first with: it took more than 0.5 s",
+        ):
             judges.check()
 
 
@@ -307,7 +340,10 @@ def test_no_rewards_and_no_completions(place):
         assert judges.submit(COMPLETIONS, place.examples).result() == ({}, {})
     with place.judges("batch", "length") as judges:
         scores, errors = judges.submit([], []).result()
-    assert {name: s.shape for name, s in scores.items()} == {"batch": (0,), "length": (0,)} and errors == {
+    assert {name: s.shape for name, s in scores.items()} == {
+        "batch": (0,),
+        "length": (0,),
+    } and errors == {
         "batch": 0,
         "length": 0,
     }
@@ -318,8 +354,12 @@ def test_a_name_is_looked_up_in_the_registry(place):
 
     registry = {"exact": judges_module.exact}
     with Judges({"exact": "exact"}, registry, Judging()) as judges:
-        np.testing.assert_array_equal(judges.submit(COMPLETIONS, place.examples).result().scores["exact"], [1, 0, 0, 0])
-    with pytest.raises(UserError, match="the text reward exakt does not exist: did you mean exact?"):
+        np.testing.assert_array_equal(
+            judges.submit(COMPLETIONS, place.examples).result().scores["exact"], [1, 0, 0, 0]
+        )
+    with pytest.raises(
+        UserError, match="the text reward exakt does not exist: did you mean exact?"
+    ):
         Judges({"exakt": "exakt"}, registry, Judging())
 
 
@@ -330,7 +370,11 @@ def test_a_name_is_looked_up_in_the_registry(place):
         ("async def score(completion, example, scale=1): ...", "text", False),
         ("def score(completions, examples, *, scale=1, **more): ...", "text", True),
         ("def score(answer, batch, settings): ...", "device", True),
-        ("class Score:\n    def __call__(self, completion, example): ...\nscore = Score()", "text", False),
+        (
+            "class Score:\n    def __call__(self, completion, example): ...\nscore = Score()",
+            "text",
+            False,
+        ),
         (
             "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: 'int' = 0\ndef score(completion, example): ...",
             "text",
@@ -351,7 +395,10 @@ def test_the_parameters_say_what_a_reward_is(tmp_path, source, kind, batched):
         ("def scores(completion, example): ...", "{path} has no score: did you mean scores?"),
         ("def score(completion, example) ...", "does not run: SyntaxError: expected ':'"),
         ("1 / 0", "does not run: ZeroDivisionError: division by zero"),
-        ("import os\nos.nothing", "does not run: AttributeError: module 'os' has no attribute 'nothing'"),
+        (
+            "import os\nos.nothing",
+            "does not run: AttributeError: module 'os' has no attribute 'nothing'",
+        ),
         ("import sys\nsys.exit('enough')", "does not run: SystemExit: enough"),
         ("score = 3", "is 3, not a function"),
         (
@@ -369,7 +416,11 @@ def test_a_reward_that_cannot_be_used_is_one_line(tmp_path, source, line):
         with pytest.raises(UserError) as raised:
             load_reward(f"{path}:score")
         message = str(raised.value)
-        assert message.startswith(f"the reward {path}:score") and line.format(path=path) in message and "\n" not in message
+        assert (
+            message.startswith(f"the reward {path}:score")
+            and line.format(path=path) in message
+            and "\n" not in message
+        )
 
 
 def test_a_device_reward_is_no_text_reward(tmp_path):
@@ -385,7 +436,9 @@ def test_a_worker_runs_neither_the_run_s_program_nor_jax(place):
         f"with Judges({{'no_jax': {place.spec('no_jax')!r}}}, {{}}, Judging()) as judges:\n"
         "    print(judges.submit(['a'], [None]).result().scores['no_jax'])\n"
     )
-    ran = subprocess.run([sys.executable, "-m", "program"], cwd=place.folder, env=ENV, capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-m", "program"], cwd=place.folder, env=ENV, capture_output=True, text=True
+    )
     assert (ran.stdout, ran.stderr) == ("started\n[0.]\n", "")
 
 
@@ -397,7 +450,9 @@ def test_a_worker_ends_with_a_run_that_is_killed(place):
         "judges.submit(['bad'], [None])\ntime.sleep(0.2)\n"
         "print(*(worker._process.pid for worker in judges._workers), flush=True)\nos.kill(os.getpid(), 9)\n"
     )
-    ran = subprocess.run([sys.executable, "killed.py"], cwd=place.folder, env=ENV, stdout=subprocess.PIPE, text=True)
+    ran = subprocess.run(
+        [sys.executable, "killed.py"], cwd=place.folder, env=ENV, stdout=subprocess.PIPE, text=True
+    )
     assert ran.returncode == -9 and all(ended(int(pid)) for pid in ran.stdout.split()), ran.stdout
 
 
@@ -431,7 +486,9 @@ def test_settings_out_of_range(name, value, right):
     tree.stages, tree.grpo.sources = ("grpo",), {"a": {"uri": "synthetic:train", "boxes": "boxes"}}
     assert config.parse(tree).grpo.judging == Judging()
     tree.grpo.judging[name] = value
-    with pytest.raises(UserError, match=rf"config.grpo.judging.{name} is {value}: it must be {right}"):
+    with pytest.raises(
+        UserError, match=rf"config.grpo.judging.{name} is {value}: it must be {right}"
+    ):
         config.parse(tree)
 
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import PG2, inputs, random_params, unlabelled
 
 from pg_ground.config import Lora, Model
-from pg_ground.model import PaliGemma, lora
+from pg_ground.models import PaliGemma, lora
 from pg_ground.params import MATRICES, flatten, is_adapter, join, matrix_axes, pick
 from pg_ground.rl import update
 from pg_ground.types import TrainState
@@ -22,7 +22,9 @@ EVERYWHERE = Lora(rank=3, alpha=6.0, pattern=".*")
 
 
 @functools.cache
-def adapted(config: Model, settings: Lora = EVERYWHERE) -> tuple[PaliGemma, dict[str, Any], dict[str, Any]]:
+def adapted(
+    config: Model, settings: Lora = EVERYWHERE
+) -> tuple[PaliGemma, dict[str, Any], dict[str, Any]]:
     """Returns a model with adapters, the base's random parameters, and the adapters as they start."""
     model = PaliGemma(replace(config, lora=settings))
     fresh = pick(jax.jit(model.init)(jax.random.key(1)), is_adapter)
@@ -32,7 +34,9 @@ def adapted(config: Model, settings: Lora = EVERYWHERE) -> tuple[PaliGemma, dict
 def filled(adapters: Any) -> Any:
     """Returns adapters as training might leave them: no factor is zero."""
     rng = np.random.default_rng(3)
-    return jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), adapters)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), adapters
+    )
 
 
 def logps(model: PaliGemma, params: Any) -> np.ndarray:
@@ -42,7 +46,9 @@ def logps(model: PaliGemma, params: Any) -> np.ndarray:
 def test_every_matrix_can_have_one_and_its_factors_have_its_axes():
     _, base, fresh = adapted(PG2)
     matrices = {name: leaf for name, leaf in flatten(base).items() if matrix_axes(name)}
-    assert {end for end, _, _ in MATRICES if any(name.endswith(end) for name in matrices)} == {end for end, _, _ in MATRICES}
+    assert {end for end, _, _ in MATRICES if any(name.endswith(end) for name in matrices)} == {
+        end for end, _, _ in MATRICES
+    }
     flat = flatten(fresh)
     assert len(flat) == 2 * len(matrices)
     for name, leaf in matrices.items():
@@ -58,19 +64,25 @@ def test_adapters_are_stacked_over_layers_and_parts():
     assert kv.shape == (text.depth, 2, 3, text.num_kv_heads, text.head_dim)
     gating = flatten(fresh)["llm/layers/mlp/gating_einsum_lora_a"]
     assert gating.shape == (text.depth, 2, text.width, 3)
-    assert not np.array_equal(gating[0], gating[1]) and not np.array_equal(gating[0, 0], gating[0, 1])
+    assert not np.array_equal(gating[0], gating[1]) and not np.array_equal(
+        gating[0, 0], gating[0, 1]
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_at_first_the_policy_is_the_base_bit_for_bit(dtype):
     model, base, fresh = adapted(replace(PG2, dtype=dtype))
-    np.testing.assert_array_equal(logps(model, join(base, fresh)), logps(PaliGemma(replace(PG2, dtype=dtype)), base))
+    np.testing.assert_array_equal(
+        logps(model, join(base, fresh)), logps(PaliGemma(replace(PG2, dtype=dtype)), base)
+    )
 
 
 def test_without_its_section_the_model_ignores_adapters():
     """The base is there as a reference policy in the very arrays of the policy."""
     _, base, fresh = adapted(PG2)
-    np.testing.assert_array_equal(logps(PaliGemma(PG2), join(base, filled(fresh))), logps(PaliGemma(PG2), base))
+    np.testing.assert_array_equal(
+        logps(PaliGemma(PG2), join(base, filled(fresh))), logps(PaliGemma(PG2), base)
+    )
 
 
 @pytest.mark.parametrize("pattern", [".*", "llm/layers/.*", "img/.*", ".*/(q_einsum/w|linear)"])
@@ -92,7 +104,9 @@ def test_a_pattern_chooses_matrices_by_their_whole_name():
 
 def test_factors_start_with_the_variance_of_their_inputs():
     """1 / fan-in for each matrix, whether it stands alone or as one of two parts."""
-    _, _, fresh = adapted(replace(PG2, text=replace(PG2.text, width=96, mlp_dim=64)), replace(EVERYWHERE, rank=64))
+    _, _, fresh = adapted(
+        replace(PG2, text=replace(PG2.text, width=96, mlp_dim=64)), replace(EVERYWHERE, rank=64)
+    )
     for name in ("mlp/linear", "mlp/gating_einsum", "attn/kv_einsum/w", "attn/q_einsum/w"):
         leaf = np.asarray(flatten(fresh)[f"llm/layers/{name}_lora_a"])
         assert leaf.std() == pytest.approx(leaf.shape[-2] ** -0.5, rel=0.05)
@@ -112,7 +126,8 @@ def test_the_scale_is_alpha_over_rank():
 @functools.cache
 def compiled(model: PaliGemma) -> Any:
     keep = optax.GradientTransformation(
-        lambda p: jax.tree.map(jnp.zeros_like, p), lambda g, s, p: (jax.tree.map(jnp.zeros_like, g), g)
+        lambda p: jax.tree.map(jnp.zeros_like, p),
+        lambda g, s, p: (jax.tree.map(jnp.zeros_like, g), g),
     )
 
     def run(frozen: Any, params: Any, dropout_key: Any) -> tuple[Any, Any]:
@@ -140,7 +155,9 @@ def test_the_gradient_of_a_part_is_that_part_of_the_whole_gradient():
     assert flatten(part).keys() == flatten(fresh).keys()
     for name, gradient in flatten(part).items():
         expected = np.asarray(flatten(whole)[name])
-        np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-5 * max(1.0, np.abs(expected).max()), err_msg=name)
+        np.testing.assert_allclose(
+            gradient, expected, rtol=0, atol=1e-5 * max(1.0, np.abs(expected).max()), err_msg=name
+        )
         assert np.abs(expected).max() > 0, name
 
 
@@ -151,13 +168,22 @@ def test_a_checkpoint_in_bfloat16_can_stay_so_while_it_is_frozen():
     (a, _), (b, _) = step(model, small, filled(fresh)), step(model, wide, filled(fresh))
     for name, gradient in flatten(a).items():
         assert gradient.dtype == jnp.float32
-        np.testing.assert_allclose(gradient, flatten(b)[name], rtol=0, atol=1e-5 * np.abs(flatten(b)[name]).max(), err_msg=name)
+        np.testing.assert_allclose(
+            gradient,
+            flatten(b)[name],
+            rtol=0,
+            atol=1e-5 * np.abs(flatten(b)[name]).max(),
+            err_msg=name,
+        )
 
 
 def test_dropout_needs_a_key_and_follows_it():
     model, base, fresh = adapted(PG2, replace(EVERYWHERE, dropout=0.5))
     params = filled(fresh)
-    losses = [float(step(model, base, params, key)[1]["sft/loss"]) for key in (None, *map(jax.random.key, (0, 0, 1)))]
+    losses = [
+        float(step(model, base, params, key)[1]["sft/loss"])
+        for key in (None, *map(jax.random.key, (0, 0, 1)))
+    ]
     sure = float(step(adapted(PG2)[0], base, params)[1]["sft/loss"])
     assert losses[0] == sure and losses[1] == losses[2]
     assert len({losses[0], losses[1], losses[3]}) == 3
@@ -172,9 +198,16 @@ def test_dropout_keeps_the_mean():
 
     def embed(key):
         apply = model.network.apply
-        return apply({"params": whole}, image, rngs={"dropout": key}, method=lambda network, image: network.img(image))
+        return apply(
+            {"params": whole},
+            image,
+            rngs={"dropout": key},
+            method=lambda network, image: network.img(image),
+        )
 
     many = jax.vmap(embed)(jax.random.split(jax.random.key(0), 4000))
-    sure = model.network.apply({"params": whole}, image, method=lambda network, image: network.img(image))
+    sure = model.network.apply(
+        {"params": whole}, image, method=lambda network, image: network.img(image)
+    )
     error = np.asarray(many.std(axis=0) / 4000**0.5)
     assert (np.abs(many.mean(axis=0) - sure) < 5 * error + 1e-5).all() and error.max() > 0

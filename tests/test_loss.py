@@ -59,14 +59,18 @@ def loss_and_gradient(given: dict, row: Algorithm, group_size: int, budget: int 
     width = budget or len(given["mask"][0])
 
     def widened(rows) -> jax.Array:
-        return groups(np.pad(np.asarray(rows, float), ((0, 0), (0, width - len(rows[0])))), group_size)
+        return groups(
+            np.pad(np.asarray(rows, float), ((0, 0), (0, width - len(rows[0])))), group_size
+        )
 
     logps, ref, mask = widened(given["logps"]), widened(given["ref"]), widened(given["mask"]) > 0
     old = logps if given["old"] is None else widened(given["old"])
     advantage = groups(given["advantages"], group_size)
 
     entropies = widened(given["entropies"])
-    focus = row.focus and row.focus(Tokens(logps, entropies, advantage, mask, jax.random.key(0)), row.focus_share)
+    focus = row.focus and row.focus(
+        Tokens(logps, entropies, advantage, mask, jax.random.key(0)), row.focus_share
+    )
 
     def loss(logps):
         terms = policy_loss(logps, old, ref if row.kl_coef else None, advantage, mask, row, focus)
@@ -92,7 +96,10 @@ GOLDEN = [
     ("gspo = grpo + sequence IS, eps .2", made("gspo", clip_low=0.2, clip_high=0.2)),
     ("rloo_loss (advantages as given)", made("rloo")),
     ("grpo + k3 KL beta=.04, IS-weighted (TRL>=1.x default)", ALGORITHMS["grpo"]),
-    ("grpo + k3 KL beta=.04, plain k3 (use_bias_correction_kl=False)", ALGORITHMS["grpo"]._replace(kl=k3)),
+    (
+        "grpo + k3 KL beta=.04, plain k3 (use_bias_correction_kl=False)",
+        ALGORITHMS["grpo"]._replace(kl=k3),
+    ),
     ("bnpo", made("dapo", clip_high=0.2)),
     ("dapo two-sided delta=4 (INTELLECT-2)", made("two_sided")),
     ("luspo = sequence IS", made("luspo")),
@@ -112,32 +119,59 @@ GOLDEN = [
 def test_loss_and_gradient_equal_trl(trl, name, row, inputs):
     expected = (trl["loss"] | trl)[name][inputs]
     given, group_size = trl["inputs"][inputs], {"A": 4, "B": 2}[inputs]
-    value, gradient, terms = loss_and_gradient(given, row, group_size, budget=8 if "L=8" in name else 0)
+    value, gradient, terms = loss_and_gradient(
+        given, row, group_size, budget=8 if "L=8" in name else 0
+    )
     bound = 1e-7 if name.startswith("sapo") else PRINTED  # TRL keeps SAPO's temperatures in float32
     np.testing.assert_allclose(value, expected["loss"], rtol=0, atol=bound)
     np.testing.assert_allclose(gradient, expected["dloss_dlogps"], rtol=0, atol=bound)
-    if "clip_ratio/region_mean" in expected.get("metrics", {}) and row.ratio is ALGORITHMS["grpo"].ratio and row.focus is None:
+    if (
+        "clip_ratio/region_mean" in expected.get("metrics", {})
+        and row.ratio is ALGORITHMS["grpo"].ratio
+        and row.focus is None
+    ):
         mask = groups(given["mask"], group_size)
         share = jnp.sum(terms.clipped[..., : mask.shape[2]] * mask) / mask.sum()
-        np.testing.assert_allclose(share, expected["metrics"]["clip_ratio/region_mean"], rtol=0, atol=PRINTED)
+        np.testing.assert_allclose(
+            share, expected["metrics"]["clip_ratio/region_mean"], rtol=0, atol=PRINTED
+        )
 
 
 def test_every_loss_of_trl_has_a_row(trl):
     assert {name for name, _ in GOLDEN} >= trl["loss"].keys()
 
 
-@pytest.mark.parametrize("name", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "token_mask cmin=.5"])
+@pytest.mark.parametrize(
+    "name",
+    ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask", "token_mask cmin=.5"],
+)
 def test_corrections_for_another_sampler_equal_trls(trl, name):
     given, expected = trl["tis"], trl["tis"][name]
     old, sampling, mask = (groups(given[key], 2) for key in ("old", "sampling", "mask"))
     mask = mask > 0
-    row = made("dapo", clip_high=0.2, correction=CHOICES["correction"][name.split()[0]], correction_floor=0.5 * ("cmin" in name))
+    row = made(
+        "dapo",
+        clip_high=0.2,
+        correction=CHOICES["correction"][name.split()[0]],
+        correction_floor=0.5 * ("cmin" in name),
+    )
     batch = trl["inputs"]["B"]
-    terms = policy_loss(groups(batch["logps"], 2), old, None, groups(batch["advantages"], 2), mask, row, None, sampling)
+    terms = policy_loss(
+        groups(batch["logps"], 2),
+        old,
+        None,
+        groups(batch["advantages"], 2),
+        mask,
+        row,
+        None,
+        sampling,
+    )
     ratio = jnp.broadcast_to(groups(expected["ratio"], 2), mask.shape)
     np.testing.assert_allclose(terms.weight * mask, ratio * mask, rtol=0, atol=PRINTED)
     if "dapo_loss" in expected:
-        np.testing.assert_allclose(jnp.sum(terms.loss * over_tokens(mask)), expected["dapo_loss"], rtol=0, atol=PRINTED)
+        np.testing.assert_allclose(
+            jnp.sum(terms.loss * over_tokens(mask)), expected["dapo_loss"], rtol=0, atol=PRINTED
+        )
 
 
 SEED = {
@@ -150,7 +184,10 @@ SEED = {
 }
 SEED_ROWS = {
     "vanilla, token-mean": (made("dual_clip"), 0.259728),
-    "vanilla, seq-mean-token-sum": (made("dual_clip", average=CHOICES["average"]["summed_sequences"]), 0.649320),
+    "vanilla, seq-mean-token-sum": (
+        made("dual_clip", average=CHOICES["average"]["summed_sequences"]),
+        0.649320,
+    ),
     "vanilla, seq-mean-token-mean": (made("dual_clip", average=over_sequences), 0.558538),
     "clip .2/.28, c 10": (made("dapo", ratio_cap=10.0), 0.540066),
     "gspo": (made("gspo"), 0.645017),
@@ -163,7 +200,9 @@ SEED_ROWS = {
 def test_losses_equal_rllavas(name):
     row, expected = SEED_ROWS[name]
     value, *_ = loss_and_gradient(SEED, row, 2)
-    if name == "kl_cov":  # there with a coefficient of 0.1 on |log-ratio|, 0.3 at the one token chosen, of 5
+    if (
+        name == "kl_cov"
+    ):  # there with a coefficient of 0.1 on |log-ratio|, 0.3 at the one token chosen, of 5
         value = value - 0.9 * 0.3 / 5
     np.testing.assert_allclose(value, expected, rtol=0, atol=1e-6)
 
@@ -177,7 +216,9 @@ def test_a_focus_leaves_nothing_to_learn_where_there_is_no_advantage(random_batc
 
     def loss(logps):
         old = jax.lax.stop_gradient(logps)
-        return jnp.sum(policy_loss(logps, old, None, 0 * advantage, mask, row, focus).loss * row.average(mask))
+        return jnp.sum(
+            policy_loss(logps, old, None, 0 * advantage, mask, row, focus).loss * row.average(mask)
+        )
 
     assert not jax.grad(loss)(logps).any()
 
@@ -203,7 +244,10 @@ def test_choices_that_cancel_each_other_are_refused(said):
 
 
 UNREAD = {
-    "clip_high has no effect on sapo: it is read where objective is one of": {"algorithm": "sapo", "clip_high": 0.3},
+    "clip_high has no effect on sapo: it is read where objective is one of": {
+        "algorithm": "sapo",
+        "clip_high": 0.3,
+    },
     "clip_low has no effect on cispo": {"algorithm": "cispo", "clip_low": 0.3},
     "ratio_cap has no effect on opo": {"algorithm": "opo", "ratio_cap": 3.0},
     "focus_share has no effect on grpo": {"focus_share": 0.5},
@@ -219,7 +263,10 @@ def test_a_number_that_the_algorithm_does_not_look_at_is_refused(said):
 
 def test_clip_cov_drops_by_lot_among_the_tokens_of_high_covariance():
     rng = np.random.default_rng(0)
-    logps, advantage = jnp.asarray(rng.normal(size=(8, 8, 40))), jnp.asarray(rng.normal(size=(8, 8)))
+    logps, advantage = (
+        jnp.asarray(rng.normal(size=(8, 8, 40))),
+        jnp.asarray(rng.normal(size=(8, 8))),
+    )
     mask = jnp.asarray(rng.uniform(size=logps.shape) < 0.8)
     tokens = Tokens(logps, jnp.zeros_like(logps), advantage, mask, jax.random.key(0))
     drop = CHOICES["focus"]["clip_cov"]
@@ -227,7 +274,11 @@ def test_clip_cov_drops_by_lot_among_the_tokens_of_high_covariance():
     a, b = (np.asarray(x) for x in (jnp.broadcast_to(advantage[..., None], logps.shape), logps))
     m = np.asarray(mask)
     covariance = (a - a[m].mean()) * (b - b[m].mean())
-    assert dropped.sum() == int(0.01 * m.sum()) and covariance[dropped].min() > 1 and covariance[dropped].max() < 5
+    assert (
+        dropped.sum() == int(0.01 * m.sum())
+        and covariance[dropped].min() > 1
+        and covariance[dropped].max() < 5
+    )
     assert m[dropped].all()
     other = drop(tokens._replace(key=jax.random.key(1)), 0.01).keep == 0
     assert (other != dropped).any() and other.sum() == dropped.sum()
@@ -239,21 +290,34 @@ def test_kl_estimates_equal_trls(trl, name):
     gap = jnp.asarray(batch["logps"]) - jnp.asarray(batch["ref"])
     key = next(key for key in trl["kl_B"] if key.startswith(name))
     expected, mask = jnp.asarray(trl["kl_B"][key]), jnp.asarray(batch["mask"])
-    np.testing.assert_allclose({"k1": k1, "k2": k2}[name](gap, jnp.ones_like(gap)) * mask, expected * mask, rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(
+        {"k1": k1, "k2": k2}[name](gap, jnp.ones_like(gap)) * mask,
+        expected * mask,
+        rtol=0,
+        atol=ROUNDING,
+    )
 
 
 def test_kl_estimates_equal_rllavas():
     gap = jnp.asarray([0.3, -0.5, 0.1, 1.5])
-    np.testing.assert_allclose(k3(gap, jnp.ones_like(gap)), [0.040818, 0.148721, 0.004837, 0.72313], rtol=0, atol=1e-6)
-    np.testing.assert_allclose(k2(gap, jnp.ones_like(gap)), [0.045, 0.125, 0.005, 1.125], rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(
+        k3(gap, jnp.ones_like(gap)), [0.040818, 0.148721, 0.004837, 0.72313], rtol=0, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        k2(gap, jnp.ones_like(gap)), [0.045, 0.125, 0.005, 1.125], rtol=0, atol=ROUNDING
+    )
 
 
 @pytest.mark.parametrize("name", ["k1+", "k3+", "absolute+"])
 def test_straight_through_has_the_value_of_one_estimate_and_the_gradient_of_k2(name):
     gap = jnp.asarray([0.3, -0.5, 0.1, 1.5])
     both, plain = CHOICES["kl"][name], CHOICES["kl"][name[:-1]]
-    np.testing.assert_allclose(both(gap, jnp.ones_like(gap)), plain(gap, jnp.ones_like(gap)), rtol=0, atol=ROUNDING)
-    np.testing.assert_allclose(jax.grad(lambda g: both(g, jnp.ones_like(g)).sum())(gap), gap, rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(
+        both(gap, jnp.ones_like(gap)), plain(gap, jnp.ones_like(gap)), rtol=0, atol=ROUNDING
+    )
+    np.testing.assert_allclose(
+        jax.grad(lambda g: both(g, jnp.ones_like(g)).sum())(gap), gap, rtol=0, atol=ROUNDING
+    )
 
 
 def test_a_penalty_in_the_reward_is_the_summed_gap(random_batch):
@@ -262,7 +326,10 @@ def test_a_penalty_in_the_reward_is_the_summed_gap(random_batch):
     np.testing.assert_allclose(found, jnp.sum((logps - ref) * mask, axis=-1), rtol=0, atol=ROUNDING)
     row = ALGORITHMS["rloo"]._replace(kl_coef=0.1)
     given = (logps, logps, ref, jnp.zeros(mask.shape[:2]), mask)
-    assert not policy_loss(*given, row).loss.any() and policy_loss(*given, row._replace(kl_in_reward=False)).loss.any()
+    assert (
+        not policy_loss(*given, row).loss.any()
+        and policy_loss(*given, row._replace(kl_in_reward=False)).loss.any()
+    )
 
 
 def test_kl_estimate_equals_trls_k3(trl):
@@ -316,11 +383,20 @@ def test_on_policy_gradient_is_reinforce(random_batch, row):
     np.testing.assert_allclose(gradient, -advantage[..., None] * weights, rtol=0, atol=ROUNDING)
 
 
-@pytest.mark.parametrize("row", [name for name, row in ALGORITHMS.items() if row.objective.__name__ in ("clipped", "geometric")])
+@pytest.mark.parametrize(
+    "row",
+    [
+        name
+        for name, row in ALGORITHMS.items()
+        if row.objective.__name__ in ("clipped", "geometric")
+    ],
+)
 def test_on_policy_loss_is_minus_the_averaged_advantage(random_batch, row):
     logps, _, _, advantage, mask = random_batch
     terms = policy_loss(logps, logps, None, advantage, mask, made(row))
-    np.testing.assert_allclose(terms.loss, jnp.broadcast_to(-advantage[..., None], terms.loss.shape), rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(
+        terms.loss, jnp.broadcast_to(-advantage[..., None], terms.loss.shape), rtol=0, atol=ROUNDING
+    )
     assert not terms.clipped.any() and not terms.kl.any()
 
 
@@ -351,9 +427,14 @@ def test_the_clip_binds_only_where_it_would_go_on(random_batch):
 def test_gspo_ratio_is_the_geometric_mean_and_rloo_the_product(random_batch):
     logps, old, _, _, mask = random_batch
     ratios = jnp.where(mask, jnp.exp(logps - old), 1.0)
-    for row, expected in (("gspo", jnp.prod(ratios, -1) ** (1 / mask.sum(-1))), ("rloo", jnp.prod(ratios, -1))):
+    for row, expected in (
+        ("gspo", jnp.prod(ratios, -1) ** (1 / mask.sum(-1))),
+        ("rloo", jnp.prod(ratios, -1)),
+    ):
         found = jnp.exp(ALGORITHMS[row].ratio(logps - old, mask))
-        np.testing.assert_allclose(found, jnp.broadcast_to(expected[..., None], found.shape), rtol=ROUNDING)
+        np.testing.assert_allclose(
+            found, jnp.broadcast_to(expected[..., None], found.shape), rtol=ROUNDING
+        )
 
 
 @ROWS
@@ -366,10 +447,18 @@ def test_completions_without_advantage_have_no_gradient(random_batch, row):
 @ROWS
 def test_enormous_ratios_stay_finite(random_batch, row):
     """A float32 exp overflows at 89; a long completion's summed log-ratio reaches that."""
-    logps, _, ref, advantage, mask = (x.astype(jnp.float32) if x.dtype == jnp.float64 else x for x in random_batch)
+    logps, _, ref, advantage, mask = (
+        x.astype(jnp.float32) if x.dtype == jnp.float64 else x for x in random_batch
+    )
     for shift in (-200.0, 200.0):
-        terms = policy_loss(logps + shift, logps, ref, advantage, mask, ALGORITHMS[row]._replace(kl_coef=0.1))
-        assert terms.loss.dtype == jnp.float32 and np.isfinite(terms.loss).all() and np.isfinite(terms.kl).all()
+        terms = policy_loss(
+            logps + shift, logps, ref, advantage, mask, ALGORITHMS[row]._replace(kl_coef=0.1)
+        )
+        assert (
+            terms.loss.dtype == jnp.float32
+            and np.isfinite(terms.loss).all()
+            and np.isfinite(terms.kl).all()
+        )
 
 
 def test_k3_is_positive_and_0_only_at_the_reference(random_batch):
@@ -390,7 +479,9 @@ def test_corrected_k3_has_the_gradient_of_the_kl(corrected):
     def expected_penalty(z):
         logps = jax.nn.log_softmax(z)[None, None]
         old = jax.lax.stop_gradient(logps)
-        terms = policy_loss(logps, old, q[None, None], jnp.zeros((1, 1)), jnp.ones((1, 1, 7), bool), row)
+        terms = policy_loss(
+            logps, old, q[None, None], jnp.zeros((1, 1)), jnp.ones((1, 1, 7), bool), row
+        )
         return jnp.sum(drawn * terms.loss[0, 0])
 
     def kl(z):
@@ -407,7 +498,9 @@ def test_averages_weigh_as_they_say(random_batch):
     mask = mask.at[2, 3].set(False)  # a completion may be all padding
     assert (mask.sum(axis=-1) == 0).sum() == 1
     per_completion = over_sequences(mask).sum(axis=-1)
-    np.testing.assert_allclose(per_completion, jnp.where(mask.any(axis=-1), 1 / 12, 0), rtol=ROUNDING)
+    np.testing.assert_allclose(
+        per_completion, jnp.where(mask.any(axis=-1), 1 / 12, 0), rtol=ROUNDING
+    )
     np.testing.assert_allclose(over_tokens(mask), mask / mask.sum(), rtol=ROUNDING)
     np.testing.assert_allclose(over_budget(mask), mask / (3 * 4 * 5), rtol=ROUNDING)
     for average in (over_sequences, over_tokens, over_budget):
@@ -418,12 +511,16 @@ def test_choose_puts_the_users_numbers_over_the_rows():
     assert choose(Grpo(algorithm="dapo")) == ALGORITHMS["dapo"]
     changed = choose(Grpo(algorithm="dapo", clip_high=0.5, kl_coef=0.0))
     assert changed == ALGORITHMS["dapo"]._replace(clip_high=0.5, kl_coef=0.0)
-    assert choose(Grpo(algorithm="grpo", kl_coef=0.0)).kl_coef == 0.0  # 0 is a value, not an absent one
+    assert (
+        choose(Grpo(algorithm="grpo", kl_coef=0.0)).kl_coef == 0.0
+    )  # 0 is a value, not an absent one
     assert choose(Grpo(algorithm="grpo", clip_low=0.1)).clip_low == 0.1
 
 
 def test_an_unknown_algorithm_is_refused_with_the_nearest():
-    with pytest.raises(UserError, match=r"config\.grpo\.algorithm 'dr_grop' does not exist: did you mean dr_grpo\?"):
+    with pytest.raises(
+        UserError, match=r"config\.grpo\.algorithm 'dr_grop' does not exist: did you mean dr_grpo\?"
+    ):
         choose(Grpo(algorithm="dr_grop"))
 
 
@@ -439,7 +536,10 @@ def test_defect_13_every_token_of_the_policy_is_learned_from_and_none_of_its_sur
     def loss(logps, noise):
         shown = jnp.where(of_policy, logps, noise)
         old = jax.lax.stop_gradient(shown)
-        return jnp.sum(policy_loss(shown, old, None, advantage, of_policy, row, None).loss * row.average(of_policy))
+        return jnp.sum(
+            policy_loss(shown, old, None, advantage, of_policy, row, None).loss
+            * row.average(of_policy)
+        )
 
     value, gradient = jax.value_and_grad(loss)(logps, -1.0)
     np.testing.assert_array_equal(gradient != 0, of_policy)
@@ -489,7 +589,9 @@ def test_without_smoothing_the_target_is_the_token(targets):
 
 def test_a_narrow_spread_is_the_plain_target(targets):
     # the nearest other bin gets exp(−½/0.1²) = 2e-22 of the weight
-    np.testing.assert_allclose(target_logps(*targets, VOCAB, 0.0, 0.1), plain(*targets), rtol=ROUNDING)
+    np.testing.assert_allclose(
+        target_logps(*targets, VOCAB, 0.0, 0.1), plain(*targets), rtol=ROUNDING
+    )
 
 
 @pytest.mark.parametrize("sigma", [0.5, 2.0, 30.0])

@@ -68,7 +68,9 @@ def test_a_mask_for_each_object_and_several_polygons_of_one():
     np.testing.assert_array_equal(cells([left, right], count=1)[0], both[0] | both[1])
     np.testing.assert_array_equal(cells([[left], [right]], count=2), both)
     np.testing.assert_array_equal(cells([runs(pixels) for pixels in TWO], count=2), both)
-    np.testing.assert_array_equal(cells([png(pixels.astype(np.uint8)) for pixels in TWO], count=2), both)
+    np.testing.assert_array_equal(
+        cells([png(pixels.astype(np.uint8)) for pixels in TWO], count=2), both
+    )
     assert cells([], count=0).shape == (0, 8, 8)
 
 
@@ -96,23 +98,40 @@ def test_run_lengths_equal_pycocotools():
         pixels[0, 0] |= not pixels.any()
         packed = coco.encode(np.asfortranarray(pixels.astype(np.uint8)))
         for value in (packed, {**packed, "counts": packed["counts"].decode()}, runs(pixels)):
-            own = to_masks(value, 1, (1, 1), int(height * width), None)[0] if height == width else None
+            own = (
+                to_masks(value, 1, (1, 1), int(height * width), None)[0]
+                if height == width
+                else None
+            )
             if own is not None:
-                np.testing.assert_array_equal(own, pixels.repeat(width, axis=0).repeat(height, axis=1))
+                np.testing.assert_array_equal(
+                    own, pixels.repeat(width, axis=0).repeat(height, axis=1)
+                )
             small = to_masks(value, 1, (1, 1), 5, None)
-            np.testing.assert_array_equal(small, to_masks(pixels.astype(np.uint8), 1, (1, 1), 5, None))
+            np.testing.assert_array_equal(
+                small, to_masks(pixels.astype(np.uint8), 1, (1, 1), 5, None)
+            )
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of NumPy 2, to pycocotools
 def test_polygons_cover_what_pycocotools_says(golden):
     """COCO's own samples, pixel by pixel: a metric over masks is off by 4 % where outlines are drawn too."""
-    path = Path(golden).parent / "data" / "refcoco" / "annotations" / "emma_refcocog" / "instances.json"
+    path = (
+        Path(golden).parent
+        / "data"
+        / "refcoco"
+        / "annotations"
+        / "emma_refcocog"
+        / "instances.json"
+    )
     whole = json.loads(path.read_text())
     images = {image["id"]: image for image in whole["images"]}
     for one in whole["annotations"][:100]:
         height, width = (images[one["image_id"]][key] for key in ("height", "width"))
         (mine,) = whole_masks(one["segmentation"], 1, (width, height), None)
-        np.testing.assert_array_equal(mine, coco.decode(coco.merge(coco.frPyObjects(one["segmentation"], height, width))))
+        np.testing.assert_array_equal(
+            mine, coco.decode(coco.merge(coco.frPyObjects(one["segmentation"], height, width)))
+        )
 
 
 @pytest.mark.parametrize(
@@ -162,7 +181,10 @@ NUMBERS = st.integers() | st.integers(-5, 90) | st.floats()
 PLAIN = st.none() | st.booleans() | NUMBERS | st.text(max_size=5) | st.binary(max_size=5)
 ANYTHING = st.recursive(
     PLAIN | st.lists(NUMBERS, max_size=8),
-    lambda inner: st.lists(inner, max_size=4) | st.fixed_dictionaries({"counts": inner, "size": inner | st.just([48, 80])}),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.fixed_dictionaries({"counts": inner, "size": inner | st.just([48, 80])})
+    ),
     max_leaves=8,
 )
 
@@ -180,7 +202,9 @@ def test_any_value_is_a_mask_or_a_bad_mask(value, count):
 
 
 def example(record: dict, mask_size: int = 8, **of) -> Example:
-    source = Source(**{"boxes": "boxes", "mask": "masks", "label": "names", "prompt": "detect", **of})
+    source = Source(
+        **{"boxes": "boxes", "mask": "masks", "label": "names", "prompt": "detect", **of}
+    )
     record = {"image": np.zeros((*SIZE[::-1], 3), np.uint8), **record}
     return to_example(record, source, "toy", 0, 16, None, mask_size=mask_size)
 
@@ -202,8 +226,12 @@ def test_masks_stay_with_their_objects():
 
 
 def test_masks_of_points_and_through_lists():
-    record = {"objects": [{"at": [10, 10], "mask": runs(TWO[0])}, {"at": [60, 40], "mask": runs(TWO[1])}]}
-    found = example(record, boxes="", points="objects.at", asks="points", mask="objects.mask", label="", name="")
+    record = {
+        "objects": [{"at": [10, 10], "mask": runs(TWO[0])}, {"at": [60, 40], "mask": runs(TWO[1])}]
+    }
+    found = example(
+        record, boxes="", points="objects.at", asks="points", mask="objects.mask", label="", name=""
+    )
     np.testing.assert_array_equal(found.masks, cells([runs(pixels) for pixels in TWO], 2))
     second = to_example(
         {"image": np.zeros((*SIZE[::-1], 3), np.uint8), **record},
@@ -214,7 +242,9 @@ def test_masks_of_points_and_through_lists():
 
 
 def test_a_row_has_room_for_the_masks_of_all_its_boxes():
-    row = to_batch_row(example(RECORD), tokenizer.load(), Data(max_boxes=3, mask_size=8, suffix_length=32), 0)
+    row = to_batch_row(
+        example(RECORD), tokenizer.load(), Data(max_boxes=3, mask_size=8, suffix_length=32), 0
+    )
     assert row.gold.masks.shape == (3, 8, 8) and row.gold.masks.dtype == bool
     assert row.gold.masks.any(axis=(1, 2)).tolist() == [True, True, False]
 

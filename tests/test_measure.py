@@ -9,21 +9,34 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pg_ground import cli, evaluate, exam
+from pg_ground import cli
 from pg_ground.config import Source
-from pg_ground.measure import answers, benchmarks, cv_bench, environment, files, frames, pointing, rows
-from pg_ground.measure.boxes import iou_of
-from pg_ground.measure.intervals import intervals
-from pg_ground.measure.runs import runs_of
+from pg_ground.evals import (
+    answers,
+    benchmarks,
+    cv_bench,
+    environment,
+    frames,
+    pointing,
+    prediction_files,
+    rows,
+    runner,
+    scoring,
+)
+from pg_ground.evals.box_matching import iou_of
+from pg_ground.evals.intervals import intervals
+from pg_ground.evals.run_length import runs_of
 from pg_ground.types import UserError
 
 FIELDS = {"pred": "extracted_answer", "gold": "ground_truth"}
 
 
-def score(tmp_path: Path, records, benchmark="rec", fields=FIELDS, formats=files.Formats()):  # noqa: B008
+def score(
+    tmp_path: Path, records, benchmark="rec", fields=FIELDS, formats=prediction_files.Formats()
+):  # noqa: B008
     path = tmp_path / "file.json"
     path.write_text(records if isinstance(records, str) else json.dumps(records))
-    return evaluate.rescore(path, benchmark, fields, formats)
+    return scoring.rescore(path, benchmark, fields, formats)
 
 
 def records_of(boxes, gold=(10, 20, 110, 220), **more):
@@ -40,7 +53,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_predictions_give_their_published_numbers(data, name):
     path = data / "predictions" / f"{name}.json"
-    found, scored = evaluate.rescore(path, "rec", FIELDS, files.Formats())
+    found, scored = scoring.rescore(path, "rec", FIELDS, prediction_files.Formats())
     accuracy, unreadable = PUBLISHED[name]
     assert (found["acc50"], found["invalid"], found["n"]) == (accuracy, unreadable, 2000)
     theirs = json.loads(path.read_text())
@@ -52,18 +65,24 @@ def test_published_predictions_give_their_published_numbers(data, name):
 
 def test_rows_that_were_written_give_the_same_numbers_and_rows(data, tmp_path):
     path = data / "predictions" / "baseline_rec_results_refcoco_val.json"
-    first, scored = evaluate.rescore(path, "rec", FIELDS, files.Formats())
-    evaluate.write(tmp_path, first, scored)
-    again, rescored = evaluate.rescore(tmp_path / "predictions.jsonl", "", {}, files.Formats())
+    first, scored = scoring.rescore(path, "rec", FIELDS, prediction_files.Formats())
+    scoring.write(tmp_path, first, scored)
+    again, rescored = scoring.rescore(
+        tmp_path / "predictions.jsonl", "", {}, prediction_files.Formats()
+    )
     assert again == {name: value for name, value in first.items() if name != "file_says"}
     assert rows.lines(rescored) == (tmp_path / "predictions.jsonl").read_text()
 
 
 def test_rows_hold_any_text(tmp_path):
     texts = ["line\u2028separator", "next\x85line", "half a pair \ud800", "\u732b"]
-    found, scored = score(tmp_path, [records_of([[10, 20, 110, 220]], question=text)[0] for text in texts])
-    evaluate.write(tmp_path, found, scored)
-    again, rescored = evaluate.rescore(tmp_path / "predictions.jsonl", "", {}, files.Formats())
+    found, scored = score(
+        tmp_path, [records_of([[10, 20, 110, 220]], question=text)[0] for text in texts]
+    )
+    scoring.write(tmp_path, found, scored)
+    again, rescored = scoring.rescore(
+        tmp_path / "predictions.jsonl", "", {}, prediction_files.Formats()
+    )
     assert again == found and [row["prompt"] for row in rescored] == texts
     assert "\u732b" in (tmp_path / "predictions.jsonl").read_text()
 
@@ -72,7 +91,10 @@ def test_rows_hold_any_text(tmp_path):
     ("edit", "message"),
     [
         ({"prediction": None}, "row 1 .id 1. is no row of rec"),
-        ({"prediction": {"boxes": [{"label": "", "xyxy_px": [1, 2]}]}}, "row 1 .id 1. is no row of rec"),
+        (
+            {"prediction": {"boxes": [{"label": "", "xyxy_px": [1, 2]}]}},
+            "row 1 .id 1. is no row of rec",
+        ),
         ({"benchmark": "counting"}, "is measured as counting and rec"),
     ],
 )
@@ -81,7 +103,7 @@ def test_rows_that_somebody_has_edited_are_refused(edit, message, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(rows.lines([scored[0], {**scored[1], **edit}, scored[2]]))
     with pytest.raises(UserError, match=message):
-        evaluate.rescore(path, "", {}, files.Formats())
+        scoring.rescore(path, "", {}, prediction_files.Formats())
 
 
 POINTS = {
@@ -139,11 +161,18 @@ def test_a_box_is_read_in_any_form(form, tmp_path):
 )
 def test_what_cannot_be_read_is_invalid_and_counts_as_wrong(box, tmp_path):
     found, scored = score(tmp_path, records_of([box, [10, 20, 110, 220]]))
-    assert (found["acc50"], found["mean_iou"], found["invalid"], found["center_acc"]) == (0.5, 0.5, 1, 1)
+    assert (found["acc50"], found["mean_iou"], found["invalid"], found["center_acc"]) == (
+        0.5,
+        0.5,
+        1,
+        1,
+    )
     assert scored[0]["iou"] == 0 and scored[0]["correct"] == 0
 
 
-@pytest.mark.parametrize("form", [f"{order}_{unit}" for order in frames.BOX_ORDERS for unit in frames.WHOLE])
+@pytest.mark.parametrize(
+    "form", [f"{order}_{unit}" for order in frames.BOX_ORDERS for unit in frames.WHOLE]
+)
 def test_every_box_format_reads_the_same_box(form, tmp_path):
     order, unit = form.rsplit("_")
     x1, y1, x2, y2 = (
@@ -158,12 +187,20 @@ def test_every_box_format_reads_the_same_box(form, tmp_path):
     }[order]
     records = [{"a": {"b": written}, "gold": [10, 20, 110, 220], "size": [640, 480]}]
     fields = {"pred": "a.b", "gold": "gold", "size": "size"}
-    found, _ = score(tmp_path, records, fields=fields, formats=files.Formats(form, gold="xyxy_px"))
+    found, _ = score(
+        tmp_path, records, fields=fields, formats=prediction_files.Formats(form, gold="xyxy_px")
+    )
     assert found["mean_iou"] == pytest.approx(1, abs=1e-12)
 
 
 def test_loc_tokens_are_bins_whatever_the_format_says(tmp_path):
-    records = [{**records_of(["<loc0000><loc0512><loc1023><loc1023> cat"], (512, 0, 1023, 100))[0], "width": 1023, "height": 100}]
+    records = [
+        {
+            **records_of(["<loc0000><loc0512><loc1023><loc1023> cat"], (512, 0, 1023, 100))[0],
+            "width": 1023,
+            "height": 100,
+        }
+    ]
     assert score(tmp_path, records)[0]["mean_iou"] == pytest.approx(1)
     with pytest.raises(UserError, match="size of row 0's image is not known"):
         score(tmp_path, records_of(["<loc0000><loc0512><loc1023><loc1023>"]))
@@ -204,17 +241,39 @@ def random_boxes(count: int = 40) -> np.ndarray:
     ("wrong", "sizes", "reading"),
     [
         (lambda b: b[[1, 0, 3, 2]], False, "--box-format=yxyx_px would give 1.0000"),
-        (lambda b: [b[0], b[1], b[2] - b[0], b[3] - b[1]], False, "--box-format=xywh_px would give 1.0000"),
-        (lambda b: b * 1000 / [640, 480, 640, 480], True, "--box-format=xyxy_permille would give 1.0000"),
-        (lambda b: (b / [640, 480, 640, 480])[[1, 0, 3, 2]] * 1023, True, "--box-format=yxyx_bin would give 1.0000"),
-        (lambda b: b / [640, 480, 640, 480], False, "x scaled by 640 and y by 480, as --box-format=xyxy_frac does"),
+        (
+            lambda b: [b[0], b[1], b[2] - b[0], b[3] - b[1]],
+            False,
+            "--box-format=xywh_px would give 1.0000",
+        ),
+        (
+            lambda b: b * 1000 / [640, 480, 640, 480],
+            True,
+            "--box-format=xyxy_permille would give 1.0000",
+        ),
+        (
+            lambda b: (b / [640, 480, 640, 480])[[1, 0, 3, 2]] * 1023,
+            True,
+            "--box-format=yxyx_bin would give 1.0000",
+        ),
+        (
+            lambda b: b / [640, 480, 640, 480],
+            False,
+            "x scaled by 640 and y by 480, as --box-format=xyxy_frac does",
+        ),
         (lambda b: b / 2, True, "x scaled by 2 and y by 2 .boxes of a resized image"),
     ],
 )
 @pytest.mark.parametrize("benchmark", ["rec", "objects", "detection"])
-def test_boxes_in_another_frame_are_told_with_the_reading_that_fits(wrong, sizes, reading, benchmark, tmp_path):
+def test_boxes_in_another_frame_are_told_with_the_reading_that_fits(
+    wrong, sizes, reading, benchmark, tmp_path
+):
     records = [
-        {"extracted_answer": list(wrong(box)), "ground_truth": box.tolist(), **({"width": 640, "height": 480} if sizes else {})}
+        {
+            "extracted_answer": list(wrong(box)),
+            "ground_truth": box.tolist(),
+            **({"width": 640, "height": 480} if sizes else {}),
+        }
         for box in random_boxes()
     ]
     with pytest.raises(UserError, match=reading):
@@ -223,7 +282,11 @@ def test_boxes_in_another_frame_are_told_with_the_reading_that_fits(wrong, sizes
 
 def test_gold_in_another_frame_is_told(tmp_path):
     records = [
-        {"extracted_answer": list(box), "ground_truth": list(box * 1000 / [640, 480, 640, 480]), "img_size": [640, 480]}
+        {
+            "extracted_answer": list(box),
+            "ground_truth": list(box * 1000 / [640, 480, 640, 480]),
+            "img_size": [640, 480],
+        }
         for box in random_boxes()
     ]
     with pytest.raises(UserError, match="--gold-format=xyxy_permille would give 1.0000"):
@@ -232,18 +295,28 @@ def test_gold_in_another_frame_is_told(tmp_path):
 
 def test_a_poor_model_is_no_wrong_frame(tmp_path):
     boxes = random_boxes()
-    records = [{"extracted_answer": list(a), "ground_truth": list(b)} for a, b in zip(boxes, boxes[::-1], strict=True)]
+    records = [
+        {"extracted_answer": list(a), "ground_truth": list(b)}
+        for a, b in zip(boxes, boxes[::-1], strict=True)
+    ]
     assert score(tmp_path, records)[0]["acc50"] < 0.2
 
 
 def test_another_number_of_questions_is_not_reported_under_the_benchmark_s_name(tmp_path):
-    with pytest.raises(UserError, match="refcoco_val has 10834 questions, but there are 2: --benchmark=rec"):
+    with pytest.raises(
+        UserError, match="refcoco_val has 10834 questions, but there are 2: --benchmark=rec"
+    ):
         score(tmp_path, records_of([[1, 2, 3, 4]] * 2), "refcoco_val")
     with pytest.raises(UserError, match="refcoco_val@3 has 3 questions, but there are 2"):
         score(tmp_path, records_of([[1, 2, 3, 4]] * 2), "refcoco_val@3")
     row = {"benchmark": "refcoco_val", "mode": "greedy", "id": 0, "gold": {"boxes": [0]}}
-    assert exam.named([row], given=True)[0]["benchmark"] == "refcoco_val@1"
-    assert exam.named([{**row, "benchmark": "rec", "gold": {"boxes": []}}], given=False)[0]["benchmark"] == "objects"
+    assert runner.named([row], given=True)[0]["benchmark"] == "refcoco_val@1"
+    assert (
+        runner.named([{**row, "benchmark": "rec", "gold": {"boxes": []}}], given=False)[0][
+            "benchmark"
+        ]
+        == "objects"
+    )
 
 
 coordinate = st.floats(0, 1000, allow_nan=False)
@@ -290,55 +363,96 @@ A, C = [0, 0, 10, 10], [50, 50, 90, 90]
 
 def test_sets_of_boxes_pay_for_missing_spurious_and_duplicate_ones():
     gold = [boxes(("a", A), ("c", C))] * 4 + [boxes()]
-    said = [boxes(("c", C), ("a", A)), boxes(("a", A)), boxes(("a", A), ("a", A), ("c", C)), boxes(("a", C), ("c", A)), boxes()]
+    said = [
+        boxes(("c", C), ("a", A)),
+        boxes(("a", A)),
+        boxes(("a", A), ("a", A), ("c", C)),
+        boxes(("a", C), ("c", A)),
+        boxes(),
+    ]
     found = rows_of("objects", said, gold)
     np.testing.assert_allclose([row["iou"] for row in found], [1, 2 / 3, 4 / 5, 0, 1])
-    assert [row["correct"] for row in found] == [1, 0, 0, 0, 1] and [row["duplicates"] for row in found] == [0, 0, 1, 0, 0]
+    assert [row["correct"] for row in found] == [1, 0, 0, 0, 1] and [
+        row["duplicates"] for row in found
+    ] == [0, 0, 1, 0, 0]
     assert benchmarks.measure(found).values["duplicates_per_image"] == 0.2
 
 
 def test_detection_ranks_by_scores_where_all_boxes_have_one():
     gold = [boxes(("a", A), ("c", C))]
-    said = {"boxes": [{"label": "a", "xyxy_px": C, "score": 0.1}, {"label": "a", "xyxy_px": A, "score": 0.9}]}
+    said = {
+        "boxes": [
+            {"label": "a", "xyxy_px": C, "score": 0.1},
+            {"label": "a", "xyxy_px": A, "score": 0.9},
+        ]
+    }
     values = benchmarks.measure(rows_of("detection", [said], gold)).values
     assert (values["ap"], values["ap50"]) == (pytest.approx(0.5), pytest.approx(0.5))
     for one in said["boxes"]:
         del one["score"]
-    assert benchmarks.measure(rows_of("detection", [said], gold)).values["ap"] == pytest.approx(0.25)  # the wrong one is first
+    assert benchmarks.measure(rows_of("detection", [said], gold)).values["ap"] == pytest.approx(
+        0.25
+    )  # the wrong one is first
 
 
 def test_points_are_matched_for_most_hits():
     gold = {**boxes(("", A), ("", [0, 0, 100, 100])), **points([5, 5], [60, 60])}
     found = rows_of(
-        "pointing", [points([10, 10], [5, 5]), points([60, 60]), points(), points([5, 5], [60, 60], [7, 7])], [gold] * 4
+        "pointing",
+        [points([10, 10], [5, 5]), points([60, 60]), points(), points([5, 5], [60, 60], [7, 7])],
+        [gold] * 4,
     )
-    assert [row["hits"] for row in found] == [2, 1, 0, 2] and [row["recall"] for row in found] == [1, 0.5, 0, 1]
+    assert [row["hits"] for row in found] == [2, 1, 0, 2] and [row["recall"] for row in found] == [
+        1,
+        0.5,
+        0,
+        1,
+    ]
     assert found[3]["precision"] == 2 / 3 and [row["point_in_box"] for row in found] == [1, 0, 0, 1]
     near = rows_of("pointing", [points([53, 50]), points([60, 50])], [points([50, 50])] * 2)
-    assert [row["f1"] for row in near] == [1, 0] and near[0]["distance_px"] == 3  # 5 % of the diagonal is 7.07 pixels
+    assert [row["f1"] for row in near] == [1, 0] and near[0][
+        "distance_px"
+    ] == 3  # 5 % of the diagonal is 7.07 pixels
 
 
 @given(st.integers(0, 2**12 - 1), st.integers(0, 99), st.integers(0, 99))
 def test_run_lengths_cover_the_cells_of_their_mask(bits, x, y):
     mask = np.array([bits >> i & 1 for i in range(12)], bool).reshape(3, 4)
     assert (
-        pointing.covers(runs_of(mask), (x + 0.5, y + 0.5), (100, 100)) == mask[int((y + 0.5) * 3 / 100), int((x + 0.5) * 4 / 100)]
+        pointing.covers(runs_of(mask), (x + 0.5, y + 0.5), (100, 100))
+        == mask[int((y + 0.5) * 3 / 100), int((x + 0.5) * 4 / 100)]
     )
 
 
 def test_a_click_on_the_edge_is_inside(data):
-    element = json.loads((data / "gui" / "test.jsonl").read_text().splitlines()[0])["test_samples"][0]
+    element = json.loads((data / "gui" / "test.jsonl").read_text().splitlines()[0])["test_samples"][
+        0
+    ]
     x1, _, x2, y2 = element["bbox"]
-    said = [points([x1, y2]), points([x2 + 1, y2]), points(element["point"]), points(), boxes(("", element["bbox"]))]
+    said = [
+        points([x1, y2]),
+        points([x2 + 1, y2]),
+        points(element["point"]),
+        points(),
+        boxes(("", element["bbox"])),
+    ]
     found = rows_of("screenspot", said, [boxes(("", element["bbox"]))] * 5)
     assert [row["correct"] for row in found] == [1, 0, 1, 0, 1]
     assert benchmarks.measure(found).values["invalid_fraction"] == 0.2
 
 
 def test_counts_are_exact_and_off_by_their_mean(data, tmp_path):
-    records = [json.loads(line) for line in (data / "counting" / "superclevr_test200.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for line in (data / "counting" / "superclevr_test200.jsonl").read_text().splitlines()
+    ]
     for i, record in enumerate(records):
-        record["pred"] = [record["ground_truth"], f"<answer> {record['ground_truth'] + 2} </answer>", "many", "3 or 4"][i % 4]
+        record["pred"] = [
+            record["ground_truth"],
+            f"<answer> {record['ground_truth'] + 2} </answer>",
+            "many",
+            "3 or 4",
+        ][i % 4]
     found, _ = score(tmp_path, records, "counting", {"pred": "pred", "gold": "ground_truth"})
     assert (found["accuracy"], found["mae"], found["invalid_fraction"]) == (0.25, 1, 0.5)
 
@@ -366,10 +480,20 @@ def test_a_count_is_the_one_number_of_an_answer(text, number):
 
 
 def test_cv_bench_s_own_rows_are_read(data):
-    records = [json.loads(line) for line in (data / "cvbench" / "cvbench_rows.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for line in (data / "cvbench" / "cvbench_rows.jsonl").read_text().splitlines()
+    ]
     gold = [cv_bench.gold(record, "row") for record in records]
-    assert gold[0] == {"choice": "C", "choices": ["3", "2", "1", "0"], "task": "Count", "source": "ADE20K"}
-    assert all(f"({one['choice']})" == record["answer"] for one, record in zip(gold, records, strict=True))
+    assert gold[0] == {
+        "choice": "C",
+        "choices": ["3", "2", "1", "0"],
+        "task": "Count",
+        "source": "ADE20K",
+    }
+    assert all(
+        f"({one['choice']})" == record["answer"] for one, record in zip(gold, records, strict=True)
+    )
     with pytest.raises(UserError, match="is no row of CV-Bench"):
         cv_bench.gold({"task": "left", "question": "?"}, "row 3")
 
@@ -386,7 +510,9 @@ def cv_rows(tasks=cv_bench.TASKS):
         for task, count in tasks.items()
         for i in range(count)
     ]
-    return rows_of("cv_bench", [{"choice": "B" if one["source"] == "ADE20K" else "A"} for one in gold], gold)
+    return rows_of(
+        "cv_bench", [{"choice": "B" if one["source"] == "ADE20K" else "A"} for one in gold], gold
+    )
 
 
 def test_defect_21_cv_bench_is_cv_bench_with_its_published_counts_and_formula():
@@ -398,7 +524,10 @@ def test_defect_21_cv_bench_is_cv_bench_with_its_published_counts_and_formula():
     for lacking in ({"Relation": 649}, {"Relation": 651, "Count": 787}, {"Count": 0}):
         with pytest.raises(UserError, match="--benchmark=multiple_choice"):
             benchmarks.check_count(cv_rows(cv_bench.TASKS | lacking), "cv_bench")
-    benchmarks.check_count(cv_rows({task: cv_bench.TASKS[task] for task in cv_bench.QUALITATIVE}), "cv_bench_qualitative")
+    benchmarks.check_count(
+        cv_rows({task: cv_bench.TASKS[task] for task in cv_bench.QUALITATIVE}),
+        "cv_bench_qualitative",
+    )
 
 
 @pytest.mark.parametrize(
@@ -434,7 +563,9 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_pass(rollouts, data):
 
     passed, k = data.draw(st.integers(0, rollouts)), data.draw(st.integers(1, min(rollouts, 4)))
     subsets = list(combinations([True] * passed + [False] * (rollouts - passed), k))
-    assert environment.pass_at(k, rollouts, passed) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+    assert environment.pass_at(k, rollouts, passed) == pytest.approx(
+        sum(map(any, subsets)) / len(subsets)
+    )
 
 
 def test_environments_report_rewards_over_rollouts():
@@ -457,7 +588,9 @@ def test_environments_report_rewards_over_rollouts():
         ]
     )
     values = benchmarks.measure(scored).values
-    assert values["mean_reward"] == pytest.approx(0.4) and values["std_reward"] == pytest.approx(np.std([1, 0, 0.2, 0.4]))
+    assert values["mean_reward"] == pytest.approx(0.4) and values["std_reward"] == pytest.approx(
+        np.std([1, 0, 0.2, 0.4])
+    )
     assert (values["pass@1"], values["pass@2"], values["rollouts"]) == (0.25, 0.5, 2)
     assert benchmarks.metrics(scored)["eval/s/questions"] == 2
 
@@ -468,7 +601,9 @@ def test_intervals_resample_images_and_repeat():
     together = {"x": np.repeat(alone["x"], 5)}
     first = intervals(alone, [None] * 200)
     assert first == intervals(alone, list(range(200)))
-    assert intervals(together, np.repeat(np.arange(200), 5).tolist()) == first  # copies of a row add nothing
+    assert (
+        intervals(together, np.repeat(np.arange(200), 5).tolist()) == first
+    )  # copies of a row add nothing
     low, high = first["x"]
     assert high - low == pytest.approx(2 * 1.96 * alone["x"].std() / np.sqrt(200), rel=0.15)
 
@@ -481,17 +616,28 @@ def test_what_a_source_is_measured_as_follows_from_what_it_asks():
         (Source(asks="text", suffix="{answer}"), "text"),
         (Source(suffix="json"), "rec"),
     ):
-        assert exam.measured_as(source) == name
+        assert runner.measured_as(source) == name
 
 
 def test_flags_of_files_have_either_spelling(data, capsys, tmp_path):
     path = data / "predictions" / "baseline_rec_results_refcocog_val.json"
     for flag in ("--box-format=xyxy_px", "--box_format=xyxy_px"):
-        argv = [f"--predictions={path}", "--benchmark=rec", "--fields=pred=extracted_answer,gold=ground_truth", flag]
-        evaluate.main([*argv, f"--out={tmp_path}"], cli.Group(""))
+        argv = [
+            f"--predictions={path}",
+            "--benchmark=rec",
+            "--fields=pred=extracted_answer,gold=ground_truth",
+            flag,
+        ]
+        scoring.main([*argv, f"--out={tmp_path}"], cli.Group(""))
         assert "acc50                 86.60 %" in capsys.readouterr().out
     assert json.loads((tmp_path / "eval.json").read_text())["acc50"] == 0.866
     with pytest.raises(UserError, match="did you mean xyxy_px"):
-        evaluate.main(
-            [f"--predictions={path}", "--benchmark=rec", "--fields=pred=a,gold=b", "--box-format=xyxy_pixel"], cli.Group("")
+        scoring.main(
+            [
+                f"--predictions={path}",
+                "--benchmark=rec",
+                "--fields=pred=a,gold=b",
+                "--box-format=xyxy_pixel",
+            ],
+            cli.Group(""),
         )

@@ -1,4 +1,4 @@
-"""Laws of `pg_ground.metrics`: lines are exact, survive a kill, and a resumed file is a prefix of the old one."""
+"""Laws of `pg_ground.reporting.metric_writers`: lines are exact, survive a kill, and a resumed file is a prefix of the old one."""
 
 import io
 import json
@@ -12,53 +12,75 @@ import pytest
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
-from pg_ground import metrics
+from pg_ground.reporting import metric_writers
 from pg_ground.types import UserError
 
 
 def write_run(workdir, steps, resume_step=None):
-    with metrics.open_metrics(workdir, resume_step) as writer:
+    with metric_writers.open_metrics(workdir, resume_step) as writer:
         for step in steps:
-            writer.write(step, "grpo", {"reward/total": float(np.float32(0.1)) * step, "policy/kl": 1 / (step + 1)})
+            writer.write(
+                step,
+                "grpo",
+                {"reward/total": float(np.float32(0.1)) * step, "policy/kl": 1 / (step + 1)},
+            )
 
 
 def test_lines_start_with_step_and_stage_and_keep_every_bit(tmp_path):
     values = {"a/third": 1 / 3, "a/tiny": 5e-324, "a/f32": float(np.float32(0.1)), "a/count": 7.0}
-    with metrics.open_metrics(tmp_path, None) as writer:
+    with metric_writers.open_metrics(tmp_path, None) as writer:
         writer.write(3, "sft", values)
     text = (tmp_path / "metrics.jsonl").read_text()
     assert text.startswith('{"step": 3, "stage": "sft", ') and text.endswith("}\n")
-    assert metrics.read_metrics(tmp_path) == [{"step": 3, "stage": "sft", **values}]
+    assert metric_writers.read_metrics(tmp_path) == [{"step": 3, "stage": "sft", **values}]
 
 
 def test_what_is_not_finite_becomes_null(tmp_path):
-    with metrics.open_metrics(tmp_path, None) as writer:
-        writer.write(0, "grpo", {"a": math.nan, "b": math.inf, "c": -math.inf, "d": float(np.float32("nan")), "e": 1.0})
+    with metric_writers.open_metrics(tmp_path, None) as writer:
+        writer.write(
+            0,
+            "grpo",
+            {"a": math.nan, "b": math.inf, "c": -math.inf, "d": float(np.float32("nan")), "e": 1.0},
+        )
     line = (tmp_path / "metrics.jsonl").read_text()
     strict = json.loads(line, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
-    assert strict == {"step": 0, "stage": "grpo", "a": None, "b": None, "c": None, "d": None, "e": 1.0}
+    assert strict == {
+        "step": 0,
+        "stage": "grpo",
+        "a": None,
+        "b": None,
+        "c": None,
+        "d": None,
+        "e": 1.0,
+    }
 
 
 def test_a_line_is_on_disk_when_write_returns(tmp_path):
-    with metrics.open_metrics(tmp_path, None) as writer:
+    with metric_writers.open_metrics(tmp_path, None) as writer:
         writer.write(1, "sft", {"sft/loss": 2.0})
-        assert metrics.read_metrics(tmp_path) == [{"step": 1, "stage": "sft", "sft/loss": 2.0}]
+        assert metric_writers.read_metrics(tmp_path) == [
+            {"step": 1, "stage": "sft", "sft/loss": 2.0}
+        ]
 
 
 def test_identical_runs_write_identical_bytes(tmp_path):
     write_run(tmp_path / "a", range(5))
     write_run(tmp_path / "b", range(5))
-    assert (tmp_path / "a/metrics.jsonl").read_bytes() == (tmp_path / "b/metrics.jsonl").read_bytes()
+    assert (tmp_path / "a/metrics.jsonl").read_bytes() == (
+        tmp_path / "b/metrics.jsonl"
+    ).read_bytes()
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"step": 6, "sta', b'{"step": 6, "stage": "grpo"}', b'{"step"\n'])
+@pytest.mark.parametrize(
+    "torn", [b"", b'{"step": 6, "sta', b'{"step": 6, "stage": "grpo"}', b'{"step"\n']
+)
 def test_resume_drops_later_lines_and_a_torn_one_and_keeps_the_other_bytes(tmp_path, torn):
     write_run(tmp_path, range(6))
     path = tmp_path / "metrics.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole + torn)
-    assert [row["step"] for row in metrics.read_metrics(tmp_path)] == list(range(6))
-    metrics.open_metrics(tmp_path, 3).close()
+    assert [row["step"] for row in metric_writers.read_metrics(tmp_path)] == list(range(6))
+    metric_writers.open_metrics(tmp_path, 3).close()
     assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:4])
 
 
@@ -66,12 +88,14 @@ def test_a_resumed_run_ends_with_the_bytes_of_one_that_was_never_killed(tmp_path
     write_run(tmp_path / "whole", range(10))
     write_run(tmp_path / "killed", range(7))
     write_run(tmp_path / "killed", range(5, 10), resume_step=4)
-    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (tmp_path / "killed/metrics.jsonl").read_bytes()
+    assert (tmp_path / "whole/metrics.jsonl").read_bytes() == (
+        tmp_path / "killed/metrics.jsonl"
+    ).read_bytes()
 
 
 def test_starting_over_forgets_every_line(tmp_path):
     write_run(tmp_path, range(4))
-    metrics.open_metrics(tmp_path, None).close()
+    metric_writers.open_metrics(tmp_path, None).close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == b""
 
 
@@ -80,19 +104,22 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path):
     path.write_text('{"step": 0, "stage": "sft"}\nnonsense\n{"step": 1, "stage": "sft"}\n')
     before = path.read_bytes()
     with pytest.raises(UserError, match=r"metrics\.jsonl:2 is b'nonsense"):
-        metrics.open_metrics(tmp_path, 1)
+        metric_writers.open_metrics(tmp_path, 1)
     assert path.read_bytes() == before
 
 
 def test_no_file_reads_as_no_lines(tmp_path):
-    assert metrics.read_metrics(tmp_path) == []
+    assert metric_writers.read_metrics(tmp_path) == []
 
 
 def events(workdir):
     """Returns every event that TensorBoard would read, in its order."""
     found = []
     for path in sorted((workdir / "tb").iterdir()):
-        data, at = path.read_bytes(), 0  # records: length u64, its checksum u32, the event, its checksum u32
+        data, at = (
+            path.read_bytes(),
+            0,
+        )  # records: length u64, its checksum u32, the event, its checksum u32
         while at < len(data):
             length = int.from_bytes(data[at : at + 8], "little")
             found.append(Event.FromString(data[at + 12 : at + 12 + length]))
@@ -102,7 +129,7 @@ def events(workdir):
 
 def test_tensorboard_has_the_finite_values_and_is_told_what_resume_purges(tmp_path):
     write_run(tmp_path, range(3))
-    with metrics.open_metrics(tmp_path, 1) as writer:
+    with metric_writers.open_metrics(tmp_path, 1) as writer:
         writer.write(2, "grpo", {"reward/total": 0.5, "policy/kl": math.nan})
     values = {(e.step, v.tag, v.simple_value) for e in events(tmp_path) for v in e.summary.value}
     assert (2, "reward/total", 0.5) in values and (1, "policy/kl", 0.5) in values
@@ -121,7 +148,7 @@ def test_a_run_that_starts_over_leaves_nothing_of_the_one_before_in_tensorboard(
 
 def test_tensorboard_has_the_pictures(tmp_path):
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 9, 3), dtype=np.uint8))
-    with metrics.open_metrics(tmp_path, None) as writer:
+    with metric_writers.open_metrics(tmp_path, None) as writer:
         writer.picture(7, "samples", picture)
     ((step, value),) = [(e.step, v) for e in events(tmp_path) for v in e.summary.value]
     assert (step, value.tag) == (7, "samples")
@@ -163,17 +190,20 @@ def mirror(monkeypatch):
 
 
 def test_a_mirrored_run_sends_what_is_finite_and_goes_on_under_its_id(tmp_path, mirror):
-    with metrics.open_metrics(tmp_path, None, "grounding", {"seed": 3}) as writer:
+    with metric_writers.open_metrics(tmp_path, None, "grounding", {"seed": 3}) as writer:
         writer.write(1, "sft", {"sft/loss": 2.0, "policy/kl": math.nan})
         writer.picture(1, "samples", Image.new("RGB", (4, 2)))
-    assert mirror.logged == [(1, {"sft/loss": 2.0}), (1, {"samples": ("image", (4, 2))})] and mirror.finished == 1
-    with metrics.open_metrics(tmp_path, 1, "grounding", {"seed": 3}) as writer:
+    assert (
+        mirror.logged == [(1, {"sft/loss": 2.0}), (1, {"samples": ("image", (4, 2))})]
+        and mirror.finished == 1
+    )
+    with metric_writers.open_metrics(tmp_path, 1, "grounding", {"seed": 3}) as writer:
         writer.write(2, "sft", {"sft/loss": 1.0})
-    metrics.open_metrics(tmp_path, None, "grounding", {"seed": 3}).close()
+    metric_writers.open_metrics(tmp_path, None, "grounding", {"seed": 3}).close()
     first, resumed, over = mirror.begun
     assert first == resumed and first["project"] == "grounding" and first["config"] == {"seed": 3}
     assert over["id"] != first["id"], "what starts over is another run"
-    assert [row["step"] for row in metrics.read_metrics(tmp_path)] == [], "as it is here"
+    assert [row["step"] for row in metric_writers.read_metrics(tmp_path)] == [], "as it is here"
 
 
 def test_a_run_is_mirrored_only_if_asked(tmp_path, mirror):
@@ -186,20 +216,26 @@ def test_a_mirror_that_cannot_be_opened_is_one_line_and_changes_nothing(tmp_path
     before = (tmp_path / "metrics.jsonl").read_bytes()
     mirror.refuses = True
     with pytest.raises(UserError, match=r"config\.log\.wandb=grounding: No API key"):
-        metrics.open_metrics(tmp_path, None, "grounding")
+        metric_writers.open_metrics(tmp_path, None, "grounding")
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_mirror_that_is_not_installed_is_said_at_the_start(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # what makes an import fail
-    metrics.check_mirror("")
+    metric_writers.check_mirror("")
     with pytest.raises(UserError, match=r"wandb is not installed: pip install"):
-        metrics.check_mirror("grounding")
+        metric_writers.check_mirror("grounding")
 
 
 def test_progress_line_says_where_how_well_how_fast_and_how_long():
-    values = {"reward/total": 0.75, "policy/kl": 0.01, "time/step_s": 2.0, "optim/lr": 1e-6, "perf/images_per_s": 16.0}
-    line = metrics.progress_line(40, 100, "grpo", {**values, "accuracy": 0.5})
+    values = {
+        "reward/total": 0.75,
+        "policy/kl": 0.01,
+        "time/step_s": 2.0,
+        "optim/lr": 1e-6,
+        "perf/images_per_s": 16.0,
+    }
+    line = metric_writers.progress_line(40, 100, "grpo", {**values, "accuracy": 0.5})
     assert line == "grpo  40/100  reward 0.75  acc 0.5  kl 0.01  16 examples/s  2m00s left"
 
 
@@ -212,23 +248,29 @@ def test_a_terminal_has_one_line_that_is_written_over_and_what_was_measured_stay
     monkeypatch.setenv("COLUMNS", "30")
     out = Terminal()
     monkeypatch.setattr(sys, "stdout", out)
-    progress = metrics.Progress()
+    progress = metric_writers.Progress()
     progress.show(1, 90, "grpo", {"reward/total": 0.25})
-    progress.show(2, 90, "grpo", {"reward/total": 0.5, "policy/kl": 0.125, "perf/images_per_s": 1234.0})
+    progress.show(
+        2, 90, "grpo", {"reward/total": 0.5, "policy/kl": 0.125, "perf/images_per_s": 1234.0}
+    )
     progress.show(2, 90, "grpo", {"eval/val/acc50": 0.75})
     progress.show(3, 90, "grpo", {"reward/total": 0.5})
     progress.end()
     progress.end()
     lines = out.getvalue().split("\r\x1b[K")[1:]
-    assert lines[0] == "grpo  1/90  reward 0.25" and len(lines[1]) == 29, "a longer one would not be written over"
+    assert lines[0] == "grpo  1/90  reward 0.25" and len(lines[1]) == 29, (
+        "a longer one would not be written over"
+    )
     assert lines[2] == "grpo  2/90  val: acc50 0.75\n"
-    assert lines[3] == "grpo  3/90  reward 0.5  acc 0\n", "the accuracy that was measured last; cut to the width"
+    assert lines[3] == "grpo  3/90  reward 0.5  acc 0\n", (
+        "the accuracy that was measured last; cut to the width"
+    )
 
 
 def test_a_log_has_a_line_a_minute_and_what_was_measured_and_the_last(monkeypatch):
     now, out = [0.0], io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
-    progress = metrics.Progress(clock=lambda: now[0])
+    progress = metric_writers.Progress(clock=lambda: now[0])
     for step in range(1, 301):
         now[0] += 1.0
         progress.show(step, 300, "sft", {"sft/loss": 1.0}, keep=step == 300)
@@ -239,10 +281,20 @@ def test_a_log_has_a_line_a_minute_and_what_was_measured_and_the_last(monkeypatc
 
 
 def test_progress_line_of_an_evaluation_names_the_benchmarks():
-    values = {"eval/val/acc50": 0.5, "eval/val/acc95": 0.1, "eval/val/mean_iou": 0.25, "eval/clicks/hit": 0.9}
-    assert metrics.progress_line(0, 9, "sft", values) == "sft  0/9  val: acc50 0.5 mean_iou 0.25  clicks: hit 0.9"
+    values = {
+        "eval/val/acc50": 0.5,
+        "eval/val/acc95": 0.1,
+        "eval/val/mean_iou": 0.25,
+        "eval/clicks/hit": 0.9,
+    }
+    assert (
+        metric_writers.progress_line(0, 9, "sft", values)
+        == "sft  0/9  val: acc50 0.5 mean_iou 0.25  clicks: hit 0.9"
+    )
 
 
 def test_progress_line_is_one_line_whatever_the_numbers():
-    line = metrics.progress_line(1, 2, "sft", {"sft/loss": math.nan, "time/step_s": math.inf})
+    line = metric_writers.progress_line(
+        1, 2, "sft", {"sft/loss": math.nan, "time/step_s": math.inf}
+    )
     assert "\n" not in line and "loss nan" in line and "ETA" not in line

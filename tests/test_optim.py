@@ -9,59 +9,83 @@ import optax
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
-from pg_ground import config, optim
-from pg_ground.model import PaliGemma
+from pg_ground import config
+from pg_ground.models import PaliGemma
 from pg_ground.params import MATRICES, flatten
+from pg_ground.training import optimizers
 
 
 def tiny_params():
     vision = config.Vision(width=8, depth=2, mlp_dim=16, num_heads=2, patch_size=8)
-    text = config.Text(width=12, depth=3, mlp_dim=20, num_heads=4, num_kv_heads=2, head_dim=4, vocab_size=1200, post_norms=True)
+    text = config.Text(
+        width=12,
+        depth=3,
+        mlp_dim=20,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=4,
+        vocab_size=1200,
+        post_norms=True,
+    )
     return PaliGemma(config.Model(image_size=16, vision=vision, text=text)).init(jax.random.key(0))
 
 
 def test_warm_up_rises_to_the_peak_and_the_schedule_ends_at_zero():
     for name in ("linear", "cosine"):
-        rate = optim.schedule(config.Optimizer(lr=2.0, schedule=name, warmup_steps=10), 110)
+        rate = optimizers.schedule(config.Optimizer(lr=2.0, schedule=name, warmup_steps=10), 110)
         assert [float(rate(s)) for s in (0, 5, 10)] == [0.0, 1.0, 2.0]
-        assert float(rate(60)) == pytest.approx(1.0) and float(rate(110)) == pytest.approx(0.0, abs=1e-7)
-    assert float(optim.schedule(config.Optimizer(lr=2.0), 110)(500)) == 2.0
+        assert float(rate(60)) == pytest.approx(1.0) and float(rate(110)) == pytest.approx(
+            0.0, abs=1e-7
+        )
+    assert float(optimizers.schedule(config.Optimizer(lr=2.0), 110)(500)) == 2.0
 
 
 def test_muon_takes_every_matrix_of_the_layers_and_nothing_else():
     params = tiny_params()
-    specs = jax.tree.leaves(optim.matrices(params), is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers))
+    specs = jax.tree.leaves(
+        optimizers.matrices(params),
+        is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers),
+    )
     names = {name for name, spec in zip(flatten(params), specs, strict=True) if spec is not None}
     assert all(name.startswith(("img/", "llm/layers/")) for name in names)
     ends = {end for end, _, _ in MATRICES}
     assert {end for end in ends if any(name.endswith(end) for name in names)} == ends
-    assert not any(word in name for name in names for word in ("embedd", "norm", "bias", "LayerNorm"))
+    assert not any(
+        word in name for name in names for word in ("embedd", "norm", "bias", "LayerNorm")
+    )
 
 
 def test_a_muon_update_is_orthogonal_matrix_by_matrix():
     params = tiny_params()
     grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
-    chain = optim.optimizer(config.Optimizer(name="muon", lr=1.0, clip_norm=0.0), 10)
+    chain = optimizers.optimizer(config.Optimizer(name="muon", lr=1.0, clip_norm=0.0), 10)
     state = chain.init(params)
     updates, _ = chain.update(grads, state, params)
     flat = flatten(updates)
-    query = flat["llm/layers/attn/q_einsum/w"]  # [layers, heads, D, H]: one D x (heads·H) matrix a layer
+    query = flat[
+        "llm/layers/attn/q_einsum/w"
+    ]  # [layers, heads, D, H]: one D x (heads·H) matrix a layer
     for layer in query:
         matrix = np.moveaxis(np.asarray(layer), 1, 0).reshape(12, -1)
         values = np.linalg.svd(matrix, compute_uv=False)
         values = values / values.mean()
-        assert values.min() > 0.5 and values.max() < 1.5  # five Newton-Schulz steps leave singular values within about 0.7..1.2
+        assert (
+            values.min() > 0.5 and values.max() < 1.5
+        )  # five Newton-Schulz steps leave singular values within about 0.7..1.2
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
 def test_clipping_is_optaxs(scale):
     grads = {"a": scale * jnp.linspace(-1, 1, 12).reshape(3, 4), "b": jnp.full(5, scale * 0.1)}
-    found, expected = (clip.update(grads, clip.init(grads))[0] for clip in (optim.clipped(1.5), optax.clip_by_global_norm(1.5)))
+    found, expected = (
+        clip.update(grads, clip.init(grads))[0]
+        for clip in (optimizers.clipped(1.5), optax.clip_by_global_norm(1.5))
+    )
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
 
 
 def test_clipping_bounds_the_gradient_that_the_optimizer_sees():
-    chain = optim.optimizer(config.Optimizer(lr=1.0, clip_norm=1.0, b1=0.0), 10)
+    chain = optimizers.optimizer(config.Optimizer(lr=1.0, clip_norm=1.0, b1=0.0), 10)
     small = {"a": jnp.array([0.3, 0.4])}
     large = jax.tree.map(lambda x: 1e4 * x, small)
     updates = [chain.update(g, chain.init(small), small)[0]["a"] for g in (small, large)]

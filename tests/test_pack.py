@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from pg_ground.config import Config, Data, Eval, Grpo, Sft, Source
+from pg_ground.data.packing import pack
 from pg_ground.data.pipeline import open_examples
-from pg_ground.pack import pack
 from pg_ground.types import UserError
 
 
@@ -22,14 +22,24 @@ def photos(tmp_path):
     lines = []
     for i in range(7):
         Image.fromarray(rng.integers(0, 255, (30, 40, 3), np.uint8)).save(folder / f"{i}.jpg")
-        lines.append({"meta": {"image": f"{i}.jpg"}, "phrase": f"cat {i}", "box": [0, 0, 4 + i, 4], "n": None, "x": [1.5, "é"]})
+        lines.append(
+            {
+                "meta": {"image": f"{i}.jpg"},
+                "phrase": f"cat {i}",
+                "box": [0, 0, 4 + i, 4],
+                "n": None,
+                "x": [1.5, "é"],
+            }
+        )
     (folder / "2.jpg").write_bytes(b"no image")
     (folder / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     return Source(uri=f"jsonl:{folder}/a.jsonl", image="meta.image", boxes="box")
 
 
 def config_of(**sources: Source) -> Config:
-    return Config(sft=replace(Sft(), sources=sources), grpo=replace(Grpo(), sources=sources), eval=Eval())
+    return Config(
+        sft=replace(Sft(), sources=sources), grpo=replace(Grpo(), sources=sources), eval=Eval()
+    )
 
 
 def test_packed_sources_hold_the_same_questions(photos, tmp_path):
@@ -53,6 +63,8 @@ def test_nothing_is_overwritten_and_names_are_one_source_each(photos, tmp_path):
     pack(config_of(a=photos), tmp_path / "out", 1)
     with pytest.raises(UserError, match="exists already"):
         pack(config_of(a=photos), tmp_path / "out", 1)
-    both = replace(config_of(a=photos), eval=Eval(sources={"a": Source(uri="synthetic:heldout", boxes="box")}))
+    both = replace(
+        config_of(a=photos), eval=Eval(sources={"a": Source(uri="synthetic:heldout", boxes="box")})
+    )
     with pytest.raises(UserError, match="two sources are called a"):
         pack(both, tmp_path / "other", 1)

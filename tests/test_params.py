@@ -15,14 +15,20 @@ def test_flatten_and_unflatten_are_inverses():
 
 
 def test_join_puts_together_what_pick_takes_apart():
-    parts = [pick(TREE, lambda name: name.startswith("llm/layers")), pick(TREE, lambda name: not name.startswith("llm/layers"))]
+    parts = [
+        pick(TREE, lambda name: name.startswith("llm/layers")),
+        pick(TREE, lambda name: not name.startswith("llm/layers")),
+    ]
     assert join(*parts) == join(*parts[::-1]) == TREE
     assert join(TREE, {"img": {"head": 5}})["img"]["head"] == 5
 
 
 def test_axes_of_a_matrix_are_counted_from_its_end_and_differ():
     assert matrix_axes("llm/layers/attn/q_einsum/w") == ((-2,), (-3, -1))
-    assert matrix_axes("llm/embedder/input_embedding") is None and matrix_axes("img/embedding/kernel") is None
+    assert (
+        matrix_axes("llm/embedder/input_embedding") is None
+        and matrix_axes("img/embedding/kernel") is None
+    )
     for _, inner, outer in MATRICES:
         axes = [*inner, *outer]
         assert sorted(axes) == list(range(-len(axes), 0))
@@ -42,7 +48,10 @@ def test_the_first_pattern_that_matches_the_whole_name_counts():
     ("table", "said"),
     [
         ((("llm/.*", 1.0),), "says nothing of img/head"),
-        ((("llm", 1.0), ("img/.*", 1.0)), "says nothing of llm/embedder/table, llm/layers/w, llm/layers/w_lora_a"),
+        (
+            (("llm", 1.0), ("img/.*", 1.0)),
+            "says nothing of llm/embedder/table, llm/layers/w, llm/layers/w_lora_a",
+        ),
         (((".*", 1.0), ("img/.*", 0.0)), "'img/.*' is the first match of no parameter"),
         ((("vit/.*", 0.0), (".*", 1.0)), "'vit/.*' is the first match of no parameter"),
         (((".*", 0.0),), "freezes every parameter"),

@@ -43,7 +43,9 @@ def jpeg(value: int) -> bytes:
     return out.getvalue()
 
 
-def make_source(folder: Path, name: str, count: int, broken: tuple[int, ...] = (), weight: float = 1.0) -> Source:
+def make_source(
+    folder: Path, name: str, count: int, broken: tuple[int, ...] = (), weight: float = 1.0
+) -> Source:
     """Writes `count` records with a JPEG each; those of `broken` are cut off."""
     lines = []
     for i in range(count):
@@ -89,7 +91,9 @@ def test_batch_has_leading_b_on_every_leaf(tmp_path, tokens):
 
 
 def test_every_epoch_shows_every_record_once_in_another_order(tmp_path, tokens):
-    indices = [i for _, i in seen(list(islice(train({"a": make_source(tmp_path, "a", 12)}, tokens), 9)))]
+    indices = [
+        i for _, i in seen(list(islice(train({"a": make_source(tmp_path, "a", 12)}, tokens), 9)))
+    ]
     epochs = [indices[:12], indices[12:24], indices[24:]]
     assert all(sorted(epoch) == list(range(12)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
@@ -109,7 +113,9 @@ def test_sources_of_one_length_are_shuffled_apart(tmp_path, tokens):
 
 def test_mixture_follows_the_weights_exactly(tmp_path, tokens):
     weights = {"a": 1.0, "b": 2.5, "c": 0.5}
-    sources = {name: make_source(tmp_path, name, 5, weight=weight) for name, weight in weights.items()}
+    sources = {
+        name: make_source(tmp_path, name, 5, weight=weight) for name, weight in weights.items()
+    }
     order = seen(list(islice(train(sources, tokens, batch_size=8), 10)))
     assert Counter(s for s, _ in order) == {0: 20, 1: 50, 2: 10}
     for start in range(0, 80, 8):
@@ -119,7 +125,10 @@ def test_mixture_follows_the_weights_exactly(tmp_path, tokens):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_restored_iterator_continues_the_same_batches(tmp_path, tokens, threads):
     data = Data(prompt_length=8, suffix_length=8, read_threads=threads)
-    sources = {"a": make_source(tmp_path, "a", 25, broken=(3, 9)), "b": make_source(tmp_path, "b", 7, weight=2.0)}
+    sources = {
+        "a": make_source(tmp_path, "a", 25, broken=(3, 9)),
+        "b": make_source(tmp_path, "b", 7, weight=2.0),
+    }
     running = train(sources, tokens, data=data, bad=BadRecords())
     for _ in range(5):
         next(running)
@@ -135,7 +144,13 @@ def test_restored_iterator_continues_the_same_batches(tmp_path, tokens, threads)
 def test_batches_do_not_depend_on_the_number_of_read_threads(tmp_path, tokens):
     sources = {"a": make_source(tmp_path, "a", 25, broken=(4,))}
     none, one, four = (
-        list(islice(train(sources, tokens, data=Data(prompt_length=8, suffix_length=8, read_threads=n)), 10)) for n in (0, 1, 4)
+        list(
+            islice(
+                train(sources, tokens, data=Data(prompt_length=8, suffix_length=8, read_threads=n)),
+                10,
+            )
+        )
+        for n in (0, 1, 4)
     )
     assert_same(none, one)
     assert_same(none, four)
@@ -184,7 +199,9 @@ def test_share_is_taken_source_by_source():
         bad.add("poor", i, "bad_box", "flat")
     bad.check(0.1)
     bad.add("poor", 20, "missing_image", "gone")
-    with pytest.raises(UserError, match="source poor: 21 of 200 .*20 bad_box, 1 missing_image.*record 0: flat"):
+    with pytest.raises(
+        UserError, match="source poor: 21 of 200 .*20 bad_box, 1 missing_image.*record 0: flat"
+    ):
         bad.check(0.1)
     bad.check(0.11)
 
@@ -223,7 +240,11 @@ def test_epochs_and_order_do_not_change_the_share(tmp_path, tokens):
 def test_ordered_batches_show_each_source_once_in_order_and_mask_the_padding(tmp_path, tokens):
     sources = {"a": make_source(tmp_path, "a", 9), "b": make_source(tmp_path, "b", 3)}
     batches = list(ordered(sources, tokens, examples=6))
-    assert [mask.tolist() for _, mask in batches] == [[True] * 4, [True, True, False, False], [True, True, True, False]]
+    assert [mask.tolist() for _, mask in batches] == [
+        [True] * 4,
+        [True, True, False, False],
+        [True, True, True, False],
+    ]
     counted = [pair for b, mask in batches for pair, ok in zip(seen([b]), mask, strict=True) if ok]
     assert counted == [(0, i) for i in range(6)] + [(1, i) for i in range(3)]
     assert seen([batches[1][0]])[2:] == [(0, 5), (0, 5)]
@@ -234,7 +255,13 @@ def test_ordered_batches_skip_bad_records_and_read_no_more_than_needed(tmp_path,
     bad = BadRecords()
     data = Data(prompt_length=8, suffix_length=8, bad_record_share=0.5)
     batches = list(ordered(source, tokens, examples=5, bad=bad, data=data))
-    assert [i for b, mask in batches for (_, i), ok in zip(seen([b]), mask, strict=True) if ok] == [0, 3, 4, 5, 6]
+    assert [i for b, mask in batches for (_, i), ok in zip(seen([b]), mask, strict=True) if ok] == [
+        0,
+        3,
+        4,
+        5,
+        6,
+    ]
     assert [entry["index"] for entry in bad.entries()] == [1, 2]
 
 
@@ -265,7 +292,9 @@ def test_examples_by_index_raise_what_is_wrong_with_a_record(tmp_path):
 
 
 def test_source_that_cannot_be_opened_is_refused_at_once(tmp_path, tokens):
-    with pytest.raises(UserError, match=r"^config\.grpo\.sources\.a\.uri \(jsonl:.*none\.jsonl\): No such file"):
+    with pytest.raises(
+        UserError, match=r"^config\.grpo\.sources\.a\.uri \(jsonl:.*none\.jsonl\): No such file"
+    ):
         train({"grpo/a": Source(uri=f"jsonl:{tmp_path}/none.jsonl", boxes="box")}, tokens)
     good = make_source(tmp_path, "a", 3)
     with pytest.raises(UserError, match="box_format"):
@@ -277,7 +306,10 @@ def test_source_that_cannot_be_opened_is_refused_at_once(tmp_path, tokens):
 
 def digests(batches) -> list[str]:
     return [
-        hashlib.sha256(b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(b))).hexdigest() for b in batches
+        hashlib.sha256(
+            b"".join(np.ascontiguousarray(leaf).tobytes() for leaf in jax.tree.leaves(b))
+        ).hexdigest()
+        for b in batches
     ]
 
 
@@ -307,7 +339,11 @@ def test_a_mixture_is_exact_over_its_period_and_nearly_so_before(weights, shares
 
 def three_sources(folder: Path) -> dict[str, Source]:
     synthetic = Source(uri=f"synthetic:train?side={2 * SIDE}", boxes="box")
-    return {"a": make_source(folder, "a", 50, weight=2.0), "b": make_source(folder, "b", 7), "c": synthetic}
+    return {
+        "a": make_source(folder, "a", 50, weight=2.0),
+        "b": make_source(folder, "b", 7),
+        "c": synthetic,
+    }
 
 
 def test_five_hundred_batches_have_their_shares_and_no_example_twice_in_an_epoch(tmp_path, tokens):
@@ -355,22 +391,32 @@ def test_batches_placed_ahead_are_the_same_and_so_is_their_state(tmp_path, token
 def test_two_processes_see_disjoint_halves_whose_union_is_the_whole(tmp_path, tokens):
     sources = three_sources(tmp_path)
     whole = seen(list(islice(train(sources, tokens, batch_size=8), 20)))
-    halves = [seen(list(islice(train(sources, tokens, batch_size=8, process=(p, 2)), 20))) for p in (0, 1)]
+    halves = [
+        seen(list(islice(train(sources, tokens, batch_size=8, process=(p, 2)), 20))) for p in (0, 1)
+    ]
     assert all(len(half) == 80 for half in halves)
     assert Counter(whole) == Counter(halves[0] + halves[1])
-    assert [row for step in range(20) for half in halves for row in half[4 * step : 4 * step + 4]] == whole
+    assert [
+        row for step in range(20) for half in halves for row in half[4 * step : 4 * step + 4]
+    ] == whole
 
 
 def test_records_of_a_list_become_one_question_each_or_one_at_random(tmp_path, tokens):
     (tmp_path / "i.jpg").write_bytes(jpeg(0))
     lines = [
-        {"image": "i.jpg", "box": [0, 0, 4, 4], "sentences": [{"raw": f"{word}{i}"} for i in range(n)]}
+        {
+            "image": "i.jpg",
+            "box": [0, 0, 4, 4],
+            "sentences": [{"raw": f"{word}{i}"} for i in range(n)],
+        }
         for word, n in (("a", 3), ("b", 1), ("c", 0), ("d", 2))
     ]
     (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, lines)))
     source = Source(uri=f"jsonl:{tmp_path}/s.jsonl", boxes="box", phrase="sentences[].raw")
     every = open_examples("s", source, DATA, SIDE)
-    assert [every[i].prompt for i in range(len(every))] == [f"detect {name}" for name in ("a0", "a1", "a2", "b0", "d0", "d1")]
+    assert [every[i].prompt for i in range(len(every))] == [
+        f"detect {name}" for name in ("a0", "a1", "a2", "b0", "d0", "d1")
+    ]
     assert [every.place(i) for i in range(6)] == [(0, 0), (0, 1), (0, 2), (1, 0), (3, 0), (3, 1)]
     some = open_examples("s", replace(source, element="random"), DATA, SIDE)
     assert len(some) == 4
@@ -396,19 +442,28 @@ def test_a_source_is_sampled_before_anything_else(tmp_path, tokens):
 
 def write_lines(folder: Path, records: list[dict]) -> str:
     (folder / "i.jpg").write_bytes(jpeg(0))
-    (folder / "x.jsonl").write_text("\n".join(json.dumps({"image": "i.jpg"} | record) for record in records))
+    (folder / "x.jsonl").write_text(
+        "\n".join(json.dumps({"image": "i.jpg"} | record) for record in records)
+    )
     return f"jsonl:{folder}/x.jsonl"
 
 
 def test_budgets_are_measured_before_training_and_name_the_worst(tmp_path, tokens):
     boxes = [[[0, 0, i + 1, 4] for i in range(n)] for n in (1, 4, 2)]
-    uri = write_lines(tmp_path, [{"phrase": "cat " * (3 - i), "box": b} for i, b in enumerate(boxes)])
-    opened = open_examples("a", Source(uri=uri, boxes="box"), replace(DATA, max_boxes=9, suffix_length=99), SIDE)
+    uri = write_lines(
+        tmp_path, [{"phrase": "cat " * (3 - i), "box": b} for i, b in enumerate(boxes)]
+    )
+    opened = open_examples(
+        "a", Source(uri=uri, boxes="box"), replace(DATA, max_boxes=9, suffix_length=99), SIDE
+    )
     found = budget(opened, tokens, DATA)
     rows = [opened[i] for i in range(3)]
     assert found.prompt_tokens == max(len(tokens.prefix(row.prompt)) for row in rows)
     assert found.suffix_tokens == max(len(tokens.suffix(row.suffix)) for row in rows)
-    assert (found.objects, found.worst) == (4, {"prompt_length": 0, "suffix_length": 1, "max_boxes": 1})
+    assert (found.objects, found.worst) == (
+        4,
+        {"prompt_length": 0, "suffix_length": 1, "max_boxes": 1},
+    )
     for room, said in (
         (
             {"prompt_length": 4, "suffix_length": 99, "max_boxes": 9},
@@ -431,7 +486,8 @@ def test_budgets_are_measured_before_training_and_name_the_worst(tmp_path, token
 def test_a_wrong_path_is_told_before_training_with_the_fields_there_are(tmp_path, tokens):
     uri = write_lines(tmp_path, [{"phrase": "cat", "bbox": [0, 0, 4, 4]}] * 30)
     with pytest.raises(
-        UserError, match="none of 16 questions can be used; .*there is no box: the fields are image, phrase, bbox"
+        UserError,
+        match="none of 16 questions can be used; .*there is no box: the fields are image, phrase, bbox",
     ):
         budget(open_examples("a", Source(uri=uri, boxes="box"), DATA, SIDE), tokens, DATA)
 
@@ -440,21 +496,33 @@ def test_a_folder_without_the_images_is_told_before_training(tmp_path, tokens):
     uri = write_lines(tmp_path, [{"phrase": "cat", "box": [0, 0, 4, 4]}] * 30)
     lost = open_examples("a", Source(uri=uri, boxes="box", image_root="nowhere"), DATA, SIDE)
     with pytest.raises(
-        UserError, match=r"^source a: none of 16 questions can be used; question 0: there is no file .*nowhere/i.jpg"
+        UserError,
+        match=r"^source a: none of 16 questions can be used; question 0: there is no file .*nowhere/i.jpg",
     ):
         budget(lost, tokens, DATA)
     uri = write_lines(
-        tmp_path, [{"phrase": "cat", "box": [0, 0, 4, 4], "image": "no.jpg"}] * 29 + [{"phrase": "cat", "box": [0, 0, 4, 4]}]
+        tmp_path,
+        [{"phrase": "cat", "box": [0, 0, 4, 4], "image": "no.jpg"}] * 29
+        + [{"phrase": "cat", "box": [0, 0, 4, 4]}],
     )
-    budget(open_examples("a", Source(uri=uri, boxes="box"), DATA, SIDE), tokens, DATA)  # not all: bad_record_share is for that
+    budget(
+        open_examples("a", Source(uri=uri, boxes="box"), DATA, SIDE), tokens, DATA
+    )  # not all: bad_record_share is for that
 
 
 @pytest.mark.parametrize("size", [(640, 480), (340, 500), (1000, 1000)])
-def test_a_wrong_unit_that_puts_everything_in_one_corner_is_told_before_training(tmp_path, tokens, size):
+def test_a_wrong_unit_that_puts_everything_in_one_corner_is_told_before_training(
+    tmp_path, tokens, size
+):
     Image.fromarray(np.zeros((size[1], size[0], 3), np.uint8)).save(tmp_path / "big.png")
-    Image.new("RGB", (200, 150)).save(tmp_path / "small.png")  # one of them does not hide the others
+    Image.new("RGB", (200, 150)).save(
+        tmp_path / "small.png"
+    )  # one of them does not hide the others
     names = ["big.png"] * 19 + ["small.png"]
-    records = [{"image": name, "phrase": "cat", "box": [i, i, 81 + i, 100], "points": [[i, 99]]} for i, name in enumerate(names)]
+    records = [
+        {"image": name, "phrase": "cat", "box": [i, i, 81 + i, 100], "points": [[i, 99]]}
+        for i, name in enumerate(names)
+    ]
     uri = write_lines(tmp_path, records)
     right = {"boxes": "box", "box_format": "xyxy_percent"}
     budget(open_examples("a", Source(uri=uri, **right), DATA, SIDE), tokens, DATA)
@@ -470,11 +538,18 @@ def test_small_things_in_a_corner_are_no_wrong_unit(tmp_path, tokens):
     """A menu of a large screen, in its first quarter but beyond 100 pixels; nine points of one picture; pictures of 56."""
     for name, side in (("screen.png", 1600), ("small.png", 56)):
         Image.fromarray(np.zeros((side, side, 3), np.uint8)).save(tmp_path / name)
-    menu = [{"image": "screen.png", "phrase": "item", "box": [20, 20 * i, 380, 20 * i + 18]} for i in range(16)]
+    menu = [
+        {"image": "screen.png", "phrase": "item", "box": [20, 20 * i, 380, 20 * i + 18]}
+        for i in range(16)
+    ]
     flock = [{"image": "screen.png", "phrase": "bird", "points": [[i, i + 3] for i in range(9)]}]
     scenes = [{"image": "small.png", "phrase": "dot", "box": [i, i, 30 + i, 40]} for i in range(16)]
     for records, asks in ((menu, "boxes"), (flock, "points"), (scenes, "boxes")):
-        source = Source(uri=write_lines(tmp_path, records), asks=asks, **{asks: asks if asks == "points" else "box"})
+        source = Source(
+            uri=write_lines(tmp_path, records),
+            asks=asks,
+            **{asks: asks if asks == "points" else "box"},
+        )
         budget(open_examples("a", source, replace(DATA, max_boxes=9), SIDE), tokens, DATA)
 
 
@@ -486,10 +561,13 @@ def test_a_stream_without_any_question_ends(tmp_path, tokens, workers):
     empty = {name: Source(uri=f"jsonl:{tmp_path}/{name}/x.jsonl", boxes="box") for name in "ef"}
     empty["f"] = replace(empty["f"], weight=0.01)
     with pytest.raises(
-        UserError, match=r"^sources e, f: none of 23 questions can be used; question \d+ of .: there are no boxes$"
+        UserError,
+        match=r"^sources e, f: none of 23 questions can be used; question \d+ of .: there are no boxes$",
     ):
         next(train(empty, tokens, data=replace(DATA, workers=workers)))
-    rare = empty | {"f": replace(make_source(tmp_path, "g", 3), weight=0.01)}  # behind 100 empty ones, but it comes
+    rare = empty | {
+        "f": replace(make_source(tmp_path, "g", 3), weight=0.01)
+    }  # behind 100 empty ones, but it comes
     assert seen([next(train(rare, tokens, batch_size=1))])[0][0] == 1
 
 
@@ -512,7 +590,9 @@ if __name__ == "__main__":
 def test_closed_workers_leave_no_shared_memory(tmp_path):
     uri = make_source(tmp_path, "a", 50).uri
     (tmp_path / "run.py").write_text(LEAVES_NOTHING)
-    done = subprocess.run([sys.executable, tmp_path / "run.py", uri], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "run.py", uri], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0 and "leaked" not in done.stderr, done.stderr
 
 
@@ -564,13 +644,17 @@ def test_ten_thousand_records_one_in_ten_of_them_mutated(tmp_path, tokens):
     (tmp_path / "f.jsonl").write_bytes(b"\n".join(lines))
     source, bad = Source(uri=f"jsonl:{tmp_path}/f.jsonl", boxes="box"), BadRecords()
     data = replace(DATA, suffix_length=32, prompt_length=16, bad_record_share=0.3)
-    found = list(ordered({"f": source}, tokens, examples=10_000, batch_size=100, data=data, bad=bad))
+    found = list(
+        ordered({"f": source}, tokens, examples=10_000, batch_size=100, data=data, bad=bad)
+    )
     kept = [int(i) for batch, counts in found for i in batch.index[counts]]
     listed = {entry["index"] for entry in bad.entries()}
     broken = set(range(0, 10_000, 997))
     assert broken <= listed <= broken | mutated and not listed & set(kept)
     assert len(set(kept)) == len(kept) and set(range(10_000)) - mutated - broken <= set(kept)
-    assert set(range(10_000)) - set(kept) - listed == empty - broken  # nothing to find: dropped, and not counted as bad
+    assert (
+        set(range(10_000)) - set(kept) - listed == empty - broken
+    )  # nothing to find: dropped, and not counted as bad
     assert empty and len(bad.counts()) >= 5 and bad.counts()["bad_json"] == len(broken)
     right = open_examples("f", source, data, SIDE)[1 if 1 not in mutated else 2]
     for batch, counts in found:

@@ -20,10 +20,12 @@ import numpy as np
 import pytest
 from programs import ROOT, arrays, assert_same_run, command, rows, write_recipe
 
-from pg_ground import checkpoints, config, processes, sharding, tokenizer
+from pg_ground import config, tokenizer
+from pg_ground.checkpoints import manager
 from pg_ground.config import Data, Source
 from pg_ground.data.pipeline import BadRecords, training_batches
-from pg_ground.diary import own_part
+from pg_ground.parallel import multiprocess, sharding
+from pg_ground.training.recorder import own_part
 from pg_ground.types import TrainState, UserError
 
 RECIPE = """
@@ -118,9 +120,15 @@ def test_one_process_and_two_have_the_same_trajectory(two, setting, recipe, tmp_
 
 def test_files_and_lines_are_written_once(two):
     workdir, (first, second) = two
-    steps = [(row["stage"], row["step"]) for row in rows(workdir) if not any(name.startswith("eval/") for name in row)]
+    steps = [
+        (row["stage"], row["step"])
+        for row in rows(workdir)
+        if not any(name.startswith("eval/") for name in row)
+    ]
     assert steps == [("sft", 1), ("sft", 2), ("sft", 3), ("grpo", 4), ("grpo", 5), ("grpo", 6)]
-    assert first.strip().endswith("report.html") and not [line for line in second.splitlines() if "Gloo" not in line]
+    assert first.strip().endswith("report.html") and not [
+        line for line in second.splitlines() if "Gloo" not in line
+    ]
     assert len(list((workdir / "tb").iterdir())) == 1
 
 
@@ -130,10 +138,16 @@ def test_two_processes_evaluate_as_one_does(two, setting, recipe, tmp_path):
         flags = (recipe, f"--workdir={two[0]}", f"--out={tmp_path / str(count)}")
         found = finish(start(setting, count, [flags] * count, "evaluate"))
         assert all(code == 0 for code, _, _ in found), found
-        outputs[count] = [(tmp_path / str(count) / name).read_text() for name in ("eval.json", "predictions.jsonl")]
+        outputs[count] = [
+            (tmp_path / str(count) / name).read_text()
+            for name in ("eval.json", "predictions.jsonl")
+        ]
     assert outputs[1] == outputs[2]
     lines = [json.loads(line) for line in outputs[2][1].splitlines()]
-    assert len(lines) == 2 * 2 * 12 and [line["mode"] for line in lines[:16]] == ["greedy"] * 8 + ["sampled"] * 8
+    assert (
+        len(lines) == 2 * 2 * 12
+        and [line["mode"] for line in lines[:16]] == ["greedy"] * 8 + ["sampled"] * 8
+    )
 
 
 @pytest.mark.slow
@@ -152,10 +166,17 @@ def test_a_process_that_has_not_joined_sums_in_another_order(two, setting, recip
     """
     ours = {**setting, "JAX_NUM_CPU_DEVICES": "8"}
     done = subprocess.run(
-        command("train", recipe, f"--workdir={tmp_path}"), env=ours, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S
+        command("train", recipe, f"--workdir={tmp_path}"),
+        env=ours,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
     )
     assert done.returncode == 0, done.stderr
-    one, other = (next(row for row in rows(workdir) if "sft/loss" in row) for workdir in (two[0], tmp_path))
+    one, other = (
+        next(row for row in rows(workdir) if "sft/loss" in row) for workdir in (two[0], tmp_path)
+    )
     assert one["sft/loss"] == pytest.approx(other["sft/loss"], rel=14 * 2**-24)
     mine, theirs = arrays(two[0]), arrays(tmp_path)
     for name in mine:
@@ -163,7 +184,9 @@ def test_a_process_that_has_not_joined_sums_in_another_order(two, setting, recip
             assert np.abs(mine[name] - theirs[name]).max() <= 6 * 2 * 1e-3, name
 
 
-def killed(setting: dict[str, str], recipe: str, workdir: Path, index: int, lines: int) -> tuple[int, str]:
+def killed(
+    setting: dict[str, str], recipe: str, workdir: Path, index: int, lines: int
+) -> tuple[int, str]:
     """Returns exit code and stderr of one of two processes after the other, `index`, is killed at so many lines of metrics."""
     started = start(setting, 2, [(recipe, f"--workdir={workdir}")] * 2)
     file = workdir / "metrics.jsonl"
@@ -172,11 +195,15 @@ def killed(setting: dict[str, str], recipe: str, workdir: Path, index: int, line
             file.exists() and file.read_bytes().count(b"\n") >= lines
         ):
             time.sleep(0.01)
-        assert all(process.poll() is None for process in started), "the run was over before the kill"
+        assert all(process.poll() is None for process in started), (
+            "the run was over before the kill"
+        )
         started[index].send_signal(signal.SIGKILL)
         at = time.monotonic()
         _, error = started[1 - index].communicate(timeout=WAIT_S)
-        print(f"process {index} killed: the other ended after {time.monotonic() - at:.1f} s, {started[1 - index].returncode}")
+        print(
+            f"process {index} killed: the other ended after {time.monotonic() - at:.1f} s, {started[1 - index].returncode}"
+        )
     finally:
         for process in started:
             process.kill()
@@ -187,21 +214,28 @@ def killed(setting: dict[str, str], recipe: str, workdir: Path, index: int, line
 @pytest.mark.slow
 def test_where_a_process_dies_the_other_ends_and_both_go_on_exactly(two, setting, recipe, tmp_path):
     code, error = killed(setting, recipe, tmp_path / "run", index=1, lines=6)
-    assert code == processes.LOST
-    assert re.search(r"^error: another process of this run ended: (process 1|.*Gloo.*); start all of them again", error, re.M), (
-        error
-    )
+    assert code == multiprocess.LOST
+    assert re.search(
+        r"^error: another process of this run ended: (process 1|.*Gloo.*); start all of them again",
+        error,
+        re.M,
+    ), error
     together(setting, recipe, 2, tmp_path / "run")
     assert_same_run(two[0], tmp_path / "run")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lines", [2, 6])
-def test_where_process_0_dies_the_other_ends_and_both_go_on_exactly(two, setting, recipe, tmp_path, lines):
+def test_where_process_0_dies_the_other_ends_and_both_go_on_exactly(
+    two, setting, recipe, tmp_path, lines
+):
     """By the connection between them, or by what jax has of its own: whichever notices first."""
     code, error = killed(setting, recipe, tmp_path / "run", index=0, lines=lines)
-    assert code == processes.LOST or code == -signal.SIGABRT, (code, error)
-    assert "error: another process of this run ended: process 0" in error or "another task died" in error, error
+    assert code == multiprocess.LOST or code == -signal.SIGABRT, (code, error)
+    assert (
+        "error: another process of this run ended: process 0" in error
+        or "another task died" in error
+    ), error
     together(setting, recipe, 2, tmp_path / "run")
     assert_same_run(two[0], tmp_path / "run")
 
@@ -214,20 +248,32 @@ def test_another_number_of_processes_goes_on(two, setting, recipe, tmp_path):
     assert_same_run(two[0], tmp_path / "run")
 
 
-def test_processes_with_other_settings_are_refused_before_anything_is_compiled(setting, recipe, tmp_path):
-    flags = [(recipe, f"--workdir={tmp_path / 'run'}", f"--config.grpo.group_size={size}") for size in (4, 8)]
+def test_processes_with_other_settings_are_refused_before_anything_is_compiled(
+    setting, recipe, tmp_path
+):
+    flags = [
+        (recipe, f"--workdir={tmp_path / 'run'}", f"--config.grpo.group_size={size}")
+        for size in (4, 8)
+    ]
     for code, _, error in finish(start(setting, 2, flags)):
         assert code == 2, error
         assert re.search(
-            r"^error: config\.grpo\.group_size is 4 in process 0 and 8 in process 1: all processes .* same settings$", error, re.M
+            r"^error: config\.grpo\.group_size is 4 in process 0 and 8 in process 1: all processes .* same settings$",
+            error,
+            re.M,
         ), error
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("where", ["yes", "localhost,0/2", "localhost:99,2/2", "localhost:99,0/0", "localhost:99,0", "auto "])
+@pytest.mark.parametrize(
+    "where",
+    ["yes", "localhost,0/2", "localhost:99,2/2", "localhost:99,0/0", "localhost:99,0", "auto "],
+)
 def test_a_place_that_is_none_is_refused(where):
-    with pytest.raises(UserError, match=r"--distributed=.*: it must be auto, or HOST:PORT,INDEX/COUNT"):
-        processes.join(where)
+    with pytest.raises(
+        UserError, match=r"--distributed=.*: it must be auto, or HOST:PORT,INDEX/COUNT"
+    ):
+        multiprocess.join(where)
 
 
 def test_no_cluster_to_find_is_one_line(setting, recipe, tmp_path):
@@ -235,16 +281,27 @@ def test_no_cluster_to_find_is_one_line(setting, recipe, tmp_path):
         command("train", recipe, f"--workdir={tmp_path}", "--distributed=auto"),
         env=setting, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S,
     )  # fmt: skip
-    assert done.returncode == 2 and re.search(r"^error: --distributed=auto: ", done.stderr, re.M), done.stderr
+    assert done.returncode == 2 and re.search(r"^error: --distributed=auto: ", done.stderr, re.M), (
+        done.stderr
+    )
 
 
 def test_who_waits_in_vain_for_the_others_says_so(setting):
     program = f"from pg_ground import processes; processes.START_S = 2; processes.join('127.0.0.1:{port()},1/2')"
-    done = subprocess.run([sys.executable, "-c", program], env=setting, cwd=ROOT, capture_output=True, text=True, timeout=WAIT_S)
-    assert done.returncode == 2
-    assert re.search(r"^error: --distributed=127.*,1/2: not all of the processes came within 2 s$", done.stderr, re.M), (
-        done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=setting,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
     )
+    assert done.returncode == 2
+    assert re.search(
+        r"^error: --distributed=127.*,1/2: not all of the processes came within 2 s$",
+        done.stderr,
+        re.M,
+    ), done.stderr
 
 
 # one process
@@ -252,18 +309,23 @@ def test_who_waits_in_vain_for_the_others_says_so(setting):
 
 def test_one_process_speaks_for_all():
     value = {"a": [1, None, float("inf")], "b": "ö"}
-    assert processes.gather(value) == [value] and processes.is_writer()
-    assert processes.summed({"a": 2.0}) == {"a": 2.0} and processes.summed({}) == {}
-    processes.barrier("here")
-    processes.agree({"config.seed": 1})
-    assert processes.join("") == ""
+    assert multiprocess.gather(value) == [value] and multiprocess.is_writer()
+    assert multiprocess.summed({"a": 2.0}) == {"a": 2.0} and multiprocess.summed({}) == {}
+    multiprocess.barrier("here")
+    multiprocess.agree({"config.seed": 1})
+    assert multiprocess.join("") == ""
 
 
 def test_settings_that_differ_are_named_with_both_values(monkeypatch):
-    settings = [processes.leaves({"config": {"grpo": {"batch_size": size}, "seed": 0}}) for size in (8, 8, 16)]
-    monkeypatch.setattr(processes, "gather", lambda mine: settings)
-    with pytest.raises(UserError, match=r"^config\.grpo\.batch_size is 8 in process 0 and 16 in process 2: "):
-        processes.agree(settings[0])
+    settings = [
+        multiprocess.leaves({"config": {"grpo": {"batch_size": size}, "seed": 0}})
+        for size in (8, 8, 16)
+    ]
+    monkeypatch.setattr(multiprocess, "gather", lambda mine: settings)
+    with pytest.raises(
+        UserError, match=r"^config\.grpo\.batch_size is 8 in process 0 and 16 in process 2: "
+    ):
+        multiprocess.agree(settings[0])
 
 
 SHAPES = {"data": config.Mesh(), "replica": config.Mesh(replica=2), "model": config.Mesh(model=2)}
@@ -285,18 +347,31 @@ def test_a_checkpoint_of_eight_devices_goes_on_with_fewer(tmp_path, after):
     def state(count: int) -> TrainState:
         mesh = sharding.make_mesh(config.Mesh(data=count), jax.devices()[:count])
         rng = np.random.default_rng(0)
-        params = {"llm/layers/mlp/linear": rng.normal(size=(2, 1024, 1024)).astype(np.float32), "small": np.float32(2.5)}
+        params = {
+            "llm/layers/mlp/linear": rng.normal(size=(2, 1024, 1024)).astype(np.float32),
+            "small": np.float32(2.5),
+        }
         places = sharding.fsdp(mesh, jax.eval_shape(lambda: params))
         placed = jax.device_put(params, places)
         step = jax.device_put(jnp.int32(7), sharding.replicated(mesh))
-        return TrainState(step, placed, {"mu": placed}, jax.device_put(jnp.float32(0.5), sharding.replicated(mesh)))
+        return TrainState(
+            step,
+            placed,
+            {"mu": placed},
+            jax.device_put(jnp.float32(0.5), sharding.replicated(mesh)),
+        )
 
     whole, like = state(8), state(after)
     assert len(whole.params["llm/layers/mlp/linear"].addressable_shards[0].data[0]) == 1024 // 8
-    with checkpoints.Checkpoints(tmp_path, keep=1) as saved:
+    with manager.Checkpoints(tmp_path, keep=1) as saved:
         saved.save(7, whole, {"stage": "sft"})
-    with checkpoints.Checkpoints(tmp_path, keep=1) as saved:
-        found = saved.restore(7, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like))
+    with manager.Checkpoints(tmp_path, keep=1) as saved:
+        found = saved.restore(
+            7,
+            jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+            ),
+        )
     jax.tree.map(np.testing.assert_array_equal, found, whole)
     assert jax.tree.map(lambda x: x.sharding, found) == jax.tree.map(lambda x: x.sharding, like)
 
@@ -307,9 +382,14 @@ def test_a_checkpoint_of_eight_devices_goes_on_with_fewer(tmp_path, after):
 DATA = Data(prompt_length=8, suffix_length=8)
 
 
-def streams(count: int, uri: str = "synthetic:train?side=16", bad: BadRecords | None = None) -> list:
+def streams(
+    count: int, uri: str = "synthetic:train?side=16", bad: BadRecords | None = None
+) -> list:
     """Returns the batches of 8 rows of each of `count` processes."""
-    sources = {"a": Source(uri=uri, boxes="box"), "b": Source(uri="synthetic:heldout?side=16", boxes="box", weight=0.5)}
+    sources = {
+        "a": Source(uri=uri, boxes="box"),
+        "b": Source(uri="synthetic:heldout?side=16", boxes="box", weight=0.5),
+    }
     return [
         training_batches(
             sources, DATA, tokenizer.load(), image_size=8, batch_size=8, seed=0, bad=bad or BadRecords(),
@@ -327,7 +407,12 @@ def steps(opened: list, count: int) -> list:
 
 def handed_on(opened: list, count: int, uri: str = "synthetic:train?side=16") -> list:
     """Returns as many processes that go on where others stopped."""
-    parts = [json.loads(json.dumps({"batches": one.get_state(), "bad_records": BadRecords().get_state()})) for one in opened]
+    parts = [
+        json.loads(
+            json.dumps({"batches": one.get_state(), "bad_records": BadRecords().get_state()})
+        )
+        for one in opened
+    ]
     fresh = streams(count, uri)
     for index, one in enumerate(fresh):
         one.set_state(own_part(parts, index, count)["batches"])
@@ -349,8 +434,12 @@ def test_the_number_of_processes_may_change_and_change_back():
     jax.tree.map(np.testing.assert_array_equal, found, expected[:5])
 
 
-def test_after_bad_records_as_many_processes_go_on_exactly_and_others_with_a_batch_that_none_had_begun(tmp_path):
-    lines = [{"image": "i.png", "phrase": "cat", "box": [0, 0, 4, 4 if i % 8 else -4]} for i in range(64)]
+def test_after_bad_records_as_many_processes_go_on_exactly_and_others_with_a_batch_that_none_had_begun(
+    tmp_path,
+):
+    lines = [
+        {"image": "i.png", "phrase": "cat", "box": [0, 0, 4, 4 if i % 8 else -4]} for i in range(64)
+    ]
     from PIL import Image
 
     Image.new("RGB", (8, 8)).save(tmp_path / "i.png")
@@ -359,11 +448,15 @@ def test_after_bad_records_as_many_processes_go_on_exactly_and_others_with_a_bat
     opened = streams(2, uri)
     steps(opened, 4)
     states = [one.get_state() for one in opened]
-    assert any(state["next"] % state["rows"] for state in states), "no process came upon a bad record"
+    assert any(state["next"] % state["rows"] for state in states), (
+        "no process came upon a bad record"
+    )
     again = handed_on(opened, 2, uri)
     jax.tree.map(np.testing.assert_array_equal, steps(again, 3), steps(opened, 3))
     (one,) = handed_on(again, 1, uri)
-    begun = max(-(-state["next"] // state["rows"]) for state in (part.get_state() for part in again))
+    begun = max(
+        -(-state["next"] // state["rows"]) for state in (part.get_state() for part in again)
+    )
     assert one.get_state() == {"next": 8 * begun, "rows": 8}
 
 
@@ -372,10 +465,15 @@ def test_what_was_counted_goes_on_once():
     bad.read("a", 10, 3)
     bad.add("a", 4, "bad_box", "flat")
     judged = {"calls": {"r": 5}, "errors": {"r": 1}, "first_error": {"r": "odd"}}
-    parts = [{"batches": {"next": 8, "rows": 4}, "bad_records": bad.get_state(), "judges": judged}] * 2
+    parts = [
+        {"batches": {"next": 8, "rows": 4}, "bad_records": bad.get_state(), "judges": judged}
+    ] * 2
     assert own_part(parts, 1, 2) is parts[1]
     first, *others = (own_part(parts, index, 4) for index in range(4))
     assert first["bad_records"]["read"] == {"a": 6} and first["judges"]["calls"] == {"r": 10}
     for other in others:
-        assert other["bad_records"] == {"size": {}, "read": {}, "entries": []} and other["judges"]["calls"] == {}
+        assert (
+            other["bad_records"] == {"size": {}, "read": {}, "entries": []}
+            and other["judges"]["calls"] == {}
+        )
         assert other["batches"] == {"next": 2, "rows": 1}

@@ -16,7 +16,13 @@ from PIL import Image
 
 from pg_ground import config, tokenizer
 from pg_ground.config import Data, Source
-from pg_ground.data.pipeline import BadRecords, budget, check_budgets, open_examples, training_batches
+from pg_ground.data.pipeline import (
+    BadRecords,
+    budget,
+    check_budgets,
+    open_examples,
+    training_batches,
+)
 from pg_ground.data.records import BadRecord
 from pg_ground.types import TEXT
 
@@ -39,12 +45,16 @@ def opened(source: Source, uri: str, **settings):
 
 def grammatical(suffix: str, unit: str) -> bool:
     """Whether a suffix is answers of one kind, each with or without a name, and holds nothing of JSON."""
-    return bool(re.fullmatch(rf"{unit}( [^;]+?)?( ; {unit}( [^;]+?)?)*", suffix)) and not re.search(r'[\[\]{}"]', suffix)
+    return bool(re.fullmatch(rf"{unit}( [^;]+?)?( ; {unit}( [^;]+?)?)*", suffix)) and not re.search(
+        r'[\[\]{}"]', suffix
+    )
 
 
 def png(side: int = 20) -> bytes:
     out = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side, 3), np.uint8)).save(out, "PNG")
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side, 3), np.uint8)).save(
+        out, "PNG"
+    )
     return out.getvalue()
 
 
@@ -60,14 +70,18 @@ def test_refcoco_by_the_refer_toolkits_files(entries, tmp_path):
     images = SAMPLES / "refcoco/images"
     uri = f"refer:{tmp_path}?dataset=refcocog&split_by=umd&split=train&images={images}"
     found = opened(entries["refcoco_refer"], uri)
-    prompts = [found.record(i)[0]["sentences"][found.record(i)[1]]["raw"] for i in range(len(found))]
+    prompts = [
+        found.record(i)[0]["sentences"][found.record(i)[1]]["raw"] for i in range(len(found))
+    ]
     assert len(found) >= 5 and len(set(prompts)) > 4
     seen = 0
     for i in range(len(found)):
         try:
             example = found[i]
         except BadRecord as bad:
-            assert bad.kind == "missing_image"  # not every photograph of the pair is among the samples
+            assert (
+                bad.kind == "missing_image"
+            )  # not every photograph of the pair is among the samples
             continue
         assert grammatical(example.suffix, BOX) and example.prompt.startswith("detect ")
         seen += 1
@@ -101,7 +115,9 @@ def test_the_parquet_schemas_of_the_hub(entries, tmp_path):
 
 @needs_samples
 def test_pixmo_points_in_percent_are_limited_and_distinct(entries, tmp_path):
-    rows = [json.loads(line) for line in (SAMPLES / "pixmo/pixmo_points.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (SAMPLES / "pixmo/pixmo_points.jsonl").read_text().splitlines()
+    ]
     for row in rows:
         row["image_url"] = {"bytes": png(64), "path": None}
     found = opened(entries["pixmo_points"], parquet(tmp_path / "p.parquet", rows))
@@ -109,14 +125,28 @@ def test_pixmo_points_in_percent_are_limited_and_distinct(entries, tmp_path):
     for i, row in enumerate(rows):
         example = found[i]
         assert grammatical(example.suffix, POINT) and example.prompt == f"point to {row['label']}"
-        assert len(example.points.yx) == min(8, len({(round(p["x"] * 10.23), round(p["y"] * 10.23)) for p in row["points"]}))
+        assert len(example.points.yx) == min(
+            8, len({(round(p["x"] * 10.23), round(p["y"] * 10.23)) for p in row["points"]})
+        )
         everyone = np.array([[p["y"], p["x"]] for p in row["points"]]) / 100
         assert all(np.abs(everyone - yx).sum(1).min() < 1e-6 for yx in example.points.yx)
     text = parquet(
-        tmp_path / "c.parquet", [{"image_url": {"bytes": png(), "path": None}, "image_sha256": "", "label": "cows", "count": 8}]
+        tmp_path / "c.parquet",
+        [
+            {
+                "image_url": {"bytes": png(), "path": None},
+                "image_sha256": "",
+                "label": "cows",
+                "count": 8,
+            }
+        ],
     )
     counted = opened(entries["pixmo_count"], text)[0]
-    assert (counted.prompt, counted.suffix, counted.asks) == ("answer en how many cows are there?", "8", TEXT)
+    assert (counted.prompt, counted.suffix, counted.asks) == (
+        "answer en how many cows are there?",
+        "8",
+        TEXT,
+    )
 
 
 @needs_samples
@@ -159,13 +189,29 @@ def test_easydistills_files(entries, tmp_path):
     found = opened(entries["easydistill_multi"], f"json:{tmp_path}/m.json")
     assert len(found) == 3
     first = found[0]
-    assert first.suffix.startswith("<loc0479><loc0364><loc0791><loc0579> 0 ; ") and first.names == ("0", "2")
+    assert first.suffix.startswith("<loc0479><loc0364><loc0791><loc0579> 0 ; ") and first.names == (
+        "0",
+        "2",
+    )
     assert first.boxes.label.tolist() == [0, 1, 1]
     (tmp_path / "s.json").write_text(
-        json.dumps([{"image_path": rows[0]["image_path"], "instruction": "find it", "bbox": [0, 0, 64, 72]}])
+        json.dumps(
+            [
+                {
+                    "image_path": rows[0]["image_path"],
+                    "instruction": "find it",
+                    "bbox": [0, 0, 64, 72],
+                }
+            ]
+        )
     )
-    assert opened(entries["easydistill_single"], f"json:{tmp_path}/s.json")[0].suffix == "<loc0000><loc0000><loc0102><loc0051>"
-    (tmp_path / "d.yaml").write_text("datasets:\n- {json_path: m.json, sampling_strategy: 'first:2'}\n- {json_path: m.json}\n")
+    assert (
+        opened(entries["easydistill_single"], f"json:{tmp_path}/s.json")[0].suffix
+        == "<loc0000><loc0000><loc0102><loc0051>"
+    )
+    (tmp_path / "d.yaml").write_text(
+        "datasets:\n- {json_path: m.json, sampling_strategy: 'first:2'}\n- {json_path: m.json}\n"
+    )
     assert len(opened(entries["easydistill_yaml"], f"yaml:{tmp_path}/d.yaml")) == 5
 
 
@@ -184,7 +230,9 @@ def test_elements_of_screenshots(entries):
 @needs_samples
 def test_the_two_entries_that_opentau_asked_for(tmp_path):
     """Points and boxes by config alone, with the real field names; every suffix is loc grammar and holds no JSON character."""
-    rows = [json.loads(line) for line in (SAMPLES / "pixmo/pixmo_points.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (SAMPLES / "pixmo/pixmo_points.jsonl").read_text().splitlines()
+    ]
     for row in rows:
         row["image"] = {"bytes": png(), "path": None}
     points = Source(
@@ -206,7 +254,9 @@ def test_the_two_entries_that_opentau_asked_for(tmp_path):
 
 @needs_samples
 def test_photographs_points_and_scenes_mix_two_to_one_to_one(tmp_path):
-    rows = [json.loads(line) for line in (SAMPLES / "pixmo/pixmo_points.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (SAMPLES / "pixmo/pixmo_points.jsonl").read_text().splitlines()
+    ]
     for row in rows:
         row["image"] = {"bytes": png(), "path": None}
     sources = {
@@ -217,9 +267,14 @@ def test_photographs_points_and_scenes_mix_two_to_one_to_one(tmp_path):
         "scenes": Source(uri="synthetic:train?side=28", boxes="box"),
     }  # fmt: skip
     bad = BadRecords()
-    batches = training_batches(sources, DATA, tokenizer.load(), image_size=28, batch_size=4, seed=0, bad=bad)
+    batches = training_batches(
+        sources, DATA, tokenizer.load(), image_size=28, batch_size=4, seed=0, bad=bad
+    )
     seen = [
-        (int(s), int(i)) for _ in range(50) for batch in [next(batches)] for s, i in zip(batch.source, batch.index, strict=True)
+        (int(s), int(i))
+        for _ in range(50)
+        for batch in [next(batches)]
+        for s, i in zip(batch.source, batch.index, strict=True)
     ]
     counts = np.bincount([source for source, _ in seen])
     assert counts.tolist() == [100, 50, 50] and not bad.entries()
@@ -231,6 +286,9 @@ def test_every_entry_parses_and_a_wrong_name_is_told(entries):
     module = runpy.run_path(str(ROOT / "configs/data.py"))
     for name in entries:
         assert config.parse(module["get_config"](name)).sft.sources[name] == entries[name]
-    assert set(config.parse(module["get_config"]("pixmo_points+gui_boxes")).sft.sources) == {"pixmo_points", "gui_boxes"}
+    assert set(config.parse(module["get_config"]("pixmo_points+gui_boxes")).sft.sources) == {
+        "pixmo_points",
+        "gui_boxes",
+    }
     with pytest.raises(Exception, match="did you mean pixmo_points"):
         module["get_config"]("pixmo_point")

@@ -39,8 +39,12 @@ def write_refer(sample: dict[str, Any], folder: Path) -> None:
     """Writes tfds' refcoco.json as the files it was made of, the pickles as Python 2 wrote them."""
     coco = {
         "images": [image["info"] for image in sample["coco_anns"].values()],
-        "annotations": [annotation for image in sample["coco_anns"].values() for annotation in image["anns"]],
-        "categories": [{"id": i, "name": f"category {i}", "supercategory": "thing"} for i in range(1, 91)],
+        "annotations": [
+            annotation for image in sample["coco_anns"].values() for annotation in image["anns"]
+        ],
+        "categories": [
+            {"id": i, "name": f"category {i}", "supercategory": "thing"} for i in range(1, 91)
+        ],
     }
     for ref in sample["ref"]:
         there = folder / ref["dataset"]
@@ -48,7 +52,11 @@ def write_refer(sample: dict[str, Any], folder: Path) -> None:
         (there / "instances.json").write_text(json.dumps(coco))
         key = (ref["dataset"], ref["dataset_partition"])
         refs = [
-            {name: value for name, value in other.items() if name not in ("ann", "dataset", "dataset_partition")}
+            {
+                name: value
+                for name, value in other.items()
+                if name not in ("ann", "dataset", "dataset_partition")
+            }
             for other in sample["ref"]
             if (other["dataset"], other["dataset_partition"]) == key
         ]
@@ -62,13 +70,28 @@ def small(folder: Path, splits: dict[str, list[tuple[str, int]]]) -> Path:
         there = folder / dataset
         there.mkdir(parents=True)
         entries = [
-            {"split": split, "image_id": image, "ann_id": i, "ref_id": 100 + i, "sentences": [{"raw": f"{name} {i}", "sent": ""}]}
+            {
+                "split": split,
+                "image_id": image,
+                "ann_id": i,
+                "ref_id": 100 + i,
+                "sentences": [{"raw": f"{name} {i}", "sent": ""}],
+            }
             for i, (split, image) in enumerate(refs)
         ]
         coco = {
-            "images": [{"id": image, "file_name": f"{image}.jpg", "width": 9, "height": 8} for _, image in refs],
+            "images": [
+                {"id": image, "file_name": f"{image}.jpg", "width": 9, "height": 8}
+                for _, image in refs
+            ],
             "annotations": [
-                {"id": i, "image_id": image, "category_id": 1, "bbox": [1, 2, 3, 4], "segmentation": []}
+                {
+                    "id": i,
+                    "image_id": image,
+                    "category_id": 1,
+                    "bbox": [1, 2, 3, 4],
+                    "segmentation": [],
+                }
                 for i, (_, image) in enumerate(refs)
             ],
             "categories": [{"id": 1, "name": "cat"}],
@@ -97,19 +120,37 @@ def test_a_genuine_pair_is_read(samples):
         ),
     }
     for split in ("train", "val", "test"):
-        records = open_refer(f"{folder}?dataset=refcocog&split_by=umd&split={split}&images={samples}/images")
+        records = open_refer(
+            f"{folder}?dataset=refcocog&split_by=umd&split={split}&images={samples}/images"
+        )
         assert len(records) == 5 and records.root == samples / "images"
         for record in all_of(records):
             x, y, w, h = record["bbox"]
-            assert 0 <= x < x + w <= record["width"] and 0 <= y < y + h <= record["height"] and record["split"] == split
-            assert record["sentences"][0]["raw"] and record["segmentation"] and record["image"].startswith("COCO_train2014_")
+            assert (
+                0 <= x < x + w <= record["width"]
+                and 0 <= y < y + h <= record["height"]
+                and record["split"] == split
+            )
+            assert (
+                record["sentences"][0]["raw"]
+                and record["segmentation"]
+                and record["image"].startswith("COCO_train2014_")
+            )
         if split in first:
-            assert (records[0]["ref_id"], records[0]["category"], records[0]["sentences"][0]["raw"]) == first[split]
+            assert (
+                records[0]["ref_id"],
+                records[0]["category"],
+                records[0]["sentences"][0]["raw"],
+            ) == first[split]
 
 
 def test_boxes_are_those_that_another_release_gives_for_the_same_sentences(samples):
     lines = [json.loads(line) for line in (samples / "triples.jsonl").read_text().splitlines()]
-    others = {(line["image_id"], line["expression"]): line for line in lines if line["dataset"] == "refcocog_umd"}
+    others = {
+        (line["image_id"], line["expression"]): line
+        for line in lines
+        if line["dataset"] == "refcocog_umd"
+    }
     folder = samples / "annotations" / "emma_refcocog"
     shared = 0
     for split in ("train", "val", "test"):
@@ -117,7 +158,11 @@ def test_boxes_are_those_that_another_release_gives_for_the_same_sentences(sampl
             for sentence in record["sentences"]:
                 other = others.get((record["image_id"], sentence["sent"].strip()))
                 if other:
-                    assert record["bbox"] == other["bbox_xywh"] and record["image"] == other["image"] and split == other["split"]
+                    assert (
+                        record["bbox"] == other["bbox_xywh"]
+                        and record["image"] == other["image"]
+                        and split == other["split"]
+                    )
                     shared += 1
     assert shared == 3
 
@@ -132,14 +177,26 @@ def test_every_config_has_its_splits_and_the_sample_s_boxes(all_configs, name):
         for record in records:
             ref = expected[record["dataset"], record["ref_id"], record["ann_id"]]
             info = sample["coco_anns"][str(ref["image_id"])]["info"]
-            assert record["bbox"] == ref["ann"]["bbox"] and record["segmentation"] == ref["ann"]["segmentation"]
-            assert record["sentences"] == ref["sentences"] and record["category"] == f"category {ref['category_id']}"
-            assert (record["image"], record["width"], record["height"]) == (info["file_name"], info["width"], info["height"])
+            assert (
+                record["bbox"] == ref["ann"]["bbox"]
+                and record["segmentation"] == ref["ann"]["segmentation"]
+            )
+            assert (
+                record["sentences"] == ref["sentences"]
+                and record["category"] == f"category {ref['category_id']}"
+            )
+            assert (record["image"], record["width"], record["height"]) == (
+                info["file_name"],
+                info["width"],
+                info["height"],
+            )
 
 
 def test_validation_is_val(all_configs):
     for name in CONFIGS:
-        val, validation = (all_of(open_refer(uri(all_configs[1], name, split))) for split in ("val", "validation"))
+        val, validation = (
+            all_of(open_refer(uri(all_configs[1], name, split))) for split in ("val", "validation")
+        )
         assert val == validation
 
 
@@ -153,12 +210,23 @@ def test_combined_train_has_no_image_of_any_other_split(tmp_path):
         },
     )
     found = {
-        split: [(r["dataset"], r["image_id"], r["split"]) for r in all_of(open_refer(uri(folder, "combined", split)))]
+        split: [
+            (r["dataset"], r["image_id"], r["split"])
+            for r in all_of(open_refer(uri(folder, "combined", split)))
+        ]
         for split in ("train", "val", "test")
     }
-    assert found["train"] == [("refcocog", 6, "train"), ("refcoco", 1, "train"), ("refcoco+", 1, "train")]
+    assert found["train"] == [
+        ("refcocog", 6, "train"),
+        ("refcoco", 1, "train"),
+        ("refcoco+", 1, "train"),
+    ]
     assert found["val"] == [("refcocog", 7, "val"), ("refcoco", 3, "val")]
-    assert found["test"] == [("refcocog", 2, "test"), ("refcoco", 4, "testA"), ("refcoco+", 5, "testB")]
+    assert found["test"] == [
+        ("refcocog", 2, "test"),
+        ("refcoco", 4, "testA"),
+        ("refcoco+", 5, "testB"),
+    ]
     assert len(open_refer(uri(folder, "refcoco_unc", "train"))) == 2  # alone, nothing is left out
 
 
@@ -180,7 +248,9 @@ def test_text_of_python_2_is_read(tmp_path):
     with path.open("rb") as file:
         refs = pickle.load(file)
     refs[0]["sentences"] = ["@"]
-    by_hand = pickle.dumps(refs, protocol=0).replace(b"V@\n", b"S'caf\\xe9'\n")  # S is Python 2's str: bytes
+    by_hand = pickle.dumps(refs, protocol=0).replace(
+        b"V@\n", b"S'caf\\xe9'\n"
+    )  # S is Python 2's str: bytes
     assert by_hand != pickle.dumps(refs, protocol=0)
     path.write_bytes(by_hand)
     assert open_refer(uri(folder, "refcoco_unc", "train"))[0]["sentences"] == ["café"]
@@ -192,10 +262,17 @@ class Attack:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-def test_a_pickle_that_names_a_function_is_refused_and_runs_nothing(tmp_path, monkeypatch, protocol):
+def test_a_pickle_that_names_a_function_is_refused_and_runs_nothing(
+    tmp_path, monkeypatch, protocol
+):
     folder = small(tmp_path, {"refcoco_unc": [("train", 1)]})
     monkeypatch.chdir(tmp_path)
-    for payload, name in ((Attack(), "mkdir"), (builtins.eval, "eval"), ({"x": [Path()]}, "Path"), ({1}, "set")):
+    for payload, name in (
+        (Attack(), "mkdir"),
+        (builtins.eval, "eval"),
+        ({"x": [Path()]}, "Path"),
+        ({1}, "set"),
+    ):
         (folder / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps([payload], protocol=protocol))
         if name == "set" and protocol >= 4:  # plain there, and named by no one
             name = "not a list of refs"
@@ -240,11 +317,22 @@ def test_a_file_that_is_no_pickle_of_refs_is_refused(tmp_path, noise):
 def test_what_cannot_be_opened_is_refused_by_name(tmp_path):
     folder = small(tmp_path / "a", {"refcoco_unc": [("train", 1), ("val", 2), ("val", 3)]})
     (folder / "refcocog").mkdir()
-    (folder / "refcocog" / "refs(umd).p").write_bytes(pickle.dumps([{"split": "train", "image_id": 1, "ann_id": 1}]))
+    (folder / "refcocog" / "refs(umd).p").write_bytes(
+        pickle.dumps([{"split": "train", "image_id": 1, "ann_id": 1}])
+    )
     for rest, found in (
-        (uri(folder, "refcoco_unc", "testC"), r"no split 'testC'; there are train \(1\), val \(2\)"),
-        (uri(folder, "refcoco_unc", "train").replace("&split=train", ""), r"no split ''; there are train \(1\)"),
-        (uri(folder, "refcoco_google", "train"), r"refs\(google\).p: No such file .*the files there: refs\(unc\).p"),
+        (
+            uri(folder, "refcoco_unc", "testC"),
+            r"no split 'testC'; there are train \(1\), val \(2\)",
+        ),
+        (
+            uri(folder, "refcoco_unc", "train").replace("&split=train", ""),
+            r"no split ''; there are train \(1\)",
+        ),
+        (
+            uri(folder, "refcoco_google", "train"),
+            r"refs\(google\).p: No such file .*the files there: refs\(unc\).p",
+        ),
         (uri(folder, "refcoco+_unc", "train"), r"refcoco\+/refs\(unc\).p: No such file"),
         (uri(folder, "combined", "train"), r"refcoco\+/refs\(unc\).p: No such file"),
         (uri(folder, "refcocog_umd", "train"), "No such file .*instances.json'; coco=FILE"),
@@ -252,21 +340,35 @@ def test_what_cannot_be_opened_is_refused_by_name(tmp_path):
         (uri(folder, "refcoc_unc", "train"), "no dataset 'refcoc'; did you mean refcoco"),
         (uri(folder, "refcoco", "train"), "split_by"),
         (uri(folder, "combined", "train") + "&split_by=unc", "combined takes none"),
-        (uri(folder, "refcoco_unc", "train") + "&splitby=unc", "no option 'splitby'; did you mean split_by"),
+        (
+            uri(folder, "refcoco_unc", "train") + "&splitby=unc",
+            "no option 'splitby'; did you mean split_by",
+        ),
         (uri(tmp_path / "b", "refcoco_unc", "train"), "there is no folder .*/b;"),
         (f"{folder}", "no dataset ''; there are combined, refcoco, refcoco\\+, refcocog"),
     ):
         with pytest.raises(UserError, match=found) as refused:
             open_refer(rest)
         assert "\n" not in str(refused.value)
-    for text in ("", "[]", '{"images": []}', '{"images": [1], "annotations": [], "categories": []}', "\xff"):
+    for text in (
+        "",
+        "[]",
+        '{"images": []}',
+        '{"images": [1], "annotations": [], "categories": []}',
+        "\xff",
+    ):
         (folder / "refcoco" / "instances.json").write_text(text, encoding="latin1")
         with pytest.raises(UserError, match="instances.json is not COCO's"):
             open_refer(uri(folder, "refcoco_unc", "train"))
 
 
 @pytest.mark.parametrize(
-    ("table", "kind"), [("images", "missing_image"), ("annotations", "missing_annotation"), ("categories", "missing_category")]
+    ("table", "kind"),
+    [
+        ("images", "missing_image"),
+        ("annotations", "missing_annotation"),
+        ("categories", "missing_category"),
+    ],
 )
 def test_a_ref_whose_annotation_is_missing_is_bad_and_others_are_not(tmp_path, table, kind):
     folder = small(tmp_path, {"refcoco_unc": [("train", 1), ("train", 2)]})

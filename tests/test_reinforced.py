@@ -49,7 +49,14 @@ def straight(environment, recipe, tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("runs") / "straight"
     done = train_tiny(environment, workdir, recipe)
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"the reward .*grumpy scores 0, from now on silently: ValueError: odd", done.stderr)) == 1, done.stderr
+    assert (
+        len(
+            re.findall(
+                r"the reward .*grumpy scores 0, from now on silently: ValueError: odd", done.stderr
+            )
+        )
+        == 1
+    ), done.stderr
     return workdir
 
 
@@ -60,11 +67,19 @@ def test_what_a_reinforced_step_says_of_itself(straight, recipe):
     for row in learned:
         assert {"reward/weighted/iou", f"reward/{folder}/mine.py:wide", f"reward/{folder}/mine.py:vowels",
                 "group/without_spread", "group/resampled", "policy/kl_coef"} <= row.keys()  # fmt: skip
-        assert 0 <= row[f"reward/{folder}/mine.py:vowels"] < 0.5 and row["policy/logp_diff_max"] < 1e-4
+        assert (
+            0 <= row[f"reward/{folder}/mine.py:vowels"] < 0.5 and row["policy/logp_diff_max"] < 1e-4
+        )
         assert row["policy/correction"] == pytest.approx(1, abs=1e-4)
     errors = [row[f"reward/errors/{folder}/mine.py:grumpy"] for row in learned]
-    assert all(0 < count < 4 * 8 * 4 for count in errors)  # a step, of 8 prompts x 4 completions and what was drawn again
-    shares = [row["reward/weighted/format"] / row["reward/format"] for row in learned if row["reward/format"]]
+    assert all(
+        0 < count < 4 * 8 * 4 for count in errors
+    )  # a step, of 8 prompts x 4 completions and what was drawn again
+    shares = [
+        row["reward/weighted/format"] / row["reward/format"]
+        for row in learned
+        if row["reward/format"]
+    ]
     assert shares == sorted(shares, reverse=True)
     assert learned[0]["policy/kl_coef"] != learned[-1]["policy/kl_coef"]
 
@@ -94,7 +109,9 @@ def test_a_reward_that_always_fails_ends_the_run(environment, tmp_path):
     )
     done = train_tiny(environment, tmp_path / "run", f"--config={tmp_path / 'recipe.py'}")
     assert done.returncode == 2 and "ZeroDivisionError" in done.stderr, done.stderr
-    assert re.search(r"error: the reward .*never failed on \d+ of \d+ completions", done.stderr), done.stderr
+    assert re.search(r"error: the reward .*never failed on \d+ of \d+ completions", done.stderr), (
+        done.stderr
+    )
 
 
 def test_an_unknown_text_reward_is_refused_before_anything_is_written(environment, tmp_path):

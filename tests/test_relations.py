@@ -17,12 +17,22 @@ from test_tasks import recipe
 from pg_ground import tokenizer
 from pg_ground.data.pipeline import Bad, open_examples, row_of, stack
 from pg_ground.data.records import Records
-from pg_ground.data.relations import OBJECTS, RELATIONS, TASKS, TEMPLATES, Questions, ask, is_name, open_relations, side
+from pg_ground.data.relations import (
+    OBJECTS,
+    RELATIONS,
+    TASKS,
+    TEMPLATES,
+    Questions,
+    ask,
+    is_name,
+    open_relations,
+    side,
+)
 from pg_ground.data.sources import open_records
 from pg_ground.data.tables import Listed
-from pg_ground.rl import grammars
-from pg_ground.rl.text_rewards import TEXT_REWARDS, TextExample
-from pg_ground.sampler import question_of
+from pg_ground.rewards import parsers
+from pg_ground.rewards.text_rewards import TEXT_REWARDS, TextExample
+from pg_ground.training.rollout_worker import question_of
 from pg_ground.types import UserError
 
 NAMES = ("chair", "parking meter", "t-shirt", "dog", "hot dog", "man in black")
@@ -33,7 +43,10 @@ def questions(scenes: list[dict], options: str = "") -> Questions:
 
 
 def scene(**boxes: list[float]) -> dict:
-    return {"image": "1.png", "objects": [{"name": name, "box": box} for name, box in boxes.items()]}
+    return {
+        "image": "1.png",
+        "objects": [{"name": name, "box": box} for name, box in boxes.items()],
+    }
 
 
 def x(one: dict) -> float:
@@ -73,18 +86,28 @@ TRUTH = {
     "Which is more to the right, the {a} or the {b}?": lambda a, b: max(a, b, key=x)["name"],
     "Which is higher up in the image, the {a} or the {b}?": lambda a, b: min(a, b, key=y)["name"],
     "Which is lower down in the image, the {a} or the {b}?": lambda a, b: max(a, b, key=y)["name"],
-    "Is the {a} in front of the {b} or behind it?": lambda a, b: "in front of" if z(a) < z(b) else "behind",
+    "Is the {a} in front of the {b} or behind it?": lambda a, b: (
+        "in front of" if z(a) < z(b) else "behind"
+    ),
     "Is the {a} in front of the {b}?": lambda a, b: yes(z(a) < z(b)),
     "Is the {a} behind the {b}?": lambda a, b: yes(z(a) > z(b)),
     "Of the {a} and the {b}, which is nearer to the camera?": lambda a, b: min(a, b, key=z)["name"],
-    "Of the {a} and the {b}, which is farther from the camera?": lambda a, b: max(a, b, key=z)["name"],
+    "Of the {a} and the {b}, which is farther from the camera?": lambda a, b: max(a, b, key=z)[
+        "name"
+    ],
     "Is the {a} closer to the {ref} than the {b} is, or farther?": lambda a, b, r: (
         "closer" if gap(a, r) < gap(b, r) else "farther"
     ),
     "Is the {a} nearer to the {ref} than the {b} is?": lambda a, b, r: yes(gap(a, r) < gap(b, r)),
-    "Is the {a} farther from the {ref} than the {b} is?": lambda a, b, r: yes(gap(a, r) > gap(b, r)),
-    "Which is closer to the {ref}, the {a} or the {b}?": lambda a, b, r: min(a, b, key=lambda one: gap(one, r))["name"],
-    "Which is farther from the {ref}, the {a} or the {b}?": lambda a, b, r: max(a, b, key=lambda one: gap(one, r))["name"],
+    "Is the {a} farther from the {ref} than the {b} is?": lambda a, b, r: yes(
+        gap(a, r) > gap(b, r)
+    ),
+    "Which is closer to the {ref}, the {a} or the {b}?": lambda a, b, r: min(
+        a, b, key=lambda one: gap(one, r)
+    )["name"],
+    "Which is farther from the {ref}, the {a} or the {b}?": lambda a, b, r: max(
+        a, b, key=lambda one: gap(one, r)
+    )["name"],
 }
 """What every template asks, in the objects it names."""
 
@@ -97,7 +120,10 @@ def drawn(draw: st.DrawFn) -> dict:
     objects = []
     for name in NAMES[: draw(st.integers(2, 4))]:
         left, top = draw(pixels), draw(pixels)
-        one = {"name": name, "box": [left, top, left + draw(st.integers(1, 200)), top + draw(st.integers(1, 200))]}
+        one = {
+            "name": name,
+            "box": [left, top, left + draw(st.integers(1, 200)), top + draw(st.integers(1, 200))],
+        }
         if draw(st.integers(0, 4)):
             one["depth"], one["xyz"] = draw(metres), [draw(metres), draw(metres), draw(metres)]
         objects.append(one)
@@ -113,25 +139,37 @@ def test_defect_20_labels_fit_the_type_of_the_question(scenes):
         assume(False)
     for record, row in zip(map(found.__getitem__, range(len(found))), found.rows, strict=True):
         template, names = TEMPLATES[row[-1]], [one["name"] for one in record["objects"]]
-        fits = {"relation": tuple(RELATIONS), "yes/no": ("yes", "no"), "object": tuple(names[:2])}[template.kind]
+        fits = {"relation": tuple(RELATIONS), "yes/no": ("yes", "no"), "object": tuple(names[:2])}[
+            template.kind
+        ]
         assert record["answer"] in fits
-        assert record["question"] == template.text.format(**dict(zip(("a", "b", "ref"), names, strict=False)))
+        assert record["question"] == template.text.format(
+            **dict(zip(("a", "b", "ref"), names, strict=False))
+        )
         assert record["answer"] == TRUTH[template.text](*record["objects"])
-        assert record["task"] == template.task and len(names) == (3 if record["task"] == "distance" else 2)
+        assert record["task"] == template.task and len(names) == (
+            3 if record["task"] == "distance" else 2
+        )
 
 
 def test_every_task_asks_in_five_ways_for_every_kind_of_answer():
     assert {template.text for template in TEMPLATES} == set(TRUTH)
     for task in TASKS:
         mine = [template for template in TEMPLATES if template.task == task]
-        assert len(mine) >= 5 and {template.kind for template in mine} == {"relation", "yes/no", "object"}
+        assert len(mine) >= 5 and {template.kind for template in mine} == {
+            "relation",
+            "yes/no",
+            "object",
+        }
 
 
 def lies(a: tuple, b: tuple, margin: float) -> str:
     return side(*([float(edge) for edge in box] for box in (a, b)), margin)
 
 
-box = st.tuples(pixels, pixels, st.integers(1, 200), st.integers(1, 200)).map(lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3]))
+box = st.tuples(pixels, pixels, st.integers(1, 200), st.integers(1, 200)).map(
+    lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3])
+)
 
 
 @given(box, box, st.sampled_from([0.0, 0.25, 1.0]))
@@ -150,17 +188,35 @@ def test_a_wider_margin_only_asks_less(a, b, margin):
 
 
 def test_what_is_too_close_to_call_is_not_asked():
-    assert lies((0, 0, 10, 10), (0, 0, 10, 10), 0.0) == lies((0, 0, 10, 10), (20, 20, 30, 30), 0.0) == ""
-    assert lies((0, 0, 100, 10), (26, 0, 126, 10), 0.25) == "left" and lies((0, 0, 100, 10), (25, 0, 125, 10), 0.25) == ""
-    near, far = ({"name": name, "box": [0, 0, 9, 9], "depth": depth} for name, depth in (("cup", 1.0), ("jug", 1.25)))
+    assert (
+        lies((0, 0, 10, 10), (0, 0, 10, 10), 0.0)
+        == lies((0, 0, 10, 10), (20, 20, 30, 30), 0.0)
+        == ""
+    )
+    assert (
+        lies((0, 0, 100, 10), (26, 0, 126, 10), 0.25) == "left"
+        and lies((0, 0, 100, 10), (25, 0, 125, 10), 0.25) == ""
+    )
+    near, far = (
+        {"name": name, "box": [0, 0, 9, 9], "depth": depth}
+        for name, depth in (("cup", 1.0), ("jug", 1.25))
+    )
     with pytest.raises(UserError, match="too close to call"):
         questions([{"image": "1.png", "objects": [near, far]}])
-    assert questions([{"image": "1.png", "objects": [near, far]}], "?margin_m=0.2")[0]["task"] == "depth"
+    assert (
+        questions([{"image": "1.png", "objects": [near, far]}], "?margin_m=0.2")[0]["task"]
+        == "depth"
+    )
 
 
-@pytest.mark.parametrize("name", ["dog", "Dog", "left horse", "horse no 2", "7", "pony on top of it", "A"])
+@pytest.mark.parametrize(
+    "name", ["dog", "Dog", "left horse", "horse no 2", "7", "pony on top of it", "A"]
+)
 def test_an_object_is_asked_about_by_a_name_that_is_its_own_and_no_answer(name):
-    dogs = [{"name": one, "box": [90 * i, 0, 90 * i + 9, 9]} for i, one in enumerate(("dog", "cat", "cow", name))]
+    dogs = [
+        {"name": one, "box": [90 * i, 0, 90 * i + 9, 9]}
+        for i, one in enumerate(("dog", "cat", "cow", name))
+    ]
     found = questions([{"image": "1.png", "objects": dogs}])
     named = {one["name"] for i in range(len(found)) for one in found[i]["objects"]}
     assert named == ({"cat", "cow"} if name.lower() == "dog" else {"dog", "cat", "cow"})
@@ -170,7 +226,10 @@ def test_every_answer_to_a_task_comes_equally_often_and_no_question_twice():
     rng = np.random.default_rng(0)
     scenes = []
     for number in range(30):
-        corners = rng.uniform(0, 400, (4, 2)) * (1, 0.3)  # more of them lie side by side than one above the other
+        corners = rng.uniform(0, 400, (4, 2)) * (
+            1,
+            0.3,
+        )  # more of them lie side by side than one above the other
         objects = [
             {"name": name, "box": [left, top, left + 40, top + 40], "depth": left}
             for name, (left, top) in zip(NAMES, corners.tolist(), strict=False)
@@ -182,7 +241,10 @@ def test_every_answer_to_a_task_comes_equally_often_and_no_question_twice():
     seen = Counter()
     for record in records:
         names = [one["name"] for one in record["objects"]]
-        seen[record["task"], names.index(record["answer"]) if record["answer"] in names else record["answer"]] += 1
+        seen[
+            record["task"],
+            names.index(record["answer"]) if record["answer"] in names else record["answer"],
+        ] += 1
     assert set(seen) == {
         *(("2d", answer) for answer in ("left", "right", "above", "below", "yes", "no", 0, 1)),
         *(("depth", answer) for answer in ("in front of", "behind", "yes", "no", 0, 1)),
@@ -212,11 +274,15 @@ def test_a_crowded_scene_is_asked_about_no_more_than_its_share():
 
 def earned(record: dict[str, str], answer: str, cot: str) -> float:
     gold = f"{record['cot']} Therefore, the answer is: {record['answer']}"
-    example = TextExample(f"answer en {record['question']}", gold, (), (), (), (9, 9), "text", "questions", 0, 0)
+    example = TextExample(
+        f"answer en {record['question']}", gold, (), (), (), (9, 9), "text", "questions", 0, 0
+    )
     return TEXT_REWARDS["spatial"](f"{cot} Therefore, the answer is: {answer}", example)
 
 
-@pytest.mark.parametrize("names", [*itertools.permutations(NAMES, 3), ("Tall green potted plant", "TV", "camel")][::7])
+@pytest.mark.parametrize(
+    "names", [*itertools.permutations(NAMES, 3), ("Tall green potted plant", "TV", "camel")][::7]
+)
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda template: template.text)
 def test_the_reasoning_earns_all_that_its_reward_gives(template, names):
     """1.3, the most there is; a wrong answer costs 0.5 however it is reasoned, and reasoning to another answer earns nothing."""
@@ -227,17 +293,21 @@ def test_the_reasoning_earns_all_that_its_reward_gives(template, names):
         right, wrong = ask(template, relation, wanted), ask(template, about.opposite, wanted)
         assert right["question"] == wrong["question"] and right["answer"] != wrong["answer"]
         assert earned(right, right["answer"], right["cot"]) == 1.3
-        assert earned(right, wrong["answer"], wrong["cot"]) == earned(right, wrong["answer"], right["cot"]) == -0.5
+        assert (
+            earned(right, wrong["answer"], wrong["cot"])
+            == earned(right, wrong["answer"], right["cot"])
+            == -0.5
+        )
         assert earned(right, right["answer"], wrong["cot"]) == 1
         assert not any(character.isdigit() for character in right["cot"])
 
 
 def test_a_name_that_the_reward_would_take_for_an_answer_is_not_asked_about():
-    for phrase in (*itertools.chain(*grammars.RELATIONS.values()), "yes", "no"):
+    for phrase in (*itertools.chain(*parsers.RELATIONS.values()), "yes", "no"):
         assert not is_name(phrase) and not is_name(f"the {phrase} dog")
     for name in NAMES:
-        assert is_name(name) and grammars.choice(name).kind == ""
-    assert not is_name("A") and grammars.choice("A").kind == "option"
+        assert is_name(name) and parsers.choice(name).kind == ""
+    assert not is_name("A") and parsers.choice("A").kind == "option"
 
 
 CHAIR = {"name": "chair", "box": [1, 2, 3, 4]}
@@ -283,14 +353,19 @@ def test_a_wrong_uri_says_what_would_be_right(uri, message):
 
 def test_a_recipe_reads_them_and_its_supervised_answer_earns_the_most(tmp_path):
     c, tokens = (
-        recipe("relations", "--config.grpo.sources.questions.uri=relations:synthetic:train?scenes=30&side=32"),
+        recipe(
+            "relations",
+            "--config.grpo.sources.questions.uri=relations:synthetic:train?scenes=30&side=32",
+        ),
         tokenizer.load(),
     )
     drawn = open_examples("questions", c.grpo.sources["questions"], c.data, 28)
     Image.new("RGB", (640, 480)).save(tmp_path / "1.png")
     rooms = [scene(sofa=[9, 9, 99, 99], vase=[300, 20, 330, 80]) | {"image": "1.png"}]
     (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, rooms)))
-    c = recipe("relations", f"--config.grpo.sources.questions.uri=relations:jsonl:{tmp_path}/s.jsonl")
+    c = recipe(
+        "relations", f"--config.grpo.sources.questions.uri=relations:jsonl:{tmp_path}/s.jsonl"
+    )
     read = open_examples("questions", c.grpo.sources["questions"], c.data, 28)
     assert RECIPES["relations"].text_rewards == {"spatial": 1.0}
     for found in (drawn, read):

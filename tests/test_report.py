@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from programs import killed_and_resumed, train_tiny
 
-from pg_ground import draw, metrics, report
+from pg_ground.reporting import drawing, metric_writers, report
 from pg_ground.types import UserError
 
 EVIL = "<script>alert('&')</script>"
@@ -29,22 +29,42 @@ def lines(n: int = SFT + GRPO) -> list[dict[str, Any]]:
     for step in range(1, n + 1):
         times = {"time/step_s": 9.0 if step in (1, SFT + 1) else 1.0, "time/update_s": 0.25}
         if step <= SFT:
-            rows.append({"step": step, "stage": "sft", "sft/loss": 5.0 / step, "optim/lr": 1e-4, **times})
+            rows.append(
+                {"step": step, "stage": "sft", "sft/loss": 5.0 / step, "optim/lr": 1e-4, **times}
+            )
         else:
             reward = None if step == SFT + 3 else step / n
-            rows.append({"step": step, "stage": "grpo", "reward/total": reward, "reward/iou": 0.5, "own/thing": 1.0, **times})
+            rows.append(
+                {
+                    "step": step,
+                    "stage": "grpo",
+                    "reward/total": reward,
+                    "reward/iou": 0.5,
+                    "own/thing": 1.0,
+                    **times,
+                }
+            )
         if step in (SFT, n):
-            measures = {"eval/val <i>/acc50": step / n, "eval/val <i>/sampled_acc50": 0.25, "eval/val <i>/questions": 256.0}
+            measures = {
+                "eval/val <i>/acc50": step / n,
+                "eval/val <i>/sampled_acc50": 0.25,
+                "eval/val <i>/questions": 256.0,
+            }
             rows.append({"step": step, "stage": rows[-1]["stage"], **measures})
     return rows
 
 
-REWARDS = {"middling": (0.5, 0.5, 0.4, 0.4), "torn": (0.0, 1.0, 0.1, 0.9), "hopeless": (0.0, 0.1, 0.0, None), "good": (0.9,) * 4}
+REWARDS = {
+    "middling": (0.5, 0.5, 0.4, 0.4),
+    "torn": (0.0, 1.0, 0.1, 0.9),
+    "hopeless": (0.0, 0.1, 0.0, None),
+    "good": (0.9,) * 4,
+}
 """Of the group of each prompt: means 0.45, 0.5, 0.03 and 0.9; "torn" has the largest spread, "good" none."""
 
 
 def prompts() -> list[dict[str, Any]]:
-    image = draw.photo_uri(np.full((48, 48, 3), 90, np.uint8))
+    image = drawing.photo_uri(np.full((48, 48, 3), 90, np.uint8))
     found = []
     for name, rewards in REWARDS.items():
         completions = []
@@ -52,21 +72,49 @@ def prompts() -> list[dict[str, Any]]:
             low = 0.1 + 0.1 * g
             boxes = [{"at": [low, low, low + 0.4, low + 0.5], "label": "cat"}]
             said = {"text": f"<loc0100><loc0200> cat {name} {g} <b>", "boxes": boxes, "points": []}
-            completions.append({**said, "reward": reward, "parts": {"iou": reward, "format": 1.0}, "advantage": 0.25})
-        gold = {"text": "<loc0001> cat", "boxes": [{"at": [0.2, 0.2, 0.8, 0.8], "label": "cat"}], "points": []}
-        asked = {"source": "boxes", "index": 7, "prompt": f"detect {name}", "image": image, "size": [200, 100]}
+            completions.append(
+                {
+                    **said,
+                    "reward": reward,
+                    "parts": {"iou": reward, "format": 1.0},
+                    "advantage": 0.25,
+                }
+            )
+        gold = {
+            "text": "<loc0001> cat",
+            "boxes": [{"at": [0.2, 0.2, 0.8, 0.8], "label": "cat"}],
+            "points": [],
+        }
+        asked = {
+            "source": "boxes",
+            "index": 7,
+            "prompt": f"detect {name}",
+            "image": image,
+            "size": [200, 100],
+        }
         found.append({**asked, "gold": gold, "completions": completions})
     return found
 
 
 def write_run(
-    workdir: Path, rows: list[dict[str, Any]] | None = None, steps: tuple[int, ...] = (150, 200), **changed: Any
+    workdir: Path,
+    rows: list[dict[str, Any]] | None = None,
+    steps: tuple[int, ...] = (150, 200),
+    **changed: Any,
 ) -> Path:
     """Returns the directory of a run, as a run leaves it."""
     (workdir / "samples").mkdir(parents=True)
-    config = {"seed": 0, "init": EVIL, "stages": ["sft", "grpo"], "sft": {"steps": SFT}, "grpo": {"steps": GRPO, "group_size": 4}}
+    config = {
+        "seed": 0,
+        "init": EVIL,
+        "stages": ["sft", "grpo"],
+        "sft": {"steps": SFT},
+        "grpo": {"steps": GRPO, "group_size": 4},
+    }
     (workdir / "config.json").write_text(json.dumps(config | changed))
-    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (lines() if rows is None else rows)))
+    (workdir / "metrics.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in (lines() if rows is None else rows))
+    )
     machine = {"from_step": 0, "devices": "1 × cpu", "host": "<here>", "commit": None}
     (workdir / "hardware.json").write_text(json.dumps([machine]))
     for step in steps:
@@ -117,7 +165,14 @@ def test_page_is_well_formed_and_has_every_section(page):
     tags = Balance()
     tags.feed(page)
     assert tags.open == []
-    assert re.findall(r'<section id="(\w+)"', page) == ["results", "curves", "rollouts", "settings", "hardware", "time"]
+    assert re.findall(r'<section id="(\w+)"', page) == [
+        "results",
+        "curves",
+        "rollouts",
+        "settings",
+        "hardware",
+        "time",
+    ]
 
 
 def test_page_asks_nothing_of_the_network(page):
@@ -129,7 +184,9 @@ def test_page_asks_nothing_of_the_network(page):
 
 def test_every_text_is_escaped(tmp_path):
     rows = [{"step": 0, "stage": EVIL, f"eval/{EVIL}/acc50": 0.5, EVIL: 1.0}]
-    text = report.write_report(write_run(tmp_path / 'a"<b>', rows, **{EVIL: EVIL})).read_text(encoding="utf-8")
+    text = report.write_report(write_run(tmp_path / 'a"<b>', rows, **{EVIL: EVIL})).read_text(
+        encoding="utf-8"
+    )
     assert text.count("<script") == 2, "its data and its own"
     assert EVIL not in text and "a&quot;&lt;b&gt;" in text
     tags = Balance()
@@ -142,7 +199,10 @@ def test_equal_files_give_equal_bytes(workdir, page):
 
 
 def test_every_metric_has_a_chart(page):
-    charts = {chart["title"]: [line["label"] for line in chart["lines"]] for chart in embedded(page)["charts"]}
+    charts = {
+        chart["title"]: [line["label"] for line in chart["lines"]]
+        for chart in embedded(page)["charts"]
+    }
     assert charts == {
         "Reward": ["total", "iou"],
         "Evaluation: val <i>, greedy answers": ["acc50"],
@@ -163,16 +223,25 @@ def test_stage_starts_are_where_the_stage_before_ends():
 
 
 def test_results_have_a_column_for_the_end_of_each_stage_and_for_what_was_measured_last(tmp_path):
-    early = [{"step": 0, "stage": "sft", "eval/val/acc50": 0.125}, {"step": 60, "stage": "sft", "eval/val/acc50": 0.5}]
+    early = [
+        {"step": 0, "stage": "sft", "eval/val/acc50": 0.125},
+        {"step": 60, "stage": "sft", "eval/val/acc50": 0.5},
+    ]
     table = report.results(report.read_run(write_run(tmp_path / "run", early)))
-    assert table.columns == ["measure", "start", "step 60"] and table.rows == [["val/acc50", "0.125", "0.500"]]
+    assert table.columns == ["measure", "start", "step 60"] and table.rows == [
+        ["val/acc50", "0.125", "0.500"]
+    ]
     table = report.results(report.read_run(write_run(tmp_path / "whole", early[:1] + lines())))
     assert table.columns == ["measure", "start", "after sft", "after grpo"]
 
 
 def test_times_are_means_without_the_lines_that_compile(workdir):
     rows = report.times_table(report.read_run(workdir), "").rows
-    assert rows == [[s, *r] for s in ("sft", "grpo") for r in (["step", "1.0000", ""], ["update", "0.2500", "25.0%"])]
+    assert rows == [
+        [s, *r]
+        for s in ("sft", "grpo")
+        for r in (["step", "1.0000", ""], ["update", "0.2500", "25.0%"])
+    ]
 
 
 def test_settings_tell_what_was_chosen_from_what_is_the_default():
@@ -222,7 +291,9 @@ def test_the_gallery_stays_within_its_budget(tmp_path):
 
 def test_steps_of_the_gallery_are_in_order_over_all_stages(tmp_path):
     run = write_run(tmp_path / "run", steps=(20, 100))
-    (run / "samples" / "sft_00000060.json").write_text(json.dumps({"stage": "sft", "step": 60, "prompts": prompts()}))
+    (run / "samples" / "sft_00000060.json").write_text(
+        json.dumps({"stage": "sft", "step": 60, "prompts": prompts()})
+    )
     assert [sample["step"] for sample in report.read_run(run).samples] == [20, 60, 100]
 
 
@@ -253,7 +324,9 @@ def test_several_runs_are_compared(tmp_path, capsys):
     data = embedded(text)
     assert [run["name"] for run in data["runs"]] == ["a/run", "b/run"]
     assert all(len(run["samples"]) == 2 for run in data["runs"])
-    by_title = {chart["title"]: [line["label"] for line in chart["lines"]] for chart in data["charts"]}
+    by_title = {
+        chart["title"]: [line["label"] for line in chart["lines"]] for chart in data["charts"]
+    }
     assert by_title["Reward: total"] == by_title["Reward: iou"] == ["a/run", "b/run"]
     differs = re.search(r"<h3>What differs</h3>.*?</table>", text, re.S)
     assert differs and re.findall(r"<td[^>]*>([^<]*)", differs[0]) == ["seed", "0", "1"]
@@ -302,17 +375,29 @@ def without_times(data: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_killed_and_resumed_run_has_the_report_of_one_that_was_not(straight, environment, tmp_path):
+def test_a_killed_and_resumed_run_has_the_report_of_one_that_was_not(
+    straight, environment, tmp_path
+):
     killed_and_resumed(environment, tmp_path / "run", 6, 0.0, ["--config.log.samples_every=2"])
-    one, other = (embedded((workdir / "report.html").read_text(encoding="utf-8")) for workdir in (straight, tmp_path / "run"))
+    one, other = (
+        embedded((workdir / "report.html").read_text(encoding="utf-8"))
+        for workdir in (straight, tmp_path / "run")
+    )
     assert without_times(one) == without_times(other)
-    assert [(s["stage"], s["step"]) for s in other["runs"][0]["samples"]] == [("grpo", 8), ("grpo", 10), ("grpo", 12)]
+    assert [(s["stage"], s["step"]) for s in other["runs"][0]["samples"]] == [
+        ("grpo", 8),
+        ("grpo", 10),
+        ("grpo", 12),
+    ]
     for chart in other["charts"]:
         for line in chart["lines"]:
             assert line["steps"] == sorted(set(line["steps"])), chart["title"]
     reward = next(chart for chart in other["charts"] if chart["title"] == "Reward")
     assert all(line["steps"] == [8, 10, 12] for line in reward["lines"])
-    folders = [sorted(p.name for p in (workdir / "samples").iterdir()) for workdir in (straight, tmp_path / "run")]
+    folders = [
+        sorted(p.name for p in (workdir / "samples").iterdir())
+        for workdir in (straight, tmp_path / "run")
+    ]
     assert folders[0] == folders[1] and len(folders[0]) == 6
 
 
@@ -321,18 +406,27 @@ def test_a_sample_says_what_its_picture_shows(straight):
     sample = json.loads((straight / "samples" / "grpo_00000012.json").read_text())
     assert sample["step"] == 12 and len(sample["prompts"]) == 8
     for asked in sample["prompts"]:
-        assert asked["prompt"].startswith(("detect ", "point to ")) and asked["image"].startswith("data:image/png;base64,")
+        assert asked["prompt"].startswith(("detect ", "point to ")) and asked["image"].startswith(
+            "data:image/png;base64,"
+        )
         kind = "boxes" if asked["source"] == "boxes" else "points"
         (gold,) = asked["gold"][kind]
-        assert asked["gold"]["text"].endswith(gold["label"]) and asked["prompt"].endswith(gold["label"])
+        assert asked["gold"]["text"].endswith(gold["label"]) and asked["prompt"].endswith(
+            gold["label"]
+        )
         bins = [int(b) / 1023 for b in re.findall(r"<loc(\d{4})>", asked["gold"]["text"])]
         np.testing.assert_allclose(gold["at"], bins, atol=0.5 / 1023 + 5e-5)
         assert len(asked["completions"]) == 4
         for one in asked["completions"]:
             assert {"iou", "gaussian_point", "format"} == one["parts"].keys()
-            known = [(one["parts"][name], w) for name, w in (("iou", 1), ("gaussian_point", 1), ("format", 0.2))]
+            known = [
+                (one["parts"][name], w)
+                for name, w in (("iou", 1), ("gaussian_point", 1), ("format", 0.2))
+            ]
             total = sum(value * w for value, w in known if value is not None)
-            assert one["reward"] == pytest.approx(total, abs=2e-4), "each part is rounded to four places"
+            assert one["reward"] == pytest.approx(total, abs=2e-4), (
+                "each part is rounded to four places"
+            )
 
 
 def test_a_report_that_cannot_be_written_costs_no_run(environment, tmp_path, straight):
@@ -340,8 +434,10 @@ def test_a_report_that_cannot_be_written_costs_no_run(environment, tmp_path, str
     (workdir / "report.html.tmp").mkdir(parents=True)  # in the way of writing it
     done = train_tiny(environment, workdir, "--config.log.samples_every=2")
     assert done.stderr.count("report.html was not updated: IsADirectoryError") == 1
-    assert done.returncode == 2 and "report.html.tmp" in done.stderr.splitlines()[-1], "said again at the end, when all is saved"
-    mine, theirs = (metrics.read_metrics(path)[-1] for path in (workdir, straight))
+    assert done.returncode == 2 and "report.html.tmp" in done.stderr.splitlines()[-1], (
+        "said again at the end, when all is saved"
+    )
+    mine, theirs = (metric_writers.read_metrics(path)[-1] for path in (workdir, straight))
     assert mine["step"] == 12 and mine == theirs
 
 
@@ -367,7 +463,14 @@ def browser() -> Iterator[Any]:
 class Opened:
     """A page in a browser, and all that it said and asked for."""
 
-    def __init__(self, browser: Any, path: Path, viewport: dict[str, int], scheme: str = "light", touch: bool = False):
+    def __init__(
+        self,
+        browser: Any,
+        path: Path,
+        viewport: dict[str, int],
+        scheme: str = "light",
+        touch: bool = False,
+    ):
         self.context = browser.new_context(viewport=viewport, color_scheme=scheme, has_touch=touch)
         self.page = self.context.new_page()
         self.said, self.asked = [], []
@@ -382,7 +485,9 @@ class Opened:
     def __exit__(self, *_: object) -> None:
         self.context.close()
         assert self.said == [], "nothing on the console"
-        assert [url for url in self.asked if not url.startswith("data:")] == self.asked[:1], "nothing but the page itself"
+        assert [url for url in self.asked if not url.startswith("data:")] == self.asked[:1], (
+            "nothing but the page itself"
+        )
 
 
 def order(page: Any) -> list[str]:
@@ -393,7 +498,9 @@ def test_sorting_orders_prompts_by_their_rewards(browser, workdir, page):
     with Opened(browser, workdir / "report.html", DESKTOP) as opened:
         assert order(opened) == list(REWARDS)
         judged = {name: [r for r in rewards if r is not None] for name, rewards in REWARDS.items()}
-        means, spreads = ({name: float(f(rewards)) for name, rewards in judged.items()} for f in (np.mean, np.std))
+        means, spreads = (
+            {name: float(f(rewards)) for name, rewards in judged.items()} for f in (np.mean, np.std)
+        )
         for button, key in (
             ("worst", means.__getitem__),
             ("best", lambda name: -means[name]),
@@ -405,13 +512,17 @@ def test_sorting_orders_prompts_by_their_rewards(browser, workdir, page):
             assert opened.locator('.bar [aria-pressed="true"]').all_text_contents() == [button]
 
 
-def test_hover_tap_and_keyboard_show_an_answer_alone_with_its_text_and_rewards(browser, workdir, page):
+def test_hover_tap_and_keyboard_show_an_answer_alone_with_its_text_and_rewards(
+    browser, workdir, page
+):
     text = "<loc0100><loc0200> cat torn 1 <b>"
     with Opened(browser, workdir / "report.html", DESKTOP) as opened:
         asked = opened.locator(".prompt", has_text="detect torn")
         readout, lit = asked.locator(".readout"), asked.locator(".answer.on")
         rows = asked.locator(".answers button")
-        assert rows.locator(".reward").all_text_contents() == ["1.00", "0.90", "0.10", "0.00"], "the best first"
+        assert rows.locator(".reward").all_text_contents() == ["1.00", "0.90", "0.10", "0.00"], (
+            "the best first"
+        )
         assert text not in readout.text_content() and lit.count() == 0
         rows.nth(0).hover()
         assert readout.locator(".raw").text_content() == text
@@ -422,44 +533,71 @@ def test_hover_tap_and_keyboard_show_an_answer_alone_with_its_text_and_rewards(b
         opened.locator("h1").hover()
         assert lit.count() == 0, "and goes with the pointer"
 
-        view = asked.locator(".view").bounding_box()  # of 200 × 100: fractions of the image are fractions of it
-        edge = {"x": 0.2 * view["width"] + 1, "y": (0.2 + 0.15) * view["height"]}  # left edge of the second answer's box
+        view = asked.locator(
+            ".view"
+        ).bounding_box()  # of 200 × 100: fractions of the image are fractions of it
+        edge = {
+            "x": 0.2 * view["width"] + 1,
+            "y": (0.2 + 0.15) * view["height"],
+        }  # left edge of the second answer's box
         asked.locator(".view").hover(position=edge)
         assert readout.locator(".raw").text_content() == text
-        assert asked.locator(".answers button.on .reward").text_content() == "1.00", "its row is lit with it"
+        assert asked.locator(".answers button.on .reward").text_content() == "1.00", (
+            "its row is lit with it"
+        )
         opened.locator("h1").hover()
 
         rows.nth(3).focus()
         assert "torn 0" in readout.text_content()
         opened.keyboard.press("Enter")
         opened.locator("h1").hover()
-        assert rows.nth(3).get_attribute("aria-pressed") == "true" and "torn 0" in readout.text_content(), "it stays"
+        assert (
+            rows.nth(3).get_attribute("aria-pressed") == "true"
+            and "torn 0" in readout.text_content()
+        ), "it stays"
     with Opened(browser, workdir / "report.html", PHONE, touch=True) as opened:
         asked = opened.locator(".prompt", has_text="detect torn")
         asked.locator(".answers button").nth(0).tap()
         assert text in asked.locator(".readout").text_content()
 
 
-def test_boxes_lie_where_the_fractions_say_in_the_colours_of_their_rewards_gold_dashed(browser, workdir, page):
+def test_boxes_lie_where_the_fractions_say_in_the_colours_of_their_rewards_gold_dashed(
+    browser, workdir, page
+):
     with Opened(browser, workdir / "report.html", DESKTOP) as opened:
         view = opened.locator(".prompt", has_text="detect torn").locator(".view")
         frame, found = view.bounding_box(), {}
-        assert frame["width"] / frame["height"] == pytest.approx(2, rel=0.02), "the aspect of the original, not of the square"
+        assert frame["width"] / frame["height"] == pytest.approx(2, rel=0.02), (
+            "the aspect of the original, not of the square"
+        )
         for path in view.locator(".answer .line").all():
             of_view = "e => { const b = e.getBBox(), v = e.ownerSVGElement.viewBox.baseVal; "
-            of_view += "return [b.y / v.height, b.x / v.width, b.height / v.height, b.width / v.width]; }"
+            of_view += (
+                "return [b.y / v.height, b.x / v.width, b.height / v.height, b.width / v.width]; }"
+            )
             found[path.get_attribute("stroke")] = path.evaluate(of_view)
-        expected = {"rgb({} {} {})".format(*draw.reward_color(reward)): g for g, reward in enumerate(REWARDS["torn"])}
+        expected = {
+            "rgb({} {} {})".format(*drawing.reward_color(reward)): g
+            for g, reward in enumerate(REWARDS["torn"])
+        }
         assert found.keys() == expected.keys()
         for colour, g in expected.items():
-            np.testing.assert_allclose(found[colour], [0.1 + 0.1 * g, 0.1 + 0.1 * g, 0.4, 0.5], atol=1e-6, err_msg=colour)
-        assert view.locator(".gold .line").evaluate("e => getComputedStyle(e).strokeDasharray") != "none"
+            np.testing.assert_allclose(
+                found[colour], [0.1 + 0.1 * g, 0.1 + 0.1 * g, 0.4, 0.5], atol=1e-6, err_msg=colour
+            )
+        assert (
+            view.locator(".gold .line").evaluate("e => getComputedStyle(e).strokeDasharray")
+            != "none"
+        )
 
 
 def test_steps_are_chosen_with_buttons_and_by_name(browser, workdir, page):
     with Opened(browser, workdir / "report.html", DESKTOP) as opened:
         pick = opened.get_by_role("combobox", name="step")
-        assert pick.input_value() == "1" and opened.get_by_role("button", name="the next step").is_disabled()
+        assert (
+            pick.input_value() == "1"
+            and opened.get_by_role("button", name="the next step").is_disabled()
+        )
         opened.get_by_role("button", name="worst", exact=True).click()
         opened.get_by_role("button", name="the step before").click()
         assert pick.input_value() == "0" and order(opened)[0] == "hopeless", "the order stays"
@@ -478,7 +616,9 @@ def test_a_curve_says_its_values_at_the_pointer_and_by_arrow_keys(browser, workd
         box = plot.bounding_box()
         plot.hover(position={"x": box["width"] / 2, "y": 80})
         step = int(re.match(r"step (\d+):", plot.get_attribute("aria-valuetext"))[1])
-        assert 135 <= step <= 155, "the chart begins with its stage, at step 100; its left margin is the wider one"
+        assert 135 <= step <= 155, (
+            "the chart begins with its stage, at step 100; its left margin is the wider one"
+        )
         key = opened.locator(".chart", has=plot).get_by_role("button", name="iou")
         before = opened.locator(".chart", has=plot).locator(".plot path").count()
         key.click()
@@ -487,7 +627,9 @@ def test_a_curve_says_its_values_at_the_pointer_and_by_arrow_keys(browser, workd
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("viewport", [PHONE, {"width": 360, "height": 740}, DESKTOP], ids=["phone", "small", "desktop"])
+@pytest.mark.parametrize(
+    "viewport", [PHONE, {"width": 360, "height": 740}, DESKTOP], ids=["phone", "small", "desktop"]
+)
 def test_the_page_fits_its_screen(browser, workdir, page, viewport, scheme):
     with Opened(browser, workdir / "report.html", viewport, scheme) as opened:
         assert opened.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
@@ -509,8 +651,10 @@ def test_a_comparison_overlays_curves_and_has_a_gallery_for_each_run(browser, tm
 
 def test_a_picture_of_a_photograph_is_a_jpeg_and_of_a_drawing_exact():
     rng = np.random.default_rng(0)
-    assert draw.photo_uri(rng.integers(0, 255, (128, 128, 3)).astype(np.uint8)).startswith("data:image/png;base64,")
-    large = draw.photo_uri(np.full((896, 896, 3), 200, np.uint8))
+    assert drawing.photo_uri(rng.integers(0, 255, (128, 128, 3)).astype(np.uint8)).startswith(
+        "data:image/png;base64,"
+    )
+    large = drawing.photo_uri(np.full((896, 896, 3), 200, np.uint8))
     assert large.startswith("data:image/jpeg;base64,")
     with Image.open(io.BytesIO(base64.b64decode(large.partition(",")[2]))) as picture:
-        assert picture.size == (draw.PHOTO_PX, draw.PHOTO_PX)
+        assert picture.size == (drawing.PHOTO_PX, drawing.PHOTO_PX)

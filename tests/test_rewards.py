@@ -7,8 +7,26 @@ import pytest
 
 from pg_ground import tokenizer
 from pg_ground.config import RewardSettings
-from pg_ground.rl.rewards import REWARDS, by_name, confidence, measures, read_answer, score
-from pg_ground.types import BOXES, POINTS, Answer, Batch, Boxes, Gold, Points, Rewards, Rollout, UserError
+from pg_ground.rewards.device_rewards import (
+    REWARDS,
+    by_name,
+    confidence,
+    measures,
+    read_answer,
+    score,
+)
+from pg_ground.types import (
+    BOXES,
+    POINTS,
+    Answer,
+    Batch,
+    Boxes,
+    Gold,
+    Points,
+    Rewards,
+    Rollout,
+    UserError,
+)
 from pg_ground.vocab import EOS, LOC_MAX, PAD
 
 TOKENS = tokenizer.load()
@@ -44,7 +62,10 @@ def loc(*bins: int) -> str:
 
 def rollout(*texts: str, unfinished: bool = False) -> Rollout:
     """Returns one prompt's completions, each ending in EOS unless `unfinished`."""
-    tokens, mask = np.full((1, len(texts), LENGTH), PAD, np.int32), np.zeros((1, len(texts), LENGTH), bool)
+    tokens, mask = (
+        np.full((1, len(texts), LENGTH), PAD, np.int32),
+        np.zeros((1, len(texts), LENGTH), bool),
+    )
     for row, text in enumerate(texts):
         ids = TOKENS.text(text) + [EOS] * (not unfinished)
         tokens[0, row, : len(ids)], mask[0, row, : len(ids)] = ids, True
@@ -59,18 +80,28 @@ def name_ids(names: tuple[str, ...]) -> jax.Array:
     return jnp.asarray(out)
 
 
-def read(*texts: str, asks: int = BOXES, names: tuple[str, ...] = ("cat",), unfinished: bool = False) -> Answer:
+def read(
+    *texts: str, asks: int = BOXES, names: tuple[str, ...] = ("cat",), unfinished: bool = False
+) -> Answer:
     r = rollout(*texts, unfinished=unfinished)
     return read_jitted(r.tokens, r.mask, jnp.array([asks]), name_ids(names), TOKENS.vocab)
 
 
 def bins_of(boxes: Boxes) -> list[list[int]]:
     """Returns the used boxes of the only completion, as bins."""
-    return np.round(np.asarray(boxes.yxyx[0, 0])[np.asarray(boxes.valid[0, 0])] * LOC_MAX).astype(int).tolist()
+    return (
+        np.round(np.asarray(boxes.yxyx[0, 0])[np.asarray(boxes.valid[0, 0])] * LOC_MAX)
+        .astype(int)
+        .tolist()
+    )
 
 
 def points_of(points: Points) -> list[list[int]]:
-    return np.round(np.asarray(points.yx[0, 0])[np.asarray(points.valid[0, 0])] * LOC_MAX).astype(int).tolist()
+    return (
+        np.round(np.asarray(points.yx[0, 0])[np.asarray(points.valid[0, 0])] * LOC_MAX)
+        .astype(int)
+        .tolist()
+    )
 
 
 def labels_of(slots: Boxes | Points) -> list[int]:
@@ -84,7 +115,9 @@ def test_one_box():
     found = read(loc(*BOX) + " cat")
     assert bins_of(found.boxes) == [list(BOX)] and labels_of(found.boxes) == [0]
     np.testing.assert_array_equal(found.boxes.yxyx[0, 0, 0], jnp.array(BOX, jnp.float32) / LOC_MAX)
-    assert not found.points.valid.any() and found.stray == 0 and found.finished and found.grammatical
+    assert (
+        not found.points.valid.any() and found.stray == 0 and found.finished and found.grammatical
+    )
 
 
 def test_two_boxes_with_names_in_either_order():
@@ -112,7 +145,11 @@ def test_one_point_and_two():
 
 def test_answers_without_names_where_the_question_has_none():
     found = read(f"{loc(*BOX)} ; {loc(*OTHER)}", names=())
-    assert bins_of(found.boxes) == [list(BOX), list(OTHER)] and labels_of(found.boxes) == [0, 0] and found.grammatical
+    assert (
+        bins_of(found.boxes) == [list(BOX), list(OTHER)]
+        and labels_of(found.boxes) == [0, 0]
+        and found.grammatical
+    )
     assert not read(f"{loc(*BOX)} cat", names=()).grammatical
     assert not read(loc(*BOX), names=("cat",)).grammatical
 
@@ -154,21 +191,46 @@ def test_text_before_a_loc_is_ungrammatical_but_its_box_is_read(text):
     assert bins_of(found.boxes)[0] == list(BOX) and found.stray == 0 and not found.grammatical
 
 
-@pytest.mark.parametrize("text", [f"{loc(*BOX)} cat ;", f"; {loc(*BOX)} cat", f"{loc(*BOX)} cat ; ; {loc(*BOX)} cat", "cat", ";"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{loc(*BOX)} cat ;",
+        f"; {loc(*BOX)} cat",
+        f"{loc(*BOX)} cat ; ; {loc(*BOX)} cat",
+        "cat",
+        ";",
+    ],
+)
 def test_empty_segments_are_ungrammatical(text):
     assert not read(text).grammatical
 
 
 def test_an_answer_of_the_other_kind_is_read_but_ungrammatical():
     found = read(f"{loc(10, 20)} cat", asks=BOXES)
-    assert points_of(found.points) == [[10, 20]] and not found.boxes.valid.any() and found.stray == 0 and not found.grammatical
+    assert (
+        points_of(found.points) == [[10, 20]]
+        and not found.boxes.valid.any()
+        and found.stray == 0
+        and not found.grammatical
+    )
     found = read(f"{loc(*BOX)} cat", asks=POINTS)
-    assert bins_of(found.boxes) == [list(BOX)] and not found.points.valid.any() and not found.grammatical
+    assert (
+        bins_of(found.boxes) == [list(BOX)]
+        and not found.points.valid.any()
+        and not found.grammatical
+    )
 
 
 def test_an_unknown_name_among_two_is_nobodys():
     names = ("red circle", "red")
-    for name, label in (("red circle", 0), ("red", 1), ("circle", -1), ("red circle red", -1), ("blue", -1), ("circle red", -1)):
+    for name, label in (
+        ("red circle", 0),
+        ("red", 1),
+        ("circle", -1),
+        ("red circle red", -1),
+        ("blue", -1),
+        ("circle red", -1),
+    ):
         assert labels_of(read(f"{loc(*BOX)} {name}", names=names).boxes) == [label], name
     assert labels_of(read(loc(*BOX), names=names).boxes) == [-1]
 
@@ -186,26 +248,41 @@ def test_an_empty_completion_says_nothing():
 
 def test_a_completion_without_a_single_token_is_not_finished():
     tokens = jnp.zeros((1, 1, LENGTH), jnp.int32)
-    found = read_jitted(tokens, jnp.zeros(tokens.shape, bool), jnp.array([BOXES]), name_ids(("cat",)), TOKENS.vocab)
-    assert not found.finished and not found.grammatical and not found.boxes.valid.any() and found.stray == 0
+    found = read_jitted(
+        tokens, jnp.zeros(tokens.shape, bool), jnp.array([BOXES]), name_ids(("cat",)), TOKENS.vocab
+    )
+    assert (
+        not found.finished
+        and not found.grammatical
+        and not found.boxes.valid.any()
+        and found.stray == 0
+    )
 
 
 def test_what_lies_behind_the_mask_is_not_read():
     r = rollout(f"{loc(*BOX)} cat")
     behind = jnp.where(r.mask, r.tokens, TOKENS.vocab.loc0 + 7)
     plain, full = (
-        read_jitted(tokens, r.mask, jnp.array([BOXES]), name_ids(("cat",)), TOKENS.vocab) for tokens in (r.tokens, behind)
+        read_jitted(tokens, r.mask, jnp.array([BOXES]), name_ids(("cat",)), TOKENS.vocab)
+        for tokens in (r.tokens, behind)
     )
     jax.tree.map(np.testing.assert_array_equal, plain._replace(tokens=full.tokens), full)
 
 
 def test_completions_of_a_group_and_prompts_of_a_batch_are_read_apart():
-    texts = [f"{loc(*BOX)} cat", f"{loc(10, 20)} cat", "", f"{loc(1, 2, 3)} cat ; {loc(*OTHER)} dog"]
+    texts = [
+        f"{loc(*BOX)} cat",
+        f"{loc(10, 20)} cat",
+        "",
+        f"{loc(1, 2, 3)} cat ; {loc(*OTHER)} dog",
+    ]
     r = rollout(*texts)
     two = Rollout(*(jnp.concatenate([x, x[:, ::-1]]) for x in r))
     names = jnp.concatenate([name_ids(("cat", "dog")), name_ids(("dog", "cat"))])
     whole = read_jitted(two.tokens, two.mask, jnp.array([BOXES, POINTS]), names, TOKENS.vocab)
-    for b, (asks, order, named) in enumerate(((BOXES, texts, ("cat", "dog")), (POINTS, texts[::-1], ("dog", "cat")))):
+    for b, (asks, order, named) in enumerate(
+        ((BOXES, texts, ("cat", "dog")), (POINTS, texts[::-1], ("dog", "cat")))
+    ):
         for g, text in enumerate(order):
             alone = read(text, asks=asks, names=named)
             jax.tree.map(lambda a, w: np.testing.assert_array_equal(a[0, 0], w[b, g]), alone, whole)  # noqa: B023
@@ -249,9 +326,13 @@ def test_a_box_is_as_sure_as_its_name_is_likely():
 
 def test_certainty_stands_in_the_slots_of_the_boxes():
     """A point and a broken answer between two boxes have none."""
-    r, _ = likelihoods(f"{loc(*BOX)} cat ; {loc(1, 2)} cat ; {loc(1, 2, 3)} cat ; {loc(*OTHER)} dog")
+    r, _ = likelihoods(
+        f"{loc(*BOX)} cat ; {loc(1, 2)} cat ; {loc(1, 2, 3)} cat ; {loc(*OTHER)} dog"
+    )
     found = sure(r.tokens, r.mask, r.logps, TOKENS.vocab)
-    answer = read_jitted(r.tokens, r.mask, jnp.array([BOXES]), name_ids(("cat", "dog")), TOKENS.vocab)
+    answer = read_jitted(
+        r.tokens, r.mask, jnp.array([BOXES]), name_ids(("cat", "dog")), TOKENS.vocab
+    )
     assert found.shape == answer.boxes.valid.shape and int(answer.boxes.valid.sum()) == 2
     np.testing.assert_array_equal(found > 0, answer.boxes.valid)
 
@@ -263,7 +344,11 @@ def test_certainty_moves_with_its_box():
     found = {}
     for order in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
         r = rollout(" ; ".join(pieces[i] for i in order))
-        scores = np.asarray(sure(r.tokens, r.mask, jnp.where(r.mask, of_token[np.asarray(r.tokens)], 0), TOKENS.vocab)[0, 0])
+        scores = np.asarray(
+            sure(
+                r.tokens, r.mask, jnp.where(r.mask, of_token[np.asarray(r.tokens)], 0), TOKENS.vocab
+            )[0, 0]
+        )
         found[tuple(order)] = [scores[order.index(i)] for i in range(3)]
     for other in found.values():
         np.testing.assert_allclose(other, found[0, 1, 2], rtol=1e-6)
@@ -274,27 +359,44 @@ def test_the_codes_of_a_mask_are_no_name():
     for name in (" cat", ""):
         r, logps = likelihoods(f"{loc(*BOX)}{codes}{name}")
         part = logps[20 : int(r.mask.sum()) - 1] if name else logps[:4]
-        np.testing.assert_allclose(sure(r.tokens, r.mask, r.logps, TOKENS.vocab)[0, 0, 0], np.exp(part.mean()), rtol=1e-6)
+        np.testing.assert_allclose(
+            sure(r.tokens, r.mask, r.logps, TOKENS.vocab)[0, 0, 0], np.exp(part.mean()), rtol=1e-6
+        )
 
 
 # judging
 
 
 def gold_batch(
-    boxes: list[tuple[tuple[int, ...], int]], points: list[tuple[tuple[int, int], int]] = (), asks: int = BOXES, names=("cat",)
+    boxes: list[tuple[tuple[int, ...], int]],
+    points: list[tuple[tuple[int, int], int]] = (),
+    asks: int = BOXES,
+    names=("cat",),
 ) -> Batch:
     """Returns one question whose gold is given in bins, with labels; 3 slots each. Masks are the boxes, in 32 × 32 cells."""
 
     def slots(rows: list, width: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        place, label, valid = np.zeros((1, 3, width), np.float32), np.zeros((1, 3), np.int32), np.zeros((1, 3), bool)
+        place, label, valid = (
+            np.zeros((1, 3, width), np.float32),
+            np.zeros((1, 3), np.int32),
+            np.zeros((1, 3), bool),
+        )
         for k, (bins, name) in enumerate(rows):
             place[0, k], label[0, k], valid[0, k] = np.array(bins) / LOC_MAX, name, True
         return jnp.asarray(place), jnp.asarray(label), jnp.asarray(valid)
 
     middle = (jnp.arange(32) + 0.5) / 32
     y1, x1, y2, x2 = (side[..., None] for side in jnp.moveaxis(slots(boxes, 4)[0], -1, 0))
-    masks = ((y1 < middle) & (middle < y2))[..., :, None] & ((x1 < middle) & (middle < x2))[..., None, :]
-    gold = Gold(Boxes(*slots(boxes, 4)), Points(*slots(list(points), 2)), jnp.array([asks]), name_ids(names), masks)
+    masks = ((y1 < middle) & (middle < y2))[..., :, None] & ((x1 < middle) & (middle < x2))[
+        ..., None, :
+    ]
+    gold = Gold(
+        Boxes(*slots(boxes, 4)),
+        Points(*slots(list(points), 2)),
+        jnp.array([asks]),
+        name_ids(names),
+        masks,
+    )
     text, one = jnp.zeros((1, 1), jnp.int32), jnp.zeros(1, jnp.int32)
     size = jnp.array([[640, 480]])
     return Batch(jnp.zeros((1, 2, 2, 3)), text, text > 0, text, text > 0, gold, size, one, one)
@@ -356,7 +458,11 @@ def test_rewards_lie_in_0_to_1_whatever_is_written(reward, batch):
     texts = [right(batch), wrong(batch), "", "cat", ";"]
     for _ in range(20):
         counts = rng.choice([1, 2, 4, 4, 4, 5], rng.integers(1, 4))
-        texts.append(" ; ".join(loc(*rng.integers(0, 1024, count)) + " cat" * rng.integers(2) for count in counts))
+        texts.append(
+            " ; ".join(
+                loc(*rng.integers(0, 1024, count)) + " cat" * rng.integers(2) for count in counts
+            )
+        )
     found = np.array(judge(reward, batch, *texts))
     assert (found >= 0).all() and (found <= 1).all() and len(set(found.round(6))) > 1
 
@@ -370,7 +476,9 @@ def test_nothing_and_the_wrong_kind_are_worth_0(reward, batch):
 
 @EVERY
 def test_spam_lowers_every_reward_but_the_grammar(reward, batch):
-    answers = [right(batch)] + [" ; ".join([right(batch)] + [wrong(batch)] * more) for more in (1, 2)]
+    answers = [right(batch)] + [
+        " ; ".join([right(batch)] + [wrong(batch)] * more) for more in (1, 2)
+    ]
     copies = [right(batch)] + [" ; ".join([right(batch)] * (1 + more)) for more in (1, 2)]
     for texts in (answers, copies):
         found = judge(reward, batch, *texts)
@@ -387,7 +495,9 @@ def test_iou_of_spam_is_2_over_n_plus_1():
     np.testing.assert_allclose(judge("iou", ONE_BOX, *texts), [1, 2 / 3, 1 / 2], rtol=1e-6)
 
 
-@pytest.mark.parametrize("reward", ["iou", "iou_squared", "giou", "gaussian_point", "gaussian_coverage", "label"])
+@pytest.mark.parametrize(
+    "reward", ["iou", "iou_squared", "giou", "gaussian_point", "gaussian_coverage", "label"]
+)
 def test_a_reversed_box_counts_as_a_prediction_worth_0(reward):
     flipped = f"{loc(BOX[2], BOX[3], BOX[0], BOX[1])} cat"
     alone, beside = judge(reward, ONE_BOX, flipped, f"{loc(*BOX)} cat ; {flipped}")
@@ -395,7 +505,9 @@ def test_a_reversed_box_counts_as_a_prediction_worth_0(reward):
     np.testing.assert_allclose(beside, 2 / 3, rtol=1e-5)
 
 
-@pytest.mark.parametrize("reward", ["iou", "iou_squared", "giou", "gaussian_point", "gaussian_coverage"])
+@pytest.mark.parametrize(
+    "reward", ["iou", "iou_squared", "giou", "gaussian_point", "gaussian_coverage"]
+)
 def test_nearer_boxes_are_worth_more(reward):
     texts = [f"{loc(*(b + d for b in BOX))} cat" for d in (0, 10, 20, 40, 80)]
     assert (np.diff(judge(reward, ONE_BOX, *texts)) < 0).all()
@@ -415,7 +527,9 @@ def test_nearer_points_are_worth_more(reward):
 
 
 def test_distance_gaussian_is_in_pixels_of_640():
-    found = judge("distance_gaussian", ONE_POINT, f"{loc(300 + 100, 550)} cat", f"{loc(300, 550 + 100)} cat")
+    found = judge(
+        "distance_gaussian", ONE_POINT, f"{loc(300 + 100, 550)} cat", f"{loc(300, 550 + 100)} cat"
+    )
     d = np.array([480, 640]) * 100 / LOC_MAX
     np.testing.assert_allclose(found, np.exp(-((d / 100) ** 2) / 2), rtol=1e-5)
 
@@ -429,13 +543,17 @@ def test_a_reward_is_nan_exactly_where_it_does_not_apply(reward):
 
 @pytest.mark.parametrize("reward", ["gaussian_point", "point_in_box", "point_in_mask"])
 def test_what_needs_the_objects_is_nan_for_points_without_them(reward):
-    assert np.isnan(judge(reward, gold_batch([], [((300, 550), 0)], POINTS), f"{loc(300, 550)} cat")).all()
+    assert np.isnan(
+        judge(reward, gold_batch([], [((300, 550), 0)], POINTS), f"{loc(300, 550)} cat")
+    ).all()
 
 
 TWO = gold_batch([(BOX, 0), (OTHER, 1)], names=("cat", "dog"))
 
 
-@pytest.mark.parametrize("reward", ["iou", "iou_squared", "gaussian_point", "gaussian_coverage", "detection", "label"])
+@pytest.mark.parametrize(
+    "reward", ["iou", "iou_squared", "gaussian_point", "gaussian_coverage", "detection", "label"]
+)
 def test_boxes_match_only_within_their_name(reward):
     exact = f"{loc(*BOX)} cat ; {loc(*OTHER)} dog"
     turned = f"{loc(*OTHER)} dog ; {loc(*BOX)} cat"
@@ -466,24 +584,36 @@ def test_format_wants_the_end():
 
 def test_count_counts_answers_of_the_asked_kind():
     box, point = f"{loc(*BOX)} cat", f"{loc(1, 2)} cat"
-    found = judge("count", ONE_BOX, box, wrong(ONE_BOX), f"{box} ; {point}", point, f"{box} ; {box}")
+    found = judge(
+        "count", ONE_BOX, box, wrong(ONE_BOX), f"{box} ; {point}", point, f"{box} ; {box}"
+    )
     assert found == [1.0, 1.0, 1.0, 0.0, 0.0]
 
 
 def test_count_graded_falls_with_each_answer_too_many_or_too_few():
     answers = [" ; ".join([f"{loc(*BOX)} cat"] * n) for n in range(5)]
-    np.testing.assert_allclose(judge("count_graded", TWO, *answers), [1 / 3, 1 / 2, 1, 1 / 2, 1 / 3], rtol=1e-6)
+    np.testing.assert_allclose(
+        judge("count_graded", TWO, *answers), [1 / 3, 1 / 2, 1, 1 / 2, 1 / 3], rtol=1e-6
+    )
 
 
 def test_label_judges_names_alone():
     far, near = loc(*FAR), loc(*BOX)
-    texts = (f"{far} dog ; {near} cat", f"{far} cat ; {near} cat", f"{far} cat", f"{far} cow ; {near} dog", "")
+    texts = (
+        f"{far} dog ; {near} cat",
+        f"{far} cat ; {near} cat",
+        f"{far} cat",
+        f"{far} cow ; {near} dog",
+        "",
+    )
     np.testing.assert_allclose(judge("label", TWO, *texts), [1, 1 / 2, 2 / 3, 1 / 2, 0], rtol=1e-6)
 
 
 def test_iou_squared_is_the_square_of_iou_for_one_box():
     texts = [f"{loc(*(b + d for b in BOX))} cat" for d in (0, 10, 20, 40, 80)]
-    np.testing.assert_allclose(judge("iou_squared", ONE_BOX, *texts), np.square(judge("iou", ONE_BOX, *texts)), rtol=1e-6)
+    np.testing.assert_allclose(
+        judge("iou_squared", ONE_BOX, *texts), np.square(judge("iou", ONE_BOX, *texts)), rtol=1e-6
+    )
 
 
 def test_a_point_on_the_edge_is_in_its_box_and_one_bin_further_is_not():
@@ -495,10 +625,22 @@ def test_a_point_on_the_edge_is_in_its_box_and_one_bin_further_is_not():
 
 
 def test_points_lie_in_the_box_and_the_mask_of_their_name():
-    batch = gold_batch([(BOX, 0), (OTHER, 1)], [((300, 550), 0), ((800, 175), 1)], POINTS, ("cat", "dog"))
-    right, swapped = (f"{loc(300, 550)} {a} ; {loc(800, 175)} {b}" for a, b in (("cat", "dog"), ("dog", "cat")))
+    batch = gold_batch(
+        [(BOX, 0), (OTHER, 1)], [((300, 550), 0), ((800, 175), 1)], POINTS, ("cat", "dog")
+    )
+    right, swapped = (
+        f"{loc(300, 550)} {a} ; {loc(800, 175)} {b}" for a, b in (("cat", "dog"), ("dog", "cat"))
+    )
     for reward in ("point_in_box", "point_in_mask"):
-        found = judge(reward, batch, right, swapped, f"{loc(310, 600)} cat", f"{right} ; {loc(300, 550)} cat", "")
+        found = judge(
+            reward,
+            batch,
+            right,
+            swapped,
+            f"{loc(310, 600)} cat",
+            f"{right} ; {loc(300, 550)} cat",
+            "",
+        )
         np.testing.assert_allclose(found, [1, 0, 2 / 3, 4 / 5, 0], rtol=1e-6, err_msg=reward)
 
 
@@ -509,7 +651,10 @@ def test_a_mask_is_read_cell_by_cell():
     texts = [f"{loc(128 + 256 * y, 128 + 256 * x)} cat" for y, x in at]
     assert judge("point_in_mask", batch, *texts) == [float(cells[0, y, x]) for y, x in at]
     corners = [f"{loc(y, x)} cat" for y in (0, LOC_MAX) for x in (0, LOC_MAX)]
-    assert judge("point_in_mask", batch, *corners) == cells[0][[0, 0, -1, -1], [0, -1, 0, -1]].astype(float).tolist()
+    assert (
+        judge("point_in_mask", batch, *corners)
+        == cells[0][[0, 0, -1, -1], [0, -1, 0, -1]].astype(float).tolist()
+    )
 
 
 def test_where_no_masks_are_carried_point_in_mask_does_not_apply():
@@ -521,7 +666,9 @@ def alone(reward: str, batch: Batch, *texts: str, **settings) -> list[float]:
     """Returns one reward under other settings."""
     r = rollout(*texts)
     answer = read_jitted(r.tokens, r.mask, batch.gold.asks, batch.gold.names, TOKENS.vocab)
-    return jax.jit(lambda a, b: REWARDS[reward](a, b, RewardSettings(**settings)))(answer, batch)[0].tolist()
+    return jax.jit(lambda a, b: REWARDS[reward](a, b, RewardSettings(**settings)))(answer, batch)[
+        0
+    ].tolist()
 
 
 def test_distance_in_shares_of_the_diagonal_is_that_of_the_image():
@@ -540,17 +687,23 @@ def test_distance_in_shares_of_the_gold_box_is_that_of_the_object():
     at, unit = f"{loc(300 + 50, 550)} cat", {"distance_unit": "box", "distance_sigma_share": 0.25}
     sigma = 0.25 * np.hypot(height, width)
     expected = np.exp(-0.5 * (50 / LOC_MAX * 480 / sigma) ** 2)
-    np.testing.assert_allclose(alone("distance_gaussian", ONE_POINT, at, **unit), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        alone("distance_gaussian", ONE_POINT, at, **unit), expected, rtol=1e-5
+    )
     smaller = gold_batch([((200, 375, 400, 725), 0)], [((300, 550), 0)], POINTS)
     half = alone("distance_gaussian", smaller, f"{loc(300 + 25, 550)} cat", **unit)
     np.testing.assert_allclose(half, expected, rtol=1e-5)
-    assert np.isnan(alone("distance_gaussian", gold_batch([], [((300, 550), 0)], POINTS), at, **unit)).all()
+    assert np.isnan(
+        alone("distance_gaussian", gold_batch([], [((300, 550), 0)], POINTS), at, **unit)
+    ).all()
 
 
 def test_length_is_the_share_of_the_room_that_is_left():
     r = rollout(right(ONE_BOX), "")
     used = r.mask.sum(axis=-1)[0].tolist()
-    np.testing.assert_allclose(judge("length", ONE_BOX, right(ONE_BOX), ""), [1 - n / LENGTH for n in used], rtol=1e-6)
+    np.testing.assert_allclose(
+        judge("length", ONE_BOX, right(ONE_BOX), ""), [1 - n / LENGTH for n in used], rtol=1e-6
+    )
 
 
 def test_overlong_is_daposs_of_the_paper():
@@ -560,12 +713,16 @@ def test_overlong_is_daposs_of_the_paper():
     r = rollout("")
     answer = read_jitted(r.tokens, r.mask, ONE_BOX.gold.asks, ONE_BOX.gold.names, TOKENS.vocab)
     answer = answer._replace(tokens=jnp.ones((1, *mask.shape), jnp.int32), mask=mask[None])
-    found = REWARDS["overlong"](answer, ONE_BOX, RewardSettings(overlong_max_tokens=100, overlong_cache_tokens=20))
+    found = REWARDS["overlong"](
+        answer, ONE_BOX, RewardSettings(overlong_max_tokens=100, overlong_cache_tokens=20)
+    )
     np.testing.assert_allclose(found[0], [0, 0, -0.05, -0.5, -0.95, -1], rtol=1e-6)
     room = REWARDS["overlong"](answer, ONE_BOX, RewardSettings(overlong_cache_tokens=20))
     np.testing.assert_array_equal(room, 0)
     beyond = answer._replace(mask=jnp.ones((1, 1, 120), bool), tokens=answer.tokens[:, :1])
-    assert REWARDS["overlong"](beyond, ONE_BOX, RewardSettings(overlong_max_tokens=100)).tolist() == [[-1.0]]
+    assert REWARDS["overlong"](
+        beyond, ONE_BOX, RewardSettings(overlong_max_tokens=100)
+    ).tolist() == [[-1.0]]
 
 
 def brute_repetition(ids: list[int], n: int) -> float:
@@ -583,7 +740,10 @@ def test_repetition_equals_counting(n):
     answer = read_jitted(r.tokens, r.mask, ONE_BOX.gold.asks, ONE_BOX.gold.names, TOKENS.vocab)
     answer = answer._replace(tokens=jnp.asarray(tokens), mask=jnp.asarray(mask))
     found = REWARDS["repetition"](answer, ONE_BOX, RewardSettings(repetition_ngram=n))
-    expected = [brute_repetition(row[:length].tolist(), n) for row, length in zip(tokens[0], lengths, strict=True)]
+    expected = [
+        brute_repetition(row[:length].tolist(), n)
+        for row, length in zip(tokens[0], lengths, strict=True)
+    ]
     np.testing.assert_allclose(found[0], expected, rtol=1e-6)
 
 
@@ -591,15 +751,23 @@ def test_repetition_sees_a_loop_and_no_right_answer():
     loop = " ".join(["cat"] * 12)
     tokens, mask = (x[0, 0] for x in rollout(loop)[:2])
     expected = brute_repetition(tokens[mask].tolist(), SETTINGS.repetition_ngram)
-    np.testing.assert_allclose(judge("repetition", ONE_BOX, loop, right(ONE_BOX), ""), [expected, 0, 0], rtol=1e-6)
+    np.testing.assert_allclose(
+        judge("repetition", ONE_BOX, loop, right(ONE_BOX), ""), [expected, 0, 0], rtol=1e-6
+    )
     assert expected < -0.4
     assert alone("repetition", ONE_BOX, loop, repetition_ngram=LENGTH + 1) == [0.0]
 
 
 def test_a_list_of_different_boxes_repeats_nothing():
     names = ("cat", "red circle")
-    rows = [" ; ".join(f"{loc(100, 10 + 100 * k, 200, 90 + 100 * k)} {name}" for k in range(3)) for name in names]
-    assert judge("repetition", ONE_BOX, *rows) == [0.0, 0.0]  # in one row of the image, so that y1 is alike
+    rows = [
+        " ; ".join(f"{loc(100, 10 + 100 * k, 200, 90 + 100 * k)} {name}" for k in range(3))
+        for name in names
+    ]
+    assert judge("repetition", ONE_BOX, *rows) == [
+        0.0,
+        0.0,
+    ]  # in one row of the image, so that y1 is alike
 
 
 # the sum
@@ -622,7 +790,9 @@ def test_total_is_the_weighted_sum_of_what_applies():
     np.testing.assert_allclose(found.total, [[2.5, 0], [3.5, 0]], rtol=1e-6)
     assert found.parts.keys() == {"iou", "distance_gaussian", "format"}
     np.testing.assert_array_equal(np.isnan(found.parts["iou"]), [[False, False], [True, True]])
-    np.testing.assert_array_equal(np.isnan(found.parts["distance_gaussian"]), [[True, True], [False, False]])
+    np.testing.assert_array_equal(
+        np.isnan(found.parts["distance_gaussian"]), [[True, True], [False, False]]
+    )
 
 
 def test_total_is_nan_where_no_weighted_reward_applies():
@@ -641,18 +811,33 @@ def test_weight_0_measures_and_does_not_count():
 def test_measures_are_means_over_what_was_judged():
     answer, batch = both_kinds()
     judged = scored(answer, batch, {"iou": 1.0, "format": 0.0})
-    r = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), rollout(right(ONE_BOX), ""), rollout(right(ONE_POINT), ""))
-    found = {name: float(value) for name, value in measures(r, answer, judged, {"iou": 2.0, "format": 0.0}).items()}
+    r = jax.tree.map(
+        lambda a, b: jnp.concatenate([a, b]),
+        rollout(right(ONE_BOX), ""),
+        rollout(right(ONE_POINT), ""),
+    )
+    found = {
+        name: float(value)
+        for name, value in measures(r, answer, judged, {"iou": 2.0, "format": 0.0}).items()
+    }
     assert found["reward/iou"] == found["reward/total"] == 0.5 and found["reward/format"] == 0.5
     assert found["reward/weighted/iou"] == 1 and found["reward/weighted/format"] == 0
     np.testing.assert_allclose(found["reward/std"], (2**-0.5 + 0) / 2, rtol=1e-6)
     assert found["group/zero_std_fraction"] == 0.5
     assert found["completion/length"] == float(r.mask.sum()) / 4
-    assert found["completion/unfinished_fraction"] == 0 and found["completion/malformed_fraction"] == 0.5
+    assert (
+        found["completion/unfinished_fraction"] == 0
+        and found["completion/malformed_fraction"] == 0.5
+    )
 
 
 def test_an_unknown_reward_is_refused_with_the_nearest():
-    with pytest.raises(UserError, match=r"config\.grpo\.rewards\.gaussian_points does not exist: did you mean gaussian_point\?"):
+    with pytest.raises(
+        UserError,
+        match=r"config\.grpo\.rewards\.gaussian_points does not exist: did you mean gaussian_point\?",
+    ):
         by_name("gaussian_points")
-    with pytest.raises(UserError, match=r"config\.grpo\.rewards\.zzz does not exist: there are count, .*iou"):
+    with pytest.raises(
+        UserError, match=r"config\.grpo\.rewards\.zzz does not exist: there are count, .*iou"
+    ):
         by_name("zzz")

@@ -41,7 +41,9 @@ class Chain(NamedTuple):
         return params[tokens], suffix._replace(length=suffix.length + tokens.shape[2])
 
 
-def draw(table, key: int = 0, b: int = 2, g: int = 4, t: int = 6, prompts=None, **settings) -> Rollout:
+def draw(
+    table, key: int = 0, b: int = 2, g: int = 4, t: int = 6, prompts=None, **settings
+) -> Rollout:
     """Returns completions of `b` prompts, each a single token."""
     prompt = jnp.asarray(prompts if prompts is not None else np.full(b, WORDS[0]))[:, None]
     inputs = jnp.zeros((len(prompt), 1, 1, 3)), prompt, prompt > 0
@@ -62,7 +64,10 @@ def softmax(logits) -> np.ndarray:
 
 def assert_frequencies(drawn: np.ndarray, probabilities: np.ndarray) -> None:
     """Fails if `drawn` has an outcome of probability 0, or frequencies that `probabilities` don't explain."""
-    counts, expected = np.bincount(np.ravel(drawn), minlength=len(probabilities)), probabilities * np.size(drawn)
+    counts, expected = (
+        np.bincount(np.ravel(drawn), minlength=len(probabilities)),
+        probabilities * np.size(drawn),
+    )
     assert not counts[expected == 0].any()
     possible = expected > 0
     assert (expected[possible] > 5).all(), "Pearson's test wants 5 expected draws of every outcome"
@@ -96,7 +101,9 @@ def test_completions_and_prompts_are_drawn_apart(table):
 def test_frequencies_of_the_first_token_are_the_softmax_at_temperature(table):
     for temperature in (0.5, 1.0, 2.0):
         tokens = draw(table, b=1, g=20_000, t=1, temperature=temperature).tokens
-        assert_frequencies(np.asarray(tokens), only(softmax(table[WORDS[0]] / temperature), NOT_CONTROL))
+        assert_frequencies(
+            np.asarray(tokens), only(softmax(table[WORDS[0]] / temperature), NOT_CONTROL)
+        )
 
 
 def test_frequencies_of_later_tokens_follow_the_token_before(table):
@@ -116,7 +123,11 @@ def test_the_sample_starts_from_the_prompt(table):
 
 def test_logps_are_those_of_the_whole_softmax_at_temperature(table):
     """Whatever is suppressed or outside the nucleus: they are what the policy itself says of these tokens."""
-    for settings in ({"temperature": 0.7}, {"temperature": 1.3, "top_p": 0.6}, {"suppress": (EOS, *CONTROL, 5, 6)}):
+    for settings in (
+        {"temperature": 0.7},
+        {"temperature": 1.3, "top_p": 0.6},
+        {"suppress": (EOS, *CONTROL, 5, 6)},
+    ):
         found = draw(table, **settings)
         tokens, mask = np.asarray(found.tokens), np.asarray(found.mask)
         last = np.concatenate([np.full_like(tokens[..., :1], WORDS[0]), tokens[..., :-1]], axis=-1)
@@ -163,7 +174,9 @@ def test_suppressed_ids_are_never_drawn_however_likely(table):
     assert np.isin(np.asarray(everything.tokens)[np.asarray(everything.mask)], CONTROL).all()
     table[:, list(CONTROL)] = 0
     found = draw(table, b=1, g=20_000, t=1, suppress=(*CONTROL, 5))
-    assert_frequencies(np.asarray(found.tokens), only(softmax(table[WORDS[0]]), set(NOT_CONTROL) - {5}))
+    assert_frequencies(
+        np.asarray(found.tokens), only(softmax(table[WORDS[0]]), set(NOT_CONTROL) - {5})
+    )
 
 
 def test_large_vocabularies_are_drawn_from_their_softmax():
@@ -179,7 +192,11 @@ def test_large_vocabularies_are_drawn_from_their_softmax():
 
 @hypothesis.settings(deadline=None)  # each length is compiled
 @hypothesis.given(
-    npst.arrays(np.float32, st.sampled_from([1, 2, 7, 40]), elements=st.sampled_from([0, 1e-30, 1e-7, 1 / 3, 1])),
+    npst.arrays(
+        np.float32,
+        st.sampled_from([1, 2, 7, 40]),
+        elements=st.sampled_from([0, 1e-30, 1e-7, 1 / 3, 1]),
+    ),
     st.sampled_from([2.0**-24, 2.0**-23, 0.5, 1 - 2.0**-23]),
 )
 def test_what_weighs_nothing_is_never_reached(weights, share):
@@ -208,7 +225,9 @@ def test_temperature_0_is_the_likeliest_token_whatever_the_key(table):
 def test_temperature_may_be_an_array(table):
     """The evaluator compiles greedy and sampled answers once."""
     for temperature in (0.0, 0.8):
-        given, traced = (draw(table, temperature=t) for t in (temperature, jnp.float32(temperature)))
+        given, traced = (
+            draw(table, temperature=t) for t in (temperature, jnp.float32(temperature))
+        )
         jax.tree.map(np.testing.assert_array_equal, given, traced)
 
 

@@ -8,12 +8,24 @@ from conftest import unlabelled
 
 from pg_ground.config import Data, Grpo, Source
 from pg_ground.data.examples import to_batch_row, to_example
-from pg_ground.rl.experience import Sampled, compare, has_spread, refill, weights_at, without_greedy
+from pg_ground.rewards.device_rewards import read_answer
 from pg_ground.rl.loss import ALGORITHMS
-from pg_ground.rl.rewards import read_answer
+from pg_ground.rl.scored_rollouts import (
+    Sampled,
+    compare,
+    has_spread,
+    refill,
+    weights_at,
+    without_greedy,
+)
 from pg_ground.rl.update import split, unsplit
-from pg_ground.sampler import device_rewards, question_of, text_judges, texts_of, weighted
 from pg_ground.tokenizer import load
+from pg_ground.training.rollout_worker import (
+    question_of,
+    text_judges,
+    texts_of,
+    weighted,
+)
 from pg_ground.types import Rewards, Rollout, UserError
 
 
@@ -26,7 +38,9 @@ def test_rewards_without_a_weight_are_refused(weights):
 
 def test_a_weight_may_move_evenly_from_one_value_to_another():
     weights = {"iou": 1.0, "format": (1.0, 0.2, 4)}
-    assert [weights_at(weights, step)["format"] for step in (0, 1, 2, 4, 9)] == pytest.approx([1.0, 0.8, 0.6, 0.2, 0.2])
+    assert [weights_at(weights, step)["format"] for step in (0, 1, 2, 4, 9)] == pytest.approx(
+        [1.0, 0.8, 0.6, 0.2, 0.2]
+    )
     assert weights_at(weights, 7)["iou"] == 1.0
 
 
@@ -38,7 +52,9 @@ def test_rewards_of_a_users_file_are_told_apart_by_their_parameters(tmp_path):
         "def short(completion, example):\n    return -len(completion)\n"
     )
     c = Grpo(rewards={f"{file}:wide": 1.0, f"{file}:short": 0.5, "iou": 1.0})
-    assert set(device_rewards(c)) == {f"{file}:wide", "iou"} and text_judges(c).names == (f"{file}:short",)
+    assert set(device_rewards(c)) == {f"{file}:wide", "iou"} and text_judges(c).names == (
+        f"{file}:short",
+    )
 
 
 def test_a_users_device_reward_with_a_fault_is_named(tmp_path):
@@ -50,11 +66,15 @@ def test_a_users_device_reward_with_a_fault_is_named(tmp_path):
         "def infinite(answer, batch, settings):\n    return jnp.full(answer.finished.shape, jnp.inf)\n"
     )
     given = sampled([[0.0, 1.0]])
-    rewards = device_rewards(Grpo(rewards={f"{file}:{name}": 1.0 for name in ("raises", "flat", "infinite")}))
+    rewards = device_rewards(
+        Grpo(rewards={f"{file}:{name}": 1.0 for name in ("raises", "flat", "infinite")})
+    )
     arguments = (given.answer, given.batch, Grpo().reward_settings)
     with pytest.raises(UserError, match=r"mine.py:raises failed: KeyError: 'x'"):
         rewards[f"{file}:raises"](*arguments)
-    with pytest.raises(UserError, match=r"mine.py:flat has shape \[3\]: it must be \[B, G\], \[1, 2\]"):
+    with pytest.raises(
+        UserError, match=r"mine.py:flat has shape \[3\]: it must be \[B, G\], \[1, 2\]"
+    ):
         rewards[f"{file}:flat"](*arguments)
     assert np.isnan(rewards[f"{file}:infinite"](*arguments)).all()
 
@@ -64,7 +84,11 @@ def sampled(totals: list[list[float]], first: int = 0) -> Sampled:
     total = jnp.asarray(totals, jnp.float32)
     b, g = total.shape
     batch = unlabelled(
-        jnp.zeros((b, 2, 2, 3)), jnp.zeros((b, 3), int), jnp.ones((b, 3), bool), jnp.zeros((b, 3), int), jnp.ones((b, 3), bool)
+        jnp.zeros((b, 2, 2, 3)),
+        jnp.zeros((b, 3), int),
+        jnp.ones((b, 3), bool),
+        jnp.zeros((b, 3), int),
+        jnp.ones((b, 3), bool),
     )
     batch = batch._replace(index=first + jnp.arange(b))
     tokens = jnp.broadcast_to((first + jnp.arange(b))[:, None, None], (b, g, 3))
@@ -87,11 +111,19 @@ def test_groups_without_spread_are_replaced_in_order_and_the_others_stay():
 
 def test_defect_16_groups_are_kept_by_their_spread_and_not_by_their_mean():
     """RLLaVA keeps groups whose mean is inside (.01, .99): of rewards that are no probabilities it keeps what teaches nothing."""
-    assert has_spread(sampled([[0.5, 0.5], [1.2, 1.2], [0.0, 0.005], [1.0, 1.4]])).tolist() == [False, False, True, True]
+    assert has_spread(sampled([[0.5, 0.5], [1.2, 1.2], [0.0, 0.005], [1.0, 1.4]])).tolist() == [
+        False,
+        False,
+        True,
+        True,
+    ]
 
 
 def test_a_reward_is_named_once():
-    with pytest.raises(UserError, match="count_graded is in config.grpo.rewards and in text_rewards: name it in one of them"):
+    with pytest.raises(
+        UserError,
+        match="count_graded is in config.grpo.rewards and in text_rewards: name it in one of them",
+    ):
         device_rewards(Grpo(rewards={"count_graded": 1.0}, text_rewards={"count_graded": 1.0}))
 
 
@@ -105,7 +137,9 @@ def test_the_greedy_completion_is_taken_out_and_compared_with():
 
 def test_a_penalty_in_the_reward_moves_advantages():
     given = sampled([[1.0, 0.0], [0.0, 1.0]])
-    ref = jnp.zeros(given.rollout.logps.shape).at[0, 0].set(-1.0)  # the policy likes this one more than the reference: 3 nats
+    ref = (
+        jnp.zeros(given.rollout.logps.shape).at[0, 0].set(-1.0)
+    )  # the policy likes this one more than the reference: 3 nats
     row = ALGORITHMS["rloo"]
     found = compare(given, ref, {"iou": 1.0}, 0.1, row, 1e-4).advantages
     np.testing.assert_allclose(found, [[0.7, -0.7], [-1, 1]], rtol=1e-6)
@@ -120,14 +154,29 @@ def test_a_text_reward_sees_the_question_in_pixels_and_words():
     row = to_batch_row(to_example(record, source, "s", 7, 28, None), tokens, data, 3)
     batch = jax.tree.map(lambda leaf: np.asarray(leaf)[None], row)
     question = question_of(batch, 0, tokens)
-    assert question.prompt == "detect a cat" and question.asks == "boxes" and question.labels == ("a cat",)
+    assert (
+        question.prompt == "detect a cat"
+        and question.asks == "boxes"
+        and question.labels == ("a cat",)
+    )
     np.testing.assert_allclose(question.boxes, [[10, 20, 60, 45]], atol=1e-4)
-    assert question.size == (100, 50) and question.source == "3" and question.index == 7 and question.points == ()
-    assert question.gold == tokens.decode(tokens.suffix("<loc0409><loc0102><loc0921><loc0614> a cat"))
+    assert (
+        question.size == (100, 50)
+        and question.source == "3"
+        and question.index == 7
+        and question.points == ()
+    )
+    assert question.gold == tokens.decode(
+        tokens.suffix("<loc0409><loc0102><loc0921><loc0614> a cat")
+    )
     ids = np.zeros((1, 2, 9), np.int32)
     ids[0, 0, :4] = [*tokens.text("<loc0001> x")[:3], 1]
     completions, examples = texts_of(batch, Rollout(ids, ids > 0, np.zeros(ids.shape)), tokens)
-    assert completions[0].startswith("<loc0001>") and completions[1] == "" and [e.length for e in examples] == [4, 0]
+    assert (
+        completions[0].startswith("<loc0001>")
+        and completions[1] == ""
+        and [e.length for e in examples] == [4, 0]
+    )
 
 
 def test_parts_of_a_batch_are_put_together_again_in_order():

@@ -32,20 +32,29 @@ def test_ends_and_shares(count, strategy, kept):
     np.testing.assert_array_equal(sampled(count, strategy, 0), list(kept))
 
 
-@pytest.mark.parametrize(("count", "strategy", "kept"), [(10, "50%", 5), (7, "50%", 4), (10, "4", 4), (9, "99", 9), (10, "0", 0)])
+@pytest.mark.parametrize(
+    ("count", "strategy", "kept"),
+    [(10, "50%", 5), (7, "50%", 4), (10, "4", 4), (9, "99", 9), (10, "0", 0)],
+)
 def test_random_records_are_different_ones_in_order(count, strategy, kept):
     indices = sampled(count, f"random:{strategy}", 3)
-    assert len(indices) == kept and (np.diff(indices) > 0).all() and set(indices) <= set(range(count))
+    assert (
+        len(indices) == kept and (np.diff(indices) > 0).all() and set(indices) <= set(range(count))
+    )
 
 
 def test_random_choice_is_the_seeds_and_grows_from_what_it_was():
     choice = sampled(1000, "random:100", 1)
     np.testing.assert_array_equal(choice, sampled(1000, "random:10%", 1))
-    assert set(choice) < set(sampled(1000, "random:200", 1)) and set(choice) != set(sampled(1000, "random:100", 2))
+    assert set(choice) < set(sampled(1000, "random:200", 1)) and set(choice) != set(
+        sampled(1000, "random:100", 2)
+    )
     drawn = np.zeros(10)
     for seed in range(1000):
         drawn[sampled(10, "random:3", seed)] += 1
-    assert abs(drawn - 300).max() < 5 * np.sqrt(1000 * 0.3 * 0.7)  # five standard deviations of a fair draw
+    assert abs(drawn - 300).max() < 5 * np.sqrt(
+        1000 * 0.3 * 0.7
+    )  # five standard deviations of a fair draw
 
 
 def test_defect_07_nothing_is_nothing_a_lot_is_the_seeds_and_another_word_is_refused():
@@ -59,8 +68,31 @@ def test_defect_07_nothing_is_nothing_a_lot_is_the_seeds_and_another_word_is_ref
 @pytest.mark.parametrize(
     "strategy",
     [
-        *("", "foo:3", "first", "first:", "first:-2", "first:2.5", "first:+2", "first: 2", "First:2", "first:1e3", "first:٣"),
-        *("random:1:2", "random:%", "random:5.%", "random:.5%", "random:-5%", "random:nan%", "all:3", "all ", "end:3\n", "50%"),
+        *(
+            "",
+            "foo:3",
+            "first",
+            "first:",
+            "first:-2",
+            "first:2.5",
+            "first:+2",
+            "first: 2",
+            "First:2",
+            "first:1e3",
+            "first:٣",
+        ),
+        *(
+            "random:1:2",
+            "random:%",
+            "random:5.%",
+            "random:.5%",
+            "random:-5%",
+            "random:nan%",
+            "all:3",
+            "all ",
+            "end:3\n",
+            "50%",
+        ),
     ],
 )
 def test_other_words_are_refused_by_name(strategy):

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis.extra import numpy as npst
 
-from pg_ground import exam, tokenizer
-from pg_ground.measure import benchmarks, segmentation
-from pg_ground.measure.runs import mask_of, runs_of
-from pg_ground.measure.segmentation import read, write
-from pg_ground.model import vqvae
+from pg_ground import tokenizer
+from pg_ground.evals import benchmarks, runner, segmentation
+from pg_ground.evals.run_length import mask_of, runs_of
+from pg_ground.evals.segmentation import read, write
+from pg_ground.models import vqvae
 from pg_ground.vocab import EOS, LOC_MAX, vocab_of_size
 
 VOCAB = vocab_of_size(1664)
@@ -27,7 +27,10 @@ EMPTY = -FULL
 def text_of(tokens: np.ndarray) -> str:
     """Returns the text of a completion of loc and seg tokens in big_vision's tiny vocabulary."""
     ids = tokens[: tokens.tolist().index(EOS)]
-    return "".join(f"<loc{i - VOCAB.loc0:04d}>" if i < VOCAB.seg0 else f"<seg{i - VOCAB.seg0:03d}>" for i in ids)
+    return "".join(
+        f"<loc{i - VOCAB.loc0:04d}>" if i < VOCAB.seg0 else f"<seg{i - VOCAB.seg0:03d}>"
+        for i in ids
+    )
 
 
 def block(y1: int, x1: int, y2: int, x2: int, shape: tuple[int, int]) -> np.ndarray:
@@ -60,7 +63,9 @@ def test_the_evaluators_numbers(golden):
     bins, codes, valid = read(texts)
     decoded = np.asarray(jax.jit(vqvae.decode)(vqvae.load(folder / "tiny_vae.npz"), codes))
     gold = given["mask"][..., 0] > 0
-    rows = [judge(*one) for one in zip(bins, valid, decoded, gold, given["gt_box_eval"], strict=True)]
+    rows = [
+        judge(*one) for one in zip(bins, valid, decoded, gold, given["gt_box_eval"], strict=True)
+    ]
     found, theirs = benchmarks.measure(rows).values, said["evaluator"]
     assert found["miou"] == pytest.approx(theirs["miou"], rel=1e-12)
     assert (found["boxacc50"], found["boxacc75"]) == (theirs["boxacc/0.5"], theirs["boxacc/0.75"])
@@ -72,7 +77,9 @@ def test_masks_of_a_group_are_those_of_their_texts(golden):
     folder = golden / "preprocessing"
     params = vqvae.load(folder / "tiny_vae.npz")
     texts = [[WHOLE, "no mask"], [LOCS + "<seg001>" * 16, WHOLE]]
-    masks = exam.masks_of(exam.Programs(None, None, None, jax.jit(partial(vqvae.decode, params))), texts)
+    masks = runner.masks_of(
+        runner.Programs(None, None, None, jax.jit(partial(vqvae.decode, params))), texts
+    )
     assert masks(0, 1, (90, 80))["mask"] is None and masks(0, 1, (90, 80))["boxes"] == []
     alone = np.asarray(vqvae.decode(params, read([texts[1][0]]).codes))
     assert masks(1, 0, (90, 80)) == segmentation.answer(np.array(BOX), True, alone[0], (90, 80))
@@ -88,7 +95,12 @@ def test_the_answers_that_big_vision_learns_from(golden):
     folder = golden / "preprocessing"
     given, said = np.load(folder / "seg.npz"), json.loads((folder / "seg.json").read_text())
     params = vqvae.load(folder / "tiny_vae.npz", encoder=True)
-    cut = np.stack([segmentation.crop(m[..., 0] > 0, box) for m, box in zip(given["mask"], given["box"], strict=True)])
+    cut = np.stack(
+        [
+            segmentation.crop(m[..., 0] > 0, box)
+            for m, box in zip(given["mask"], given["box"], strict=True)
+        ]
+    )
     codes = np.asarray(jax.jit(vqvae.encode)(params, cut))
     np.testing.assert_array_equal(codes, given["seg_idx"])
     assert [write(box, row) for box, row in zip(given["box"], codes, strict=True)] == said["suffix"]
@@ -128,7 +140,9 @@ LOCS, SEGS = WHOLE[:36], WHOLE[36:]
 )
 def test_what_is_no_mask_is_all_zeros(text):
     found = read([text, WHOLE + " cat"])
-    assert found.valid.tolist() == [False, True], "nothing stands before the codes or between them; a name may stand behind"
+    assert found.valid.tolist() == [False, True], (
+        "nothing stands before the codes or between them; a name may stand behind"
+    )
     assert not found.bins[0].any() and not found.codes[0].any()
     assert tuple(found.bins[1]) == BOX and tuple(found.codes[1]) == CODES
 
@@ -151,7 +165,10 @@ def scores(row: dict[str, Any]) -> tuple[float, float, int]:
 
 def test_pixels_outside_the_box_count_against_it():
     gold = block(100, 200, 500, 1000, (LOC_MAX, LOC_MAX))
-    assert judge(BOX, True, FULL, gold, np.array([100, 200, 500, 1000]) / LOC_MAX)["mask_iou"] == 700 / 800
+    assert (
+        judge(BOX, True, FULL, gold, np.array([100, 200, 500, 1000]) / LOC_MAX)["mask_iou"]
+        == 700 / 800
+    )
 
 
 def test_corners_are_cut_off_to_pixels_and_not_rounded():
@@ -164,8 +181,16 @@ def test_corners_are_cut_off_to_pixels_and_not_rounded():
 def test_a_box_without_a_pixel_is_invalid_but_is_a_box():
     """As in the evaluator, which compares boxes before it looks for pixels; but there is no box without all codes."""
     fractions = np.array([10, 10, 50, 50]) / LOC_MAX
-    assert scores(judge([10, 10, 50, 50], True, FULL, np.ones((10, 10), bool), fractions)) == (0, 1, 0)
-    assert scores(judge([10, 10, 50, 50], False, FULL, np.ones((99, 99), bool), fractions)) == (0, 0, 0)
+    assert scores(judge([10, 10, 50, 50], True, FULL, np.ones((10, 10), bool), fractions)) == (
+        0,
+        1,
+        0,
+    )
+    assert scores(judge([10, 10, 50, 50], False, FULL, np.ones((99, 99), bool), fractions)) == (
+        0,
+        0,
+        0,
+    )
 
 
 def test_what_is_cut_out_is_pasted_back():
@@ -173,7 +198,9 @@ def test_what_is_cut_out_is_pasted_back():
     ys, xs = np.mgrid[:480, :640] + 0.5
     for y1, x1, y2, x2 in ((40, 100, 360, 500), (200, 300, 230, 340), (0, 0, 480, 640)):
         box = np.array([y1 / 480, x1 / 640, y2 / 480, x2 / 640])
-        gold = ((ys - (y1 + y2) / 2) / (y2 - y1)) ** 2 + ((xs - (x1 + x2) / 2) / (x2 - x1)) ** 2 <= 0.25
+        gold = ((ys - (y1 + y2) / 2) / (y2 - y1)) ** 2 + (
+            (xs - (x1 + x2) / 2) / (x2 - x1)
+        ) ** 2 <= 0.25
         bins = np.round(box * LOC_MAX).astype(int)
         found = judge(bins, True, 2 * segmentation.crop(gold, box) - 1, gold, box)
         assert found["mask_iou"] > 0.88 and found["iou"] > 0.95
@@ -188,8 +215,17 @@ def test_a_box_within_a_pixel_is_cut_out_as_that_pixel():
 
 def test_means_are_over_all_answers():
     rows = [
-        {"id": i, "mode": "greedy", "benchmark": "segmentation", "mask_iou": mask, "iou": box, "valid": valid}
-        for i, (mask, box, valid) in enumerate([(0.5, 0.5, 1), (0.7, 0.75, 1), (0.0, 0.9, 0), (0.0, 0.0, 0)])
+        {
+            "id": i,
+            "mode": "greedy",
+            "benchmark": "segmentation",
+            "mask_iou": mask,
+            "iou": box,
+            "valid": valid,
+        }
+        for i, (mask, box, valid) in enumerate(
+            [(0.5, 0.5, 1), (0.7, 0.75, 1), (0.0, 0.9, 0), (0.0, 0.0, 0)]
+        )
     ]
     wanted = {"miou": 0.3, "boxacc50": 0.75, "boxacc75": 0.5, "invalid": 2, "invalid_fraction": 0.5}
     assert benchmarks.measure(rows).values == wanted

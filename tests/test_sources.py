@@ -82,7 +82,10 @@ def test_records_that_cannot_be_opened_are_refused_by_name(tmp_path):
     ("synthetic:trian", "synthetic:trian does not exist: did you mean train?"),
 ])  # fmt: skip
 def test_an_entry_that_cannot_be_opened_is_told_by_the_setting_to_change(uri, reason):
-    for entry, setting in (("grpo/photos", "config.grpo.sources.photos.uri"), ("photos", "sources.photos.uri")):
+    for entry, setting in (
+        ("grpo/photos", "config.grpo.sources.photos.uri"),
+        ("photos", "sources.photos.uri"),
+    ):
         with pytest.raises(UserError) as refused:
             open_records(uri, entry)
         assert str(refused.value).startswith(f"{setting} ({uri}): {reason}")
@@ -112,7 +115,12 @@ def test_synthetic_scenes_open_by_uri():
 def test_image_may_be_pixels_bytes_or_a_file_name(tmp_path):
     data = encoded(Image.fromarray(pixels()))
     (tmp_path / "a.png").write_bytes(data)
-    for value, root in ((pixels(), None), (data, None), ("a.png", tmp_path), (str(tmp_path / "a.png"), None)):
+    for value, root in (
+        (pixels(), None),
+        (data, None),
+        ("a.png", tmp_path),
+        (str(tmp_path / "a.png"), None),
+    ):
         np.testing.assert_array_equal(load_image(value, root), pixels())
 
 
@@ -131,7 +139,9 @@ def test_every_mode_becomes_rgb(mode):
     else:
         image = Image.fromarray(pixels()).convert(mode)
         expected = np.asarray(image.convert("RGB"))
-    np.testing.assert_array_equal(load_image(encoded(image, "TIFF" if mode == "CMYK" else "PNG"), None), expected)
+    np.testing.assert_array_equal(
+        load_image(encoded(image, "TIFF" if mode == "CMYK" else "PNG"), None), expected
+    )
 
 
 def test_grey_and_alpha_arrays_become_rgb():
@@ -144,7 +154,13 @@ def test_missing_images_are_told_from_corrupt_ones(tmp_path):
     jpeg = encoded(Image.fromarray(pixels(64, 64)), "JPEG")
     png = encoded(Image.fromarray(pixels(64, 64)))
     (tmp_path / "cut.jpg").write_bytes(jpeg[: len(jpeg) // 2])
-    assert kind_of("none.jpg", tmp_path) == kind_of("", tmp_path) == kind_of(None) == kind_of(3.0) == "missing_image"
+    assert (
+        kind_of("none.jpg", tmp_path)
+        == kind_of("", tmp_path)
+        == kind_of(None)
+        == kind_of(3.0)
+        == "missing_image"
+    )
     assert kind_of(".", tmp_path) == "missing_image"
     assert kind_of("cut.jpg", tmp_path) == "corrupt_image"
     for data in (

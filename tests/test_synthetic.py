@@ -44,18 +44,28 @@ def test_the_box_holds_the_shape_its_phrase_names_and_nothing_of_it_lies_outside
         inside = record["image"][y1:y2, x1:x2].astype(float)
         like = np.abs(inside - record["image"][y, x]).max(axis=-1) < 2
         share = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5, "cross": 5 / 9}[form]
-        assert abs(like.mean() - share) < 0.25  # pixels on an edge are mixed: up to one in four at 15 pixels across
+        assert (
+            abs(like.mean() - share) < 0.25
+        )  # pixels on an edge are mixed: up to one in four at 15 pixels across
 
 
 def test_every_shape_is_an_object_by_its_name_and_box():
     scenes = Scenes(side=64, loose=0.5, shapes=4)
     for index in range(30):
         record = scenes[index]
-        assert len({one["name"] for one in record["objects"]}) == 4 and record["objects"][0]["name"] == record["phrase"]
+        assert (
+            len({one["name"] for one in record["objects"]}) == 4
+            and record["objects"][0]["name"] == record["phrase"]
+        )
         for one in record["objects"]:
             x1, y1, x2, y2 = one["box"]
             colour = PAINTS[list(COLOURS).index(one["name"].split()[0])]
-            assert np.abs(record["image"][int(y1 + y2) // 2, int(x1 + x2) // 2].astype(float) - colour).max() <= 26
+            assert (
+                np.abs(
+                    record["image"][int(y1 + y2) // 2, int(x1 + x2) // 2].astype(float) - colour
+                ).max()
+                <= 26
+            )
 
 
 def test_a_phrase_fits_one_shape_and_a_distractor_shares_its_colour_or_form():

@@ -22,9 +22,17 @@ from pg_ground.data.tables import open_coco, open_json, open_json_lines, open_pa
 from pg_ground.types import UserError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-needs_samples = pytest.mark.skipif(not SHARED.is_dir(), reason=f"the real samples are not there: {SHARED}")
+needs_samples = pytest.mark.skipif(
+    not SHARED.is_dir(), reason=f"the real samples are not there: {SHARED}"
+)
 
-READERS = {"json": open_json, "jsonl": open_json_lines, "parquet": open_parquet, "yaml": open_yaml, "coco": open_coco}
+READERS = {
+    "json": open_json,
+    "jsonl": open_json_lines,
+    "parquet": open_parquet,
+    "yaml": open_yaml,
+    "coco": open_coco,
+}
 
 
 def refusal(uri: str) -> str:
@@ -48,7 +56,9 @@ def write(path: Path, value: object) -> Path:
 
 def png(seed: int) -> bytes:
     out = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (4, 6, 3), np.uint8)).save(out, "PNG")
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (4, 6, 3), np.uint8)).save(
+        out, "PNG"
+    )
     return out.getvalue()
 
 
@@ -91,16 +101,30 @@ PIXMO_POINTS = {
     "label": "eggs",
     "collection_method": "pointing",
 }
-PIXMO_COUNT = {"image_url": "https://example.org/b.jpg", "image_sha256": "cd" * 32, "count": 0, "points": [], "label": "people"}
+PIXMO_COUNT = {
+    "image_url": "https://example.org/b.jpg",
+    "image_sha256": "cd" * 32,
+    "count": 0,
+    "points": [],
+    "label": "people",
+}
 
 
 def test_json_is_a_list_of_objects_or_one_at_a_key(tmp_path):
     rows = [{"a": 1}, {"a": [2, {"b": None}]}]
     write(tmp_path / "list.json", rows)
     write(tmp_path / "inside.json", {"accuracy": 1.5, "results": {"val": rows, "test": rows[:1]}})
-    for rest, expected in (("list.json", rows), ("inside.json#results.val", rows), ("inside.json#results.test", rows[:1])):
+    for rest, expected in (
+        ("list.json", rows),
+        ("inside.json#results.val", rows),
+        ("inside.json#results.test", rows[:1]),
+    ):
         records = open_json(f"{tmp_path}/{rest}")
-        assert all_of(records) == expected and records.root == tmp_path and isinstance(records, Records)
+        assert (
+            all_of(records) == expected
+            and records.root == tmp_path
+            and isinstance(records, Records)
+        )
 
 
 def test_file_names_may_have_spaces_and_hash_signs(tmp_path):
@@ -108,7 +132,9 @@ def test_file_names_may_have_spaces_and_hash_signs(tmp_path):
     folder.mkdir()
     write(folder / "no #1.json", [{"n": 1}])
     write(folder / "keyed.json", {"rows": [{"n": 2}]})
-    assert open_json(f"{folder}/no #1.json")[0] == {"n": 1} and open_json(f"{folder}/keyed.json#rows")[0] == {"n": 2}
+    assert open_json(f"{folder}/no #1.json")[0] == {"n": 1} and open_json(
+        f"{folder}/keyed.json#rows"
+    )[0] == {"n": 2}
     write_parquet(folder / "c d.parquet", numbered(0, 2))
     assert len(open_parquet(f"{folder}/c d.parquet")) == 2 == len(open_parquet(str(folder)))
 
@@ -137,7 +163,10 @@ def test_json_that_cannot_be_opened_is_refused(tmp_path):
         ("lines.json", "jsonl:PATH"),
         ("binary.json", "not one JSON value"),
         ("deep.json", "not one JSON value"),
-        ("object.json", "an object with the keys info, results, by_id, where a list of objects is read, or one at a key"),
+        (
+            "object.json",
+            "an object with the keys info, results, by_id, where a list of objects is read, or one at a key",
+        ),
         ("object.json#result", "no 'result' in an object with the keys info, results, by_id"),
         ("object.json#by_id", "an object with the keys 1"),
         ("object.json#by_id.2", "no '2' in an object with the keys 1"),
@@ -145,7 +174,12 @@ def test_json_that_cannot_be_opened_is_refused(tmp_path):
         ("object.json#info", "an empty object"),
     ):
         assert found in refusal(f"json:{tmp_path}/{name}")
-    for value, found in (([], "an empty list"), ([1, 2], "a list of 2"), ("x", "'x'"), (None, "None")):
+    for value, found in (
+        ([], "an empty list"),
+        ([1, 2], "a list of 2"),
+        ("x", "'x'"),
+        (None, "None"),
+    ):
         write(tmp_path / "other.json", value)
         assert found in refusal(f"json:{tmp_path}/other.json")
 
@@ -161,7 +195,9 @@ def test_parquet_rows_are_plain_python(tmp_path, row):
     if not row.get("points", [0]):  # a list that is always empty says no type
         point = pa.struct([("x", pa.float64()), ("y", pa.float64())])
         table = pq.read_table(path)
-        table = table.set_column(table.column_names.index("points"), "points", pa.array([[]] * 7, pa.list_(point)))
+        table = table.set_column(
+            table.column_names.index("points"), "points", pa.array([[]] * 7, pa.list_(point))
+        )
         pq.write_table(table, path)
     records = open_parquet(str(path))
     assert len(records) == 7 and records.root == tmp_path and isinstance(records, Records)
@@ -172,7 +208,8 @@ def test_shards_are_one_table_in_the_order_of_their_names(tmp_path):
     write_parquet(tmp_path / "d" / "x-00001.parquet", numbered(4, 9))
     write_parquet(tmp_path / "d" / "x-00000.parquet", numbered(0, 4))
     pq.write_table(
-        pa.Table.from_pylist(numbered(0, 0), pa.schema([("n", pa.int64()), ("text", pa.string())])), tmp_path / "d/x-2.parquet"
+        pa.Table.from_pylist(numbered(0, 0), pa.schema([("n", pa.int64()), ("text", pa.string())])),
+        tmp_path / "d/x-2.parquet",
     )
     write_parquet(tmp_path / "d" / "y.parquet", numbered(9, 10))
     (tmp_path / "d" / "README.md").write_text("not a table")
@@ -184,7 +221,10 @@ def test_shards_are_one_table_in_the_order_of_their_names(tmp_path):
         ("d/y.parquet", 10, tmp_path / "d"),
     ):
         records = open_parquet(f"{tmp_path}/{rest}")
-        assert all_of(records) == numbered(9 if rest == "d/y.parquet" else 0, rows) and records.root == root
+        assert (
+            all_of(records) == numbered(9 if rest == "d/y.parquet" else 0, rows)
+            and records.root == root
+        )
     records = open_parquet(f"{tmp_path}/d")
     assert records[3] == records[-7] == {"n": 3, "text": "row 3"}
     for index in (10, -11):
@@ -233,7 +273,9 @@ def test_parquet_that_cannot_be_opened_is_refused(tmp_path):
     (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.parquet").write_text('{"n": 1}\n' * 10)
     footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
-    (tmp_path / "footer.parquet").write_bytes(whole[:footer] + b"\xff" * (len(whole) - 8 - footer) + whole[-8:])
+    (tmp_path / "footer.parquet").write_bytes(
+        whole[:footer] + b"\xff" * (len(whole) - 8 - footer) + whole[-8:]
+    )
     write_parquet(tmp_path / "odd" / "a.parquet", numbered(0, 3))
     write_parquet(tmp_path / "odd" / "b.parquet", [{"n": 1, "label": "x"}])
     (tmp_path / "none").mkdir()
@@ -274,7 +316,9 @@ def test_broken_row_group_is_bad_when_read_and_only_then(tmp_path):
 
 
 def test_text_that_is_no_utf8_is_bad(tmp_path):
-    text = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xff\xfe")])
+    text = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xff\xfe")]
+    )
     pq.write_table(pa.table({"t": text}), tmp_path / "a.parquet")
     with pytest.raises(BadRecord, match="utf-8"):
         open_parquet(f"{tmp_path}/a.parquet")[0]
@@ -301,7 +345,12 @@ def test_yaml_joins_sampled_files_in_order(tmp_path):
         ],
     )
     records = open_yaml(str(path))
-    expected = [{"a": i} for i in range(4)] + [{"b": i} for i in (7, 8, 9)] + [{"a": 0}] + [{"b": i} for i in range(10)]
+    expected = (
+        [{"a": i} for i in range(4)]
+        + [{"b": i} for i in (7, 8, 9)]
+        + [{"a": 0}]
+        + [{"b": i} for i in range(10)]
+    )
     assert all_of(records) == expected and records.root == tmp_path and isinstance(records, Records)
 
 
@@ -318,9 +367,18 @@ def test_yaml_that_cannot_be_opened_is_refused(tmp_path):
     write(tmp_path / "a.json", [{"a": 1}])
     good = {"json_path": "a.json"}
     for datasets, found in (
-        ([{"json_path": "none.json"}], f"dataset 0: source json:{tmp_path}/none.json: No such file"),
-        ([good, {"json_path": "none.jsonl"}], f"dataset 1: source jsonl:{tmp_path}/none.jsonl: No such file"),
-        ([good | {"sampling_strategy": "foo:3"}], "dataset 0: sampling 'foo:3': there are all, first:N"),
+        (
+            [{"json_path": "none.json"}],
+            f"dataset 0: source json:{tmp_path}/none.json: No such file",
+        ),
+        (
+            [good, {"json_path": "none.jsonl"}],
+            f"dataset 1: source jsonl:{tmp_path}/none.jsonl: No such file",
+        ),
+        (
+            [good | {"sampling_strategy": "foo:3"}],
+            "dataset 0: sampling 'foo:3': there are all, first:N",
+        ),
         ([good | {"sampling_strategy": "first:-2"}], "dataset 0: sampling 'first:-2'"),
         ([good | {"sampling_strategy": 3}], "the form is datasets: [{json_path"),
         (
@@ -353,11 +411,22 @@ def test_yaml_that_cannot_be_opened_is_refused(tmp_path):
 
 def instances() -> dict[str, Any]:
     def thing(number, image, category, box, **more):
-        return {"id": number, "image_id": image, "category_id": category, "bbox": box, "segmentation": [], **more}
+        return {
+            "id": number,
+            "image_id": image,
+            "category_id": category,
+            "bbox": box,
+            "segmentation": [],
+            **more,
+        }
 
     return {
         "info": {},
-        "categories": [{"id": 18, "name": "dog"}, {"id": 1, "name": "person"}, {"id": 7, "name": "cat"}],
+        "categories": [
+            {"id": 18, "name": "dog"},
+            {"id": 1, "name": "person"},
+            {"id": 7, "name": "cat"},
+        ],
         "images": [
             {"id": 5, "file_name": "b.jpg", "width": 640, "height": 480},
             {"id": 2, "file_name": "a.jpg", "width": 100, "height": 200},
@@ -376,15 +445,37 @@ def instances() -> dict[str, Any]:
 def test_coco_asks_about_an_image(tmp_path):
     path = write(tmp_path / "instances.json", instances())
     b = {"image": "b.jpg", "width": 640, "height": 480}
-    a = {"image": "a.jpg", "width": 100, "height": 200, "categories": ["cat"], "boxes": [[0, 0, 10, 10]], "iscrowd": [0]}
-    none = {"image": "none.jpg", "width": 3, "height": 4, "categories": [], "boxes": [], "iscrowd": []}
+    a = {
+        "image": "a.jpg",
+        "width": 100,
+        "height": 200,
+        "categories": ["cat"],
+        "boxes": [[0, 0, 10, 10]],
+        "iscrowd": [0],
+    }
+    none = {
+        "image": "none.jpg",
+        "width": 3,
+        "height": 4,
+        "categories": [],
+        "boxes": [],
+        "iscrowd": [],
+    }
     names, boxes = ["person", "dog", "person"], [[1.5, 2, 3, 4], [5, 6, 7, 8], [9, 9, 9, 9]]
     expected = [b | {"categories": names, "boxes": boxes, "iscrowd": [0, 0, 0]}, a, none]
     for rest in (f"{path}", f"{path}?ask=image", f"{path}?crowd=0&ask=image"):
         records = open_coco(rest)
-        assert all_of(records) == expected and records.root == tmp_path and isinstance(records, Records)
+        assert (
+            all_of(records) == expected
+            and records.root == tmp_path
+            and isinstance(records, Records)
+        )
     crowd = open_coco(f"{path}?crowd=1")[0]
-    assert crowd == b | {"categories": [*names, "person"], "boxes": [*boxes, [0, 0, 640, 480]], "iscrowd": [0, 0, 0, 1]}
+    assert crowd == b | {
+        "categories": [*names, "person"],
+        "boxes": [*boxes, [0, 0, 640, 480]],
+        "iscrowd": [0, 0, 0, 1],
+    }
 
 
 def test_coco_asks_about_a_category_or_the_list_of_them(tmp_path):
@@ -412,13 +503,25 @@ def test_coco_asks_about_a_category_or_the_list_of_them(tmp_path):
 def test_coco_that_cannot_be_opened_is_refused(tmp_path):
     path = tmp_path / "instances.json"
     for change, found in (
-        ({"categories": None}, "an object with the keys info, categories, images, annotations, where COCO's instances have"),
+        (
+            {"categories": None},
+            "an object with the keys info, categories, images, annotations, where COCO's instances have",
+        ),
         ({"images": []}, "the entry with id 1 of annotations has no 5, or it is in no other list"),
-        ({"categories": [{"id": 1, "name": "person"}]}, "the entry with id 2 of annotations has no 7, or"),
+        (
+            {"categories": [{"id": 1, "name": "person"}]},
+            "the entry with id 2 of annotations has no 7, or",
+        ),
         ({"images": [], "annotations": []}, "there are no images in it"),
-        ({"annotations": [{"id": 77, "image_id": 5, "category_id": 1}]}, "the entry with id 77 of annotations has no 'bbox'"),
+        (
+            {"annotations": [{"id": 77, "image_id": 5, "category_id": 1}]},
+            "the entry with id 77 of annotations has no 'bbox'",
+        ),
         ({"annotations": ["x"]}, "the entry x of annotations is not of COCO's form"),
-        ({"images": [{"id": 3, "width": 5, "height": 5}]}, "the entry with id 3 of images has no 'file_name'"),
+        (
+            {"images": [{"id": 3, "width": 5, "height": 5}]},
+            "the entry with id 3 of images has no 'file_name'",
+        ),
         ({"categories": [{"name": "dog"}]}, "of categories has no 'id'"),
     ):
         write(path, instances() | change)
@@ -437,9 +540,20 @@ def test_coco_that_cannot_be_opened_is_refused(tmp_path):
     assert "No such file" in refusal(f"coco:{tmp_path}/none.json?ask=list")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gcsfs") is not None, reason="the client is installed, and would be used")
+@pytest.mark.skipif(
+    importlib.util.find_spec("gcsfs") is not None,
+    reason="the client is installed, and would be used",
+)
 @pytest.mark.parametrize(
-    "uri", ["json:gs://b/a", "json:gs://b/a#k", "jsonl:gs://b/a", "parquet:gs://b/*", "yaml:gs://b/a", "coco:gs://b/a"]
+    "uri",
+    [
+        "json:gs://b/a",
+        "json:gs://b/a#k",
+        "jsonl:gs://b/a",
+        "parquet:gs://b/*",
+        "yaml:gs://b/a",
+        "coco:gs://b/a",
+    ],
 )
 def test_remote_file_system_without_its_client_is_refused(uri):
     assert "gcsfs" in refusal(uri)
@@ -476,13 +590,23 @@ def test_reader_survives_pickling_and_threads(tmp_path, number):
 
 def test_hundred_thousand_records_open_in_about_a_second(tmp_path):
     rows = [
-        {"image_path": f"{i}.jpg", "height": 720, "width": 1280, "instruction": "find it", "abs_box": {"0": [[1, 2, 3, 4]]}}
+        {
+            "image_path": f"{i}.jpg",
+            "height": 720,
+            "width": 1280,
+            "instruction": "find it",
+            "abs_box": {"0": [[1, 2, 3, 4]]},
+        }
         for i in range(100_000)
     ]
     write(tmp_path / "a.json", rows)
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_parquet(tmp_path / "a.parquet", rows, 10_000)
-    for opener, name in ((open_json, "a.json"), (open_json_lines, "a.jsonl"), (open_parquet, "a.parquet")):
+    for opener, name in (
+        (open_json, "a.json"),
+        (open_json_lines, "a.jsonl"),
+        (open_parquet, "a.parquet"),
+    ):
         start = time.process_time()
         records = opener(f"{tmp_path}/{name}")
         assert len(records) == 100_000 and records[99_999] == rows[-1]
@@ -492,18 +616,32 @@ def test_hundred_thousand_records_open_in_about_a_second(tmp_path):
 @needs_samples
 def test_real_lists_in_json():
     records = open_json(f"{SHARED}/multi_box/multi_box_grounding_RL_sample.json")
-    assert len(records) == 3 and set(records[0]) == {"image_path", "height", "width", "instruction", "abs_box"}
+    assert len(records) == 3 and set(records[0]) == {
+        "image_path",
+        "height",
+        "width",
+        "instruction",
+        "abs_box",
+    }
     assert records[0]["abs_box"]["0"] == [[456, 337, 725, 557]]
-    for name, accuracy in (("baseline_rec_results_refcoco_val", 89.75), ("original_cot_rec_results_refcoco_val", 32.65)):
+    for name, accuracy in (
+        ("baseline_rec_results_refcoco_val", 89.75),
+        ("original_cot_rec_results_refcoco_val", 32.65),
+    ):
         records = open_json(f"{SHARED}/predictions/{name}.json#results")
-        assert len(records) == 2000 and np.mean([row["correct"] for row in all_of(records)]) * 100 == pytest.approx(accuracy)
+        assert len(records) == 2000 and np.mean(
+            [row["correct"] for row in all_of(records)]
+        ) * 100 == pytest.approx(accuracy)
         assert "keys accuracy, results" in refusal(f"json:{SHARED}/predictions/{name}.json")
 
 
 @needs_samples
 def test_real_multi_box_lists_in_yaml(tmp_path):
     sample = SHARED / "multi_box" / "multi_box_grounding_RL_sample.json"
-    path = easy_distill(tmp_path, [{"json_path": str(sample), "sampling_strategy": "random:50%"}, {"json_path": str(sample)}])
+    path = easy_distill(
+        tmp_path,
+        [{"json_path": str(sample), "sampling_strategy": "random:50%"}, {"json_path": str(sample)}],
+    )
     assert len(open_yaml(str(path))) == 2 + 3
 
 
@@ -512,7 +650,10 @@ def test_real_coco_instances():
     path = SHARED / "refcoco" / "annotations" / "emma_refcocog" / "instances.json"
     value = json.loads(path.read_text())
     images = all_of(open_coco(f"{path}?crowd=1&images={SHARED}/refcoco/images"))
-    assert len(images) == len(value["images"]) == 15 and sum(len(r["boxes"]) for r in images) == len(value["annotations"]) == 108
+    assert (
+        len(images) == len(value["images"]) == 15
+        and sum(len(r["boxes"]) for r in images) == len(value["annotations"]) == 108
+    )
     crowds = sum(a["iscrowd"] for a in value["annotations"])
     parts = all_of(open_coco(f"{path}?ask=category"))
     assert sum(len(r["boxes"]) for r in parts) == 108 - crowds
@@ -531,5 +672,9 @@ def test_real_rows_pass_through_parquet_unchanged(tmp_path):
         assert rows is None or len(lines) == rows
         records = all_of(open_parquet(str(write_parquet(tmp_path / "a.parquet", lines, 50))))
         assert len(records) == len(lines)
-        for record, line in zip(records, lines, strict=True):  # a field that a row lacks is null in a table
-            assert {k: v for k, v in record.items() if v is not None} == {k: v for k, v in line.items() if v is not None}
+        for record, line in zip(
+            records, lines, strict=True
+        ):  # a field that a row lacks is null in a table
+            assert {k: v for k, v in record.items() if v is not None} == {
+                k: v for k, v in line.items() if v is not None
+            }

@@ -12,18 +12,28 @@ from PIL import Image
 from programs import ROOT, rows, run
 
 from pg_ground import cli, config, tokenizer
-from pg_ground.data.pipeline import Bad, Examples, budget, check_budgets, open_examples, row_of, stack
+from pg_ground.data.pipeline import (
+    Bad,
+    Examples,
+    budget,
+    check_budgets,
+    open_examples,
+    row_of,
+    stack,
+)
 from pg_ground.data.records import BadRecord
+from pg_ground.rewards.device_rewards import REWARDS
+from pg_ground.rewards.text_rewards import TEXT_REWARDS
 from pg_ground.rl.loss import ALGORITHMS, CHOICES, choose
-from pg_ground.rl.rewards import REWARDS
-from pg_ground.rl.text_rewards import TEXT_REWARDS
-from pg_ground.sampler import question_of, weighted
+from pg_ground.training.rollout_worker import question_of, weighted
 from pg_ground.types import UserError
 
 SAMPLES = ROOT.parent / "shared" / "data"
 needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="shared/data is not here")
 TASKS = runpy.run_path(str(ROOT / "configs/tasks.py"))["TASKS"]
-REWARD_PAGE, ALGORITHM_PAGE = ((ROOT / "docs" / f"{name}.md").read_text() for name in ("rewards", "algorithms"))
+REWARD_PAGE, ALGORITHM_PAGE = (
+    (ROOT / "docs" / f"{name}.md").read_text() for name in ("rewards", "algorithms")
+)
 
 
 def recipe(name: str, *flags: str) -> config.Config:
@@ -53,9 +63,15 @@ def test_a_recipe_names_what_exists_and_one_flag_gives_both_stages_their_data(na
     for weights in ("", "+pg2_3b_448"):
         c = recipe(name + weights, "--config.grpo.sources.questions.uri=jsonl:mine")
         assert set(c.grpo.rewards) <= set(REWARDS) and set(c.grpo.text_rewards) <= set(TEXT_REWARDS)
-        assert weighted(c.grpo) and choose(c.grpo) is not None and c.grpo.batch_size % c.grpo.minibatches == 0
+        assert (
+            weighted(c.grpo)
+            and choose(c.grpo) is not None
+            and c.grpo.batch_size % c.grpo.minibatches == 0
+        )
         assert c.sft.sources == c.grpo.sources and c.sft.sources["questions"].uri == "jsonl:mine"
-    assert f"\n{name} " in (ROOT / "configs/tasks.py").read_text(), "the docstring says what its data look like"
+    assert f"\n{name} " in (ROOT / "configs/tasks.py").read_text(), (
+        "the docstring says what its data look like"
+    )
 
 
 def test_a_task_that_does_not_exist_is_told_with_the_nearest():
@@ -69,12 +85,17 @@ def test_a_task_that_does_not_exist_is_told_with_the_nearest():
 ])  # fmt: skip
 def test_samples_are_questions_of_a_recipe(name, file):
     found = questions(name, f"jsonl:{SAMPLES / file}")
-    assert all(re.fullmatch(r"(<loc\d{4}>)+( .+)?", found[i].suffix) for i in range(0, len(found), 30))
+    assert all(
+        re.fullmatch(r"(<loc\d{4}>)+( .+)?", found[i].suffix) for i in range(0, len(found), 30)
+    )
 
 
 @needs_samples
 def test_pixmo_counts_are_answered_after_thinking(tmp_path):
-    records = [json.loads(line) for line in (SAMPLES / "counting/pixmo_count_val540.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for line in (SAMPLES / "counting/pixmo_count_val540.jsonl").read_text().splitlines()
+    ]
     picture(tmp_path / records[0]["image_path"])
     example = questions("counting", lines(tmp_path / "c.jsonl", records))[0]
     assert example.prompt == "answer en how many cows are there?"
@@ -95,7 +116,10 @@ def test_easydistills_classes_are_the_names_of_the_answer(tmp_path):
 
 GOLD = {
     "open_vocabulary": (
-        {"problem": "Detect all dogs", "solution": "<answer>[{'Position': [1, 2, 30, 40], 'Confidence': 1}]</answer>"},
+        {
+            "problem": "Detect all dogs",
+            "solution": "<answer>[{'Position': [1, 2, 30, 40], 'Confidence': 1}]</answer>",
+        },
         {"ovd_iou": 1, "ovd_confidence": 1, "ovd_format": 1, "ovd": 1},
     ),
     "counting": (
@@ -118,19 +142,24 @@ GOLD = {
 def test_the_supervised_answer_earns_the_most_in_its_own_recipe(name, tmp_path):
     record, expected = GOLD[name]
     picture(tmp_path / "1.png")
-    found = questions(name, lines(tmp_path / "q.jsonl", [record | {TASKS[name].source.image: "1.png"}]))
+    found = questions(
+        name, lines(tmp_path / "q.jsonl", [record | {TASKS[name].source.image: "1.png"}])
+    )
     tokens, c = tokenizer.load(), recipe(name)
     row = row_of(found, 0, tokens, c.data, 0, 0)
     assert not isinstance(row, Bad)
     scores = {
-        reward: TEXT_REWARDS[reward](found[0].suffix, question_of(stack([row]), 0, tokens)) for reward in c.grpo.text_rewards
+        reward: TEXT_REWARDS[reward](found[0].suffix, question_of(stack([row]), 0, tokens))
+        for reward in c.grpo.text_rewards
     }
     assert scores == pytest.approx(expected)
 
 
 @pytest.mark.slow
 def test_counting_trains_end_to_end(environment, tmp_path):
-    records = [{"image_path": f"{i}.png", "question": "cows", "ground_truth": i % 3 + 1} for i in range(8)]
+    records = [
+        {"image_path": f"{i}.png", "question": "cows", "ground_truth": i % 3 + 1} for i in range(8)
+    ]
     for record in records:
         picture(tmp_path / record["image_path"])
     uri = lines(tmp_path / "c.jsonl", records)
@@ -148,7 +177,10 @@ def test_counting_trains_end_to_end(environment, tmp_path):
 
 
 PAGES = [page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
-DOCSTRINGS = [ast.get_docstring(ast.parse(path.read_text())) or "" for path in sorted((ROOT / "configs").glob("*.py"))]
+DOCSTRINGS = [
+    ast.get_docstring(ast.parse(path.read_text())) or ""
+    for path in sorted((ROOT / "configs").glob("*.py"))
+]
 
 
 def printed() -> list[str]:
@@ -166,9 +198,10 @@ def test_a_printed_command_names_settings_that_exist_and_the_data_it_needs(comma
     given = {flag.partition(".sources.")[2].partition("=")[0] for flag in flags}
     for section in {"look": sections, "train": (*c.stages, "eval"), "compile": ()}[module]:
         for name, source in sections[section].items():
-            assert source.uri.startswith(("synthetic:", "relations:synthetic:")) or f"{name}.uri" in given, (
-                f"{section}/{name} is {source.uri}"
-            )
+            assert (
+                source.uri.startswith(("synthetic:", "relations:synthetic:"))
+                or f"{name}.uri" in given
+            ), f"{section}/{name} is {source.uri}"
 
 
 def test_there_are_printed_commands():
@@ -176,7 +209,9 @@ def test_there_are_printed_commands():
 
 
 def test_a_setting_in_a_sentence_has_a_name_and_a_value_that_exist():
-    found = re.findall(r"--(config\.(?!\w+\.sources)[\w.]+)=('[^']*'|[^\s`…]+)", "\n".join([*PAGES, *DOCSTRINGS]))
+    found = re.findall(
+        r"--(config\.(?!\w+\.sources)[\w.]+)=('[^']*'|[^\s`…]+)", "\n".join([*PAGES, *DOCSTRINGS])
+    )
     assert len(found) > 12
     for name, value in found:
         tree = config.template()
@@ -245,16 +280,28 @@ def test_a_table_of_the_docs_has_every_name_and_no_other(names, text):
 
 def test_the_table_of_algorithms_says_what_the_rows_are():
     for line in table(ALGORITHM_PAGE, "row").splitlines()[2:]:
-        name, _, advantage, ratio, objective, average, clip, kl = (cell.strip(" `") for cell in line.strip("|").split("|"))
+        name, _, advantage, ratio, objective, average, clip, kl = (
+            cell.strip(" `") for cell in line.strip("|").split("|")
+        )
         row = ALGORITHMS[name]
-        assert (advantage, objective, average) == tuple(f.__name__ for f in (row.advantage, row.objective, row.average))
-        written = {"token": "per_token", "sequence mean": "per_sequence", "sequence": "whole_sequence", "–": "per_token"}
+        assert (advantage, objective, average) == tuple(
+            f.__name__ for f in (row.advantage, row.objective, row.average)
+        )
+        written = {
+            "token": "per_token",
+            "sequence mean": "per_sequence",
+            "sequence": "whole_sequence",
+            "–": "per_token",
+        }
         assert written[ratio] == row.ratio.__name__
         numbers = [float(n) for n in re.findall(r"[\d.]+(?:e-\d)?", clip)]
         known = {"clipped": (row.clip_low, row.clip_high), "geometric": (row.clip_low, row.clip_high),
                  "capped_weight": (row.clip_high,)}.get(objective, ())  # fmt: skip
         assert numbers == [n for n in (*known, row.ratio_cap) if np.isfinite(n)], name
-        assert float(kl.split()[0].strip(",")) == row.kl_coef and ("in the reward" in kl) == row.kl_in_reward
+        assert (
+            float(kl.split()[0].strip(",")) == row.kl_coef
+            and ("in the reward" in kl) == row.kl_in_reward
+        )
         assert (re.search(r"`(\w+)", kl) or ["", "k3_corrected"])[1] == row.kl.__name__
 
 

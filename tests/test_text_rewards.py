@@ -15,23 +15,29 @@ from hypothesis import strategies as st
 from test_grammars import TEXTS
 
 from pg_ground import boxes, tokenizer
-from pg_ground.rl.text_rewards import TEXT_REWARDS, TextExample
+from pg_ground.rewards.text_rewards import TEXT_REWARDS, TextExample
 
 BOX, OTHER = (100, 100, 200, 300), (300, 300, 400, 400)
 QUESTION = "What is the spatial relationship between the chair and the table?"
 
 
-def ask(gold: str = "", asks: str = "text", size: tuple[int, int] = (640, 480), **fields) -> TextExample:
+def ask(
+    gold: str = "", asks: str = "text", size: tuple[int, int] = (640, 480), **fields
+) -> TextExample:
     blank = TextExample("", gold, (), (), (), size, asks, "source", 0, 9)
     return blank._replace(**fields)
 
 
-def ask_boxes(*places: tuple, labels: tuple[str, ...] = (), size: tuple[int, int] = (640, 480)) -> TextExample:
+def ask_boxes(
+    *places: tuple, labels: tuple[str, ...] = (), size: tuple[int, int] = (640, 480)
+) -> TextExample:
     floats = tuple(tuple(map(float, place)) for place in places)
     return ask(asks="boxes", boxes=floats, labels=labels or ("",) * len(places), size=size)
 
 
-def ask_points(*places: tuple, labels: tuple[str, ...] = (), size: tuple[int, int] = (640, 480)) -> TextExample:
+def ask_points(
+    *places: tuple, labels: tuple[str, ...] = (), size: tuple[int, int] = (640, 480)
+) -> TextExample:
     floats = tuple(tuple(map(float, place)) for place in places)
     return ask(asks="points", points=floats, labels=labels or ("",) * len(places), size=size)
 
@@ -53,7 +59,9 @@ def json_boxes(*places: tuple, label: str = "cat") -> str:
 
 
 def detections(*entries: tuple) -> str:
-    boxes_of = [{"Position": list(place), "Confidence": confidence} for place, confidence in entries]
+    boxes_of = [
+        {"Position": list(place), "Confidence": confidence} for place, confidence in entries
+    ]
     return f"<think>so</think><answer>{boxes_of}</answer>"
 
 
@@ -83,7 +91,9 @@ EXACT = 1e-6
 
 def test_points_equal_synthetic_grounding(seeds):
     for row in seeds["distance_gaussian_sigma100"]:
-        assert reward("json_points", json_points(row["pred"]), ask_points(row["gt"])) == pytest.approx(row["reward"], abs=EXACT)
+        assert reward(
+            "json_points", json_points(row["pred"]), ask_points(row["gt"])
+        ) == pytest.approx(row["reward"], abs=EXACT)
 
 
 @pytest.mark.parametrize(
@@ -98,21 +108,32 @@ def test_points_equal_synthetic_grounding(seeds):
     ],
 )
 def test_the_point_environment_scores_as_its_table_says(place, gold, value):
-    assert recipe(POINT_RECIPE, json_points(place), ask_points(gold)) == pytest.approx(value, abs=EXACT)
+    assert recipe(POINT_RECIPE, json_points(place), ask_points(gold)) == pytest.approx(
+        value, abs=EXACT
+    )
 
 
 def test_distance_is_measured_in_the_scaled_image():
     text, at = json_points((400, 300)), (410.0, 325.5)
-    assert reward("json_points", text, ask_points(at, size=(1280, 720))) == pytest.approx(0.990666, abs=EXACT)
+    assert reward("json_points", text, ask_points(at, size=(1280, 720))) == pytest.approx(
+        0.990666, abs=EXACT
+    )
 
 
 def test_boxes_equal_easydistill_unrounded(seeds):
     for row in seeds["exact_unrounded"]:
         text, example = str(row["pred"]), ask_boxes(row["gt"])
-        for key, name in (("point", "list_point"), ("plane", "list_coverage"), ("iou", "list_iou"), ("iou2", "list_iou_squared")):
+        for key, name in (
+            ("point", "list_point"),
+            ("plane", "list_coverage"),
+            ("iou", "list_iou"),
+            ("iou2", "list_iou_squared"),
+        ):
             assert reward(name, text, example) == pytest.approx(row[key], abs=EXACT), (name, text)
         example = ask(json.dumps({"0": [row["gt"]]}))
-        assert reward("dict_coverage", as_dict({"0": [row["pred"]]}), example) == pytest.approx(row["plane"], abs=EXACT)
+        assert reward("dict_coverage", as_dict({"0": [row["pred"]]}), example) == pytest.approx(
+            row["plane"], abs=EXACT
+        )
 
 
 IMPROPER = ("[200,300,100,100]", "[150,200,150,200]")
@@ -120,13 +141,19 @@ IMPROPER = ("[200,300,100,100]", "[150,200,150,200]")
 
 def test_boxes_equal_easydistill_rounded(seeds):
     """But for reversed and empty boxes (defect 3), to the rounding (defect 6)."""
-    rows = [row for row in seeds["easydistill_single_seed_values_rounded3"] if row["completion"] not in IMPROPER]
+    rows = [
+        row
+        for row in seeds["easydistill_single_seed_values_rounded3"]
+        if row["completion"] not in IMPROPER
+    ]
     assert len(rows) == 7
     for row in rows:
         example = ask_boxes(row["gt"])
         assert reward("list_format", row["completion"], example) == row["format"]
         for key, name in (("gaussian_point", "list_point"), ("gaussian_plane", "list_coverage")):
-            assert reward(name, row["completion"], example) == pytest.approx(row[key], abs=5e-4 + EXACT)
+            assert reward(name, row["completion"], example) == pytest.approx(
+                row[key], abs=5e-4 + EXACT
+            )
 
 
 @pytest.mark.parametrize(
@@ -149,7 +176,12 @@ def test_boxes_score_as_easydistills_table_says(text, point, coverage, iou):
     assert reward("list_format", text, example) == (text[1:].replace(",", "").rstrip("]").isdigit())
 
 
-GOLD_DICT = {"0": [[456, 337, 725, 557]], "1": [], "2": [[849, 407, 961, 482], [965, 480, 1099, 550]], "3": []}
+GOLD_DICT = {
+    "0": [[456, 337, 725, 557]],
+    "1": [],
+    "2": [[849, 407, 961, 482], [965, 480, 1099, 550]],
+    "3": [],
+}
 WIDE = (1280, 720)
 
 
@@ -173,7 +205,9 @@ def test_dicts_equal_the_micro_f(seeds):
 def test_dicts_score_as_the_table_says(predicted, point, coverage):
     example = ask(json.dumps(GOLD_DICT), size=WIDE)
     assert reward("dict_point", as_dict(predicted), example) == pytest.approx(point, abs=EXACT)
-    assert reward("dict_coverage", as_dict(predicted), example) == pytest.approx(coverage, abs=EXACT)
+    assert reward("dict_coverage", as_dict(predicted), example) == pytest.approx(
+        coverage, abs=EXACT
+    )
 
 
 def test_dict_format_equals_easydistill(seeds):
@@ -183,10 +217,14 @@ def test_dict_format_equals_easydistill(seeds):
 
 def test_annotated_boxes_and_a_gold_text_are_the_same_gold():
     labels = tuple(key for key, places in GOLD_DICT.items() for _ in places)
-    annotated = ask_boxes(*(place for places in GOLD_DICT.values() for place in places), labels=labels, size=WIDE)
+    annotated = ask_boxes(
+        *(place for places in GOLD_DICT.values() for place in places), labels=labels, size=WIDE
+    )
     text = as_dict({"0": [[460, 340, 720, 560]], "2": [[849, 407, 961, 482]]})
     for name in ("dict_point", "dict_coverage", "dict_iou", "dict_format"):
-        assert reward(name, text, annotated) == reward(name, text, ask(json.dumps(GOLD_DICT), size=WIDE))
+        assert reward(name, text, annotated) == reward(
+            name, text, ask(json.dumps(GOLD_DICT), size=WIDE)
+        )
     for gold, name in ((json_boxes(BOX), "json_boxes"), ("[100,100,200,300]", "list_iou")):
         text = gold.replace("200", "210")
         assert reward(name, text, ask(gold)) == reward(name, text, ask_boxes(BOX))
@@ -195,16 +233,26 @@ def test_annotated_boxes_and_a_gold_text_are_the_same_gold():
 def test_grounding_equals_rllava(seeds):
     for row in seeds["rllava_grounding"]:
         example = ask(row["gt"])
-        assert recipe(TOKENS_RECIPE, row["response"], example) == pytest.approx(row["score"]["overall"], abs=EXACT)
-        assert reward("list_iou_squared", row["response"], example) == pytest.approx(row["score"]["accuracy"], abs=EXACT)
+        assert recipe(TOKENS_RECIPE, row["response"], example) == pytest.approx(
+            row["score"]["overall"], abs=EXACT
+        )
+        assert reward("list_iou_squared", row["response"], example) == pytest.approx(
+            row["score"]["accuracy"], abs=EXACT
+        )
 
 
 def test_open_vocabulary_detection_equals_rllava(seeds):
     for row in seeds["rllava_ovd"]:
         text = f"<think>so</think><answer>{row['answer']}</answer>"
         example = ask(row["gt"])
-        assert recipe(OVD_RECIPE, text, example) == pytest.approx(row["score"]["overall"], abs=EXACT)
-        for key, name in (("format", "think_answer_format"), ("iou", "ovd_iou"), ("confidence", "ovd_confidence")):
+        assert recipe(OVD_RECIPE, text, example) == pytest.approx(
+            row["score"]["overall"], abs=EXACT
+        )
+        for key, name in (
+            ("format", "think_answer_format"),
+            ("iou", "ovd_iou"),
+            ("confidence", "ovd_confidence"),
+        ):
             assert reward(name, text, example) == pytest.approx(row["score"][key], abs=EXACT)
 
 
@@ -282,7 +330,9 @@ def test_defect_01_all_classes_count(seeds):
     """Class 2 is missing: EasyDistill gave 1, 1 and ⅔."""
     rows = seeds["easydistill_multi_seed_values (class 0 only, IoU>=0.5 gate: buggy)"]
     for row, value in zip(rows[1:3], (0.499811, 0.399849), strict=True):
-        assert reward("dict_point", row["completion"], ask(json.dumps(row["gt"]))) == pytest.approx(value, abs=EXACT)
+        assert reward("dict_point", row["completion"], ask(json.dumps(row["gt"]))) == pytest.approx(
+            value, abs=EXACT
+        )
         assert row["point"] > value + 0.2
 
 
@@ -291,7 +341,9 @@ def test_defect_02_no_overlap_is_needed_to_be_near():
     shifted = as_dict({"0": [[606, 337, 875, 557]], "2": GOLD_DICT["2"]})
     example = ask(json.dumps(GOLD_DICT), size=WIDE)
     assert reward("dict_point", shifted, example) > 0.7
-    far = [reward("list_point", f"[{x},100,{x + 100},300]", ask_boxes(BOX)) for x in (250, 300, 350)]
+    far = [
+        reward("list_point", f"[{x},100,{x + 100},300]", ask_boxes(BOX)) for x in (250, 300, 350)
+    ]
     assert far == sorted(far, reverse=True) and far[-1] > 0
 
 
@@ -299,26 +351,42 @@ def test_defect_02_no_overlap_is_needed_to_be_near():
 def test_defect_03_an_improper_box_earns_nothing(text):
     assert recipe(LIST_RECIPE, text, ask_boxes(BOX)) == 0
     assert reward("json_format", json_boxes(json.loads(text)), ask_boxes(BOX)) == 0
-    assert reward("dict_format", as_dict({"0": [json.loads(text)]}), ask_boxes(BOX, labels=("0",))) == 0
+    assert (
+        reward("dict_format", as_dict({"0": [json.loads(text)]}), ask_boxes(BOX, labels=("0",)))
+        == 0
+    )
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1, 1e4])
 @pytest.mark.parametrize("name", ["list_point", "list_coverage", "list_iou"])
 def test_defect_04_any_frame_gives_the_same(scale, name):
     values = {"list_point": 0.950041, "list_coverage": 0.987058, "list_iou": 0.653226}
-    example = ask_boxes(tuple(x * scale for x in BOX), size=(max(round(640 * scale), 1), max(round(480 * scale), 1)))
+    example = ask_boxes(
+        tuple(x * scale for x in BOX), size=(max(round(640 * scale), 1), max(round(480 * scale), 1))
+    )
     text = "[" + ",".join(f"{x * scale:.6f}" for x in (110, 120, 210, 330)) + "]"
     assert reward(name, text, example) == pytest.approx(values[name], abs=EXACT)
-    assert reward(name, "[" + ",".join(f"{x * scale:.6f}" for x in BOX) + "]", example) == pytest.approx(1)
+    assert reward(
+        name, "[" + ",".join(f"{x * scale:.6f}" for x in BOX) + "]", example
+    ) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
-    "text", ["__import__('os').abort()", "{0: [[1/0]]}", "[1/0,1,2,3]", "{0: exit()}", "{'Position': exit()}"]
+    "text",
+    [
+        "__import__('os').abort()",
+        "{0: [[1/0]]}",
+        "[1/0,1,2,3]",
+        "{0: exit()}",
+        "{'Position': exit()}",
+    ],
 )
 def test_defect_05_nothing_is_evaluated(text):
     for whole in (text, f"<answer>{text}</answer>", rf"\boxed{{{text}}}"):
         for name in TEXT_REWARDS:
-            assert reward(name, whole, ask_boxes(BOX)) in (0, -0.5) or math.isnan(reward(name, whole, ask_boxes(BOX)))
+            assert reward(name, whole, ask_boxes(BOX)) in (0, -0.5) or math.isnan(
+                reward(name, whole, ask_boxes(BOX))
+            )
 
 
 def test_defect_06_nothing_is_rounded():
@@ -333,15 +401,32 @@ def test_defect_08_a_row_with_one_box_is_a_row():
 @pytest.mark.parametrize(
     "text",
     [
-        *("< anything", "box_start", ">x<", "object_ref_start", "[100,100,200,300] so", "<think>a</think>"),
-        *("<think>a</think><answer>5</answer> so", "so <think>a</think><answer>5</answer>", "<answer>5</answer>"),
-        *("<think>a</think><answer>5</answer><answer>5</answer>", "<think>a<think>b</think></think><answer>5</answer>"),
+        *(
+            "< anything",
+            "box_start",
+            ">x<",
+            "object_ref_start",
+            "[100,100,200,300] so",
+            "<think>a</think>",
+        ),
+        *(
+            "<think>a</think><answer>5</answer> so",
+            "so <think>a</think><answer>5</answer>",
+            "<answer>5</answer>",
+        ),
+        *(
+            "<think>a</think><answer>5</answer><answer>5</answer>",
+            "<think>a<think>b</think></think><answer>5</answer>",
+        ),
     ],
 )
 def test_defect_09_formats_take_the_whole_text(text):
     for name in TEXT_REWARDS:
         if name.endswith("_format"):
-            assert reward(name, text, ask_boxes(BOX)) in (0, pytest.approx(math.nan, nan_ok=True)), name
+            assert reward(name, text, ask_boxes(BOX)) in (
+                0,
+                pytest.approx(math.nan, nan_ok=True),
+            ), name
 
 
 OVD_NAMES = ("ovd_f", "ovd_iou", "ovd_confidence", "ovd_calibration", "ovd_ap", "ovd")
@@ -356,7 +441,14 @@ def test_defect_10_junk_without_confidence_earns_nothing(name):
     alone = reward(name, detections(honest), example)
     assert alone > 0
     for junk in (0.0, 0.3, 0.7, 1.0, -5):
-        assert reward(name, detections(honest, *[((500 + i, 10, 600, 60), junk) for i in range(9)]), example) <= alone
+        assert (
+            reward(
+                name,
+                detections(honest, *[((500 + i, 10, 600, 60), junk) for i in range(9)]),
+                example,
+            )
+            <= alone
+        )
 
 
 @pytest.mark.parametrize("name", OVD_NAMES)
@@ -367,7 +459,9 @@ def test_defect_10_a_right_abstention_earns_all(name):
         assert reward(name, detections((FAR, 1.0)), example) <= 0
 
 
-@pytest.mark.parametrize("text", ["", "<answer></answer>", "<answer>e</answer>", "The answer is: banana", "."])
+@pytest.mark.parametrize(
+    "text", ["", "<answer></answer>", "<answer>e</answer>", "The answer is: banana", "."]
+)
 def test_defect_18_no_answer_is_wrong(text):
     assert reward("spatial", text, ask("left", prompt=QUESTION)) == -0.5
     assert reward("spatial", text, ask("(C)", prompt=QUESTION)) == -0.5
@@ -380,11 +474,21 @@ SAYS = "<think>I know.</think><answer>{}</answer>"
 def test_defect_11_tools_without_the_right_answer_earn_nothing():
     """There, a wrong answer after one tool call is worth 1.4, gibberish after one 1.2, and three calls 3.6."""
     example = ask("330 metres")
-    for text in (SEARCHES, SEARCHES * 3, SEARCHES + SAYS.format("red"), SEARCHES + "gibberish", SEARCHES + "<answer> </answer>"):
+    for text in (
+        SEARCHES,
+        SEARCHES * 3,
+        SEARCHES + SAYS.format("red"),
+        SEARCHES + "gibberish",
+        SEARCHES + "<answer> </answer>",
+    ):
         assert reward("agent", text, example) == 0, text
     right = SAYS.format("330 metres")
     assert reward("agent", right, example) == 1
-    assert reward("agent", SEARCHES + right, example) == reward("agent", SEARCHES * 5 + right, example) == pytest.approx(1.2)
+    assert (
+        reward("agent", SEARCHES + right, example)
+        == reward("agent", SEARCHES * 5 + right, example)
+        == pytest.approx(1.2)
+    )
     half = SAYS.format("330 feet")
     assert reward("agent", SEARCHES + half, example) < reward("agent", right, example)
 
@@ -412,19 +516,43 @@ def test_defect_12_a_turn_is_compared_with_the_gold_one(act, gold, same, other):
         assert reward("agent_step", text, example) == 0, text
     assert reward("agent_format", turn(same), example) == 1
     assert reward("agent_format", SEARCHES + turn(same), example) == 1
-    for text in (f"<{act}>{same}</{act}>", turn(same) + " more", turn(""), turn(same).replace("<think>", ""), ""):
+    for text in (
+        f"<{act}>{same}</{act}>",
+        turn(same) + " more",
+        turn(""),
+        turn(same).replace("<think>", ""),
+        "",
+    ):
         assert reward("agent_format", text, example) == 0, text
 
 
 def test_defect_18_an_answer_is_one_relation():
     example = ask("left", prompt=QUESTION)
-    for text in ("left", "left.", "<think>x</think><answer>left</answer>", "The answer is: to the left of the table"):
+    for text in (
+        "left",
+        "left.",
+        "<think>x</think><answer>left</answer>",
+        "The answer is: to the left of the table",
+    ):
         assert reward("spatial", text, example) == 1, text
-    for text in ("The answer is: to the left of and to the right of", "left, right", "not left", "It is leftover"):
-        assert reward("spatial", text, example) == reward("spatial", text, ask("right")) == -0.5, text
+    for text in (
+        "The answer is: to the left of and to the right of",
+        "left, right",
+        "not left",
+        "It is leftover",
+    ):
+        assert reward("spatial", text, example) == reward("spatial", text, ask("right")) == -0.5, (
+            text
+        )
     assert reward("spatial", "The answer is: in front of", ask("in front of")) == 1
-    assert reward("spatial", "Answer: (C)", ask("(C)")) == 1 and reward("spatial", "(B)", ask("(C)")) == -0.5
-    assert reward("spatial", "the red chair", ask("Red chair")) == 1 and reward("spatial", "chair", ask("table")) == -0.5
+    assert (
+        reward("spatial", "Answer: (C)", ask("(C)")) == 1
+        and reward("spatial", "(B)", ask("(C)")) == -0.5
+    )
+    assert (
+        reward("spatial", "the red chair", ask("Red chair")) == 1
+        and reward("spatial", "chair", ask("table")) == -0.5
+    )
     assert reward("spatial", "yes", ask("no")) == -0.5 and reward("spatial", "No.", ask("no")) == 1
 
 
@@ -433,12 +561,17 @@ KEYWORDS = "left right above below position relative because therefore see obser
 
 def test_defect_19_keywords_are_no_reasoning(seeds):
     example = ask("left", prompt=QUESTION)
-    rows = {row["text"]: reward("spatial", row["text"], example) for row in seeds["reinforcesight_reward"]}
+    rows = {
+        row["text"]: reward("spatial", row["text"], example)
+        for row in seeds["reinforcesight_reward"]
+    }
     assert list(rows.values()) == [1.3, -0.5, 1.0, 1.0]
     stuffed = KEYWORDS * 3
     assert reward("spatial", f"{stuffed}. The answer is: left", example) == 1
     assert reward("spatial", f"{stuffed}. The answer is: banana", example) == -0.5
-    assert reward("spatial", f"<think>{README_THOUGHT}</think><answer>left</answer>", example) == 1.3
+    assert (
+        reward("spatial", f"<think>{README_THOUGHT}</think><answer>left</answer>", example) == 1.3
+    )
 
 
 @pytest.mark.parametrize(
@@ -452,11 +585,15 @@ def test_defect_19_keywords_are_no_reasoning(seeds):
         ((README_THOUGHT, README_THOUGHT * 4), 0.0),
     ],
 )
-def test_defect_19_reasoning_is_qualitative_names_the_objects_and_leads_to_the_answer(change, quality):
+def test_defect_19_reasoning_is_qualitative_names_the_objects_and_leads_to_the_answer(
+    change, quality
+):
     text = f"<think>{README_THOUGHT.replace(*change)}</think><answer>left</answer>"
     assert reward("spatial", text, ask("left", prompt=QUESTION)) == pytest.approx(1 + 0.3 * quality)
     choices = f"{QUESTION} Select from the following choices.\n(A) right\n(B) left"
-    assert reward("spatial", text.replace(">left<", ">(B)<"), ask("(B)", prompt=choices)) == pytest.approx(1 + 0.3 * quality)
+    assert reward(
+        "spatial", text.replace(">left<", ">(B)<"), ask("(B)", prompt=choices)
+    ) == pytest.approx(1 + 0.3 * quality)
 
 
 WHICH = "Which is closer to the dog, the parking meter or the hot dog?"
@@ -482,7 +619,9 @@ PLACES = (
         (f"{WHICH}\n(A) parking meter\n(B) hot dog", "(B)", "So it is the dog.", 0),
     ],
 )
-def test_reasoning_leads_to_yes_or_no_or_an_object_where_that_is_the_answer(question, gold, end, quality):
+def test_reasoning_leads_to_yes_or_no_or_an_object_where_that_is_the_answer(
+    question, gold, end, quality
+):
     thought = f"{PLACES}{end} Therefore, the answer is: "
     example = ask(thought + gold, prompt=question)
     assert reward("spatial", thought + gold, example) == pytest.approx(1 + 0.3 * quality)
@@ -493,7 +632,13 @@ def test_defect_24_a_list_is_not_the_best_of_it():
     example = ask_points((421, 198))
     assert recipe(POINT_RECIPE, json_points((421, 198)), example) == 1
     near = recipe(POINT_RECIPE, json_points((400, 210)), example)
-    for text in (json_points((421, 198), (9, 9)), json_points(*[(x, 198) for x in range(1, 640, 20)]), "[]", "", "[0]"):
+    for text in (
+        json_points((421, 198), (9, 9)),
+        json_points(*[(x, 198) for x in range(1, 640, 20)]),
+        "[]",
+        "",
+        "[0]",
+    ):
         assert recipe(POINT_RECIPE, text, example) < near
     assert recipe(POINT_RECIPE, "[]", example) == 0
     assert recipe(POINT_RECIPE, "[]", ask_points()) == 1
@@ -502,7 +647,12 @@ def test_defect_24_a_list_is_not_the_best_of_it():
 
 @pytest.mark.parametrize("answer", ["1 2 3 4 5", "1, 2, 3, 4, 5", "4 or 5", "5 4"])
 def test_enumerations_are_wrong(answer):
-    for text in (answer, f"<answer>{answer}</answer>", rf"\boxed{{{answer}}}", f"<think>{answer}</think><answer></answer>"):
+    for text in (
+        answer,
+        f"<answer>{answer}</answer>",
+        rf"\boxed{{{answer}}}",
+        f"<think>{answer}</think><answer></answer>",
+    ):
         for name in ("count_exact", "count_graded", "math", "exact_match"):
             assert reward(name, text, ask("5")) == 0, (name, text)
     several = "".join(f"<answer>{n}</answer>" for n in range(1, 6))
@@ -518,7 +668,12 @@ def test_defect_27_loc_tokens_reach_the_text():
 # laws
 
 ROUNDING = 1e-12
-RANGES = {"spatial": (-0.5, 1.3), "spatial_answer": (-0.5, 1), "ovd_calibration": (-1, 1), "ovd": (-1 / 3, 1)}
+RANGES = {
+    "spatial": (-0.5, 1.3),
+    "spatial_answer": (-0.5, 1),
+    "ovd_calibration": (-1, 1),
+    "ovd": (-1 / 3, 1),
+}
 
 EXAMPLES = (
     ask_boxes(),
@@ -526,7 +681,9 @@ EXAMPLES = (
     ask_boxes(BOX, OTHER, labels=("cat", "dog")),
     ask_boxes((5, 5, 5, 5), size=(10, 10)),
     ask_points((1, 2)),
-    ask_points((1, 2), (3, 4), labels=("cat", "dog"))._replace(boxes=((0.0, 0.0, 2.0, 3.0), (2.0, 2.0, 4.0, 5.0))),
+    ask_points((1, 2), (3, 4), labels=("cat", "dog"))._replace(
+        boxes=((0.0, 0.0, 2.0, 3.0), (2.0, 2.0, 4.0, 5.0))
+    ),
     ask("5"),
     ask("left", prompt=QUESTION),
     ask("(A)"),
@@ -539,7 +696,10 @@ EXAMPLES = (
 
 
 @settings(max_examples=150, deadline=None)
-@given(TEXTS | TEXTS.map(lambda inner: f"<think>so</think><answer>{inner}</answer>"), st.sampled_from(EXAMPLES))
+@given(
+    TEXTS | TEXTS.map(lambda inner: f"<think>so</think><answer>{inner}</answer>"),
+    st.sampled_from(EXAMPLES),
+)
 def test_every_reward_takes_every_text_and_stays_in_range(text, example):
     for name, judge in TEXT_REWARDS.items():
         value = judge(text, example)
@@ -547,15 +707,26 @@ def test_every_reward_takes_every_text_and_stays_in_range(text, example):
         assert isinstance(value, float) and (math.isnan(value) or low <= value <= high), name
 
 
-HUGE = st.floats(-1e300, 1e300) | st.integers(-(10**400), 10**400) | st.sampled_from([math.nan, math.inf])
+HUGE = (
+    st.floats(-1e300, 1e300)
+    | st.integers(-(10**400), 10**400)
+    | st.sampled_from([math.nan, math.inf])
+)
 COORDINATES = HUGE | st.integers(0, 700)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(*[COORDINATES] * 4), max_size=6), st.sampled_from(EXAMPLES[:6]))
 def test_any_coordinates_stay_in_range(places, example):
-    texts = (json_boxes(*places), str([list(place) for place in places]), as_dict({"0": [list(place) for place in places]}))
-    texts += (json_points(*[place[:2] for place in places]), detections(*[(place, 0.5) for place in places]))
+    texts = (
+        json_boxes(*places),
+        str([list(place) for place in places]),
+        as_dict({"0": [list(place) for place in places]}),
+    )
+    texts += (
+        json_points(*[place[:2] for place in places]),
+        detections(*[(place, 0.5) for place in places]),
+    )
     for text in texts:
         for name, judge in TEXT_REWARDS.items():
             value, (low, high) = judge(text, example), RANGES.get(name, (0, 1))
@@ -567,7 +738,9 @@ PROPER = st.tuples(CORNERS, CORNERS).map(lambda xy: (xy[0][0], xy[1][0], xy[0][1
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(PROPER, max_size=4), st.lists(PROPER, max_size=4), st.randoms(use_true_random=False))
+@given(
+    st.lists(PROPER, max_size=4), st.lists(PROPER, max_size=4), st.randoms(use_true_random=False)
+)
 def test_order_does_not_count(predicted, gold, random):
     confidence = [random.choice([0.2, 0.5, 0.9]) for _ in predicted]
     order = random.sample(range(len(predicted)), len(predicted))
@@ -577,18 +750,30 @@ def test_order_does_not_count(predicted, gold, random):
         same = reward(name, json_boxes(*shuffled), ask_boxes(*other))
         assert reward(name, json_boxes(*predicted), ask_boxes(*gold)) == pytest.approx(same)
     for name in OVD_NAMES:
-        text, again = (detections(*[(predicted[i], confidence[i]) for i in rows]) for rows in (range(len(predicted)), order))
-        assert reward(name, text, ask_boxes(*gold)) == pytest.approx(reward(name, again, ask_boxes(*other)))
+        text, again = (
+            detections(*[(predicted[i], confidence[i]) for i in rows])
+            for rows in (range(len(predicted)), order)
+        )
+        assert reward(name, text, ask_boxes(*gold)) == pytest.approx(
+            reward(name, again, ask_boxes(*other))
+        )
     for name in ("list_point", "list_coverage", "list_iou"):
-        text, again = ("; ".join(str(list(place)) for place in places) for places in (predicted, shuffled))
-        assert reward(name, text, ask_boxes(*gold)) == pytest.approx(reward(name, again, ask_boxes(*other)))
+        text, again = (
+            "; ".join(str(list(place)) for place in places) for places in (predicted, shuffled)
+        )
+        assert reward(name, text, ask_boxes(*gold)) == pytest.approx(
+            reward(name, again, ask_boxes(*other))
+        )
 
 
 @settings(max_examples=100, deadline=None)
 @given(PROPER, PROPER)
 def test_the_host_agrees_with_the_device(predicted, gold):
     """To float32: sides and offsets of up to 300 steps in 300, so an exponent up to 0.5 · 2 · 600² · 8 roundings of 6e-8."""
-    a, b = (jnp.array([place[1], place[0], place[3], place[2]], jnp.float32) / 300 for place in (predicted, gold))
+    a, b = (
+        jnp.array([place[1], place[0], place[3], place[2]], jnp.float32) / 300
+        for place in (predicted, gold)
+    )
     example, text = ask_boxes(gold, size=(300, 300)), str(list(predicted))
     for name, device in (
         ("list_iou", boxes.iou(a, b)),
@@ -597,8 +782,12 @@ def test_the_host_agrees_with_the_device(predicted, gold):
     ):
         assert reward(name, text, example) == pytest.approx(float(device), abs=1e-4), name
     example, text = ask_points(gold[:2], size=(300, 200)), json_points(predicted[:2])
-    yx, gold_yx = (np.array([place[1] / 200, place[0] / 300], np.float32) for place in (predicted, gold))
-    device = boxes.distance_gaussian(jnp.array(yx), jnp.array(gold_yx), jnp.array([300, 200]), 100.0, 640.0)
+    yx, gold_yx = (
+        np.array([place[1] / 200, place[0] / 300], np.float32) for place in (predicted, gold)
+    )
+    device = boxes.distance_gaussian(
+        jnp.array(yx), jnp.array(gold_yx), jnp.array([300, 200]), 100.0, 640.0
+    )
     assert reward("json_points", text, example) == pytest.approx(float(device), abs=1e-4)
 
 
@@ -606,7 +795,9 @@ def test_the_host_agrees_with_the_device(predicted, gold):
 def test_nearer_is_better(a, b):
     near, far = sorted((a, b), key=lambda x: abs(x - 300))
     example = ask_points((300, 100))
-    assert reward("json_points", json_points((near, 100)), example) >= reward("json_points", json_points((far, 100)), example)
+    assert reward("json_points", json_points((near, 100)), example) >= reward(
+        "json_points", json_points((far, 100)), example
+    )
     example = ask_boxes((300, 100, 400, 200))
     for name in ("list_point", "list_coverage", "list_iou"):
         nearer, farther = (reward(name, f"[{x},100,{x + 100},200]", example) for x in (near, far))
@@ -630,28 +821,51 @@ def test_adversaries_earn_less_than_a_near_miss(places):
     miss, bare = (108, 112, 212, 310), [place for place in places if place != "x"]
     spell = {
         "list": (LIST_RECIPE, lambda p: "; ".join(str(list(q)) for q in p), ask_boxes(BOX)),
-        "dict": (DICT_RECIPE, lambda p: as_dict({"0": [list(q) for q in p]}), ask_boxes(BOX, labels=("0",))),
-        "json": ({"json_format": 0.2, "json_boxes_squared": 0.8}, lambda p: json_boxes(*p), ask_boxes(BOX)),
+        "dict": (
+            DICT_RECIPE,
+            lambda p: as_dict({"0": [list(q) for q in p]}),
+            ask_boxes(BOX, labels=("0",)),
+        ),
+        "json": (
+            {"json_format": 0.2, "json_boxes_squared": 0.8},
+            lambda p: json_boxes(*p),
+            ask_boxes(BOX),
+        ),
         "ovd": (OVD_RECIPE, lambda p: detections(*[(q, 1.0) for q in p]), ask_boxes(BOX)),
-        "our ovd": ({"ovd_format": 0.2, "ovd": 0.8}, lambda p: detections(*[(q, 0.9) for q in p]), ask_boxes(BOX)),
-        "points": (POINT_RECIPE, lambda p: json_points(*[((q[0] + q[2]) / 2, q[1]) for q in p]), ask_points((150, 100))),
+        "our ovd": (
+            {"ovd_format": 0.2, "ovd": 0.8},
+            lambda p: detections(*[(q, 0.9) for q in p]),
+            ask_boxes(BOX),
+        ),
+        "points": (
+            POINT_RECIPE,
+            lambda p: json_points(*[((q[0] + q[2]) / 2, q[1]) for q in p]),
+            ask_points((150, 100)),
+        ),
     }
     for name, (weights, write, example) in spell.items():
         if name == "points" and places in ([(100, 100, 300, 200)], [(200, 300, 100, 100)]):
             continue  # a point has no extent to swap or reverse
-        assert recipe(weights, write(bare) if places != ["x"] else "nothing", example) < recipe(weights, write([miss]), example)
+        assert recipe(weights, write(bare) if places != ["x"] else "nothing", example) < recipe(
+            weights, write([miss]), example
+        )
 
 
 # single rewards
 
 
-@pytest.mark.parametrize("name", ["count_exact", "count_graded", "math", "token_f1", "exact_match", "spatial_answer", "spatial"])
+@pytest.mark.parametrize(
+    "name",
+    ["count_exact", "count_graded", "math", "token_f1", "exact_match", "spatial_answer", "spatial"],
+)
 def test_rewards_of_words_leave_questions_about_places_alone(name):
     assert math.isnan(reward(name, "5", ask_boxes(BOX)._replace(gold="5")))
     assert math.isnan(reward(name, "5", ask("")))
 
 
-@pytest.mark.parametrize("name", ["json_points", "json_boxes", "json_format", "dict_point", "list_iou", "ovd"])
+@pytest.mark.parametrize(
+    "name", ["json_points", "json_boxes", "json_format", "dict_point", "list_iou", "ovd"]
+)
 def test_rewards_of_places_leave_other_questions_alone(name):
     assert math.isnan(reward(name, "[1,2,3,4]", ask("left")))
     if name not in ("json_format", "json_points"):
@@ -662,8 +876,13 @@ def test_labels_count_where_there_are_several():
     example = ask_boxes(BOX, OTHER, labels=("cat", "dog"))
     right = [{"bbox_2d": list(BOX), "label": "Cat"}, {"bbox_2d": list(OTHER), "label": "dog"}]
     swapped = [{**entry, "label": name} for entry, name in zip(right, ("dog", "cat"), strict=True)]
-    assert reward("json_boxes", json.dumps(right), example) == 1 and reward("json_boxes", json.dumps(swapped), example) == 0
-    assert reward("json_boxes", json_boxes(BOX, label="the cat"), ask_boxes(BOX, labels=("cat",))) == 1
+    assert (
+        reward("json_boxes", json.dumps(right), example) == 1
+        and reward("json_boxes", json.dumps(swapped), example) == 0
+    )
+    assert (
+        reward("json_boxes", json_boxes(BOX, label="the cat"), ask_boxes(BOX, labels=("cat",))) == 1
+    )
 
 
 def test_points_in_boxes():
@@ -683,7 +902,12 @@ def test_points_in_boxes():
 def test_calibration_is_best_at_the_probability(p):
     """A box with confidence c is right with probability p."""
     confidences = [c / 100 for c in range(101)]
-    earned = np.array([[reward("ovd_calibration", detections((q, c)), ask_boxes(BOX)) for q in (BOX, FAR)] for c in confidences])
+    earned = np.array(
+        [
+            [reward("ovd_calibration", detections((q, c)), ask_boxes(BOX)) for q in (BOX, FAR)]
+            for c in confidences
+        ]
+    )
     mean = earned @ [p, 1 - p]
     assert confidences[mean.argmax()] == p and mean.max() == pytest.approx(p * p)
 
@@ -702,8 +926,18 @@ def test_average_precision():
 
 
 def test_counts():
-    assert [reward("count_graded", text, ask("5")) for text in ("5", "six", "3", "", "x")] == [1, 0.5, 1 / 3, 0, 0]
-    assert reward("count_exact", "five", ask("5")) == reward("count_exact", "5", ask("<answer>five</answer>")) == 1
+    assert [reward("count_graded", text, ask("5")) for text in ("5", "six", "3", "", "x")] == [
+        1,
+        0.5,
+        1 / 3,
+        0,
+        0,
+    ]
+    assert (
+        reward("count_exact", "five", ask("5"))
+        == reward("count_exact", "5", ask("<answer>five</answer>"))
+        == 1
+    )
     assert math.isnan(reward("count_exact", "5", ask("left")))
 
 
@@ -731,7 +965,12 @@ def test_mathematics_needs_no_main_thread():
 
 
 def test_squad():
-    assert reward("token_f1", "<answer>The red car</answer>", ask("a red, red bus")) == pytest.approx(2 * 1 / (2 + 3))
+    assert reward(
+        "token_f1", "<answer>The red car</answer>", ask("a red, red bus")
+    ) == pytest.approx(2 * 1 / (2 + 3))
     assert reward("exact_match", "<answer>The Red Car!</answer>", ask("red car")) == 1
-    assert reward("exact_match", "car red", ask("red car")) == 0 and reward("token_f1", "car red", ask("red car")) == 1
+    assert (
+        reward("exact_match", "car red", ask("red car")) == 0
+        and reward("token_f1", "car red", ask("red car")) == 1
+    )
     assert reward("token_f1", "", ask("red car")) == 0

@@ -64,7 +64,9 @@ class RefCocoBv(tfds.core.GeneratorBasedBuilder):
                             "mask": tfds.features.Image(encoding_format="png"),
                             "category": tfds.features.ClassLabel(names=CLASSES),
                             "iscrowd": scalar(np.bool_),
-                            "refs": tfds.features.Sequence({"id": scalar(np.int32), "sentence": text()}),
+                            "refs": tfds.features.Sequence(
+                                {"id": scalar(np.int32), "sentence": text()}
+                            ),
                         }
                     ),
                 }
@@ -72,7 +74,9 @@ class RefCocoBv(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager):
-        name = {tfds_name: name for name, tfds_name in NAMES.items()}.get(self.builder_config.name, self.builder_config.name)
+        name = {tfds_name: name for name, tfds_name in NAMES.items()}.get(
+            self.builder_config.name, self.builder_config.name
+        )
         return {
             ("validation" if split == "val" else split) + suffix: self._generate_examples(
                 dl_manager.manual_dir, name, split, suffix
@@ -94,10 +98,19 @@ class RefCocoBv(tfds.core.GeneratorBasedBuilder):
                 "license": 0,
                 "file_name": ref["image"],
             }
-            box = tfds.features.BBox(ymin=y / height, xmin=x / width, ymax=(y + h) / height, xmax=(x + w) / width)
+            box = tfds.features.BBox(
+                ymin=y / height, xmin=x / width, ymax=(y + h) / height, xmax=(x + w) / width
+            )
             thing = objects.setdefault(ref["image"], {}).setdefault(
                 ref["ann_id"],
-                {"id": ref["ann_id"], "area": w * h, "bbox": box, "category": ref["category"], "iscrowd": 0, "refs": []}
+                {
+                    "id": ref["ann_id"],
+                    "area": w * h,
+                    "bbox": box,
+                    "category": ref["category"],
+                    "iscrowd": 0,
+                    "refs": [],
+                }
                 | {"mask": png(polygon_mask(ref, ref))},
             )
             thing["refs"] += [{"id": s["sent_id"], "sentence": s["sent"]} for s in ref["sentences"]]
@@ -116,8 +129,21 @@ class Odd(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
     LINES = (
-        {"lists": [], "things": [], "label": -1, "bare": 2, "yes": True, "text": "é\nf", "words": ["a", "b"]},
-        {"lists": [[[1, 2], []], []], "things": [{"parts": []}, {"parts": [{"n": 1}, {"n": 2}]}], "label": 1, "bare": 0}
+        {
+            "lists": [],
+            "things": [],
+            "label": -1,
+            "bare": 2,
+            "yes": True,
+            "text": "é\nf",
+            "words": ["a", "b"],
+        },
+        {
+            "lists": [[[1, 2], []], []],
+            "things": [{"parts": []}, {"parts": [{"n": 1}, {"n": 2}]}],
+            "label": 1,
+            "bare": 0,
+        }
         | {"yes": False, "text": "", "words": []},
     )
 
@@ -127,7 +153,9 @@ class Odd(tfds.core.GeneratorBasedBuilder):
             builder=self,
             features=features.FeaturesDict(
                 {
-                    "pixels": features.Tensor(shape=(None, None, 3), dtype=np.uint8, encoding="zlib"),
+                    "pixels": features.Tensor(
+                        shape=(None, None, 3), dtype=np.uint8, encoding="zlib"
+                    ),
                     "floats": features.Tensor(shape=(2, 2), dtype=np.float32),
                     "lists": features.Sequence(features.Sequence(features.Sequence(np.int64))),
                     "things": features.Sequence({"parts": features.Sequence({"n": np.int64})}),
@@ -169,8 +197,12 @@ def tfds_writes() -> Iterator[None]:
     """Lets tfds write without TensorFlow. It needs neither of the two to read."""
     tfds.disable_progress_bar()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "importlib_resources", importlib.resources)  # tfds 4.9.10 imports it and does not require it
-        patch.setattr(feature_lib.TensorInfo, "dtype", property(lambda info: info.np_dtype))  # otherwise TensorFlow's
+        patch.setitem(
+            sys.modules, "importlib_resources", importlib.resources
+        )  # tfds 4.9.10 imports it and does not require it
+        patch.setattr(
+            feature_lib.TensorInfo, "dtype", property(lambda info: info.np_dtype)
+        )  # otherwise TensorFlow's
         patch.setattr(ref_coco_dataset_builder, "_compute_mask", polygon_mask)
         yield
 
@@ -185,7 +217,9 @@ def manual(data, tmp_path_factory) -> Path:
     (folder / "coco_train2014").mkdir()
     for image in json.loads(text)["coco_anns"].values():
         size = (image["info"]["width"], image["info"]["height"])
-        Image.new("RGB", size, (200, 100, 0)).save(folder / "coco_train2014" / image["info"]["file_name"])
+        Image.new("RGB", size, (200, 100, 0)).save(
+            folder / "coco_train2014" / image["info"]["file_name"]
+        )
     return folder
 
 
@@ -219,28 +253,50 @@ def tfds_box(record: dict[str, Any]) -> list[float]:
     return np.float32([y / height, x / width, (y + h) / height, (x + w) / width]).tolist()
 
 
-def by_sentence(refs: list[dict[str, Any]], text: str) -> dict[tuple[int, int], tuple[str, list[float]]]:
+def by_sentence(
+    refs: list[dict[str, Any]], text: str
+) -> dict[tuple[int, int], tuple[str, list[float]]]:
     """Returns (sentence, box) of refs by annotation and sentence id."""
-    return {(ref["ann_id"], s["sent_id"]): (s[text], tfds_box(ref)) for ref in refs for s in ref["sentences"]}
+    return {
+        (ref["ann_id"], s["sent_id"]): (s[text], tfds_box(ref))
+        for ref in refs
+        for s in ref["sentences"]
+    }
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "combined"])
 def test_ref_coco_has_the_boxes_and_expressions_of_the_refer_files(prepared, manual, name):
     for split in CONFIGS[name]:
-        records = opened(prepared, f"ref_coco/{NAMES.get(name, name)}:1.1.0", "validation" if split == "val" else split)
+        records = opened(
+            prepared,
+            f"ref_coco/{NAMES.get(name, name)}:1.1.0",
+            "validation" if split == "val" else split,
+        )
         refs = all_of(open_refer(uri(manual / "refer", name, split)))
-        assert [r["image/id"] for r in records] and {r["image/id"] for r in records} == {ref["image_id"] for ref in refs}
+        assert [r["image/id"] for r in records] and {r["image/id"] for r in records} == {
+            ref["image_id"] for ref in refs
+        }
         found = {
             (thing["id"], expression["refexp_id"]): (expression["raw"], thing["bbox"])
             for record in records
             for thing in record["objects"]
             for expression in thing["refexp"]
         }
-        assert found == by_sentence(refs, "raw") and sum(len(r["objects"]) for r in records) == len(refs)
+        assert found == by_sentence(refs, "raw") and sum(len(r["objects"]) for r in records) == len(
+            refs
+        )
         for record in records:
             assert set(record) == {"coco_annotations", "image", "image/id", "objects"}
             for thing in record["objects"]:
-                assert set(thing) == {"area", "bbox", "gt_box_index", "id", "label", "mask", "refexp"}
+                assert set(thing) == {
+                    "area",
+                    "bbox",
+                    "gt_box_index",
+                    "id",
+                    "label",
+                    "mask",
+                    "refexp",
+                }
                 assert record["coco_annotations"][thing["gt_box_index"]]["bbox"] == thing["bbox"]
 
 
@@ -249,7 +305,8 @@ def test_ref_coco_bv_has_the_boxes_and_sentences_of_the_refer_files(prepared, ma
     for split in CONFIGS[name]:
         tfds_split = "validation" if split == "val" else split
         records, flat = (
-            opened(prepared, f"ref_coco_bv/{NAMES.get(name, name)}", tfds_split + suffix) for suffix in ("", "_flat")
+            opened(prepared, f"ref_coco_bv/{NAMES.get(name, name)}", tfds_split + suffix)
+            for suffix in ("", "_flat")
         )
         refs = all_of(open_refer(uri(manual / "refer", name, split)))
         for rows in (records, flat):
@@ -269,11 +326,15 @@ def test_ref_coco_bv_has_the_boxes_and_sentences_of_the_refer_files(prepared, ma
 def test_images_come_encoded_and_masks_with_them(prepared):
     record = opened(prepared, "ref_coco_bv/refcoco_unc:1.4.0", "testA")[0]
     pixels = load_image(record["image"], None)
-    assert pixels.shape == (record["height"], record["width"], 3) and record["image"].startswith(b"\xff\xd8")
+    assert pixels.shape == (record["height"], record["width"], 3) and record["image"].startswith(
+        b"\xff\xd8"
+    )
     mask = load_image(record["objects"][0]["mask"], None)[..., 0] > 0
     top, left, bottom, _ = np.array(record["objects"][0]["bbox"]) * np.tile(mask.shape, 2)
     rows, columns = np.nonzero(mask)
-    assert abs(rows.min() - top) < 2 and abs(rows.max() - bottom) < 2 and abs(columns.min() - left) < 2
+    assert (
+        abs(rows.min() - top) < 2 and abs(rows.max() - bottom) < 2 and abs(columns.min() - left) < 2
+    )
 
 
 def test_splits_may_be_sums_and_slices(prepared):
@@ -286,12 +347,24 @@ def test_splits_may_be_sums_and_slices(prepared):
 
 def test_records_are_plain_and_survive_pickling_and_threads(prepared):
     def leaves(value: Any) -> Iterator[Any]:
-        children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-        yield from (leaf for child in children for leaf in leaves(child)) if isinstance(value, dict | list) else [value]
+        children = (
+            value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        )
+        yield from (
+            (leaf for child in children for leaf in leaves(child))
+            if isinstance(value, dict | list)
+            else [value]
+        )
 
     records = open_tfds(f"ref_coco_bv/refcocox_combined?split=test&data_dir={prepared}")
     assert records.root is None
-    assert {type(leaf) for record in all_of(records) for leaf in leaves(record)} == {int, float, bool, str, bytes}
+    assert {type(leaf) for record in all_of(records) for leaf in leaves(record)} == {
+        int,
+        float,
+        bool,
+        str,
+        bytes,
+    }
     again = pickle.loads(pickle.dumps(records))
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(again.__getitem__, [*range(len(again))] * 20)) == all_of(records) * 20
@@ -314,18 +387,36 @@ def test_what_is_not_there_is_refused_by_name(prepared, monkeypatch):
             r"no split 'val'; there are train \(1\), validation \(1\), testA",
         ),
         (f"ref_coco/refcoco_unc?split=train[:x]&data_dir={prepared}", r"no split 'train\[:x\]'"),
-        (f"ref_coco/refcoco_unc?split=train[:1%]&data_dir={prepared}", r"split train\[:1%\] is empty"),
-        (f"ref_coco/refcoco_unc?data_dir={prepared}", r"no split; .split=SPLIT names one of train \(1\)"),
-        (f"ref_coco/refcoco_unc?split=train&datadir={prepared}", "no option 'datadir'; did you mean data_dir"),
-        (f"ref_coco/refcoco_umc?split=train&data_dir={prepared}", "not prepared in .*did you mean ref_coco/refcoco_unc:1.1.0"),
+        (
+            f"ref_coco/refcoco_unc?split=train[:1%]&data_dir={prepared}",
+            r"split train\[:1%\] is empty",
+        ),
+        (
+            f"ref_coco/refcoco_unc?data_dir={prepared}",
+            r"no split; .split=SPLIT names one of train \(1\)",
+        ),
+        (
+            f"ref_coco/refcoco_unc?split=train&datadir={prepared}",
+            "no option 'datadir'; did you mean data_dir",
+        ),
+        (
+            f"ref_coco/refcoco_umc?split=train&data_dir={prepared}",
+            "not prepared in .*did you mean ref_coco/refcoco_unc:1.1.0",
+        ),
         (
             f"ref_coco/refcoco_unc:7.0.0?split=train&data_dir={prepared}",
             "not prepared in .*did you mean ref_coco/refcoco_unc:1.1.0",
         ),
-        (f"coco/2017?split=train&data_dir={prepared}", "not prepared in .*ref_coco_bv/refcocox_combined:1.4.0"),
+        (
+            f"coco/2017?split=train&data_dir={prepared}",
+            "not prepared in .*ref_coco_bv/refcocox_combined:1.4.0",
+        ),
         (f"ref_coco/refcoco_unc?split=train&data_dir={prepared}/none", "not prepared in .*none"),
         (f"?split=train&data_dir={prepared}", "name is like ref_coco/refcoco_unc:1.1.0"),
-        (f"ref_coco/refcoco_unc:new?split=train&data_dir={prepared}", "name is like ref_coco/refcoco_unc:1.1.0"),
+        (
+            f"ref_coco/refcoco_unc:new?split=train&data_dir={prepared}",
+            "name is like ref_coco/refcoco_unc:1.1.0",
+        ),
     ):
         with pytest.raises(UserError, match=found) as refused:
             open_tfds(rest)
@@ -348,9 +439,14 @@ def test_tfrecord_alone_is_refused_and_array_record_beside_it_is_read(odd, tmp_p
     path = tmp_path / "odd" / "1.0.0" / "dataset_info.json"
     info = json.loads(path.read_text())
     path.write_text(json.dumps(info | {"fileFormat": "tfrecord"}))
-    with pytest.raises(UserError, match=r"holds tfrecord, .*convert_format .*odd/1.0.0 --out_file_format=array_record"):
+    with pytest.raises(
+        UserError,
+        match=r"holds tfrecord, .*convert_format .*odd/1.0.0 --out_file_format=array_record",
+    ):
         open_tfds(f"odd?split=train&data_dir={tmp_path}")
-    path.write_text(json.dumps(info | {"fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]}))
+    path.write_text(
+        json.dumps(info | {"fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]})
+    )
     assert len(opened(tmp_path, "odd", "train")) == 2
 
 
@@ -377,5 +473,8 @@ def test_a_missing_shard_is_refused_and_a_record_of_something_else_is_bad(odd, t
             records[i]
         assert bad.value.kind == "bad_record"
     shard.unlink()
-    with pytest.raises(UserError, match="odd-train.array_record-00000-of-00001 is no array_record file.*No such file"):
+    with pytest.raises(
+        UserError,
+        match="odd-train.array_record-00000-of-00001 is no array_record file.*No such file",
+    ):
         open_tfds(f"odd?split=train&data_dir={tmp_path}")

@@ -20,7 +20,10 @@ def tiny() -> tokenizer.Tokenizer:
 
 def test_packaged_model_has_paligemmas_layout(tiny):
     assert tiny.vocab._replace(separators=(), spaces=()) == Vocab(size=2048, loc0=896, seg0=1920)
-    pieces = [tiny.pieces.IdToPiece(i) for i in (0, 1, 2, 3, 4, 5, 6, 7, 105, 106, 107, 108, 896, 1919, 1920, 2047)]
+    pieces = [
+        tiny.pieces.IdToPiece(i)
+        for i in (0, 1, 2, 3, 4, 5, 6, 7, 105, 106, 107, 108, 896, 1919, 1920, 2047)
+    ]
     assert pieces == (
         [
             "<pad>",
@@ -44,12 +47,16 @@ def test_packaged_model_has_paligemmas_layout(tiny):
 
 
 def test_packaged_model_is_what_its_script_makes(tiny):
-    make_tokenizer = pytest.importorskip("pg_ground.assets.make_tokenizer", reason="protobuf is not installed")
+    make_tokenizer = pytest.importorskip(
+        "pg_ground.assets.make_tokenizer", reason="protobuf is not installed"
+    )
     path = Path(make_tokenizer.__file__).with_name("tiny.model")
     assert make_tokenizer.make_model() == make_tokenizer.make_model() == path.read_bytes()
 
 
-@pytest.mark.parametrize("text", ["detect", "point", "segment", " to", " ;", " red", " circle", "red", " small", " left"])
+@pytest.mark.parametrize(
+    "text", ["detect", "point", "segment", " to", " ;", " red", " circle", "red", " small", " left"]
+)
 def test_everyday_words_are_single_pieces(tiny, text):
     assert len(tiny.text(text)) == 1
 
@@ -68,7 +75,10 @@ def test_name_behind_a_loc_token_reads_as_the_name_with_its_space(tiny, name):
     assert tiny.text(f"<loc0001>{' ' + name}") == [897, *tiny.text(" " + name)]
 
 
-@pytest.mark.parametrize("text", ["detect cat", "detect cat ", "detect cat\n", "", "two  spaces", "café 猫 12345", "tab\tç"])
+@pytest.mark.parametrize(
+    "text",
+    ["detect cat", "detect cat ", "detect cat\n", "", "two  spaces", "café 猫 12345", "tab\tç"],
+)
 def test_decode_inverts_text(tiny, text):
     assert tiny.decode(tiny.text(text)) == text
 
@@ -99,18 +109,27 @@ def test_ids_and_texts_equal_big_visions():
 
 @needs_golden
 def test_plain_gemmas_model_gets_the_pieces_that_paligemmas_has():
-    plain, baked = (tokenizer.load(str(PREPROCESSING / f"tiny_{name}_sp.model")) for name in ("gemma", "paligemma"))
+    plain, baked = (
+        tokenizer.load(str(PREPROCESSING / f"tiny_{name}_sp.model"))
+        for name in ("gemma", "paligemma")
+    )
     assert plain.vocab == baked.vocab
     names = [plain.pieces.IdToPiece(i) for i in range(plain.vocab.size)]
     assert names == [baked.pieces.IdToPiece(i) for i in range(plain.vocab.size)]
-    for text in ("detect cat", "<loc0000><loc1023> cat ; <loc0007><seg000><seg127> a b", "<loc1024> <loc12>"):
+    for text in (
+        "detect cat",
+        "<loc0000><loc1023> cat ; <loc0007><seg000><seg127> a b",
+        "<loc1024> <loc12>",
+    ):
         assert plain.text(text) == baked.text(text)
     assert plain.decode(plain.suffix("<loc0001><seg127> cat")) == "<loc0001><seg127> cat"
 
 
 def with_pieces(names: list[str]) -> bytes:
     """Returns the package's model with other pieces at its end."""
-    proto = sentencepiece_model_pb2.ModelProto.FromString((resources.files("pg_ground.assets") / "tiny.model").read_bytes())
+    proto = sentencepiece_model_pb2.ModelProto.FromString(
+        (resources.files("pg_ground.assets") / "tiny.model").read_bytes()
+    )
     del proto.pieces[-1152:]
     for name in names:
         proto.pieces.add(piece=name, score=0.0, type=proto.SentencePiece.USER_DEFINED)
@@ -123,7 +142,10 @@ def test_loc_pieces_that_are_not_contiguous_are_refused_by_name(tmp_path):
     tokenizer.load(str(tmp_path / "right.model"))
     for names, said in (
         (segs + locs, "<loc0000> is not piece 896"),
-        ([*locs[:500], "other", *locs[500:], *segs[:-1]], "<loc0000> is not piece 896|<loc0500> is not piece"),
+        (
+            [*locs[:500], "other", *locs[500:], *segs[:-1]],
+            "<loc0000> is not piece 896|<loc0500> is not piece",
+        ),
         (locs[::-1] + segs, "<loc0000> is not piece 896"),
         (locs[:1000] + segs, "is not piece"),
     ):

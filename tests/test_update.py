@@ -15,12 +15,13 @@ import optax
 import pytest
 from conftest import CLOSE, B, G, assert_close_trees, inputs, unlabelled
 
-from pg_ground import config, sharding
-from pg_ground.model import PaliGemma
+from pg_ground import config
+from pg_ground.models import PaliGemma
+from pg_ground.parallel import sharding
 from pg_ground.params import flatten, is_multiplied
 from pg_ground.rl import update
-from pg_ground.rl.experience import Experience
 from pg_ground.rl.loss import ALGORITHMS, Algorithm, policy_loss
+from pg_ground.rl.scored_rollouts import Experience
 from pg_ground.types import Batch, Rollout, TrainState
 from pg_ground.vocab import vocab_of_size
 
@@ -35,7 +36,9 @@ def batch_of(model: PaliGemma) -> tuple[Batch, Rollout, jax.Array]:
 
 def state_of(params: Any) -> tuple[TrainState, optax.GradientTransformation]:
     optimizer = optax.sgd(0.1, momentum=0.9)
-    return TrainState(jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.init(params)), optimizer
+    return TrainState(
+        jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.init(params)
+    ), optimizer
 
 
 def sft_step(tiny: Any, micro_batches: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -71,8 +74,12 @@ def grpo_step(
     """Returns a reinforced step with two updates and a reference policy, and its arguments."""
     state, optimizer = state_of(tiny.params)
 
-    def step(state: TrainState, ref_params: Any, batch: Batch, rollout: Rollout, advantages: jax.Array) -> Any:
-        ref_logps = update.logps_of(tiny.model, ref_params, batch, rollout, TEMPERATURE, micro_batches * minibatches)[0]
+    def step(
+        state: TrainState, ref_params: Any, batch: Batch, rollout: Rollout, advantages: jax.Array
+    ) -> Any:
+        ref_logps = update.logps_of(
+            tiny.model, ref_params, batch, rollout, TEMPERATURE, micro_batches * minibatches
+        )[0]
         return update.grpo_step(
             state,
             {},
@@ -102,7 +109,9 @@ def whole_steps(pg1, pg2) -> dict[str, tuple[TrainState, dict[str, float]]]:
     return {"sft": outcome(*sft_step(pg1, 1)), "grpo": outcome(*grpo_step(pg2, 1))}
 
 
-def assert_same_step(found: tuple[TrainState, dict[str, float]], expected: tuple[TrainState, dict[str, float]]) -> None:
+def assert_same_step(
+    found: tuple[TrainState, dict[str, float]], expected: tuple[TrainState, dict[str, float]]
+) -> None:
     """Compares the momentum too: it is the gradient itself, where parameters are mostly what they were before."""
     (state, metrics), (expected_state, expected_metrics) = found, expected
     assert state.step == expected_state.step == 1
@@ -110,7 +119,9 @@ def assert_same_step(found: tuple[TrainState, dict[str, float]], expected: tuple
     assert_close_trees(state.opt, expected_state.opt)
     assert metrics.keys() == expected_metrics.keys()
     for name, value in metrics.items():
-        np.testing.assert_allclose(value, expected_metrics[name], rtol=CLOSE, atol=CLOSE, err_msg=name)
+        np.testing.assert_allclose(
+            value, expected_metrics[name], rtol=CLOSE, atol=CLOSE, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -134,11 +145,15 @@ def test_micro_batches_do_not_change_a_step_of_rows_that_look_at_the_whole_batch
 
 def test_minibatches_are_optimizer_steps_one_after_the_other(pg1):
     """The second starts from where the first one ended, on the other half of the questions."""
-    step, (state, ref_params, batch, rollout, advantages) = grpo_step(pg1, 1, ALGORITHMS["grpo"], updates=1, minibatches=2)
+    step, (state, ref_params, batch, rollout, advantages) = grpo_step(
+        pg1, 1, ALGORITHMS["grpo"], updates=1, minibatches=2
+    )
     found = outcome(step, (state, ref_params, batch, rollout, advantages))[0]
     halves = [update.split(tree, 2) for tree in (batch, rollout, advantages)]
     one, _ = grpo_step(pg1, 1, ALGORITHMS["grpo"]._replace(clip_low=9.0, clip_high=9.0), updates=1)
-    first = outcome(one, (state, ref_params, *(jax.tree.map(lambda x: x[0], half) for half in halves)))[0]
+    first = outcome(
+        one, (state, ref_params, *(jax.tree.map(lambda x: x[0], half) for half in halves))
+    )[0]
     moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), found.params, first.params)
     assert max(jax.tree.leaves(moved)) > 1e-4 and found.step == 1
 
@@ -148,7 +163,13 @@ def test_the_kl_coefficient_is_steered_to_its_target(pg1):
     state = state._replace(kl_coef=jnp.float32(0.1))
 
     def steered(target: float) -> float:
-        def run(state: TrainState, ref_params: Any, batch: Batch, rollout: Rollout, advantages: jax.Array) -> Any:
+        def run(
+            state: TrainState,
+            ref_params: Any,
+            batch: Batch,
+            rollout: Rollout,
+            advantages: jax.Array,
+        ) -> Any:
             ref_logps = update.logps_of(pg1.model, ref_params, batch, rollout, TEMPERATURE, 1)[0]
             return update.grpo_step(
                 state, {}, Experience(batch, rollout, advantages, ref_logps), jax.random.key(0), model=pg1.model,
@@ -184,14 +205,21 @@ def test_eight_devices_make_the_step_of_one(request, whole_steps, monkeypatch, s
     monkeypatch.setattr(sharding, "SMALL_BYTES", 0)
     mesh = sharding.make_mesh(config.Mesh())
     assert mesh.size == 8
-    step, args = sft_step(request.getfixturevalue("pg1"), 1) if stage == "sft" else grpo_step(request.getfixturevalue("pg2"), 1)
+    step, args = (
+        sft_step(request.getfixturevalue("pg1"), 1)
+        if stage == "sft"
+        else grpo_step(request.getfixturevalue("pg2"), 1)
+    )
     args = on_devices(mesh, args, whole=1 if stage == "sft" else 2)
     split = [leaf for leaf in jax.tree.leaves(args[0].params) if not leaf.is_fully_replicated]
     assert len(split) > 10 and all(len(leaf.addressable_shards) == 8 for leaf in split)
     state, metrics = jax.jit(step, out_shardings=(sharding.fsdp(mesh, args[0]), None))(*args)
     kept = [leaf for leaf in jax.tree.leaves(state.params) if not leaf.is_fully_replicated]
     assert len(kept) == len(split)
-    assert_same_step((jax.device_get(state), {name: float(value) for name, value in metrics.items()}), whole_steps[stage])
+    assert_same_step(
+        (jax.device_get(state), {name: float(value) for name, value in metrics.items()}),
+        whole_steps[stage],
+    )
 
 
 def test_defect_22_supervised_steps_learn_from_the_suffix_alone(pg1):
@@ -199,16 +227,25 @@ def test_defect_22_supervised_steps_learn_from_the_suffix_alone(pg1):
     step, (state, batch) = sft_step(pg1, 1)
     _, metrics = outcome(step, (state, batch))
     suffix, mask = batch.suffix[:, None], batch.suffix_mask[:, None]
-    logps = pg1.model.completion_logps(state.params, batch.image, batch.prompt, batch.prompt_mask, suffix, mask)[0]
+    logps = pg1.model.completion_logps(
+        state.params, batch.image, batch.prompt, batch.prompt_mask, suffix, mask
+    )[0]
     expected = -jnp.mean(logps.sum(axis=-1)[:, 0] / batch.suffix_mask.sum(axis=-1))
     np.testing.assert_allclose(metrics["sft/nll"], expected, rtol=CLOSE)
     other = batch._replace(
-        suffix=jnp.where(batch.suffix_mask, batch.suffix, 77), prompt=jnp.where(batch.prompt_mask, batch.prompt, 99)
+        suffix=jnp.where(batch.suffix_mask, batch.suffix, 77),
+        prompt=jnp.where(batch.prompt_mask, batch.prompt, 99),
     )
-    assert outcome(step, (state, other))[1]["sft/loss"] == pytest.approx(metrics["sft/loss"], rel=CLOSE)
+    assert outcome(step, (state, other))[1]["sft/loss"] == pytest.approx(
+        metrics["sft/loss"], rel=CLOSE
+    )
 
 
-MESHES = {"2 replicas": config.Mesh(replica=2), "2 to a matrix": config.Mesh(model=2), "both": config.Mesh(replica=2, model=2)}
+MESHES = {
+    "2 replicas": config.Mesh(replica=2),
+    "2 to a matrix": config.Mesh(model=2),
+    "both": config.Mesh(replica=2, model=2),
+}
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -268,7 +305,9 @@ def test_gradients_of_matrices_are_gathered_in_the_dtype_of_their_products(pg1):
 
     def gradient(dtype: str) -> dict[str, jax.Array]:
         model = PaliGemma(replace(pg1.model.config, dtype=dtype))
-        return flatten(jax.grad(lambda params: -jnp.mean(model.completion_logps(params, *x)[0]))(pg1.params))
+        return flatten(
+            jax.grad(lambda params: -jnp.mean(model.completion_logps(params, *x)[0]))(pg1.params)
+        )
 
     exact, found = gradient("float32"), gradient("bfloat16")
     for name, g in found.items():
@@ -276,5 +315,9 @@ def test_gradients_of_matrices_are_gathered_in_the_dtype_of_their_products(pg1):
         assert not is_multiplied(name) or bool(jnp.all(g == g.astype(jnp.bfloat16))), name
     table = found["llm/embedder/input_embedding"]
     assert not bool(jnp.all(table == table.astype(jnp.bfloat16)))
-    error, size = (optax.tree.norm(tree) for tree in (jax.tree.map(jnp.subtract, found, exact), exact))
-    assert error < 0.05 * size  # 2^-9 for each of the 20 or so products and sums that a gradient passes through
+    error, size = (
+        optax.tree.norm(tree) for tree in (jax.tree.map(jnp.subtract, found, exact), exact)
+    )
+    assert (
+        error < 0.05 * size
+    )  # 2^-9 for each of the 20 or so products and sums that a gradient passes through

@@ -17,7 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import FrozenConfigDict
-from work import CLIP_NORM, KL_COEF, LOC, LR, Laps, Work, asked, peak_rss, reset_peak_rss, say, versions, work
+from work import (
+    CLIP_NORM,
+    KL_COEF,
+    LOC,
+    LR,
+    Laps,
+    Work,
+    asked,
+    peak_rss,
+    reset_peak_rss,
+    say,
+    versions,
+    work,
+)
 
 BOS, NEWLINE, NO_TOKEN = 2, 108, -1
 HOW = (
@@ -32,7 +45,14 @@ def model_of(w: Work) -> Any:
 
     def sized(variant: str) -> Any:
         config = published(variant)
-        config.update(width=s.width, depth=s.depth, mlp_dim=s.mlp, num_heads=s.heads, num_kv_heads=1, head_dim=s.head_dim)
+        config.update(
+            width=s.width,
+            depth=s.depth,
+            mlp_dim=s.mlp,
+            num_heads=s.heads,
+            num_kv_heads=1,
+            head_dim=s.head_dim,
+        )
         return config
 
     gemma.get_config = sized  # pyright: ignore[reportAttributeAccessIssue]: it takes a decoder's sizes by name only
@@ -40,8 +60,14 @@ def model_of(w: Work) -> Any:
         "width": s.vision_width, "depth": s.vision_depth, "mlp_dim": s.vision_mlp, "num_heads": s.vision_heads,
         "patch_size": (s.patch, s.patch), "pool_type": "none", "scan": True, "head_zeroinit": False, "dtype_mm": w.dtype,
         "remat_policy": "nothing_saveable" if w.checkpointing else "everything_saveable"}  # fmt: skip
-    llm = {"vocab_size": s.vocab, "cache_dtype": w.dtype, "remat_policy": "nothing_saveable" if w.checkpointing else "none"}
-    return import_module("big_vision.models.proj.paligemma.paligemma").Model(img=FrozenConfigDict(img), llm=FrozenConfigDict(llm))
+    llm = {
+        "vocab_size": s.vocab,
+        "cache_dtype": w.dtype,
+        "remat_policy": "nothing_saveable" if w.checkpointing else "none",
+    }
+    return import_module("big_vision.models.proj.paligemma.paligemma").Model(
+        img=FrozenConfigDict(img), llm=FrozenConfigDict(llm)
+    )
 
 
 def batch_of(w: Work, place: Any, seed: int) -> dict[str, jax.Array]:
@@ -51,7 +77,12 @@ def batch_of(w: Work, place: Any, seed: int) -> dict[str, jax.Array]:
     prompt[:, 0], prompt[:, -1] = BOS, NEWLINE
     image = random.uniform(-1, 1, (w.prompts, w.of.image, w.of.image, 3)).astype(np.float32)
     text = prompt.repeat(w.group, 0)
-    made = {"image": image.repeat(w.group, 0), "text": text, "mask_ar": np.zeros_like(text), "mask_input": text >= 0}
+    made = {
+        "image": image.repeat(w.group, 0),
+        "text": text,
+        "mask_ar": np.zeros_like(text),
+        "mask_input": text >= 0,
+    }
     return jax.block_until_ready(jax.device_put({**made, "_mask": np.ones(w.rows, bool)}, place))
 
 
@@ -59,11 +90,15 @@ def main() -> None:
     w = work()
     try:
         model = model_of(w)
-        decode = import_module("big_vision.trainers.proj.paligemma.predict_fns").get_all(model)["decode"]
+        decode = import_module("big_vision.trainers.proj.paligemma.predict_fns").get_all(model)[
+            "decode"
+        ]
     except ImportError as error:
         sys.exit(f"{error}: {HOW}")
     if w.micro_batches > 1:
-        sys.exit("big_vision's trainer of PaliGemma takes a batch whole: only --micro_batches=1 is equal work")
+        sys.exit(
+            "big_vision's trainer of PaliGemma takes a batch whole: only --micro_batches=1 is equal work"
+        )
     tx = optax.chain(optax.clip_by_global_norm(CLIP_NORM), optax.adam(LR))
 
     @jax.jit
@@ -76,14 +111,24 @@ def main() -> None:
         return (logp * jax.nn.one_hot(chosen, w.of.vocab)).sum(-1)
 
     @jax.jit
-    def score(reference: Any, batch: dict[str, jax.Array], chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def score(
+        reference: Any, batch: dict[str, jax.Array], chosen: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         """Returns advantages [rows, 1] and the reference policy's log-probabilities."""
         is_loc = (chosen >= w.of.text_vocab) & (chosen < w.of.text_vocab + LOC)
         rewards = is_loc.sum(-1).reshape(w.prompts, w.group) / 16
-        advantages = (rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True, ddof=1) + 1e-4)
+        advantages = (rewards - rewards.mean(1, keepdims=True)) / (
+            rewards.std(1, keepdims=True, ddof=1) + 1e-4
+        )
         return advantages.reshape(-1, 1), logps(reference, batch, chosen)
 
-    def update(state: dict[str, Any], batch: dict[str, jax.Array], chosen: jax.Array, adv: jax.Array, ref: jax.Array) -> Any:
+    def update(
+        state: dict[str, Any],
+        batch: dict[str, jax.Array],
+        chosen: jax.Array,
+        adv: jax.Array,
+        ref: jax.Array,
+    ) -> Any:
         def loss(params: Any) -> jax.Array:
             own = logps(params, batch, chosen)
             ratio, apart = jnp.exp(own - jax.lax.stop_gradient(own)), ref - own
@@ -92,10 +137,15 @@ def main() -> None:
 
         grads = jax.grad(loss)(state["params"])
         updates, opt = tx.update(grads, state["opt"])
-        return {"params": optax.apply_updates(state["params"], updates), "opt": opt}, optax.global_norm(grads)
+        return {
+            "params": optax.apply_updates(state["params"], updates),
+            "opt": opt,
+        }, optax.global_norm(grads)
 
     def init(batch: dict[str, jax.Array]) -> dict[str, Any]:
-        params = model.init(jax.random.key(0), batch["image"], batch["text"], batch["mask_ar"])["params"]
+        params = model.init(jax.random.key(0), batch["image"], batch["text"], batch["mask_ar"])[
+            "params"
+        ]
         return {"params": params, "opt": tx.init(params) if whole else None}
 
     devices, cuda, whole, seed = np.array(jax.devices()), w.device == "cuda", not w.variant, 0
@@ -104,12 +154,23 @@ def main() -> None:
     state = jax.jit(init, out_shardings=place)(batch_of(w, place, seed))
     reference = jax.tree.map(jnp.copy, state["params"]) if whole else None
     count = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
-    say(versions=versions("jax", "jaxlib", "flax", "optax"), parameters=count, platform=jax.default_backend())
+    say(
+        versions=versions("jax", "jaxlib", "flax", "optax"),
+        parameters=count,
+        platform=jax.default_backend(),
+    )
     while asked():
         batch, seed = batch_of(w, place, seed), seed + 1
         before = np.asarray(state["params"]["llm"]["final_norm"]["scale"]).copy()
         laps = Laps(lambda: None, (lambda: None) if cuda else reset_peak_rss)
-        chosen = decode(state, batch, devices=devices, max_decode_len=w.tokens, eos_token=NO_TOKEN, sampler="temperature(t=1.0)")
+        chosen = decode(
+            state,
+            batch,
+            devices=devices,
+            max_decode_len=w.tokens,
+            eos_token=NO_TOKEN,
+            sampler="temperature(t=1.0)",
+        )
         jax.block_until_ready(chosen)
         laps.lap("rollout")
         checks = {"turns": chosen.shape[1], "completions": chosen.shape[0]}

@@ -7,17 +7,19 @@ import numpy as np
 from ml_collections import ConfigDict
 from work import CLIP_NORM, LR, Laps, Work, asked, peak_rss, reset_peak_rss, say, versions, work
 
-from pg_ground import config, programs, sharding
-from pg_ground.ahead import batch_like
+from pg_ground import config
+from pg_ground.aot.jobs import batch_like
 from pg_ground.config import Config, Source
-from pg_ground.diary import Stopwatch
-from pg_ground.model import PaliGemma
+from pg_ground.models import PaliGemma
+from pg_ground.parallel import sharding
 from pg_ground.params import flatten, unflatten
-from pg_ground.rl.experience import weights_at
-from pg_ground.sampler import LOTS, Sampler, text_judges
+from pg_ground.rl.scored_rollouts import weights_at
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.tokenizer import load as load_tokenizer
-from pg_ground.train import Run, begin, fresh_state
+from pg_ground.training import programs
+from pg_ground.training.loop import Run, begin, fresh_state
+from pg_ground.training.recorder import Stopwatch
+from pg_ground.training.rollout_worker import LOTS, Sampler, text_judges
 from pg_ground.types import BOXES, Batch
 from pg_ground.vocab import BOS, NEWLINE, vocab_of_size
 
@@ -45,15 +47,31 @@ def recipe(w: Work) -> ConfigDict:
     s, c = w.of, config.template()
     c.model.image_size = s.image
     c.model.vision.update(
-        width=s.vision_width, depth=s.vision_depth, mlp_dim=s.vision_mlp, num_heads=s.vision_heads, patch_size=s.patch
+        width=s.vision_width,
+        depth=s.vision_depth,
+        mlp_dim=s.vision_mlp,
+        num_heads=s.vision_heads,
+        patch_size=s.patch,
     )
-    c.model.text.update(width=s.width, depth=s.depth, mlp_dim=s.mlp, num_heads=s.heads, num_kv_heads=1, head_dim=s.head_dim)
+    c.model.text.update(
+        width=s.width,
+        depth=s.depth,
+        mlp_dim=s.mlp,
+        num_heads=s.heads,
+        num_kv_heads=1,
+        head_dim=s.head_dim,
+    )
     c.model.text.update(query_scale=s.head_dim**-0.5, vocab_size=s.vocab)
     c.model.dtype = w.dtype
     c.model.remat = "nothing_saveable" if w.checkpointing else "none"
     c.data.prompt_length, c.data.suffix_length = w.prompt_tokens, w.tokens
     c.stages = ("grpo",)
-    c.grpo.update(batch_size=w.prompts, group_size=w.group, max_new_tokens=w.tokens, micro_batches=w.micro_batches)
+    c.grpo.update(
+        batch_size=w.prompts,
+        group_size=w.group,
+        max_new_tokens=w.tokens,
+        micro_batches=w.micro_batches,
+    )
     c.grpo.rewards = {f"{__file__}:stray_share": 1.0}
     c.grpo.algorithm = "grpo"  # KL to the reference policy: 0.04
     c.grpo.optimizer.update(name="adamw", lr=LR, weight_decay=0.0, clip_norm=CLIP_NORM)
@@ -64,14 +82,20 @@ def recipe(w: Work) -> ConfigDict:
 def random_batch(c: Config, mesh: Any, seed: int) -> Batch:
     """Returns prompts and images of noise, and a gold box each."""
     random = np.random.default_rng(seed)
-    batch = jax.tree.map(lambda like: np.zeros(like.shape, like.dtype), batch_like(c, mesh, c.grpo.batch_size))
+    batch = jax.tree.map(
+        lambda like: np.zeros(like.shape, like.dtype), batch_like(c, mesh, c.grpo.batch_size)
+    )
     prompt = random.integers(NEWLINE + 1, 900, batch.prompt.shape, np.int32)
     prompt[:, 0], prompt[:, -1] = BOS, NEWLINE
     low = random.uniform(0, 0.6, batch.gold.boxes.yxyx[..., :2].shape)
     boxes = batch.gold.boxes._replace(yxyx=np.concatenate([low, low + 0.3], -1, dtype=np.float32))
-    gold = batch.gold._replace(boxes=boxes._replace(valid=boxes.valid | True), asks=batch.gold.asks + BOXES)
+    gold = batch.gold._replace(
+        boxes=boxes._replace(valid=boxes.valid | True), asks=batch.gold.asks + BOXES
+    )
     image = random.integers(0, 256, batch.image.shape, np.uint8)
-    made = batch._replace(image=image, prompt=prompt, prompt_mask=batch.prompt_mask | True, gold=gold)
+    made = batch._replace(
+        image=image, prompt=prompt, prompt_mask=batch.prompt_mask | True, gold=gold
+    )
     return sharding.put_batch(mesh, made)
 
 
@@ -93,7 +117,11 @@ def main() -> None:
     key, weights, step = jax.random.key(c.seed), weights_at(c.grpo.all_rewards, 0), 0
     cuda = w.device == "cuda"
     count = sum(leaf.size for leaf in flatten(state.params).values())
-    say(versions=versions("pg-ground", "jax", "jaxlib", "flax", "optax"), parameters=count, platform=jax.default_backend())
+    say(
+        versions=versions("pg-ground", "jax", "jaxlib", "flax", "optax"),
+        parameters=count,
+        platform=jax.default_backend(),
+    )
     with text_judges(c.grpo) as workers:
         sampler = Sampler(c, model, mesh, nothing, tokenizer, workers)
         while asked():
@@ -101,16 +129,28 @@ def main() -> None:
             before = np.asarray(state.params["llm"]["final_norm"]["scale"]).copy()
             laps = Laps(lambda: None, (lambda: None) if cuda else reset_peak_rss)
             watch, own_key = Watch(laps), jax.random.fold_in(key, step)
-            sampled, _ = sampler(read(state.params), lambda batch=batch: batch, own_key, weights, watch)
-            learned_from, _ = watch.lap("score", compare(sampled, nothing, ref_params, weights, state.kl_coef))
-            state, updated = watch.lap("update", learn(state, nothing, learned_from, jax.random.fold_in(own_key, LOTS)))
-            peak = (jax.devices()[0].memory_stats() or {})["peak_bytes_in_use"] if cuda else peak_rss()
+            sampled, _ = sampler(
+                read(state.params), lambda batch=batch: batch, own_key, weights, watch
+            )
+            learned_from, _ = watch.lap(
+                "score", compare(sampled, nothing, ref_params, weights, state.kl_coef)
+            )
+            state, updated = watch.lap(
+                "update", learn(state, nothing, learned_from, jax.random.fold_in(own_key, LOTS))
+            )
+            peak = (
+                (jax.devices()[0].memory_stats() or {})["peak_bytes_in_use"] if cuda else peak_rss()
+            )
             laps.report(
                 peak,
                 turns=float(sampled.rollout.mask.any(axis=(0, 1)).sum()),
-                completions=float(sampled.rollout.tokens.shape[0] * sampled.rollout.tokens.shape[1]),
+                completions=float(
+                    sampled.rollout.tokens.shape[0] * sampled.rollout.tokens.shape[1]
+                ),
                 grad_norm=float(updated["optim/grad_norm"]),
-                moved=float(np.abs(np.asarray(state.params["llm"]["final_norm"]["scale"]) - before).max()),
+                moved=float(
+                    np.abs(np.asarray(state.params["llm"]["final_norm"]["scale"]) - before).max()
+                ),
             )
             step += 1
 

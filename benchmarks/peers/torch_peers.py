@@ -21,7 +21,21 @@ from transformers import (
     PreTrainedTokenizerFast,
     SiglipImageProcessorPil,
 )
-from work import CLIP_NORM, KL_COEF, LOC, LR, SEG, Laps, Work, asked, peak_rss, reset_peak_rss, say, versions, work
+from work import (
+    CLIP_NORM,
+    KL_COEF,
+    LOC,
+    LR,
+    SEG,
+    Laps,
+    Work,
+    asked,
+    peak_rss,
+    reset_peak_rss,
+    say,
+    versions,
+    work,
+)
 
 NEWLINE = 108
 IMAGE_FIRST = (
@@ -50,8 +64,15 @@ def model_of(w: Work) -> Any:
         "model_type": "gemma", "hidden_size": s.width, "intermediate_size": s.mlp, "num_hidden_layers": s.depth,
         "num_attention_heads": s.heads, "num_key_value_heads": 1, "head_dim": s.head_dim, "vocab_size": s.vocab,
         "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}  # fmt: skip
-    ids = {"image_token_index": image_id(w), "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-    config = PaliGemmaConfig(vision_config=vision, text_config=text, projection_dim=s.width, hidden_size=s.width, **ids)
+    ids = {
+        "image_token_index": image_id(w),
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+    }
+    config = PaliGemmaConfig(
+        vision_config=vision, text_config=text, projection_dim=s.width, hidden_size=s.width, **ids
+    )
     torch.manual_seed(0)
     with torch.device(w.device):
         return PaliGemmaForConditionalGeneration(config)
@@ -85,7 +106,9 @@ def questions(w: Work, seed: int, count: int) -> tuple[list[str], list[Image.Ima
     random = np.random.default_rng(seed)
     ids = random.integers(NEWLINE + 1, 900, (count, w.prompt_tokens - 2))
     side = w.of.image
-    images = [Image.fromarray(random.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(count)]
+    images = [
+        Image.fromarray(random.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(count)
+    ]
     return [" ".join(f"w{i}" for i in row) for row in ids], images
 
 
@@ -101,14 +124,20 @@ class Memory:
     def __init__(self, device: str):
         cuda = device == "cuda"
         self.wait: Callable[[], Any] = torch.cuda.synchronize if cuda else lambda: None
-        self.reset: Callable[[], Any] = torch.cuda.reset_peak_memory_stats if cuda else reset_peak_rss
+        self.reset: Callable[[], Any] = (
+            torch.cuda.reset_peak_memory_stats if cuda else reset_peak_rss
+        )
         self.peak: Callable[[], float] = torch.cuda.max_memory_allocated if cuda else peak_rss
 
 
 def tell(w: Work, model: Any) -> None:
     torch.set_num_threads(w.threads)
     names = ("torch", "transformers") + (("trl", "accelerate") if w.variant == "trl" else ())
-    say(versions=versions(*names), parameters=sum(p.numel() for p in model.parameters()), platform=w.device)
+    say(
+        versions=versions(*names),
+        parameters=sum(p.numel() for p in model.parameters()),
+        platform=w.device,
+    )
 
 
 def changed(model: Any) -> torch.Tensor:
@@ -129,8 +158,13 @@ def run_trl(w: Work) -> None:
     model, memory = model_of(w), Memory(w.device)
     processor, steps = processor_of(w), 1000
     prompts, images = questions(w, 0, w.prompts * 8)
-    rows = [{"prompt": [{"role": "user", "content": p}], "image": i} for p, i in zip(prompts, images, strict=True)]
-    module.create_model_from_path = lambda *args, **kwargs: copy.deepcopy(model)  # the reference: TRL would read it from disk
+    rows = [
+        {"prompt": [{"role": "user", "content": p}], "image": i}
+        for p, i in zip(prompts, images, strict=True)
+    ]
+    module.create_model_from_path = lambda *args, **kwargs: copy.deepcopy(
+        model
+    )  # the reference: TRL would read it from disk
     arguments = trl.GRPOConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=w.rows // w.micro_batches,
         gradient_accumulation_steps=w.micro_batches, num_generations=w.group, max_completion_length=w.tokens, max_steps=steps,
@@ -145,7 +179,9 @@ def run_trl(w: Work) -> None:
         preparing = False
 
         def _prepare_inputs(self, inputs: Any) -> Any:
-            laps[-1].lap("update" if w.micro_batches > 1 and "rollout" in laps[-1].seconds else "data")
+            laps[-1].lap(
+                "update" if w.micro_batches > 1 and "rollout" in laps[-1].seconds else "data"
+            )
             self.preparing = True
             try:
                 return super()._prepare_inputs(inputs)
@@ -183,16 +219,24 @@ def run_trl(w: Work) -> None:
         trainer.train()
 
 
-def generate_of(w: Work, model: Any, mode: str) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
+def generate_of(
+    w: Work, model: Any, mode: str
+) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
     """Returns the sampling of a group for each prompt, by Hugging Face's generate with the named cache."""
     kinds = {"dynamic": {}, "static": {"cache_implementation": "static", "disable_compile": True}}
-    kinds["compiled"] = {"cache_implementation": "static", "disable_compile": w.device == "cpu"}  # generate compiles on cuda only
+    kinds["compiled"] = {
+        "cache_implementation": "static",
+        "disable_compile": w.device == "cpu",
+    }  # generate compiles on cuda only
     if mode == "compiled" and w.device == "cpu":
         decoder = model.model.language_model
         decoder.forward = torch.compile(decoder.forward, dynamic=False)
 
     def generate(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        with torch.no_grad(), torch.autocast(w.device, torch.bfloat16, enabled=w.dtype == "bfloat16"):
+        with (
+            torch.no_grad(),
+            torch.autocast(w.device, torch.bfloat16, enabled=w.dtype == "bfloat16"),
+        ):
             return model.generate(
                 **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=w.tokens,
                 min_new_tokens=w.tokens, suppress_tokens=[image_id(w)], num_return_sequences=w.group, pad_token_id=0,
@@ -204,8 +248,12 @@ def generate_of(w: Work, model: Any, mode: str) -> Callable[[dict[str, torch.Ten
 def inputs_of(w: Work, processor: Processor, seed: int) -> dict[str, torch.Tensor]:
     prompts, images = questions(w, seed, w.prompts)
     texts = ["<image>" + prompt for prompt in prompts]
-    made = processor(images=[[image] for image in images], text=texts, padding=True, return_tensors="pt")
-    assert made["input_ids"].shape[1] == w.of.image_tokens + w.prompt_tokens, made["input_ids"].shape
+    made = processor(
+        images=[[image] for image in images], text=texts, padding=True, return_tensors="pt"
+    )
+    assert made["input_ids"].shape[1] == w.of.image_tokens + w.prompt_tokens, made[
+        "input_ids"
+    ].shape
     return {name: value.to(w.device) for name, value in made.items()}
 
 
@@ -218,7 +266,11 @@ def run_generate(w: Work, mode: str) -> None:
         laps = Laps(memory.wait, memory.reset)
         found = generate(inputs)
         laps.lap("rollout")
-        laps.report(memory.peak(), turns=found.shape[1] - inputs["input_ids"].shape[1], completions=found.shape[0])
+        laps.report(
+            memory.peak(),
+            turns=found.shape[1] - inputs["input_ids"].shape[1],
+            completions=found.shape[0],
+        )
 
 
 def run_hand(w: Work) -> None:
@@ -252,13 +304,22 @@ def run_hand(w: Work) -> None:
         rewards = torch.tensor(loc_share(texts), device=w.device).view(w.prompts, w.group)
         centred = rewards - rewards.mean(1, keepdim=True)
         advantages = (centred / (rewards.std(1, keepdim=True) + 1e-4)).view(-1, 1)
-        pixels = inputs["pixel_values"].repeat_interleave(w.group, 0)  # Hugging Face's model wants an image for every row
+        pixels = inputs["pixel_values"].repeat_interleave(
+            w.group, 0
+        )  # Hugging Face's model wants an image for every row
         kinds = torch.zeros_like(found)
         kinds[:, start:] = 1
-        full = {"input_ids": found, "pixel_values": pixels, "token_type_ids": kinds, "attention_mask": torch.ones_like(found)}
+        full = {
+            "input_ids": found,
+            "pixel_values": pixels,
+            "token_type_ids": kinds,
+            "attention_mask": torch.ones_like(found),
+        }
         rows = [{name: value[part] for name, value in full.items()} for part in parts]
         with torch.no_grad():
-            references = [logps(reference, row, chosen[part]) for row, part in zip(rows, parts, strict=True)]
+            references = [
+                logps(reference, row, chosen[part]) for row, part in zip(rows, parts, strict=True)
+            ]
         laps.lap("score")
         model.train()
         for row, part, ref in zip(rows, parts, references, strict=True):

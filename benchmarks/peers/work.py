@@ -122,12 +122,16 @@ class Laps:
         """Adds what has passed since the last lap to `phase`."""
         self._wait()
         now = time.perf_counter(), time.process_time()
-        for found, before, after in zip((self.seconds, self.cpu_seconds), self._last, now, strict=True):
+        for found, before, after in zip(
+            (self.seconds, self.cpu_seconds), self._last, now, strict=True
+        ):
             found[phase] = found.get(phase, 0.0) + after - before
         self._last = now
 
     def report(self, peak_bytes: float, **checks: float) -> None:
-        say(seconds=self.seconds, cpu_seconds=self.cpu_seconds, peak_bytes=peak_bytes, checks=checks)
+        say(
+            seconds=self.seconds, cpu_seconds=self.cpu_seconds, peak_bytes=peak_bytes, checks=checks
+        )
 
 
 def asked() -> bool:

@@ -23,11 +23,28 @@ FIRST_IDS = (
 )
 """Pieces 4 to 110, where Gemma has them: the newline is 108."""
 
-COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink", "white", "black", "gray", "brown"]
+COLOURS = [
+    "red",
+    "green",
+    "blue",
+    "yellow",
+    "purple",
+    "orange",
+    "cyan",
+    "pink",
+    "white",
+    "black",
+    "gray",
+    "brown",
+]
 FORMS = ["circle", "square", "triangle", "diamond", "cross", "ring", "star"]
 SIZES = ["small", "large", "big", "tiny"]
 PLACES = ["left", "right", "top", "bottom", "middle", "upper", "lower"]
-CORNERS = [f"{height} {side}" for height in ("upper", "lower", "top", "bottom") for side in ("left", "right")]
+CORNERS = [
+    f"{height} {side}"
+    for height in ("upper", "lower", "top", "bottom")
+    for side in ("left", "right")
+]
 OBJECTS = [
     "person",
     "man",
@@ -105,7 +122,16 @@ WORDS = [
     "old",
     "young",
 ]
-LINKS = ["in", "with", "holding", "wearing", "standing on", "sitting on", "closest to", "on the far side of"]
+LINKS = [
+    "in",
+    "with",
+    "holding",
+    "wearing",
+    "standing on",
+    "sitting on",
+    "closest to",
+    "on the far side of",
+]
 RELATIONS = ["left of", "right of", "above", "below", "next to", "behind", "in front of", "near"]
 
 
@@ -155,7 +181,9 @@ def append_pieces(base: bytes) -> bytes:
     """Returns `base` with `<loc0000>`..`<loc1023>` and `<seg000>`..`<seg127>` behind it: user-defined, score 0."""
     proto = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]: protobuf makes it at import
     model = proto.FromString(base)
-    names = [f"<loc{i:04d}>" for i in range(LOC_TOKENS)] + [f"<seg{i:03d}>" for i in range(SEG_TOKENS)]
+    names = [f"<loc{i:04d}>" for i in range(LOC_TOKENS)] + [
+        f"<seg{i:03d}>" for i in range(SEG_TOKENS)
+    ]
     for name in names:
         model.pieces.add(piece=name, score=0.0, type=proto.SentencePiece.USER_DEFINED)
     model.trainer_spec.vocab_size = len(model.pieces)
@@ -168,12 +196,21 @@ def corpus() -> list[str]:
     sized = [f"{size} {shape}" for size, shape in itertools.product(SIZES, shapes)]
     pairs = [f"{a} ; {b}" for a, b in zip(shapes, shapes[5:] + shapes[:5], strict=True)]
     things = [f"{colour} {thing}" for colour, thing in itertools.product(COLOURS[:4], OBJECTS)]
-    related = [f"{a} {relation} the {b}" for relation in RELATIONS for a, b in zip(shapes, shapes[9:], strict=False)]
+    related = [
+        f"{a} {relation} the {b}"
+        for relation in RELATIONS
+        for a, b in zip(shapes, shapes[9:], strict=False)
+    ]
     placed = [f"the {place} {form}" for place, form in itertools.product(PLACES, FORMS)]
-    cornered = [f"{form} in the {corner} corner" for corner, form in itertools.product(CORNERS, FORMS)]
+    cornered = [
+        f"{form} in the {corner} corner" for corner, form in itertools.product(CORNERS, FORMS)
+    ]
     phrases = shapes * 4 + sized + pairs * 2 + things + related + placed * 8 + cornered * 4
     asked = [f"{verb} {phrase}" for verb in ("detect", "point to", "segment") for phrase in phrases]
-    counted = [f"answer en how many {thing}s are there" for thing in FORMS[:2] + OBJECTS[9:12] + OBJECTS[18:27]] * 3
+    counted = [
+        f"answer en how many {thing}s are there"
+        for thing in FORMS[:2] + OBJECTS[9:12] + OBJECTS[18:27]
+    ] * 3
     described = [f"the {word} {thing}" for word, thing in itertools.product(WORDS, OBJECTS[:6])]
     opened = [f"{place} {thing}" for place, thing in itertools.product(PLACES, OBJECTS[:12])]
     captions = [f"caption en a {a} and a {b}" for a, b in itertools.pairwise(OBJECTS)] * 2
@@ -181,7 +218,16 @@ def corpus() -> list[str]:
         f"{a} {link} {b}"
         for a in ("man", "woman", "person", "guy", "boy", "girl", "kid", "lady")
         for link in LINKS
-        for b in ("the chair", "white shirt", "blue shirt", "a hat", "black jacket", "the bench", "his hand", "her bag")
+        for b in (
+            "the chair",
+            "white shirt",
+            "blue shirt",
+            "a hat",
+            "black jacket",
+            "the bench",
+            "his hand",
+            "her bag",
+        )
     ]
     letters = [chr(c) for c in range(33, 127)]
     return phrases + asked + counted + described + opened + captions + people + letters

@@ -60,7 +60,12 @@ PLAIN_NUMBERS = "biuf"
 class ArrayRecords:
     """The records of array_record files, each decoded when it is read."""
 
-    def __init__(self, source: ArrayRecordDataSource, decode: Callable[[bytes], dict[str, Any]], root: FilePath | None):
+    def __init__(
+        self,
+        source: ArrayRecordDataSource,
+        decode: Callable[[bytes], dict[str, Any]],
+        root: FilePath | None,
+    ):
         self._source = source
         self._decode = decode
         self._root = root
@@ -95,7 +100,9 @@ def open_array_record(rest: str) -> Records:
         raise UserError(f"source arrayrecord:{rest}: {e}") from e
     counts = count_records(files, f"source arrayrecord:{rest}")
     if not sum(counts):
-        raise UserError(f"source arrayrecord:{rest}: {files[0]}{' and the rest hold' if files[1:] else ' holds'} no records")
+        raise UserError(
+            f"source arrayrecord:{rest}: {files[0]}{' and the rest hold' if files[1:] else ' holds'} no records"
+        )
     spans = [f"{file}[0:{count}]" for file, count in zip(files, counts, strict=True)]
     return ArrayRecords(ArrayRecordDataSource(spans), decode_either, path_of(files[0]).parent)
 
@@ -109,9 +116,13 @@ def write_array_record(path: str | os.PathLike[str], records: Iterable[dict[str,
     """
     target = path_of(os.fspath(path))
     partial = target.with_name(target.name + ".partial")
-    writer = ArrayRecordWriter(os.fspath(partial), "group_size:1")  # grain reads one record at a time
+    writer = ArrayRecordWriter(
+        os.fspath(partial), "group_size:1"
+    )  # grain reads one record at a time
     if not writer.ok():
-        raise UserError(f"{path} cannot be written: is {target.parent} a folder, and may one write there?")
+        raise UserError(
+            f"{path} cannot be written: is {target.parent} a folder, and may one write there?"
+        )
     count = 0
     try:
         for record in records:
@@ -132,7 +143,9 @@ def encode(record: dict[str, Any]) -> bytes:
       TypeError: there is something else in it, such as a tuple, which would not come back as one.
     """
     # JSON may hold half a surrogate pair, which strict UTF-8 has no bytes for
-    data: Any = msgpack.packb(record, default=_pack_array, strict_types=True, unicode_errors="surrogatepass")
+    data: Any = msgpack.packb(
+        record, default=_pack_array, strict_types=True, unicode_errors="surrogatepass"
+    )
     return data
 
 
@@ -143,11 +156,15 @@ def decode(data: bytes) -> dict[str, Any]:
       BadRecord: bad_record if `data` is nothing that `encode` returns.
     """
     try:
-        record = msgpack.unpackb(data, ext_hook=_unpack_array, strict_map_key=False, unicode_errors="surrogatepass")
+        record = msgpack.unpackb(
+            data, ext_hook=_unpack_array, strict_map_key=False, unicode_errors="surrogatepass"
+        )
     except (ValueError, TypeError) as e:
         raise BadRecord("bad_record", f"{data[:20]!r}… is no msgpack of a record: {e}") from e
     if not isinstance(record, dict):
-        raise BadRecord("bad_record", f"{data[:20]!r}… is the msgpack of {record!r:.60}, not of a dict")
+        raise BadRecord(
+            "bad_record", f"{data[:20]!r}… is the msgpack of {record!r:.60}, not of a dict"
+        )
     return record
 
 
@@ -196,7 +213,9 @@ def count_records(files: Sequence[str], source: str) -> list[int]:
             try:
                 reader.read([0])  # says why
             except RuntimeError as e:
-                raise UserError(f"{source}: {file} is no array_record file, or not all of one: {e}") from e
+                raise UserError(
+                    f"{source}: {file} is no array_record file, or not all of one: {e}"
+                ) from e
         return reader.num_records()
 
     with ThreadPoolExecutor(16) as pool:
@@ -214,13 +233,19 @@ def _files(path: str) -> list[str]:
             raise UserError(
                 f"source arrayrecord:{path}: a dataset of tfds, all splits together: tfds:NAME?split=SPLIT&data_dir=DIR reads one"
             )
-        found = [file for file in _matching(f"{glob.escape(path.rstrip('/'))}/*") if re.search(FILE_NAME, file)]
+        found = [
+            file
+            for file in _matching(f"{glob.escape(path.rstrip('/'))}/*")
+            if re.search(FILE_NAME, file)
+        ]
     elif glob.has_magic(path) and not place.exists():
         found = _matching(path)
     else:
         found = [path]
     if not found:
-        raise UserError(f"source arrayrecord:{path}: no file fits; a folder's files are called NAME.array_record")
+        raise UserError(
+            f"source arrayrecord:{path}: no file fits; a folder's files are called NAME.array_record"
+        )
     return found
 
 
@@ -230,7 +255,9 @@ def _shards(path: str, stem: str, count: str, suffix: str) -> list[str]:
         found = _matching(f"{glob.escape(stem)}-[0-9]*-of-[0-9]*{suffix}")
         counts = {name.removesuffix(suffix).rpartition("-of-")[2] for name in found}
         if len(counts) != 1:
-            raise UserError(f"source arrayrecord:{path}: files of {len(counts)} sets fit, where those of one are wanted")
+            raise UserError(
+                f"source arrayrecord:{path}: files of {len(counts)} sets fit, where those of one are wanted"
+            )
         count = counts.pop()
     return [f"{stem}-{shard:05d}-of-{int(count):05d}{suffix}" for shard in range(int(count))]
 
@@ -240,7 +267,9 @@ def _matching(pattern: str) -> list[str]:
     names = pattern.split("/")
     fixed = next(i for i, name in enumerate(names) if glob.has_magic(name))
     folder = path_of("/".join(names[:fixed]) + "/" if fixed else ".")
-    return sorted(os.fspath(file) for file in folder.glob("/".join(names[fixed:])) if file.is_file())
+    return sorted(
+        os.fspath(file) for file in folder.glob("/".join(names[fixed:])) if file.is_file()
+    )
 
 
 def _pack_array(value: object) -> msgpack.ExtType:
@@ -260,7 +289,9 @@ def _unpack_array(code: int, data: bytes) -> np.ndarray:
 def _example_class() -> Any:
     """Returns the class of messages that `EXAMPLE_PROTO` describes."""
     file = text_format.Parse(EXAMPLE_PROTO, descriptor_pb2.FileDescriptorProto())
-    pool = descriptor_pool.DescriptorPool()  # of its own: TensorFlow's, where it is loaded, stays out of the way
+    pool = (
+        descriptor_pool.DescriptorPool()
+    )  # of its own: TensorFlow's, where it is loaded, stays out of the way
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("pg_ground.Example"))
 

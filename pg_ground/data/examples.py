@@ -36,7 +36,9 @@ def check_formats(source: Source, source_name: str) -> None:
     ):
         formats = [f"{order}_{unit}" for order in orders for unit in UNITS]
         if value not in formats:
-            raise UserError(f"source {source_name}: {setting} {value!r} does not exist: {nearest(value, formats)}")
+            raise UserError(
+                f"source {source_name}: {setting} {value!r} does not exist: {nearest(value, formats)}"
+            )
 
 
 def image_at(record: Mapping[str, Any], source: Source, element: int, fetch: Fetch | None) -> Any:
@@ -48,7 +50,11 @@ def image_at(record: Mapping[str, Any], source: Source, element: int, fetch: Fet
     value = field_at(record, source.image, element)
     if not is_url(value) or fetch is None:
         return value
-    return cached(value, field_at(record, source.image_sha256, element) if source.image_sha256 else None, fetch)
+    return cached(
+        value,
+        field_at(record, source.image_sha256, element) if source.image_sha256 else None,
+        fetch,
+    )
 
 
 class Targets(NamedTuple):
@@ -93,21 +99,33 @@ def to_example(
     folder = root / source.image_root if root else None
     image = open_image(image_at(record, source, element, fetch), folder)
     size = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
-    yxyx, yx = to_yxyx(found.boxes, source.box_format, size), to_yx(found.points, source.point_format, size)
+    yxyx, yx = (
+        to_yxyx(found.boxes, source.box_format, size),
+        to_yx(found.points, source.point_format, size),
+    )
     asks = ASKS[source.asks]
     if asks == POINTS and source.boxes and len(yxyx) != len(yx):
-        raise BadRecord("bad_box", f"{len(yxyx)} boxes for {len(yx)} points: each point needs the box it lies in")
+        raise BadRecord(
+            "bad_box",
+            f"{len(yxyx)} boxes for {len(yx)} points: each point needs the box it lies in",
+        )
     asked = yx if asks == POINTS else yxyx
     masks = np.zeros((0, mask_size, mask_size), bool)
     if source.mask and mask_size:
-        masks = to_masks(field_at(record, source.mask, element), len(asked), size, mask_size, folder)
+        masks = to_masks(
+            field_at(record, source.mask, element), len(asked), size, mask_size, folder
+        )
     labels = found.labels or ("",) * len(asked)
     kept = choose(asked, labels, source.max_objects, (seed, index, element))
-    yxyx, yx, masks = (rows[kept] if len(rows) == len(asked) else rows for rows in (yxyx, yx, masks))
+    yxyx, yx, masks = (
+        rows[kept] if len(rows) == len(asked) else rows for rows in (yxyx, yx, masks)
+    )
     labels = tuple(labels[i] for i in kept)
     names = tuple(dict.fromkeys(label for label in labels if label))
     label = np.array([names.index(label) if label else 0 for label in labels], np.int32)
-    box_label, point_label = (label if len(rows) == len(label) else np.zeros(len(rows), np.int32) for rows in (yxyx, yx))
+    box_label, point_label = (
+        label if len(rows) == len(label) else np.zeros(len(rows), np.int32) for rows in (yxyx, yx)
+    )
     return Example(
         image=resize(image, image_size, resize_by),
         size=size,
@@ -182,8 +200,13 @@ def answer(
     if source.suffix == "json":
         order = [1, 0, 3, 2][: fractions.shape[1]] if len(fractions) else []
         key = "point_2d" if source.asks == "points" else "bbox_2d"
-        rows = [[round(float(row[axis]) * size[1 - axis % 2]) for axis in order] for row in fractions]
-        named = [{key: row} | ({"label": label} if label else {}) for row, label in zip(rows, labels, strict=True)]
+        rows = [
+            [round(float(row[axis]) * size[1 - axis % 2]) for axis in order] for row in fractions
+        ]
+        named = [
+            {key: row} | ({"label": label} if label else {})
+            for row, label in zip(rows, labels, strict=True)
+        ]
         return json.dumps(named, ensure_ascii=False)
     return fill(source.suffix, record, source.phrase, element)
 
@@ -206,12 +229,22 @@ def listed_by(source: Source) -> str:
     Raises:
       UserError: they go through several.
     """
-    paths = [source.image, source.image_sha256, source.phrase, source.boxes, source.points, source.mask, source.label]
+    paths = [
+        source.image,
+        source.image_sha256,
+        source.phrase,
+        source.boxes,
+        source.points,
+        source.mask,
+        source.label,
+    ]
     for template in (source.prompt, source.name, source.suffix):
         paths += re.findall(r"\{([^{}]*)\}", template)
     lists = sorted({path.partition("[]")[0] for path in paths if "[]" in path})
     if len(lists) > 1 or any(path.count("[]") > 1 for path in paths):
-        raise UserError(f"a source can go through one list with []: its paths go through {', '.join(lists)}, one inside another?")
+        raise UserError(
+            f"a source can go through one list with []: its paths go through {', '.join(lists)}, one inside another?"
+        )
     return lists[0] if lists else ""
 
 
@@ -223,7 +256,9 @@ def elements(record: Mapping[str, Any], path: str) -> int:
     """
     value = field_at(record, path)
     if not isinstance(value, list):
-        raise BadRecord("missing_field", f"{path} is {value!r:.60}, but {path}[] goes through a list")
+        raise BadRecord(
+            "missing_field", f"{path} is {value!r:.60}, but {path}[] goes through a list"
+        )
     return len(value)
 
 
@@ -243,8 +278,14 @@ def fill(template: str, record: Mapping[str, Any], phrase: str, element: int = 0
     def text(match: re.Match[str]) -> str:
         path = phrase if match[1] == "phrase" else match[1]
         value = field_at(record, path, element)
-        if not isinstance(value, str | int | float) or isinstance(value, bool) or not str(value).strip():
-            raise BadRecord("bad_text", f"{path} is {value!r:.60}, which makes no text for {template!r}")
+        if (
+            not isinstance(value, str | int | float)
+            or isinstance(value, bool)
+            or not str(value).strip()
+        ):
+            raise BadRecord(
+                "bad_text", f"{path} is {value!r:.60}, which makes no text for {template!r}"
+            )
         return str(value)
 
     if template.endswith(".jinja"):
@@ -282,8 +323,12 @@ def _render(path: str, fields: Mapping[str, Any]) -> str:
     except jinja2.UndefinedError as error:
         kinds = ", ".join(map(str, fields)) or "none"
         raise BadRecord("missing_field", f"{path}: {error}; the fields are {kinds}") from None
-    except Exception as error:  # a template is a program of the user's: whatever it raises is about this record
-        raise BadRecord("bad_text", f"{path} does not render: {type(error).__name__}: {error}") from None
+    except (
+        Exception
+    ) as error:  # a template is a program of the user's: whatever it raises is about this record
+        raise BadRecord(
+            "bad_text", f"{path} does not render: {type(error).__name__}: {error}"
+        ) from None
 
 
 def to_yxyx(value: Any, box_format: str, size: tuple[int, int]) -> Float[np.ndarray, "K 4"]:
@@ -297,9 +342,15 @@ def to_yxyx(value: Any, box_format: str, size: tuple[int, int]) -> Float[np.ndar
     order, unit = box_format.rsplit("_", 1)
     rows = _rows_of_numbers(value, 4, "bad_box")
     x1, y1, x2, y2 = corners(order, *rows.T)
-    yxyx = np.clip(np.stack([y1, x1, y2, x2], 1) / whole_sides(unit, size)[[1, 0, 1, 0]], 0, 1).astype(np.float32)
+    yxyx = np.clip(
+        np.stack([y1, x1, y2, x2], 1) / whole_sides(unit, size)[[1, 0, 1, 0]], 0, 1
+    ).astype(np.float32)
     for i in np.flatnonzero((yxyx[:, 2] <= yxyx[:, 0]) | (yxyx[:, 3] <= yxyx[:, 1])).tolist():
-        wrong = "has no area" if x2[i] <= x1[i] or y2[i] <= y1[i] else f"lies outside an image of {_text(size)} pixels"
+        wrong = (
+            "has no area"
+            if x2[i] <= x1[i] or y2[i] <= y1[i]
+            else f"lies outside an image of {_text(size)} pixels"
+        )
         raise BadRecord("bad_box", f"{_one_of(rows, i)} as {box_format} {wrong}")
     return yxyx
 
@@ -319,7 +370,10 @@ def to_yx(value: Any, point_format: str, size: tuple[int, int]) -> Float[np.ndar
     yx = (rows if order == "yx" else rows[:, ::-1]) / whole_sides(unit, size)[::-1]
     pixel = 1 / np.array(size[::-1])
     for i in np.flatnonzero(((yx < -pixel) | (yx > 1 + pixel)).any(1)).tolist():
-        raise BadRecord("bad_point", f"{_one_of(rows, i)} as {point_format} lies outside an image of {_text(size)} pixels")
+        raise BadRecord(
+            "bad_point",
+            f"{_one_of(rows, i)} as {point_format} lies outside an image of {_text(size)} pixels",
+        )
     return np.clip(yx, 0, 1).astype(np.float32)
 
 
@@ -329,7 +383,9 @@ def answer_text(coordinates: Float[np.ndarray, "K N"], names: Sequence[str]) -> 
     A loc code is `clip(round_half_even(fraction * 1023), 0, 1023)` (big_vision pp/segmentation ops).
     """
     answers = ("".join(f"<loc{code:04d}>" for code in row) for row in _loc_codes(coordinates))
-    return " ; ".join(f"{loc} {name}" if name else loc for loc, name in zip(answers, names, strict=True))
+    return " ; ".join(
+        f"{loc} {name}" if name else loc for loc, name in zip(answers, names, strict=True)
+    )
 
 
 def resize(
@@ -352,7 +408,9 @@ def resize(
     return np.asarray((image if of_pillow else Image.fromarray(image)).resize((side, side), kernel))
 
 
-def _two_nearest(length: int, side: int) -> tuple[np.ndarray, np.ndarray, Float[np.ndarray, " side"]]:
+def _two_nearest(
+    length: int, side: int
+) -> tuple[np.ndarray, np.ndarray, Float[np.ndarray, " side"]]:
     """Returns for each new pixel the two old ones on its sides, and how far it lies towards the second."""
     at = (np.arange(side, dtype=np.float32) + 0.5) * np.float32(length / side) - 0.5
     low = np.floor(at)
@@ -360,7 +418,9 @@ def _two_nearest(length: int, side: int) -> tuple[np.ndarray, np.ndarray, Float[
     return first, second, (at - low).astype(np.float32)
 
 
-def _between(image: Float[np.ndarray, "H W 3"], nearest_two: tuple[Any, Any, Any], axis: int) -> Float[np.ndarray, "h w 3"]:
+def _between(
+    image: Float[np.ndarray, "H W 3"], nearest_two: tuple[Any, Any, Any], axis: int
+) -> Float[np.ndarray, "h w 3"]:
     first, second, share = nearest_two
     low, high = image.take(first, axis), image.take(second, axis)
     return low + (high - low) * (share[:, None, None] if axis == 0 else share[None, :, None])
@@ -373,8 +433,12 @@ def to_batch_row(example: Example, tokenizer: Tokenizer, data: Data, source_posi
       BadRecord: too_long or too_many_boxes, naming the setting to raise.
     """
     check_room(example, data)
-    prompt, prompt_mask = _padded(tokenizer.prefix(example.prompt), data.prompt_length, "prompt_length", example.prompt)
-    suffix, suffix_mask = _padded(tokenizer.suffix(example.suffix), data.suffix_length, "suffix_length", example.suffix)
+    prompt, prompt_mask = _padded(
+        tokenizer.prefix(example.prompt), data.prompt_length, "prompt_length", example.prompt
+    )
+    suffix, suffix_mask = _padded(
+        tokenizer.suffix(example.suffix), data.suffix_length, "suffix_length", example.suffix
+    )
     gold = Gold(
         boxes=Boxes(*(_slots(x, data.max_boxes) for x in example.boxes)),
         points=Points(*(_slots(x, data.max_boxes) for x in example.points)),
@@ -399,7 +463,9 @@ def check_room(example: Example, data: Data) -> None:
     """Raises BadRecord (too_many_boxes) if the annotation does not fit into `data.max_boxes` slots."""
     for kind, count in (("boxes", len(example.boxes.yxyx)), ("points", len(example.points.yx))):
         if count > data.max_boxes:
-            raise BadRecord("too_many_boxes", f"{count} {kind}, but data.max_boxes is {data.max_boxes}")
+            raise BadRecord(
+                "too_many_boxes", f"{count} {kind}, but data.max_boxes is {data.max_boxes}"
+            )
 
 
 def _by_label(value: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...]]:
@@ -407,7 +473,9 @@ def _by_label(value: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...]]:
     rows, labels = [], []
     for label, boxes in value.items():
         if not isinstance(boxes, list):
-            raise BadRecord("bad_box", f"{label!r} is {boxes!r:.60}, but it must be a list of boxes")
+            raise BadRecord(
+                "bad_box", f"{label!r} is {boxes!r:.60}, but it must be a list of boxes"
+            )
         rows += boxes
         labels += [str(label)] * len(boxes)
     return rows, tuple(labels)
@@ -416,7 +484,9 @@ def _by_label(value: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...]]:
 def _pairs(value: Any) -> Any:
     """Returns points given as {x, y} as pairs; anything else as it is."""
     points = [value] if isinstance(value, Mapping) else value
-    if not (isinstance(points, list) and points and all(isinstance(point, Mapping) for point in points)):
+    if not (
+        isinstance(points, list) and points and all(isinstance(point, Mapping) for point in points)
+    ):
         return value
     lost = next((point for point in points if not {"x", "y"} <= point.keys()), None)
     if lost is not None:
@@ -429,7 +499,11 @@ def _labels(value: Any, count: int) -> tuple[str, ...]:
     names = value if isinstance(value, list) else [value] * count
     if len(names) != count:
         raise BadRecord("bad_text", f"{len(names)} labels for {count} objects")
-    wrong = [name for name in names if isinstance(name, bool) or not isinstance(name, str | int) or not str(name).strip()]
+    wrong = [
+        name
+        for name in names
+        if isinstance(name, bool) or not isinstance(name, str | int) or not str(name).strip()
+    ]
     if wrong:
         raise BadRecord("bad_text", f"the label {wrong[0]!r:.60} is no text")
     return tuple(" ".join(str(name).split()) for name in names)
@@ -441,15 +515,21 @@ def _descend(value: Any, names: Sequence[str], path: str, element: int) -> Any:
     if isinstance(value, list):
         return [_descend(item, names, path, element) for item in value]
     if not isinstance(value, Mapping):
-        raise BadRecord("missing_field", f"there is no {path}: {names[0]} is looked for in {value!r:.60}")
+        raise BadRecord(
+            "missing_field", f"there is no {path}: {names[0]} is looked for in {value!r:.60}"
+        )
     name = names[0].removesuffix("[]")
     if name not in value:
-        raise BadRecord("missing_field", f"there is no {path}: the fields are {', '.join(map(str, value)) or 'none'}")
+        raise BadRecord(
+            "missing_field",
+            f"there is no {path}: the fields are {', '.join(map(str, value)) or 'none'}",
+        )
     inner = value[name]
     if names[0].endswith("[]"):
         if not isinstance(inner, list) or element >= len(inner):
             raise BadRecord(
-                "missing_field", f"there is no {path}: {name} is {inner!r:.60}, and element {element} of it is wanted"
+                "missing_field",
+                f"there is no {path}: {name} is {inner!r:.60}, and element {element} of it is wanted",
             )
         inner = inner[element]
     return _descend(inner, names[1:], path, element)
@@ -496,7 +576,9 @@ def _loc_codes(fractions: Float[np.ndarray, "K N"]) -> Int[np.ndarray, "K N"]:
 
 def _padded(ids: list[int], length: int, setting: str, text: str) -> tuple[np.ndarray, np.ndarray]:
     if len(ids) > length:
-        raise BadRecord("too_long", f"{len(ids)} tokens, but data.{setting} is {length}: {text!r:.80}")
+        raise BadRecord(
+            "too_long", f"{len(ids)} tokens, but data.{setting} is {length}: {text!r:.80}"
+        )
     row = np.full(length, PAD, np.int32)
     row[: len(ids)] = ids
     return row, np.arange(length) < len(ids)

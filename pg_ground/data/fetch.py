@@ -78,7 +78,10 @@ def cached(url: str, sha256: str | None, fetch: Fetch, retry_failed: bool = Fals
 
 
 def prefetch(
-    urls: Iterable[tuple[str, str | None]], fetch: Fetch, progress: Callable[[str], object], retry_failed: bool = False
+    urls: Iterable[tuple[str, str | None]],
+    fetch: Fetch,
+    progress: Callable[[str], object],
+    retry_failed: bool = False,
 ) -> Counter[str]:
     """Returns how many urls came out how: "fetched" now, "cached" before, or the kind of a `BadRecord`.
 
@@ -103,7 +106,11 @@ def is_public(address: str) -> bool:
     """Returns whether an IP address is one of the open internet: no machine's own, no private network's, no group's."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else None)
+        inner = (
+            ip.ipv4_mapped
+            or ip.sixtofour
+            or (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else None)
+        )
         if inner is not None:
             return is_public(str(inner))
         if ip.is_site_local:
@@ -111,10 +118,14 @@ def is_public(address: str) -> bool:
     return ip.is_global and not (ip.is_multicast or ip.is_reserved)
 
 
-def _outcomes(urls: Iterable[tuple[str, str | None]], fetch: Fetch, retry_failed: bool) -> Iterator[str]:
+def _outcomes(
+    urls: Iterable[tuple[str, str | None]], fetch: Fetch, retry_failed: bool
+) -> Iterator[str]:
     """Yields an outcome for every url, in the order in which they come."""
     running: dict[tuple[str, str | None], Future[str]] = {}
-    times: Counter[tuple[str, str | None]] = Counter()  # records side by side often share an image: it is asked for once
+    times: Counter[tuple[str, str | None]] = (
+        Counter()
+    )  # records side by side often share an image: it is asked for once
     pool = ThreadPoolExecutor(fetch.concurrency)
     try:
         for pair in urls:
@@ -129,7 +140,9 @@ def _outcomes(urls: Iterable[tuple[str, str | None]], fetch: Fetch, retry_failed
         pool.shutdown(cancel_futures=True)
 
 
-def _settled(running: dict[tuple[str, str | None], Future[str]], times: Counter[tuple[str, str | None]]) -> Iterator[str]:
+def _settled(
+    running: dict[tuple[str, str | None], Future[str]], times: Counter[tuple[str, str | None]]
+) -> Iterator[str]:
     """Waits for one of `running` at least, removes what is done, and yields its outcomes."""
     wait(running.values(), return_when=FIRST_COMPLETED)
     for pair in [pair for pair, future in running.items() if future.done()]:
@@ -151,7 +164,10 @@ def _outcome(url: str, sha256: str | None, fetch: Fetch, retry_failed: bool) -> 
 def _kept(url: str, sha256: str | None, fetch: Fetch, retry_failed: bool) -> bytes | None:
     """Returns the content from the cache, or None where the url is to be asked. Raises BadRecord as it is remembered."""
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
-        raise BadRecord("wrong_sha256", f"{url!r:.200}: {sha256!r:.80} is no sha256, which has 64 hexadecimal digits")
+        raise BadRecord(
+            "wrong_sha256",
+            f"{url!r:.200}: {sha256!r:.80} is no sha256, which has 64 hexadecimal digits",
+        )
     known = _recall(url, fetch)
     digest = sha256.lower() if sha256 else known.get("sha256")
     content = _read_blob(digest, fetch) if digest else None
@@ -167,11 +183,16 @@ def _kept(url: str, sha256: str | None, fetch: Fetch, retry_failed: bool) -> byt
 def _fetched(url: str, sha256: str | None, fetch: Fetch) -> bytes:
     """Returns what `url` holds now, and keeps it; what fails finally is remembered. Raises BadRecord."""
     if fetch.offline:
-        raise BadRecord("not_fetched", f"{url!r:.200} is not in {fetch.cache_dir}, and nothing is fetched offline")
+        raise BadRecord(
+            "not_fetched",
+            f"{url!r:.200} is not in {fetch.cache_dir}, and nothing is fetched offline",
+        )
     try:
         content = _download_patiently(url, fetch)
     except _Unreachable as e:
-        raise BadRecord("fetch_failed", f"{url!r:.200}: {e}, after {fetch.retries + 1} tries") from e
+        raise BadRecord(
+            "fetch_failed", f"{url!r:.200}: {e}, after {fetch.retries + 1} tries"
+        ) from e
     except BadRecord as e:
         limit = {"max_bytes": fetch.max_bytes} if e.kind == "too_large" else {}
         if e.kind != "refused_url":  # depends on a setting and on what names resolve to today
@@ -188,12 +209,16 @@ def _fetched(url: str, sha256: str | None, fetch: Fetch) -> bytes:
 
 
 def _wrong_sha256(url: str, found: str, expected: str | None) -> BadRecord:
-    return BadRecord("wrong_sha256", f"{url!r:.200}: its content has sha256 {found}, not {expected}")
+    return BadRecord(
+        "wrong_sha256", f"{url!r:.200}: its content has sha256 {found}, not {expected}"
+    )
 
 
 def _folder(fetch: Fetch) -> Path:
     if not fetch.cache_dir:
-        raise UserError("config.data.fetch.cache_dir is '': images that are urls need a folder to be kept in")
+        raise UserError(
+            "config.data.fetch.cache_dir is '': images that are urls need a folder to be kept in"
+        )
     return Path(fetch.cache_dir)
 
 
@@ -272,7 +297,9 @@ def _joined(place: str, location: str) -> str:
     try:
         return urljoin(place, location)
     except ValueError as e:
-        raise BadRecord("refused_url", f"{place!r:.200} redirects to {location!r:.80}, which is no url") from e
+        raise BadRecord(
+            "refused_url", f"{place!r:.200} redirects to {location!r:.80}, which is no url"
+        ) from e
 
 
 def _body(response: HTTPResponse, url: str, max_bytes: int) -> bytes:
@@ -285,7 +312,10 @@ def _body(response: HTTPResponse, url: str, max_bytes: int) -> bytes:
                 break
         else:
             return bytes(content)
-    raise BadRecord("too_large", f"{url!r:.200}: {announced or 'more'} bytes, but data.fetch.max_bytes is {max_bytes}")
+    raise BadRecord(
+        "too_large",
+        f"{url!r:.200}: {announced or 'more'} bytes, but data.fetch.max_bytes is {max_bytes}",
+    )
 
 
 @contextlib.contextmanager
@@ -293,8 +323,16 @@ def _answer(url: str, fetch: Fetch) -> Iterator[HTTPResponse]:
     """Gives the answer to one request, body unread. Raises BadRecord (refused_url), or _Unreachable also out of its body."""
     parts = _parts(url)
     try:
-        with contextlib.closing(_connect(parts, fetch)) as connection, _ended_after(fetch.timeout_s, connection.sock):
-            connection.request("GET", parts.request_uri, headers={"Host": parts.netloc or "", **HEADERS}, preload_content=False)
+        with (
+            contextlib.closing(_connect(parts, fetch)) as connection,
+            _ended_after(fetch.timeout_s, connection.sock),
+        ):
+            connection.request(
+                "GET",
+                parts.request_uri,
+                headers={"Host": parts.netloc or "", **HEADERS},
+                preload_content=False,
+            )
             with connection.getresponse() as response:
                 yield response
     except (OSError, HTTPError, HTTPException) as e:
@@ -307,7 +345,9 @@ def _parts(url: str) -> Url:
     except LocationParseError as e:
         raise BadRecord("refused_url", f"{url!r:.200} is no url that can be read") from e
     if parts.scheme not in ("http", "https") or not parts.host:
-        raise BadRecord("refused_url", f"{url!r:.200}: only http and https urls with a host are fetched")
+        raise BadRecord(
+            "refused_url", f"{url!r:.200}: only http and https urls with a host are fetched"
+        )
     return parts
 
 
@@ -319,7 +359,11 @@ def _connect(parts: Url, fetch: Fetch) -> HTTPConnection:
     for address in _addresses(host, port, fetch.allow_private):
         if parts.scheme == "https":
             connection = HTTPSConnection(
-                address, port, timeout=fetch.timeout_s, server_hostname=host, ssl_context=_certificates()
+                address,
+                port,
+                timeout=fetch.timeout_s,
+                server_hostname=host,
+                ssl_context=_certificates(),
             )
         else:
             connection = HTTPConnection(address, port, timeout=fetch.timeout_s)
@@ -341,7 +385,10 @@ def _addresses(host: str, port: int, allow_private: bool) -> list[str]:
     addresses = list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found))
     private = [address for address in addresses if not is_public(address)]
     if private and not allow_private:
-        raise BadRecord("refused_url", f"{host!r:.200} is at {private[0]}, which is not public: see data.fetch.allow_private")
+        raise BadRecord(
+            "refused_url",
+            f"{host!r:.200} is at {private[0]}, which is not public: see data.fetch.allow_private",
+        )
     return addresses
 
 
@@ -363,7 +410,9 @@ def _ended_after(timeout_s: float, sock: socket.socket) -> Iterator[None]:
     def end() -> None:
         late.set()
         with contextlib.suppress(OSError):
-            socket.socket.shutdown(sock, socket.SHUT_RDWR)  # an SSLSocket's own would go on in plain text
+            socket.socket.shutdown(
+                sock, socket.SHUT_RDWR
+            )  # an SSLSocket's own would go on in plain text
 
     timer = threading.Timer(timeout_s, end)
     timer.daemon = True

@@ -55,12 +55,19 @@ def open_hub(rest: str) -> Records:
     revision, offline = options.get("revision"), options.get("offline") == "1"
     try:
         folder, files = _listing(repo, revision, offline)
-        chosen = _choose(_declared(folder / "README.md", files, uri) or _inferred(files), options.get("config", ""), split, uri)
+        chosen = _choose(
+            _declared(folder / "README.md", files, uri) or _inferred(files),
+            options.get("config", ""),
+            split,
+            uri,
+        )
         folder = _snapshot(repo, revision, offline, chosen)
     except CANNOT_GET as e:
         raise UserError(f"source {uri}: {_reason(repo, revision, e)}") from e
     if missing := [file for file in chosen if not (folder / file).is_file()]:
-        raise UserError(f"source {uri}: {missing[0]} is not in the cache; without offline=1 it is downloaded")
+        raise UserError(
+            f"source {uri}: {missing[0]} is not in the cache; without offline=1 it is downloaded"
+        )
     return parquet_of([folder / file for file in chosen], folder, uri)
 
 
@@ -71,23 +78,37 @@ def _listing(repo: str, revision: str | None, offline: bool) -> tuple[Path, list
         return _snapshot(repo, revision, offline, ["README.md"]), sorted(files)
     folder = _snapshot(repo, revision, offline, [])
     try:
-        return folder, sorted(file.path for file in get_cached_repo_tree(repo, repo_type="dataset", revision=revision))
+        return folder, sorted(
+            file.path for file in get_cached_repo_tree(repo, repo_type="dataset", revision=revision)
+        )
     except CachedRepoTreeNotFoundError:  # other programs download files without a list of them
-        return folder, _with_siblings(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        return folder, _with_siblings(
+            path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+        )
 
 
 def _with_siblings(files: Iterable[str]) -> list[str]:
     """Returns names of files and of the shards that must exist beside them: 00000-of-00002 has a 00001-of-00002."""
     names = set(files)
     for match in [re.fullmatch(r"(.*-)\d{5}(-of-(\d{5})\.parquet)", name) for name in names]:
-        names |= {f"{match[1]}{number:05d}{match[2]}" for number in range(int(match[3]))} if match else set()
+        names |= (
+            {f"{match[1]}{number:05d}{match[2]}" for number in range(int(match[3]))}
+            if match
+            else set()
+        )
     return sorted(names)
 
 
 def _snapshot(repo: str, revision: str | None, offline: bool, files: Iterable[str]) -> Path:
     """Returns the folder in the cache with a data set's files, after those asked for are downloaded."""
     patterns = [escape(file) for file in files]
-    folder = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=patterns, local_files_only=offline)
+    folder = snapshot_download(
+        repo,
+        repo_type="dataset",
+        revision=revision,
+        allow_patterns=patterns,
+        local_files_only=offline,
+    )
     return Path(folder)
 
 
@@ -115,13 +136,20 @@ def _declared(readme: Path, files: Iterable[str], uri: str) -> Splits:
         for config in (card or {}).get("configs", ()):
             name = config.get("config_name", DEFAULT)
             for split, patterns in _patterns(config.get("data_files", ())):
-                fits = [re.compile(glob_translate(str(PurePosixPath(config.get("data_dir", ""), p)))) for p in patterns]
-                if chosen := [file for file in files if any(pattern.fullmatch(file) for pattern in fits)]:
+                fits = [
+                    re.compile(glob_translate(str(PurePosixPath(config.get("data_dir", ""), p))))
+                    for p in patterns
+                ]
+                if chosen := [
+                    file for file in files if any(pattern.fullmatch(file) for pattern in fits)
+                ]:
                     splits[name, split] = chosen
                     if name == DEFAULT or config.get("default"):
                         splits["", split] = chosen
     except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"source {uri}: the data set's README.md has no valid configs: {one_line(e)}") from e
+        raise UserError(
+            f"source {uri}: the data set's README.md has no valid configs: {one_line(e)}"
+        ) from e
     return splits
 
 
@@ -166,7 +194,9 @@ def _choose(splits: Splits, config: str, split: str, uri: str) -> list[str]:
     if key not in splits:
         forms = sorted({f"@{s}?config={c}" if c else f"@{s}" for c, s in splits if c != DEFAULT})
         there = f"there are {listed(forms)}" if forms else f"there is no parquet{CONVERTED}"
-        raise UserError(f"source {uri}: no split {split!r}{f' of config {config!r}' if config else ''}; {there}")
+        raise UserError(
+            f"source {uri}: no split {split!r}{f' of config {config!r}' if config else ''}; {there}"
+        )
     if odd := [file for file in splits[key] if not file.endswith(".parquet")]:
         raise UserError(f"source {uri}: {odd[0]} is no parquet{CONVERTED}")
     return splits[key]

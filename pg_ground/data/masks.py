@@ -14,7 +14,9 @@ MOST_PIXELS = 2**28
 """Of a mask given as run lengths: a few numbers may claim any size."""
 
 
-def to_masks(value: Any, count: int, size: tuple[int, int], cells: int, root: FilePath | None) -> Bool[np.ndarray, "K M M"]:
+def to_masks(
+    value: Any, count: int, size: tuple[int, int], cells: int, root: FilePath | None
+) -> Bool[np.ndarray, "K M M"]:
     """Returns the masks of `count` objects: `cells` along each side of the whole image, True where half of a cell is covered.
 
     An object that covers half of no cell has all those that it touches. What `value`, `size` and `root` are says `whole_masks`.
@@ -26,7 +28,9 @@ def to_masks(value: Any, count: int, size: tuple[int, int], cells: int, root: Fi
     return np.array([_cells(one, cells) for one in pixels], bool).reshape(count, cells, cells)
 
 
-def whole_masks(value: Any, count: int, size: tuple[int, int], root: FilePath | None) -> list[Bool[np.ndarray, "H W"]]:
+def whole_masks(
+    value: Any, count: int, size: tuple[int, int], root: FilePath | None
+) -> list[Bool[np.ndarray, "H W"]]:
     """Returns the masks of `count` objects in pixels of the annotation, each covering some.
 
     `value` is a mask or a list of them, each one of COCO's polygons [x1, y1, x2, y2, …] in pixels or a list of such, filled as by
@@ -56,11 +60,17 @@ def _is_one_for_each(value: Any, count: int) -> bool:
 
 
 def _is_polygon(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and not any(isinstance(x, list | Mapping | bytes | str) for x in value)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and not any(isinstance(x, list | Mapping | bytes | str) for x in value)
+    )
 
 
 def _cells(pixels: Bool[np.ndarray, "H W"], cells: int) -> Bool[np.ndarray, "M M"]:
-    covered = np.asarray(Image.fromarray(pixels.astype(np.float32)).resize((cells, cells), Image.Resampling.BOX))
+    covered = np.asarray(
+        Image.fromarray(pixels.astype(np.float32)).resize((cells, cells), Image.Resampling.BOX)
+    )
     return covered >= 0.5 if (covered >= 0.5).any() else covered > 0
 
 
@@ -84,10 +94,17 @@ def _filled(polygons: Sequence[Any], size: tuple[int, int]) -> Bool[np.ndarray, 
         except (TypeError, ValueError, OverflowError):
             corners = np.zeros((0, 2))
         if len(corners) < 3 or not np.isfinite(corners).all():
-            raise BadRecord("bad_mask", f"{polygon!r:.60} is no polygon [x1, y1, x2, y2, …] of three corners or more")
+            raise BadRecord(
+                "bad_mask",
+                f"{polygon!r:.60} is no polygon [x1, y1, x2, y2, …] of three corners or more",
+            )
         rings.append(np.clip(corners, 0, size).ravel().tolist())
     width, height = size
-    return _run(coco.merge(coco.frPyObjects(rings, height, width))) if rings else np.zeros((height, width), bool)
+    return (
+        _run(coco.merge(coco.frPyObjects(rings, height, width)))
+        if rings
+        else np.zeros((height, width), bool)
+    )
 
 
 def _run(rle: Mapping[str, Any]) -> Bool[np.ndarray, "H W"]:
@@ -100,10 +117,18 @@ def _run(rle: Mapping[str, Any]) -> Bool[np.ndarray, "H W"]:
         height, width = map(int, rle["size"])
         runs = np.array(_unpacked(counts) if isinstance(counts, str | bytes) else counts, np.int64)
         area = height * width
-        if runs.ndim != 1 or not 0 < area <= MOST_PIXELS or runs.min() < 0 or runs.max() > area or runs.sum() != area:
+        if (
+            runs.ndim != 1
+            or not 0 < area <= MOST_PIXELS
+            or runs.min() < 0
+            or runs.max() > area
+            or runs.sum() != area
+        ):
             raise ValueError(f"runs of {runs.sum()} pixels for {height} x {width}")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise BadRecord("bad_mask", f"{dict(rle)!r:.60} is not COCO's run lengths: {error}") from None
+        raise BadRecord(
+            "bad_mask", f"{dict(rle)!r:.60} is not COCO's run lengths: {error}"
+        ) from None
     return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
 
 

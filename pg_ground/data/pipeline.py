@@ -92,7 +92,11 @@ class BadRecords:
     def entries(self) -> list[dict[str, Any]]:
         """Returns source, index, kind and message of every bad record, by source and index."""
         with self._lock:
-            return [dict(bad[index]) for _, bad in sorted(self._entries.items()) for index in sorted(bad)]
+            return [
+                dict(bad[index])
+                for _, bad in sorted(self._entries.items())
+                for index in sorted(bad)
+            ]
 
     def get_state(self) -> dict[str, Any]:
         """Returns all of it as JSON."""
@@ -113,11 +117,16 @@ class BadRecords:
         Until `SETTLED` records are read, or all of a smaller source, the share is taken of that many.
         """
         with self._lock:
-            over = next((source for source in sorted(self._entries) if self._is_over(source, share)), None)
+            over = next(
+                (source for source in sorted(self._entries) if self._is_over(source, share)), None
+            )
             seen = min(self._read[over], self._size[over]) if over else 0
         if over:
             entries = [entry for entry in self.entries() if entry["source"] == over]
-            kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(entry["kind"] for entry in entries).most_common())
+            kinds = ", ".join(
+                f"{n} {kind}"
+                for kind, n in Counter(entry["kind"] for entry in entries).most_common()
+            )
             first = entries[0]
             raise UserError(
                 f"source {over}: {len(entries)} of {seen} records read cannot be used ({kinds}), where "
@@ -133,18 +142,30 @@ class BadRecords:
 class Examples:
     """The questions of one source by index. Indexing raises `BadRecord` for a record that cannot be used."""
 
-    def __init__(self, name: str, source: Source, records: Records, data: Data, image_size: int, seed: int = 0):
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        records: Records,
+        data: Data,
+        image_size: int,
+        seed: int = 0,
+    ):
         self.name, self.source, self._records, self._data, self._image_size, self._seed = (
             name, source, records, data, image_size, seed,
         )  # fmt: skip
         self._kept = sampled(len(records), source.sampling, seed)
         if not len(self._kept):
-            raise UserError(f"source {name}: sampling {source.sampling!r} keeps none of {len(records)} records")
+            raise UserError(
+                f"source {name}: sampling {source.sampling!r} keeps none of {len(records)} records"
+            )
         path = listed_by(source)
         self._list = path
         self._starts: np.ndarray | None = None
         if path and source.element == "all":
-            self._starts = np.cumsum([0, *(self._elements(int(record), path) for record in self._kept)])
+            self._starts = np.cumsum(
+                [0, *(self._elements(int(record), path) for record in self._kept)]
+            )
 
     def _elements(self, record: int, path: str) -> int:
         """Returns how many questions a record holds; one for a bad record, where that shows."""
@@ -212,18 +233,24 @@ class Examples:
             number, element = self.place(index)
             if number == index and not self._list:
                 raise
-            raise BadRecord(bad.kind, f"record {number}{f', element {element}' if self._list else ''}: {bad}") from None
+            raise BadRecord(
+                bad.kind, f"record {number}{f', element {element}' if self._list else ''}: {bad}"
+            ) from None
         return example
 
 
-def open_examples(source_name: str, source: Source, data: Data, image_size: int, seed: int = 0) -> Examples:
+def open_examples(
+    source_name: str, source: Source, data: Data, image_size: int, seed: int = 0
+) -> Examples:
     """Returns the questions of one source.
 
     Raises:
       UserError: the source cannot be opened or its entry names a format that does not exist.
     """
     check_formats(source, source_name)
-    return Examples(source_name, source, open_records(source.uri, source_name), data, image_size, seed)
+    return Examples(
+        source_name, source, open_records(source.uri, source_name), data, image_size, seed
+    )
 
 
 class Bad(NamedTuple):
@@ -249,7 +276,9 @@ class Mixture:
 
     def __init__(self, parts: Sequence[Examples], tokenizer: Tokenizer, data: Data, seed: int):
         self.parts, self._tokenizer, self._data, self._seed = parts, tokenizer, data, seed
-        self._pattern, self._ranks, self._shares = mixing_pattern([part.source.weight for part in parts])
+        self._pattern, self._ranks, self._shares = mixing_pattern(
+            [part.source.weight for part in parts]
+        )
         self._orders = [self._order(source) for source in range(len(parts))]
 
     def __len__(self) -> int:
@@ -264,7 +293,10 @@ class Mixture:
 
     def pass_length(self) -> int:
         """Returns the number of places within which every question of every source comes."""
-        periods = [-(-len(part) // int(share)) for part, share in zip(self.parts, self._shares, strict=True)]
+        periods = [
+            -(-len(part) // int(share))
+            for part, share in zip(self.parts, self._shares, strict=True)
+        ]
         return max(periods) * len(self._pattern)
 
     def _order(self, source: int) -> Any:
@@ -276,7 +308,9 @@ class Mixture:
 
     def __getitem__(self, index: int) -> Row:
         source, number, reading = self.question(int(index))
-        found = row_of(self.parts[source], int(number), self._tokenizer, self._data, source, reading)
+        found = row_of(
+            self.parts[source], int(number), self._tokenizer, self._data, source, reading
+        )
         return Row(source, int(number), found)
 
 
@@ -311,7 +345,11 @@ def mixing_pattern(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np
         shares = np.maximum(np.floor(ideal).astype(np.int64), 1)
         shares[np.argmax(shares)] += LONGEST_PERIOD - shares.sum()
     period = int(shares.sum())
-    pattern, ranks, used = np.zeros(period, np.int32), np.zeros(period, np.int64), np.zeros(len(shares), np.int64)
+    pattern, ranks, used = (
+        np.zeros(period, np.int32),
+        np.zeros(period, np.int64),
+        np.zeros(len(shares), np.int64),
+    )
     for place in range(period):
         due = shares * (place + 1) - used * period
         pattern[place] = np.argmax(due)
@@ -323,8 +361,21 @@ def mixing_pattern(weights: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np
 class Blocks:
     """A process's places of a mixture from one on, some at a time: what grain spends on what it hands on is spent on several."""
 
-    def __init__(self, mixture: Mixture, rows: Int[np.ndarray, " rows"], batch_size: int, first: int, size: int):
-        self._mixture, self._rows, self._batch_size, self._first, self._size = mixture, rows, batch_size, first, size
+    def __init__(
+        self,
+        mixture: Mixture,
+        rows: Int[np.ndarray, " rows"],
+        batch_size: int,
+        first: int,
+        size: int,
+    ):
+        self._mixture, self._rows, self._batch_size, self._first, self._size = (
+            mixture,
+            rows,
+            batch_size,
+            first,
+            size,
+        )
 
     def __len__(self) -> int:
         return sys.maxsize // (self._batch_size * self._size * 2)
@@ -342,7 +393,14 @@ class Blocks:
 class Batches:
     """This process's rows of batches without end. `get_state` and `set_state` continue exactly, whatever `data.workers` is."""
 
-    def __init__(self, mixture: Mixture, data: Data, rows: Int[np.ndarray, " rows"], batch_size: int, bad: BadRecords):
+    def __init__(
+        self,
+        mixture: Mixture,
+        data: Data,
+        rows: Int[np.ndarray, " rows"],
+        batch_size: int,
+        bad: BadRecords,
+    ):
         self.parts, self._mixture, self._data, self._bad = mixture.parts, mixture, data, bad
         self._rows, self._batch_size = rows, batch_size
         self._next, self._stream = 0, None
@@ -379,7 +437,10 @@ class Batches:
                 found.append(usable)
             unusable = 0 if usable is not None else unusable + 1
             if unusable >= 2 * self._mixture.pass_length() and isinstance(row.found, Bad):
-                names, count = ", ".join(part.name for part in self.parts), sum(map(len, self.parts))
+                names, count = (
+                    ", ".join(part.name for part in self.parts),
+                    sum(map(len, self.parts)),
+                )
                 raise UserError(
                     f"source{'s' * (len(self.parts) > 1)} {names}: none of {count} questions can be used; "
                     f"question {row.index} of {self.parts[row.source].name}: {row.found.message}"
@@ -389,14 +450,22 @@ class Batches:
     def _open(self) -> Generator[Row]:
         """Yields the rows from the next place on; read ahead by threads and by processes, as far as there are any."""
         size = min(ROWS_IN_BLOCK, len(self._rows))
-        blocks = grain.MapDataset.source(Blocks(self._mixture, self._rows, self._batch_size, self._next, size))
+        blocks = grain.MapDataset.source(
+            Blocks(self._mixture, self._rows, self._batch_size, self._next, size)
+        )
         threads = self._data.read_threads
         ahead = max(len(self._rows) // size, threads)
-        mine = blocks.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead if threads else 0))
+        mine = blocks.to_iter_dataset(
+            grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead if threads else 0)
+        )
         if self._data.workers:
             flags.FLAGS.mark_as_parsed()  # grain asks absl whether to profile its workers
             per_worker = max(1, 2 * ahead // self._data.workers)
-            mine = mine.map(_packed).mp_prefetch(grain.MultiprocessingOptions(self._data.workers, per_worker)).map(_unpacked)
+            mine = (
+                mine.map(_packed)
+                .mp_prefetch(grain.MultiprocessingOptions(self._data.workers, per_worker))
+                .map(_unpacked)
+            )
         with contextlib.closing(iter(mine)) as opened:  # its workers hold shared memory
             for block in opened:
                 yield from block
@@ -468,7 +537,9 @@ def training_batches(
     Raises:
       UserError: at once if a source cannot be opened; on `next` if too many records are bad, or none can be used.
     """
-    parts = [open_examples(name, source, data, image_size, seed) for name, source in sources.items()]
+    parts = [
+        open_examples(name, source, data, image_size, seed) for name, source in sources.items()
+    ]
     mine = np.arange(batch_size) if rows is None else rows
     return Batches(Mixture(parts, tokenizer, data, seed), data, mine, batch_size, bad)
 
@@ -479,14 +550,21 @@ def furthest(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Without bad records that is where they all are. With them some are ahead: the places that the others had still before them
     are left out, and none is read twice.
     """
-    return {"next": max(-(-int(state["next"]) // int(state["rows"])) for state in states), "rows": 1}
+    return {
+        "next": max(-(-int(state["next"]) // int(state["rows"])) for state in states),
+        "rows": 1,
+    }
 
 
 def merged(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Returns states of several `BadRecords` as one."""
     read = sum((Counter(state["read"]) for state in states), Counter())
     sizes = {source: size for state in states for source, size in state["size"].items()}
-    return {"size": sizes, "read": dict(read), "entries": [entry for state in states for entry in state["entries"]]}
+    return {
+        "size": sizes,
+        "read": dict(read),
+        "entries": [entry for state in states for entry in state["entries"]],
+    }
 
 
 def ordered_batches(
@@ -513,15 +591,23 @@ def ordered_batches(
     mine = np.arange(batch_size) if rows is None else rows
     for position, opened in enumerate(parts):
 
-        def prepare(index: int, opened: Examples = opened, position: int = position) -> Batch | None:
-            return note(bad, opened, index, row_of(opened, index, tokenizer, data, position, 0), data)
+        def prepare(
+            index: int, opened: Examples = opened, position: int = position
+        ) -> Batch | None:
+            return note(
+                bad, opened, index, row_of(opened, index, tokenizer, data, position, 0), data
+            )
 
-        for usable in _chunks(_usable_rows(prepare, len(opened), examples, batch_size, data.read_threads), batch_size):
+        for usable in _chunks(
+            _usable_rows(prepare, len(opened), examples, batch_size, data.read_threads), batch_size
+        ):
             filled = usable + usable[-1:] * (batch_size - len(usable))
             yield stack([filled[row] for row in mine]), mine < len(usable)
 
 
-def row_of(opened: Examples, index: int, tokenizer: Tokenizer, data: Data, position: int, draw: int) -> Batch | Bad:
+def row_of(
+    opened: Examples, index: int, tokenizer: Tokenizer, data: Data, position: int, draw: int
+) -> Batch | Bad:
     """Returns the row of a question, or why there is none."""
     try:
         return to_batch_row(opened.example(index, draw), tokenizer, data, position)
@@ -529,7 +615,9 @@ def row_of(opened: Examples, index: int, tokenizer: Tokenizer, data: Data, posit
         return Bad(bad.kind, str(bad))
 
 
-def note(bad: BadRecords, opened: Examples, index: int, found: Batch | Bad, data: Data) -> Batch | None:
+def note(
+    bad: BadRecords, opened: Examples, index: int, found: Batch | Bad, data: Data
+) -> Batch | None:
     """Returns a row as it is; a bad record is counted and listed, but for one that is empty and to be dropped.
 
     Raises:
@@ -579,15 +667,25 @@ def budget(opened: Examples, tokenizer: Tokenizer, data: Data) -> Budget:
             objects = found.points if opened.source.asks == "points" else found.boxes
             kept = min(len(objects), opened.source.max_objects or len(objects))
             zeros = np.zeros((kept, objects.shape[1]), np.float32)
-            names = sorted(found.labels, key=len)[len(objects) - kept :] if found.labels else ("",) * kept
+            names = (
+                sorted(found.labels, key=len)[len(objects) - kept :]
+                if found.labels
+                else ("",) * kept
+            )
             suffix = answer(opened.source, record, element, zeros, names, (9999, 9999))
         except BadRecord as bad:
             failures.append(f"question {index}: {bad}")
             if len(failures) == min(PROBED, len(chosen)) and not any(most.values()):
-                raise UserError(f"source {opened.name}: none of {len(failures)} questions can be used; {failures[0]}") from None
+                raise UserError(
+                    f"source {opened.name}: none of {len(failures)} questions can be used; {failures[0]}"
+                ) from None
             continue
         readable.append(index)
-        lengths = (len(tokenizer.prefix(prompt)), len(tokenizer.suffix(suffix)), max(len(found.boxes[:kept]), kept))
+        lengths = (
+            len(tokenizer.prefix(prompt)),
+            len(tokenizer.suffix(suffix)),
+            max(len(found.boxes[:kept]), kept),
+        )
         for setting, length in zip(most, lengths, strict=True):
             if length > most[setting]:
                 most[setting], worst[setting] = length, index
@@ -611,15 +709,24 @@ def probe(opened: Examples, indices: Sequence[int]) -> None:
             if bad.kind != "too_many_boxes":  # `check_budgets` says what to do
                 failures.append(f"question {index}: {bad}")
     if failures and len(failures) == len(indices):
-        raise UserError(f"source {opened.name}: none of {len(failures)} questions can be used; {failures[0]}")
+        raise UserError(
+            f"source {opened.name}: none of {len(failures)} questions can be used; {failures[0]}"
+        )
     boxes, points = [one.boxes.yxyx[:, 2:] for one in examples], [one.points.yx for one in examples]
     for setting, corners in (("box_format", boxes), ("point_format", points)):
         value: str = getattr(opened.source, setting)
         unit = value.rsplit("_", 1)[1]
-        told = [(yx, whole_sides(unit, one.size)[::-1]) for one, yx in zip(examples, corners, strict=True) if len(yx)]
+        told = [
+            (yx, whole_sides(unit, one.size)[::-1])
+            for one, yx in zip(examples, corners, strict=True)
+            if len(yx)
+        ]
         if len(told) < PROBED // 4 or sum(len(yx) for yx, _ in told) < PROBED // 2:
             continue  # the objects of a few pictures may well lie together
-        share, number = np.median([yx.max() for yx, _ in told]), max(np.max(yx * sides) for yx, sides in told)
+        share, number = (
+            np.median([yx.max() for yx, _ in told]),
+            max(np.max(yx * sides) for yx, sides in told),
+        )
         if share < CORNER and number <= 1.01 * FINER.get(unit, 0):
             raise UserError(
                 f"source {opened.name}: most objects lie in the first {CORNER:.0%} of both axes and no coordinate is above "
@@ -635,7 +742,11 @@ def _spread(count: int, wanted: int) -> list[int]:
 def check_budgets(budgets: Sequence[Budget], data: Data) -> None:
     """Raises UserError if a question does not fit into the configured lengths, naming the one that needs most."""
     for one in budgets:
-        needs = {"prompt_length": one.prompt_tokens, "suffix_length": one.suffix_tokens, "max_boxes": one.objects}
+        needs = {
+            "prompt_length": one.prompt_tokens,
+            "suffix_length": one.suffix_tokens,
+            "max_boxes": one.objects,
+        }
         for setting, need in needs.items():
             room = getattr(data, setting)
             if need > room:
@@ -659,7 +770,9 @@ def stack(rows: Sequence[Batch]) -> Batch:
     return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
 
-def _usable_rows(prepare: Callable[[int], Batch | None], count: int, wanted: int, at_once: int, threads: int) -> Iterator[Batch]:
+def _usable_rows(
+    prepare: Callable[[int], Batch | None], count: int, wanted: int, at_once: int, threads: int
+) -> Iterator[Batch]:
     """Yields the first `wanted` usable rows of `count` records in order, reading no record more than that takes."""
     with ThreadPoolExecutor(max(1, threads)) as pool:
         start = 0

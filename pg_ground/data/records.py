@@ -15,7 +15,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 FilePath = Path | epath.Path
 """A local path, or one of etils for gs://."""
 
-CANNOT_DECODE = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
+CANNOT_DECODE = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 """What Pillow raises on a file that is no image, is cut off, or unpacks to more pixels than any photograph has."""
 
 
@@ -72,14 +80,24 @@ def open_image(value: object, root: FilePath | None) -> Image.Image | UInt8[np.n
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             raise BadRecord("missing_image", f"there is no file {path}") from None
         except OSError as error:
-            raise BadRecord("missing_image", f"{path} cannot be read: {error.strerror or error}") from None
-    raise BadRecord("missing_image", f"the image is {value!r:.60}, neither pixels, nor bytes, nor a file name")
+            raise BadRecord(
+                "missing_image", f"{path} cannot be read: {error.strerror or error}"
+            ) from None
+    raise BadRecord(
+        "missing_image", f"the image is {value!r:.60}, neither pixels, nor bytes, nor a file name"
+    )
 
 
 def _rgb_of_array(pixels: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
     grey = pixels.ndim == 2
-    if pixels.dtype != np.uint8 or not (grey or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))) or 0 in pixels.shape:
-        raise BadRecord("corrupt_image", f"pixels are {pixels.dtype}{list(pixels.shape)}, not uint8[H, W, 3]")
+    if (
+        pixels.dtype != np.uint8
+        or not (grey or (pixels.ndim == 3 and pixels.shape[2] in (3, 4)))
+        or 0 in pixels.shape
+    ):
+        raise BadRecord(
+            "corrupt_image", f"pixels are {pixels.dtype}{list(pixels.shape)}, not uint8[H, W, 3]"
+        )
     return np.repeat(pixels[..., None], 3, axis=2) if grey else pixels[..., :3]
 
 

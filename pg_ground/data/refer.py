@@ -87,7 +87,9 @@ class Refs:
                 "dataset": dataset,
             }
         except KeyError as e:
-            raise BadRecord("missing_field", f"there is no {e} in the ref, its annotation, image or category") from e
+            raise BadRecord(
+                "missing_field", f"there is no {e} in the ref, its annotation, image or category"
+            ) from e
 
 
 def open_refer(rest: str) -> Records:
@@ -106,7 +108,9 @@ def open_refer(rest: str) -> Records:
     if dataset not in DATASETS:
         raise UserError(f"{source}: no dataset {dataset!r}; {nearest(dataset, DATASETS)}")
     if (dataset == "combined") == bool(split_by):
-        raise UserError(f"{source}: split_by={split_by} with dataset={dataset}; combined takes none, the others need one")
+        raise UserError(
+            f"{source}: split_by={split_by} with dataset={dataset}; combined takes none, the others need one"
+        )
     _check_folder(folder, source)
     parts = COMBINED if dataset == "combined" else ((dataset, split_by),)
     refs = [ref for part in parts for ref in _read_refs(folder, *part, source)]
@@ -125,7 +129,9 @@ def _check_folder(folder: FilePath, source: str) -> None:
     except ImportError as e:  # what reads a bucket is not installed
         raise UserError(f"{source}: {e}") from e
     if not found:
-        raise UserError(f"{source}: there is no folder {folder}; it is the one with refcoco/refs(unc).p and its like")
+        raise UserError(
+            f"{source}: there is no folder {folder}; it is the one with refcoco/refs(unc).p and its like"
+        )
 
 
 def _one_name(split: str) -> str:
@@ -151,26 +157,38 @@ def _read_refs(folder: FilePath, dataset: str, split_by: str, source: str) -> li
     path = _folder_of(folder, dataset, name) / name
     try:
         with path.open("rb") as file:
-            entries = PlainUnpickler(file, encoding="latin1").load()  # the published files are of Python 2
+            entries = PlainUnpickler(
+                file, encoding="latin1"
+            ).load()  # the published files are of Python 2
     except OSError as e:
-        raise UserError(f"{source}: {path}: {e.strerror or e}; the files there: {_names(path.parent)}") from e
+        raise UserError(
+            f"{source}: {path}: {e.strerror or e}; the files there: {_names(path.parent)}"
+        ) from e
     except CANNOT_UNPICKLE as e:
-        raise UserError(f"{source}: {path} is no pickle of refs, or not all of one: {str(e) or type(e).__name__}") from e
+        raise UserError(
+            f"{source}: {path} is no pickle of refs, or not all of one: {str(e) or type(e).__name__}"
+        ) from e
     if not isinstance(entries, list) or not all(map(_is_ref, entries)):
-        raise UserError(f"{source}: {path} holds {entries!r:.60}, not a list of refs with split, image_id and ann_id")
+        raise UserError(
+            f"{source}: {path} holds {entries!r:.60}, not a list of refs with split, image_id and ann_id"
+        )
     return [Ref(dataset, _one_name(entry["split"]), entry) for entry in entries]
 
 
 def _is_ref(entry: Any) -> bool:
     kinds = {"split": str, "image_id": int, "ann_id": int}
-    return isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in kinds.items())
+    return isinstance(entry, dict) and all(
+        isinstance(entry.get(name), kind) for name, kind in kinds.items()
+    )
 
 
 class PlainUnpickler(pickle.Unpickler):
     """Loads dicts, lists, tuples, numbers and text, and refuses all else: a pickle that names a class or function runs it."""
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, where plain values are wanted")
+        raise pickle.UnpicklingError(
+            f"it asks for {module_name}.{global_name}, where plain values are wanted"
+        )
 
 
 def _names(folder: FilePath) -> str:
@@ -179,14 +197,22 @@ def _names(folder: FilePath) -> str:
     return ", ".join(names) or "none"
 
 
-def _read_all_coco(folder: FilePath, coco: str | None, refs: Sequence[Ref], source: str) -> dict[str, Coco]:
+def _read_all_coco(
+    folder: FilePath, coco: str | None, refs: Sequence[Ref], source: str
+) -> dict[str, Coco]:
     """Returns the annotations of the refs by dataset. Others are not kept: those of COCO are many."""
-    wanted = {dataset: {r.entry["ann_id"] for r in refs if r.dataset == dataset} for dataset in {r.dataset for r in refs}}
+    wanted = {
+        dataset: {r.entry["ann_id"] for r in refs if r.dataset == dataset}
+        for dataset in {r.dataset for r in refs}
+    }
     if coco:
         whole = _read_coco(path_of(coco), set().union(*wanted.values()), source)
         return dict.fromkeys(wanted, whole)
     name = "instances.json"
-    return {dataset: _read_coco(_folder_of(folder, dataset, name) / name, ids, source) for dataset, ids in wanted.items()}
+    return {
+        dataset: _read_coco(_folder_of(folder, dataset, name) / name, ids, source)
+        for dataset, ids in wanted.items()
+    }
 
 
 def _read_coco(path: FilePath, wanted: set[int], source: str) -> Coco:
@@ -199,13 +225,19 @@ def _read_coco(path: FilePath, wanted: set[int], source: str) -> Coco:
     except (OSError, ImportError) as e:
         raise UserError(f"{source}: {e}; coco=FILE names COCO annotations elsewhere") from e
     except (ValueError, TypeError, KeyError, RecursionError) as e:
-        raise UserError(f"{source}: {path} is not COCO's images, annotations and categories: {e!r}") from e
+        raise UserError(
+            f"{source}: {path} is not COCO's images, annotations and categories: {e!r}"
+        ) from e
     return Coco({i: row for i, row in images.items() if i in shown}, annotations, categories)
 
 
-def _of(table: dict[int, dict[str, Any]], what: str, row: dict[str, Any], name: str) -> dict[str, Any]:
+def _of(
+    table: dict[int, dict[str, Any]], what: str, row: dict[str, Any], name: str
+) -> dict[str, Any]:
     """Returns the row of `table` whose id is `row[name]`."""
     try:
         return table[row[name]]
     except (KeyError, TypeError) as e:
-        raise BadRecord(f"missing_{what}", f"there is no {what} with the {name} {row.get(name)}") from e
+        raise BadRecord(
+            f"missing_{what}", f"there is no {what} with the {name} {row.get(name)}"
+        ) from e

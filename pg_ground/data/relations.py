@@ -55,13 +55,29 @@ FORWARD, BACKWARD = ("{a}", "{b}"), ("{b}", "{a}")
 
 RELATIONS = {
     "left": Relation("2d", "right", SIDEWAYS.format(*FORWARD), "the {a} is to the left of the {b}"),
-    "right": Relation("2d", "left", SIDEWAYS.format(*BACKWARD), "the {a} is to the right of the {b}"),
+    "right": Relation(
+        "2d", "left", SIDEWAYS.format(*BACKWARD), "the {a} is to the right of the {b}"
+    ),
     "above": Relation("2d", "below", UPRIGHT.format(*FORWARD), "the {a} is above the {b}"),
     "below": Relation("2d", "above", UPRIGHT.format(*BACKWARD), "the {a} is below the {b}"),
-    "in front of": Relation("depth", "behind", INWARDS.format(*FORWARD), "the {a} is in front of the {b}"),
-    "behind": Relation("depth", "in front of", INWARDS.format(*BACKWARD), "the {a} is behind the {b}"),
-    "closer": Relation("distance", "farther", AROUND.format(*FORWARD), "the {a} is closer to the {ref} than the {b}"),
-    "farther": Relation("distance", "closer", AROUND.format(*BACKWARD), "the {a} is farther from the {ref} than the {b}"),
+    "in front of": Relation(
+        "depth", "behind", INWARDS.format(*FORWARD), "the {a} is in front of the {b}"
+    ),
+    "behind": Relation(
+        "depth", "in front of", INWARDS.format(*BACKWARD), "the {a} is behind the {b}"
+    ),
+    "closer": Relation(
+        "distance",
+        "farther",
+        AROUND.format(*FORWARD),
+        "the {a} is closer to the {ref} than the {b}",
+    ),
+    "farther": Relation(
+        "distance",
+        "closer",
+        AROUND.format(*BACKWARD),
+        "the {a} is farther from the {ref} than the {b}",
+    ),
 }
 
 NEEDED = {
@@ -94,7 +110,9 @@ class Template(NamedTuple):
 
 TEMPLATES = (
     Template("2d", "relation", "", "Where is the {a} relative to the {b}?"),
-    Template("2d", "relation", "", "On which side of the {b} is the {a}: left, right, above or below?"),
+    Template(
+        "2d", "relation", "", "On which side of the {b} is the {a}: left, right, above or below?"
+    ),
     Template("2d", "yes/no", "left", "Is the {a} to the left of the {b}?"),
     Template("2d", "yes/no", "right", "Is the {a} to the right of the {b}?"),
     Template("2d", "yes/no", "above", "Is the {a} above the {b}?"),
@@ -106,13 +124,21 @@ TEMPLATES = (
     Template("depth", "relation", "", "Is the {a} in front of the {b} or behind it?"),
     Template("depth", "yes/no", "in front of", "Is the {a} in front of the {b}?"),
     Template("depth", "yes/no", "behind", "Is the {a} behind the {b}?"),
-    Template("depth", "object", "in front of", "Of the {a} and the {b}, which is nearer to the camera?"),
-    Template("depth", "object", "behind", "Of the {a} and the {b}, which is farther from the camera?"),
-    Template("distance", "relation", "", "Is the {a} closer to the {ref} than the {b} is, or farther?"),
+    Template(
+        "depth", "object", "in front of", "Of the {a} and the {b}, which is nearer to the camera?"
+    ),
+    Template(
+        "depth", "object", "behind", "Of the {a} and the {b}, which is farther from the camera?"
+    ),
+    Template(
+        "distance", "relation", "", "Is the {a} closer to the {ref} than the {b} is, or farther?"
+    ),
     Template("distance", "yes/no", "closer", "Is the {a} nearer to the {ref} than the {b} is?"),
     Template("distance", "yes/no", "farther", "Is the {a} farther from the {ref} than the {b} is?"),
     Template("distance", "object", "closer", "Which is closer to the {ref}, the {a} or the {b}?"),
-    Template("distance", "object", "farther", "Which is farther from the {ref}, the {a} or the {b}?"),
+    Template(
+        "distance", "object", "farther", "Which is farther from the {ref}, the {a} or the {b}?"
+    ),
 )
 
 CODES = tuple(RELATIONS)
@@ -146,7 +172,9 @@ class Questions:
         scene = self.scenes[number]
         objects = [scene["objects"][place] for place in places if place >= 0]
         names = [one["name"] for one in objects]
-        return {"image": scene["image"], "objects": objects} | ask(TEMPLATES[template], CODES[relation], names)
+        return {"image": scene["image"], "objects": objects} | ask(
+            TEMPLATES[template], CODES[relation], names
+        )
 
 
 def open_relations(rest: str, open_scenes: Callable[[str], Records]) -> Questions:
@@ -162,17 +190,32 @@ def open_relations(rest: str, open_scenes: Callable[[str], Records]) -> Question
       UserError: an option does not exist or a scene is not of the form above, or there is nothing to ask.
     """
     where, (uri, _, query) = f"source relations:{rest}", rest.partition("?")
-    options = {name: value for name, _, value in (option.partition("=") for option in query.split("&")) if name}
-    own = {name: options.pop(name) for name in ("tasks", "margin", "margin_m", "scenes") if name in options}
-    scenes = open_scenes(uri + "?" * bool(options) + "&".join(f"{name}={value}" for name, value in options.items()))
+    options = {
+        name: value
+        for name, _, value in (option.partition("=") for option in query.split("&"))
+        if name
+    }
+    own = {
+        name: options.pop(name)
+        for name in ("tasks", "margin", "margin_m", "scenes")
+        if name in options
+    }
+    scenes = open_scenes(
+        uri + "?" * bool(options) + "&".join(f"{name}={value}" for name, value in options.items())
+    )
     tasks = own.get("tasks", ",".join(TASKS)).split(",")
     for task in tasks:
         if task not in TASKS:
             raise UserError(f"{where}: no task {task!r}; {nearest(task, TASKS)}")
-    margin, margin_m = _option(own, "margin", 0.25, 0, where), _option(own, "margin_m", 0.3, 0, where)
+    margin, margin_m = (
+        _option(own, "margin", 0.25, 0, where),
+        _option(own, "margin_m", 0.3, 0, where),
+    )
     count = min(int(_option(own, "scenes", len(scenes), 1, where)), len(scenes))
     if count > MOST_SCENES and "scenes" not in own:
-        raise UserError(f"{where}: there are {count} scenes, which are all read first; say how many to use, as in scenes=4096")
+        raise UserError(
+            f"{where}: there are {count} scenes, which are all read first; say how many to use, as in scenes=4096"
+        )
     facts = [
         (number, *fact)
         for number in range(count)
@@ -182,10 +225,19 @@ def open_relations(rest: str, open_scenes: Callable[[str], Records]) -> Question
     found = {RELATIONS[fact[-1]].task for fact in facts}
     if missing := [task for task in tasks if task not in found and ("tasks" in own or not found)]:
         lacks = ", ".join(f"{task} (needs {TASKS[task]})" for task in missing)
-        raise UserError(f"{where}: in {count} scenes there is nothing to ask about {lacks} that is not too close to call")
-    groups = _by_answer(np.array([(*places, CODES.index(relation)) for *places, relation in facts], np.int32))
+        raise UserError(
+            f"{where}: in {count} scenes there is nothing to ask about {lacks} that is not too close to call"
+        )
+    groups = _by_answer(
+        np.array([(*places, CODES.index(relation)) for *places, relation in facts], np.int32)
+    )
     rng, least = np.random.default_rng(0), min(map(len, groups.values()))
-    return Questions(scenes, rng.permutation(np.concatenate([rng.permutation(rows)[:least] for rows in groups.values()])))
+    return Questions(
+        scenes,
+        rng.permutation(
+            np.concatenate([rng.permutation(rows)[:least] for rows in groups.values()])
+        ),
+    )
 
 
 def ask(template: Template, relation: str, names: Sequence[str]) -> dict[str, str]:
@@ -195,7 +247,11 @@ def ask(template: Template, relation: str, names: Sequence[str]) -> dict[str, st
     """
     fields: dict[str, str] = dict(zip(("a", "b", "ref"), names, strict=False))
     answer, about = answer_to(template, relation, *names[:2]), RELATIONS[relation]
-    follows = {"relation": about.stated, "yes/no": f"{answer}, {about.stated}", "object": f"it is the {answer}"}[template.kind]
+    follows = {
+        "relation": about.stated,
+        "yes/no": f"{answer}, {about.stated}",
+        "object": f"it is the {answer}",
+    }[template.kind]
     thought = f"{NEEDED[template.task]} {about.seen} So {follows}."
     return {
         "question": template.text.format(**fields),
@@ -227,7 +283,9 @@ def side(a: Sequence[float], b: Sequence[float], margin: float) -> str:
     return ""
 
 
-def _facts(objects: Mapping[int, Placed], margin: float, margin_m: float) -> Iterator[tuple[int, int, int, str]]:
+def _facts(
+    objects: Mapping[int, Placed], margin: float, margin_m: float
+) -> Iterator[tuple[int, int, int, str]]:
     """Yields a, b, the reference (-1 for none) and the relation of a to b wherever it is clear, both ways round."""
 
     def ordered(first: float, second: float, relation: str) -> str:
@@ -237,7 +295,10 @@ def _facts(objects: Mapping[int, Placed], margin: float, margin_m: float) -> Ite
 
     for a, b in itertools.permutations(objects, 2):
         one, other = objects[a], objects[b]
-        found = [(-1, side(one.box, other.box, margin)), (-1, ordered(one.depth[0], other.depth[0], "in front of"))]
+        found = [
+            (-1, side(one.box, other.box, margin)),
+            (-1, ordered(one.depth[0], other.depth[0], "in front of")),
+        ]
         for ref in objects.keys() - {a, b}:
             near, far = (math.dist(objects[ref].xyz, it.xyz) for it in (one, other))
             found.append((ref, ordered(near, far, "closer")))
@@ -252,8 +313,13 @@ def _objects(scenes: Records, number: int, where: str) -> dict[int, Placed]:
         raise UserError(f"{where}: scene {number}: {bad}") from bad
     objects = scene.get("objects")
     if "image" not in scene or not isinstance(objects, list):
-        raise UserError(f"{where}: scene {number} has {', '.join(map(str, scene))}; it needs an image and a list of objects")
-    placed = [_placed(one, f"{where}: scene {number}, object {place}") for place, one in enumerate(objects)]
+        raise UserError(
+            f"{where}: scene {number} has {', '.join(map(str, scene))}; it needs an image and a list of objects"
+        )
+    placed = [
+        _placed(one, f"{where}: scene {number}, object {place}")
+        for place, one in enumerate(objects)
+    ]
     names = Counter(one.name.lower() for one in placed)
     fit = [i for i, one in enumerate(placed) if names[one.name.lower()] == 1 and is_name(one.name)]
     return {i: placed[i] for i in np.random.default_rng(number).permutation(fit)[:OBJECTS].tolist()}
@@ -274,7 +340,9 @@ def _placed(one: object, where: str) -> Placed:
         if given is None and field != "box":
             given = [math.nan] * count
         elif not isinstance(given, list) or len(given) != count or not all(map(_is_number, given)):
-            raise UserError(f"{where}: {field} is {value!r:.60}, not {count} number{'s' * (count > 1)}, {form}")
+            raise UserError(
+                f"{where}: {field} is {value!r:.60}, not {count} number{'s' * (count > 1)}, {form}"
+            )
         numbers[field] = tuple(map(float, given))
     x1, y1, x2, y2 = numbers["box"]
     if not (x1 < x2 and y1 < y2):
@@ -292,12 +360,20 @@ def _by_answer(facts: Int[np.ndarray, "F 5"]) -> dict[tuple[str, str], Int[np.nd
     for number, template in enumerate(TEMPLATES):
         for code, (name, relation) in enumerate(RELATIONS.items()):
             rows = facts[facts[:, -1] == code]
-            if relation.task == template.task and template.asked in ("", name, relation.opposite) and len(rows):
-                groups[template.task, answer_to(template, name, "a", "b")].append(np.insert(rows, 5, number, axis=1))
+            if (
+                relation.task == template.task
+                and template.asked in ("", name, relation.opposite)
+                and len(rows)
+            ):
+                groups[template.task, answer_to(template, name, "a", "b")].append(
+                    np.insert(rows, 5, number, axis=1)
+                )
     return {key: np.concatenate(rows) for key, rows in groups.items()}
 
 
-def _option(options: Mapping[str, str], name: str, default: float | int, least: int, where: str) -> float:
+def _option(
+    options: Mapping[str, str], name: str, default: float | int, least: int, where: str
+) -> float:
     """Returns an option's value, a whole number if its least is 1."""
     try:
         value = float(options.get(name, default))

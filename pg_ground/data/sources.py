@@ -30,7 +30,9 @@ def open_records(uri: str, entry: str = "") -> Records:
     scheme, separator, rest = uri.partition(":")
     try:
         if not separator or scheme not in SCHEMES:
-            raise UserError(f"source {uri}: no scheme {scheme!r}; {nearest(scheme, SCHEMES)} (as in jsonl:PATH)")
+            raise UserError(
+                f"source {uri}: no scheme {scheme!r}; {nearest(scheme, SCHEMES)} (as in jsonl:PATH)"
+            )
         return SCHEMES[scheme](rest)
     except UserError as e:
         if not entry:

@@ -64,7 +64,9 @@ class Scenes:
         x1, y1, x2, y2 = places[0]
         width, height = x2 - x1, y2 - y1
         left, top, right, bottom = rng.uniform(0, self.loose, 4) if self.loose else np.zeros(4)
-        box = np.clip([x1 - left * width, y1 - top * height, x2 + right * width, y2 + bottom * height], 0, 1)
+        box = np.clip(
+            [x1 - left * width, y1 - top * height, x2 + right * width, y2 + bottom * height], 0, 1
+        )
         names = [f"{list(COLOURS)[colour]} {FORMS[form]}" for colour, form in kinds]
         return {
             "image": np.minimum(np.maximum(image, 0), 255).astype(np.uint8),
@@ -72,7 +74,8 @@ class Scenes:
             "box": (box * self.side).tolist(),
             "point": [(x1 + x2) / 2 * self.side, (y1 + y2) / 2 * self.side],
             "objects": [
-                {"name": name, "box": (np.array(place) * self.side).tolist()} for name, place in zip(names, places, strict=True)
+                {"name": name, "box": (np.array(place) * self.side).tolist()}
+                for name, place in zip(names, places, strict=True)
             ],
         }
 
@@ -105,15 +108,21 @@ def open_scenes(split: str, options: Mapping[str, str]) -> Scenes:
     }
     for name, (low, high) in limits.items():
         if not low <= getattr(scenes, name) <= high:
-            raise UserError(f"synthetic:{split}?{name}={getattr(scenes, name)}: it must be from {low} to {high}")
+            raise UserError(
+                f"synthetic:{split}?{name}={getattr(scenes, name)}: it must be from {low} to {high}"
+            )
     if scenes.shapes > scenes.colours * scenes.forms:
-        raise UserError(f"synthetic:{split}: {scenes.shapes} shapes need as many different colours x forms")
+        raise UserError(
+            f"synthetic:{split}: {scenes.shapes} shapes need as many different colours x forms"
+        )
     if scenes.seed < 0:
         raise UserError(f"synthetic:{split}?seed={scenes.seed}: it must be 0 or more")
     return scenes
 
 
-def _kinds(rng: np.random.Generator, shapes: int, colours: int, forms: int) -> list[tuple[int, int]]:
+def _kinds(
+    rng: np.random.Generator, shapes: int, colours: int, forms: int
+) -> list[tuple[int, int]]:
     """Returns distinct (colour, form) pairs: the target, one that shares its colour or its form, and others."""
     pairs = [(c, f) for c in range(colours) for f in range(forms)]
     rng.shuffle(pairs)
@@ -163,7 +172,12 @@ def _paint(
     """Paints a shape onto `image`, edges antialiased; the shape touches all four sides of its box."""
     side = len(image)
     x1, y1, x2, y2 = place
-    left, top, right, bottom = int(x1 * side), int(y1 * side), int(x2 * side) + 1, int(y2 * side) + 1
+    left, top, right, bottom = (
+        int(x1 * side),
+        int(y1 * side),
+        int(x2 * side) + 1,
+        int(y2 * side) + 1,
+    )
     u = np.abs((2 * np.arange(left, min(right, side)) + 1) / side - x1 - x2)[None, :] / (x2 - x1)
     v = ((2 * np.arange(top, min(bottom, side)) + 1) / side - y1 - y2)[:, None] / (y2 - y1)
     if form == "circle":

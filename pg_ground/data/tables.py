@@ -47,14 +47,20 @@ class JsonLines:
             with path.open("rb") as file:
                 self._spans = _line_spans(file)
                 file.seek(0)
-                self._held = file.read() if self._spans and sum(self._spans[-1]) <= HELD_BYTES else b""
+                self._held = (
+                    file.read() if self._spans and sum(self._spans[-1]) <= HELD_BYTES else b""
+                )
         except CANNOT_OPEN as e:
             raise _unopened(uri, e) from e
         if not self._spans:
-            raise UserError(f"source {uri}: the file has no lines; each record is one JSON object on a line")
+            raise UserError(
+                f"source {uri}: the file has no lines; each record is one JSON object on a line"
+            )
         self._path = path
         if self._line(0).lstrip().startswith(b"[") and self._line(-1).rstrip().endswith(b"]"):
-            raise UserError(f"source {uri}: the file begins with [ and ends with ], as a JSON list does: use json:{path}")
+            raise UserError(
+                f"source {uri}: the file begins with [ and ends with ], as a JSON list does: use json:{path}"
+            )
 
     @property
     def root(self) -> Any:
@@ -70,7 +76,10 @@ class JsonLines:
         except (ValueError, RecursionError) as e:
             raise BadRecord("bad_json", f"byte {start} of {self._path.name}: {e}") from e
         if not isinstance(record, dict):
-            raise BadRecord("bad_json", f"byte {start} of {self._path.name}: {record!r:.60} is not a JSON object")
+            raise BadRecord(
+                "bad_json",
+                f"byte {start} of {self._path.name}: {record!r:.60} is not a JSON object",
+            )
         return record
 
     def _line(self, index: int) -> bytes:
@@ -96,7 +105,9 @@ class Listed:
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.entries[index]
         if not isinstance(record, dict):
-            raise BadRecord("bad_json", f"entry {index} of {self.name}: {record!r:.60} is not a JSON object")
+            raise BadRecord(
+                "bad_json", f"entry {index} of {self.name}: {record!r:.60} is not a JSON object"
+            )
         return record
 
 
@@ -107,10 +118,16 @@ class Parquet:
     cost their own bytes, then, and rows in a random order a group each. Nothing is held open, and a copy starts with none kept.
     """
 
-    def __init__(self, paths: Sequence[FilePath], footers: Sequence[pq.FileMetaData], root: FilePath):
+    def __init__(
+        self, paths: Sequence[FilePath], footers: Sequence[pq.FileMetaData], root: FilePath
+    ):
         self.root: Any = root
         self._paths, self._footers = paths, footers
-        self._groups = [(file, group) for file, footer in enumerate(footers) for group in range(footer.num_row_groups)]
+        self._groups = [
+            (file, group)
+            for file, footer in enumerate(footers)
+            for group in range(footer.num_row_groups)
+        ]
         groups = [footers[file].row_group(group) for file, group in self._groups]
         self._starts = np.cumsum([0] + [group.num_rows for group in groups])
         self._bytes = [group.total_byte_size for group in groups]
@@ -130,7 +147,9 @@ class Parquet:
             return self._row_group(group).slice(row - int(self._starts[group]), 1).to_pylist()[0]
         except CANNOT_PARSE as e:
             file, number = self._groups[group]
-            raise BadRecord("bad_parquet", f"row group {number} of {self._paths[file].name}: {one_line(e)}") from e
+            raise BadRecord(
+                "bad_parquet", f"row group {number} of {self._paths[file].name}: {one_line(e)}"
+            ) from e
 
     def _row_group(self, group: int) -> pa.Table:
         """Returns a row group; several threads that ask for the same one wait for one reading of it."""
@@ -139,7 +158,11 @@ class Parquet:
             first = table is None
             table = table or Future()
             self._kept[group] = table  # the last is the one used last
-            while first and len(self._kept) > 1 and sum(self._bytes[g] for g in self._kept) > KEPT_BYTES:
+            while (
+                first
+                and len(self._kept) > 1
+                and sum(self._bytes[g] for g in self._kept) > KEPT_BYTES
+            ):
                 self._kept.popitem(last=False)
         if first:
             try:
@@ -154,7 +177,9 @@ class Parquet:
         file, number = self._groups[group]
         # A handle of its own for each reading: those of pyarrow are not safe to share between threads.
         with self._paths[file].open("rb") as handle:
-            return pq.ParquetFile(handle, metadata=self._footers[file], pre_buffer=True).read_row_group(number)
+            return pq.ParquetFile(
+                handle, metadata=self._footers[file], pre_buffer=True
+            ).read_row_group(number)
 
 
 @dataclass(frozen=True)
@@ -196,7 +221,9 @@ def open_json(rest: str) -> Records:
             raise UserError(f"source {uri}: no {part!r} in {_kind(value)}")
         value = value[part]
     if not isinstance(value, list) or not any(isinstance(entry, dict) for entry in value):
-        raise UserError(f"source {uri}: {_kind(value)}, where a list of objects is read, or one at a key (json:PATH#key)")
+        raise UserError(
+            f"source {uri}: {_kind(value)}, where a list of objects is read, or one at a key (json:PATH#key)"
+        )
     return Listed(value, path.name, path.parent)
 
 
@@ -221,7 +248,9 @@ def open_parquet(rest: str) -> Records:
     except CANNOT_OPEN as e:
         raise _unopened(uri, e) from e
     if not paths:
-        raise UserError(f"source {uri}: no files there; parquet:PATH is a file, a folder with *.parquet, or a pattern")
+        raise UserError(
+            f"source {uri}: no files there; parquet:PATH is a file, a folder with *.parquet, or a pattern"
+        )
     return parquet_of(paths, root, uri)
 
 
@@ -242,17 +271,23 @@ def parquet_of(paths: Sequence[FilePath], root: FilePath, uri: str) -> Parquet:
         except (FileNotFoundError, IsADirectoryError, ImportError) as e:
             raise _unopened(uri, e) from e
         except CANNOT_PARSE as e:
-            raise UserError(f"source {uri}: {path.name} is no whole parquet file: {one_line(e)}") from e
+            raise UserError(
+                f"source {uri}: {path.name} is no whole parquet file: {one_line(e)}"
+            ) from e
 
     with ThreadPoolExecutor(16) as pool:
         footers = list(pool.map(footer, paths))
     columns = set(footers[0].schema.to_arrow_schema().names)
     for path, other in zip(paths, footers, strict=True):
         if odd := sorted(columns ^ set(other.schema.to_arrow_schema().names)):
-            raise UserError(f"source {uri}: only one of {paths[0].name} and {path.name} has {', '.join(odd)}; all files need it")
+            raise UserError(
+                f"source {uri}: only one of {paths[0].name} and {path.name} has {', '.join(odd)}; all files need it"
+            )
     rows = Parquet(paths, footers, root)
     if not len(rows):
-        raise UserError(f"source {uri}: there are no rows in {listed([path.name for path in paths])}")
+        raise UserError(
+            f"source {uri}: there are no rows in {listed([path.name for path in paths])}"
+        )
     return rows
 
 
@@ -279,7 +314,12 @@ def open_yaml(rest: str) -> Records:
         sources.append(opened)
     if not sum(map(len, kept)):
         raise UserError(f"source {uri}: its sampling strategies leave no record")
-    return Joined(sources, np.repeat(np.arange(len(kept)), [len(k) for k in kept]), np.concatenate(kept), path.parent)
+    return Joined(
+        sources,
+        np.repeat(np.arange(len(kept)), [len(k) for k in kept]),
+        np.concatenate(kept),
+        path.parent,
+    )
 
 
 def open_coco(rest: str) -> Records:
@@ -295,17 +335,28 @@ def open_coco(rest: str) -> Records:
       UserError: there is no such file or option, the file is no JSON or not of COCO's form, or there are no records in it.
     """
     name, options = with_options("coco", rest, ("ask", "images", "crowd"))
-    uri, path, ask, crowd = f"coco:{rest}", path_of(name), options.get("ask", "image"), options.get("crowd", "0")
+    uri, path, ask, crowd = (
+        f"coco:{rest}",
+        path_of(name),
+        options.get("ask", "image"),
+        options.get("crowd", "0"),
+    )
     if ask not in ASKS or crowd not in ("0", "1"):
         raise UserError(f"source {uri}: ask is one of {', '.join(ASKS)}, crowd is 0 or 1")
     images = _coco_images(_load_json(path, uri), crowd == "1", uri)
     if ask == "category":
         images = [part for image in images for part in _by_category(image)]
     elif ask == "list":
-        images = [image | {"classes": " ; ".join(dict.fromkeys(image["categories"]))} for image in images]
+        images = [
+            image | {"classes": " ; ".join(dict.fromkeys(image["categories"]))} for image in images
+        ]
     if not images:
-        raise UserError(f"source {uri}: there are no {'objects' if ask == 'category' else 'images'} in it")
-    return Listed(images, path.name, path_of(options["images"]) if "images" in options else path.parent)
+        raise UserError(
+            f"source {uri}: there are no {'objects' if ask == 'category' else 'images'} in it"
+        )
+    return Listed(
+        images, path.name, path_of(options["images"]) if "images" in options else path.parent
+    )
 
 
 def path_of(name: str) -> FilePath:
@@ -324,7 +375,11 @@ def with_options(scheme: str, rest: str, known: Collection[str]) -> tuple[str, d
     for option in text.split("&") if text else ():
         key, _, value = option.partition("=")
         if key not in known or not value:
-            wrong = f"no option {key!r}; {nearest(key, known)}" if key not in known else f"option {key} has no value"
+            wrong = (
+                f"no option {key!r}; {nearest(key, known)}"
+                if key not in known
+                else f"option {key} has no value"
+            )
             raise UserError(f"source {scheme}:{rest}: {wrong}")
         options[key] = value
     return name, options
@@ -358,7 +413,9 @@ def _load_json(path: FilePath, uri: str) -> Any:
     except CANNOT_OPEN as e:
         raise _unopened(uri, e) from e
     except (ValueError, RecursionError) as e:
-        raise UserError(f"source {uri}: not one JSON value: {e} (lines of JSON are jsonl:PATH)") from e
+        raise UserError(
+            f"source {uri}: not one JSON value: {e} (lines of JSON are jsonl:PATH)"
+        ) from e
 
 
 def _datasets(path: FilePath, uri: str) -> list[dict[str, str]]:
@@ -371,13 +428,19 @@ def _datasets(path: FilePath, uri: str) -> list[dict[str, str]]:
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         raise UserError(f"source {uri}: not YAML: {one_line(e)}") from e
     form = 'datasets: [{json_path: a.json, sampling_strategy: "random:50%"}]'
-    datasets = value.get("datasets") if isinstance(value, dict) and set(value) == {"datasets"} else None
+    datasets = (
+        value.get("datasets") if isinstance(value, dict) and set(value) == {"datasets"} else None
+    )
     if not isinstance(datasets, list) or not datasets:
         raise UserError(f"source {uri}: {_kind(value)}, where the form is {form}")
     for position, entry in enumerate(datasets):
         fields = {"sampling_strategy": "all"} | entry if isinstance(entry, dict) else {}
-        if set(fields) != {"json_path", "sampling_strategy"} or not all(isinstance(value, str) for value in fields.values()):
-            raise UserError(f"source {uri}: dataset {position} is {entry!s:.120}, where the form is {form}")
+        if set(fields) != {"json_path", "sampling_strategy"} or not all(
+            isinstance(value, str) for value in fields.values()
+        ):
+            raise UserError(
+                f"source {uri}: dataset {position} is {entry!s:.120}, where the form is {form}"
+            )
         datasets[position] = fields
     return datasets
 
@@ -391,7 +454,9 @@ def _coco_images(value: Any, with_crowd: bool, uri: str) -> list[dict[str, Any]]
     """Returns one record for each image of COCO's instances."""
     parts = ("images", "annotations", "categories")
     if not isinstance(value, dict) or not all(isinstance(value.get(part), list) for part in parts):
-        raise UserError(f"source {uri}: {_kind(value)}, where COCO's instances have the lists {', '.join(parts)}")
+        raise UserError(
+            f"source {uri}: {_kind(value)}, where COCO's instances have the lists {', '.join(parts)}"
+        )
     part, entry = "", None
     try:
         names, records = {}, {}
@@ -401,18 +466,36 @@ def _coco_images(value: Any, with_crowd: bool, uri: str) -> list[dict[str, Any]]
         part = "images"
         for entry in value[part]:
             size = {"width": entry["width"], "height": entry["height"]}
-            records[entry["id"]] = {"image": entry["file_name"], **size, "categories": [], "boxes": [], "iscrowd": []}
+            records[entry["id"]] = {
+                "image": entry["file_name"],
+                **size,
+                "categories": [],
+                "boxes": [],
+                "iscrowd": [],
+            }
         part = "annotations"
         for entry in value[part]:
-            record, name, box = records[entry["image_id"]], names[entry["category_id"]], entry["bbox"]
+            record, name, box = (
+                records[entry["image_id"]],
+                names[entry["category_id"]],
+                entry["bbox"],
+            )
             crowd = entry.get("iscrowd", 0)  # not every file of this form has it
             if with_crowd or not crowd:
                 record["categories"].append(name)
                 record["boxes"].append(box)
                 record["iscrowd"].append(crowd)
     except (KeyError, TypeError) as e:
-        which = f"with id {entry['id']}" if isinstance(entry, dict) and "id" in entry else f"{entry!s:.60}"
-        lack = f"has no {e}, or it is in no other list" if isinstance(e, KeyError) else "is not of COCO's form"
+        which = (
+            f"with id {entry['id']}"
+            if isinstance(entry, dict) and "id" in entry
+            else f"{entry!s:.60}"
+        )
+        lack = (
+            f"has no {e}, or it is in no other list"
+            if isinstance(e, KeyError)
+            else "is not of COCO's form"
+        )
         raise UserError(f"source {uri}: the entry {which} of {part} {lack}") from e
     return list(records.values())
 
@@ -420,7 +503,10 @@ def _coco_images(value: Any, with_crowd: bool, uri: str) -> list[dict[str, Any]]
 def _by_category(image: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns an image's record in parts, one for each of its categories."""
     whole = {key: image[key] for key in ("image", "width", "height")}
-    parts = {name: {**whole, "category": name, "boxes": [], "iscrowd": []} for name in image["categories"]}
+    parts = {
+        name: {**whole, "category": name, "boxes": [], "iscrowd": []}
+        for name in image["categories"]
+    }
     for name, box, crowd in zip(image["categories"], image["boxes"], image["iscrowd"], strict=True):
         parts[name]["boxes"].append(box)
         parts[name]["iscrowd"].append(crowd)
@@ -439,7 +525,11 @@ def one_line(e: Exception) -> str:
 def _kind(value: object) -> str:
     """Returns what a value read from JSON or YAML is, in a few words."""
     if isinstance(value, dict):
-        return f"an object with the keys {listed(list(map(str, value)))}" if value else "an empty object"
+        return (
+            f"an object with the keys {listed(list(map(str, value)))}"
+            if value
+            else "an empty object"
+        )
     if isinstance(value, list):
         return f"a list of {len(value)} that are not all objects" if value else "an empty list"
     return f"{value!r:.60}"

@@ -46,12 +46,16 @@ def open_tfds(rest: str) -> Records:
     try:
         spans = splits[options["split"]].file_instructions
     except (KeyError, ValueError) as e:
-        raise UserError(f"{source}: no split {options['split']!r}; there are {_sizes(splits)}, slices and sums") from e
+        raise UserError(
+            f"{source}: no split {options['split']!r}; there are {_sizes(splits)}, slices and sums"
+        ) from e
     if not spans:
         raise UserError(f"{source}: split {options['split']} is empty; there are {_sizes(splits)}")
     count_records([span.filename for span in spans], source)
     features = builder.info.features
-    decode = functools.partial(_decode, features, example_parser.ExampleParserNp(features.get_serialized_info()))
+    decode = functools.partial(
+        _decode, features, example_parser.ExampleParserNp(features.get_serialized_info())
+    )
     return ArrayRecords(ArrayRecordDataSource(spans), decode, None)
 
 
@@ -67,15 +71,23 @@ def _find(name: str, data_dir: str | None, source: str) -> Any:
                 f"{source}: {builder.data_dir} holds {', '.join(formats)}, which takes TensorFlow to read; prepare the dataset "
                 f"with file_format={wanted}, or add that format where TensorFlow is installed: {convert}"
             )
-        builder.info.set_file_format(wanted, override=True, override_if_initialized=True)  # it may be there in others too
+        builder.info.set_file_format(
+            wanted, override=True, override_if_initialized=True
+        )  # it may be there in others too
         return builder
     except ImportError as e:  # ahead of the other, whose name is imported too
-        raise UserError(f"{source}: {e}; it takes the package tensorflow-datasets (no TensorFlow), and gcsfs for gs://") from e
+        raise UserError(
+            f"{source}: {e}; it takes the package tensorflow-datasets (no TensorFlow), and gcsfs for gs://"
+        ) from e
     except registered.DatasetNotFoundError as e:
-        raise UserError(f"{source}: not prepared in {data_dir or 'the places of tfds'}; {_prepared(name, data_dir)}") from e
+        raise UserError(
+            f"{source}: not prepared in {data_dir or 'the places of tfds'}; {_prepared(name, data_dir)}"
+        ) from e
     except (ValueError, OSError, ParseError) as e:  # the name, or the dataset's own files
         line = str(e).partition("\n")[0]
-        raise UserError(f"{source}: {line} (a dataset's name is like ref_coco/refcoco_unc:1.1.0)") from e
+        raise UserError(
+            f"{source}: {line} (a dataset's name is like ref_coco/refcoco_unc:1.1.0)"
+        ) from e
 
 
 def _prepared(name: str, data_dir: str | None) -> str:
@@ -83,7 +95,11 @@ def _prepared(name: str, data_dir: str | None) -> str:
     if data_dir is None:
         return "data_dir=DIR names another"
     root = path_of(data_dir)
-    found = [path.parent for pattern in ("*/*", "*/*/*") for path in root.glob(f"{pattern}/features.json")]
+    found = [
+        path.parent
+        for pattern in ("*/*", "*/*/*")
+        for path in root.glob(f"{pattern}/features.json")
+    ]
     return nearest(name, [":".join(str(path.relative_to(root)).rsplit("/", 1)) for path in found])
 
 

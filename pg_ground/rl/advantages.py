@@ -37,7 +37,9 @@ Advantage = Callable[[Scores], Float[Array, "B G"]]
 def group_mean(rewards: Float[Array, "B G"]) -> Float[Array, "B 1"]:
     """Returns the mean reward of each group, over the completions that have one; 0 for a group without."""
     judged = ~jnp.isnan(rewards)
-    return jnp.where(judged, rewards, 0).sum(axis=1, keepdims=True) / jnp.maximum(judged.sum(axis=1, keepdims=True), 1)
+    return jnp.where(judged, rewards, 0).sum(axis=1, keepdims=True) / jnp.maximum(
+        judged.sum(axis=1, keepdims=True), 1
+    )
 
 
 def group_std(rewards: Float[Array, "B G"]) -> Float[Array, "B 1"]:
@@ -74,7 +76,9 @@ def leave_one_out(scores: Scores) -> Float[Array, "B G"]:
 def leave_one_out_normalised(scores: Scores) -> Float[Array, "B G"]:
     """Returns leave-one-out advantages in units of their standard deviation over the batch (TRL's normalize_advantages)."""
     found = scores.total * 0 + leave_one_out(scores)
-    return has_spread(scores.total)[:, None] * _judged((found - _batch_mean(found)) / (_batch_std(found) + scores.epsilon))
+    return has_spread(scores.total)[:, None] * _judged(
+        (found - _batch_mean(found)) / (_batch_std(found) + scores.epsilon)
+    )
 
 
 def best_of_group(scores: Scores) -> Float[Array, "B G"]:
@@ -107,7 +111,9 @@ def length_weighted(scores: Scores) -> Float[Array, "B G"]:
     """Returns reward minus the group's mean over tokens, the baseline of least variance (OPO, arXiv 2505.23585, eq. 6)."""
     tokens = jnp.where(jnp.isnan(scores.total), 0, scores.lengths)
     above = _above_group(scores.total)
-    mean = jnp.sum(jnp.nan_to_num(above) * tokens, axis=1, keepdims=True) / jnp.maximum(tokens.sum(axis=1, keepdims=True), 1)
+    mean = jnp.sum(jnp.nan_to_num(above) * tokens, axis=1, keepdims=True) / jnp.maximum(
+        tokens.sum(axis=1, keepdims=True), 1
+    )
     return _judged(above - mean)
 
 
@@ -120,11 +126,14 @@ def upweighted(scores: Scores) -> Float[Array, "B G"]:
 def normalised_then_summed(scores: Scores) -> Float[Array, "B G"]:
     """Returns each reward standardised in its group, the weighted sum standardised over the batch (GDPO, arXiv 2601.05242)."""
     each = [
-        scores.weights[name] * jnp.nan_to_num(standardised(scores._replace(total=part))) for name, part in scores.parts.items()
+        scores.weights[name] * jnp.nan_to_num(standardised(scores._replace(total=part)))
+        for name, part in scores.parts.items()
     ]
     summed = jnp.where(jnp.isnan(scores.total), jnp.nan, sum(each))
     differ = jnp.stack([has_spread(part) for part in scores.parts.values()]).any(axis=0)
-    return differ[:, None] * _judged((summed - _batch_mean(summed)) / (_batch_std(summed) + scores.epsilon))
+    return differ[:, None] * _judged(
+        (summed - _batch_mean(summed)) / (_batch_std(summed) + scores.epsilon)
+    )
 
 
 ADVANTAGES: dict[str, Advantage] = {
@@ -147,7 +156,9 @@ def _judged(advantages: Float[Array, "B G"]) -> Float[Array, "B G"]:
 
 def _std(rewards: Array, mean: Array, axis: int | None) -> Array:
     judged = ~jnp.isnan(rewards)
-    squares = jnp.where(judged, jnp.square(rewards - mean), 0).sum(axis=axis, keepdims=axis is not None)
+    squares = jnp.where(judged, jnp.square(rewards - mean), 0).sum(
+        axis=axis, keepdims=axis is not None
+    )
     return jnp.sqrt(squares / jnp.maximum(judged.sum(axis=axis, keepdims=axis is not None) - 1, 1))
 
 

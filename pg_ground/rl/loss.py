@@ -18,7 +18,9 @@ Ratio = Callable[[Float[Array, "B G T"], Bool[Array, "B G T"]], Float[Array, "B 
 Average = Callable[[Bool[Array, "B G T"]], Float[Array, "B G T"]]
 Penalty = Callable[[Float[Array, "B G T"], Float[Array, "B G T"]], Float[Array, "B G T"]]
 """(log π − log π_ref, ratio to the old policy) to the penalty of each token, in nats."""
-Correction = Callable[[Float[Array, "B G T"], Bool[Array, "B G T"], float, float], Float[Array, "B G T"]]
+Correction = Callable[
+    [Float[Array, "B G T"], Bool[Array, "B G T"], float, float], Float[Array, "B G T"]
+]
 """(log π_old − log π_sampler, mask, floor, cap) to the weight of each token."""
 
 MAX_LOG_RATIO = 20.0
@@ -44,17 +46,23 @@ class Tokens(NamedTuple):
     key: PRNGKeyArray
 
 
-def per_token(differences: Float[Array, "B G T"], mask: Bool[Array, "B G T"]) -> Float[Array, "B G T"]:
+def per_token(
+    differences: Float[Array, "B G T"], mask: Bool[Array, "B G T"]
+) -> Float[Array, "B G T"]:
     """Returns each token's own log-ratio (PPO, arXiv 1707.06347)."""
     return differences
 
 
-def per_sequence(differences: Float[Array, "B G T"], mask: Bool[Array, "B G T"]) -> Float[Array, "B G T"]:
+def per_sequence(
+    differences: Float[Array, "B G T"], mask: Bool[Array, "B G T"]
+) -> Float[Array, "B G T"]:
     """Returns the completion's mean log-ratio at each of its tokens (GSPO, arXiv 2507.18071, eq. 7)."""
     return jnp.broadcast_to(_mean(differences, mask), differences.shape)
 
 
-def whole_sequence(differences: Float[Array, "B G T"], mask: Bool[Array, "B G T"]) -> Float[Array, "B G T"]:
+def whole_sequence(
+    differences: Float[Array, "B G T"], mask: Bool[Array, "B G T"]
+) -> Float[Array, "B G T"]:
     """Returns the completion's summed log-ratio at each of its tokens: a completion is one action (RLOO, arXiv 2402.14740)."""
     return jnp.broadcast_to(jnp.sum(differences * mask, axis=-1, keepdims=True), differences.shape)
 
@@ -164,34 +172,50 @@ class Algorithm(NamedTuple):
 
 
 Objective = Callable[
-    [Float[Array, "B G T"], Float[Array, "B G T"], Float[Array, "B G 1"], Bool[Array, "B G T"], Algorithm],
+    [
+        Float[Array, "B G T"],
+        Float[Array, "B G T"],
+        Float[Array, "B G 1"],
+        Bool[Array, "B G T"],
+        Algorithm,
+    ],
     tuple[Float[Array, "B G T"], Bool[Array, "B G T"]],
 ]
 """(log-ratio, logps, advantage, mask, row) to each token's loss, and where the clip holds it back."""
 
 
-def clipped(log_ratio: Array, logps: Array, a: Array, mask: Array, row: Algorithm) -> tuple[Array, Array]:
+def clipped(
+    log_ratio: Array, logps: Array, a: Array, mask: Array, row: Algorithm
+) -> tuple[Array, Array]:
     """Returns −min(min(r, cap)·A, clip(r, 1 − low, 1 + high)·A) (PPO, arXiv 1707.06347, eq. 7)."""
     ratio = jnp.exp(log_ratio)
     low, high = 1 - row.clip_low, 1 + row.clip_high
     loss = -jnp.minimum(jnp.minimum(ratio, row.ratio_cap) * a, jnp.clip(ratio, low, high) * a)
-    return loss, ((ratio < low) & (a < 0)) | ((ratio > high) & (a > 0)) | ((ratio > row.ratio_cap) & (a < 0))
+    return loss, ((ratio < low) & (a < 0)) | ((ratio > high) & (a > 0)) | (
+        (ratio > row.ratio_cap) & (a < 0)
+    )
 
 
-def capped_weight(log_ratio: Array, logps: Array, a: Array, mask: Array, row: Algorithm) -> tuple[Array, Array]:
+def capped_weight(
+    log_ratio: Array, logps: Array, a: Array, mask: Array, row: Algorithm
+) -> tuple[Array, Array]:
     """Returns −sg[min(r, high)]·A·logp: every token keeps a gradient (CISPO, arXiv 2506.13585, eq. 4)."""
     ratio = jnp.exp(log_ratio)
     weight = jax.lax.stop_gradient(jnp.minimum(ratio, row.clip_high))
     return -weight * a * logps, (ratio > row.clip_high) & (a > 0)
 
 
-def soft_gate(log_ratio: Array, logps: Array, a: Array, mask: Array, row: Algorithm) -> tuple[Array, Array]:
+def soft_gate(
+    log_ratio: Array, logps: Array, a: Array, mask: Array, row: Algorithm
+) -> tuple[Array, Array]:
     """Returns −4/τ·σ(τ(r − 1))·A, τ 1 for positive and 1.05 for other advantages (SAPO, arXiv 2511.20347, eq. 6)."""
     tau = jnp.where(a > 0, 1.0, 1.05)
     return -4 / tau * jax.nn.sigmoid(tau * (jnp.exp(log_ratio) - 1)) * a, jnp.zeros_like(mask)
 
 
-def smooth_weight(log_ratio: Array, logps: Array, a: Array, mask: Array, row: Algorithm) -> tuple[Array, Array]:
+def smooth_weight(
+    log_ratio: Array, logps: Array, a: Array, mask: Array, row: Algorithm
+) -> tuple[Array, Array]:
     """Returns −sg[rᵏ·exp(λ(1 − r))]·A·logp, (k, λ) = (2, 3) for A ≥ 0, else (3, 2) (VESPO, arXiv 2602.10693)."""
     k, decay = jnp.where(a >= 0, 2.0, 3.0), jnp.where(a >= 0, 3.0, 2.0)
     log_ratio = jnp.maximum(log_ratio, math.log(1e-8))
@@ -199,7 +223,9 @@ def smooth_weight(log_ratio: Array, logps: Array, a: Array, mask: Array, row: Al
     return -weight * a * logps, jnp.zeros_like(mask)
 
 
-def geometric(log_ratio: Array, logps: Array, a: Array, mask: Array, row: Algorithm) -> tuple[Array, Array]:
+def geometric(
+    log_ratio: Array, logps: Array, a: Array, mask: Array, row: Algorithm
+) -> tuple[Array, Array]:
     """Returns −exp(mean of clipped log-ratios)·A at each token of a completion (GMPO, arXiv 2507.20673, eq. 4)."""
     held = jnp.clip(log_ratio, -row.clip_low, row.clip_high)
     kept = jnp.where(a > 0, jnp.minimum(log_ratio, held), jnp.maximum(log_ratio, held))
@@ -207,14 +233,18 @@ def geometric(log_ratio: Array, logps: Array, a: Array, mask: Array, row: Algori
     return jnp.broadcast_to(loss, logps.shape), kept != log_ratio
 
 
-def policy_gradient(log_ratio: Array, logps: Array, a: Array, mask: Array, row: Algorithm) -> tuple[Array, Array]:
+def policy_gradient(
+    log_ratio: Array, logps: Array, a: Array, mask: Array, row: Algorithm
+) -> tuple[Array, Array]:
     """Returns −A·logp (REINFORCE, Williams 1992)."""
     return -a * logps, jnp.zeros_like(mask)
 
 
 def top_entropy(tokens: Tokens, share: float) -> Focus:
     """Keeps the `share` of tokens with the highest entropy (arXiv 2506.01939), from a quantile in float32, as TRL has it."""
-    ordered = jnp.sort(jnp.where(tokens.mask, tokens.entropy.astype(jnp.float32), jnp.inf), axis=None)
+    ordered = jnp.sort(
+        jnp.where(tokens.mask, tokens.entropy.astype(jnp.float32), jnp.inf), axis=None
+    )
     last = jnp.maximum(tokens.mask.sum() - 1, 0)
     place = (1 - share) * last
     low = jnp.floor(place).astype(jnp.int32)
@@ -227,7 +257,9 @@ def clip_cov(tokens: Tokens, share: float) -> Focus:
     """Drops a random `share` of tokens among those whose covariance of logp and advantage is in (1, 5) (arXiv 2505.22617)."""
     covariance = _covariance(tokens)
     eligible = (covariance > 1) & (covariance < 5) & tokens.mask
-    lot = jnp.where(eligible, jax.random.uniform(tokens.key, eligible.shape, tokens.logps.dtype), -1.0)
+    lot = jnp.where(
+        eligible, jax.random.uniform(tokens.key, eligible.shape, tokens.logps.dtype), -1.0
+    )
     return Focus(1.0 - (_largest(lot, tokens.mask, share) & eligible), jnp.zeros_like(tokens.logps))
 
 
@@ -267,8 +299,14 @@ READERS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "clip_high": ("objective", (clipped, geometric, capped_weight)),
     "ratio_cap": ("objective", (clipped,)),
     "focus_share": ("focus", (top_entropy, clip_cov, kl_cov)),
-    "correction_floor": ("correction", (token_truncate, token_mask, sequence_truncate, sequence_mask)),
-    "correction_cap": ("correction", (token_truncate, token_mask, sequence_truncate, sequence_mask)),
+    "correction_floor": (
+        "correction",
+        (token_truncate, token_mask, sequence_truncate, sequence_mask),
+    ),
+    "correction_cap": (
+        "correction",
+        (token_truncate, token_mask, sequence_truncate, sequence_mask),
+    ),
 }
 """Numbers that not every row looks at: by name, the field that decides it and the choices of that field that do."""
 
@@ -330,8 +368,12 @@ def choose(c: Grpo) -> Algorithm:
     """
     row = ALGORITHMS[_one_of("algorithm", c.algorithm, ALGORITHMS)]
     named = {field: getattr(c, field) for field in CHOICES if getattr(c, field) is not None}
-    chosen = {field: CHOICES[field][_one_of(field, name, CHOICES[field])] for field, name in named.items()}
-    row = row._replace(**chosen, **{name: getattr(c, name) for name in NUMBERS if getattr(c, name) is not None})
+    chosen = {
+        field: CHOICES[field][_one_of(field, name, CHOICES[field])] for field, name in named.items()
+    }
+    row = row._replace(
+        **chosen, **{name: getattr(c, name) for name in NUMBERS if getattr(c, name) is not None}
+    )
     _check(row, c)
     return row
 
@@ -346,7 +388,8 @@ def _check(row: Algorithm, c: Grpo) -> None:
     twice = row.correction is not None and row.objective is smooth_weight
     abrupt = c.kl_target and c.kl_horizon <= 0.2 * c.batch_size * c.group_size
     wrong = {
-        "kl_target steers kl_coef, which is 0: set one to start from": c.kl_target and not row.kl_coef,
+        "kl_target steers kl_coef, which is 0: set one to start from": c.kl_target
+        and not row.kl_coef,
         "kl is k1, whose gradient in a loss is 0 on average: set kl_in_reward, or k2, k3 or k3_corrected": k1_in_loss,
         "kl_in_reward has no effect on advantage = normalised_then_summed, which takes rewards one by one": unheard,
         f"clip_high is {row.clip_high:g}, but objective = capped_weight takes it for the largest ratio: at least 1": narrow,
@@ -354,7 +397,8 @@ def _check(row: Algorithm, c: Grpo) -> None:
         "correction_floor is above correction_cap": row.correction_floor > row.correction_cap,
         "ratio_cap is below 1, where a step starts": row.ratio_cap < 1,
         "off_policy_kl is below 0": row.off_policy_kl < 0,
-        "resample looks at the spread within groups, which is not what this advantage compares": c.resample and of_batch,
+        "resample looks at the spread within groups, which is not what this advantage compares": c.resample
+        and of_batch,
         "kl_horizon is so short that one step can turn kl_coef around: above 0.2 * batch_size * group_size": abrupt,
     }
     for what, found in wrong.items():
@@ -363,7 +407,9 @@ def _check(row: Algorithm, c: Grpo) -> None:
     for name, (field, choices) in READERS.items():
         if getattr(c, name) is not None and getattr(row, field) not in choices:
             readers = ", ".join(choice.__name__ for choice in choices)
-            raise UserError(f"config.grpo.{name} has no effect on {c.algorithm}: it is read where {field} is one of {readers}")
+            raise UserError(
+                f"config.grpo.{name} has no effect on {c.algorithm}: it is read where {field} is one of {readers}"
+            )
 
 
 def _one_of(field: str, name: str, table: Mapping[str, Any]) -> str:
@@ -405,11 +451,15 @@ def policy_loss(
     a = advantage[..., None]
     loss, held = row.objective(log_ratio, logps, a, mask, row)
     if row.off_policy_kl < math.inf:
-        loss = loss * ((a >= 0) | (_mean(-jax.lax.stop_gradient(differences), mask) <= row.off_policy_kl))
+        loss = loss * (
+            (a >= 0) | (_mean(-jax.lax.stop_gradient(differences), mask) <= row.off_policy_kl)
+        )
     weight = jnp.ones_like(loss)
     if row.correction is not None and sampled_logps is not None:
         gap = jnp.clip((old_logps - sampled_logps) * mask, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-        weight = jax.lax.stop_gradient(row.correction(gap, mask, row.correction_floor, row.correction_cap))
+        weight = jax.lax.stop_gradient(
+            row.correction(gap, mask, row.correction_floor, row.correction_cap)
+        )
     loss = loss * weight
     if focus is not None:
         loss = loss * focus.keep + focus.restrain * _size(differences)
@@ -422,7 +472,10 @@ def policy_loss(
 
 
 def reward_penalty(
-    logps: Float[Array, "B G T"], ref_logps: Float[Array, "B G T"], mask: Bool[Array, "B G T"], row: Algorithm
+    logps: Float[Array, "B G T"],
+    ref_logps: Float[Array, "B G T"],
+    mask: Bool[Array, "B G T"],
+    row: Algorithm,
 ) -> Float[Array, "B G"]:
     """Returns the KL(policy || reference policy) estimated over a completion's tokens (nats), to be taken off its reward."""
     gap = jnp.clip(logps - ref_logps, -MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -431,7 +484,9 @@ def reward_penalty(
 
 def _mean(values: Float[Array, "B G T"], mask: Bool[Array, "B G T"]) -> Float[Array, "B G 1"]:
     """Returns each completion's mean over its tokens."""
-    return jnp.sum(values * mask, axis=-1, keepdims=True) / jnp.maximum(mask.sum(axis=-1, keepdims=True), 1)
+    return jnp.sum(values * mask, axis=-1, keepdims=True) / jnp.maximum(
+        mask.sum(axis=-1, keepdims=True), 1
+    )
 
 
 def _covariance(tokens: Tokens) -> Float[Array, "B G T"]:
@@ -444,7 +499,9 @@ def _covariance(tokens: Tokens) -> Float[Array, "B G T"]:
     return centred(tokens.advantage[..., None]) * centred(tokens.logps)
 
 
-def _largest(values: Float[Array, "B G T"], mask: Bool[Array, "B G T"], share: float) -> Bool[Array, "B G T"]:
+def _largest(
+    values: Float[Array, "B G T"], mask: Bool[Array, "B G T"], share: float
+) -> Bool[Array, "B G T"]:
     """Returns where the largest `share` of the tokens are, at least one."""
     count = jnp.maximum(jnp.floor(share * mask.sum()), 1)
     rank = jnp.argsort(jnp.argsort(-values, axis=None)).reshape(values.shape)
@@ -468,7 +525,9 @@ def target_logps(
     expected = hit
     if loc_smoothing_bins:
         bins = tokens[..., None] - vocab.loc0
-        spread = jax.nn.softmax(-0.5 * jnp.square((jnp.arange(LOC_TOKENS) - bins) / loc_smoothing_bins))
+        spread = jax.nn.softmax(
+            -0.5 * jnp.square((jnp.arange(LOC_TOKENS) - bins) / loc_smoothing_bins)
+        )
         near = jnp.sum(spread * logps[..., vocab.loc0 : vocab.loc0 + LOC_TOKENS], axis=-1)
         expected = jnp.where((bins[..., 0] >= 0) & (bins[..., 0] <= LOC_MAX), near, hit)
     if label_smoothing:

@@ -13,13 +13,17 @@ from pg_ground.vocab import CONTROL, EOS, PAD
 
 @runtime_checkable
 class Policy(Protocol):
-    """What this room needs of a model: see `pg_ground.model.paligemma.PaliGemma`, which is one."""
+    """What this room needs of a model: see `pg_ground.models.paligemma.PaliGemma`, which is one."""
 
-    def prefill(self, params: Any, image: Array, prompt: Array, prompt_mask: Array) -> tuple[PrefixCache, Array]: ...
+    def prefill(
+        self, params: Any, image: Array, prompt: Array, prompt_mask: Array
+    ) -> tuple[PrefixCache, Array]: ...
 
     def suffix_cache(self, prefix: PrefixCache, group_size: int, length: int) -> SuffixCache: ...
 
-    def extend(self, params: Any, prefix: PrefixCache, suffix: SuffixCache, tokens: Array) -> tuple[Array, SuffixCache]: ...
+    def extend(
+        self, params: Any, prefix: PrefixCache, suffix: SuffixCache, tokens: Array
+    ) -> tuple[Array, SuffixCache]: ...
 
 
 class _Loop(NamedTuple):
@@ -59,15 +63,21 @@ def sample(
     scale = jnp.where(temperature > 0, temperature, 1.0)[:, None]
     banned = jnp.zeros(first.shape[-1], bool).at[jnp.array(suppress, int)].set(True)
 
-    def draw(logits: Float[Array, "B G V"], t: Int[Array, ""]) -> tuple[Int[Array, "B G"], Float[Array, "B G"]]:
+    def draw(
+        logits: Float[Array, "B G V"], t: Int[Array, ""]
+    ) -> tuple[Int[Array, "B G"], Float[Array, "B G"]]:
         logps = jax.nn.log_softmax(logits / scale)
         allowed = jnp.where(banned, -jnp.inf, logps)
         if top_k:
-            allowed = jnp.where(allowed >= jax.lax.top_k(allowed, top_k)[0][..., -1:], allowed, -jnp.inf)
+            allowed = jnp.where(
+                allowed >= jax.lax.top_k(allowed, top_k)[0][..., -1:], allowed, -jnp.inf
+            )
         if top_p < 1:
             allowed = nucleus(allowed, top_p)
         own_key = jax.random.fold_in(key, t)
-        drawn = jax.lax.platform_dependent(own_key, allowed, tpu=jax.random.categorical, default=categorical)
+        drawn = jax.lax.platform_dependent(
+            own_key, allowed, tpu=jax.random.categorical, default=categorical
+        )
         chosen = jnp.where(temperature > 0, drawn, jnp.argmax(allowed, axis=-1))
         return chosen, jnp.take_along_axis(logps, chosen[..., None], axis=-1)[..., 0]
 
@@ -116,9 +126,13 @@ def categorical(key: PRNGKeyArray, logits: Float[Array, "... V"]) -> Int[Array, 
     return block * blocks.shape[-1] + _first_beyond(second, jnp.exp(inside - highest)[..., 0, :])
 
 
-def _first_beyond(share: Float[Array, "... 1"], weights: Float[Array, "... n"]) -> Int[Array, "..."]:
+def _first_beyond(
+    share: Float[Array, "... 1"], weights: Float[Array, "... n"]
+) -> Int[Array, "..."]:
     """Returns the first place with a weight where the running sum is above `share`, in (0, 1), of the whole."""
-    reached = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0)  # its largest, not its last: rounding may differ by place
+    reached = jnp.where(
+        weights > 0, jnp.cumsum(weights, axis=-1), 0
+    )  # its largest, not its last: rounding may differ by place
     return jnp.argmax(reached > share * reached.max(axis=-1, keepdims=True), axis=-1)
 
 
@@ -126,6 +140,8 @@ def nucleus(logps: Float[Array, "... V"], top_p: float) -> Float[Array, "... V"]
     """Returns `logps` with -inf outside the smallest set of likeliest tokens whose probabilities reach `top_p`."""
     ordered = jnp.sort(logps, axis=-1, descending=True)
     before = jnp.cumsum(jnp.exp(ordered), axis=-1) - jnp.exp(ordered)
-    kept = jnp.sum(before < top_p * jnp.exp(ordered).sum(axis=-1, keepdims=True), axis=-1, keepdims=True)
+    kept = jnp.sum(
+        before < top_p * jnp.exp(ordered).sum(axis=-1, keepdims=True), axis=-1, keepdims=True
+    )
     threshold = jnp.take_along_axis(ordered, kept - 1, axis=-1)
     return jnp.where(logps >= threshold, logps, -jnp.inf)

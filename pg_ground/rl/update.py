@@ -9,8 +9,8 @@ import optax
 from jaxtyping import Bool, Float, PRNGKeyArray
 
 from pg_ground.params import join
-from pg_ground.rl.experience import Experience
 from pg_ground.rl.loss import Algorithm, Focus, PolicyTerms, Tokens, policy_loss, target_logps
+from pg_ground.rl.scored_rollouts import Experience
 from pg_ground.types import Array, Batch, Rollout, TrainState
 from pg_ground.vocab import EOS, Vocab
 
@@ -27,7 +27,14 @@ class Scorer(Protocol):
     """What this room needs of a model."""
 
     def completion_logps(
-        self, params: Any, image: Array, prompt: Array, prompt_mask: Array, tokens: Array, mask: Array, temperature: float
+        self,
+        params: Any,
+        image: Array,
+        prompt: Array,
+        prompt_mask: Array,
+        tokens: Array,
+        mask: Array,
+        temperature: float,
     ) -> tuple[Array, Array]: ...
 
     def completion_scores(
@@ -63,7 +70,9 @@ def sft_step(
     questions = batch.suffix.shape[0]
     keys = None if dropout_key is None else jax.random.split(dropout_key, micro_batches)
 
-    def loss(params: Any, part_and_key: tuple[Batch, Array | None]) -> tuple[Array, tuple[Metrics, Metrics]]:
+    def loss(
+        params: Any, part_and_key: tuple[Batch, Array | None]
+    ) -> tuple[Array, tuple[Metrics, Metrics]]:
         part, key = part_and_key
 
         def score(logits: Array, tokens: Array) -> tuple[Array, Array]:
@@ -80,7 +89,9 @@ def sft_step(
         return value, ({"sft/loss": value, "sft/nll": -jnp.sum(hard[:, 0] * weights)}, {})
 
     grads, metrics = accumulate(loss, state.params, (batch, keys), micro_batches)
-    return _apply(state, grads, optimizer, state.step + 1), metrics | {"optim/grad_norm": optax.tree.norm(grads)}
+    return _apply(state, grads, optimizer, state.step + 1), metrics | {
+        "optim/grad_norm": optax.tree.norm(grads)
+    }
 
 
 class _Part(NamedTuple):
@@ -124,7 +135,9 @@ def grpo_step(
     """
 
     def fixed(params: Any, experience: Experience, parts: int) -> tuple[Array, Array]:
-        return logps_of(model, join(frozen, params), experience.batch, experience.rollout, temperature, parts)
+        return logps_of(
+            model, join(frozen, params), experience.batch, experience.rollout, temperature, parts
+        )
 
     row = algorithm._replace(kl_coef=state.kl_coef) if kl_target else algorithm
     old_logps = None
@@ -146,18 +159,24 @@ def grpo_step(
         }
         return value, (means, {"policy/logp_diff_max": jnp.max(jnp.abs(logps - r.logps) * r.mask)})
 
-    def one_update(state: TrainState, given: tuple[Experience, Array | None, PRNGKeyArray]) -> tuple[TrainState, Metrics]:
+    def one_update(
+        state: TrainState, given: tuple[Experience, Array | None, PRNGKeyArray]
+    ) -> tuple[TrainState, Metrics]:
         experience, old, key = given
         r = experience.rollout
         mask = r.mask & ended(r)[..., None] if row.mask_unfinished else r.mask
         focus = None
         if row.focus is not None:
             logps, entropy = fixed(state.params, experience, micro_batches)
-            focus = row.focus(Tokens(logps, entropy, experience.advantages, mask, key), row.focus_share)
+            focus = row.focus(
+                Tokens(logps, entropy, experience.advantages, mask, key), row.focus_share
+            )
         all_tokens, learned = (tokens / jnp.maximum(tokens.sum(), 1) for tokens in (r.mask, mask))
         part = _Part(experience, mask, row.average(mask), all_tokens, learned, old, focus)
         grads, metrics = accumulate(loss, state.params, part, micro_batches)
-        return _apply(state, grads, optimizer, state.step), metrics | {"optim/grad_norm": optax.tree.norm(grads)}
+        return _apply(state, grads, optimizer, state.step), metrics | {
+            "optim/grad_norm": optax.tree.norm(grads)
+        }
 
     def once(state: TrainState, key: PRNGKeyArray) -> tuple[TrainState, Metrics]:
         return jax.lax.scan(one_update, state, (*parts, jax.random.split(key, minibatches)))
@@ -165,11 +184,15 @@ def grpo_step(
     step, parts = state.step, split((experience, old_logps), minibatches)
     state, metrics = jax.lax.scan(once, state, jax.random.split(key, updates))
     first = metrics["policy/logp_diff_max"][0, 0]
-    metrics = {name: values.mean() for name, values in metrics.items()} | {"policy/logp_diff_max": first}
+    metrics = {name: values.mean() for name, values in metrics.items()} | {
+        "policy/logp_diff_max": first
+    }
     if kl_target:
         metrics["policy/kl_coef"] = state.kl_coef
         error = jnp.clip(metrics["policy/kl"] / kl_target - 1, -0.2, 0.2)
-        state = state._replace(kl_coef=state.kl_coef * (1 + error * experience.advantages.size / kl_horizon))
+        state = state._replace(
+            kl_coef=state.kl_coef * (1 + error * experience.advantages.size / kl_horizon)
+        )
     return state._replace(step=step + 1), metrics
 
 
@@ -180,7 +203,9 @@ def logps_of(
 
     def score(part: tuple[Batch, Rollout]) -> tuple[Array, Array]:
         b, r = part
-        return model.completion_logps(params, b.image, b.prompt, b.prompt_mask, r.tokens, r.mask, temperature)
+        return model.completion_logps(
+            params, b.image, b.prompt, b.prompt_mask, r.tokens, r.mask, temperature
+        )
 
     if parts == 1:
         return score((batch, rollout))
@@ -192,7 +217,9 @@ def ended(rollout: Rollout) -> Bool[Array, "B G"]:
     return jnp.any(rollout.mask & (rollout.tokens == EOS), axis=-1)
 
 
-def _apply(state: TrainState, grads: Any, optimizer: optax.GradientTransformation, step: Array) -> TrainState:
+def _apply(
+    state: TrainState, grads: Any, optimizer: optax.GradientTransformation, step: Array
+) -> TrainState:
     updates, opt = optimizer.update(grads, state.opt, state.params)
     return state._replace(step=step, params=optax.apply_updates(state.params, updates), opt=opt)
 
@@ -222,7 +249,9 @@ def split(tree: Any, parts: int) -> Any:
 
     Part i has rows i, i + parts, …: a B that is split over devices stays so within each part.
     """
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), tree)
+    return jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), tree
+    )
 
 
 def unsplit(parts: Array) -> Array:

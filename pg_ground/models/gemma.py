@@ -1,0 +1,359 @@
+"""The Gemma 1 and Gemma 2 decoder over a prefix shared by G completions, with big_vision's parameter names.
+
+Every activation is `[B, G, t, …]`: the prefix itself is the case G = 1. A token attends to the prefix cache of its prompt
+(one for the whole group: the group is one more axis of the queries, never a repeated batch) and to the tokens of its own
+completion. Facts: big_vision/models/proj/paligemma/gemma_bv.py; arXiv 2403.08295 (Gemma), 2408.00118 (Gemma 2).
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Bool, Float, Int
+
+from pg_ground.config import Lora, Text
+from pg_ground.models.blocks import in_blocks
+from pg_ground.models.lora import low_rank
+from pg_ground.models.siglip import rematerialised, sinusoids
+from pg_ground.types import Array, Places
+from pg_ground.vocab import LOC_MAX, LOC_TOKENS, vocab_of_size
+
+MASKED = -2.3819763e38
+"""What a masked attention logit becomes: big_vision's value, near the lowest float32."""
+
+
+class KeyValues(NamedTuple):
+    """Keys and values that queries attend to; a layer axis stands in front of all when layers are stacked."""
+
+    k: Float[Array, "... K H"]
+    v: Float[Array, "... K H"]
+
+
+class Seen(NamedTuple):
+    """What queries attend to: slots of their prompt, `[B, S, K, H]`, or of their own completion, `[B, G, S, K, H]`."""
+
+    kv: KeyValues
+    mask: Bool[Array, "#B S"] | None
+    """The slots that hold something; None where the slots are the queries' own, of which each sees those up to itself."""
+
+
+class Embedder(nn.Module):
+    """The table that turns ids into vectors, and (tied) vectors into logits."""
+
+    vocab_size: int
+    width: int
+    coordinate_init: str
+    places: Places
+
+    def setup(self) -> None:
+        self.table = self.param("input_embedding", self._init, (self.vocab_size, self.width))
+
+    def _init(self, key: Array, shape: tuple[int, int]) -> Float[Array, "V D"]:
+        table = jax.random.normal(key, shape) * shape[1] ** -0.5
+        if self.coordinate_init == "sinusoid":
+            loc0 = vocab_of_size(shape[0]).loc0
+            table = table.at[loc0 : loc0 + LOC_TOKENS].set(loc_sinusoids(shape[1]))
+        return table
+
+    def encode(self, tokens: Int[Array, "..."], dtype: jnp.dtype) -> Float[Array, "... D"]:
+        found = self.places.rows(self.places.lookup(self.table, tokens))
+        return found.astype(dtype) * jnp.asarray(self.table.shape[1] ** 0.5, dtype)
+
+
+class Einsum(nn.Module):
+    shape: tuple[int, ...]
+    fan_in_axes: tuple[int, ...]
+    lora: Lora
+
+    @nn.compact
+    def __call__(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        w = self.param("w", normal_by_fan_in(self.fan_in_axes), self.shape)
+        y = jnp.einsum(equation, x, w.astype(x.dtype))
+        more = low_rank(self, "w", equation, x, self.shape, self.lora)
+        return y if more is None else y + more
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · (1 + scale), in float32; the stored scale is the offset from one."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],))
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + 1e-6)
+        return (y * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    config: Text
+    block: int
+    lora: Lora
+
+    def setup(self) -> None:
+        c, lora = self.config, self.lora
+        self.q_einsum = Einsum((c.num_heads, c.width, c.head_dim), (1,), lora)
+        self.kv_einsum = Einsum((2, c.num_kv_heads, c.width, c.head_dim), (2,), lora)
+        self.attn_vec_einsum = Einsum((c.num_heads, c.head_dim, c.width), (0, 1), lora)
+
+    def __call__(
+        self,
+        x: Float[Array, "B G t D"],
+        positions: Int[Array, "B G t"],
+        mask: Bool[Array, "B t"] | None,
+        past: KeyValues | None,
+        length: Int[Array, ""] | int,
+        prefix: KeyValues | None,
+        prefix_mask: Bool[Array, "B S"] | None,
+    ) -> tuple[Float[Array, "B G t D"], KeyValues]:
+        q, new = self._project(x, positions)
+        seen = [Seen(new, mask)]
+        if past is not None:
+            seen.insert(0, Seen(past, (jnp.arange(past.k.shape[2]) < length)[None]))
+        if prefix is not None:
+            seen.insert(0, Seen(prefix, prefix_mask))
+        out = attend(q, seen, self.config.attn_softcap, self.block)
+        return self.attn_vec_einsum("BGtNH,NHD->BGtD", out), new
+
+    def _project(
+        self, x: Float[Array, "B G t D"], positions: Int[Array, "B G t"]
+    ) -> tuple[Float[Array, "B G t N H"], KeyValues]:
+        """Returns scaled queries, and keys and values, turned by their positions."""
+        q = self.q_einsum("BGtD,NDH->BGtNH", x)
+        k, v = self.kv_einsum("BGtD,cKDH->cBGtKH", x)
+        return rope(q, positions) * self.config.query_scale, KeyValues(rope(k, positions), v)
+
+
+def attend(
+    q: Float[Array, "B G t N H"], seen: Sequence[Seen], cap: float, block: int
+) -> Float[Array, "B G t N H"]:
+    """Returns what queries read of all they see, by one softmax.
+
+    The group is one more axis of the queries, never a repeated batch. Logits are held for at most `block` queries of a prompt at
+    once (of all its completions; one of each at least), in the backward pass too; for all of them if `block` is 0.
+    """
+
+    def read(q: Float[Array, "B G t N H"], index: Int[Array, " t"]) -> Float[Array, "B G t N H"]:
+        b, g, t, n, h = q.shape
+        k = seen[0].kv.k.shape[-2]
+        q, logits, masks = q.reshape(b, g, t, k, n // k, h), [], []
+        for (keys, _), mask in seen:
+            slots = jnp.arange(keys.shape[-3])
+            logits.append(
+                jnp.einsum(
+                    f"BGtKRH,{axes(keys)}KH->BGKRtS", q, keys, preferred_element_type=jnp.float32
+                )
+            )
+            visible = (slots <= index[:, None])[None, None] if mask is None else mask[:, None, None]
+            masks.append(jnp.broadcast_to(visible, (b, g, t, slots.size)))
+        together = jnp.concatenate(logits, axis=-1)
+        if cap:
+            together = softcap(together, cap)
+        together = jnp.where(jnp.concatenate(masks, axis=-1)[:, :, None, None], together, MASKED)
+        weights, out, start = jax.nn.softmax(together, axis=-1).astype(q.dtype), jnp.float32(0), 0
+        for (_, values), _ in seen:
+            own = weights[..., start : start + values.shape[-3]]
+            out += jnp.einsum(
+                f"BGKRtS,{axes(values)}KH->BGtKRH", own, values, preferred_element_type=jnp.float32
+            )
+            start += values.shape[-3]
+        return out.astype(q.dtype).reshape(b, g, t, n, h)
+
+    def axes(x: Array) -> str:
+        return "BS" if x.ndim == 4 else "BGS"
+
+    length = q.shape[2]
+    at_once = max(block // q.shape[1], 1) if block else length
+    return (read if length <= at_once else partial(in_blocks, read, at_once, (2, 0)))(
+        q, jnp.arange(length)
+    )
+
+
+class FeedForward(nn.Module):
+    """Gated MLP: (gelu(x W0) · x W1) W2."""
+
+    config: Text
+    lora: Lora
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B G t D"]) -> Float[Array, "B G t D"]:
+        up, down = (
+            (2, self.config.width, self.config.mlp_dim),
+            (self.config.mlp_dim, self.config.width),
+        )
+        gating = self.param("gating_einsum", normal_by_fan_in((1,)), up).astype(x.dtype)
+        linear = self.param("linear", normal_by_fan_in((0,)), down).astype(x.dtype)
+        gate, value = both_products(x, gating)
+        more = low_rank(self, "gating_einsum", "BGtD,cDF->cBGtF", x, up, self.lora)
+        if more is not None:
+            gate, value = gate + more[0], value + more[1]
+        hidden = nn.gelu(gate, approximate=True) * value
+        more = low_rank(self, "linear", "BGtF,FD->BGtD", hidden, down, self.lora)
+        return hidden @ linear if more is None else hidden @ linear + more
+
+
+def both_products(x: Float[Array, "B G t D"], w: Float[Array, "2 D F"]) -> tuple[Array, Array]:
+    """Returns x W0 and x W1.
+
+    A decoder's step is a reading of weights. A TPU, given two products, first copies a layer's two matrices out of the stack of
+    layers: three times the bytes of one product (PG1 3B, v5e-8, 64 tokens: 634 GB a rollout against 325). A CPU is slower so.
+    """
+
+    def two(x: Array, w: Array) -> tuple[Array, Array]:
+        return x @ w[0], x @ w[1]
+
+    def one(x: Array, w: Array) -> tuple[Array, Array]:
+        gate, value = jnp.einsum("BGtD,cDF->cBGtF", x, w)
+        return gate, value
+
+    return jax.lax.platform_dependent(x, w, tpu=one, default=two) if x.shape[2] == 1 else two(x, w)
+
+
+class Block(nn.Module):
+    config: Text
+    attention_block: int
+    lora: Lora
+    places: Places
+
+    def setup(self) -> None:
+        self.pre_attention_norm, self.pre_ffw_norm = RMSNorm(), RMSNorm()
+        self.attn, self.mlp = (
+            Attention(self.config, self.attention_block, self.lora),
+            FeedForward(self.config, self.lora),
+        )
+        if self.config.post_norms:
+            self.post_attention_norm, self.post_ffw_norm = RMSNorm(), RMSNorm()
+
+    def __call__(self, x, positions, mask, past, length, prefix, prefix_mask):
+        x = self.places.rows(x)
+        y, new = self.attn(
+            self.pre_attention_norm(x), positions, mask, past, length, prefix, prefix_mask
+        )
+        return self._rest(x, y), new
+
+    def both(self, streams, prefix_positions, prefix_mask, positions):
+        """The block for prefixes, then for their completions, which see the prefixes' keys and values."""
+        before, x = streams
+        before, seen = self(before, prefix_positions, prefix_mask, None, 0, None, None)
+        x, _ = self(x, positions, None, None, 0, KeyValues(seen.k[:, 0], seen.v[:, 0]), prefix_mask)
+        return (before, x), None
+
+    def _rest(
+        self, x: Float[Array, "B G t D"], y: Float[Array, "B G t D"]
+    ) -> Float[Array, "B G t D"]:
+        x = self.places.rows(x + (self.post_attention_norm(y) if self.config.post_norms else y))
+        y = self.mlp(self.pre_ffw_norm(x))
+        return self.places.rows(x + (self.post_ffw_norm(y) if self.config.post_norms else y))
+
+
+class Decoder(nn.Module):
+    config: Text
+    dtype: jnp.dtype
+    remat: str
+    unroll: int
+    attention_block: int
+    coordinate_init: str
+    lora: Lora
+    places: Places
+
+    def setup(self) -> None:
+        self.embedder = Embedder(
+            self.config.vocab_size, self.config.width, self.coordinate_init, self.places
+        )
+
+        def over_layers(*in_axes: Any) -> dict[str, Any]:
+            axes = {
+                "variable_axes": {"params": 0},
+                "split_rngs": {"params": True, "dropout": True},
+                "in_axes": in_axes,
+            }
+            return axes | {"length": self.config.depth, "unroll": self.unroll}
+
+        same = nn.broadcast
+        self.layers = nn.scan(
+            rematerialised(Block, self.remat, ("__call__", "both")),
+            methods={
+                "__call__": over_layers(same, same, 0, same, 0, same),
+                "both": over_layers(same, same, same),
+            },
+        )(self.config, self.attention_block, self.lora, self.places)
+        self.final_norm = RMSNorm()
+
+    def embed(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
+        """Returns token embeddings, scaled by sqrt(D) as Gemma does (image embeddings are not)."""
+        return self.places.rows(self.embedder.encode(tokens, self.dtype))
+
+    def __call__(
+        self,
+        x: Float[Array, "B G t D"],
+        positions: Int[Array, "B G t"],
+        mask: Bool[Array, "B t"] | None,
+        past: KeyValues | None = None,
+        length: Int[Array, ""] | int = 0,
+        prefix: KeyValues | None = None,
+        prefix_mask: Bool[Array, "B S"] | None = None,
+    ) -> tuple[Float[Array, "B G t D"], KeyValues]:
+        """Returns the final hidden states of `x` and its keys and values, stacked over layers as `past` and `prefix` are.
+
+        Every token sees those of `x` where `mask` holds, or without one those up to itself; the first `length` slots of `past`,
+        of its own completion; and the slots of the prefix where `prefix_mask` holds.
+        """
+        x, new = self.layers(x, positions, mask, past, jnp.asarray(length), prefix, prefix_mask)
+        return self.final_norm(x), new
+
+    def both(
+        self,
+        before: Float[Array, "B S D"],
+        prefix_mask: Bool[Array, "B S"],
+        x: Float[Array, "B G t D"],
+        positions: Int[Array, "B G t"],
+    ) -> tuple[Float[Array, "B S D"], Float[Array, "B G t D"]]:
+        """Returns the final hidden states of prefixes and of their completions.
+
+        What two calls give, side by side: each layer's weights serve both while they are gathered, and no cache outlives it.
+        """
+        where = jnp.cumsum(prefix_mask, axis=1)[:, None] - 1
+        (before, x), _ = self.layers.both((before[:, None], x), where, prefix_mask, positions)
+        return self.final_norm(before[:, 0]), self.final_norm(x)
+
+    def vocabulary(self) -> Float[Array, "V D"]:
+        """Returns the table that `hidden @ table.T` turns into logits."""
+        return self.places.vocabulary(self.embedder.table)
+
+
+def normal_by_fan_in(axes: tuple[int, ...]) -> nn.initializers.Initializer:
+    """Returns an initializer with variance 1 / (product of the sizes of `axes`)."""
+
+    def init(key: Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
+        return jax.random.normal(key, shape) * float(np.prod([shape[a] for a in axes])) ** -0.5
+
+    return init
+
+
+def loc_sinusoids(width: int) -> Float[Array, "1024 D"]:
+    """Returns one row of norm 1 per loc bin, in which neighbouring bins are alike.
+
+    With unrelated rows the 1024 bins are 1024 unrelated classes to a model that starts from nothing.
+    """
+    rows = sinusoids(np.arange(LOC_TOKENS) / LOC_MAX, width)
+    return jnp.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), jnp.float32)
+
+
+def rope(x: Float[Array, "B G t N H"], positions: Int[Array, "B G t"]) -> Float[Array, "B G t N H"]:
+    """Returns `x` rotated by its positions: base 10,000, first half of H against the second (arXiv 2104.09864)."""
+    half = x.shape[-1] // 2
+    timescale = 10_000.0 ** (jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[..., None, None].astype(jnp.float32) / timescale
+    sin, cos = jnp.sin(angle), jnp.cos(angle)
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    return jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x.dtype)
+
+
+def softcap(x: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
+    """Returns `x` squashed smoothly into (-cap, cap)."""
+    return jnp.tanh(x / cap) * cap

@@ -1,0 +1,103 @@
+"""Low-rank adapters on the matrices of the model (LoRA, arXiv 2106.09685).
+
+A matrix W that the config's pattern names computes x W + (alpha / rank) · (x A) B. A starts random and B zero, so the policy
+starts as the base, bit for bit. The factors stand beside the matrix in the tree of parameters, stacked over layers as it is.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Float
+
+from pg_ground.config import Lora
+from pg_ground.params import DOWN, UP, flatten, is_adapter, matrix_axes, unflatten
+from pg_ground.types import Array
+
+
+def low_rank(
+    module: nn.Module,
+    leaf: str,
+    equation: str,
+    x: Float[Array, "..."],
+    shape: tuple[int, ...],
+    lora: Lora,
+) -> Float[Array, "..."] | None:
+    """Returns what an adapter adds to `einsum(equation, x, w)`, w being `module`'s parameter `leaf`; None if it has no adapter.
+
+    Inputs are dropped with probability `lora.dropout` where the caller of the model gave it a "dropout" key.
+    """
+    name = "/".join((*module.path, leaf))
+    axes = matrix_axes(name)
+    if not lora.rank or axes is None or not re.fullmatch(lora.pattern, name):
+        return None
+    inner, outer = ([len(shape) + axis for axis in side] for side in axes)
+    parts = [axis for axis in range(len(shape)) if axis not in (*inner, *outer)]
+    of_x, of_w, of_y = re.split(",|->", equation)
+
+    def letters(wanted: list[int]) -> str:
+        return "".join(of_w[axis] for axis in wanted)
+
+    def sizes(wanted: list[int]) -> tuple[int, ...]:
+        return tuple(shape[axis] for axis in wanted)
+
+    between = (
+        letters(parts) + "".join(letter for letter in of_x if letter not in letters(inner)) + "z"
+    )
+    inner_axes = range(len(parts), len(parts) + len(inner))
+    fan_in = nn.initializers.variance_scaling(
+        1.0, "fan_in", "normal", inner_axes, -1, range(len(parts))
+    )
+    down = module.param(leaf + DOWN, fan_in, (*sizes(parts), *sizes(inner), lora.rank))
+    up = module.param(leaf + UP, nn.initializers.zeros, (*sizes(parts), lora.rank, *sizes(outer)))
+    if lora.dropout and module.has_rng("dropout"):
+        kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - lora.dropout, x.shape)
+        x = jnp.where(kept, x / (1 - lora.dropout), 0)
+    z = jnp.einsum(f"{of_x},{letters(parts)}{letters(inner)}z->{between}", x, down.astype(x.dtype))
+    y = jnp.einsum(f"{between},{letters(parts)}z{letters(outer)}->{of_y}", z, up.astype(x.dtype))
+    return y * (lora.alpha / lora.rank)
+
+
+def merge(params: Any, lora: Lora) -> dict[str, Any]:
+    """Returns parameters without adapters that compute what `params` computes with them.
+
+    Sums are taken in float32, layer by layer, and kept in the wider dtype of base and adapter: what adapters learn is mostly
+    finer than bfloat16.
+    """
+    flat = flatten(params)
+    return unflatten({name: merged(flat, name, lora) for name in flat if not is_adapter(name)})
+
+
+def merged(flat: Mapping[str, Any], name: str, lora: Lora, dtype: Any = None) -> Array:
+    """Returns the named parameter with its adapter, if it has one, in `dtype` (None: the wider one of the two)."""
+    w = flat[name]
+    if name + DOWN not in flat:
+        return w if dtype is None else w.astype(dtype)
+    down, up = flat[name + DOWN], flat[name + UP]
+    kind = jnp.result_type(w, down) if dtype is None else dtype
+
+    def one(parts: tuple[Array, Array, Array]) -> Array:
+        w, down, up = parts
+        return (w.astype(jnp.float32) + product(name, down, up) * (lora.alpha / lora.rank)).astype(
+            kind
+        )
+
+    stacked = "/layers/" in name or "/encoderblock/" in name
+    return jax.lax.map(one, (w, down, up)) if stacked else one((w, down, up))
+
+
+def product(name: str, down: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns A B in the shape of the named matrix, float32."""
+    axes = matrix_axes(name)
+    assert axes is not None, name
+    inner, outer = axes
+    rank = len(inner) + len(outer)
+    parts = down.ndim - len(inner) - 1
+    a = down.astype(jnp.float32).reshape(*down.shape[:parts], -1, down.shape[-1])
+    b = up.astype(jnp.float32).reshape(*up.shape[: parts + 1], -1)
+    ab = (a @ b).reshape(*down.shape[:-1], *up.shape[parts + 1 :])
+    order = [parts + [*inner, *outer].index(axis) for axis in range(-rank, 0)]
+    return ab.transpose(*range(parts), *order)

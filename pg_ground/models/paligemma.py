@@ -1,0 +1,257 @@
+"""PaliGemma as three functions of its parameters: prefill, extend, completion_logps (arXiv 2407.07726, 2412.03555).
+
+Prefix-LM: image and prompt see each other in both directions; a completion token sees the prefix and its own past; nothing in
+the prefix sees a completion. So the prefix is computed once per prompt, exactly, whatever the number of completions.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Bool, Float, Int, PRNGKeyArray, UInt8
+
+from pg_ground.config import Model
+from pg_ground.models.blocks import in_blocks
+from pg_ground.models.gemma import Decoder, KeyValues, softcap
+from pg_ground.models.siglip import Tower
+from pg_ground.params import is_multiplied, map_named
+from pg_ground.types import ANYWHERE, Array, Places, PrefixCache, SuffixCache
+
+Params = Any
+"""A tree of arrays under big_vision's names: `img/…` and `llm/…`."""
+
+Image = Float[Array, "B H W 3"] | UInt8[Array, "B H W 3"]
+"""Floats in [-1, 1], or bytes."""
+
+Score = Callable[[Float[Array, "B G t V"], Int[Array, "B G t"]], Any]
+"""Turns float32 logits and the tokens they should predict into a tree of `[B, G, t]` arrays."""
+
+
+class Network(nn.Module):
+    """The parameters, and the two passes through them that everything else is made of."""
+
+    config: Model
+    places: Places
+
+    def setup(self) -> None:
+        c = self.config
+        how = (
+            jnp.dtype(c.dtype),
+            c.remat,
+            c.scan_unroll,
+            c.attention_block,
+            c.coordinate_init,
+            c.lora,
+            self.places,
+        )
+        self.img = Tower(c.vision, c.text.width, *how)
+        self.llm = Decoder(c.text, *how)
+
+    def prefix(
+        self, image: Image, prompt: Int[Array, "B L"], prompt_mask: Bool[Array, "B L"]
+    ) -> tuple[PrefixCache, Float[Array, "B D"]]:
+        """Returns the cache of image and prompt, and the hidden state of the last prompt token."""
+        x, mask = self._embed_prefix(image, prompt, prompt_mask)
+        positions = jnp.cumsum(mask, axis=1) - 1
+        hidden, own = self.llm(x[:, None], positions[:, None], mask)
+        return PrefixCache(own.k[:, :, 0], own.v[:, :, 0], mask), last_of(hidden[:, 0], mask)
+
+    def _embed_prefix(
+        self, image: Image, prompt: Int[Array, "B L"], prompt_mask: Bool[Array, "B L"]
+    ) -> tuple[Array, Array]:
+        seen = self.img(image)
+        x = jnp.concatenate([seen, self.llm.embed(prompt)], axis=1)
+        return x, jnp.concatenate([jnp.ones(seen.shape[:2], bool), prompt_mask], axis=1)
+
+    def suffix(
+        self, prefix: PrefixCache, suffix: SuffixCache | None, tokens: Int[Array, "B G t"]
+    ) -> tuple[Float[Array, "B G t D"], SuffixCache]:
+        """Returns the hidden states of the next t tokens of each completion, and the cache with them in it."""
+        t = tokens.shape[2]
+        start = 0 if suffix is None else suffix.length
+        past = None if suffix is None else KeyValues(suffix.k, suffix.v)
+        positions = prefix.mask.sum(axis=1)[:, None, None] + start + jnp.arange(t)
+        hidden, new = self.llm(
+            self.llm.embed(tokens),
+            jnp.broadcast_to(positions, tokens.shape),
+            None,
+            past,
+            start,
+            KeyValues(prefix.k, prefix.v),
+            prefix.mask,
+        )
+        if (
+            past is not None
+        ):  # written once and behind the loop over layers, which would write all of the past anew
+            new = jax.tree.map(
+                lambda old, own: jax.lax.dynamic_update_slice_in_dim(old, own, start, axis=3),
+                past,
+                new,
+            )
+        return hidden, SuffixCache(new.k, new.v, jnp.asarray(start + t))
+
+    def both(
+        self,
+        image: Image,
+        prompt: Int[Array, "B L"],
+        prompt_mask: Bool[Array, "B L"],
+        tokens: Int[Array, "B G t"],
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B G t D"]]:
+        """Returns the hidden states of the last prompt token and of t completion tokens, as `prefix` and `suffix` would."""
+        x, mask = self._embed_prefix(image, prompt, prompt_mask)
+        t = tokens.shape[2]
+        positions = jnp.broadcast_to(mask.sum(axis=1)[:, None, None] + jnp.arange(t), tokens.shape)
+        before, hidden = self.llm.both(x, mask, self.llm.embed(tokens), positions)
+        return last_of(before, mask), hidden
+
+    def vocabulary(self) -> Float[Array, "V D"]:
+        return self.llm.vocabulary()
+
+    def __call__(self, image, prompt, prompt_mask, tokens):
+        cache, _ = self.prefix(image, prompt, prompt_mask)
+        return self.suffix(cache, None, tokens)
+
+
+@dataclass(frozen=True)
+class PaliGemma:
+    """The policy. Holds sizes only: parameters are the first argument of every method."""
+
+    config: Model
+    places: Places = ANYWHERE
+
+    @cached_property
+    def network(self) -> Network:
+        return Network(self.config, self.places)
+
+    def init(self, key: PRNGKeyArray) -> Params:
+        """Returns random float32 parameters."""
+        size = self.config.image_size
+        image = jnp.zeros((1, size, size, 3), jnp.float32)
+        prompt = jnp.zeros((1, 1), jnp.int32)
+        return Network(self.config, ANYWHERE).init(
+            key, image, prompt, jnp.ones((1, 1), bool), prompt[:, None]
+        )["params"]
+
+    def prefill(
+        self,
+        params: Params,
+        image: Image,
+        prompt: Int[Array, "B L"],
+        prompt_mask: Bool[Array, "B L"],
+    ) -> tuple[PrefixCache, Float[Array, "B V"]]:
+        """Returns the cache of image and prompt, and float32 logits of the first completion token.
+
+        Prompts may be padded on either side; `prompt_mask` is True at real tokens, of which there is at least one.
+        """
+        cache, hidden = self._apply(params, "prefix", image, prompt, prompt_mask)
+        return cache, self._logits(self._vocabulary(params), hidden)
+
+    def suffix_cache(self, prefix: PrefixCache, group_size: int, length: int) -> SuffixCache:
+        """Returns an empty cache for `group_size` completions of up to `length` tokens of each prompt."""
+        layers, b, _, k, h = prefix.k.shape
+        zeros = jnp.zeros((layers, b, group_size, length, k, h), prefix.k.dtype)
+        return SuffixCache(zeros, zeros, jnp.int32(0))
+
+    def extend(
+        self, params: Params, prefix: PrefixCache, suffix: SuffixCache, tokens: Int[Array, "B G t"]
+    ) -> tuple[Float[Array, "B G t V"], SuffixCache]:
+        """Returns float32 logits of the token after each of `tokens`, and the suffix cache with these in it.
+
+        t = 1 decodes; t = T scores whole completions. Each completion attends to the one prefix cache of its prompt.
+        """
+        hidden, suffix = self._apply(params, "suffix", prefix, suffix, tokens)
+        return self._logits(self._vocabulary(params), hidden), suffix
+
+    def completion_logps(
+        self,
+        params: Params,
+        image: Image,
+        prompt: Int[Array, "B L"],
+        prompt_mask: Bool[Array, "B L"],
+        tokens: Int[Array, "B G T"],
+        mask: Bool[Array, "B G T"],
+        temperature: float = 1.0,
+    ) -> tuple[Float[Array, "B G T"], Float[Array, "B G T"]]:
+        """Returns natural log-probabilities of `tokens` and the entropies (nats) they were drawn with; 0 where not `mask`.
+
+        Both belong to the softmax of logits / `temperature`.
+        """
+
+        def score(
+            logits: Float[Array, "B G t V"], chosen: Int[Array, "B G t"]
+        ) -> tuple[Array, Array]:
+            logps = jax.nn.log_softmax(logits / temperature)
+            entropy = -jnp.sum(jnp.exp(logps) * logps, axis=-1)
+            return jnp.take_along_axis(logps, chosen[..., None], axis=-1)[..., 0], entropy
+
+        logps, entropy = self.completion_scores(params, image, prompt, prompt_mask, tokens, score)
+        return jnp.where(mask, logps, 0), jnp.where(mask, entropy, 0)
+
+    def completion_scores(
+        self,
+        params: Params,
+        image: Image,
+        prompt: Int[Array, "B L"],
+        prompt_mask: Bool[Array, "B L"],
+        tokens: Int[Array, "B G T"],
+        score: Score,
+        dropout_key: PRNGKeyArray | None = None,
+    ) -> Any:
+        """Returns `score`'s tree of `[B, G, T]` arrays for `tokens`, teacher-forced.
+
+        The vocabulary is only ever spread out for `config.logits_block` completion tokens at once, in the backward pass too.
+        Inputs of adapters are dropped (`config.lora.dropout`) only where there is a `dropout_key`.
+        """
+        params = self._with_cast_matrices(params)
+        given = (image, prompt, prompt_mask, tokens[:, :, :-1])
+        first, hidden = self._apply(params, "both", *given, dropout_key=dropout_key)
+        first = jnp.broadcast_to(first[:, None, None], (*tokens.shape[:2], 1, first.shape[-1]))
+        hidden = jnp.concatenate([first, hidden], axis=2)
+        table = self._vocabulary(params)
+        return in_blocks(
+            lambda h, chosen: score(self._logits(table, h), chosen),
+            self.config.logits_block,
+            (2, 2),
+            hidden,
+            tokens,
+        )
+
+    def _apply(
+        self, params: Params, method: str, *args: Any, dropout_key: PRNGKeyArray | None = None
+    ) -> Any:
+        rngs = {} if dropout_key is None else {"dropout": dropout_key}
+        return self.network.apply({"params": params}, *args, method=method, rngs=rngs)
+
+    def _with_cast_matrices(self, params: Params) -> Params:
+        """Returns parameters whose matrices have the dtype they are multiplied in.
+
+        A layer would cast its own, to the same values. Cast before the loop over layers, the gradients that the loop gathers are
+        of that dtype too, as its products are, and half as large (PG2 10B, eight chips of v5p, 64 prompts: 23.7 GiB, now 21.8).
+        """
+        dtype = jnp.dtype(self.config.dtype)
+        return map_named(
+            lambda name, leaf: leaf.astype(dtype) if is_multiplied(name) else leaf, params
+        )
+
+    def _vocabulary(self, params: Params) -> Float[Array, "V D"]:
+        return self._apply(params, "vocabulary")
+
+    def _logits(
+        self, table: Float[Array, "V D"], hidden: Float[Array, "... D"]
+    ) -> Float[Array, "... V"]:
+        table = table.astype(
+            hidden.dtype
+        )  # here and not before a loop: gradients of its turns add up in the table's own dtype
+        logits = jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
+        cap = self.config.text.final_softcap
+        return softcap(logits, cap) if cap else logits
+
+
+def last_of(hidden: Float[Array, "B S D"], mask: Bool[Array, "B S"]) -> Float[Array, "B D"]:
+    """Returns the states at the last slots where `mask` holds."""
+    last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]

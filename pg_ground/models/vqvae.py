@@ -1,0 +1,156 @@
+"""Masks of 64 x 64 pixels as 16 codes of 128 and back: the VQ-VAE behind the `<seg>` tokens (arXiv 2301.02229).
+
+Weights are those of big_vision's `vae-oid.npz`, under the names and with the axes they have there, which are torch's.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from pg_ground.checkpoints import tensor_files
+from pg_ground.types import Array, UserError
+from pg_ground.vocab import SEG_TOKENS
+
+SIDE = 64
+"""Of a mask, in pixels."""
+
+GRID = 4
+"""Codes along each side of a mask, row by row."""
+
+CODEBOOK = "_vq_vae._embedding"
+
+DOWN = ("encoder.0", "encoder.2", "encoder.4", "encoder.6")
+UP = ("decoder.4", "decoder.6", "decoder.8", "decoder.10")
+RESIDUAL = tuple((f"net.{place}", side) for place, side in ((0, 3), (2, 3), (4, 1)))
+
+DECODER = {
+    "decoder.0": 1,
+    **{
+        f"{block}.{layer}": side for block in ("decoder.2", "decoder.3") for layer, side in RESIDUAL
+    },
+    **dict.fromkeys(UP, 4),
+    "decoder.12": 1,
+}
+"""Layers in order, and the side of the kernel of each."""
+
+ENCODER = {
+    **dict.fromkeys(DOWN, 4),
+    **{
+        f"{block}.{layer}": side for block in ("encoder.8", "encoder.9") for layer, side in RESIDUAL
+    },
+    "encoder.10": 1,
+}
+
+Params = dict[str, jax.Array]
+
+
+def load(path: str | Path, encoder: bool = False) -> Params:
+    """Returns codebook and decoder, in float32; with `encoder`, what `encode` needs too.
+
+    Raises:
+      UserError: no such file, or weights that are missing or of another shape.
+    """
+    tensors = tensor_files.open_npz(path)
+    layers = {**DECODER, **(ENCODER if encoder else {})}
+    wanted = [CODEBOOK, *(f"{layer}.{part}" for layer in layers for part in ("weight", "bias"))]
+    missing = [name for name in wanted if name not in tensors]
+    if missing:
+        raise UserError(
+            f"{path} is not the VQ-VAE of masks (vae-oid.npz): it lacks {_few(missing)}"
+        )
+    shapes = {name: tensors[name].shape for name in wanted}
+    right = _right(shapes)
+    wrong = [
+        f"{name} is {list(shapes[name])}, not {list(right[name])}"
+        for name in wanted
+        if shapes[name] != right[name]
+    ]
+    if wrong:
+        raise UserError(f"{path} is not the VQ-VAE of masks (vae-oid.npz): {_few(wrong)}")
+    return {name: jnp.asarray(tensor_files.whole(tensors[name]), jnp.float32) for name in wanted}
+
+
+def decode(params: Params, codes: Int[Array, "... 16"]) -> Float[Array, "... 64 64"]:
+    """Returns the masks that codes stand for: above 0 is the object, about -1 to 1 (big_vision's `reconstruct_masks`)."""
+    x = params[CODEBOOK][codes].reshape(-1, GRID, GRID, params[CODEBOOK].shape[1])
+    x = jax.nn.relu(_conv(params, "decoder.0", x))
+    for block in ("decoder.2", "decoder.3"):
+        x = _residual(params, block, x)
+    for layer in UP:
+        x = jax.nn.relu(_double(params, layer, x))
+    return _conv(params, "decoder.12", x).reshape(*codes.shape[:-1], SIDE, SIDE)
+
+
+def encode(params: Params, masks: Float[Array, "... 64 64"]) -> Int[Array, "... 16"]:
+    """Returns the codes of masks in [0, 1] (big_vision's `encode_to_codebook_indices`): of each cell the nearest in the book."""
+    x = 2 * (jnp.asarray(masks).reshape(-1, SIDE, SIDE, 1) - 0.5)
+    for layer in DOWN:
+        x = jax.nn.relu(_conv(params, layer, x, stride=2))
+    for block in ("encoder.8", "encoder.9"):
+        x = _residual(params, block, x)
+    x, book = _conv(params, "encoder.10", x), params[CODEBOOK]
+    similarity = jnp.einsum("nhwd,vd->nhwv", x, book, precision=jax.lax.Precision.HIGHEST)
+    nearest = jnp.argmin(jnp.square(book).sum(axis=-1) - 2 * similarity, axis=-1)
+    return nearest.reshape(*masks.shape[:-2], GRID * GRID)
+
+
+def _conv(
+    params: Params, layer: str, x: Float[jax.Array, "N h w c"], stride: int = 1
+) -> Float[jax.Array, "N H W C"]:
+    # In full float32, as on the CPU that big_vision decodes on: what is near 0 must not change sides
+    return params[f"{layer}.bias"] + jax.lax.conv_general_dilated(
+        x,
+        params[f"{layer}.weight"],
+        window_strides=(stride, stride),
+        padding="SAME",
+        dimension_numbers=("NHWC", "OIHW", "NHWC"),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+
+
+def _double(
+    params: Params, layer: str, x: Float[jax.Array, "N h w c"]
+) -> Float[jax.Array, "N H W C"]:
+    """Returns torch's transposed convolution of stride 2 and padding 1: twice the height and width."""
+    return params[f"{layer}.bias"] + jax.lax.conv_transpose(
+        x,
+        params[f"{layer}.weight"],
+        strides=(2, 2),
+        padding=((2, 2), (2, 2)),
+        dimension_numbers=("NHWC", "OIHW", "NHWC"),
+        transpose_kernel=True,
+        precision=jax.lax.Precision.HIGHEST,
+    )
+
+
+def _residual(
+    params: Params, block: str, x: Float[jax.Array, "N h w c"]
+) -> Float[jax.Array, "N h w c"]:
+    first, second, third = (f"{block}.{layer}" for layer, _ in RESIDUAL)
+    y = jax.nn.relu(_conv(params, first, x))
+    return x + _conv(params, third, jax.nn.relu(_conv(params, second, y)))
+
+
+def _right(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes that weights should have: widths are the file's own, each layer takes what the one before makes."""
+    depth = shapes[CODEBOOK][-1] if shapes[CODEBOOK] else 0
+    right: dict[str, tuple[int, ...]] = {CODEBOOK: (SEG_TOKENS, depth)}
+    for layers, first, last in ((DECODER, depth, 1), (ENCODER, 1, depth)):
+        taken = first
+        for layer, side in layers.items():
+            if f"{layer}.bias" not in shapes:
+                continue
+            inner = taken if ".net." in layer else (shapes[f"{layer}.bias"] or (0,))[0]
+            made = last if layer == list(layers)[-1] else inner
+            right[f"{layer}.weight"] = (
+                (taken, made, side, side) if layer in UP else (made, taken, side, side)
+            )
+            right[f"{layer}.bias"] = (made,)
+            taken = made
+    return right
+
+
+def _few(faults: list[str]) -> str:
+    return ", ".join(faults[:3]) + (f" and {len(faults) - 3} more" if len(faults) > 3 else "")

@@ -1,0 +1,1 @@
+"""Devices and processes: sharding, multi-process runs, the memory model."""

@@ -1,0 +1,1 @@
+"""Rewards on token ids and on text, and the parsers of answers."""

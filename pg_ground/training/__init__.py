@@ -1,0 +1,1 @@
+"""Stages, their programs, and what a run does around them."""
