@@ -1,4 +1,4 @@
-"""What judging costs: every device reward and an advantage, as a share of a reinforced step.
+"""What reward_workers costs: every device reward and an advantage, as a share of a reinforced step.
 
 python benchmarks/rewards.py [--batch=32 --group=8 --tokens=64 --objects=16 --repeats=7]
 
@@ -25,7 +25,7 @@ from pg_ground.models import PaliGemma
 from pg_ground.reporting.html_page import Table, ascii_table
 from pg_ground.rewards import device_rewards
 from pg_ground.rl import loss, rollout, scored_rollouts, update
-from pg_ground.rl.scored_rollouts import Experience, Sampled
+from pg_ground.rl.scored_rollouts import PolicyBatch, ScoredRollouts
 from pg_ground.types import Batch, Boxes, Gold, Points, Rollout, TrainState
 from pg_ground.vocab import EOS, PAD
 
@@ -45,7 +45,7 @@ def random_batch(b: int, objects: int, length: int, rng: np.random.Generator) ->
     gold = Gold(
         boxes=Boxes(corners, labels, used),
         points=Points(corners[..., :2], labels, ~used),
-        asks=np.zeros(b, np.int32),
+        target=np.zeros(b, np.int32),
         names=names,
         masks=np.zeros((b, objects, 0, 0), bool),
     )
@@ -107,14 +107,16 @@ def programs(b: int, g: int, length: int, objects: int) -> dict[str, Callable[[]
             key,
             g,
             length,
-            suppress=(EOS,),
+            suppress_tokens=(EOS,),
         )
 
     @jax.jit
     def judge(drawn: Any) -> Any:
         gold = batch.gold
-        answer = device_rewards.read_answer(drawn.tokens, drawn.mask, gold.asks, gold.names, vocab)
-        return Sampled(
+        answer = device_rewards.read_answer(
+            drawn.tokens, drawn.mask, gold.target, gold.names, vocab
+        )
+        return ScoredRollouts(
             batch,
             drawn,
             answer,
@@ -127,10 +129,10 @@ def programs(b: int, g: int, length: int, objects: int) -> dict[str, Callable[[]
         return scored_rollouts.compare(sampled, None, weights, 0.0, row, 1e-4)
 
     @jax.jit
-    def learn(state: Any, experience: Experience) -> Any:
+    def learn(state: Any, experience: PolicyBatch) -> Any:
         return update.grpo_step(
             state, {}, experience, jax.random.key(0), model=model, optimizer=optimizer, algorithm=row, temperature=1.0,
-            micro_batches=4, minibatches=1, updates=1,
+            grad_accum_steps=4, minibatches=1, updates=1,
         )  # fmt: skip
 
     sampled = judge(drawn)

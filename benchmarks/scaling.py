@@ -24,7 +24,7 @@ from pg_ground.aot import flops
 from pg_ground.models import PaliGemma
 from pg_ground.parallel import sharding
 from pg_ground.reporting.html_page import Table, ascii_table
-from pg_ground.rl.scored_rollouts import Experience
+from pg_ground.rl.scored_rollouts import PolicyBatch
 from pg_ground.training import programs
 from pg_ground.training.loop import Run, begin, fresh_state
 from pg_ground.types import UserError
@@ -89,7 +89,9 @@ def costs(axis: str, value: int, repeats: int, attention_block: int) -> dict[str
 
     rollout = measure("rollout", programs.rollout(c, model), params, {}, batch, key)
     logps = measure("reference", programs.reference_logps(c, model), params, {}, batch, rollout)
-    experience = Experience(batch, rollout, jax.random.normal(key, rollout.tokens.shape[:2]), logps)
+    experience = PolicyBatch(
+        batch, rollout, jax.random.normal(key, rollout.tokens.shape[:2]), logps
+    )
     measure(
         "update", programs.grpo_update(c, model, mesh, factors, state), state, {}, experience, key
     )

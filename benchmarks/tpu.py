@@ -42,7 +42,7 @@ def paligemma(
     sizes = (
         *(
             f"--config.grpo.batch_size={prompts}",
-            "--config.grpo.micro_batches=1",
+            "--config.grpo.grad_accum_steps=1",
             f"--config.grpo.max_new_tokens={tokens}",
         ),
         *(
@@ -80,7 +80,7 @@ def prefix_rows(tokens: int) -> tuple[Row, Row]:
     supervised = (
         '--config.stages=("sft",)',
         "--config.sft.batch_size=256",
-        "--config.sft.micro_batches=1",
+        "--config.sft.grad_accum_steps=1",
     )
     config = "configs/tasks.py:grounding+pg1_3b_224_full"
     return shared, Row(

@@ -2,7 +2,7 @@
 
 python benchmarks/versus.py [--size=tiny|small|3b_224|3b_448] [--peers=ours,hand,trl,…] [--rounds=5] [--threads=1]
     [--device=cpu|cuda] [--dtype=float32|bfloat16] [--checkpointing=true|false] [--prompts=N --group=N --tokens=N]
-    [--micro_batches=1] [--python=PEERS_PYTHON] [--big_vision=CLONE] [--json=O] [--out=O.md]
+    [--grad_accum_steps=1] [--python=PEERS_PYTHON] [--big_vision=CLONE] [--json=O] [--out=O.md]
 
 Peers: ours; hand, the loop a torch user writes (Hugging Face's generate with its cache, then TRL's loss); trl, TRL's GRPOTrainer;
 generate_dynamic, generate_static and generate_compiled, sampling alone; big_vision, a step of its model, its decode loop and its
@@ -267,7 +267,7 @@ def commit() -> str:
 
 FLAGS = {
     "size": "tiny", "peers": ",".join(PEERS), "rounds": 5, "threads": 1, "device": "cpu", "dtype": "", "checkpointing": "true",
-    "prompts": 0, "group": 0, "tokens": 0, "prompt_tokens": 16, "micro_batches": 1, "python": sys.executable,
+    "prompts": 0, "group": 0, "tokens": 0, "prompt_tokens": 16, "grad_accum_steps": 1, "python": sys.executable,
     "big_vision": "", "together": "", "logs": "", "json": "", "out": ""}  # fmt: skip
 
 
@@ -288,7 +288,7 @@ def main(argv: Sequence[str]) -> None:
         checkpointing=own["checkpointing"] == "true",
         device=own["device"],
         threads=own["threads"],
-        micro_batches=own["micro_batches"],
+        grad_accum_steps=own["grad_accum_steps"],
         variant="",
     )
     if cpu:

@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 BESIDE = {
     # dynamic sampling, and a completion that runs out of room leaves the loss and costs
     "dapo": {
-        "resample": 3,
-        "mask_unfinished": True,
+        "dynamic_sampling": 3,
+        "mask_truncated_completions": True,
         "max_new_tokens": 12,
         "rewards": {"overlong": 0.5},
     },

@@ -97,7 +97,7 @@ def points(split: str) -> ConfigDict:
     return config.section(
         Source(
             uri=f"synthetic:{SPLITS[split]}",
-            asks="points",
+            target="points",
             boxes="box",
             points="point",
             prompt="point to {phrase}",

@@ -63,7 +63,7 @@ ENTRIES: dict[str, Source] = beside("data.py")["ENTRIES"]
 PHOTOS: Source = beside("photos.py")["PHOTOS"]
 
 DETECTIONS = Source(
-    uri="jsonl:ovd.jsonl", phrase="problem", asks="text", suffix="{solution}", prompt="{phrase}"
+    uri="jsonl:ovd.jsonl", phrase="problem", target="text", suffix="{solution}", prompt="{phrase}"
 )
 COUNTS = replace(
     ENTRIES["count_jsonl"],
@@ -73,7 +73,7 @@ RELATIONS = Source(
     uri="jsonl:spatial.jsonl",
     image="image_path",
     phrase="question",
-    asks="text",
+    target="text",
     suffix="{cot} Therefore, the answer is: {answer}",
     prompt="answer en {phrase}",
 )

@@ -11,15 +11,15 @@ from pg_ground import config
 from pg_ground.config import Source
 
 
-def scenes(split: str, asks: str, loose: float = 0.0) -> ConfigDict:
+def scenes(split: str, target: str, loose: float = 0.0) -> ConfigDict:
     """Returns an entry of the embedded task: `detect red circle` for boxes, `point to red circle` for points."""
     uri = f"synthetic:{split}?side=32&shapes=2&loose={loose}" + (
         "&scenes=32" if split == "heldout" else ""
     )
-    if asks == "boxes":
+    if target == "boxes":
         return config.section(Source(uri=uri, boxes="box"))
     return config.section(
-        Source(uri=uri, asks="points", boxes="box", points="point", prompt="point to {phrase}")
+        Source(uri=uri, target="points", boxes="box", points="point", prompt="point to {phrase}")
     )
 
 

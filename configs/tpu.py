@@ -53,7 +53,7 @@ class Recipe(NamedTuple):
     prompts: int
     """A step, over all chips."""
     lora: bool = False
-    micro_batches: int = 1
+    grad_accum_steps: int = 1
     replica: int = 1
     """Groups of chips that each hold all parameters."""
     model_axis: int = 1
@@ -102,7 +102,7 @@ def get_config(name: str = "pg1_3b_224_v5e_8") -> ConfigDict:
     c.data.suffix_length = 64
     c.data.max_boxes = 10
     c.grpo.batch_size = recipe.prompts
-    c.grpo.micro_batches = recipe.micro_batches
+    c.grpo.grad_accum_steps = recipe.grad_accum_steps
     c.grpo.max_new_tokens = 64
     c.eval.batch_size = recipe.prompts
     c.eval.max_new_tokens = 64

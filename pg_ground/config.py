@@ -158,7 +158,7 @@ class Source:
         ""  # folder that file names are relative to, itself relative to the folder of the records
     )
     phrase: str = "phrase"  # dotted path to the text that `prompt` and `name` may use as {phrase}
-    asks: str = "boxes"  # what an answer consists of: "boxes", "points" or "text"
+    target: str = "boxes"  # what an answer consists of: "boxes", "points" or "text"
     boxes: str = (
         ""  # dotted path to one box, a list of boxes, or {label: list of boxes}; "" for none
     )
@@ -244,7 +244,7 @@ class Sft:
 
     steps: int = 1000
     batch_size: int = 16  # questions a step, over all devices
-    micro_batches: int = 1  # a step's questions are worked through in this many parts
+    grad_accum_steps: int = 1  # a step's questions are worked through in this many parts
     label_smoothing: float = 0.0  # share of the target spread over the whole vocabulary
     loc_smoothing_bins: float = (
         0.0  # standard deviation of a Gaussian over neighbouring loc bins; 0 is off
@@ -284,10 +284,10 @@ Weight = float | tuple[float, float, int]
 
 
 @dataclass(frozen=True)
-class Judging:
+class RewardWorkerSettings:
     """How text rewards are run, beside the run."""
 
-    workers: int = 2  # processes that call them
+    count: int = 2  # processes that call them
     timeout_s: float = 5.0  # seconds that one call may take; what it judges then scores 0
     error_share: float = (
         0.05  # a run stops when more than this share of a reward's scores are errors
@@ -302,15 +302,15 @@ class Grpo:
     steps: int = 1000
     batch_size: int = 8  # prompts a step, over all devices
     group_size: int = 8  # completions a prompt
-    micro_batches: int = 1  # an update's prompts are worked through in this many parts
-    updates_per_rollout: int = 1  # times a rollout is learned from (mu in the GRPO paper)
+    grad_accum_steps: int = 1  # an update's prompts are worked through in this many parts
+    num_iterations: int = 1  # times a rollout is learned from (mu in the GRPO paper)
     minibatches: int = 1  # optimizer steps each time, on as many parts of the batch
     max_new_tokens: int = 16
     temperature: float = 1.0  # of sampling, and of the log-probabilities in the loss
     top_p: float = 1.0  # nucleus; 1 is the whole distribution
     top_k: int = 0  # likeliest tokens that can be drawn; 0 is all
-    suppress: tuple[int, ...] = ()  # ids that are never drawn, beside the control ids
-    resample: int = 0  # times that groups with equal rewards are replaced by fresh ones (DAPO's dynamic sampling)
+    suppress_tokens: tuple[int, ...] = ()  # ids that are never drawn, beside the control ids
+    dynamic_sampling: int = 0  # times that groups with equal rewards are replaced by fresh ones (DAPO's dynamic sampling)
     algorithm: str = "grpo"  # a row of pg_ground.rl.loss.ALGORITHMS
     advantage: str | None = (
         None  # instead of the row's own: a name in pg_ground.rl.loss.CHOICES; so are the next ones
@@ -337,7 +337,9 @@ class Grpo:
     off_policy_kl: float | None = (
         None  # completions with a negative advantage are dropped above this many nats a token
     )
-    mask_unfinished: bool | None = None  # completions cut off at max_new_tokens leave the loss
+    mask_truncated_completions: bool | None = (
+        None  # completions cut off at max_new_tokens leave the loss
+    )
     advantage_epsilon: float = 1e-4  # added to standard deviations of rewards
     kl_target: float = 0.0  # nats a token that kl_coef is steered to (Ziegler et al. 2019, section 2.2); 0 leaves it fixed
     kl_horizon: int = 10_000  # completions over which it is
@@ -353,7 +355,7 @@ class Grpo:
     rollout_parts: int = (
         1  # a batch is sampled in so many parts: text rewards judge one while the next is sampled
     )
-    judging: Judging = field(default_factory=Judging)
+    reward_workers: RewardWorkerSettings = field(default_factory=RewardWorkerSettings)
     reward_settings: RewardSettings = field(default_factory=RewardSettings)
     optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-6))
     sources: Mapping[str, Source] = field(default_factory=dict)
@@ -589,12 +591,12 @@ def _check(c: Config) -> None:
         "model.image_size", "model.vision.width", "model.vision.depth", "model.vision.mlp_dim", "model.vision.num_heads",
         "model.vision.patch_size", "model.text.width", "model.text.depth", "model.text.mlp_dim", "model.text.num_heads",
         "model.text.num_kv_heads", "model.text.head_dim", "model.logits_block", "model.scan_unroll",
-        "sft.steps", "sft.batch_size", "sft.micro_batches", "grpo.steps", "grpo.batch_size", "grpo.micro_batches",
-        "grpo.updates_per_rollout", "grpo.minibatches", "grpo.max_new_tokens", "grpo.advantage_epsilon",
+        "sft.steps", "sft.batch_size", "sft.grad_accum_steps", "grpo.steps", "grpo.batch_size", "grpo.grad_accum_steps",
+        "grpo.num_iterations", "grpo.minibatches", "grpo.max_new_tokens", "grpo.advantage_epsilon",
         "grpo.kl_horizon", "eval.batch_size", "eval.max_new_tokens",
         "data.fetch.concurrency", "data.fetch.timeout_s", "data.fetch.max_bytes", "data.prompt_length",
         "data.suffix_length", "data.max_boxes", "log.every", "log.samples", "checkpoint.every", "checkpoint.keep",
-        "grpo.judging.workers", "grpo.judging.timeout_s", "grpo.rollout_parts",
+        "grpo.reward_workers.count", "grpo.reward_workers.timeout_s", "grpo.rollout_parts",
         "grpo.reward_settings.gaussian_alpha", "grpo.reward_settings.distance_sigma_px",
         "grpo.reward_settings.distance_max_size_px", "grpo.reward_settings.distance_sigma_share",
         "grpo.reward_settings.repetition_ngram", "grpo.reward_settings.overlong_cache_tokens")  # fmt: skip
@@ -602,10 +604,10 @@ def _check(c: Config) -> None:
         value = operator.attrgetter(path)(c)
         need(value > 0, path, value, "above 0")
     zero_or_more = (
-        "model.attention_block", "grpo.top_k", "grpo.resample", "grpo.kl_target",
+        "model.attention_block", "grpo.top_k", "grpo.dynamic_sampling", "grpo.kl_target",
         "seed", "eval.every", "eval.examples", "eval.rollouts", "log.samples_every", "mesh.cpu_devices", "data.workers",
         "data.read_threads", "data.check_records",
-        "data.fetch.retries", "data.fetch.backoff_s", "data.mask_size", "grpo.judging.memory_bytes",
+        "data.fetch.retries", "data.fetch.backoff_s", "data.mask_size", "grpo.reward_workers.memory_bytes",
         "grpo.reward_settings.overlong_max_tokens")  # fmt: skip
     for path in zero_or_more:
         value = operator.attrgetter(path)(c)
@@ -662,11 +664,11 @@ def _check(c: Config) -> None:
     )
     need(c.grpo.temperature > 0, "grpo.temperature", c.grpo.temperature, "above 0")
     need(0 < c.grpo.top_p <= 1, "grpo.top_p", c.grpo.top_p, "in (0, 1]")
-    suppress, size = c.grpo.suppress, text.vocab_size
+    suppress_tokens, size = c.grpo.suppress_tokens, text.vocab_size
     need(
-        all(0 <= i < size and i != EOS for i in suppress),
-        "grpo.suppress",
-        suppress,
+        all(0 <= i < size and i != EOS for i in suppress_tokens),
+        "grpo.suppress_tokens",
+        suppress_tokens,
         f"ids below {size}, without EOS ({EOS})",
     )
     need(c.grpo.top_k <= size, "grpo.top_k", c.grpo.top_k, f"at most {size}, the tokens there are")
@@ -730,9 +732,9 @@ def _check(c: Config) -> None:
         "grpo.reward_settings.distance_unit", c.grpo.reward_settings.distance_unit, DISTANCE_UNITS
     )
     need(
-        0 <= c.grpo.judging.error_share <= 1,
-        "grpo.judging.error_share",
-        c.grpo.judging.error_share,
+        0 <= c.grpo.reward_workers.error_share <= 1,
+        "grpo.reward_workers.error_share",
+        c.grpo.reward_workers.error_share,
         "in [0, 1]",
     )
     for table in ("rewards", "text_rewards"):
@@ -769,8 +771,8 @@ def _check(c: Config) -> None:
         one_of(
             f"{name}.optimizer.schedule", stage.optimizer.schedule, ("constant", "cosine", "linear")
         )
-        parts = stage.micro_batches * (c.grpo.minibatches if name == "grpo" else 1)
-        right = f"a multiple of micro_batches{' * minibatches' if parts != stage.micro_batches else ''}, {parts}"
+        parts = stage.grad_accum_steps * (c.grpo.minibatches if name == "grpo" else 1)
+        right = f"a multiple of grad_accum_steps{' * minibatches' if parts != stage.grad_accum_steps else ''}, {parts}"
         need(stage.batch_size % parts == 0, f"{name}.batch_size", stage.batch_size, right)
     whole = c.grpo.batch_size % c.grpo.rollout_parts == 0
     need(
@@ -786,7 +788,7 @@ def _check(c: Config) -> None:
     ):
         for name, source in sources.items():
             path = f"{head}.sources.{name}"
-            one_of(f"{path}.asks", source.asks, ("boxes", "points", "text"))
+            one_of(f"{path}.target", source.target, ("boxes", "points", "text"))
             one_of(f"{path}.element", source.element, ("all", "random"))
             one_of(f"{path}.empty", source.empty, ("drop", "keep"))
             need(
@@ -799,15 +801,15 @@ def _check(c: Config) -> None:
                 0 < source.weight < math.inf, f"{path}.weight", source.weight, "above 0 and finite"
             )
             asked = {"boxes": source.boxes, "points": source.points, "text": "{" in source.suffix}[
-                source.asks
+                source.target
             ]
             right = (
                 'a template such as "{answer}"'
-                if source.asks == "text"
-                else f"the path of the {source.asks} it asks for"
+                if source.target == "text"
+                else f"the path of the {source.target} it asks for"
             )
             field, value = (
-                ("suffix", source.suffix) if source.asks == "text" else (source.asks, asked)
+                ("suffix", source.suffix) if source.target == "text" else (source.target, asked)
             )
             need(bool(asked), f"{path}.{field}", value, right)
             written = source.suffix in ("loc", "json", "count") or "{" in source.suffix

@@ -21,7 +21,7 @@ Array = jax.Array | np.ndarray
 """Values have the same form on the device and, fetched or not yet put there, on the host."""
 
 BOXES, POINTS, TEXT = 0, 1, 2
-"""What a question asks for: the values of `Gold.asks`. TEXT is an answer that no reward on token ids can read."""
+"""What a question asks for: the values of `Gold.target`. TEXT is an answer that no reward on token ids can read."""
 
 
 class UserError(Exception):
@@ -53,7 +53,7 @@ class Gold(NamedTuple):
 
     boxes: Boxes
     points: Points
-    asks: Int[Array, " B"]
+    target: Int[Array, " B"]
     """BOXES, POINTS or TEXT: the kind of answer the question asks for."""
     names: Int[Array, "B C W"]
     """Token ids of the names an answer may use, PAD-padded; all PAD for a question whose answers carry no name."""
@@ -71,7 +71,7 @@ class Example(NamedTuple):
     suffix: str
     boxes: Boxes
     points: Points
-    asks: int
+    target: int
     names: tuple[str, ...]
     masks: Bool[np.ndarray, "K M M"]
     """Of the objects asked for; empty where the source names none."""

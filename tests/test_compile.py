@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pg_ground import cli, config
+from pg_ground import cli, compile, config
 from pg_ground.aot import compilation, tpu_specs
 from pg_ground.aot.jobs import estimate, job_of
 from pg_ground.aot.tpu_specs import CHIPS, GIB, TOPOLOGIES
@@ -68,7 +68,7 @@ WRONG = {
 @pytest.mark.parametrize("said", WRONG)
 def test_what_cannot_be_is_said_before_anything_is_compiled(said, capsys):
     with pytest.raises(UserError, match=re.escape(said)):
-        compilation.main(["--config=configs/tpu.py", *WRONG[said]])
+        compile.main(["--config=configs/tpu.py", *WRONG[said]])
     assert capsys.readouterr().out == ""
 
 
@@ -86,7 +86,7 @@ def test_without_libtpu_arithmetic_answers(monkeypatch, capsys):
             f"--config.grpo.batch_size={prompts}",
         ]
         with pytest.raises(SystemExit) as ended:
-            compilation.main(flags)
+            compile.main(flags)
         assert ended.value.code == code
         said = capsys.readouterr().out
         assert "GiB a device, by arithmetic" in said and "pip install 'pg-ground[tpu]'" in said
@@ -175,7 +175,7 @@ def test_what_does_not_fit_ends_with_what_would_help(tmp_path):
     )
     done = run("--config=configs/tpu.py", *flags)
     assert done.returncode == 3 and not json.loads(out.read_text())["fits"]
-    assert "Largest buffers:" in done.stdout and "micro_batches" in done.stdout
+    assert "Largest buffers:" in done.stdout and "grad_accum_steps" in done.stdout
 
 
 @needs_libtpu
@@ -200,7 +200,7 @@ def test_every_program_of_a_tiny_run_compiles_to_the_end(tmp_path):
     [
         ("pg1_3b_448_v5e_8", "v5e:2x4", ()),
         ("pg1_3b_224_lora_v5e_1", "v5e:1x1", ()),
-        ("pg2_3b_224_v5e_8", "v5e:2x4", ("--config.grpo.micro_batches=2",)),
+        ("pg2_3b_224_v5e_8", "v5e:2x4", ("--config.grpo.grad_accum_steps=2",)),
         ("pg2_10b_224_v5p_16", "v5p:2x2x2", ()),
         ("pg2_3b_224_lora_v5e_8", "v5e:2x4", ()),
     ],

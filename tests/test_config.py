@@ -221,13 +221,13 @@ def test_a_value_of_another_type_is_refused_by_its_full_name(name, value, messag
         (
             "grpo__micro_batches",
             3,
-            "config.grpo.batch_size is 8: it must be a multiple of micro_batches, 3",
+            "config.grpo.batch_size is 8: it must be a multiple of grad_accum_steps, 3",
         ),
-        ("sft__micro_batches", 0, "config.sft.micro_batches is 0"),
+        ("sft__micro_batches", 0, "config.sft.grad_accum_steps is 0"),
         (
             "sft__micro_batches",
             5,
-            "config.sft.batch_size is 16: it must be a multiple of micro_batches, 5",
+            "config.sft.batch_size is 16: it must be a multiple of grad_accum_steps, 5",
         ),
         (
             "grpo__optimizer__name",
@@ -275,11 +275,11 @@ def test_a_value_of_another_type_is_refused_by_its_full_name(name, value, messag
         ("stages", ["ppo"], "config.stages is 'ppo': it must be one of sft, grpo"),
         ("grpo__sources", {}, "config.grpo.sources is {}: it must be at least one source"),
         (
-            "sft__sources__a__asks",
+            "sft__sources__a__target",
             "masks",
-            "config.sft.sources.a.asks is 'masks': it must be one of boxes, points",
+            "config.sft.sources.a.target is 'masks': it must be one of boxes, points",
         ),
-        ("sft__sources__a__asks", "points", "config.sft.sources.a.points is ''"),
+        ("sft__sources__a__target", "points", "config.sft.sources.a.points is ''"),
         (
             "grpo__sources__a__weight",
             0.0,

@@ -50,7 +50,7 @@ def kind_and_text(record: dict, **settings) -> tuple[str, str]:
 
 def test_example_says_where_it_comes_from_and_what_it_asks():
     made = example({"box": [8, 10, 40, 20]})
-    assert (made.size, made.source, made.index, made.asks) == ((80, 40), "toy", 7, BOXES)
+    assert (made.size, made.source, made.index, made.target) == ((80, 40), "toy", 7, BOXES)
     assert made.image.shape == (16, 16, 3) and made.image.dtype == np.uint8
     assert (made.prompt, made.names) == ("detect red circle", ("red circle",))
     np.testing.assert_array_equal(made.boxes.yxyx, np.array([[0.25, 0.1, 0.5, 0.5]], np.float32))
@@ -89,10 +89,10 @@ def test_all_point_formats_agree():
         for order, point in {"xy": [0.25 * w, 0.75 * h], "yx": [0.75 * h, 0.25 * w]}.items():
             record = {"point": point}
             made = example(
-                record, asks="points", boxes="", points="point", point_format=f"{order}_{unit}"
+                record, target="points", boxes="", points="point", point_format=f"{order}_{unit}"
             )
             np.testing.assert_allclose(made.points.yx, [[0.75, 0.25]], atol=1e-7)
-            assert made.asks == POINTS and made.suffix == "<loc0767><loc0256> red circle"
+            assert made.target == POINTS and made.suffix == "<loc0767><loc0256> red circle"
 
 
 @pytest.mark.parametrize("setting", ["box_format", "point_format"])
@@ -119,13 +119,13 @@ def test_one_box_and_a_list_of_boxes_are_both_read():
 
 def test_points_may_carry_the_boxes_they_lie_in():
     record = {"point": [[20, 10], [60, 30]], "box": [[0, 0, 40, 20], [40, 20, 80, 40]]}
-    made = example(record, asks="points", points="point")
+    made = example(record, target="points", points="point")
     assert made.boxes.yxyx.shape == (2, 4) and made.points.yx.tolist() == [
         [0.25, 0.25],
         [0.75, 0.75],
     ]
     assert made.suffix == "<loc0256><loc0256> red circle ; <loc0767><loc0767> red circle"
-    kind, text = kind_and_text(record | {"box": [0, 0, 40, 20]}, asks="points", points="point")
+    kind, text = kind_and_text(record | {"box": [0, 0, 40, 20]}, target="points", points="point")
     assert kind == "bad_box" and "1 boxes for 2 points" in text
 
 
@@ -196,7 +196,7 @@ def test_a_bad_box_is_told_in_the_sources_own_numbers(box, said, settings):
 
 def test_a_bad_point_is_told_in_the_sources_own_numbers():
     kind, text = kind_and_text(
-        {"point": [[5, 5], [7.5, 66]]}, asks="points", boxes="", points="point"
+        {"point": [[5, 5], [7.5, 66]]}, target="points", boxes="", points="point"
     )
     assert (kind, text) == (
         "bad_point",
@@ -207,12 +207,12 @@ def test_a_bad_point_is_told_in_the_sources_own_numbers():
 @pytest.mark.parametrize("point", [[90, 5], [5, -9], [float("nan"), 5], [1, 2, 3], None, {"x": 1}])
 def test_unusable_point_is_a_bad_point(point):
     assert (
-        kind_and_text({"point": point}, asks="points", boxes="", points="point")[0] == "bad_point"
+        kind_and_text({"point": point}, target="points", boxes="", points="point")[0] == "bad_point"
     )
 
 
 def test_point_on_the_far_border_is_kept():
-    made = example({"point": [80.5, 40]}, asks="points", boxes="", points="point")
+    made = example({"point": [80.5, 40]}, target="points", boxes="", points="point")
     assert made.points.yx.tolist() == [[1, 1]]
 
 
@@ -332,7 +332,7 @@ def test_points_in_percent_with_objects_for_coordinates_are_read_by_path():
         for line in (SHARED / "data" / "gui" / "test.jsonl").read_text().splitlines()
     ]
     source = dataclasses.replace(
-        SOURCE, asks="points", image="image_filename", points="test_samples.point", boxes="test_samples.bbox",
+        SOURCE, target="points", image="image_filename", points="test_samples.point", boxes="test_samples.bbox",
         prompt="point to buttons", name="",
     )  # fmt: skip
     for i, row in enumerate(rows):
@@ -362,7 +362,7 @@ def test_batch_row_has_the_shapes_and_types_of_a_batch_without_b():
         4,
     )
     assert row.gold.points.yx.shape == (3, 2) and not row.gold.points.valid.any()
-    assert row.gold.names.shape == (3, 16) and row.gold.asks == BOXES
+    assert row.gold.names.shape == (3, 16) and row.gold.target == BOXES
     name = tokens.text(" red circle")
     assert (
         row.gold.names[0].tolist() == name + [PAD] * (16 - len(name))
@@ -376,7 +376,7 @@ def test_batch_row_has_the_shapes_and_types_of_a_batch_without_b():
         row.size,
         row.source,
         row.index,
-        row.gold.asks,
+        row.gold.target,
         row.gold.names,
         row.gold.boxes.label,
     )
@@ -462,7 +462,7 @@ def test_objects_alike_in_name_and_bins_count_once():
 def test_max_objects_chooses_without_replacement_in_order_and_by_the_seed():
     points = {"points": [{"x": x, "y": 1} for x in range(40)]}
     entry = {
-        "asks": "points",
+        "target": "points",
         "boxes": "",
         "points": "points",
         "point_format": "xy_px",
@@ -483,7 +483,7 @@ def test_max_objects_chooses_without_replacement_in_order_and_by_the_seed():
 
 
 def test_points_are_pairs_or_have_x_and_y_and_lie_in_their_unit():
-    entry = {"asks": "points", "boxes": "", "points": "points", "point_format": "xy_percent"}
+    entry = {"target": "points", "boxes": "", "points": "points", "point_format": "xy_percent"}
     pairs, named = (
         example({"points": points}, **entry)
         for points in ([[50, 25]], [{"x": 50, "y": 25, "z": 1}])
@@ -492,7 +492,7 @@ def test_points_are_pairs_or_have_x_and_y_and_lie_in_their_unit():
 
 
 def test_records_without_targets_are_dropped_or_kept_as_an_empty_answer():
-    for entry in ({}, {"asks": "points", "boxes": "", "points": "box"}):
+    for entry in ({}, {"target": "points", "boxes": "", "points": "box"}):
         assert kind_and_text({"box": []}, **entry)[0] == "empty"
         made = example({"box": []}, empty="keep", **entry)
         assert (made.suffix, made.names, len(made.boxes.yxyx)) == ("", (), 0)
@@ -509,10 +509,11 @@ def test_json_answers_are_in_pixels_of_the_original():
         {"bbox_2d": [8, 8, 16, 16], "label": "cat"},
     ]  # fmt: skip
     points = example(
-        {"point": [40, 10]}, asks="points", boxes="", points="point", suffix="json", name=""
+        {"point": [40, 10]}, target="points", boxes="", points="point", suffix="json", name=""
     )
     assert (
-        json.loads(points.suffix) == [{"point_2d": [40, 10]}] and points.asks == TEXT == made.asks
+        json.loads(points.suffix) == [{"point_2d": [40, 10]}]
+        and points.target == TEXT == made.target
     )
 
 
@@ -520,12 +521,12 @@ def test_counts_and_texts():
     assert example(BOXES_OF, suffix="count", prompt="how many").suffix == "3"
     made = example(
         {"answer": 5},
-        asks="text",
+        target="text",
         boxes="",
         suffix="{answer}",
         prompt="answer en how many {phrase}?",
     )
-    assert (made.prompt, made.suffix, made.asks) == ("answer en how many red circle?", "5", TEXT)
+    assert (made.prompt, made.suffix, made.target) == ("answer en how many red circle?", "5", TEXT)
 
 
 # paths through lists, templates
@@ -637,7 +638,7 @@ def test_any_value_in_any_field_makes_an_example_or_a_bad_record(field, value, w
     if within and isinstance(record[field], list):
         value = [*record[field][:1], value]
     source = dataclasses.replace(
-        SOURCE, phrase="sentences[].raw", label="labels", asks="points" if field == "points" else "boxes", points="points",
+        SOURCE, phrase="sentences[].raw", label="labels", target="points" if field == "points" else "boxes", points="points",
         empty="keep", max_objects=2,
     )  # fmt: skip
     try:

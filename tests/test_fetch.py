@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from pg_ground import cli
+from pg_ground import cli, prefetch
 from pg_ground.config import Config, Data, Eval, Grpo, Sft, Source
 from pg_ground.data import fetch as fetching
 from pg_ground.data import prefetching
@@ -675,7 +675,7 @@ def test_the_command_counts_on_stdout_and_asks_again_when_told(config, server, m
         monkeypatch.setattr(
             cli, "parse", lambda _, own: (config, {**own, "retry_failed": retry_failed})
         )
-        prefetching.main([])
+        prefetch.main([])
         out, err = capsys.readouterr()
         assert "4 images" in err
         return json.loads(out)

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import ROOT, arrays, assert_same_run, killed_and_resumed, rows, run
 from conftest import random_params
-from programs import ROOT, arrays, assert_same_run, killed_and_resumed, rows, run
 
 from pg_ground import config
 from pg_ground.checkpoints import manager, weights

@@ -100,7 +100,7 @@ def sft(r: Reference, label_smoothing: float) -> tuple[dict[str, jax.Array], dic
             model=r.model,
             optimizer=optimizer,
             vocab=vocab_of_size(r.model.config.text.vocab_size),
-            micro_batches=1,
+            grad_accum_steps=1,
             label_smoothing=label_smoothing,
             loc_smoothing_bins=0.0,
         )

@@ -182,7 +182,7 @@ def test_transformers_computes_our_logits_from_our_directory(config, tmp_path):
         1,
         5,
         0.0,
-        suppress=(),
+        suppress_tokens=(),
     )
     np.testing.assert_array_equal(generated, np.asarray(greedy.tokens[0, 0])[: len(generated)])
 

@@ -134,7 +134,7 @@ def compiled(model: PaliGemma) -> Any:
         x = inputs(model)
         state, metrics = update.sft_step(
             TrainState(jnp.int32(0), params, keep.init(params)), frozen, unlabelled(*x[:3], x.tokens[:, 0], x.mask[:, 0]),
-            model=model, optimizer=keep, vocab=vocab_of_size(model.config.text.vocab_size), micro_batches=1,
+            model=model, optimizer=keep, vocab=vocab_of_size(model.config.text.vocab_size), grad_accum_steps=1,
             label_smoothing=0.0, loc_smoothing_bins=0.0, dropout_key=dropout_key,
         )  # fmt: skip
         return state.opt, metrics

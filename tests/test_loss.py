@@ -232,7 +232,7 @@ CANCELLING = {
     "correction_floor is above": {"correction": "token_mask", "correction_floor": 5.0},
     "ratio_cap is below 1": {"ratio_cap": 0.5},
     "off_policy_kl is below 0": {"off_policy_kl": -1.0},
-    "resample looks at the spread": {"algorithm": "remax", "resample": 1},
+    "resample looks at the spread": {"algorithm": "remax", "dynamic_sampling": 1},
     "kl_horizon is so short": {"kl_target": 0.1, "kl_horizon": 10},
 }
 

@@ -230,12 +230,18 @@ def test_masks_of_points_and_through_lists():
         "objects": [{"at": [10, 10], "mask": runs(TWO[0])}, {"at": [60, 40], "mask": runs(TWO[1])}]
     }
     found = example(
-        record, boxes="", points="objects.at", asks="points", mask="objects.mask", label="", name=""
+        record,
+        boxes="",
+        points="objects.at",
+        target="points",
+        mask="objects.mask",
+        label="",
+        name="",
     )
     np.testing.assert_array_equal(found.masks, cells([runs(pixels) for pixels in TWO], 2))
     second = to_example(
         {"image": np.zeros((*SIZE[::-1], 3), np.uint8), **record},
-        Source(points="objects[].at", asks="points", mask="objects[].mask", name="", prompt="point"),
+        Source(points="objects[].at", target="points", mask="objects[].mask", name="", prompt="point"),
         *("toy", 0, 16, None), element=1, mask_size=8,
     )  # fmt: skip
     np.testing.assert_array_equal(second.masks, found.masks[1:])

@@ -526,7 +526,7 @@ def test_a_wrong_unit_that_puts_everything_in_one_corner_is_told_before_training
     uri = write_lines(tmp_path, records)
     right = {"boxes": "box", "box_format": "xyxy_percent"}
     budget(open_examples("a", Source(uri=uri, **right), DATA, SIDE), tokens, DATA)
-    for wrong in ({"boxes": "box"}, {"asks": "points", "points": "points"}):
+    for wrong in ({"boxes": "box"}, {"target": "points", "points": "points"}):
         with pytest.raises(
             UserError,
             match=r"first 30% of both axes and no coordinate is above (100|99), so (box|point)_format = 'x.*_px' has",
@@ -544,11 +544,11 @@ def test_small_things_in_a_corner_are_no_wrong_unit(tmp_path, tokens):
     ]
     flock = [{"image": "screen.png", "phrase": "bird", "points": [[i, i + 3] for i in range(9)]}]
     scenes = [{"image": "small.png", "phrase": "dot", "box": [i, i, 30 + i, 40]} for i in range(16)]
-    for records, asks in ((menu, "boxes"), (flock, "points"), (scenes, "boxes")):
+    for records, target in ((menu, "boxes"), (flock, "points"), (scenes, "boxes")):
         source = Source(
             uri=write_lines(tmp_path, records),
-            asks=asks,
-            **{asks: asks if asks == "points" else "box"},
+            target=target,
+            **{target: target if target == "points" else "box"},
         )
         budget(open_examples("a", source, replace(DATA, max_boxes=9), SIDE), tokens, DATA)
 

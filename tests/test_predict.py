@@ -7,9 +7,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import run
 from conftest import PG1, random_params
 from PIL import ExifTags, Image
-from programs import run
 
 from pg_ground import tokenizer
 from pg_ground.checkpoints import weights

@@ -142,7 +142,7 @@ def test_pixmo_points_in_percent_are_limited_and_distinct(entries, tmp_path):
         ],
     )
     counted = opened(entries["pixmo_count"], text)[0]
-    assert (counted.prompt, counted.suffix, counted.asks) == (
+    assert (counted.prompt, counted.suffix, counted.target) == (
         "answer en how many cows are there?",
         "8",
         TEXT,
@@ -236,7 +236,7 @@ def test_the_two_entries_that_opentau_asked_for(tmp_path):
     for row in rows:
         row["image"] = {"bytes": png(), "path": None}
     points = Source(
-        uri=parquet(tmp_path / "p.parquet", rows), phrase="label", asks="points", points="points", point_format="xy_percent",
+        uri=parquet(tmp_path / "p.parquet", rows), phrase="label", target="points", points="points", point_format="xy_percent",
         max_objects=8, prompt="point to {label}",
     )  # fmt: skip
     boxes = Source(
@@ -262,7 +262,7 @@ def test_photographs_points_and_scenes_mix_two_to_one_to_one(tmp_path):
     sources = {
         "photos": Source(uri=f"jsonl:{SAMPLES}/refcoco/triples.jsonl", image_root="images", phrase="expression",
                          boxes="bbox_xyxy", weight=2.0),
-        "points": Source(uri=parquet(tmp_path / "p.parquet", rows), phrase="label", asks="points", points="points",
+        "points": Source(uri=parquet(tmp_path / "p.parquet", rows), phrase="label", target="points", points="points",
                          point_format="xy_percent", max_objects=8, prompt="point to {label}"),
         "scenes": Source(uri="synthetic:train?side=28", boxes="box"),
     }  # fmt: skip

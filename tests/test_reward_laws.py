@@ -259,7 +259,7 @@ OTHERS = {
 
 @jax.jit
 def judge_ids(tokens: jax.Array, mask: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-    answer = read_answer(tokens, mask, batch.gold.asks, batch.gold.names, TOKENS.vocab)
+    answer = read_answer(tokens, mask, batch.gold.target, batch.gold.names, TOKENS.vocab)
     found = {name: reward(answer, batch, RewardSettings()) for name, reward in REWARDS.items()}
     return found | {
         name: REWARDS[reward](answer, batch, RewardSettings(**of))
@@ -350,7 +350,7 @@ def shifted(gold: tuple[int, ...], share: float) -> tuple[int, ...]:
     return gold[0], gold[1] - by, gold[2], gold[3] - by
 
 
-def honest_and_adversaries(gold: tuple[int, ...], asks: int) -> tuple[str, dict[str, str]]:
+def honest_and_adversaries(gold: tuple[int, ...], target: int) -> tuple[str, dict[str, str]]:
     """Returns a near miss (IoU 0.64; a point an eighth of the width off), and what tries to earn more without looking."""
 
     def listed(*places: tuple[int, ...]) -> str:
@@ -359,7 +359,7 @@ def honest_and_adversaries(gold: tuple[int, ...], asks: int) -> tuple[str, dict[
     y1, x1, y2, x2 = gold
     middle = ((y1 + y2) // 2, (x1 + x2) // 2)
     half, last = LOC_MAX // 2, LOC_MAX
-    if asks == POINTS:
+    if target == POINTS:
         near = (middle[0], middle[1] - (x2 - x1) // 8)
         grid = [(y, x) for y in (256, 768) for x in (256, 640, 896)]
         return listed(near), {
@@ -386,13 +386,13 @@ def honest_and_adversaries(gold: tuple[int, ...], asks: int) -> tuple[str, dict[
 
 
 @pytest.mark.parametrize(
-    ("recipe", "asks"), RECIPES, ids=["+".join(recipe) for recipe, _ in RECIPES]
+    ("recipe", "target"), RECIPES, ids=["+".join(recipe) for recipe, _ in RECIPES]
 )
-def test_no_adversary_earns_as_much_as_an_honest_near_miss(recipe, asks):
+def test_no_adversary_earns_as_much_as_an_honest_near_miss(recipe, target):
     for gold in GOLDS:
         middle = ((gold[0] + gold[2]) // 2, (gold[1] + gold[3]) // 2)
-        batch = gold_batch([(gold, 0)], [(middle, 0)] if asks == POINTS else [], asks)
-        honest, adversaries = honest_and_adversaries(gold, asks)
+        batch = gold_batch([(gold, 0)], [(middle, 0)] if target == POINTS else [], target)
+        honest, adversaries = honest_and_adversaries(gold, target)
         texts = [honest, *adversaries.values()]
         parts = [np.array(judge(name, batch, *texts)) * weight for name, weight in recipe.items()]
         total = np.sum(parts, axis=0)

@@ -126,7 +126,7 @@ def test_logps_are_those_of_the_whole_softmax_at_temperature(table):
     for settings in (
         {"temperature": 0.7},
         {"temperature": 1.3, "top_p": 0.6},
-        {"suppress": (EOS, *CONTROL, 5, 6)},
+        {"suppress_tokens": (EOS, *CONTROL, 5, 6)},
     ):
         found = draw(table, **settings)
         tokens, mask = np.asarray(found.tokens), np.asarray(found.mask)
@@ -170,10 +170,10 @@ def test_suppressed_ids_are_never_drawn_however_likely(table):
         found = draw(table, g=500, temperature=temperature)
         tokens = np.asarray(found.tokens)[np.asarray(found.mask)]
         assert not np.isin(tokens, CONTROL).any()
-    everything = draw(table, g=500, suppress=())
+    everything = draw(table, g=500, suppress_tokens=())
     assert np.isin(np.asarray(everything.tokens)[np.asarray(everything.mask)], CONTROL).all()
     table[:, list(CONTROL)] = 0
-    found = draw(table, b=1, g=20_000, t=1, suppress=(*CONTROL, 5))
+    found = draw(table, b=1, g=20_000, t=1, suppress_tokens=(*CONTROL, 5))
     assert_frequencies(
         np.asarray(found.tokens), only(softmax(table[WORDS[0]]), set(NOT_CONTROL) - {5})
     )

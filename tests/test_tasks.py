@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import ROOT, rows, run
 from PIL import Image
-from programs import ROOT, rows, run
 
 from pg_ground import cli, config, tokenizer
 from pg_ground.data.pipeline import (
@@ -308,5 +308,8 @@ def test_the_table_of_algorithms_says_what_the_rows_are():
 def test_the_docs_name_every_choice_and_setting():
     for choices in CHOICES.values():
         assert all(f"`{name}`" in ALGORITHM_PAGE for name in choices)
-    for section, page in ((config.RewardSettings, REWARD_PAGE), (config.Judging, REWARD_PAGE)):
+    for section, page in (
+        (config.RewardSettings, REWARD_PAGE),
+        (config.RewardWorkerSettings, REWARD_PAGE),
+    ):
         assert all(f"`{field}`" in page for field in section.__dataclass_fields__)

@@ -22,9 +22,9 @@ QUESTION = "What is the spatial relationship between the chair and the table?"
 
 
 def ask(
-    gold: str = "", asks: str = "text", size: tuple[int, int] = (640, 480), **fields
+    gold: str = "", target: str = "text", size: tuple[int, int] = (640, 480), **fields
 ) -> TextExample:
-    blank = TextExample("", gold, (), (), (), size, asks, "source", 0, 9)
+    blank = TextExample("", gold, (), (), (), size, target, "source", 0, 9)
     return blank._replace(**fields)
 
 
@@ -32,14 +32,14 @@ def ask_boxes(
     *places: tuple, labels: tuple[str, ...] = (), size: tuple[int, int] = (640, 480)
 ) -> TextExample:
     floats = tuple(tuple(map(float, place)) for place in places)
-    return ask(asks="boxes", boxes=floats, labels=labels or ("",) * len(places), size=size)
+    return ask(target="boxes", boxes=floats, labels=labels or ("",) * len(places), size=size)
 
 
 def ask_points(
     *places: tuple, labels: tuple[str, ...] = (), size: tuple[int, int] = (640, 480)
 ) -> TextExample:
     floats = tuple(tuple(map(float, place)) for place in places)
-    return ask(asks="points", points=floats, labels=labels or ("",) * len(places), size=size)
+    return ask(target="points", points=floats, labels=labels or ("",) * len(places), size=size)
 
 
 def reward(name: str, text: str, example: TextExample) -> float:

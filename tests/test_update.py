@@ -21,7 +21,7 @@ from pg_ground.parallel import sharding
 from pg_ground.params import flatten, is_multiplied
 from pg_ground.rl import update
 from pg_ground.rl.loss import ALGORITHMS, Algorithm, policy_loss
-from pg_ground.rl.scored_rollouts import Experience
+from pg_ground.rl.scored_rollouts import PolicyBatch
 from pg_ground.types import Batch, Rollout, TrainState
 from pg_ground.vocab import vocab_of_size
 
@@ -41,7 +41,7 @@ def state_of(params: Any) -> tuple[TrainState, optax.GradientTransformation]:
     ), optimizer
 
 
-def sft_step(tiny: Any, micro_batches: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def sft_step(tiny: Any, grad_accum_steps: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Returns a supervised step as a function, and its arguments."""
     state, optimizer = state_of(tiny.params)
     vocab = vocab_of_size(tiny.model.config.text.vocab_size)
@@ -54,7 +54,7 @@ def sft_step(tiny: Any, micro_batches: int) -> tuple[Callable[..., Any], tuple[A
             model=tiny.model,
             optimizer=optimizer,
             vocab=vocab,
-            micro_batches=micro_batches,
+            grad_accum_steps=grad_accum_steps,
             label_smoothing=0.1,
             loc_smoothing_bins=2.0,
         )
@@ -69,7 +69,7 @@ TEMPERATURE = 0.8
 
 
 def grpo_step(
-    tiny: Any, micro_batches: int, row: Algorithm = ROW, updates: int = 2, minibatches: int = 1
+    tiny: Any, grad_accum_steps: int, row: Algorithm = ROW, updates: int = 2, minibatches: int = 1
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Returns a reinforced step with two updates and a reference policy, and its arguments."""
     state, optimizer = state_of(tiny.params)
@@ -78,18 +78,18 @@ def grpo_step(
         state: TrainState, ref_params: Any, batch: Batch, rollout: Rollout, advantages: jax.Array
     ) -> Any:
         ref_logps = update.logps_of(
-            tiny.model, ref_params, batch, rollout, TEMPERATURE, micro_batches * minibatches
+            tiny.model, ref_params, batch, rollout, TEMPERATURE, grad_accum_steps * minibatches
         )[0]
         return update.grpo_step(
             state,
             {},
-            Experience(batch, rollout, advantages, ref_logps),
+            PolicyBatch(batch, rollout, advantages, ref_logps),
             jax.random.key(0),
             model=tiny.model,
             optimizer=optimizer,
             algorithm=row,
             temperature=TEMPERATURE,
-            micro_batches=micro_batches,
+            grad_accum_steps=grad_accum_steps,
             minibatches=minibatches,
             updates=updates,
         )
@@ -138,7 +138,7 @@ def test_defect_15_micro_batches_do_not_change_a_reinforced_step(pg2, whole_step
 @pytest.mark.parametrize("name", ["top_entropy", "gspo", "kl_cov"])
 def test_micro_batches_do_not_change_a_step_of_rows_that_look_at_the_whole_batch(pg1, name):
     """Two minibatches, each an optimizer step, each in one, two or four parts."""
-    row = ALGORITHMS[name]._replace(kl_coef=0.1, mask_unfinished=True, entropy_coef=0.01)
+    row = ALGORITHMS[name]._replace(kl_coef=0.1, mask_truncated_completions=True, entropy_coef=0.01)
     expected = outcome(*grpo_step(pg1, 1, row, updates=1, minibatches=2))
     assert_same_step(outcome(*grpo_step(pg1, 2, row, updates=1, minibatches=2)), expected)
 
@@ -172,8 +172,8 @@ def test_the_kl_coefficient_is_steered_to_its_target(pg1):
         ) -> Any:
             ref_logps = update.logps_of(pg1.model, ref_params, batch, rollout, TEMPERATURE, 1)[0]
             return update.grpo_step(
-                state, {}, Experience(batch, rollout, advantages, ref_logps), jax.random.key(0), model=pg1.model,
-                optimizer=state_of(pg1.params)[1], algorithm=ALGORITHMS["grpo"], temperature=TEMPERATURE, micro_batches=1,
+                state, {}, PolicyBatch(batch, rollout, advantages, ref_logps), jax.random.key(0), model=pg1.model,
+                optimizer=state_of(pg1.params)[1], algorithm=ALGORITHMS["grpo"], temperature=TEMPERATURE, grad_accum_steps=1,
                 minibatches=1, updates=1, kl_target=target, kl_horizon=100,
             )  # fmt: skip
 

@@ -95,9 +95,9 @@ def main() -> None:
         ]
     except ImportError as error:
         sys.exit(f"{error}: {HOW}")
-    if w.micro_batches > 1:
+    if w.grad_accum_steps > 1:
         sys.exit(
-            "big_vision's trainer of PaliGemma takes a batch whole: only --micro_batches=1 is equal work"
+            "big_vision's trainer of PaliGemma takes a batch whole: only --grad_accum_steps=1 is equal work"
         )
     tx = optax.chain(optax.clip_by_global_norm(CLIP_NORM), optax.adam(LR))
 

@@ -19,7 +19,7 @@ from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.training import programs
 from pg_ground.training.loop import Run, begin, fresh_state
 from pg_ground.training.recorder import Stopwatch
-from pg_ground.training.rollout_worker import LOTS, Sampler, text_judges
+from pg_ground.training.rollout_worker import LOTS, RolloutWorker, make_reward_workers
 from pg_ground.types import BOXES, Batch
 from pg_ground.vocab import BOS, NEWLINE, vocab_of_size
 
@@ -70,7 +70,7 @@ def recipe(w: Work) -> ConfigDict:
         batch_size=w.prompts,
         group_size=w.group,
         max_new_tokens=w.tokens,
-        micro_batches=w.micro_batches,
+        grad_accum_steps=w.grad_accum_steps,
     )
     c.grpo.rewards = {f"{__file__}:stray_share": 1.0}
     c.grpo.algorithm = "grpo"  # KL to the reference policy: 0.04
@@ -90,7 +90,7 @@ def random_batch(c: Config, mesh: Any, seed: int) -> Batch:
     low = random.uniform(0, 0.6, batch.gold.boxes.yxyx[..., :2].shape)
     boxes = batch.gold.boxes._replace(yxyx=np.concatenate([low, low + 0.3], -1, dtype=np.float32))
     gold = batch.gold._replace(
-        boxes=boxes._replace(valid=boxes.valid | True), asks=batch.gold.asks + BOXES
+        boxes=boxes._replace(valid=boxes.valid | True), target=batch.gold.target + BOXES
     )
     image = random.integers(0, 256, batch.image.shape, np.uint8)
     made = batch._replace(
@@ -122,8 +122,8 @@ def main() -> None:
         parameters=count,
         platform=jax.default_backend(),
     )
-    with text_judges(c.grpo) as workers:
-        sampler = Sampler(c, model, mesh, nothing, tokenizer, workers)
+    with make_reward_workers(c.grpo) as workers:
+        sampler = RolloutWorker(c, model, mesh, nothing, tokenizer, workers)
         while asked():
             batch = jax.block_until_ready(random_batch(c, mesh, step))
             before = np.asarray(state.params["llm"]["final_norm"]["scale"]).copy()

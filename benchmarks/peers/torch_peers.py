@@ -166,8 +166,8 @@ def run_trl(w: Work) -> None:
         model
     )  # the reference: TRL would read it from disk
     arguments = trl.GRPOConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=w.rows // w.micro_batches,
-        gradient_accumulation_steps=w.micro_batches, num_generations=w.group, max_completion_length=w.tokens, max_steps=steps,
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=w.rows // w.grad_accum_steps,
+        gradient_accumulation_steps=w.grad_accum_steps, num_generations=w.group, max_completion_length=w.tokens, max_steps=steps,
         beta=KL_COEF, learning_rate=LR, lr_scheduler_type="constant", max_grad_norm=CLIP_NORM, weight_decay=0.0,
         loss_type="grpo", generation_kwargs={"min_new_tokens": w.tokens}, gradient_checkpointing=w.checkpointing,
         use_cpu=w.device == "cpu", bf16=w.dtype == "bfloat16", report_to="none", logging_strategy="no", save_strategy="no",
@@ -180,7 +180,7 @@ def run_trl(w: Work) -> None:
 
         def _prepare_inputs(self, inputs: Any) -> Any:
             laps[-1].lap(
-                "update" if w.micro_batches > 1 and "rollout" in laps[-1].seconds else "data"
+                "update" if w.grad_accum_steps > 1 and "rollout" in laps[-1].seconds else "data"
             )
             self.preparing = True
             try:
@@ -281,7 +281,7 @@ def run_hand(w: Work) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
     generate, seed = generate_of(w, model, "dynamic"), 0
-    part = w.rows // w.micro_batches
+    part = w.rows // w.grad_accum_steps
     parts = [slice(start, start + part) for start in range(0, w.rows, part)]
 
     def logps(policy: Any, inputs: dict[str, torch.Tensor], chosen: torch.Tensor) -> torch.Tensor:

@@ -72,7 +72,7 @@ class Work(NamedTuple):
     device: str
     """cpu or cuda."""
     threads: int
-    micro_batches: int
+    grad_accum_steps: int
     variant: str
     """What a peer is to do, of several things it can."""
 

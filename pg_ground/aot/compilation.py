@@ -212,7 +212,7 @@ def found_by_search(c: Config, argv: list[str], version: str) -> str:
     devices = tpu_specs.count(
         next(a.partition("=")[2] for a in argv if a.startswith("--topology="))
     )
-    parts = section.micro_batches * (c.grpo.minibatches if stage == "grpo" else 1)
+    parts = section.grad_accum_steps * (c.grpo.minibatches if stage == "grpo" else 1)
     found = search(probe, devices // c.mesh.model * parts, section.batch_size)
     return f"largest {stage}.batch_size that fits {limit / GIB:.2f} GiB a chip: {found} (tried {', '.join(tried)})"
 
@@ -306,7 +306,9 @@ def advice(c: Config, fit: Fit, chip: Chip) -> str:
         if c.model.remat != "nothing_saveable":
             said.append("config.model.remat=nothing_saveable")
         stage = "sft" if fit.program == "sft" else "grpo"
-        said.append(f"twice config.{stage}.micro_batches, or a smaller config.{stage}.batch_size")
+        said.append(
+            f"twice config.{stage}.grad_accum_steps, or a smaller config.{stage}.batch_size"
+        )
         if c.model.logits_block > 2:
             said.append(f"config.model.logits_block=2 (now {c.model.logits_block})")
         if not c.model.attention_block and image_tokens(c) > 1024:

@@ -19,7 +19,7 @@ from pg_ground.parallel import memory_model, sharding
 from pg_ground.parallel.sharding import AnyMesh
 from pg_ground.params import flatten, is_multiplied, join, map_named, unflatten
 from pg_ground.reporting.html_page import Table
-from pg_ground.rl.scored_rollouts import Experience
+from pg_ground.rl.scored_rollouts import PolicyBatch
 from pg_ground.training import programs
 from pg_ground.types import Batch, Boxes, Gold, Points, Rollout, UserError
 from pg_ground.vocab import vocab_of_size
@@ -138,7 +138,7 @@ def job_of(config: Config, mesh: AnyMesh, name: str, hbm_bytes: float | None) ->
         batch = batch_like(config, mesh, config.sft.batch_size)
         program = programs.sft_update(config, model, mesh, factors, state, vocab)
         added = learning(
-            config.sft.batch_size, 1, config.data.suffix_length, config.sft.micro_batches
+            config.sft.batch_size, 1, config.data.suffix_length, config.sft.grad_accum_steps
         )
         return Job(
             compiled(program),
@@ -211,7 +211,7 @@ def job_of(config: Config, mesh: AnyMesh, name: str, hbm_bytes: float | None) ->
             c.batch_size,
             c.group_size,
             c.max_new_tokens,
-            c.micro_batches * c.minibatches,
+            c.grad_accum_steps * c.minibatches,
         )
         program = programs.reference_logps(config, model)
         return Job(
@@ -222,15 +222,17 @@ def job_of(config: Config, mesh: AnyMesh, name: str, hbm_bytes: float | None) ->
             memory_model.forward(config, mesh, share),
         )
     scores = rows((c.batch_size, c.group_size), jnp.float32, mesh)
-    experience = Experience(batch, rollout, scores, rollout.logps if looks else None)
-    added = learning(c.batch_size // c.minibatches, c.group_size, c.max_new_tokens, c.micro_batches)
+    experience = PolicyBatch(batch, rollout, scores, rollout.logps if looks else None)
+    added = learning(
+        c.batch_size // c.minibatches, c.group_size, c.max_new_tokens, c.grad_accum_steps
+    )
     return Job(
         compiled(programs.grpo_update(config, model, mesh, factors, state)),
         (state, frozen, experience, key),
         kept | {"batch": sharding.held(experience)},
         reference | copied,
         added,
-        rollout.tokens.size * c.updates_per_rollout,
+        rollout.tokens.size * c.num_iterations,
     )
 
 

@@ -22,7 +22,7 @@ from pg_ground.tokenizer import Tokenizer
 from pg_ground.types import BOXES, POINTS, TEXT, Batch, Boxes, Example, Gold, Points, UserError
 from pg_ground.vocab import LOC_MAX, PAD
 
-ASKS = {"boxes": BOXES, "points": POINTS, "text": TEXT}
+TARGET_NAMES = {"boxes": BOXES, "points": POINTS, "text": TEXT}
 UNITS = ("px", "frac", "percent", "bin")
 BOX_ORDERS = ("xyxy", "yxyx", "xywh", "cxcywh")
 POINT_ORDERS = ("xy", "yx")
@@ -103,13 +103,13 @@ def to_example(
         to_yxyx(found.boxes, source.box_format, size),
         to_yx(found.points, source.point_format, size),
     )
-    asks = ASKS[source.asks]
-    if asks == POINTS and source.boxes and len(yxyx) != len(yx):
+    target = TARGET_NAMES[source.target]
+    if target == POINTS and source.boxes and len(yxyx) != len(yx):
         raise BadRecord(
             "bad_box",
             f"{len(yxyx)} boxes for {len(yx)} points: each point needs the box it lies in",
         )
-    asked = yx if asks == POINTS else yxyx
+    asked = yx if target == POINTS else yxyx
     masks = np.zeros((0, mask_size, mask_size), bool)
     if source.mask and mask_size:
         masks = to_masks(
@@ -130,10 +130,10 @@ def to_example(
         image=resize(image, image_size, resize_by),
         size=size,
         prompt=prompt,
-        suffix=answer(source, record, element, yx if asks == POINTS else yxyx, labels, size),
+        suffix=answer(source, record, element, yx if target == POINTS else yxyx, labels, size),
         boxes=Boxes(yxyx, box_label, np.ones(len(yxyx), bool)),
         points=Points(yx, point_label, np.ones(len(yx), bool)),
-        asks=asks if source.suffix == "loc" else TEXT,
+        target=target if source.suffix == "loc" else TEXT,
         names=names,
         masks=masks,
         source=source_name,
@@ -159,9 +159,9 @@ def question(record: Mapping[str, Any], source: Source, element: int) -> tuple[s
         boxes = _rows_of_numbers(value, 4, "bad_box")
     if source.points:
         points = _rows_of_numbers(_pairs(field_at(record, source.points, element)), 2, "bad_point")
-    count = len(points if source.asks == "points" else boxes)
-    if not count and source.asks != "text" and source.empty == "drop":
-        raise BadRecord("empty", f"there are no {source.asks}")
+    count = len(points if source.target == "points" else boxes)
+    if not count and source.target != "text" and source.empty == "drop":
+        raise BadRecord("empty", f"there are no {source.target}")
     if source.label:
         labels = _labels(field_at(record, source.label, element), count)
     elif not labels and source.name and count:
@@ -199,7 +199,7 @@ def answer(
         return str(len(fractions))
     if source.suffix == "json":
         order = [1, 0, 3, 2][: fractions.shape[1]] if len(fractions) else []
-        key = "point_2d" if source.asks == "points" else "bbox_2d"
+        key = "point_2d" if source.target == "points" else "bbox_2d"
         rows = [
             [round(float(row[axis]) * size[1 - axis % 2]) for axis in order] for row in fractions
         ]
@@ -442,7 +442,7 @@ def to_batch_row(example: Example, tokenizer: Tokenizer, data: Data, source_posi
     gold = Gold(
         boxes=Boxes(*(_slots(x, data.max_boxes) for x in example.boxes)),
         points=Points(*(_slots(x, data.max_boxes) for x in example.points)),
-        asks=np.asarray(example.asks, np.int32),
+        target=np.asarray(example.target, np.int32),
         names=_name_ids(example.names, tokenizer, data),
         masks=_slots(example.masks, data.max_boxes),
     )

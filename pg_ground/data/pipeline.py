@@ -664,7 +664,7 @@ def budget(opened: Examples, tokenizer: Tokenizer, data: Data) -> Budget:
         try:
             record, element = opened.record(index)
             prompt, found = question(record, opened.source, element)
-            objects = found.points if opened.source.asks == "points" else found.boxes
+            objects = found.points if opened.source.target == "points" else found.boxes
             kept = min(len(objects), opened.source.max_objects or len(objects))
             zeros = np.zeros((kept, objects.shape[1]), np.float32)
             names = (

@@ -36,7 +36,7 @@ HELD_BYTES = 2**26
 KEPT_BYTES = 2**28
 """Row groups of one source that are kept decoded. A photograph takes some 100 KB, so that this is a few groups of 100 to 1000."""
 
-ASKS = ("image", "category", "list")
+TARGET_NAMES = ("image", "category", "list")
 
 
 class JsonLines:
@@ -341,8 +341,8 @@ def open_coco(rest: str) -> Records:
         options.get("ask", "image"),
         options.get("crowd", "0"),
     )
-    if ask not in ASKS or crowd not in ("0", "1"):
-        raise UserError(f"source {uri}: ask is one of {', '.join(ASKS)}, crowd is 0 or 1")
+    if ask not in TARGET_NAMES or crowd not in ("0", "1"):
+        raise UserError(f"source {uri}: ask is one of {', '.join(TARGET_NAMES)}, crowd is 0 or 1")
     images = _coco_images(_load_json(path, uri), crowd == "1", uri)
     if ask == "category":
         images = [part for image in images for part in _by_category(image)]

@@ -73,7 +73,7 @@ def programs_of(config: Config, model: PaliGemma, vocab: Vocab) -> Programs:
 
     def read(rollout: Rollout, batch: Batch) -> Any:
         return device_rewards.read_answer(
-            rollout.tokens, rollout.mask, batch.gold.asks, batch.gold.names, vocab
+            rollout.tokens, rollout.mask, batch.gold.target, batch.gold.names, vocab
         )
 
     def suffix_nll(params: Any, batch: Batch) -> Float[Array, " B"]:
@@ -185,7 +185,7 @@ def measured_as(source: Source) -> str:
     """Returns the benchmark of a source for which `eval.benchmarks` names none: by what it asks for and how it is answered."""
     if source.suffix == "count":
         return "counting"
-    return "text" if "{" in source.suffix else {"boxes": "rec", "points": "pointing"}[source.asks]
+    return "text" if "{" in source.suffix else {"boxes": "rec", "points": "pointing"}[source.target]
 
 
 def named(rows: Sequence[dict[str, Any]], given: bool) -> list[dict[str, Any]]:

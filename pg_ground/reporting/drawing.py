@@ -163,10 +163,10 @@ def draw_rollout(
         reward_scale(np.asarray(rewards.total, np.float32)),
     )
     gold_boxes, gold_points = _row_of(batch.gold.boxes, row), _points_row_of(batch.gold.points, row)
-    asks = int(batch.gold.asks[row])
-    if gold is None and asks != TEXT:
-        gold = _loc_text(gold_points if asks == POINTS else gold_boxes)
-    boxes = [Shape(at, GOLD, width=2 if asks == POINTS else 4) for at in gold_boxes]
+    target = int(batch.gold.target[row])
+    if gold is None and target != TEXT:
+        gold = _loc_text(gold_points if target == POINTS else gold_boxes)
+    boxes = [Shape(at, GOLD, width=2 if target == POINTS else 4) for at in gold_boxes]
     points = [Shape(at, GOLD, width=4) for at in gold_points]
     for g in np.argsort(np.nan_to_num(total, nan=-np.inf), kind="stable"):
         color = reward_color(float(total[g]), scale)

@@ -116,7 +116,7 @@ def example_picture(example: Example) -> Image.Image:
     """Returns the example's image in the aspect of its original, gold in the colours of its names."""
     boxes = _shapes(example.boxes.yxyx, example.boxes, example.names)
     points = _shapes(example.points.yx, example.points, example.names)
-    if example.asks == POINTS:
+    if example.target == POINTS:
         boxes = [box._replace(label="", color=drawing.GOLD) for box in boxes]
     return drawing.panel(example.image, boxes=boxes, points=points, size=example.size)
 

@@ -15,7 +15,7 @@ FILE = "hardware.json"
 
 
 def note(workdir: Path, resumed: int | None) -> None:
-    """Adds this machine to those of the run, unless it is the last of them; `resumed`: see `Diary`."""
+    """Adds this machine to those of the run, unless it is the last of them; `resumed`: see `Recorder`."""
     file = workdir / FILE
     known = (
         json.loads(file.read_text(encoding="utf-8"))

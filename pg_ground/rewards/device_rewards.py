@@ -42,7 +42,7 @@ RELEASED_SHARES = (0.1, 0, 0.2, 0, 0.2, 0, 0, 0.3, 0, 0.2)
 def read_answer(
     tokens: Int[Array, "B G T"],
     mask: Bool[Array, "B G T"],
-    asks: Int[Array, " B"],
+    target: Int[Array, " B"],
     names: Int[Array, "B C W"],
     vocab: Vocab,
 ) -> Answer:
@@ -88,7 +88,7 @@ def read_answer(
     label = jnp.where(named[..., None] <= 1, 0, label)
 
     is_box, is_point = locs == 4, locs == 2
-    wanted = jnp.where(asks == BOXES, 4, 2)[:, None]
+    wanted = jnp.where(target == BOXES, 4, 2)[:, None]
     segments = segment[..., -1] + 1
     real = jnp.arange(length) < segments[..., None]
     complete = (locs == wanted[..., None]) & ((words > 0) == (named[..., None] > 0))
@@ -101,7 +101,7 @@ def read_answer(
         points=Points(*_first(is_point, (length + 1) // 3, fractions[..., :2], label)),
         stray=jnp.sum(jnp.where(is_box | is_point, 0, locs), axis=-1),
         finished=finished,
-        grammatical=finished & (in_order | (asks == TEXT)[:, None]),
+        grammatical=finished & (in_order | (target == TEXT)[:, None]),
         tokens=tokens,
         mask=mask,
     )
@@ -244,7 +244,7 @@ def gaussian_point(answer: Answer, batch: Batch, settings: RewardSettings) -> Fl
         alike(boxes.centre(predicted.yxyx), boxes.is_proper(predicted.yxyx)), predicted, gold
     )
     by_point = _where_located(batch, _matched(alike(points.yx, points.valid), points, gold))
-    return jnp.where((batch.gold.asks == BOXES)[:, None], by_box, _only(POINTS, batch, by_point))
+    return jnp.where((batch.gold.target == BOXES)[:, None], by_box, _only(POINTS, batch, by_point))
 
 
 def distance_gaussian(
@@ -352,7 +352,7 @@ def label(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"
 
     by_box = alike(answer.boxes, boxes.is_proper(answer.boxes.yxyx), batch.gold.boxes)
     by_point = alike(answer.points, answer.points.valid, batch.gold.points)
-    return jnp.where((batch.gold.asks == BOXES)[:, None], by_box, _only(POINTS, batch, by_point))
+    return jnp.where((batch.gold.target == BOXES)[:, None], by_box, _only(POINTS, batch, by_point))
 
 
 def format(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
@@ -365,19 +365,19 @@ def format(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G
     right = jnp.where(
         (_gold_count(batch) == 0)[:, None], silent, answer.grammatical & proper
     ).astype(jnp.float32)
-    return jnp.where((batch.gold.asks == TEXT)[:, None], jnp.nan, right)
+    return jnp.where((batch.gold.target == TEXT)[:, None], jnp.nan, right)
 
 
 def count(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
     """Returns 1 for as many answers of the asked kind as there are gold ones, else 0."""
     right = (_count(answer, batch) == _gold_count(batch)[:, None]).astype(jnp.float32)
-    return jnp.where((batch.gold.asks == TEXT)[:, None], jnp.nan, right)
+    return jnp.where((batch.gold.target == TEXT)[:, None], jnp.nan, right)
 
 
 def count_graded(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
     """Returns 1 / (1 + |n_predicted - n_gold|), in (0, 1], for answers of the asked kind."""
     off = jnp.abs(_count(answer, batch) - _gold_count(batch)[:, None])
-    return jnp.where((batch.gold.asks == TEXT)[:, None], jnp.nan, 1 / (1 + off))
+    return jnp.where((batch.gold.target == TEXT)[:, None], jnp.nan, 1 / (1 + off))
 
 
 def length(answer: Answer, _: Batch, __: RewardSettings) -> Float[Array, "B G"]:
@@ -522,16 +522,16 @@ def _where_located(batch: Batch, reward: Float[Array, "B G"]) -> Float[Array, "B
 
 
 def _only(kind: int, batch: Batch, reward: Float[Array, "B G"]) -> Float[Array, "B G"]:
-    return jnp.where((batch.gold.asks == kind)[:, None], reward, jnp.nan)
+    return jnp.where((batch.gold.target == kind)[:, None], reward, jnp.nan)
 
 
 def _count(answer: Answer, batch: Batch) -> Int[Array, "B G"]:
-    asks_boxes = (batch.gold.asks == BOXES)[:, None]
+    asks_boxes = (batch.gold.target == BOXES)[:, None]
     return jnp.where(asks_boxes, answer.boxes.valid.sum(axis=-1), answer.points.valid.sum(axis=-1))
 
 
 def _gold_count(batch: Batch) -> Int[Array, " B"]:
     gold = batch.gold
     return jnp.where(
-        gold.asks == BOXES, gold.boxes.valid.sum(axis=-1), gold.points.valid.sum(axis=-1)
+        gold.target == BOXES, gold.boxes.valid.sum(axis=-1), gold.points.valid.sum(axis=-1)
     )

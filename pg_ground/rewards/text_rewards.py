@@ -66,7 +66,7 @@ class TextExample(NamedTuple):
     """One for each box (or point), "" where there is none."""
     size: tuple[int, int]
     """Width and height of the original image in pixels."""
-    asks: str
+    target: str
     """"boxes", "points" or "text"."""
     source: str
     index: int
@@ -81,8 +81,8 @@ Similarity = Callable[[np.ndarray, np.ndarray, tuple[int, int]], np.ndarray]
 
 def json_format(text: str, example: TextExample) -> float:
     """Returns 1 for JSON points or boxes, as asked, with a label for each, none only where there is none to find; else 0."""
-    for asks, read in (("points", parsers.json_points), ("boxes", parsers.json_boxes)):
-        gold = _gold(example, read, asks)
+    for target, read in (("points", parsers.json_points), ("boxes", parsers.json_boxes)):
+        gold = _gold(example, read, target)
         if gold:
             found = read(text)
             return float(found.ok and bool(found.places) == bool(gold.places))
@@ -99,7 +99,7 @@ def json_points_in_boxes(text: str, example: TextExample) -> float:
 
     For questions about points, against the boxes of the objects they should lie on (NaN where the annotation has none).
     """
-    if example.asks != "points" or len(example.boxes) != len(example.points):
+    if example.target != "points" or len(example.boxes) != len(example.points):
         return math.nan
     return _compare(
         text, example._replace(points=example.boxes), parsers.json_points, _inside, "points"
@@ -399,19 +399,19 @@ TEXT_REWARDS: dict[str, TextReward] = {
 }
 
 
-def _gold(example: TextExample, read: Grammar, asks: str) -> Places | None:
+def _gold(example: TextExample, read: Grammar, target: str) -> Places | None:
     """Returns the annotation, or what the gold text says in the grammar; None where the question asks for something else."""
-    annotated = example.points if asks == "points" else example.boxes
-    if example.asks == asks or (example.asks == "text" and annotated):
+    annotated = example.points if target == "points" else example.boxes
+    if example.target == target or (example.target == "text" and annotated):
         return Places(annotated, example.labels, (), True)
     found = read(example.gold)
     legible = not any(map(math.isnan, np.ravel(found.places)))
-    return found if example.asks == "text" and legible and (found.ok or found.places) else None
+    return found if example.target == "text" and legible and (found.ok or found.places) else None
 
 
 def _gold_text(example: TextExample) -> str:
     """Returns the gold answer to a question that asks for text, "" for any other."""
-    return example.gold.strip() if example.asks == "text" else ""
+    return example.gold.strip() if example.target == "text" else ""
 
 
 def _grammatical(text: str, example: TextExample, read: Grammar) -> float:
@@ -419,9 +419,9 @@ def _grammatical(text: str, example: TextExample, read: Grammar) -> float:
 
 
 def _compare(
-    text: str, example: TextExample, read: Grammar, alike: Similarity, asks: str = "boxes"
+    text: str, example: TextExample, read: Grammar, alike: Similarity, target: str = "boxes"
 ) -> float:
-    gold = _gold(example, read, asks)
+    gold = _gold(example, read, target)
     if not gold:
         return math.nan
     found = read(text)

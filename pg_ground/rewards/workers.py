@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from pg_ground.config import Judging, nearest
+from pg_ground.config import RewardWorkerSettings, nearest
 from pg_ground.rewards import worker_process
 from pg_ground.rewards.worker_process import OUT_OF_MEMORY, Call, Outcome, Setup
 from pg_ground.types import UserError
@@ -102,7 +102,7 @@ def load_reward(spec: str) -> UserReward:
 
 
 def merged(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the counts of several `Judges` as those of one."""
+    """Returns the counts of several `RewardWorkers` as those of one."""
     first_error = {
         name: error for state in reversed(states) for name, error in state["first_error"].items()
     }
@@ -117,7 +117,7 @@ class Pending:
 
     def __init__(
         self,
-        judges: "Judges",
+        judges: "RewardWorkers",
         completions: Sequence[str],
         jobs: Mapping[str, Sequence[Future[list[Outcome]]]],
     ):
@@ -135,14 +135,14 @@ class Pending:
         return self._judgement
 
 
-class Judges:
-    """Text rewards at work: `with Judges(…) as judges: judges.submit(completions, examples).result()`."""
+class RewardWorkers:
+    """Text rewards at work: `with RewardWorkers(…) as judges: judges.submit(completions, examples).result()`."""
 
     def __init__(
         self,
         rewards: Mapping[str, str],
         registry: Mapping[str, Callable[..., Any]],
-        settings: Judging,
+        settings: RewardWorkerSettings,
     ):
         """Looks up `rewards`, name to `path/to/file.py:function` or to a name in `registry`.
 
@@ -170,9 +170,9 @@ class Judges:
         """The rewards, in order."""
         return tuple(self._batched)
 
-    def __enter__(self) -> "Judges":
+    def __enter__(self) -> "RewardWorkers":
         """Starts the workers, which import their rewards while the run does something else."""
-        count = self._settings.workers if self._batched else 0
+        count = self._settings.count if self._batched else 0
         self._workers = [_Worker(self._setup) for _ in range(count)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
@@ -220,7 +220,7 @@ class Judges:
             if failed > self._settings.error_share * max(calls, FIRST_CALLS):
                 raise UserError(
                     f"the reward {name} failed on {failed} of {calls} completions, a larger share than the "
-                    f"{self._settings.error_share:g} of judging.error_share; first with: {self._first_error[name]}"
+                    f"{self._settings.error_share:g} of reward_workers.error_share; first with: {self._first_error[name]}"
                 )
 
     def get_state(self) -> dict[str, Any]:
@@ -286,7 +286,7 @@ class _Worker:
     ) -> list[Outcome]:
         """Returns the outcomes of some calls; those that did not come back are added to `lost`, which a whole batch shares.
 
-        Once these are more than `allowed`, `Judges.check` is bound to fail: what is left is not called, so that a reward that
+        Once these are more than `allowed`, `RewardWorkers.check` is bound to fail: what is left is not called, so that a reward that
         always hangs ends the run after a few calls and not after a batch of them.
         """
         outcomes: list[Outcome] = []

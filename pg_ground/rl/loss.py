@@ -167,7 +167,7 @@ class Algorithm(NamedTuple):
     correction_cap: float = 3.0
     off_policy_kl: float = math.inf
     """Completions with a negative advantage count only if the mean of log π_old − log π is at most this (arXiv 2512.02556)."""
-    mask_unfinished: bool = False
+    mask_truncated_completions: bool = False
     """Completions cut off at max_new_tokens leave the loss, though not the statistics of their group (DAPO, arXiv 2503.14476)."""
 
 
@@ -291,7 +291,7 @@ CHOICES: dict[str, Mapping[str, Any]] = {
 """What a row can be made of, by the name of its field: `config.grpo.<field>` chooses another than the row's own."""
 
 NUMBERS = ("clip_low", "clip_high", "ratio_cap", "kl_coef", "kl_in_reward", "entropy_coef", "focus_share", "correction_floor",
-           "correction_cap", "off_policy_kl", "mask_unfinished")  # fmt: skip
+           "correction_cap", "off_policy_kl", "mask_truncated_completions")  # fmt: skip
 """The other fields of a row, which `config.grpo` can set too."""
 
 READERS: dict[str, tuple[str, tuple[Any, ...]]] = {
@@ -317,7 +317,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "grpo": _grpo._replace(kl_coef=0.04),
     # Liu et al., "Understanding R1-Zero-Like Training", arXiv 2503.20783: no std, no length in the average
     "dr_grpo": _grpo._replace(advantage=advantages.centred, average=over_budget),
-    # Yu et al., "DAPO", arXiv 2503.14476: clip-higher, the token average; with grpo.resample and the reward "overlong" all of it
+    # Yu et al., "DAPO", arXiv 2503.14476: clip-higher, the token average; with grpo.dynamic_sampling and the reward "overlong" all of it
     "dapo": _grpo._replace(average=over_tokens, clip_high=0.28),
     # "Part I: Tricks or Traps?", arXiv 2508.08221 (Lite PPO): group mean, batch std, token average
     "lite_ppo": _grpo._replace(advantage=advantages.batch_scaled, average=over_tokens),
@@ -397,7 +397,7 @@ def _check(row: Algorithm, c: Grpo) -> None:
         "correction_floor is above correction_cap": row.correction_floor > row.correction_cap,
         "ratio_cap is below 1, where a step starts": row.ratio_cap < 1,
         "off_policy_kl is below 0": row.off_policy_kl < 0,
-        "resample looks at the spread within groups, which is not what this advantage compares": c.resample
+        "resample looks at the spread within groups, which is not what this advantage compares": c.dynamic_sampling
         and of_batch,
         "kl_horizon is so short that one step can turn kl_coef around: above 0.2 * batch_size * group_size": abrupt,
     }

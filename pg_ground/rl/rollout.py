@@ -47,21 +47,21 @@ def sample(
     temperature: float | Float[Array, ""] | Float[Array, " G"] = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
-    suppress: tuple[int, ...] = CONTROL,
+    suppress_tokens: tuple[int, ...] = CONTROL,
 ) -> Rollout:
     """Returns `group_size` completions of each prompt, the same for the same key; the prefix is computed once per prompt.
 
     `temperature` 0 is greedy; it may be one for each completion of a group. `top_k` keeps that many of the likeliest tokens (0 is
-    all), `top_p` of these the smallest set with at least that share of their probability (arXiv 1904.09751). `suppress` lists ids
+    all), `top_p` of these the smallest set with at least that share of their probability (arXiv 1904.09751). `suppress_tokens` lists ids
     that are never drawn. A completion ends with EOS and its row stays PAD from there; the loop ends when every row has.
-    `logps` are those of the whole softmax at `temperature` (at 1 when greedy), before `top_k`, `top_p` and `suppress`: what
+    `logps` are those of the whole softmax at `temperature` (at 1 when greedy), before `top_k`, `top_p` and `suppress_tokens`: what
     `completion_logps` gives for the same tokens.
     """
     cache, first = model.prefill(params, image, prompt, prompt_mask)
     shape = (prompt.shape[0], group_size, max_new_tokens)
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (group_size,))
     scale = jnp.where(temperature > 0, temperature, 1.0)[:, None]
-    banned = jnp.zeros(first.shape[-1], bool).at[jnp.array(suppress, int)].set(True)
+    banned = jnp.zeros(first.shape[-1], bool).at[jnp.array(suppress_tokens, int)].set(True)
 
     def draw(
         logits: Float[Array, "B G V"], t: Int[Array, ""]

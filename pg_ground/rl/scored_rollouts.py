@@ -14,7 +14,7 @@ from pg_ground.rl.loss import Algorithm, reward_penalty
 from pg_ground.types import Answer, Array, Batch, Rewards, Rollout
 
 
-class Sampled(NamedTuple):
+class ScoredRollouts(NamedTuple):
     """Groups of completions and how good each is, before they are compared."""
 
     batch: Batch
@@ -25,7 +25,7 @@ class Sampled(NamedTuple):
     """Total reward of each prompt's greedy completion, where the algorithm compares with it."""
 
 
-class Experience(NamedTuple):
+class PolicyBatch(NamedTuple):
     """What a reinforced step learns from, once for each question of a batch."""
 
     batch: Batch
@@ -47,18 +47,20 @@ def weights_at(weights: Mapping[str, Weight], step: int) -> dict[str, float]:
     return {name: at(weight) for name, weight in weights.items()}
 
 
-def without_greedy(rollout: Rollout, answer: Answer, rewards: Rewards, batch: Batch) -> Sampled:
+def without_greedy(
+    rollout: Rollout, answer: Answer, rewards: Rewards, batch: Batch
+) -> ScoredRollouts:
     """Returns the completions but for the last of each group, which is the greedy one: its reward is the baseline."""
     rollout, answer, rest = jax.tree.map(lambda leaf: leaf[:, :-1], (rollout, answer, rewards))
-    return Sampled(batch, rollout, answer, rest, rewards.total[:, -1])
+    return ScoredRollouts(batch, rollout, answer, rest, rewards.total[:, -1])
 
 
-def has_spread(sampled: Sampled) -> Bool[Array, " B"]:
+def has_spread(sampled: ScoredRollouts) -> Bool[Array, " B"]:
     """Returns the groups in which not all rewards are equal."""
     return advantages.has_spread(sampled.rewards.total)
 
 
-def refill(kept: Sampled, fresh: Sampled) -> Sampled:
+def refill(kept: ScoredRollouts, fresh: ScoredRollouts) -> ScoredRollouts:
     """Returns `kept` with as many of its groups without spread as can be replaced by groups of `fresh` with spread, in order.
 
     DAPO's dynamic sampling (arXiv 2503.14476, eq. 11) with shapes that do not change.
@@ -75,17 +77,17 @@ def refill(kept: Sampled, fresh: Sampled) -> Sampled:
 
 
 def compare(
-    sampled: Sampled,
+    sampled: ScoredRollouts,
     ref_logps: Float[Array, "B G T"] | None,
     weights: Mapping[str, float | Float[Array, ""]],
     kl_coef: float | Float[Array, ""],
     row: Algorithm,
     epsilon: float,
-) -> Experience:
+) -> PolicyBatch:
     """Returns the completions with their advantages."""
     batch, rollout, _, rewards, baseline = sampled
     total = rewards.total
     if row.kl_in_reward and ref_logps is not None:
         total = total - kl_coef * reward_penalty(rollout.logps, ref_logps, rollout.mask, row)
     scores = Scores(total, rewards.parts, weights, rollout.mask.sum(axis=-1), baseline, epsilon)
-    return Experience(batch, rollout, row.advantage(scores), ref_logps)
+    return PolicyBatch(batch, rollout, row.advantage(scores), ref_logps)

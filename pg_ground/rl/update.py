@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, PRNGKeyArray
 
 from pg_ground.params import join
 from pg_ground.rl.loss import Algorithm, Focus, PolicyTerms, Tokens, policy_loss, target_logps
-from pg_ground.rl.scored_rollouts import Experience
+from pg_ground.rl.scored_rollouts import PolicyBatch
 from pg_ground.types import Array, Batch, Rollout, TrainState
 from pg_ground.vocab import EOS, Vocab
 
@@ -57,7 +57,7 @@ def sft_step(
     model: Scorer,
     optimizer: optax.GradientTransformation,
     vocab: Vocab,
-    micro_batches: int,
+    grad_accum_steps: int,
     label_smoothing: float,
     loc_smoothing_bins: float,
     dropout_key: Array | None = None,
@@ -68,7 +68,7 @@ def sft_step(
     parameters that `state` lacks. Adapters drop inputs only where there is a `dropout_key`.
     """
     questions = batch.suffix.shape[0]
-    keys = None if dropout_key is None else jax.random.split(dropout_key, micro_batches)
+    keys = None if dropout_key is None else jax.random.split(dropout_key, grad_accum_steps)
 
     def loss(
         params: Any, part_and_key: tuple[Batch, Array | None]
@@ -88,7 +88,7 @@ def sft_step(
         value = -jnp.sum(soft[:, 0] * weights)
         return value, ({"sft/loss": value, "sft/nll": -jnp.sum(hard[:, 0] * weights)}, {})
 
-    grads, metrics = accumulate(loss, state.params, (batch, keys), micro_batches)
+    grads, metrics = accumulate(loss, state.params, (batch, keys), grad_accum_steps)
     return _apply(state, grads, optimizer, state.step + 1), metrics | {
         "optim/grad_norm": optax.tree.norm(grads)
     }
@@ -97,7 +97,7 @@ def sft_step(
 class _Part(NamedTuple):
     """A part of an experience and what was computed of it before its update."""
 
-    experience: Experience
+    experience: PolicyBatch
     mask: Bool[Array, "B G T"]
     weights: Float[Array, "B G T"]
     share: Float[Array, "B G T"]
@@ -110,14 +110,14 @@ class _Part(NamedTuple):
 def grpo_step(
     state: TrainState,
     frozen: Any,
-    experience: Experience,
+    experience: PolicyBatch,
     key: PRNGKeyArray,
     *,
     model: Scorer,
     optimizer: optax.GradientTransformation,
     algorithm: Algorithm,
     temperature: float,
-    micro_batches: int,
+    grad_accum_steps: int,
     minibatches: int,
     updates: int,
     kl_target: float = 0.0,
@@ -134,7 +134,7 @@ def grpo_step(
       kl_target: nats a token that `state.kl_coef` is steered to, over `kl_horizon` completions; 0 leaves it.
     """
 
-    def fixed(params: Any, experience: Experience, parts: int) -> tuple[Array, Array]:
+    def fixed(params: Any, experience: PolicyBatch, parts: int) -> tuple[Array, Array]:
         return logps_of(
             model, join(frozen, params), experience.batch, experience.rollout, temperature, parts
         )
@@ -142,7 +142,7 @@ def grpo_step(
     row = algorithm._replace(kl_coef=state.kl_coef) if kl_target else algorithm
     old_logps = None
     if updates * minibatches > 1:
-        old_logps = fixed(state.params, experience, micro_batches * minibatches)[0]
+        old_logps = fixed(state.params, experience, grad_accum_steps * minibatches)[0]
 
     def loss(params: Any, part: _Part) -> tuple[Array, tuple[Metrics, Metrics]]:
         (_, r, a, ref), mask, weights, share, bonus_share, old, focus = part
@@ -160,20 +160,20 @@ def grpo_step(
         return value, (means, {"policy/logp_diff_max": jnp.max(jnp.abs(logps - r.logps) * r.mask)})
 
     def one_update(
-        state: TrainState, given: tuple[Experience, Array | None, PRNGKeyArray]
+        state: TrainState, given: tuple[PolicyBatch, Array | None, PRNGKeyArray]
     ) -> tuple[TrainState, Metrics]:
         experience, old, key = given
         r = experience.rollout
-        mask = r.mask & ended(r)[..., None] if row.mask_unfinished else r.mask
+        mask = r.mask & ended(r)[..., None] if row.mask_truncated_completions else r.mask
         focus = None
         if row.focus is not None:
-            logps, entropy = fixed(state.params, experience, micro_batches)
+            logps, entropy = fixed(state.params, experience, grad_accum_steps)
             focus = row.focus(
                 Tokens(logps, entropy, experience.advantages, mask, key), row.focus_share
             )
         all_tokens, learned = (tokens / jnp.maximum(tokens.sum(), 1) for tokens in (r.mask, mask))
         part = _Part(experience, mask, row.average(mask), all_tokens, learned, old, focus)
-        grads, metrics = accumulate(loss, state.params, part, micro_batches)
+        grads, metrics = accumulate(loss, state.params, part, grad_accum_steps)
         return _apply(state, grads, optimizer, state.step), metrics | {
             "optim/grad_norm": optax.tree.norm(grads)
         }

@@ -43,7 +43,7 @@ from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.training import programs
 from pg_ground.training.loop import Run, begin, check, fresh_state, open_stream
 from pg_ground.training.recorder import Stopwatch
-from pg_ground.training.rollout_worker import LOTS, Sampler, text_judges
+from pg_ground.training.rollout_worker import LOTS, RolloutWorker, make_reward_workers
 from pg_ground.types import Array
 
 PROGRAMS = {
@@ -168,8 +168,8 @@ def reinforced(
         programs.grpo_update(run.config, model, mesh, run.factors, state), run.config, mesh
     )
     read, read_frozen = (programs.reader(run.config, mesh, tree) for tree in (state.params, frozen))
-    sampler = Sampler(
-        run.config, model, mesh, read_frozen(frozen), run.tokenizer, opened(text_judges(c))
+    sampler = RolloutWorker(
+        run.config, model, mesh, read_frozen(frozen), run.tokenizer, opened(make_reward_workers(c))
     )
     key, held = jax.random.key(run.config.seed), [state]
 

@@ -12,10 +12,10 @@ from pg_ground.data.pipeline import Batches
 from pg_ground.models import PaliGemma
 from pg_ground.parallel import sharding
 from pg_ground.reporting.html_page import Table, ascii_table
-from pg_ground.rl.scored_rollouts import Sampled, has_spread, weights_at
+from pg_ground.rl.scored_rollouts import ScoredRollouts, has_spread, weights_at
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.training.recorder import Stopwatch
-from pg_ground.training.rollout_worker import Sampler, question_of, text_judges
+from pg_ground.training.rollout_worker import RolloutWorker, make_reward_workers, question_of
 
 TEXT_WIDTH = 60
 """Characters of a completion that the table shows."""
@@ -35,8 +35,8 @@ def examine(
     c = config.grpo
     mesh = sharding.make_mesh(config.mesh)
     weights = weights_at(c.all_rewards, 0)
-    with text_judges(c) as workers:
-        sampler = Sampler(config, model, mesh, {}, tokenizer, workers)
+    with make_reward_workers(c) as workers:
+        sampler = RolloutWorker(config, model, mesh, {}, tokenizer, workers)
         key = jax.random.fold_in(jax.random.key(config.seed), 0)
         batch = sharding.put_batch(mesh, next(batches))
         sampled = jax.device_get(sampler.once(params, batch, key, weights, Stopwatch()))
@@ -46,7 +46,9 @@ def examine(
     return "\n\n".join([*parts, verdict(sampled, weights, errors)])
 
 
-def question(sampled: Sampled, row: int, tokenizer: Tokenizer, weights: dict[str, float]) -> str:
+def question(
+    sampled: ScoredRollouts, row: int, tokenizer: Tokenizer, weights: dict[str, float]
+) -> str:
     """Returns the completions of one prompt with every reward, beside the prompt and the gold answer."""
     asked = question_of(sampled.batch, row, tokenizer)
     names = list(sampled.rewards.parts)
@@ -66,7 +68,7 @@ def question(sampled: Sampled, row: int, tokenizer: Tokenizer, weights: dict[str
     return ascii_table(Table(title, heads, rows, ""))
 
 
-def verdict(sampled: Sampled, weights: dict[str, float], errors: dict[str, int]) -> str:
+def verdict(sampled: ScoredRollouts, weights: dict[str, float], errors: dict[str, int]) -> str:
     """Returns what the rewards of a batch are like, one by one, and in words what is wrong with them."""
     rewards = sampled.rewards
     rows, said = [], []

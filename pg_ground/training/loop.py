@@ -30,13 +30,18 @@ from pg_ground.params import flatten, join, pick, unflatten
 from pg_ground.reporting import drawing, metric_writers
 from pg_ground.reporting.html_page import Table, ascii_table
 from pg_ground.rl import loss
-from pg_ground.rl.scored_rollouts import Sampled, weights_at
+from pg_ground.rl.scored_rollouts import ScoredRollouts, weights_at
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.training import optimizers, programs
 from pg_ground.training.dry_run import examine
-from pg_ground.training.recorder import Diary, Pictures, Stopwatch, claim
-from pg_ground.training.rollout_worker import LOTS, Sampler, load_device_rewards, text_judges
+from pg_ground.training.recorder import Pictures, Recorder, Stopwatch, claim
+from pg_ground.training.rollout_worker import (
+    LOTS,
+    RolloutWorker,
+    load_device_rewards,
+    make_reward_workers,
+)
 from pg_ground.types import TrainState, UserError
 
 
@@ -52,7 +57,7 @@ class Run(NamedTuple):
     """What the learning rate of each trained parameter is multiplied by."""
     tokenizer: Tokenizer
     mesh: Mesh
-    diary: Diary
+    diary: Recorder
     bad: pipeline.BadRecords
 
 
@@ -93,12 +98,12 @@ def grpo(run: Run, state: TrainState, batches: Any) -> TrainState:
         learning_rates(run.config, "grpo"),
         Stopwatch(),
     )
-    with text_judges(c) as workers:
+    with make_reward_workers(c) as workers:
         workers.set_state(run.diary.resumed.get("judges", workers.get_state()))
         read, read_frozen = (
             programs.reader(run.config, run.mesh, tree) for tree in (state.params, run.frozen)
         )
-        sampler = Sampler(
+        sampler = RolloutWorker(
             run.config, run.model, run.mesh, read_frozen(run.frozen), run.tokenizer, workers
         )
         for step in range(int(state.step), c.steps):
@@ -174,7 +179,7 @@ def train(config: Config, workdir: Path) -> Path:
             if multiprocess.is_writer()
             else nullcontext() as writer
         ):
-            diary = Diary(config, workdir, writer, saved, measure, measure_every, bad, found)
+            diary = Recorder(config, workdir, writer, saved, measure, measure_every, bad, found)
             factors = programs.factors_of(config, trained | frozen)
             run = Run(config, workdir, model, kept, factors, tokenizer, mesh, diary, bad)
             multiprocess.say(size_line(run, trained, frozen))
@@ -286,16 +291,16 @@ def check(config: Config, mesh: Mesh) -> None:
     metric_writers.check_mirror(config.log.wandb)
     loss.choose(config.grpo)
     load_device_rewards(config.grpo)
-    text_judges(config.grpo)
+    make_reward_workers(config.grpo)
     for stage, c in (("sft", config.sft), ("grpo", config.grpo)):
         if stage in config.stages:
             sharding.check_rows(
-                mesh, c.batch_size // c.micro_batches, f"{stage}.batch_size / micro_batches"
+                mesh, c.batch_size // c.grad_accum_steps, f"{stage}.batch_size / grad_accum_steps"
             )
     if "grpo" in config.stages:
         c = config.grpo
-        parts = c.batch_size // (c.micro_batches * c.minibatches)
-        sharding.check_rows(mesh, parts, "grpo.batch_size / micro_batches / minibatches")
+        parts = c.batch_size // (c.grad_accum_steps * c.minibatches)
+        sharding.check_rows(mesh, parts, "grpo.batch_size / grad_accum_steps / minibatches")
         sharding.check_rows(
             mesh, c.batch_size // c.rollout_parts, "grpo.batch_size / rollout_parts"
         )
@@ -389,7 +394,7 @@ def measured(
     return values | times | {"time/step_s": whole} | rates
 
 
-def rollout_pictures(run: Run, sampled: Sampled, advantages: Any) -> Pictures:
+def rollout_pictures(run: Run, sampled: ScoredRollouts, advantages: Any) -> Pictures:
     """Returns the first prompts (of those on this process) of a step with gold and sampled answers drawn on their images."""
     (batch, rollout, answer, judged, _), advantages = sharding.take_rows(
         run.mesh, (sampled, advantages)

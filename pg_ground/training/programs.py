@@ -22,7 +22,7 @@ from pg_ground.rewards import device_rewards
 from pg_ground.rl import loss, scored_rollouts, update
 from pg_ground.rl.advantages import over_greedy
 from pg_ground.rl.rollout import sample
-from pg_ground.rl.scored_rollouts import Experience, Sampled
+from pg_ground.rl.scored_rollouts import PolicyBatch, ScoredRollouts
 from pg_ground.training import optimizers
 from pg_ground.types import Array, Batch, Rollout, TrainState, UserError
 from pg_ground.vocab import CONTROL, Vocab
@@ -89,7 +89,7 @@ def factors_of(config: Config, names: Iterable[str]) -> dict[str, float]:
 
 def updates_a_step(config: Config, stage: str) -> int:
     """Returns how often the optimizer moves the parameters in one step of a stage."""
-    return config.grpo.updates_per_rollout * config.grpo.minibatches if stage == "grpo" else 1
+    return config.grpo.num_iterations * config.grpo.minibatches if stage == "grpo" else 1
 
 
 def optimizer_of(
@@ -133,7 +133,7 @@ def sft_update(
         model=model,
         optimizer=optimizer_of(config, "sft", factors),
         vocab=vocab,
-        micro_batches=c.micro_batches,
+        grad_accum_steps=c.grad_accum_steps,
         label_smoothing=c.label_smoothing,
         loc_smoothing_bins=c.loc_smoothing_bins,
     )
@@ -151,9 +151,9 @@ def grpo_update(
         optimizer=optimizer_of(config, "grpo", factors),
         algorithm=loss.choose(c),
         temperature=c.temperature,
-        micro_batches=c.micro_batches,
+        grad_accum_steps=c.grad_accum_steps,
         minibatches=c.minibatches,
-        updates=c.updates_per_rollout,
+        updates=c.num_iterations,
         kl_target=c.kl_target,
         kl_horizon=c.kl_horizon,
     )
@@ -171,7 +171,7 @@ def reference_logps(config: Config, model: PaliGemma) -> Program:
             batch,
             rollout,
             c.temperature,
-            c.micro_batches * c.minibatches,
+            c.grad_accum_steps * c.minibatches,
         )[0]
 
     return Program(score)
@@ -183,8 +183,8 @@ def grpo_compare(config: Config, model: PaliGemma) -> Program:
     reference = reference_logps(config, model).function
 
     def compare(
-        sampled: Sampled, frozen: Any, ref_params: Any, weights: dict[str, Any], kl_coef: Any
-    ) -> tuple[Experience, dict[str, Any]]:
+        sampled: ScoredRollouts, frozen: Any, ref_params: Any, weights: dict[str, Any], kl_coef: Any
+    ) -> tuple[PolicyBatch, dict[str, Any]]:
         kl_coef = kl_coef if c.kl_target else row.kl_coef
         ref_logps = (
             None
@@ -225,7 +225,7 @@ def rollout(config: Config, model: PaliGemma) -> Program:
             jnp.array(temperature),
             c.top_p,
             c.top_k,
-            CONTROL + c.suppress,
+            CONTROL + c.suppress_tokens,
         )
         return sample(model, join(frozen, params), *inputs, *draw)
 

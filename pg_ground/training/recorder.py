@@ -84,7 +84,7 @@ def _time_of(value: Any) -> float:
     return time.perf_counter()
 
 
-class Diary:
+class Recorder:
     """The record of one run, in step with its checkpoints: what a resumed run finds is what it would have written.
 
     Every process keeps one, of the same numbers; only process 0 writes, and has a `writer`.

@@ -13,9 +13,9 @@ from pg_ground.models import PaliGemma
 from pg_ground.parallel import sharding
 from pg_ground.rewards import device_rewards
 from pg_ground.rewards.text_rewards import TEXT_REWARDS, TextExample
-from pg_ground.rewards.workers import Judges, Pending, load_reward
+from pg_ground.rewards.workers import Pending, RewardWorkers, load_reward
 from pg_ground.rl import scored_rollouts, update
-from pg_ground.rl.scored_rollouts import Sampled
+from pg_ground.rl.scored_rollouts import ScoredRollouts
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.training import programs
 from pg_ground.training.recorder import Stopwatch
@@ -24,17 +24,19 @@ from pg_ground.types import BOXES, POINTS, Answer, Batch, Rollout, UserError
 AGAIN, PARTS, LOTS = 2**20, 2**20 + 1, 2**20 + 2
 """What a step's key is folded with for fresh groups, parts of a batch and the lots of an update: no token's number."""
 
-ASKS = {BOXES: "boxes", POINTS: "points"}
+TARGET_NAMES = {BOXES: "boxes", POINTS: "points"}
 
 
-def text_judges(c: Grpo) -> Judges:
+def make_reward_workers(c: Grpo) -> RewardWorkers:
     """Returns the workers for the rewards of text that `c` names; none are started yet.
 
     Raises:
       UserError: a reward that does not exist or cannot be loaded.
     """
     users = [name for name in c.rewards if ".py:" in name and load_reward(name).kind == "text"]
-    return Judges({name: name for name in (*c.text_rewards, *users)}, TEXT_REWARDS, c.judging)
+    return RewardWorkers(
+        {name: name for name in (*c.text_rewards, *users)}, TEXT_REWARDS, c.reward_workers
+    )
 
 
 def load_device_rewards(c: Grpo) -> dict[str, device_rewards.Reward]:
@@ -89,7 +91,7 @@ def weighted(c: Grpo) -> frozenset[str]:
     )
 
 
-class Sampler:
+class RolloutWorker:
     """Draws `group_size` completions of each prompt and judges them. Programs are compiled once, whatever is asked of them."""
 
     def __init__(
@@ -99,7 +101,7 @@ class Sampler:
         mesh: Mesh,
         frozen: Any,
         tokenizer: Tokenizer,
-        workers: Judges,
+        workers: RewardWorkers,
     ):
         c = config.grpo
         self._c, self._mesh, self._frozen, self._tokenizer, self._workers = (
@@ -120,17 +122,17 @@ class Sampler:
             batch: Batch,
             told: dict[str, jax.Array],
             weights: dict[str, jax.Array],
-        ) -> Sampled:
+        ) -> ScoredRollouts:
             gold = batch.gold
             answer = device_rewards.read_answer(
-                rollout.tokens, rollout.mask, gold.asks, gold.names, tokenizer.vocab
+                rollout.tokens, rollout.mask, gold.target, gold.names, tokenizer.vocab
             )
             judged = device_rewards.score(
                 answer, batch, weights, c.reward_settings, named, told, counted
             )
             if greedy:
                 return scored_rollouts.without_greedy(rollout, answer, judged, batch)
-            return Sampled(batch, rollout, answer, judged, None)
+            return ScoredRollouts(batch, rollout, answer, judged, None)
 
         def put_together(parts: tuple[Any, ...]) -> Any:
             return jax.tree.map(lambda *rows: update.unsplit(jnp.stack(rows)), *parts)
@@ -152,18 +154,18 @@ class Sampler:
         weights: Mapping[str, float],
         watch: Stopwatch,
         meanwhile: Callable[[], None] = lambda: None,
-    ) -> tuple[Sampled, dict[str, float]]:
-        """Returns judged groups; with `resample`, the share of them that lacked spread at first, and how many were replaced.
+    ) -> tuple[ScoredRollouts, dict[str, float]]:
+        """Returns judged groups; with `dynamic_sampling`, the share of them that lacked spread at first, and how many were replaced.
 
         Args:
           weights: of the rewards at this step.
           meanwhile: called while the devices sample.
         """
         sampled = self.once(params, watch.lap("data", next_batch()), key, weights, watch, meanwhile)
-        if not self._c.resample:
+        if not self._c.dynamic_sampling:
             return sampled, {}
         first = lacking = int(self._lacking(sampled))
-        for again in range(1, self._c.resample + 1):
+        for again in range(1, self._c.dynamic_sampling + 1):
             if not lacking:
                 break
             batch, own_key = (
@@ -186,7 +188,7 @@ class Sampler:
         weights: Mapping[str, float],
         watch: Stopwatch,
         meanwhile: Callable[[], None] = lambda: None,
-    ) -> Sampled:
+    ) -> ScoredRollouts:
         """Returns judged groups for the prompts of one batch, whatever their spread.
 
         Raises:
@@ -252,11 +254,11 @@ def question_of(batch: Batch, row: int, tokenizer: Tokenizer) -> TextExample:
     width, height = (int(side) for side in batch.size[row])
     gold = batch.gold
     names = [tokenizer.decode(ids[ids != 0].tolist()).strip() for ids in gold.names[row]]
-    asks = ASKS.get(int(gold.asks[row]), "text")
+    target = TARGET_NAMES.get(int(gold.target[row]), "text")
     boxes, points = gold.boxes, gold.points
     labels = (
         points.label[row][points.valid[row]]
-        if asks == "points"
+        if target == "points"
         else boxes.label[row][boxes.valid[row]]
     )
     return TextExample(
@@ -267,7 +269,7 @@ def question_of(batch: Batch, row: int, tokenizer: Tokenizer) -> TextExample:
         points=tuple((float(x * width), float(y * height)) for y, x in points.yx[row][points.valid[row]]),
         labels=tuple(names[label] if 0 <= label < len(names) else "" for label in labels),
         size=(width, height),
-        asks=asks,
+        target=target,
         source=str(int(batch.source[row])),
         index=int(batch.index[row]),
         length=0,

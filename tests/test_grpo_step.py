@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from programs import assert_same_run, killed_and_resumed, rows, run, train_tiny, write_recipe
+from commands import assert_same_run, killed_and_resumed, rows, run, train_tiny, write_recipe
 
 RECIPE = """
 import runpy
@@ -14,11 +14,11 @@ def get_config():
     c = runpy.run_path("configs/tiny.py")["get_config"]().unlock()
     c.grpo.rewards = {"iou": 1.0, "gaussian_point": 1.0, "format": (0.5, 0.1, 4), "FOLDER/mine.py:wide": 0.1}
     c.grpo.text_rewards = {"FOLDER/mine.py:vowels": 0.3, "FOLDER/mine.py:grumpy": 0.0}
-    c.grpo.update(resample=2, rollout_parts=2, minibatches=2, updates_per_rollout=2, kl_target=0.01, kl_horizon=100, kl_coef=0.05,
+    c.grpo.update(dynamic_sampling=2, rollout_parts=2, minibatches=2, num_iterations=2, kl_target=0.01, kl_horizon=100, kl_coef=0.05,
                   algorithm="dapo", entropy_coef=0.01, focus="top_entropy", focus_share=0.5, correction="token_truncate",
-                  mask_unfinished=False, top_k=500, suppress=(5, 6))
+                  mask_truncated_completions=False, top_k=500, suppress_tokens=(5, 6))
     c.grpo.kl_in_reward = False
-    c.grpo.judging.update(error_share=1.0, workers=1)
+    c.grpo.reward_workers.update(error_share=1.0, count=1)
     return c.lock()
 """
 

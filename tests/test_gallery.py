@@ -7,19 +7,19 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pg_ground import cli, config, tokenizer
+from pg_ground import cli, config, look, tokenizer
 from pg_ground.data.records import BadRecord
 from pg_ground.reporting import drawing, gallery
 from pg_ground.types import BOXES, POINTS, Boxes, Example, Points, UserError
 
 
-def example(asks=BOXES, label=0, size=(200, 100), names=("cat",)):
+def example(target=BOXES, label=0, size=(200, 100), names=("cat",)):
     slot, used = np.array([label]), np.array([True])
     return Example(
         image=np.full((32, 32, 3), 90, np.uint8), size=size, prompt="detect <b>", suffix="<loc0001> cat",
         boxes=Boxes(np.array([[0.2, 0.25, 0.8, 0.75]], np.float32), slot, used),
-        points=Points(np.array([[0.5, 0.5]], np.float32), slot, used & (asks == POINTS)),
-        asks=asks, names=names, masks=np.zeros((0, 0, 0), bool), source="toy", index=7,
+        points=Points(np.array([[0.5, 0.5]], np.float32), slot, used & (target == POINTS)),
+        target=target, names=names, masks=np.zeros((0, 0, 0), bool), source="toy", index=7,
     )  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def test_gold_is_drawn_in_the_aspect_of_the_original():
 
 
 def test_points_are_drawn_over_the_objects_they_lie_on():
-    picture = gallery.example_picture(example(asks=POINTS))
+    picture = gallery.example_picture(example(target=POINTS))
     assert count(picture, drawing.LABEL_COLORS[0]) > 20 and count(picture, drawing.GOLD) > 100
 
 
@@ -137,5 +137,5 @@ def test_flags_that_cannot_be_used_end_in_one_line(tmp_path, flags):
         '    c.stages = ("sft",)\n    return c\n'
     )
     with pytest.raises(UserError, match=r"^--n is 0|^--out is"):
-        gallery.main([f"--config={recipe}", *flags])
+        look.main([f"--config={recipe}", *flags])
     assert cli.parse([f"--config={recipe}"], {})[0].sft.sources["toy"].boxes == "box"

@@ -11,7 +11,7 @@ from pg_ground.data.examples import to_batch_row, to_example
 from pg_ground.rewards.device_rewards import read_answer
 from pg_ground.rl.loss import ALGORITHMS
 from pg_ground.rl.scored_rollouts import (
-    Sampled,
+    ScoredRollouts,
     compare,
     has_spread,
     refill,
@@ -21,8 +21,8 @@ from pg_ground.rl.scored_rollouts import (
 from pg_ground.rl.update import split, unsplit
 from pg_ground.tokenizer import load
 from pg_ground.training.rollout_worker import (
+    make_reward_workers,
     question_of,
-    text_judges,
     texts_of,
     weighted,
 )
@@ -52,7 +52,7 @@ def test_rewards_of_a_users_file_are_told_apart_by_their_parameters(tmp_path):
         "def short(completion, example):\n    return -len(completion)\n"
     )
     c = Grpo(rewards={f"{file}:wide": 1.0, f"{file}:short": 0.5, "iou": 1.0})
-    assert set(device_rewards(c)) == {f"{file}:wide", "iou"} and text_judges(c).names == (
+    assert set(device_rewards(c)) == {f"{file}:wide", "iou"} and make_reward_workers(c).names == (
         f"{file}:short",
     )
 
@@ -79,7 +79,7 @@ def test_a_users_device_reward_with_a_fault_is_named(tmp_path):
     assert np.isnan(rewards[f"{file}:infinite"](*arguments)).all()
 
 
-def sampled(totals: list[list[float]], first: int = 0) -> Sampled:
+def sampled(totals: list[list[float]], first: int = 0) -> ScoredRollouts:
     """Returns groups with these rewards, numbered from `first` on in `index` and in their tokens."""
     total = jnp.asarray(totals, jnp.float32)
     b, g = total.shape
@@ -93,8 +93,8 @@ def sampled(totals: list[list[float]], first: int = 0) -> Sampled:
     batch = batch._replace(index=first + jnp.arange(b))
     tokens = jnp.broadcast_to((first + jnp.arange(b))[:, None, None], (b, g, 3))
     rollout = Rollout(tokens, jnp.ones(tokens.shape, bool), jnp.zeros(tokens.shape))
-    answer = read_answer(tokens, rollout.mask, batch.gold.asks, batch.gold.names, load().vocab)
-    return Sampled(batch, rollout, answer, Rewards(total, {"iou": total}), None)
+    answer = read_answer(tokens, rollout.mask, batch.gold.target, batch.gold.names, load().vocab)
+    return ScoredRollouts(batch, rollout, answer, Rewards(total, {"iou": total}), None)
 
 
 def test_groups_without_spread_are_replaced_in_order_and_the_others_stay():
@@ -156,7 +156,7 @@ def test_a_text_reward_sees_the_question_in_pixels_and_words():
     question = question_of(batch, 0, tokens)
     assert (
         question.prompt == "detect a cat"
-        and question.asks == "boxes"
+        and question.target == "boxes"
         and question.labels == ("a cat",)
     )
     np.testing.assert_allclose(question.boxes, [[10, 20, 60, 45]], atol=1e-4)

@@ -25,7 +25,7 @@ def count(picture: Image.Image, color: tuple[int, int, int]) -> int:
     return int((pixels(picture) == color).all(-1).sum())
 
 
-def rollout(rewards, gold=(0.2, 0.2, 0.8, 0.8), asks=BOXES, sampled=None):
+def rollout(rewards, gold=(0.2, 0.2, 0.8, 0.8), target=BOXES, sampled=None):
     """One prompt with a sample for each reward: boxes that follow the gold, or points at its middle."""
     g = len(rewards)
     boxes = (
@@ -34,7 +34,7 @@ def rollout(rewards, gold=(0.2, 0.2, 0.8, 0.8), asks=BOXES, sampled=None):
         else np.array(sampled, np.float32)
     )
     slot = np.zeros((1, g, 1), np.int32)
-    as_points = np.full((1, g, 1), asks == POINTS)
+    as_points = np.full((1, g, 1), target == POINTS)
     answer = Answer(
         boxes=Boxes(boxes, slot, ~as_points),
         points=Points((boxes[..., :2] + boxes[..., 2:]) / 2, slot, as_points),
@@ -49,9 +49,9 @@ def rollout(rewards, gold=(0.2, 0.2, 0.8, 0.8), asks=BOXES, sampled=None):
     annotation = Gold(
         boxes=Boxes(at, np.zeros((1, 1), np.int32), one),
         points=Points(
-            (at[..., :2] + at[..., 2:]) / 2, np.zeros((1, 1), np.int32), one & (asks == POINTS)
+            (at[..., :2] + at[..., 2:]) / 2, np.zeros((1, 1), np.int32), one & (target == POINTS)
         ),
-        asks=np.array([asks]),
+        target=np.array([target]),
         names=np.zeros((1, 1, 2), np.int32),
         masks=np.zeros((1, 1, 0, 0), bool),
     )
@@ -255,7 +255,7 @@ def test_rewards_beyond_0_and_1_differ_in_colour_and_equal_ones_do_not():
         }
 
 
-@pytest.mark.parametrize(("asks", "gold", "said"), [
+@pytest.mark.parametrize(("target", "gold", "said"), [
     (BOXES, None, ["gold  <loc0205><loc0205><loc0818><loc0818>"]),
     (POINTS, None, ["gold  <loc0512><loc0512>"]),
     (TEXT, None, []),
@@ -264,14 +264,16 @@ def test_rewards_beyond_0_and_1_differ_in_colour_and_equal_ones_do_not():
      ["gold  <loc0205><loc0205><loc0818><loc0818> cat ; <loc0001><loc0001><loc0002><loc0002> dog"]),
     (BOXES, "", ["gold  nothing"]),
 ])  # fmt: skip
-def test_the_caption_says_gold_as_it_is_written(monkeypatch, asks, gold, said):
+def test_the_caption_says_gold_as_it_is_written(monkeypatch, target, gold, said):
     seen = []
     monkeypatch.setattr(
         drawing,
         "_with_caption",
         lambda picture, paragraphs, width: seen.extend(paragraphs) or picture,
     )
-    drawing.draw_rollout(*rollout([0.0, 1.0], asks=asks), 0, "the prompt", ["a", "b"], gold=gold)
+    drawing.draw_rollout(
+        *rollout([0.0, 1.0], target=target), 0, "the prompt", ["a", "b"], gold=gold
+    )
     assert seen == [
         "the prompt",
         *said,
@@ -336,7 +338,7 @@ def test_rollout_shows_the_image_that_the_pipeline_gave(floats):
 
 def test_rollout_of_points_draws_crosses():
     batch, answer, rewards = rollout(
-        [1.0, 1.0], asks=POINTS, sampled=[[[[0, 0, 0.2, 0.2]], [[0.6, 0.6, 1, 1]]]]
+        [1.0, 1.0], target=POINTS, sampled=[[[[0, 0, 0.2, 0.2]], [[0.6, 0.6, 1, 1]]]]
     )
     picture = drawing.draw_rollout(batch, answer, rewards, 0, "point cat", ["a", "b"])
     rows, columns = np.nonzero(

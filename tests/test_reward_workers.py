@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pg_ground import config
-from pg_ground.config import Judging
-from pg_ground.rewards.workers import Judges, load_reward
+from pg_ground.config import RewardWorkerSettings
+from pg_ground.rewards.workers import RewardWorkers, load_reward
 from pg_ground.types import UserError
 
 REWARDS = """
@@ -132,10 +132,10 @@ class Place(NamedTuple):
         error_share: float = 1.0,
         memory_bytes: int = 2**32,
     ):
-        settings = Judging(
-            workers=workers, timeout_s=timeout_s, error_share=error_share, memory_bytes=memory_bytes
+        settings = RewardWorkerSettings(
+            count=workers, timeout_s=timeout_s, error_share=error_share, memory_bytes=memory_bytes
         )
-        return Judges({name: self.spec(name) for name in names}, {}, settings)
+        return RewardWorkers({name: self.spec(name) for name in names}, {}, settings)
 
 
 @pytest.fixture(scope="module")
@@ -353,14 +353,14 @@ def test_a_name_is_looked_up_in_the_registry(place):
     import judges_module  # pyright: ignore[reportMissingImports]
 
     registry = {"exact": judges_module.exact}
-    with Judges({"exact": "exact"}, registry, Judging()) as judges:
+    with RewardWorkers({"exact": "exact"}, registry, RewardWorkerSettings()) as judges:
         np.testing.assert_array_equal(
             judges.submit(COMPLETIONS, place.examples).result().scores["exact"], [1, 0, 0, 0]
         )
     with pytest.raises(
         UserError, match="the text reward exakt does not exist: did you mean exact?"
     ):
-        Judges({"exakt": "exakt"}, registry, Judging())
+        RewardWorkers({"exakt": "exakt"}, registry, RewardWorkerSettings())
 
 
 @pytest.mark.parametrize(
@@ -426,14 +426,14 @@ def test_a_reward_that_cannot_be_used_is_one_line(tmp_path, source, line):
 def test_a_device_reward_is_no_text_reward(tmp_path):
     (tmp_path / "reward.py").write_text("def score(answer, batch, settings): ...")
     with pytest.raises(UserError, match="judges on the device: it belongs under grpo.rewards"):
-        Judges({"mine": f"{tmp_path / 'reward.py'}:score"}, {}, Judging())
+        RewardWorkers({"mine": f"{tmp_path / 'reward.py'}:score"}, {}, RewardWorkerSettings())
 
 
 def test_a_worker_runs_neither_the_run_s_program_nor_jax(place):
     """The program has no `if __name__ == "__main__"`, and is a module that `-m` runs, as the entry points are."""
     (place.folder / "program.py").write_text(
-        "print('started')\nfrom pg_ground.config import Judging\nfrom pg_ground.rl.judges import Judges\n"
-        f"with Judges({{'no_jax': {place.spec('no_jax')!r}}}, {{}}, Judging()) as judges:\n"
+        "print('started')\nfrom pg_ground.config import RewardWorkerSettings\nfrom pg_ground.rewards.workers import RewardWorkers\n"
+        f"with RewardWorkers({{'no_jax': {place.spec('no_jax')!r}}}, {{}}, RewardWorkerSettings()) as judges:\n"
         "    print(judges.submit(['a'], [None]).result().scores['no_jax'])\n"
     )
     ran = subprocess.run(
@@ -444,8 +444,8 @@ def test_a_worker_runs_neither_the_run_s_program_nor_jax(place):
 
 def test_a_worker_ends_with_a_run_that_is_killed(place):
     (place.folder / "killed.py").write_text(
-        "import os, time\nfrom pg_ground.config import Judging\nfrom pg_ground.rl.judges import Judges\n"
-        f"judges = Judges({{'spinning': {place.spec('spinning')!r}}}, {{}}, Judging(timeout_s=0.5)).__enter__()\n"
+        "import os, time\nfrom pg_ground.config import RewardWorkerSettings\nfrom pg_ground.rewards.workers import RewardWorkers\n"
+        f"judges = RewardWorkers({{'spinning': {place.spec('spinning')!r}}}, {{}}, RewardWorkerSettings(timeout_s=0.5)).__enter__()\n"
         "judges.submit(['good'], [None]).result()\n"
         "judges.submit(['bad'], [None])\ntime.sleep(0.2)\n"
         "print(*(worker._process.pid for worker in judges._workers), flush=True)\nos.kill(os.getpid(), 9)\n"
@@ -475,7 +475,7 @@ def ended(pid: int) -> bool:
 @pytest.mark.parametrize(
     ("name", "value", "right"),
     [
-        ("workers", 0, "above 0"),
+        ("count", 0, "above 0"),
         ("timeout_s", 0.0, "above 0"),
         ("error_share", 1.5, r"in \[0, 1\]"),
         ("memory_bytes", -1, "0 or more"),
@@ -484,10 +484,10 @@ def ended(pid: int) -> bool:
 def test_settings_out_of_range(name, value, right):
     tree = config.template()
     tree.stages, tree.grpo.sources = ("grpo",), {"a": {"uri": "synthetic:train", "boxes": "boxes"}}
-    assert config.parse(tree).grpo.judging == Judging()
-    tree.grpo.judging[name] = value
+    assert config.parse(tree).grpo.reward_workers == RewardWorkerSettings()
+    tree.grpo.reward_workers[name] = value
     with pytest.raises(
-        UserError, match=rf"config.grpo.judging.{name} is {value}: it must be {right}"
+        UserError, match=rf"config.grpo.reward_workers.{name} is {value}: it must be {right}"
     ):
         config.parse(tree)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pg_ground import cli
+from pg_ground import cli, evaluate
 from pg_ground.config import Source
 from pg_ground.evals import (
     answers,
@@ -611,9 +611,9 @@ def test_intervals_resample_images_and_repeat():
 def test_what_a_source_is_measured_as_follows_from_what_it_asks():
     for source, name in (
         (Source(), "rec"),
-        (Source(asks="points"), "pointing"),
+        (Source(target="points"), "pointing"),
         (Source(suffix="count"), "counting"),
-        (Source(asks="text", suffix="{answer}"), "text"),
+        (Source(target="text", suffix="{answer}"), "text"),
         (Source(suffix="json"), "rec"),
     ):
         assert runner.measured_as(source) == name
@@ -628,11 +628,11 @@ def test_flags_of_files_have_either_spelling(data, capsys, tmp_path):
             "--fields=pred=extracted_answer,gold=ground_truth",
             flag,
         ]
-        scoring.main([*argv, f"--out={tmp_path}"], cli.Group(""))
+        evaluate.main([*argv, f"--out={tmp_path}"], cli.Group(""))
         assert "acc50                 86.60 %" in capsys.readouterr().out
     assert json.loads((tmp_path / "eval.json").read_text())["acc50"] == 0.866
     with pytest.raises(UserError, match="did you mean xyxy_px"):
-        scoring.main(
+        evaluate.main(
             [
                 f"--predictions={path}",
                 "--benchmark=rec",

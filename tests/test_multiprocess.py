@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import ROOT, arrays, assert_same_run, command, rows, write_recipe
+from commands import ROOT, arrays, assert_same_run, command, rows, write_recipe
 
 from pg_ground import config, tokenizer
 from pg_ground.checkpoints import manager
@@ -34,8 +34,8 @@ import runpy
 def get_config():
     c = runpy.run_path("configs/tiny.py")["get_config"]().unlock()
     c.sft.steps = c.grpo.steps = 3
-    c.grpo.update(batch_size=16, rollout_parts=2, resample=1, text_rewards={"FOLDER/mine.py:length": 0.5})
-    c.grpo.judging.update(error_share=1.0, workers=1)
+    c.grpo.update(batch_size=16, rollout_parts=2, dynamic_sampling=1, text_rewards={"FOLDER/mine.py:length": 0.5})
+    c.grpo.reward_workers.update(error_share=1.0, count=1)
     c.eval.update(examples=12, batch_size=8)  # no multiple of the batch
     c.data.check_records = 20
     c.log.every, c.checkpoint.every = 1, 2

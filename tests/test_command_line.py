@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import assert_same_run, killed_and_resumed, rows, run, train_tiny
 from PIL import Image
-from programs import assert_same_run, killed_and_resumed, rows, run, train_tiny
 
 STEPS = 12
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import ROOT
+from commands import ROOT
 
 from pg_ground import config
 from pg_ground.checkpoints.manager import Checkpoints
@@ -120,7 +120,7 @@ def test_a_step_is_read_behind_the_next_and_before_what_is_due_after_it(tiny, tm
         return {"sft/loss": float(step)}
 
     c = replace(tiny, sft=replace(tiny.sft, steps=8), checkpoint=replace(tiny.checkpoint, every=5))
-    kept = recorder.Diary(c, tmp_path, None, Saved(), measure, {"sft": 3}, BadRecords(), None)
+    kept = recorder.Recorder(c, tmp_path, None, Saved(), measure, {"sft": 3}, BadRecords(), None)
     state, batches = (
         TrainState(jnp.int32(0), {}, {}, jnp.float32(0)),
         SimpleNamespace(get_state=dict),
@@ -161,7 +161,9 @@ def test_a_step_is_read_before_its_pictures_and_where_a_trace_begins_or_ends(
         checkpoint=replace(tiny.checkpoint, every=9),
     )
     saved = SimpleNamespace(save=lambda *_: happened.append("save"))
-    kept = recorder.Diary(c, tmp_path, None, saved, lambda _: {}, {"grpo": 0}, BadRecords(), None)  # pyright: ignore[reportArgumentType]
+    kept = recorder.Recorder(
+        c, tmp_path, None, saved, lambda _: {}, {"grpo": 0}, BadRecords(), None
+    )  # pyright: ignore[reportArgumentType]
     state, batches = (
         TrainState(jnp.int32(0), {}, {}, jnp.float32(0)),
         SimpleNamespace(get_state=dict),
@@ -224,7 +226,7 @@ def test_a_stage_dispatches_a_step_before_it_reads_the_last(stage, tiny, tmp_pat
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_a_steps_learning_rate_is_that_of_its_last_update(stage, tiny):
-    c = replace(tiny, grpo=replace(tiny.grpo, minibatches=2, updates_per_rollout=2))
+    c = replace(tiny, grpo=replace(tiny.grpo, minibatches=2, num_iterations=2))
     own, updates = (c.sft, 1) if stage == "sft" else (c.grpo, 4)
     schedule = optimizers.schedule(own.optimizer, own.steps * updates)
     expected = [float(schedule(updates * step - 1)) for step in range(1, own.steps + 1)]

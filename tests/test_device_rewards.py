@@ -40,7 +40,7 @@ read_jitted = jax.jit(read_answer, static_argnums=4)
 @jax.jit
 def judge_jitted(r: Rollout, batch: Batch) -> dict[str, jax.Array]:
     """Returns every reward at once: they are compiled together, for groups of `GROUP`."""
-    answer = read_answer(r.tokens, r.mask, batch.gold.asks, batch.gold.names, TOKENS.vocab)
+    answer = read_answer(r.tokens, r.mask, batch.gold.target, batch.gold.names, TOKENS.vocab)
     return {name: reward(answer, batch, SETTINGS) for name, reward in REWARDS.items()}
 
 
@@ -81,10 +81,10 @@ def name_ids(names: tuple[str, ...]) -> jax.Array:
 
 
 def read(
-    *texts: str, asks: int = BOXES, names: tuple[str, ...] = ("cat",), unfinished: bool = False
+    *texts: str, target: int = BOXES, names: tuple[str, ...] = ("cat",), unfinished: bool = False
 ) -> Answer:
     r = rollout(*texts, unfinished=unfinished)
-    return read_jitted(r.tokens, r.mask, jnp.array([asks]), name_ids(names), TOKENS.vocab)
+    return read_jitted(r.tokens, r.mask, jnp.array([target]), name_ids(names), TOKENS.vocab)
 
 
 def bins_of(boxes: Boxes) -> list[list[int]]:
@@ -136,10 +136,10 @@ def test_separators_with_and_without_spaces():
 
 
 def test_one_point_and_two():
-    found = read(f"{loc(10, 20)} cat", asks=POINTS)
+    found = read(f"{loc(10, 20)} cat", target=POINTS)
     assert points_of(found.points) == [[10, 20]] and labels_of(found.points) == [0]
     assert not found.boxes.valid.any() and found.stray == 0 and found.grammatical
-    found = read(f"{loc(10, 20)} cat ; {loc(1023, 0)} dog", asks=POINTS, names=("dog", "cat"))
+    found = read(f"{loc(10, 20)} cat ; {loc(1023, 0)} dog", target=POINTS, names=("dog", "cat"))
     assert points_of(found.points) == [[10, 20], [1023, 0]] and labels_of(found.points) == [1, 0]
 
 
@@ -206,14 +206,14 @@ def test_empty_segments_are_ungrammatical(text):
 
 
 def test_an_answer_of_the_other_kind_is_read_but_ungrammatical():
-    found = read(f"{loc(10, 20)} cat", asks=BOXES)
+    found = read(f"{loc(10, 20)} cat", target=BOXES)
     assert (
         points_of(found.points) == [[10, 20]]
         and not found.boxes.valid.any()
         and found.stray == 0
         and not found.grammatical
     )
-    found = read(f"{loc(*BOX)} cat", asks=POINTS)
+    found = read(f"{loc(*BOX)} cat", target=POINTS)
     assert (
         bins_of(found.boxes) == [list(BOX)]
         and not found.points.valid.any()
@@ -280,11 +280,11 @@ def test_completions_of_a_group_and_prompts_of_a_batch_are_read_apart():
     two = Rollout(*(jnp.concatenate([x, x[:, ::-1]]) for x in r))
     names = jnp.concatenate([name_ids(("cat", "dog")), name_ids(("dog", "cat"))])
     whole = read_jitted(two.tokens, two.mask, jnp.array([BOXES, POINTS]), names, TOKENS.vocab)
-    for b, (asks, order, named) in enumerate(
+    for b, (target, order, named) in enumerate(
         ((BOXES, texts, ("cat", "dog")), (POINTS, texts[::-1], ("dog", "cat")))
     ):
         for g, text in enumerate(order):
-            alone = read(text, asks=asks, names=named)
+            alone = read(text, target=target, names=named)
             jax.tree.map(lambda a, w: np.testing.assert_array_equal(a[0, 0], w[b, g]), alone, whole)  # noqa: B023
 
 
@@ -364,13 +364,13 @@ def test_the_codes_of_a_mask_are_no_name():
         )
 
 
-# judging
+# reward_workers
 
 
 def gold_batch(
     boxes: list[tuple[tuple[int, ...], int]],
     points: list[tuple[tuple[int, int], int]] = (),
-    asks: int = BOXES,
+    target: int = BOXES,
     names=("cat",),
 ) -> Batch:
     """Returns one question whose gold is given in bins, with labels; 3 slots each. Masks are the boxes, in 32 × 32 cells."""
@@ -393,7 +393,7 @@ def gold_batch(
     gold = Gold(
         Boxes(*slots(boxes, 4)),
         Points(*slots(list(points), 2)),
-        jnp.array([asks]),
+        jnp.array([target]),
         name_ids(names),
         masks,
     )
@@ -665,7 +665,7 @@ def test_where_no_masks_are_carried_point_in_mask_does_not_apply():
 def alone(reward: str, batch: Batch, *texts: str, **settings) -> list[float]:
     """Returns one reward under other settings."""
     r = rollout(*texts)
-    answer = read_jitted(r.tokens, r.mask, batch.gold.asks, batch.gold.names, TOKENS.vocab)
+    answer = read_jitted(r.tokens, r.mask, batch.gold.target, batch.gold.names, TOKENS.vocab)
     return jax.jit(lambda a, b: REWARDS[reward](a, b, RewardSettings(**settings)))(answer, batch)[
         0
     ].tolist()
@@ -711,7 +711,7 @@ def test_overlong_is_daposs_of_the_paper():
     lengths = np.array([1, 80, 81, 90, 99, 100])
     mask = jnp.arange(120) < lengths[:, None]
     r = rollout("")
-    answer = read_jitted(r.tokens, r.mask, ONE_BOX.gold.asks, ONE_BOX.gold.names, TOKENS.vocab)
+    answer = read_jitted(r.tokens, r.mask, ONE_BOX.gold.target, ONE_BOX.gold.names, TOKENS.vocab)
     answer = answer._replace(tokens=jnp.ones((1, *mask.shape), jnp.int32), mask=mask[None])
     found = REWARDS["overlong"](
         answer, ONE_BOX, RewardSettings(overlong_max_tokens=100, overlong_cache_tokens=20)
@@ -737,7 +737,7 @@ def test_repetition_equals_counting(n):
     tokens = rng.integers(5, 8, (1, 30, 20))
     mask = np.arange(20) < lengths[None, :, None]
     r = rollout("")
-    answer = read_jitted(r.tokens, r.mask, ONE_BOX.gold.asks, ONE_BOX.gold.names, TOKENS.vocab)
+    answer = read_jitted(r.tokens, r.mask, ONE_BOX.gold.target, ONE_BOX.gold.names, TOKENS.vocab)
     answer = answer._replace(tokens=jnp.asarray(tokens), mask=jnp.asarray(mask))
     found = REWARDS["repetition"](answer, ONE_BOX, RewardSettings(repetition_ngram=n))
     expected = [
@@ -782,7 +782,7 @@ def both_kinds() -> tuple[Answer, Batch]:
     batch = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ONE_BOX, ONE_POINT)
     parts = rollout(right(ONE_BOX), ""), rollout(right(ONE_POINT), "")
     r = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *parts)
-    return read_jitted(r.tokens, r.mask, batch.gold.asks, batch.gold.names, TOKENS.vocab), batch
+    return read_jitted(r.tokens, r.mask, batch.gold.target, batch.gold.names, TOKENS.vocab), batch
 
 
 def test_total_is_the_weighted_sum_of_what_applies():
