@@ -219,13 +219,13 @@ def test_a_value_of_another_type_is_refused_by_its_full_name(name, value, messag
         ("sft__label_smoothing", 1.0, "config.sft.label_smoothing is 1.0: it must be in [0, 1)"),
         ("sft__loc_smoothing_bins", -1.0, "config.sft.loc_smoothing_bins is -1.0"),
         (
-            "grpo__micro_batches",
+            "grpo__grad_accum_steps",
             3,
             "config.grpo.batch_size is 8: it must be a multiple of grad_accum_steps, 3",
         ),
-        ("sft__micro_batches", 0, "config.sft.grad_accum_steps is 0"),
+        ("sft__grad_accum_steps", 0, "config.sft.grad_accum_steps is 0"),
         (
-            "sft__micro_batches",
+            "sft__grad_accum_steps",
             5,
             "config.sft.batch_size is 16: it must be a multiple of grad_accum_steps, 5",
         ),
