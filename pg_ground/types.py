@@ -10,7 +10,7 @@ Axes, in every signature of the package:
 Frames: `yxyx` and `yx` are fractions of the original image in [0, 1]; anything in pixels says `_px`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,13 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
 Array = jax.Array | np.ndarray
-"""Values have the same form on the device and, fetched or not yet put there, on the host."""
+"""An array on a device, or on the host before it is placed or after it is fetched."""
+
+Params = Mapping[str, Any]
+"""A tree of parameters: nested dicts by big_vision's names. Leaves are arrays, or `jax.ShapeDtypeStruct` if abstract."""
+
+Metrics = dict[str, Any]
+"""Numbers by name: float32 scalars on the device, floats on the host."""
 
 BOXES, POINTS, TEXT = 0, 1, 2
 """What a question asks for: the values of `Gold.target`. TEXT is an answer that no reward on token ids can read."""
