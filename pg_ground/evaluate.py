@@ -16,9 +16,10 @@ from typing import Any
 
 from pg_ground import cli
 from pg_ground.evals import benchmarks, prediction_files
-from pg_ground.evals.scoring import rescore, results_table, write
+from pg_ground.evals.scoring import rescore, write_results
 from pg_ground.parallel import multiprocess
 from pg_ground.reporting.html_page import Table, ascii_table
+from pg_ground.reporting.tables import results_table
 from pg_ground.types import UserError
 
 
@@ -34,7 +35,7 @@ def score_file(flags: Mapping[str, Any]) -> None:
     if "benchmark" in found:
         table = Table(
             f"{found['benchmark']}: {path}, n = {found['n']}",
-            ["measure", "", "95 %"],
+            ["metric", "", "95 %"],
             benchmarks.shown(found),
             found["protocol"],
         )
@@ -44,7 +45,7 @@ def score_file(flags: Mapping[str, Any]) -> None:
     if "file_says" in found:
         print(f"the file itself says: {json.dumps(found['file_says'])}")
     if flags["out"]:
-        print(write(Path(flags["out"]), found, scored))
+        print(write_results(Path(flags["out"]), found, scored))
 
 
 OF_FILES = {
@@ -90,7 +91,7 @@ def main(argv: Sequence[str], group: multiprocess.Group) -> None:
         document = benchmarks.report(found.predictions) | {
             "run": {"params": str(place), "bad_records": bad}
         }
-        write(out, document, found.predictions)
+        write_results(out, document, found.predictions)
     multiprocess.say(ascii_table(results_table("held out", {str(place): found.metrics})))
     multiprocess.say(str(out / "eval.json"))
 

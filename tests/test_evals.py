@@ -66,7 +66,7 @@ def test_published_predictions_give_their_published_numbers(data, name):
 def test_rows_that_were_written_give_the_same_numbers_and_rows(data, tmp_path):
     path = data / "predictions" / "baseline_rec_results_refcoco_val.json"
     first, scored = scoring.rescore(path, "rec", FIELDS, prediction_files.Formats())
-    scoring.write(tmp_path, first, scored)
+    scoring.write_results(tmp_path, first, scored)
     again, rescored = scoring.rescore(
         tmp_path / "predictions.jsonl", "", {}, prediction_files.Formats()
     )
@@ -79,7 +79,7 @@ def test_rows_hold_any_text(tmp_path):
     found, scored = score(
         tmp_path, [records_of([[10, 20, 110, 220]], question=text)[0] for text in texts]
     )
-    scoring.write(tmp_path, found, scored)
+    scoring.write_results(tmp_path, found, scored)
     again, rescored = scoring.rescore(
         tmp_path / "predictions.jsonl", "", {}, prediction_files.Formats()
     )

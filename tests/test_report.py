@@ -229,11 +229,11 @@ def test_results_have_a_column_for_the_end_of_each_stage_and_for_what_was_measur
         {"step": 60, "stage": "sft", "eval/val/acc50": 0.5},
     ]
     table = report.results(report.read_run(write_run(tmp_path / "run", early)))
-    assert table.columns == ["measure", "start", "step 60"] and table.rows == [
+    assert table.columns == ["metric", "start", "step 60"] and table.rows == [
         ["val/acc50", "0.125", "0.500"]
     ]
     table = report.results(report.read_run(write_run(tmp_path / "whole", early[:1] + lines())))
-    assert table.columns == ["measure", "start", "after sft", "after grpo"]
+    assert table.columns == ["metric", "start", "after sft", "after grpo"]
 
 
 def test_times_are_means_without_the_lines_that_compile(workdir):

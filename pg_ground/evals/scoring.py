@@ -14,33 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pg_ground.evals import benchmarks, prediction_files, rows
-from pg_ground.reporting.html_page import Table, write_whole
+from pg_ground.reporting.html_page import write_whole
 from pg_ground.types import UserError
-
-SHOWN = ("ap", "ap50", "miou", "acc50", "acc75", "acc95", "mean_iou", "point_in_box", "f1", "accuracy", "mae", "cv_bench",
-         "mean_reward", "malformed_fraction", "unfinished_fraction", "suffix_perplexity")  # fmt: skip
-"""The measures in a table of results; eval.json has all."""
-
-
-def results_table(title: str, columns: dict[str, dict[str, float]], note: str = "") -> Table:
-    """Returns one row per measure of `SHOWN`, one column per moment (or run)."""
-    names = sorted(
-        {
-            name
-            for of in columns.values()
-            for name in of
-            if name.rpartition("/")[2].removeprefix("sampled_") in SHOWN
-        }
-    )
-    rows = [
-        [
-            name.removeprefix("eval/"),
-            *(f"{metrics[name]:.3f}" if name in metrics else "" for metrics in columns.values()),
-        ]
-        for name in names
-    ]
-    return Table(title, ["measure", *columns], rows, note)
-
 
 def rescore(
     path: Path, benchmark: str, fields: Mapping[str, str], formats: prediction_files.Formats
@@ -109,7 +84,7 @@ def _claims(
     return {"file_says": claims} if claims else {}
 
 
-def write(out: Path, found: Mapping[str, Any], scored: Sequence[rows.Row]) -> Path:
+def write_results(out: Path, found: Mapping[str, Any], scored: Sequence[rows.Row]) -> Path:
     """Returns the path of `eval.json`, having written it, and `predictions.jsonl` beside it."""
     write_whole(out / "predictions.jsonl", rows.lines(scored))
     write_whole(out / "eval.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")

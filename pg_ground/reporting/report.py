@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pg_ground import config
-from pg_ground.evals.scoring import SHOWN, results_table
 from pg_ground.parallel.multiprocess import leaves
 from pg_ground.reporting import drawing, html_page, provenance
 from pg_ground.reporting.html_page import Table
 from pg_ground.reporting.metric_writers import read_metrics
+from pg_ground.reporting.tables import is_shown, results_table
 from pg_ground.types import UserError
 
 FILE = "report.html"
@@ -459,7 +459,7 @@ def groups(names: Sequence[str]) -> list[tuple[str, list[str]]]:
     """
     evaluations: dict[str, list[str]] = {}
     for name in names:
-        if name.startswith("eval/") and _measure(name) in SHOWN:
+        if name.startswith("eval/") and is_shown(name):
             evaluations.setdefault(_evaluation_title(name), []).append(name)
     named = [
         (title, [name for name in names if re.match(pattern, name)]) for title, pattern in CURVES
