@@ -8,7 +8,7 @@ from typing import NamedTuple
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from pg_ground.types import UserError
+from pg_ground.types import UserError, expand_path
 from pg_ground.vocab import (
     BOS,
     EOS,
@@ -92,7 +92,7 @@ def _bytes_of(path: str) -> bytes:
     if not path:
         return (resources.files("pg_ground.assets") / "tiny.model").read_bytes()
     try:
-        return Path(path).read_bytes()
+        return Path(expand_path(path)).read_bytes()
     except OSError as e:
         raise UserError(
             f"tokenizer {path}: {e.strerror or e}; data.tokenizer names a sentencepiece .model file"

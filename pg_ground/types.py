@@ -10,11 +10,14 @@ Axes, in every signature of the package:
 Frames: `yxyx` and `yx` are fractions of the original image in [0, 1]; anything in pixels says `_px`.
 """
 
+import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from jaxtyping import Bool, Float, Int, UInt8
 
 Array = jax.Array | np.ndarray
@@ -28,6 +31,18 @@ Metrics = dict[str, Any]
 
 BOXES, POINTS, TEXT = 0, 1, 2
 """What a question asks for: the values of `Gold.target`. TEXT is an answer that no reward on token ids can read."""
+
+
+FilePath = Path | epath.Path
+"""A local path, or a path of etils for a remote file system such as gs://. Both have the same methods."""
+
+
+def expand_path(path: str) -> str:
+    """Returns `path` with a leading `~` or `~user` replaced by the home directory. Other paths stay as they are.
+
+    A shell does not expand `~` inside `--workdir=~/run` or inside a uri, so every opener calls this function.
+    """
+    return os.path.expanduser(path)
 
 
 class UserError(Exception):

@@ -312,7 +312,7 @@ def test_photographs_convert_to_the_fractions_they_were_annotated_with():
     xywh = dataclasses.replace(xyxy, boxes="bbox_xywh", box_format="xywh_px")
     for i in range(0, 644, 46):
         row = records[i]
-        made = to_example(row, xyxy, "refcoco", i, 224, records.root)
+        made = to_example(row, xyxy, "refcoco", i, 224, folder / "images")
         w, h = row["width"], row["height"]
         x1, y1, x2, y2 = row["bbox_xyxy"]
         assert (
@@ -321,7 +321,7 @@ def test_photographs_convert_to_the_fractions_they_were_annotated_with():
             and made.names[0] in made.prompt
         )
         np.testing.assert_allclose(made.boxes.yxyx, [[y1 / h, x1 / w, y2 / h, x2 / w]], atol=1e-6)
-        other = to_example(row, xywh, "refcoco", i, 224, records.root)
+        other = to_example(row, xywh, "refcoco", i, 224, folder / "images")
         np.testing.assert_allclose(other.boxes.yxyx, made.boxes.yxyx, atol=0.02 / min(w, h))
 
 

@@ -1,15 +1,22 @@
+import hashlib
 import io
 import json
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from pg_ground.config import Data, Fetch, Source
 from pg_ground.data import tables
+from pg_ground.data.arrayrecord import write_array_record
+from pg_ground.data.fetch import cached
+from pg_ground.data.pipeline import open_examples
 from pg_ground.data.records import BadRecord, load_image
 from pg_ground.data.sources import open_records
-from pg_ground.types import UserError
+from pg_ground.tokenizer import load as load_tokenizer
+from pg_ground.types import UserError, expand_path
 
 ORIENTED = {
     1: lambda a: a,
@@ -173,3 +180,51 @@ def test_missing_images_are_told_from_corrupt_ones(tmp_path):
     ):
         assert kind_of(data) == "corrupt_image"
     assert kind_of(pixels().astype(np.float32)) == kind_of(pixels()[:0]) == "corrupt_image"
+
+
+def test_a_leading_tilde_is_the_home_directory_in_every_path_of_a_source(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    Image.fromarray(pixels()).save(tmp_path / "images" / "a.png")
+    row = {"image": "a.png", "phrase": "cat", "box": [0, 0, 5, 5]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "a.json").write_text(json.dumps([row]))
+    (tmp_path / "a.yaml").write_text("datasets: [{json_path: ~/a.json}]")
+    (tmp_path / "prompt.jinja").write_text("find {{ phrase }}")
+    write_array_record("~/a.array_record", [row])
+    for uri in (
+        "jsonl:~/a.jsonl",
+        "json:~/a.json",
+        "yaml:~/a.yaml",
+        "arrayrecord:~/a.array_record",
+        "arrayrecord:~/*.array_record",
+        "arrayrecord:~",
+    ):
+        source = Source(
+            uri=uri, boxes="box", image_root="~/images", prompt="~/prompt.jinja", name="{phrase}"
+        )
+        example = open_examples("toy", source, Data(), 14)[0]
+        assert example.size == (7, 5) and example.prompt == "find cat"
+    assert not (tmp_path / "~").exists()
+
+
+def test_a_tilde_inside_a_path_is_part_of_a_name():
+    assert expand_path("a/~b") == "a/~b" and expand_path("gs://a/~/b") == "gs://a/~/b"
+
+
+def test_a_leading_tilde_is_the_home_directory_for_the_tokenizer_and_the_cache(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model = resources.files("pg_ground.assets") / "tiny.model"
+    (tmp_path / "my.model").write_bytes(model.read_bytes())
+    assert load_tokenizer("~/my.model").vocab == load_tokenizer("").vocab
+    url = "http://example.com/a.png"
+    content = encoded(Image.fromarray(pixels()))
+    digest = hashlib.sha256(content).hexdigest()
+    blob = tmp_path / "cache" / "blobs" / digest[:2] / digest
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(content)
+    assert cached(url, digest, Fetch(cache_dir="~/cache", offline=True)) == content

@@ -18,9 +18,8 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from google.protobuf.message import DecodeError
 
-from pg_ground.data.records import BadRecord, FilePath, Records
-from pg_ground.data.tables import path_of
-from pg_ground.types import UserError
+from pg_ground.data.records import BadRecord, Records, to_path
+from pg_ground.types import FilePath, UserError, expand_path
 
 EXAMPLE_PROTO = """
 name: "example.proto" package: "pg_ground" syntax: "proto3"
@@ -95,7 +94,7 @@ def open_array_record(rest: str) -> Records:
       UserError: there is no such file, or one is no array_record file, or they hold no records, or a shard is missing.
     """
     try:
-        files = _files(rest)
+        files = _files(expand_path(rest))
     except (OSError, ImportError) as e:
         raise UserError(f"source arrayrecord:{rest}: {e}") from e
     counts = count_records(files, f"source arrayrecord:{rest}")
@@ -104,7 +103,7 @@ def open_array_record(rest: str) -> Records:
             f"source arrayrecord:{rest}: {files[0]}{' and the rest hold' if files[1:] else ' holds'} no records"
         )
     spans = [f"{file}[0:{count}]" for file, count in zip(files, counts, strict=True)]
-    return ArrayRecords(ArrayRecordDataSource(spans), decode_either, path_of(files[0]).parent)
+    return ArrayRecords(ArrayRecordDataSource(spans), decode_either, to_path(files[0]).parent)
 
 
 def write_array_record(path: str | os.PathLike[str], records: Iterable[dict[str, Any]]) -> int:
@@ -114,7 +113,7 @@ def write_array_record(path: str | os.PathLike[str], records: Iterable[dict[str,
       TypeError: a record holds what `encode` does not take.
       UserError: the file cannot be written.
     """
-    target = path_of(os.fspath(path))
+    target = to_path(os.fspath(path))
     partial = target.with_name(target.name + ".partial")
     writer = ArrayRecordWriter(
         os.fspath(partial), "group_size:1"
@@ -227,7 +226,7 @@ def _files(path: str) -> list[str]:
     sharded = re.fullmatch(r"(.+)@([1-9]\d{0,4}|\*)(\.\w+)?", path)
     if sharded:
         return _shards(path, *sharded.groups(default=""))
-    place = path_of(path)
+    place = to_path(path)
     if place.is_dir():
         if (place / "dataset_info.json").exists():
             raise UserError(
@@ -266,7 +265,7 @@ def _matching(pattern: str) -> list[str]:
     """Returns the names of the files that fit `pattern`, sorted."""
     names = pattern.split("/")
     fixed = next(i for i, name in enumerate(names) if glob.has_magic(name))
-    folder = path_of("/".join(names[:fixed]) + "/" if fixed else ".")
+    folder = to_path("/".join(names[:fixed]) + "/" if fixed else ".")
     return sorted(
         os.fspath(file) for file in folder.glob("/".join(names[fixed:])) if file.is_file()
     )

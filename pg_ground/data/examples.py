@@ -17,9 +17,21 @@ from pg_ground.boxes import corners
 from pg_ground.config import Data, Fetch, Source, nearest
 from pg_ground.data.fetch import cached, is_url
 from pg_ground.data.masks import to_masks
-from pg_ground.data.records import BadRecord, FilePath, open_image
+from pg_ground.data.records import BadRecord, open_image
 from pg_ground.tokenizer import Tokenizer
-from pg_ground.types import BOXES, POINTS, TEXT, Batch, Boxes, Example, Gold, Points, UserError
+from pg_ground.types import (
+    BOXES,
+    POINTS,
+    TEXT,
+    Batch,
+    Boxes,
+    Example,
+    FilePath,
+    Gold,
+    Points,
+    UserError,
+    expand_path,
+)
 from pg_ground.vocab import LOC_MAX, PAD
 
 TARGET_NAMES = {"boxes": BOXES, "points": POINTS, "text": TEXT}
@@ -71,7 +83,7 @@ def to_example(
     source_name: str,
     index: int,
     image_size: int,
-    root: FilePath | None,
+    folder: FilePath | None,
     *,
     element: int = 0,
     seed: int = 0,
@@ -85,7 +97,7 @@ def to_example(
     and the same loc bins count once. `source` is expected to have passed `check_formats`.
 
     Args:
-      root: folder of the records, which `source.image_root` is relative to.
+      folder: folder that file names of images are relative to.
       element: which element of the list that `source`'s paths go through with `[]`.
       seed: of the choice of `source.max_objects`, with `index`.
       resize_by: one of `config.RESIZES`.
@@ -96,7 +108,6 @@ def to_example(
       BadRecord: missing_field, missing_image, corrupt_image, bad_box, bad_point, bad_mask, bad_text, or empty.
     """
     prompt, found = question(record, source, element)
-    folder = root / source.image_root if root else None
     image = open_image(image_at(record, source, element, fetch), folder)
     size = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
     yxyx, yx = (
@@ -309,7 +320,7 @@ def _template(path: str) -> jinja2.Template:
     """Returns the template in a file; its filters and attributes are those of Jinja's sandbox."""
     world = jinja2.sandbox.SandboxedEnvironment(undefined=jinja2.StrictUndefined, autoescape=False)
     try:
-        return world.from_string(Path(path).read_text(encoding="utf-8"))
+        return world.from_string(Path(expand_path(path)).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"prompt template {path}: {error.strerror or error}") from None
     except (jinja2.TemplateSyntaxError, UnicodeDecodeError) as error:

@@ -36,7 +36,7 @@ from urllib3.util import Url, parse_url
 
 from pg_ground.config import Fetch
 from pg_ground.data.records import BadRecord
-from pg_ground.types import UserError
+from pg_ground.types import UserError, expand_path
 
 MAX_REDIRECTS = 5
 
@@ -219,7 +219,7 @@ def _folder(fetch: Fetch) -> Path:
         raise UserError(
             "config.data.fetch.cache_dir is '': images that are urls need a folder to be kept in"
         )
-    return Path(fetch.cache_dir)
+    return Path(expand_path(fetch.cache_dir))
 
 
 def _blob_path(digest: str, fetch: Fetch) -> Path:

@@ -8,7 +8,8 @@ from jaxtyping import Bool
 from PIL import Image
 from pycocotools import mask as coco
 
-from pg_ground.data.records import BadRecord, FilePath, load_image
+from pg_ground.data.records import BadRecord, load_image
+from pg_ground.types import FilePath
 
 MOST_PIXELS = 2**28
 """Of a mask given as run lengths: a few numbers may claim any size."""

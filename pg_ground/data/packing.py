@@ -22,9 +22,9 @@ from tqdm import tqdm
 from pg_ground.config import Config, Fetch, Source
 from pg_ground.data.arrayrecord import write_array_record
 from pg_ground.data.examples import image_at
-from pg_ground.data.records import BadRecord, FilePath, Records, load_image
+from pg_ground.data.records import BadRecord, Records, image_folder, load_image
 from pg_ground.data.sources import open_records
-from pg_ground.types import UserError
+from pg_ground.types import FilePath, UserError
 
 
 def pack(config: Config, folder: FilePath, shards: int) -> dict[str, dict[str, Any]]:
@@ -79,8 +79,8 @@ def _packed(
         bar.update()
         try:
             record = dict(records[index])
-            root = records.root / source.image_root if records.root else None
-            _put(record, source.image, encoded(image_at(record, source, 0, fetch), root))
+            folder = image_folder(records, source)
+            _put(record, source.image, encoded(image_at(record, source, 0, fetch), folder))
         except BadRecord as bad:
             counts[bad.kind] += 1
             continue

@@ -34,7 +34,7 @@ from pg_ground.data.examples import (
     whole_sides,
 )
 from pg_ground.data.masks import whole_masks
-from pg_ground.data.records import BadRecord, Records
+from pg_ground.data.records import BadRecord, Records, image_folder
 from pg_ground.data.sampling import sampled
 from pg_ground.data.sources import open_records
 from pg_ground.tokenizer import Tokenizer
@@ -154,6 +154,7 @@ class Examples:
         self.name, self.source, self._records, self._data, self._image_size, self._seed = (
             name, source, records, data, image_size, seed,
         )  # fmt: skip
+        self._folder = image_folder(records, source)
         self._kept = sampled(len(records), source.sampling, seed)
         if not len(self._kept):
             raise UserError(
@@ -205,8 +206,7 @@ class Examples:
           BadRecord: bad_mask, or missing_field.
         """
         record, element = self.record(index)
-        folder = self._records.root / self.source.image_root if self._records.root else None
-        return whole_masks(field_at(record, self.source.mask, element), 1, size, folder)[0]
+        return whole_masks(field_at(record, self.source.mask, element), 1, size, self._folder)[0]
 
     def __getitem__(self, index: int) -> Example:
         return self.example(index)
@@ -221,7 +221,7 @@ class Examples:
                 self.name,
                 index,
                 self._image_size,
-                self._records.root,
+                self._folder,
                 element=element,
                 seed=self._seed,
                 resize_by=self._data.resize,

@@ -12,8 +12,8 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-FilePath = Path | epath.Path
-"""A local path, or one of etils for gs://."""
+from pg_ground.config import Source
+from pg_ground.types import FilePath, expand_path
 
 CANNOT_DECODE = (
     OSError,
@@ -49,6 +49,16 @@ class Records(Protocol):
     def __getitem__(self, index: int, /) -> dict[str, Any]:
         """Returns record `index`, or raises `BadRecord`."""
         ...
+
+
+def to_path(name: str) -> FilePath:
+    """Returns the path of a file or folder. A leading `~` is the home directory; `gs://` and the like are remote."""
+    return epath.Path(name) if "://" in name else Path(expand_path(name))
+
+
+def image_folder(records: Records, source: Source) -> FilePath | None:
+    """Returns the folder that file names of images are relative to. Returns None if the records have no files."""
+    return records.root / expand_path(source.image_root) if records.root else None
 
 
 def load_image(value: object, root: FilePath | None) -> UInt8[np.ndarray, "H W 3"]:

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from pg_ground.config import nearest
-from pg_ground.data.records import BadRecord, FilePath, Records
-from pg_ground.data.tables import path_of, with_options
-from pg_ground.types import UserError
+from pg_ground.data.records import BadRecord, Records, to_path
+from pg_ground.data.tables import with_options
+from pg_ground.types import FilePath, UserError
 
 DATASETS = ("refcoco", "refcoco+", "refcocog", "combined")
 
@@ -103,7 +103,7 @@ def open_refer(rest: str) -> Records:
       UserError: an option, a file or the split does not exist, or a file does not hold what its name says.
     """
     name, options = with_options("refer", rest, ("dataset", "split_by", "split", "images", "coco"))
-    source, folder = f"source refer:{rest}", path_of(name)
+    source, folder = f"source refer:{rest}", to_path(name)
     dataset, split_by, split = (options.get(name, "") for name in ("dataset", "split_by", "split"))
     if dataset not in DATASETS:
         raise UserError(f"{source}: no dataset {dataset!r}; {nearest(dataset, DATASETS)}")
@@ -120,7 +120,7 @@ def open_refer(rest: str) -> Records:
         found = ", ".join(f"{name} ({n})" for name, n in Counter(ref.split for ref in refs).items())
         raise UserError(f"{source}: {dataset} has no split {split!r}; there are {found or 'none'}")
     coco = _read_all_coco(folder, options.get("coco"), chosen, source)
-    return Refs(chosen, coco, path_of(options["images"]) if "images" in options else folder)
+    return Refs(chosen, coco, to_path(options["images"]) if "images" in options else folder)
 
 
 def _check_folder(folder: FilePath, source: str) -> None:
@@ -206,7 +206,7 @@ def _read_all_coco(
         for dataset in {r.dataset for r in refs}
     }
     if coco:
-        whole = _read_coco(path_of(coco), set().union(*wanted.values()), source)
+        whole = _read_coco(to_path(coco), set().union(*wanted.values()), source)
         return dict.fromkeys(wanted, whole)
     name = "instances.json"
     return {

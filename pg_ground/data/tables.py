@@ -6,23 +6,18 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from etils import epath
 from jaxtyping import Int
 
 from pg_ground.config import nearest
-from pg_ground.data.records import BadRecord, Records
+from pg_ground.data.records import BadRecord, Records, to_path
 from pg_ground.data.sampling import sampled
-from pg_ground.types import UserError
-
-FilePath = Path | epath.Path
-"""A local path, or one of etils for gs://, which has the same methods and another class."""
+from pg_ground.types import FilePath, UserError, expand_path
 
 CANNOT_OPEN = (OSError, ImportError)
 """What opening a path raises; ImportError is etils' word that the client of a remote file system is not installed."""
@@ -204,7 +199,7 @@ def open_json_lines(rest: str) -> Records:
     Raises:
       UserError: there is no such file, or it has no lines.
     """
-    return JsonLines(path_of(rest), f"jsonl:{rest}")
+    return JsonLines(to_path(rest), f"jsonl:{rest}")
 
 
 def open_json(rest: str) -> Records:
@@ -234,7 +229,7 @@ def open_parquet(rest: str) -> Records:
       UserError: there is no such file, one of them is no parquet or has other columns than the rest, or there are no rows.
     """
     uri = f"parquet:{rest}"
-    path = path_of(rest)
+    path = to_path(rest)
     fixed = next((i for i, part in enumerate(path.parts) if set(part) & set("*?[")), None)
     try:
         if path.is_dir():
@@ -301,7 +296,7 @@ def open_yaml(rest: str) -> Records:
       UserError: a file cannot be opened, is of another form, or names a strategy that does not exist; or no record is left.
     """
     name, options = with_options("yaml", rest, ("seed",))
-    uri, path, seed = f"yaml:{rest}", path_of(name), options.get("seed", "0")
+    uri, path, seed = f"yaml:{rest}", to_path(name), options.get("seed", "0")
     if not seed.isdecimal():
         raise UserError(f"source {uri}: seed={seed} is no whole number from 0")
     sources, kept = [], []
@@ -337,7 +332,7 @@ def open_coco(rest: str) -> Records:
     name, options = with_options("coco", rest, ("ask", "images", "crowd"))
     uri, path, ask, crowd = (
         f"coco:{rest}",
-        path_of(name),
+        to_path(name),
         options.get("ask", "image"),
         options.get("crowd", "0"),
     )
@@ -355,13 +350,8 @@ def open_coco(rest: str) -> Records:
             f"source {uri}: there are no {'objects' if ask == 'category' else 'images'} in it"
         )
     return Listed(
-        images, path.name, path_of(options["images"]) if "images" in options else path.parent
+        images, path.name, to_path(options["images"]) if "images" in options else path.parent
     )
-
-
-def path_of(name: str) -> FilePath:
-    """Returns the path of a file or folder by its name."""
-    return epath.Path(name) if "://" in name else Path(name)
 
 
 def with_options(scheme: str, rest: str, known: Collection[str]) -> tuple[str, dict[str, str]]:
@@ -399,11 +389,11 @@ def _line_spans(file: Iterable[bytes]) -> list[tuple[int, int]]:
 def _path_and_key(rest: str, uri: str) -> tuple[FilePath, str]:
     """Returns a path and what follows `#`, or nothing where the file has `#` in its name."""
     try:
-        whole = "#" not in rest or path_of(rest).is_file()
+        whole = "#" not in rest or to_path(rest).is_file()
     except CANNOT_OPEN as e:
         raise _unopened(uri, e) from e
     name, _, key = (rest, "", "") if whole else rest.rpartition("#")
-    return path_of(name), key
+    return to_path(name), key
 
 
 def _load_json(path: FilePath, uri: str) -> Any:
@@ -446,7 +436,7 @@ def _datasets(path: FilePath, uri: str) -> list[dict[str, str]]:
 
 
 def _open_listed(name: str, folder: FilePath) -> Records:
-    full = name if "://" in name else str(folder / name)
+    full = name if "://" in name else str(folder / expand_path(name))
     return open_json_lines(full) if full.endswith(".jsonl") else open_json(full)
 
 

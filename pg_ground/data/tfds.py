@@ -16,9 +16,9 @@ from google.protobuf.message import DecodeError
 
 from pg_ground.config import nearest
 from pg_ground.data.arrayrecord import ArrayRecords, count_records, text_or_bytes
-from pg_ground.data.records import BadRecord, Records
-from pg_ground.data.tables import listed, path_of, with_options
-from pg_ground.types import UserError
+from pg_ground.data.records import BadRecord, Records, to_path
+from pg_ground.data.tables import listed, with_options
+from pg_ground.types import UserError, expand_path
 
 with epy.lazy_imports():  # an extra of the package, and 0.3 s
     import tensorflow_datasets as tfds
@@ -39,7 +39,8 @@ def open_tfds(rest: str) -> Records:
     """
     name, options = with_options("tfds", rest, ("split", "data_dir"))
     source = f"source tfds:{rest}"
-    builder = _find(name, options.get("data_dir"), source)
+    data_dir = expand_path(options["data_dir"]) if "data_dir" in options else None
+    builder = _find(name, data_dir, source)
     splits = builder.info.splits
     if "split" not in options:
         raise UserError(f"{source}: no split; ?split=SPLIT names one of {_sizes(splits)}")
@@ -94,7 +95,7 @@ def _prepared(name: str, data_dir: str | None) -> str:
     """Returns the nearest to `name` of the datasets in `data_dir`, or all of them, as a text."""
     if data_dir is None:
         return "data_dir=DIR names another"
-    root = path_of(data_dir)
+    root = to_path(data_dir)
     found = [
         path.parent
         for pattern in ("*/*", "*/*/*")
