@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_rewards import BOX, OTHER, TWO, alone, judge, loc
+from test_device_rewards import BOX, OTHER, TWO, alone, judge, loc
 
 from pg_ground import boxes
 from pg_ground.rewards.device_rewards import DETECTION_THRESHOLDS, DUPLICATE_WEIGHT, RELEASED_SHARES

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_rewards import (
+from test_device_rewards import (
     BOX,
     FAR,
     FOR_BOXES,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_grammars import TEXTS
+from test_parsers import TEXTS
 
 from pg_ground import boxes, tokenizer
 from pg_ground.rewards.text_rewards import TEXT_REWARDS, TextExample
