@@ -8,6 +8,9 @@ import jax
 
 from pg_ground.types import UserError
 
+AbstractParams = dict[str, jax.ShapeDtypeStruct]
+"""Shape, dtype and (if it is decided) sharding of parameters, by slash-joined name."""
+
 MATRICES: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = (
     # name ends in, axes that are summed over, axes that come out; what stands before them (layers, parts) is a batch of matrices
     ("q_einsum/w", (-2,), (-3, -1)),

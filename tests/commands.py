@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from pg_ground.checkpoints.manager import newest
+from pg_ground.checkpoints.run_directory import newest
 
 ROOT = Path(__file__).parents[1]
 

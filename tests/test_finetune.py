@@ -18,7 +18,7 @@ from commands import ROOT, arrays, assert_same_run, killed_and_resumed, rows, ru
 from conftest import random_params
 
 from pg_ground import config
-from pg_ground.checkpoints import manager, weights
+from pg_ground.checkpoints import manager, run_directory, weights
 from pg_ground.config import Lora
 from pg_ground.models import PaliGemma, lora
 from pg_ground.params import flatten, is_adapter, join
@@ -68,7 +68,7 @@ def test_only_adapters_are_trained_saved_and_referred_to(adapted, base, tiny):
     workdir, printed = adapted
     every = flatten(jax.eval_shape(PaliGemma(replace(tiny, lora=SETTINGS)).init, jax.random.key(0)))
     mine = {name for name in every if is_adapter(name)}
-    for folder in (manager.newest(workdir) / "params", workdir / "reference"):
+    for folder in (run_directory.newest(workdir) / "params", workdir / "reference"):
         assert manager.describe(folder).keys() == mine
     kept = manager.describe(workdir / "frozen")
     assert kept.keys() == every.keys() - mine and {leaf.dtype for leaf in kept.values()} == {
@@ -141,7 +141,7 @@ def test_merging_a_trained_run_keeps_its_logits(adapted, tiny):
     workdir, _ = adapted
     model = PaliGemma(replace(tiny, lora=SETTINGS))
     like = {}
-    for folder in (workdir / "frozen", manager.newest(workdir) / "params"):
+    for folder in (workdir / "frozen", run_directory.newest(workdir) / "params"):
         here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         found = {
             n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)

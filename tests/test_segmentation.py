@@ -11,6 +11,7 @@ import pytest
 from hypothesis.extra import numpy as npst
 
 from pg_ground import tokenizer
+from pg_ground.checkpoints import vqvae_file
 from pg_ground.evals import benchmarks, runner, segmentation
 from pg_ground.evals.run_length import mask_of, runs_of
 from pg_ground.evals.segmentation import read, write
@@ -61,7 +62,7 @@ def test_the_evaluators_numbers(golden):
     texts = [text_of(row) for row in given["decoded_tokens"]]
     assert texts == said["eval_suffix"]
     bins, codes, valid = read(texts)
-    decoded = np.asarray(jax.jit(vqvae.decode)(vqvae.load(folder / "tiny_vae.npz"), codes))
+    decoded = np.asarray(jax.jit(vqvae.decode)(vqvae_file.load(folder / "tiny_vae.npz"), codes))
     gold = given["mask"][..., 0] > 0
     rows = [
         judge(*one) for one in zip(bins, valid, decoded, gold, given["gt_box_eval"], strict=True)
@@ -75,7 +76,7 @@ def test_the_evaluators_numbers(golden):
 def test_masks_of_a_group_are_those_of_their_texts(golden):
     """Two answers a prompt, in images of two sizes; what is decoded at once stands where its text does."""
     folder = golden / "preprocessing"
-    params = vqvae.load(folder / "tiny_vae.npz")
+    params = vqvae_file.load(folder / "tiny_vae.npz")
     texts = [[WHOLE, "no mask"], [LOCS + "<seg001>" * 16, WHOLE]]
     masks = runner.masks_of(
         runner.Programs(None, None, None, jax.jit(partial(vqvae.decode, params))), texts
@@ -94,7 +95,7 @@ def test_run_lengths_give_the_mask_back(mask):
 def test_the_answers_that_big_vision_learns_from(golden):
     folder = golden / "preprocessing"
     given, said = np.load(folder / "seg.npz"), json.loads((folder / "seg.json").read_text())
-    params = vqvae.load(folder / "tiny_vae.npz", encoder=True)
+    params = vqvae_file.load(folder / "tiny_vae.npz", encoder=True)
     cut = np.stack(
         [
             segmentation.crop(m[..., 0] > 0, box)

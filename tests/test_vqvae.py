@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from pg_ground.checkpoints import vqvae_file
 from pg_ground.models import vqvae
 from pg_ground.types import UserError
 
@@ -62,7 +63,7 @@ def test_masks_equal_big_visions(golden):
     """In float32, and in sums of the same terms: to a few roundings of numbers of 0.2."""
     folder = golden / "preprocessing"
     given = np.load(folder / "seg.npz")
-    masks = decode(vqvae.load(folder / "tiny_vae.npz"), given["seg_idx"])
+    masks = decode(vqvae_file.load(folder / "tiny_vae.npz"), given["seg_idx"])
     np.testing.assert_allclose(masks, given["recon"][..., 0], atol=1e-6)
 
 
@@ -70,7 +71,7 @@ def test_decoder_and_encoder_equal_torchs_layers(weights, tmp_path):
     """The published weights were trained in torch, whose names for layers are places in these stacks."""
     torch = pytest.importorskip("torch")
     np.savez(tmp_path / "vae.npz", **weights)
-    params = vqvae.load(tmp_path / "vae.npz", encoder=True)
+    params = vqvae_file.load(tmp_path / "vae.npz", encoder=True)
     given = {name: torch.from_numpy(value) for name, value in weights.items()}
 
     def run(part: str, places: dict[int, str], x):
@@ -141,12 +142,12 @@ def test_a_decoder_alone_reads(weights, tmp_path):
     """And what else is in the file does not matter."""
     alone = {name: value for name, value in weights.items() if not name.startswith("encoder")}
     np.savez(tmp_path / "vae.npz", **alone, **{"_vq_vae._ema_w": np.zeros(3, np.float32)})
-    assert set(vqvae.load(tmp_path / "vae.npz")) == set(alone)
+    assert set(vqvae_file.load(tmp_path / "vae.npz")) == set(alone)
     with pytest.raises(
         UserError,
         match=r"it lacks encoder\.0\.weight, encoder\.0\.bias, encoder\.2\.weight and 19 more",
     ):
-        vqvae.load(tmp_path / "vae.npz", encoder=True)
+        vqvae_file.load(tmp_path / "vae.npz", encoder=True)
 
 
 @pytest.mark.parametrize(
@@ -183,12 +184,12 @@ def test_other_weights_are_refused_by_name(weights, tmp_path, name, shape, messa
     with pytest.raises(
         UserError, match=r"vae\.npz is not the VQ-VAE of masks \(vae-oid\.npz\): .*" + message
     ):
-        vqvae.load(tmp_path / "vae.npz", encoder=True)
+        vqvae_file.load(tmp_path / "vae.npz", encoder=True)
 
 
 def test_no_file_and_no_archive_are_refused(tmp_path):
     with pytest.raises(UserError, match="no such file"):
-        vqvae.load(tmp_path / "vae.npz")
+        vqvae_file.load(tmp_path / "vae.npz")
     (tmp_path / "vae.npz").write_bytes(b"PK")
     with pytest.raises(UserError, match="cannot be read"):
-        vqvae.load(tmp_path / "vae.npz")
+        vqvae_file.load(tmp_path / "vae.npz")

@@ -461,7 +461,7 @@ def test_numbers_that_are_no_floats_are_refused(saved, tmp_path):
 def test_a_path_with_nothing_in_it_is_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "no such file or directory" in refused(tmp_path / "nowhere")
-    assert "is no checkpoint" in refused(tmp_path / "empty")
+    assert "is not a checkpoint" in refused(tmp_path / "empty")
 
 
 def test_nothing_is_overwritten_and_nothing_left_half_written(saved, tmp_path, monkeypatch):

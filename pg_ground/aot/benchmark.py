@@ -32,12 +32,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pg_ground.aot import jobs, tpu_specs
-from pg_ground.checkpoints import weights
 from pg_ground.config import Config
 from pg_ground.data import pipeline
 from pg_ground.models import PaliGemma
 from pg_ground.parallel import memory_model, sharding
-from pg_ground.params import unflatten
+from pg_ground.params import AbstractParams, unflatten
 from pg_ground.rl.scored_rollouts import weights_at
 from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.training import programs
@@ -149,7 +148,7 @@ def least(config: Config, mesh: Mesh, name: str, turns: int) -> Phase:
     return Phase(flops, programs.updates_a_step(config, stage) * once)
 
 
-def size(like: weights.Like) -> float:
+def size(like: AbstractParams) -> float:
     """Returns the number of parameters."""
     return float(sum(np.prod(leaf.shape) for leaf in like.values()))
 

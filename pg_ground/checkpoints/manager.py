@@ -14,10 +14,9 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from pg_ground.checkpoints.run_directory import BEST
 from pg_ground.params import flatten
 from pg_ground.types import TrainState, UserError
-
-BEST = "best"
 
 
 class Checkpoints:
@@ -136,7 +135,7 @@ def describe(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def keep_best(workdir: Path, step: int, params: Any) -> Path:
+def save_best(workdir: Path, step: int, params: Any) -> Path:
     """Returns the folder of the best parameters so far, written whole before those of any other step are removed."""
     folder = workdir / BEST / str(step)
     if not (folder / "params").is_dir():  # a resumed run comes by here again, with the same
@@ -146,40 +145,3 @@ def keep_best(workdir: Path, step: int, params: Any) -> Path:
             if other != folder:
                 remove_tree(other)
     return folder
-
-
-def best(folder: Path) -> Path:
-    """Returns the folder of the one step in a run's `best`.
-
-    Raises:
-      UserError: nothing there.
-    """
-    found = [step for step in folder.glob("*") if (step / "params").is_dir()]
-    if not found:
-        raise UserError(
-            f"{folder} is empty: expected {folder}/<step>/params of a run with config.checkpoint.best"
-        )
-    return max(found, key=lambda step: int(step.name))
-
-
-def newest(workdir: Path) -> Path:
-    """Returns the folder of a run's newest checkpoint.
-
-    Raises:
-      UserError: no checkpoint there.
-    """
-    found = steps(workdir)
-    if not found:
-        raise UserError(
-            f"{workdir} has no checkpoint: expected {workdir / 'checkpoints'}/<step>/params"
-        )
-    return workdir / "checkpoints" / str(max(found))
-
-
-def steps(workdir: Path) -> list[int]:
-    """Returns the steps at which a run has a whole checkpoint."""
-    return [
-        int(p.name)
-        for p in (workdir / "checkpoints").glob("*")
-        if p.name.isdigit() and (p / "params").is_dir()
-    ]

@@ -21,13 +21,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from scipy import ndimage
 
 from pg_ground import config
-from pg_ground.checkpoints import hugging_face, manager, tensor_files
+from pg_ground.checkpoints import hugging_face, manager, run_directory, tensor_files
 from pg_ground.checkpoints.tensor_files import Stored, Where
-from pg_ground.config import DECODERS, Config, Lora, Model, Text, Vision
+from pg_ground.config import DECODERS, Lora, Model, Text, Vision
 from pg_ground.models import lora
 from pg_ground.models.paligemma import PaliGemma
 from pg_ground.parallel import sharding
-from pg_ground.params import DOWN, flatten, is_adapter, unflatten
+from pg_ground.params import DOWN, AbstractParams, flatten, is_adapter, unflatten
 from pg_ground.types import UserError
 from pg_ground.vocab import LOC_TOKENS, SEG_TOKENS
 
@@ -43,20 +43,17 @@ GEMMA_TABLE_ROWS = (GEMMA_ROWS, 256_128)
 MODEL_FILE = "model.json"
 """Sizes beside the parameters in an orbax directory that `convert` writes."""
 
-Like = dict[str, jax.ShapeDtypeStruct]
-"""Shape, dtype and (where it has one) sharding of parameters by name."""
-
 
 class Checkpoint(NamedTuple):
     """A checkpoint whose names and shapes have been checked and whose values are still to be read."""
 
     model: PaliGemma
     """Without adapters: those of a run are merged when it is read."""
-    like: Like
+    like: AbstractParams
     """Shapes and dtypes as stored."""
     tensors: Mapping[str, Stored]
     """Empty for orbax checkpoints, which are read whole (and sharded)."""
-    read: Callable[[Like], dict[str, jax.Array]]
+    read: Callable[[AbstractParams], dict[str, jax.Array]]
     """Returns the parameters by name with the wanted dtypes and shardings."""
 
 
@@ -114,30 +111,16 @@ def open_checkpoint(
             f"{path}: no such file or directory; an .npz, a Hugging Face directory or a run is wanted"
         )
     if (path / MODEL_FILE).is_file():
-        own = config.parse_model(_read_json(path / MODEL_FILE), str(path / MODEL_FILE))
+        own = config.parse_model(run_directory.read_json(path / MODEL_FILE), str(path / MODEL_FILE))
         return _open_orbax(path, own, [path / "params"], sizes, resample_positions)
-    settings = path / "config.json"
-    if settings.is_file() and "stages" not in _read_json(settings):
+    if (path / "config.json").is_file() and not run_directory.is_run(path):
         hub, tensors = hugging_face.open_directory(path)
         hub = hub if keep_final_softcap else hub._replace(final_softcap=0.0)
         return _open_files(path, tensors, hub, sizes, resample_positions)
-    run, step = _run_of(path)
-    folders = [step / "params", *([run / "frozen"] if (run / "frozen").is_dir() else [])]
-    return _open_orbax(path, run_config(run).model, folders, sizes, resample_positions)
-
-
-def _run_of(path: Path) -> tuple[Path, Path]:
-    """Returns the working directory and the checkpoint that a path into a run names; the newest, if it names none."""
-    if (path / "config.json").is_file():
-        return path, manager.newest(path)
-    if path.name == manager.BEST and (path.parent / "config.json").is_file():
-        return path.parent, manager.best(path)
-    step = path.parent if path.name == "params" else path
-    if step.parent.name in ("checkpoints", manager.BEST) and (step / "params").is_dir():
-        return step.parent.parent, step
-    raise UserError(
-        f"{path} is no checkpoint: neither a Hugging Face directory nor the working directory of a run (it has no config.json)"
-    )
+    workdir, step = run_directory.find_checkpoint(path)
+    folders = [step / "params", *([workdir / "frozen"] if (workdir / "frozen").is_dir() else [])]
+    model = run_directory.run_config(workdir).model
+    return _open_orbax(path, model, folders, sizes, resample_positions)
 
 
 def _open_files(
@@ -195,7 +178,7 @@ def _open_orbax(
         )
     check_fit(path, {name: leaf.shape for name, leaf in like.items()}, _shapes(wanted))
 
-    def read(like: Like) -> dict[str, jax.Array]:
+    def read(like: AbstractParams) -> dict[str, jax.Array]:
         base = next(iter(like.values())).sharding or jax.sharding.SingleDeviceSharding(
             jax.local_devices()[0]
         )
@@ -389,40 +372,16 @@ def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
     }
 
 
-def run_config(workdir: Path) -> Config:
-    """Returns the configuration a run was started with.
-
-    Raises:
-      UserError: no run in that directory, or a `config.json` that is none.
-    """
-    file = workdir / "config.json"
-    if not file.is_file():
-        raise UserError(f"{workdir} is not the working directory of a run: it has no config.json")
-    return config.parse(_read_json(file))
-
-
 def tokenizer_of(path: Path) -> str:
     """Returns the sentencepiece model that a run, or a Hugging Face directory, has; "" where there is none."""
     if not path.is_dir():
         return ""
     if (path / "tokenizer.model").is_file():
         return str(path / "tokenizer.model")
-    settings = path / "config.json"
-    if (path / MODEL_FILE).is_file() or (
-        settings.is_file() and "stages" not in _read_json(settings)
-    ):
+    hugging_face_or_orbax = (path / "config.json").is_file() and not run_directory.is_run(path)
+    if hugging_face_or_orbax or (path / MODEL_FILE).is_file():
         return ""
-    return run_config(_run_of(path)[0]).data.tokenizer
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{file} holds a {type(found).__name__}, not an object")
-    return found
+    return run_directory.run_config(run_directory.find_checkpoint(path).workdir).data.tokenizer
 
 
 def config_of_shapes(shapes: Mapping[str, tuple[int, ...]], path: str) -> Model:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 from tqdm import tqdm
 
-from pg_ground.checkpoints import weights
+from pg_ground.checkpoints import vqvae_file, weights
 from pg_ground.config import Config, Source
 from pg_ground.data import pipeline
 from pg_ground.data.examples import field_at
@@ -97,7 +97,7 @@ def programs_of(config: Config, model: PaliGemma, vocab: Vocab) -> Programs:
         ).total
 
     masks = (
-        jax.jit(partial(vqvae.decode, vqvae.load(Path(config.eval.vqvae))))
+        jax.jit(partial(vqvae.decode, vqvae_file.load(Path(config.eval.vqvae))))
         if config.eval.vqvae
         else None
     )

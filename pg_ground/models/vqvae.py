@@ -3,14 +3,11 @@
 Weights are those of big_vision's `vae-oid.npz`, under the names and with the axes they have there, which are torch's.
 """
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
-from pg_ground.checkpoints import tensor_files
-from pg_ground.types import Array, UserError
+from pg_ground.types import Array
 from pg_ground.vocab import SEG_TOKENS
 
 SIDE = 64
@@ -44,32 +41,6 @@ ENCODER = {
 }
 
 Params = dict[str, jax.Array]
-
-
-def load(path: str | Path, encoder: bool = False) -> Params:
-    """Returns codebook and decoder, in float32; with `encoder`, what `encode` needs too.
-
-    Raises:
-      UserError: no such file, or weights that are missing or of another shape.
-    """
-    tensors = tensor_files.open_npz(path)
-    layers = {**DECODER, **(ENCODER if encoder else {})}
-    wanted = [CODEBOOK, *(f"{layer}.{part}" for layer in layers for part in ("weight", "bias"))]
-    missing = [name for name in wanted if name not in tensors]
-    if missing:
-        raise UserError(
-            f"{path} is not the VQ-VAE of masks (vae-oid.npz): it lacks {_few(missing)}"
-        )
-    shapes = {name: tensors[name].shape for name in wanted}
-    right = _right(shapes)
-    wrong = [
-        f"{name} is {list(shapes[name])}, not {list(right[name])}"
-        for name in wanted
-        if shapes[name] != right[name]
-    ]
-    if wrong:
-        raise UserError(f"{path} is not the VQ-VAE of masks (vae-oid.npz): {_few(wrong)}")
-    return {name: jnp.asarray(tensor_files.whole(tensors[name]), jnp.float32) for name in wanted}
 
 
 def decode(params: Params, codes: Int[Array, "... 16"]) -> Float[Array, "... 64 64"]:
@@ -133,7 +104,7 @@ def _residual(
     return x + _conv(params, third, jax.nn.relu(_conv(params, second, y)))
 
 
-def _right(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+def expected_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Returns the shapes that weights should have: widths are the file's own, each layer takes what the one before makes."""
     depth = shapes[CODEBOOK][-1] if shapes[CODEBOOK] else 0
     right: dict[str, tuple[int, ...]] = {CODEBOOK: (SEG_TOKENS, depth)}
@@ -150,7 +121,3 @@ def _right(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
             right[f"{layer}.bias"] = (made,)
             taken = made
     return right
-
-
-def _few(faults: list[str]) -> str:
-    return ", ".join(faults[:3]) + (f" and {len(faults) - 3} more" if len(faults) > 3 else "")

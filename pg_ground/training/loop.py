@@ -20,13 +20,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pg_ground.aot.jobs import estimates
-from pg_ground.checkpoints import manager, weights
+from pg_ground.checkpoints import manager, run_directory, weights
 from pg_ground.config import Config
 from pg_ground.data import pipeline
 from pg_ground.evals.runner import check_vocabulary, evaluate, held_out, programs_of
 from pg_ground.models import PaliGemma
 from pg_ground.parallel import multiprocess, sharding
-from pg_ground.params import flatten, join, pick, unflatten
+from pg_ground.params import AbstractParams, flatten, join, pick, unflatten
 from pg_ground.reporting import drawing, metric_writers
 from pg_ground.reporting.html_page import Table, ascii_table
 from pg_ground.rl import loss
@@ -217,7 +217,7 @@ def started(workdir: Path) -> bool:
     Raises:
       UserError: not all processes see the same ones.
     """
-    seen = multiprocess.gather(sorted(manager.steps(workdir)))
+    seen = multiprocess.gather(sorted(run_directory.steps(workdir)))
     for index, steps in enumerate(seen):
         if steps != seen[0]:
             raise UserError(
@@ -227,7 +227,7 @@ def started(workdir: Path) -> bool:
     return bool(seen[0])
 
 
-def begin(config: Config, model: PaliGemma, like: weights.Like) -> Any:
+def begin(config: Config, model: PaliGemma, like: AbstractParams) -> Any:
     """Returns the first parameters, in their places: those of `config.init` with adapters that do nothing yet, or random ones."""
     loaded: dict[str, Any] = {}
     if config.init:
@@ -247,7 +247,7 @@ def begin(config: Config, model: PaliGemma, like: weights.Like) -> Any:
     return unflatten(loaded | made)
 
 
-def keep_frozen(workdir: Path, frozen: weights.Like, first: Any) -> Any:
+def keep_frozen(workdir: Path, frozen: AbstractParams, first: Any) -> Any:
     """Returns the frozen parameters, written down once beside the checkpoints so that a run is whole without `config.init`."""
     path = workdir / "frozen"
     if frozen and first is None:
@@ -264,7 +264,7 @@ def keep_frozen(workdir: Path, frozen: weights.Like, first: Any) -> Any:
     return kept
 
 
-def size_line(run: Run, trained: weights.Like, frozen: weights.Like) -> str:
+def size_line(run: Run, trained: AbstractParams, frozen: AbstractParams) -> str:
     """Returns in words how many parameters there are, how many are trained, and what they and the optimizer take."""
 
     def size(leaves: Any) -> tuple[int, int]:

@@ -12,12 +12,19 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from pg_ground.checkpoints import weights
 from pg_ground.config import Config, Grpo
 from pg_ground.models import PaliGemma
 from pg_ground.parallel import memory_model, sharding
 from pg_ground.parallel.sharding import AnyMesh
-from pg_ground.params import flatten, is_adapter, join, lr_factors, map_named, unflatten
+from pg_ground.params import (
+    AbstractParams,
+    flatten,
+    is_adapter,
+    join,
+    lr_factors,
+    map_named,
+    unflatten,
+)
 from pg_ground.rewards import device_rewards
 from pg_ground.rl import loss, scored_rollouts, update
 from pg_ground.rl.advantages import over_greedy
@@ -54,7 +61,9 @@ def names(c: Config) -> list[str]:
     return found + ["evaluation"] * bool(c.eval.sources)
 
 
-def layout(config: Config, model: PaliGemma, mesh: AnyMesh) -> tuple[weights.Like, weights.Like]:
+def layout(
+    config: Config, model: PaliGemma, mesh: AnyMesh
+) -> tuple[AbstractParams, AbstractParams]:
     """Returns name, shape, dtype and place of the parameters that are trained, and of those that are frozen.
 
     Raises:

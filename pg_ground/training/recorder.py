@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import jax
 from PIL import Image
 
-from pg_ground.checkpoints import manager
+from pg_ground.checkpoints import manager, run_directory
 from pg_ground.checkpoints.manager import Checkpoints
-from pg_ground.checkpoints.weights import run_config
+from pg_ground.checkpoints.run_directory import run_config
 from pg_ground.config import Config, nearest
 from pg_ground.data import pipeline
 from pg_ground.data.pipeline import BadRecords
@@ -152,7 +152,7 @@ class Recorder:
         if self.config.checkpoint.best:
             found = goodness(self.config.checkpoint.best, metrics)
             if self._best is None or found > self._best[1]:
-                manager.keep_best(self.workdir, step, params)
+                manager.save_best(self.workdir, step, params)
                 self._best = step, found
         self._update_report()
 
@@ -377,10 +377,10 @@ def claim(workdir: Path, config: Config) -> None:
     file = workdir / "config.json"
     multiprocess.barrier("claim")  # all have looked before anything changes
     if multiprocess.is_writer():
-        if not manager.steps(
+        if not run_directory.steps(
             workdir
         ):  # what a run left that ended before its first checkpoint is not this one's
-            manager.remove_tree(workdir / manager.BEST)
+            manager.remove_tree(workdir / run_directory.BEST)
         write_whole(file, json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     multiprocess.barrier("claimed")
     seen = multiprocess.gather(file.is_file())
