@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
     out = Path(own["out"])
     first = get("grpo", 1)
     first.stages = ("sft",)
-    sharding.split_cpu(config.parse(first).mesh)
+    sharding.set_cpu_devices(config.parse(first).mesh)
     start = out / "sft"
     if not (start / "report.html").exists():
         train(config.parse(first), start)

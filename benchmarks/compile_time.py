@@ -29,7 +29,7 @@ PARTS = ("trace", "lower", "compile")
 def seconds_of(argv: Sequence[str]) -> dict[str, list[float]]:
     """Returns the seconds of tracing, lowering and compiling of each program."""
     config, own = cli.parse(argv, {"cache": ""})
-    sharding.split_cpu(config.mesh)
+    sharding.set_cpu_devices(config.mesh)
     jax.config.update("jax_compilation_cache_dir", own["cache"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     mesh, found = sharding.make_mesh(config.mesh), {}

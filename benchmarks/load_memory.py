@@ -21,7 +21,7 @@ from pg_ground.parallel import sharding
 def main(argv: Sequence[str]) -> None:
     flags = cli.parse_own(argv, {"params": cli.REQUIRED, "dtype": "", "devices": 8})
     mesh_settings = config.Mesh(cpu_devices=flags["devices"])
-    sharding.split_cpu(mesh_settings)
+    sharding.set_cpu_devices(mesh_settings)
     path = Path(flags["params"])
     files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)

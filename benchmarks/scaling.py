@@ -62,7 +62,7 @@ def costs(axis: str, value: int, repeats: int, attention_block: int) -> dict[str
     tree.model.update(image_size=value if axis == "image" else 96, attention_block=attention_block)
     c = config.parse(tree)
     mesh = sharding.make_mesh(c.mesh)
-    model = PaliGemma(c.model, sharding.places(mesh))
+    model = PaliGemma(c.model, sharding.activation_sharding(mesh))
     trained, frozen = programs.layout(c, model, mesh)
     factors = programs.factors_of(c, trained | frozen)
     run = Run(c, Path(), model, {}, factors, None, mesh, None, None)  # pyright: ignore[reportArgumentType]: only its programs

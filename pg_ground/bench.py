@@ -32,8 +32,8 @@ def main(argv: Sequence[str]) -> None:
     config, own = cli.parse(given, {"steps": 10})
     if own["steps"] < 1:
         raise UserError(f"--steps={own['steps']}: it must be at least 1")
-    sharding.split_cpu(config.mesh)
-    sharding.keep_programs(config.mesh)
+    sharding.set_cpu_devices(config.mesh)
+    sharding.enable_compilation_cache(config.mesh)
     print(json.dumps(bench(config, own["steps"]), indent=1))
 
 

@@ -15,7 +15,7 @@ from ml_collections import config_dict
 
 from pg_ground import config
 from pg_ground.config import Config
-from pg_ground.parallel.multiprocess import Group, is_loss, loss_line
+from pg_ground.parallel.multiprocess import ProcessGroup, is_lost_process, lost_process_line
 from pg_ground.types import UserError
 
 REQUIRED = None
@@ -37,14 +37,14 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
 
 
 DISTRIBUTED = "distributed"
-"""The flag that `run_together` reads: "" for one process, "auto" or HOST:PORT,INDEX/COUNT (see `processes.join`)."""
+"""The flag that `run_together` reads: "" for one process, "auto" or HOST:PORT,INDEX/COUNT (see `multiprocess.initialize`)."""
 
 
-def run_together(main: Callable[[Sequence[str], Group], None]) -> NoReturn:
+def run_together(main: Callable[[Sequence[str], ProcessGroup], None]) -> NoReturn:
     """Runs `main` as `run` does, in each of the processes that `--distributed` tells of; 3 where another of them ended."""
     argv, group = sys.argv[1:], None
     try:
-        group = Group(_last(argv, DISTRIBUTED))
+        group = ProcessGroup(_last(argv, DISTRIBUTED))
         main(argv, group)
     except (UserError, OSError) as error:
         code, said = 2, f"error: {' '.join(str(error).split())}"
@@ -52,7 +52,9 @@ def run_together(main: Callable[[Sequence[str], Group], None]) -> NoReturn:
         if group is None or not group.joined:
             raise
         code, said = (
-            (3, loss_line(str(error))) if is_loss(error) else (1, traceback.format_exc().rstrip())
+            (3, lost_process_line(str(error)))
+            if is_lost_process(error)
+            else (1, traceback.format_exc().rstrip())
         )
     else:
         code, said = 0, ""
@@ -60,7 +62,7 @@ def run_together(main: Callable[[Sequence[str], Group], None]) -> NoReturn:
         print(said, file=sys.stderr)
     if group is None:
         sys.exit(code)
-    group.leave(code)
+    group.exit(code)
 
 
 def parse(argv: Sequence[str], own: Flags) -> tuple[Config, dict[str, Any]]:

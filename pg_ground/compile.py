@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     }
     parsed, own = cli.parse(argv, flags)
     if not own["topology"]:
-        raise UserError(f"--topology is needed: one of {tpu_specs.known()}")
+        raise UserError(f"--topology is needed: one of {tpu_specs.topology_names()}")
     version = tpu_specs.parse_topology(own["topology"])[0]
     jax.config.update("jax_platforms", "cpu")  # where libtpu is installed, jax would look for a TPU
     if own["child"]:
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
     if own["search"]:
         print(found_by_search(parsed, plain, version))
         return
-    mesh = sharding.abstract_mesh(parsed.mesh, tpu_specs.count(own["topology"]))
+    mesh = sharding.abstract_mesh(parsed.mesh, tpu_specs.device_count(own["topology"]))
     for name in names:
         jobs.job_of(
             parsed, mesh, name, chip.hbm_bytes

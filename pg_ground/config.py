@@ -423,7 +423,9 @@ class Mesh:
     rules: tuple[
         tuple[str, tuple[str, ...]], ...
     ] = ()  # (pattern of names, axis of each dimension), before sharding.RULES
-    compiler_options: tuple[str, ...] = ()  # of XLA, "name=value" each, over sharding.TPU_OPTIONS
+    compiler_options: tuple[
+        str, ...
+    ] = ()  # of XLA, "name=value" each, over sharding.TPU_COMPILER_OPTIONS
     cpu_devices: int = 0  # devices that a CPU counts as: 2 keep two cores busy where a model is small; 0 is as it is
     compile_cache: str = "~/.cache/pg_ground/compiled"  # folder of compiled programs, read by later starts; "" keeps none
 

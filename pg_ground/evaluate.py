@@ -59,7 +59,7 @@ OF_FILES = {
 }
 
 
-def main(argv: Sequence[str], group: multiprocess.Group) -> None:
+def main(argv: Sequence[str], group: multiprocess.ProcessGroup) -> None:
     argv = [_with_underscores(argument) for argument in argv]
     if any(argument.partition("=")[0] == "--predictions" for argument in argv):
         score_file(cli.parse_own(argv, OF_FILES))
@@ -77,7 +77,7 @@ def main(argv: Sequence[str], group: multiprocess.Group) -> None:
         raise UserError("config.eval.sources is empty: there is nothing to measure on")
     place = Path(own["workdir"] or own["params"])
     out = Path(own["out"] or (place if place.is_dir() else place.parent))
-    told = multiprocess.leaves(
+    told = multiprocess.flatten_settings(
         {
             "config": dataclasses.asdict(config),
             "--params": own["params"],
@@ -86,14 +86,14 @@ def main(argv: Sequence[str], group: multiprocess.Group) -> None:
     )
     found, bad = runner.measure_checkpoint(config, place, group, told)
     if (
-        multiprocess.is_writer()
+        multiprocess.is_main_process()
     ):  # each process has read every record, and so has found all that are bad
         document = benchmarks.report(found.predictions) | {
             "run": {"params": str(place), "bad_records": bad}
         }
         write_results(out, document, found.predictions)
-    multiprocess.say(ascii_table(results_table("held out", {str(place): found.metrics})))
-    multiprocess.say(str(out / "eval.json"))
+    multiprocess.print_once(ascii_table(results_table("held out", {str(place): found.metrics})))
+    multiprocess.print_once(str(out / "eval.json"))
 
 
 def _with_underscores(argument: str) -> str:

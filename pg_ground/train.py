@@ -17,19 +17,21 @@ from pg_ground.training.loop import dry_run, train
 from pg_ground.types import UserError
 
 
-def main(argv: Sequence[str], group: multiprocess.Group) -> None:
+def main(argv: Sequence[str], group: multiprocess.ProcessGroup) -> None:
     config, own = cli.parse(argv, {"workdir": "", "dry_run": False, cli.DISTRIBUTED: ""})
     if own["dry_run"] and own[cli.DISTRIBUTED]:
         raise UserError("--dry_run is for one process: leave out --distributed")
-    sharding.split_cpu(config.mesh)
-    sharding.keep_programs(config.mesh)
-    group.open(
-        multiprocess.leaves({"config": dataclasses.asdict(config), "--workdir": own["workdir"]})
+    sharding.set_cpu_devices(config.mesh)
+    sharding.enable_compilation_cache(config.mesh)
+    group.start(
+        multiprocess.flatten_settings(
+            {"config": dataclasses.asdict(config), "--workdir": own["workdir"]}
+        )
     )
     if own["dry_run"]:
         print(dry_run(config, Path(own["workdir"]) if own["workdir"] else None))
     elif own["workdir"]:
-        multiprocess.say(str(train(config, Path(own["workdir"]))))
+        multiprocess.print_once(str(train(config, Path(own["workdir"]))))
     else:
         raise UserError("--workdir is needed, or --dry_run")
 

@@ -43,9 +43,10 @@ def test_a_topology_that_does_not_exist_is_told_those_that_do(name):
 
 def test_topologies_have_the_chips_their_shapes_multiply_to():
     assert [
-        tpu_specs.count(name) for name in ("v5e:2x4", "v5p:2x2x2", "2*v5e:16x16", "tpu7x:2x2x1")
+        tpu_specs.device_count(name)
+        for name in ("v5e:2x4", "v5p:2x2x2", "2*v5e:16x16", "tpu7x:2x2x1")
     ] == [8, 8, 512, 8]
-    assert set(TOPOLOGIES) == set(CHIPS) and set(tpu_specs.KINDS.values()) == set(CHIPS)
+    assert set(TOPOLOGIES) == set(CHIPS) and set(tpu_specs.DEVICE_KINDS.values()) == set(CHIPS)
 
 
 WRONG = {

@@ -190,13 +190,13 @@ def test_tokens_are_the_same_on_one_device_and_on_eight(pg1, monkeypatch, shape)
     monkeypatch.setattr(sharding, "SMALL_BYTES", 0)
     mesh = sharding.make_mesh(shape)
     assert mesh.size == 8
-    held = PaliGemma(pg1.model.config, sharding.places(mesh))
+    held = PaliGemma(pg1.model.config, sharding.activation_sharding(mesh))
     x = jax.tree.map(lambda a: jnp.concatenate([a] * (8 // B)), tuple(inputs(pg1.model)[:3]))
     one = jax.jit(lambda params, x, key: sample(pg1.model, params, *x, key, G, T))(
         pg1.params, x, jax.random.key(3)
     )
     draw = jax.jit(lambda params, x, key: sample(held, params, *x, key, G, T))
-    split = jax.device_put(pg1.params, sharding.fsdp(mesh, pg1.params))
+    split = jax.device_put(pg1.params, sharding.infer_shardings(mesh, pg1.params))
     assert sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(split)) > 10
     eight = draw(split, sharding.put_batch(mesh, x), jax.random.key(3))
     np.testing.assert_array_equal(one.tokens, eight.tokens)

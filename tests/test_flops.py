@@ -147,7 +147,9 @@ def test_a_jaxpr_has_the_operations_counted_by_hand(sizes):
     """Loops over layers and over blocks of the vocabulary turn here, and each turn counts."""
     model = replace(SMALL, scan_unroll=1, logits_block=2)
     policy = PaliGemma(model)
-    found = flops.count(jaxpr_of(policy.completion_logps, *arguments(policy, sizes)), turns=1)
+    found = flops.count(
+        jaxpr_of(policy.completion_logps, *arguments(policy, sizes)), while_trip_count=1
+    )
     assert found == flops_by_hand(sizes, model)
 
 
@@ -161,7 +163,7 @@ def test_a_gradient_costs_two_more_passes_and_recomputation_a_third():
         def loss(params, *rest, policy=policy):
             return policy.completion_logps(params, *rest)[0].sum()
 
-        counts[remat] = flops.count(jaxpr_of(jax.grad(loss), params, *rest), turns=1)
+        counts[remat] = flops.count(jaxpr_of(jax.grad(loss), params, *rest), while_trip_count=1)
     once = flops_by_hand(SHARED, SMALL)
     vocabulary = 2.0 * B * G * T * SMALL.text.vocab_size * SMALL.text.width
     patches = (
@@ -177,11 +179,11 @@ def test_a_loop_with_a_condition_turns_as_often_as_is_said():
             lambda s: s[0] < x.sum(), lambda s: (s[0] + 1, s[1] @ s[1]), (0.0, x)
         )
 
-    assert flops.count(jaxpr_of(decode, jnp.ones((4, 4))), turns=7) == 7 * 2 * 4**3
+    assert flops.count(jaxpr_of(decode, jnp.ones((4, 4))), while_trip_count=7) == 7 * 2 * 4**3
 
 
 def test_of_a_platforms_variants_one_is_counted():
     def choose(x):
         return jax.lax.platform_dependent(x, tpu=lambda x: x @ x, default=lambda x: x @ x)
 
-    assert flops.count(jaxpr_of(choose, jnp.ones((4, 4))), turns=1) == 2 * 4**3
+    assert flops.count(jaxpr_of(choose, jnp.ones((4, 4))), while_trip_count=1) == 2 * 4**3

@@ -23,7 +23,7 @@ def over_layers(x: jax.Array, stack: jax.Array) -> jax.Array:
 def test_a_loop_over_layers_reads_each_layer_once():
     """A stack of matrices is an operand of every turn, and a slice of it is what is read."""
     x, stack = jnp.ones((ROWS, WIDTH)), jnp.ones((LAYERS, WIDTH, WIDTH))
-    found = hlo_analysis.read(text_of(over_layers, x, stack), turns=1000)
+    found = hlo_analysis.measure_traffic(text_of(over_layers, x, stack), default_trip_count=1000)
     least = stack.nbytes + x.nbytes
     assert least <= found.hbm_bytes <= 4 * least + LAYERS * 6 * x.nbytes
     assert not found.collectives
@@ -32,7 +32,9 @@ def test_a_loop_over_layers_reads_each_layer_once():
 def test_a_deeper_stack_moves_as_much_more():
     x = jnp.ones((ROWS, WIDTH))
     one, two = (
-        hlo_analysis.read(text_of(over_layers, x, jnp.ones((n, WIDTH, WIDTH))), 1).hbm_bytes
+        hlo_analysis.measure_traffic(
+            text_of(over_layers, x, jnp.ones((n, WIDTH, WIDTH))), 1
+        ).hbm_bytes
         for n in (LAYERS, 2 * LAYERS)
     )
     assert 1.8 <= two / one <= 2.2
@@ -40,7 +42,7 @@ def test_a_deeper_stack_moves_as_much_more():
 
 def test_weights_that_are_gathered_in_a_loop_are_counted_at_every_turn():
     mesh = sharding.make_mesh(config.Mesh())
-    rows = sharding.places(mesh).rows
+    rows = sharding.activation_sharding(mesh).rows
     x = jax.device_put(jnp.ones((ROWS, WIDTH)), sharding.batch_sharding(mesh))
     stack = jax.device_put(
         jnp.ones((LAYERS, WIDTH, WIDTH)), NamedSharding(mesh, PartitionSpec(None, "data"))
@@ -49,7 +51,7 @@ def test_weights_that_are_gathered_in_a_loop_are_counted_at_every_turn():
     def function(x: jax.Array, stack: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda x, w: (rows(jnp.tanh(rows(x) @ w)), None), x, stack)[0]
 
-    found = hlo_analysis.read(text_of(function, x, stack), 1)
+    found = hlo_analysis.measure_traffic(text_of(function, x, stack), 1)
     assert set(found.collectives) == {"all-gather"}
     count, size = found.collectives["all-gather"]
     assert size == stack.nbytes and count in (1, LAYERS)  # XLA may gather the stack before the loop
@@ -64,7 +66,7 @@ def test_a_loop_without_a_written_end_turns_as_often_as_is_said():
         )[1]
 
     text = text_of(function, jnp.ones((WIDTH, WIDTH)))
-    one, ten = (hlo_analysis.read(text, turns).hbm_bytes for turns in (1, 10))
+    one, ten = (hlo_analysis.measure_traffic(text, turns).hbm_bytes for turns in (1, 10))
     assert ten > 5 * one
 
 
@@ -117,7 +119,7 @@ a slice brought there ahead of time."""
 
 
 def test_a_tpus_program():
-    found = hlo_analysis.read(TPU, 1)
+    found = hlo_analysis.measure_traffic(TPU, 1)
     assert found.collectives == {
         "all-gather": (18, 18 * 64 * 128 * 2),
         "reduce-scatter": (18, 18 * 64 * 128 * 2),
@@ -138,5 +140,5 @@ def test_a_tpus_program():
     ],
 )
 def test_size(shape, size):
-    assert hlo_analysis.size(shape) == size
-    assert hlo_analysis.size(shape, only_hbm=True) == (0 if "S(1)" in shape else size)
+    assert hlo_analysis.shape_bytes(shape) == size
+    assert hlo_analysis.shape_bytes(shape, only_hbm=True) == (0 if "S(1)" in shape else size)

@@ -214,7 +214,7 @@ def killed(
 @pytest.mark.slow
 def test_where_a_process_dies_the_other_ends_and_both_go_on_exactly(two, setting, recipe, tmp_path):
     code, error = killed(setting, recipe, tmp_path / "run", index=1, lines=6)
-    assert code == multiprocess.LOST
+    assert code == multiprocess.EXIT_PROCESS_LOST
     assert re.search(
         r"^error: another process of this run ended: (process 1|.*Gloo.*); start all of them again",
         error,
@@ -231,7 +231,7 @@ def test_where_process_0_dies_the_other_ends_and_both_go_on_exactly(
 ):
     """By the connection between them, or by what jax has of its own: whichever notices first."""
     code, error = killed(setting, recipe, tmp_path / "run", index=0, lines=lines)
-    assert code == multiprocess.LOST or code == -signal.SIGABRT, (code, error)
+    assert code == multiprocess.EXIT_PROCESS_LOST or code == -signal.SIGABRT, (code, error)
     assert (
         "error: another process of this run ended: process 0" in error
         or "another task died" in error
@@ -273,7 +273,7 @@ def test_a_place_that_is_none_is_refused(where):
     with pytest.raises(
         UserError, match=r"--distributed=.*: it must be auto, or HOST:PORT,INDEX/COUNT"
     ):
-        multiprocess.join(where)
+        multiprocess.initialize(where)
 
 
 def test_no_cluster_to_find_is_one_line(setting, recipe, tmp_path):
@@ -287,7 +287,7 @@ def test_no_cluster_to_find_is_one_line(setting, recipe, tmp_path):
 
 
 def test_who_waits_in_vain_for_the_others_says_so(setting):
-    program = f"from pg_ground import processes; processes.START_S = 2; processes.join('127.0.0.1:{port()},1/2')"
+    program = f"from pg_ground.parallel import multiprocess; multiprocess.JOIN_TIMEOUT_S = 2; multiprocess.initialize('127.0.0.1:{port()},1/2')"
     done = subprocess.run(
         [sys.executable, "-c", program],
         env=setting,
@@ -309,23 +309,26 @@ def test_who_waits_in_vain_for_the_others_says_so(setting):
 
 def test_one_process_speaks_for_all():
     value = {"a": [1, None, float("inf")], "b": "ö"}
-    assert multiprocess.gather(value) == [value] and multiprocess.is_writer()
-    assert multiprocess.summed({"a": 2.0}) == {"a": 2.0} and multiprocess.summed({}) == {}
+    assert multiprocess.all_gather(value) == [value] and multiprocess.is_main_process()
+    assert (
+        multiprocess.sum_over_processes({"a": 2.0}) == {"a": 2.0}
+        and multiprocess.sum_over_processes({}) == {}
+    )
     multiprocess.barrier("here")
-    multiprocess.agree({"config.seed": 1})
-    assert multiprocess.join("") == ""
+    multiprocess.check_same_settings({"config.seed": 1})
+    assert multiprocess.initialize("") == ""
 
 
 def test_settings_that_differ_are_named_with_both_values(monkeypatch):
     settings = [
-        multiprocess.leaves({"config": {"grpo": {"batch_size": size}, "seed": 0}})
+        multiprocess.flatten_settings({"config": {"grpo": {"batch_size": size}, "seed": 0}})
         for size in (8, 8, 16)
     ]
-    monkeypatch.setattr(multiprocess, "gather", lambda mine: settings)
+    monkeypatch.setattr(multiprocess, "all_gather", lambda mine: settings)
     with pytest.raises(
         UserError, match=r"^config\.grpo\.batch_size is 8 in process 0 and 16 in process 2: "
     ):
-        multiprocess.agree(settings[0])
+        multiprocess.check_same_settings(settings[0])
 
 
 SHAPES = {"data": config.Mesh(), "replica": config.Mesh(replica=2), "model": config.Mesh(model=2)}
@@ -335,11 +338,11 @@ SHAPES = {"data": config.Mesh(), "replica": config.Mesh(replica=2), "model": con
 def test_rows_put_on_a_mesh_are_taken_back_in_order(shape):
     mesh = sharding.make_mesh(SHAPES[shape])
     rows = {"image": np.arange(48.0).reshape(16, 3), "index": np.arange(16)}
-    assert sharding.rows_here(mesh, 16).tolist() == list(range(16))
+    assert sharding.local_rows(mesh, 16).tolist() == list(range(16))
     placed = sharding.put_batch(mesh, rows)
-    jax.tree.map(np.testing.assert_array_equal, sharding.take_rows(mesh, placed), rows)
+    jax.tree.map(np.testing.assert_array_equal, sharding.fetch_local_rows(mesh, placed), rows)
     elsewhere = jax.device_put(placed, sharding.replicated(mesh))
-    jax.tree.map(np.testing.assert_array_equal, sharding.take_rows(mesh, elsewhere), rows)
+    jax.tree.map(np.testing.assert_array_equal, sharding.fetch_local_rows(mesh, elsewhere), rows)
 
 
 @pytest.mark.parametrize("after", [4, 1])
@@ -351,7 +354,7 @@ def test_a_checkpoint_of_eight_devices_goes_on_with_fewer(tmp_path, after):
             "llm/layers/mlp/linear": rng.normal(size=(2, 1024, 1024)).astype(np.float32),
             "small": np.float32(2.5),
         }
-        places = sharding.fsdp(mesh, jax.eval_shape(lambda: params))
+        places = sharding.infer_shardings(mesh, jax.eval_shape(lambda: params))
         placed = jax.device_put(params, places)
         step = jax.device_put(jnp.int32(7), sharding.replicated(mesh))
         return TrainState(

@@ -21,7 +21,7 @@ MESH = config.Mesh()
 
 
 def spec(name: str, *shape: int, mesh: config.Mesh = MESH) -> PartitionSpec:
-    return sharding.fsdp(
+    return sharding.infer_shardings(
         sharding.make_mesh(mesh), {name: jax.ShapeDtypeStruct(shape, jnp.float32)}
     )[name].spec
 
@@ -74,7 +74,7 @@ def test_every_rule_is_the_first_match_of_a_parameter_and_nothing_large_is_repli
         config.Mesh(model=4, replica=2),
     ):
         made = sharding.make_mesh(mesh)
-        places = sharding.fsdp(made, shapes)
+        places = sharding.infer_shardings(made, shapes)
         for leaf, place in zip(shapes.values(), places.values(), strict=True):
             split = made.shape["data"] == 1 or any("data" in (part or ()) for part in place.spec)
             assert split or int(np.prod(leaf.shape)) * 4 <= sharding.LARGE_BYTES
@@ -83,7 +83,7 @@ def test_every_rule_is_the_first_match_of_a_parameter_and_nothing_large_is_repli
 def test_adapters_are_split_too():
     lora = replace(Model(), lora=Lora(rank=64))
     shapes = flatten(jax.eval_shape(PaliGemma(lora).init, jax.random.key(0)))
-    places = sharding.fsdp(sharding.make_mesh(MESH), shapes)
+    places = sharding.infer_shardings(sharding.make_mesh(MESH), shapes)
     large = [
         name
         for name, leaf in shapes.items()
@@ -107,7 +107,7 @@ def test_a_large_array_is_never_replicated_silently():
 def test_gathered_parameters_keep_their_split_over_model():
     mesh = sharding.make_mesh(config.Mesh(model=2))
     tree = {"llm/layers/mlp/linear": jax.ShapeDtypeStruct((18, 16384, 2048), jnp.float32)}
-    assert sharding.gathered(mesh, tree)["llm/layers/mlp/linear"].spec == PartitionSpec(
+    assert sharding.gathered_shardings(mesh, tree)["llm/layers/mlp/linear"].spec == PartitionSpec(
         None, "model"
     )
 
@@ -132,7 +132,7 @@ def test_a_mesh_of_other_than_the_devices_there_are_is_refused(said):
 def test_rows_that_do_not_split_evenly_are_refused():
     mesh = sharding.make_mesh(config.Mesh(model=2, replica=2))
     with pytest.raises(UserError, match="config.grpo.batch_size is 6: it must be a multiple of 4"):
-        sharding.check_rows(mesh, 6, "grpo.batch_size")
+        sharding.check_batch_size(mesh, 6, "grpo.batch_size")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,9 @@ def test_a_users_rule_comes_first():
     mesh = sharding.make_mesh(MESH)
     tree = {"llm/layers/mlp/linear": jax.ShapeDtypeStruct((16, 16384, 2048), jnp.float32)}
     assert axes(
-        sharding.fsdp(mesh, tree, (("mlp/linear", ("", "data")),))["llm/layers/mlp/linear"].spec
+        sharding.infer_shardings(mesh, tree, (("mlp/linear", ("", "data")),))[
+            "llm/layers/mlp/linear"
+        ].spec
     ) == ["", "", "data"]
 
 
@@ -167,7 +169,7 @@ def test_programs_are_kept_where_the_environment_says_else_where_the_config_does
     before = jax.config.jax_compilation_cache_dir
     try:
         jax.config.update("jax_compilation_cache_dir", given)
-        sharding.keep_programs(config.Mesh(compile_cache=named))
+        sharding.enable_compilation_cache(config.Mesh(compile_cache=named))
         assert jax.config.jax_compilation_cache_dir == kept
     finally:
         jax.config.update("jax_compilation_cache_dir", before)

@@ -195,7 +195,7 @@ def test_a_step_moves_the_parameters_and_the_second_update_is_off_policy(pg2, wh
 
 def on_devices(mesh: Any, args: tuple[Any, ...], whole: int) -> tuple[Any, ...]:
     """Returns `args` on the mesh: parameters and optimizer split as `train` does, the `[B, …]` rest along B."""
-    placed = [jax.device_put(tree, sharding.fsdp(mesh, tree)) for tree in args[:whole]]
+    placed = [jax.device_put(tree, sharding.infer_shardings(mesh, tree)) for tree in args[:whole]]
     return (*placed, *(sharding.put_batch(mesh, tree) for tree in args[whole:]))
 
 
@@ -213,7 +213,9 @@ def test_eight_devices_make_the_step_of_one(request, whole_steps, monkeypatch, s
     args = on_devices(mesh, args, whole=1 if stage == "sft" else 2)
     split = [leaf for leaf in jax.tree.leaves(args[0].params) if not leaf.is_fully_replicated]
     assert len(split) > 10 and all(len(leaf.addressable_shards) == 8 for leaf in split)
-    state, metrics = jax.jit(step, out_shardings=(sharding.fsdp(mesh, args[0]), None))(*args)
+    state, metrics = jax.jit(step, out_shardings=(sharding.infer_shardings(mesh, args[0]), None))(
+        *args
+    )
     kept = [leaf for leaf in jax.tree.leaves(state.params) if not leaf.is_fully_replicated]
     assert len(kept) == len(split)
     assert_same_step(
@@ -253,7 +255,7 @@ def test_any_mesh_makes_the_step_of_one_device(pg2, whole_steps, monkeypatch, na
     """Prompts over two axes, matrices over heads and hidden units, with the model's own places for activations."""
     monkeypatch.setattr(sharding, "SMALL_BYTES", 0)
     mesh = sharding.make_mesh(MESHES[name])
-    model = PaliGemma(pg2.model.config, sharding.places(mesh))
+    model = PaliGemma(pg2.model.config, sharding.activation_sharding(mesh))
     step, args = grpo_step(pg2._replace(model=model), 2)
     args = on_devices(mesh, args, whole=2)
     split = [leaf for leaf in jax.tree.leaves(args[0].params) if not leaf.is_fully_replicated]

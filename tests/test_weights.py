@@ -163,7 +163,7 @@ def test_parameters_go_straight_into_their_shards(saved, tmp_path, monkeypatch, 
     ]
     assert len(set(split)) >= 3
     assert [leaf.sharding for leaf in jax.tree.leaves(found)] == jax.tree.leaves(
-        sharding.fsdp(mesh, found)
+        sharding.infer_shardings(mesh, found)
     )
 
 

@@ -103,7 +103,7 @@ def main() -> None:
     w = work()
     c = config.parse(recipe(w))
     mesh = sharding.make_mesh(c.mesh)
-    model = PaliGemma(c.model, sharding.places(mesh))
+    model = PaliGemma(c.model, sharding.activation_sharding(mesh))
     trained, frozen = programs.layout(c, model, mesh)
     factors = programs.factors_of(c, trained | frozen)
     tokenizer = Tokenizer(load_tokenizer().pieces, vocab_of_size(c.model.text.vocab_size))

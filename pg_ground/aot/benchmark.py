@@ -84,8 +84,8 @@ Step = Callable[[int, Stopwatch], Array]
 def ceilings(mesh: Mesh, dtype: jnp.dtype) -> Ceilings:
     """Returns the peaks of a mesh's devices, measured where they are not known."""
     kind = mesh.devices.flat[0].device_kind
-    if kind in tpu_specs.KINDS:
-        chip = tpu_specs.CHIPS[tpu_specs.KINDS[kind]]
+    if kind in tpu_specs.DEVICE_KINDS:
+        chip = tpu_specs.CHIPS[tpu_specs.DEVICE_KINDS[kind]]
         return Ceilings(chip.flops * mesh.size, chip.hbm_bandwidth * mesh.size, False)
     cpu = mesh.devices.flat[0].platform == "cpu"
     side, words = (1024, 2**25) if cpu else (8192, 2**28)
@@ -115,7 +115,7 @@ def fastest(run: Callable[[], Any], times: int = 10) -> float:
 
 def least(config: Config, mesh: Mesh, name: str, turns: int) -> Phase:
     """Returns operations and bytes of the named program over all devices; `turns` tokens are sampled one after the other."""
-    model = PaliGemma(config.model, sharding.places(mesh))
+    model = PaliGemma(config.model, sharding.activation_sharding(mesh))
     trained, frozen = programs.layout(config, model, mesh)
     width, wide = (
         jnp.dtype(config.model.dtype).itemsize,
@@ -141,7 +141,9 @@ def least(config: Config, mesh: Mesh, name: str, turns: int) -> Phase:
     stage = "sft" if name == "sft" else "grpo"
     factors = programs.factors_of(config, trained | frozen)
     averages = (
-        sharding.held(programs.state_like(config, mesh, stage, factors, unflatten(trained)).opt)
+        sharding.bytes_per_device(
+            programs.state_like(config, mesh, stage, factors, unflatten(trained)).opt
+        )
         * mesh.size
     )
     once = 2 * width * all_of_it + 2 * wide * mine + 2 * averages + 2 * wide * mine
@@ -313,7 +315,7 @@ def bench(config: Config, steps: int) -> dict[str, Any]:
     check(config, mesh)
     stage = config.stages[-1]
     c = config.grpo if stage == "grpo" else config.sft
-    model = PaliGemma(config.model, sharding.places(mesh))
+    model = PaliGemma(config.model, sharding.activation_sharding(mesh))
     trained, frozen = programs.layout(config, model, mesh)
     factors = programs.factors_of(config, trained | frozen)
     kept = begin(config, model, frozen) if frozen else {}

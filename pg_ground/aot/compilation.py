@@ -47,7 +47,7 @@ class Fit(NamedTuple):
     """Of one run, on one chip, with what is recomputed."""
     useful_flops: float
     """Without."""
-    moved: hlo_analysis.Moved
+    moved: hlo_analysis.Traffic
     largest: list[tuple[float, str]]
     """Buffers of the compiler's own, bytes and shapes."""
 
@@ -152,7 +152,9 @@ def _read(name: str, directory: Path, took: float) -> Fit:
     inside = facts["inside"]
     kinds = {kind: beside.get(kind, 0.0) + inside.get(kind, 0.0) for kind in KINDS}
     kinds["activations"] = own - sum(inside.values())
-    moved = hlo_analysis.read(Path(_of_program(directory, PROGRAM)[0]).read_text(), facts["turns"])
+    moved = hlo_analysis.measure_traffic(
+        Path(_of_program(directory, PROGRAM)[0]).read_text(), facts["turns"]
+    )
     seconds = (
         json.loads((directory / "done.json").read_text())["seconds"]
         if (directory / "done.json").exists()
@@ -209,7 +211,7 @@ def found_by_search(c: Config, argv: list[str], version: str) -> str:
         print(tried[-1], flush=True)
         return worst <= limit
 
-    devices = tpu_specs.count(
+    devices = tpu_specs.device_count(
         next(a.partition("=")[2] for a in argv if a.startswith("--topology="))
     )
     parts = section.grad_accum_steps * (c.grpo.minibatches if stage == "grpo" else 1)

@@ -1,4 +1,4 @@
-"""Floating-point operations of a program, counted in its jaxpr, loops as often as they turn."""
+"""Counts the floating-point operations of a program in its jaxpr. The body of a loop counts once per iteration."""
 
 import math
 from typing import Any
@@ -6,42 +6,44 @@ from typing import Any
 from jax.extend import core
 
 
-def count(jaxpr: core.Jaxpr, turns: int) -> int:
-    """Returns two operations for each multiplication of a program's matrix products, over all devices, recomputation included.
+def count(jaxpr: core.Jaxpr, while_trip_count: int) -> int:
+    """Returns the operations of a program's matrix products over all devices: two per multiplication.
+
+    Recomputation (remat) counts too.
 
     Args:
-      turns: of loops that end by a condition (`while`), such as that over the tokens of a completion.
+      jaxpr: the program.
+      while_trip_count: the iterations of each `while` loop, for example the loop over the tokens of a completion. The jaxpr
+        does not say how often a `while` loop runs.
     """
-    return sum(_of(equation, turns) for equation in jaxpr.eqns)
+    return sum(_equation_flops(equation, while_trip_count) for equation in jaxpr.eqns)
 
 
-def _of(equation: Any, turns: int) -> int:
+def _equation_flops(equation: Any, while_trip_count: int) -> int:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         left = equation.invars[0].aval.shape
-        return (
-            2
-            * math.prod(equation.outvars[0].aval.shape)
-            * math.prod(left[axis] for axis in contracted)
-        )
+        multiplications = math.prod(left[axis] for axis in contracted)
+        return 2 * math.prod(equation.outvars[0].aval.shape) * multiplications
     if name == "conv_general_dilated":
         kernel = equation.invars[1].aval.shape
         out_features = kernel[params["dimension_numbers"].rhs_spec[0]]
         return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // out_features
     if name == "while":
-        return turns * count(params["body_jaxpr"].jaxpr, turns)
-    if name == "cond":  # of a platform's variants one is compiled
-        return max(count(branch.jaxpr, turns) for branch in params["branches"])
-    times = params["length"] if name == "scan" else 1
-    return times * sum(count(inner, turns) for inner in _inner(params))
+        return while_trip_count * count(params["body_jaxpr"].jaxpr, while_trip_count)
+    if name == "cond":  # for example the variants of a platform, of which one is compiled
+        return max(count(branch.jaxpr, while_trip_count) for branch in params["branches"])
+    repeats = params["length"] if name == "scan" else 1
+    return repeats * sum(count(inner, while_trip_count) for inner in _inner_jaxprs(params))
 
 
-def _inner(params: Any) -> list[core.Jaxpr]:
-    found = []
+def _inner_jaxprs(params: Any) -> list[core.Jaxpr]:
+    """Returns the jaxprs among the parameters of an equation."""
+    jaxprs = []
     for value in params.values():
-        for one in value if isinstance(value, (tuple, list)) else (value,):
-            one = getattr(one, "jaxpr", one)
-            if isinstance(one, core.Jaxpr):
-                found.append(one)
-    return found
+        for item in value if isinstance(value, (tuple, list)) else (value,):
+            jaxpr = getattr(item, "jaxpr", item)
+            if isinstance(jaxpr, core.Jaxpr):
+                jaxprs.append(jaxpr)
+    return jaxprs

@@ -1,6 +1,6 @@
-"""What an optimised program of XLA's moves, read from its text: bytes of HBM and of collectives, loops as often as they turn.
+"""Counts the bytes that a compiled XLA program moves, from the text of its optimised HLO: memory and collectives.
 
-XLA's own `cost_analysis` counts the body of a loop once; a model is a loop over layers.
+The body of a loop counts once per iteration. XLA's own `cost_analysis` counts it once, and a model is a loop over layers.
 """
 
 import math
@@ -10,24 +10,31 @@ from typing import NamedTuple
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8,
-         "f64": 8}  # fmt: skip
+DTYPE_BYTES = {
+    **{"pred": 1, "s8": 1, "u8": 1},
+    **{"s16": 2, "u16": 2, "bf16": 2, "f16": 2},
+    **{"s32": 4, "u32": 4, "f32": 4},
+    **{"s64": 8, "u64": 8, "f64": 8},
+}
 
-FREE = frozenset(
-    (
-        *(
-            "parameter",
-            "constant",
-            "get-tuple-element",
-            "tuple",
-            "bitcast",
-            "while",
-            "conditional",
-            "call",
-            "after-all",
-        ),
-        *("partition-id", "replica-id", "iota", "copy-done", "async-done", "optimization-barrier"),
-    )
+NO_TRAFFIC = frozenset(
+    {
+        "after-all",
+        "async-done",
+        "bitcast",
+        "call",
+        "conditional",
+        "constant",
+        "copy-done",
+        "get-tuple-element",
+        "iota",
+        "optimization-barrier",
+        "parameter",
+        "partition-id",
+        "replica-id",
+        "tuple",
+        "while",
+    }
 )
 """Operations that move nothing themselves."""
 
@@ -42,193 +49,244 @@ class Instruction(NamedTuple):
     attributes: str
 
 
-class Moved(NamedTuple):
-    """Bytes that one device moves in one run of a program."""
+Computation = list[Instruction]
+HloProgram = Mapping[str, Computation]
+"""Computations by name. The name of the entry begins with "ENTRY "."""
+
+
+class Traffic(NamedTuple):
+    """The bytes that one device moves in one run of a program."""
 
     hbm_bytes: int
-    """Read and written, tiling padding not counted."""
+    """Read and written, without the padding of tiles."""
     collectives: dict[str, tuple[int, int]]
-    """By kind: how many, and the bytes that they bring to or take from a device."""
+    """By kind: the number of collectives, and the bytes that they bring to a device or take from it."""
 
 
-def read(text: str, turns: int) -> Moved:
-    """Returns what the program in `text` moves; `turns` is for loops whose number of turns is not written in their condition."""
+class Call(NamedTuple):
+    """One computation that runs."""
+
+    computation: str
+    runs: int
+    fused: bool
+    """Whether it is inside a fusion. Its intermediate values then stay out of HBM."""
+
+
+def measure_traffic(text: str, default_trip_count: int) -> Traffic:
+    """Returns the traffic of the program in `text`.
+
+    Args:
+      text: the optimised HLO of the program.
+      default_trip_count: the iterations of a loop if its condition does not name a constant.
+    """
     program = dict(_computations(text))
     entry = next(name for name in program if name.startswith("ENTRY "))
     counts: dict[str, int] = {}
     sizes: dict[str, int] = {}
-    seen: set[str] = set()
-    hbm = 0
-    for computation, times, fused in _walk(program, entry, 1, False, turns):
-        shapes = {i.name: i.shape for i in program[computation]}
-        for i in program[computation]:
-            kind = _collective(i.operation)
-            channel = re.search(r"channel_id=(\d+)", i.attributes)
-            if kind and not (
-                channel and channel[1] in seen
-            ):  # one spread over several fusions stands in each of them
-                seen |= {channel[1]} if channel else set()
-                scattered = kind == "all-reduce" and "all-reduce-scatter" in computation
-                kind = "reduce-scatter" if scattered else kind
-                counts[kind] = counts.get(kind, 0) + times
-                sizes[kind] = sizes.get(kind, 0) + times * _brought(kind, i, shapes)
-            if not fused and i.operation not in FREE:
-                hbm += times * _traffic(i, shapes, program)
-    return Moved(hbm, {kind: (counts[kind], sizes[kind]) for kind in COLLECTIVES if kind in counts})
+    channels: set[str] = set()
+    hbm_bytes = 0
+    for call in _walk(program, Call(entry, 1, False), default_trip_count):
+        computation = program[call.computation]
+        shapes = {instruction.name: instruction.shape for instruction in computation}
+        for instruction in computation:
+            kind = _collective_kind(instruction.operation, call.computation)
+            channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+            # A collective may be spread over several fusions; each of them then contains it, with the same channel.
+            if kind and not (channel and channel[1] in channels):
+                channels |= {channel[1]} if channel else set()
+                size = _collective_bytes(kind, instruction, shapes)
+                counts[kind] = counts.get(kind, 0) + call.runs
+                sizes[kind] = sizes.get(kind, 0) + call.runs * size
+            if not call.fused and instruction.operation not in NO_TRAFFIC:
+                hbm_bytes += call.runs * _hbm_bytes(instruction, shapes, program)
+    collectives = {kind: (counts[kind], sizes[kind]) for kind in COLLECTIVES if kind in counts}
+    return Traffic(hbm_bytes, collectives)
 
 
-def _collective(operation: str) -> str | None:
+def _collective_kind(operation: str, computation: str) -> str | None:
+    """Returns the kind of collective that an operation is, None if it is none."""
     kind = operation.removesuffix("-start")
-    return kind if kind in COLLECTIVES else None
+    if kind not in COLLECTIVES:
+        return None
+    # On a TPU an all-reduce inside this fusion is a reduce-scatter: each device keeps its part.
+    scattered = kind == "all-reduce" and "all-reduce-scatter" in computation
+    return "reduce-scatter" if scattered else kind
 
 
-def _brought(kind: str, i: Instruction, shapes: Mapping[str, str]) -> int:
-    """Returns a collective's bytes: of its result where that is whole, else of its operands; an all-reduce counts twice."""
-    given = sum(size(shapes.get(name, "")) for name in i.operands)
-    made = size(i.shape) - (given if i.operation.endswith("-start") else 0)
-    return {"all-gather": made, "all-reduce": 2 * given}.get(kind, given)
+def _collective_bytes(kind: str, instruction: Instruction, shapes: Mapping[str, str]) -> int:
+    """Returns the bytes of a collective: the gathered result, or else the operands. An all-reduce counts them twice."""
+    operand_bytes = sum(shape_bytes(shapes.get(name, "")) for name in instruction.operands)
+    if kind == "all-gather":
+        # The result of an asynchronous start also contains the operands.
+        is_start = instruction.operation.endswith("-start")
+        return shape_bytes(instruction.shape) - (operand_bytes if is_start else 0)
+    return 2 * operand_bytes if kind == "all-reduce" else operand_bytes
 
 
-def size(shape: str, only_hbm: bool = False) -> int:
-    """Returns the bytes of a shape or a tuple of shapes; `only_hbm` leaves out what lies in other memories, written S(n)."""
+def shape_bytes(shape: str, only_hbm: bool = False) -> int:
+    """Returns the bytes of a shape or of a tuple of shapes, such as "(bf16[8,128]{1,0}, s32[])".
+
+    Args:
+      shape: as HLO writes it.
+      only_hbm: leaves out arrays in other memories, whose layout contains S(n).
+    """
     total = 0
-    for kind, dims, layout in re.findall(r"([a-z]+\d*)\[([\d,]*)\]((?:\{[^}]*\})?)", shape):
-        if kind in BYTES and not (only_hbm and "S(" in layout):
-            total += BYTES[kind] * math.prod(int(d) for d in dims.split(",") if d)
+    for dtype, sizes, layout in re.findall(r"([a-z]+\d*)\[([\d,]*)\]((?:\{[^}]*\})?)", shape):
+        if dtype in DTYPE_BYTES and not (only_hbm and "S(" in layout):
+            total += DTYPE_BYTES[dtype] * math.prod(int(n) for n in sizes.split(",") if n)
     return total
 
 
-def _traffic(
-    i: Instruction, shapes: Mapping[str, str], program: Mapping[str, list[Instruction]]
-) -> int:
-    if i.operation == "dynamic-slice":
-        return 2 * size(i.shape, True)
-    if i.operation == "dynamic-update-slice":
-        return 2 * size(shapes.get(i.operands[1], ""), True)
-    if i.operation == "copy-start":
-        return sum(
-            size(part, True) for part in (i.shape.split("}, ")[0], shapes.get(i.operands[0], ""))
-        )
-    if i.operation not in ("fusion", "async-start"):
-        return size(i.shape, True) + sum(size(shapes.get(name, ""), True) for name in i.operands)
-    inner = program.get(_called(i.attributes, "calls"), [])
-    names, made = (
-        _parameters(inner),
-        size(i.shape.partition("), ")[2] if i.operation == "async-start" else i.shape, True),
-    )
+def _hbm_bytes(instruction: Instruction, shapes: Mapping[str, str], program: HloProgram) -> int:
+    """Returns the bytes that an instruction reads from HBM and writes to it."""
+    shape, operands = instruction.shape, instruction.operands
+    if instruction.operation == "dynamic-slice":
+        return 2 * shape_bytes(shape, True)
+    if instruction.operation == "dynamic-update-slice":
+        return 2 * shape_bytes(shapes.get(operands[1], ""), True)
+    if instruction.operation == "copy-start":
+        destination, source = shape.split("}, ")[0], shapes.get(operands[0], "")
+        return shape_bytes(destination, True) + shape_bytes(source, True)
+    if instruction.operation in ("fusion", "async-start"):
+        return _fusion_bytes(instruction, shapes, program)
+    operand_bytes = sum(shape_bytes(shapes.get(name, ""), True) for name in operands)
+    return shape_bytes(shape, True) + operand_bytes
+
+
+def _fusion_bytes(instruction: Instruction, shapes: Mapping[str, str], program: HloProgram) -> int:
+    """Returns the bytes that a fusion reads and writes. Slices of operands and of results count only as slices."""
+    computation = program.get(_callee(instruction.attributes, "calls"), [])
+    parameters = _parameter_names(computation)
     read_bytes = 0
-    for place, operand in enumerate(i.operands):
-        read_bytes += _read_of(
-            names.get(place, ""), inner, size(shapes.get(operand, ""), True), program
+    for index, operand in enumerate(instruction.operands):
+        operand_bytes = shape_bytes(shapes.get(operand, ""), True)
+        read_bytes += _parameter_bytes(
+            parameters.get(index, ""), computation, operand_bytes, program
         )
-    updates = [k for k in inner if k.operation == "dynamic-update-slice"]
-    inside = {j.name: j.shape for j in inner}
-    written = sum(size(inside.get(k.operands[1], "")) for k in updates) if updates else made
-    return read_bytes + min(written, made)
+    is_start = instruction.operation == "async-start"
+    # The shape of an asynchronous start is (operands), result, context.
+    result = instruction.shape.partition("), ")[2] if is_start else instruction.shape
+    result_bytes = shape_bytes(result, True)
+    updates = [inner for inner in computation if inner.operation == "dynamic-update-slice"]
+    if not updates:
+        return read_bytes + result_bytes
+    inner_shapes = {inner.name: inner.shape for inner in computation}
+    written = sum(shape_bytes(inner_shapes.get(update.operands[1], "")) for update in updates)
+    return read_bytes + min(written, result_bytes)
 
 
-def _parameters(computation: list[Instruction]) -> dict[int, str]:
-    """Returns the names of a computation's parameters by their places."""
+def _parameter_names(computation: Computation) -> dict[int, str]:
+    """Returns the names of a computation's parameters by their positions."""
     return {
-        int(i.attributes.partition(")")[0] or 0): i.name
-        for i in computation
-        if i.operation == "parameter"
+        int(instruction.attributes.partition(")")[0] or 0): instruction.name
+        for instruction in computation
+        if instruction.operation == "parameter"
     }
 
 
-def _read_of(
-    name: str, inner: list[Instruction], whole: int, program: Mapping[str, list[Instruction]]
+def _parameter_bytes(
+    name: str, computation: Computation, parameter_bytes: int, program: HloProgram
 ) -> int:
-    """Returns the bytes that a fusion reads of its parameter `name`, `whole` bytes; only slices, if nothing else is taken."""
+    """Returns the bytes that a fusion reads of its parameter `name`.
+
+    Only the slices count if the fusion reads nothing but slices; else all `parameter_bytes` count.
+    """
     total = 0
-    for k in inner:
-        for place in [place for place, operand in enumerate(k.operands) if operand == name]:
-            if k.operation in ("dynamic-slice", "slice", "gather"):
-                total += size(k.shape) if place == 0 else 0
-            elif k.operation == "bitcast":
-                total += _read_of(k.name, inner, whole, program)
-            elif k.operation == "fusion":
-                nested = program.get(_called(k.attributes, "calls"), [])
-                total += _read_of(_parameters(nested).get(place, ""), nested, whole, program)
-            elif not (k.operation == "dynamic-update-slice" and place == 0):
-                return whole
-    return min(total, whole)
+    for instruction in computation:
+        for index, operand in enumerate(instruction.operands):
+            if operand != name:
+                continue
+            if instruction.operation in ("dynamic-slice", "slice", "gather"):
+                total += shape_bytes(instruction.shape) if index == 0 else 0
+            elif instruction.operation == "bitcast":
+                total += _parameter_bytes(instruction.name, computation, parameter_bytes, program)
+            elif instruction.operation == "fusion":
+                nested = program.get(_callee(instruction.attributes, "calls"), [])
+                nested_name = _parameter_names(nested).get(index, "")
+                total += _parameter_bytes(nested_name, nested, parameter_bytes, program)
+            elif not (instruction.operation == "dynamic-update-slice" and index == 0):
+                return parameter_bytes
+    return min(total, parameter_bytes)
 
 
-def _walk(
-    program: Mapping[str, list[Instruction]], name: str, times: int, fused: bool, turns: int
-) -> Iterator[tuple[str, int, bool]]:
-    """Yields each computation that runs, how often, and whether it is inside a fusion."""
-    yield name, times, fused
-    for i in program[name]:
-        if i.operation == "while":
-            condition, body = (_called(i.attributes, key) for key in ("condition", "body"))
-            known = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.attributes)
-            count = int(known[1]) if known else _bound(program.get(condition, []), turns)
-            if body in program:
-                yield from _walk(program, body, times * count, fused, turns)
+def _walk(program: HloProgram, call: Call, default_trip_count: int) -> Iterator[Call]:
+    """Yields `call` and every call inside it."""
+    yield call
+    for instruction in program[call.computation]:
+        attributes, is_call = instruction.attributes, instruction.operation == "call"
+        if instruction.operation == "while":
+            trip_count = _trip_count(program, attributes, default_trip_count)
+            body = Call(_callee(attributes, "body"), call.runs * trip_count, call.fused)
+            if body.computation in program:
+                yield from _walk(program, body, default_trip_count)
             continue
         for key in ("calls", "to_apply", "true_computation", "false_computation"):
-            called = _called(i.attributes, key)
-            if called in program and not (key == "to_apply" and i.operation != "call"):
-                yield from _walk(program, called, times, fused or i.operation != "call", turns)
+            callee = _callee(attributes, key)
+            if callee in program and not (key == "to_apply" and not is_call):
+                inner = Call(callee, call.runs, call.fused or not is_call)
+                yield from _walk(program, inner, default_trip_count)
 
 
-def _bound(condition: list[Instruction], turns: int) -> int:
-    """Returns the constant that a loop's counter stays below, `turns` where its condition says more than that."""
+def _trip_count(program: HloProgram, attributes: str, default: int) -> int:
+    """Returns the iterations of a `while`: XLA's own count, or the constant that its counter stays below, or `default`."""
+    annotation = re.search(r'"known_trip_count":\{"n":"(\d+)"', attributes)
+    if annotation:
+        return int(annotation[1])
+    condition = program.get(_callee(attributes, "condition"), [])
     constants = {i.name: i for i in condition if i.operation == "constant"}
     compares = [i for i in condition if i.operation == "compare" and "direction=LT" in i.attributes]
+    # A condition that also tests something else may end the loop earlier.
     if len(compares) == 1 and not any(i.operation in ("and", "or", "fusion") for i in condition):
         for operand in compares[0].operands:
             if operand in constants:
                 return int(constants[operand].attributes.partition(")")[0])
-    return turns
+    return default
 
 
-def _called(attributes: str, key: str) -> str:
-    found = re.search(rf"(?:^|[ ,]){key}=%?([\w.\-]+)", attributes)
-    return found[1] if found else ""
+def _callee(attributes: str, key: str) -> str:
+    """Returns the computation that an attribute such as calls=%name refers to, "" if there is none."""
+    match = re.search(rf"(?:^|[ ,]){key}=%?([\w.\-]+)", attributes)
+    return match[1] if match else ""
 
 
-def _computations(text: str) -> Iterator[tuple[str, list[Instruction]]]:
-    name, lines = "", []
+def _computations(text: str) -> Iterator[tuple[str, Computation]]:
+    """Yields the name and the instructions of each computation of an HLO module."""
+    name, instructions = "", []
     for line in text.splitlines():
         head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
         if head:
-            name, lines = (head[1] or "") + head[2], []
+            name, instructions = (head[1] or "") + head[2], []
         elif line.startswith("}"):
-            yield name, lines
+            yield name, instructions
         elif name and line.startswith(" "):
-            found = _instruction(line)
-            if found:
-                lines.append(found)
+            instruction = _parse_instruction(line)
+            if instruction:
+                instructions.append(instruction)
 
 
-def _instruction(line: str) -> Instruction | None:
-    found = re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (.*)$", line)
-    if not found:
+def _parse_instruction(line: str) -> Instruction | None:
+    """Returns the instruction of a line such as "  ROOT %name = shape operation(%a, %b), attributes"."""
+    match = re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (.*)$", line)
+    if not match:
         return None
-    name, rest = found[1], found[2]
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-    shape, rest = rest[:end], rest[end:].lstrip()
-    operation, _, rest = rest.partition("(")
-    close = _closing("(" + rest, 0) - 1
-    inside = rest[:close]
-    attributes = (
-        inside + ")" + rest[close + 1 :]
-        if operation in ("parameter", "constant")
-        else rest[close + 1 :]
-    )
+    name, text = match[1], match[2]
+    shape_end = _closing_parenthesis(text) + 1 if text.startswith("(") else text.index(" ")
+    shape, call = text[:shape_end], text[shape_end:].lstrip()
+    operation, _, arguments = call.partition("(")
+    end = _closing_parenthesis("(" + arguments) - 1
+    operands, attributes = arguments[:end], arguments[end + 1 :]
+    if operation in ("parameter", "constant"):  # the number in the parentheses is no operand
+        attributes = f"{operands}){attributes}"
     return Instruction(
-        name, shape, operation, tuple(re.findall(r"%([\w.\-]+)", inside)), attributes
+        name, shape, operation, tuple(re.findall(r"%([\w.\-]+)", operands)), attributes
     )
 
 
-def _closing(text: str, start: int) -> int:
-    """Returns where the parenthesis that opens at `start` closes."""
+def _closing_parenthesis(text: str) -> int:
+    """Returns the index of the parenthesis that closes the first character of `text`."""
     depth = 0
-    for place in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[place], 0)
+    for index, character in enumerate(text):
+        depth += {"(": 1, ")": -1}.get(character, 0)
         if depth == 0:
-            return place
+            return index
     return len(text) - 1

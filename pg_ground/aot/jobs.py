@@ -104,12 +104,15 @@ def job_of(config: Config, mesh: AnyMesh, name: str, hbm_bytes: float | None) ->
     """Returns the named program as `train` would call it on devices with that much memory (None: not known)."""
     c, looks = config.grpo, "grpo" in config.stages and programs.looks_at_reference(config.grpo)
     stage = "sft" if name == "sft" or "grpo" not in config.stages else "grpo"
-    model = PaliGemma(config.model, sharding.places(mesh))
+    model = PaliGemma(config.model, sharding.activation_sharding(mesh))
     trained, frozen = (unflatten(like) for like in programs.layout(config, model, mesh))
     factors = programs.factors_of(config, [*flatten(trained), *flatten(frozen)])
     state = programs.state_like(config, mesh, stage, factors, trained)
-    kept = {"parameters": sharding.held((trained, frozen)), "optimizer": sharding.held(state.opt)}
-    reference = {"reference": sharding.held(trained)} if looks else {}
+    kept = {
+        "parameters": sharding.bytes_per_device((trained, frozen)),
+        "optimizer": sharding.bytes_per_device(state.opt),
+    }
+    reference = {"reference": sharding.bytes_per_device(trained)} if looks else {}
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=sharding.replicated(mesh))
     vocab = vocab_of_size(config.model.text.vocab_size)
@@ -117,7 +120,11 @@ def job_of(config: Config, mesh: AnyMesh, name: str, hbm_bytes: float | None) ->
     read, read_frozen = (
         programs.read_like(config, mesh, tree) if gathered else tree for tree in (trained, frozen)
     )
-    copied = {"rollout weights": sharding.held(read_frozen)} if read_frozen is not frozen else {}
+    copied = (
+        {"rollout weights": sharding.bytes_per_device(read_frozen)}
+        if read_frozen is not frozen
+        else {}
+    )
 
     def compiled(program: programs.Program) -> Callable[[], Any]:
         return lambda: programs.compiled(program, config, cast(Mesh, mesh))
@@ -125,14 +132,16 @@ def job_of(config: Config, mesh: AnyMesh, name: str, hbm_bytes: float | None) ->
     def learning(questions: int, group: int, tokens: int, parts: int) -> float:
         share = memory_model.work(config, mesh, questions, group, tokens, parts)
         dtype = jnp.dtype(config.model.dtype)
-        other = sharding.held(
+        other = sharding.bytes_per_device(
             [leaf for leaf in jax.tree.leaves((trained, frozen)) if leaf.dtype != dtype]
         )
         gradients = map_named(
             lambda name, leaf: leaf.update(dtype=dtype) if is_multiplied(name) else leaf, trained
         )
-        so_far = sharding.held(trained) * (parts > 1)
-        return memory_model.learning(config, mesh, share, sharding.held(gradients) + so_far, other)
+        so_far = sharding.bytes_per_device(trained) * (parts > 1)
+        return memory_model.learning(
+            config, mesh, share, sharding.bytes_per_device(gradients) + so_far, other
+        )
 
     if name == "sft":
         batch = batch_like(config, mesh, config.sft.batch_size)
@@ -143,7 +152,7 @@ def job_of(config: Config, mesh: AnyMesh, name: str, hbm_bytes: float | None) ->
         return Job(
             compiled(program),
             (state, frozen, batch),
-            kept | {"batch": sharding.held(batch)},
+            kept | {"batch": sharding.bytes_per_device(batch)},
             {},
             added,
             batch.suffix.size,
@@ -155,7 +164,7 @@ def job_of(config: Config, mesh: AnyMesh, name: str, hbm_bytes: float | None) ->
         share = memory_model.work(config, mesh, config.eval.batch_size, group, tokens)
         inside = {
             "parameters": kept["parameters"],
-            "batch": sharding.held(batch),
+            "batch": sharding.bytes_per_device(batch),
             "cache": memory_model.cache(config, mesh, share),
         }
         beside = {"optimizer": kept["optimizer"]} | reference | copied
@@ -178,9 +187,13 @@ def job_of(config: Config, mesh: AnyMesh, name: str, hbm_bytes: float | None) ->
             c.rollout_parts,
         )
         own = {
-            tree: sharding.held(tree_) for tree, tree_ in (("read", read), ("frozen", read_frozen))
+            tree: sharding.bytes_per_device(tree_)
+            for tree, tree_ in (("read", read), ("frozen", read_frozen))
         }
-        inside = {"batch": sharding.held(part), "cache": memory_model.cache(config, mesh, share)}
+        inside = {
+            "batch": sharding.bytes_per_device(part),
+            "cache": memory_model.cache(config, mesh, share),
+        }
         inside["rollout weights"] = own["read"] * (read is not trained) + own["frozen"] * (
             read_frozen is not frozen
         )
@@ -200,11 +213,14 @@ def job_of(config: Config, mesh: AnyMesh, name: str, hbm_bytes: float | None) ->
     batch, rollout = batch_like(config, mesh, c.batch_size), rollout_like(config, mesh)
     if name == "reference":
         inside = {
-            "reference": sharding.held(trained),
-            "parameters": sharding.held(frozen),
-            "batch": sharding.held((batch, rollout)),
+            "reference": sharding.bytes_per_device(trained),
+            "parameters": sharding.bytes_per_device(frozen),
+            "batch": sharding.bytes_per_device((batch, rollout)),
         }
-        beside = {"optimizer": kept["optimizer"], "parameters": sharding.held(trained)} | copied
+        beside = {
+            "optimizer": kept["optimizer"],
+            "parameters": sharding.bytes_per_device(trained),
+        } | copied
         share = memory_model.work(
             config,
             mesh,
@@ -229,7 +245,7 @@ def job_of(config: Config, mesh: AnyMesh, name: str, hbm_bytes: float | None) ->
     return Job(
         compiled(programs.grpo_update(config, model, mesh, factors, state)),
         (state, frozen, experience, key),
-        kept | {"batch": sharding.held(experience)},
+        kept | {"batch": sharding.bytes_per_device(experience)},
         reference | copied,
         added,
         rollout.tokens.size * c.num_iterations,
@@ -271,7 +287,7 @@ def batch_like(config: Config, mesh: AnyMesh, questions: int) -> Batch:
     Raises:
       UserError: the mesh does not divide it.
     """
-    sharding.check_rows(mesh, questions, "batch_size (of a program)")
+    sharding.check_batch_size(mesh, questions, "batch_size (of a program)")
     d, side, k = config.data, config.model.image_size, config.data.max_boxes
 
     def of(*shape: int, dtype: Any = jnp.int32) -> Any:

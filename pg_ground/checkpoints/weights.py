@@ -82,7 +82,7 @@ def load(
         for name, leaf in found.like.items()
     }
     if mesh is not None:
-        places = sharding.fsdp(mesh, like)
+        places = sharding.infer_shardings(mesh, like)
         like = {
             name: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=places[name])
             for name, s in like.items()

@@ -175,7 +175,7 @@ def evaluate(
         )
         own = list(answered_rows(exam, programs, params, config, tokenizer, mesh, bad))
         # of processes that share the `model` axis each has the same rows
-        every = {tuple(place): row for part in multiprocess.gather(own) for place, row in part}
+        every = {tuple(place): row for part in multiprocess.all_gather(own) for place, row in part}
         rows = [every[place] for place in sorted(every)]
         found += benchmarks.scored(named(rows, given=name in config.eval.benchmarks))
     return Evaluation(benchmarks.metrics(found), found)
@@ -218,7 +218,7 @@ def answered_rows(
 ) -> Iterator[tuple[tuple[int, int, int, int], dict[str, Any]]]:
     """Yields this process's rows, each with its place: batch, mode, row, rollout."""
     c = config.eval
-    mine = sharding.rows_here(mesh, c.batch_size)
+    mine = sharding.local_rows(mesh, c.batch_size)
     key = jax.random.fold_in(
         jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1), exam.position
     )
@@ -231,7 +231,7 @@ def answered_rows(
         bad=bad,
         rows=mine,
     )
-    quiet = None if multiprocess.is_writer() else True  # None: where stderr is no terminal
+    quiet = None if multiprocess.is_main_process() else True  # None: where stderr is no terminal
     with tqdm(
         total=exam.limit, desc=f"eval {exam.source}", unit="q", leave=False, disable=quiet
     ) as bar:
@@ -239,7 +239,7 @@ def answered_rows(
             placed, own = sharding.put_batch(mesh, batch), np.flatnonzero(counts).tolist()
             asked = {row: question(exam, batch, row, tokenizer) for row in own}
             if c.perplexity:
-                nll = sharding.take_rows(mesh, programs.suffix_nll(params, placed))
+                nll = sharding.fetch_local_rows(mesh, programs.suffix_nll(params, placed))
                 told = {
                     row: {
                         "suffix_nll": float(nll[row]),
@@ -256,7 +256,7 @@ def answered_rows(
                 answered = programs.answer(
                     params, placed, jnp.float32(temperature), draw, group_size=group
                 )
-                answered = sharding.take_rows(mesh, answered)
+                answered = sharding.fetch_local_rows(mesh, answered)
                 texts = [
                     [tokenizer.decode(one.tolist()) for one in group_of]
                     for group_of in answered.rollout.tokens
@@ -431,23 +431,23 @@ def answer_of(
 
 
 def measure_checkpoint(
-    config: Config, place: Path, group: multiprocess.Group, told: Any
+    config: Config, place: Path, group: multiprocess.ProcessGroup, told: Any
 ) -> tuple[Evaluation, dict[str, int]]:
     """Returns what is found of a checkpoint or a run, and the number of bad records of each kind.
 
     Raises:
       UserError: something in `config` does not fit the checkpoint, the data or the devices.
     """
-    sharding.split_cpu(config.mesh)
-    sharding.keep_programs(config.mesh)
-    group.open(told)
+    sharding.set_cpu_devices(config.mesh)
+    sharding.enable_compilation_cache(config.mesh)
+    group.start(told)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check_rows(mesh, config.eval.batch_size, "eval.batch_size")
+    sharding.check_batch_size(mesh, config.eval.batch_size, "eval.batch_size")
     tokenizer = load_tokenizer(config.data.tokenizer)
     model, params = weights.load(
         place, config.model, mesh=mesh, resample_positions=config.resample_positions
     )
-    model = PaliGemma(model.config, sharding.places(mesh))
+    model = PaliGemma(model.config, sharding.activation_sharding(mesh))
     check_vocabulary(tokenizer, model)
     bad = pipeline.BadRecords()
     found = evaluate(

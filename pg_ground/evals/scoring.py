@@ -17,6 +17,7 @@ from pg_ground.evals import benchmarks, prediction_files, rows
 from pg_ground.reporting.html_page import write_whole
 from pg_ground.types import UserError
 
+
 def rescore(
     path: Path, benchmark: str, fields: Mapping[str, str], formats: prediction_files.Formats
 ) -> tuple[dict[str, Any], list[Any]]:

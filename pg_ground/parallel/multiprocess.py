@@ -1,6 +1,6 @@
-"""A run of several processes: how they find one another, speak with one voice, and end together.
+"""Runs of several processes: joining them, exchanging values, checking their settings, and ending together.
 
-For one process nothing here connects, sends or waits: every function is the identity.
+In a run of one process nothing here connects, sends or waits.
 """
 
 import contextlib
@@ -23,27 +23,27 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pg_ground.types import UserError
 
-BY_HAND = re.compile(r"(?P<address>(?P<host>.+):\d+),(?P<index>\d+)/(?P<count>[1-9]\d*)")
+EXPLICIT_ADDRESS = re.compile(r"(?P<address>(?P<host>.+):\d+),(?P<index>\d+)/(?P<count>[1-9]\d*)")
+"""HOST:PORT of process 0, then this process's number and the number of processes."""
 
-START_S = 300
-"""Seconds in which all processes must have come: machines of one pod start minutes apart."""
+JOIN_TIMEOUT_S = 300
+"""Seconds in which all processes must join: the machines of one pod start minutes apart."""
 
-HEARTBEAT_S = 20
-"""Seconds after which a machine that no longer answers is given up. What says nothing so long is not merely busy: the beats come
-from a thread of their own."""
+HEARTBEAT_TIMEOUT_S = 20
+"""Seconds after which a silent machine counts as lost. A busy process is not silent: a separate thread sends its heartbeats."""
 
-GRACE_S = 2.0
-"""Seconds that process 0 waits once another has ended: where all found the same mistake, each says so itself."""
+EXIT_GRACE_S = 2.0
+"""Seconds that process 0 waits after another process ended. If all processes hit the same mistake, each can report it first."""
 
-LINGER_S = 5.0
-"""Seconds that process 0 waits for the others to end. With it goes the service that they need."""
+SHUTDOWN_WAIT_S = 5.0
+"""Seconds that process 0 waits for the others to end. They need jax's coordination service, which ends with process 0."""
 
-CONNECT_S = 5.0
+CONNECT_TIMEOUT_S = 5.0
 
-LOST = 3
-"""Exit code where another process ended: neither a mistake of this one's input (2) nor of its program (1)."""
+EXIT_PROCESS_LOST = 3
+"""Exit code if another process ended. It is neither a mistake in this process's input (2) nor a fault of its program (1)."""
 
-WORDS_OF_LOSS = (
+LOST_PROCESS_WORDS = (
     "UNAVAILABLE",
     "DEADLINE_EXCEEDED",
     "ABORTED",
@@ -52,264 +52,296 @@ WORDS_OF_LOSS = (
     "NCCL",
     "coordination service",
 )
-"""What errors of jax say that come from another process."""
+"""Words in jax's errors that mean another process ended."""
 
 
-def join(where: str) -> str:
-    """Makes this one of the processes that `where` tells of; returns the host of process 0, "" where that is not told.
+def initialize(distributed: str) -> str:
+    """Joins this process to a run of several processes. Call it before jax first uses a device.
 
-    `where` is "" for a run of one process, "auto" for what the cluster says (TPU pods, GKE, Slurm, MPI), or, by hand,
-    HOST:PORT,INDEX/COUNT. Only before jax is first asked for a device.
+    Args:
+      distributed: "" for a run of one process; "auto" to ask the cluster (TPU pods, GKE, Slurm, MPI); or
+        HOST:PORT,INDEX/COUNT.
+
+    Returns:
+      The host of process 0, or "" if `distributed` does not name it.
 
     Raises:
-      UserError: anything else, or no cluster. Where not all come in `START_S`, the process ends so, with exit code 2.
+      UserError: another form of `distributed`, or no cluster is found. If some processes have not joined after
+        `JOIN_TIMEOUT_S`, this process ends with one line and exit code 2.
     """
-    if not where:
+    if not distributed:
         return ""
-    given = BY_HAND.fullmatch(where)
-    if where != "auto" and (not given or int(given["index"]) >= int(given["count"])):
+    match = EXPLICIT_ADDRESS.fullmatch(distributed)
+    if distributed != "auto" and (not match or int(match["index"]) >= int(match["count"])):
         raise UserError(
-            f"--distributed={where}: it must be auto, or HOST:PORT,INDEX/COUNT with INDEX from 0 to COUNT - 1"
+            f"--distributed={distributed}: it must be auto, "
+            f"or HOST:PORT,INDEX/COUNT with INDEX from 0 to COUNT - 1"
         )
-    by_hand: dict[str, Any] = {}
-    if given:
-        by_hand = {
-            "coordinator_address": given["address"],
-            "num_processes": int(given["count"]),
-            "process_id": int(given["index"]),
+    arguments: dict[str, Any] = {}
+    if match:
+        arguments = {
+            "coordinator_address": match["address"],
+            "num_processes": int(match["count"]),
+            "process_id": int(match["index"]),
             "cluster_detection_method": "deactivate",
         }
-    alone = threading.Timer(START_S, _end_alone, [where])
-    alone.daemon = True
-    alone.start()
+    timer = threading.Timer(JOIN_TIMEOUT_S, _end_after_timeout, [distributed])
+    timer.daemon = True
+    timer.start()
     try:
         jax.distributed.initialize(
-            **by_hand,
-            initialization_timeout=2
-            * START_S,  # not reached: what jax does then is to abort, with pages of C++
-            heartbeat_timeout_seconds=HEARTBEAT_S,
-            shutdown_timeout_seconds=HEARTBEAT_S,
+            **arguments,
+            # Our timer fires first. At its own timeout jax aborts with pages of C++.
+            initialization_timeout=2 * JOIN_TIMEOUT_S,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+            shutdown_timeout_seconds=HEARTBEAT_TIMEOUT_S,
         )
-    except (ValueError, RuntimeError) as error:  # jax's words for no cluster, and for nobody there
-        raise UserError(f"--distributed={where}: {str(error).splitlines()[0]}") from None
+    except (ValueError, RuntimeError) as error:  # no cluster, or no process 0
+        raise UserError(f"--distributed={distributed}: {str(error).splitlines()[0]}") from None
     finally:
-        alone.cancel()
-    return given["host"] if given else ""
+        timer.cancel()
+    return match["host"] if match else ""
 
 
-def _end_alone(where: str) -> None:
+def _end_after_timeout(distributed: str) -> None:
     print(
-        f"error: --distributed={where}: not all of the processes came within {START_S} s",
+        f"error: --distributed={distributed}: "
+        f"not all of the processes came within {JOIN_TIMEOUT_S} s",
         file=sys.stderr,
         flush=True,
     )
-    os._exit(2)  # the main thread waits in what no exception reaches
+    os._exit(2)  # the main thread waits in C++ code, which no exception reaches
 
 
-def is_writer() -> bool:
-    """Returns whether this process writes what is written once: process 0 does."""
+def is_main_process() -> bool:
+    """Returns whether this process is process 0, which writes the files and lines that a run writes once."""
     return jax.process_index() == 0
 
 
-def say(text: str) -> None:
-    """Prints a line, once."""
-    if is_writer():
+def print_once(text: str) -> None:
+    """Prints a line in process 0 only."""
+    if is_main_process():
         print(text, flush=True)
 
 
-def gather(value: Any) -> list[Any]:
-    """Returns what each process gave, by its index. Values are JSON; all call it at the same point of their program."""
+def all_gather(value: Any) -> list[Any]:
+    """Returns the values of all processes, by process index. All processes must call it at the same point.
+
+    Args:
+      value: anything that JSON represents.
+    """
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = _stacked(np.array([len(data)], np.int32))[:, 0]
-    padded = np.zeros(
-        1 << int(sizes.max() - 1).bit_length(), np.uint8
-    )  # powers of two: few programs for many lengths
+    sizes = _all_gather_arrays(np.array([len(data)], np.int32))[:, 0]
+    # Lengths are rounded up to powers of two: few programs are compiled for many lengths.
+    padded = np.zeros(1 << int(sizes.max() - 1).bit_length(), np.uint8)
     padded[: len(data)] = data
-    return [
-        json.loads(row[:size].tobytes()) for row, size in zip(_stacked(padded), sizes, strict=True)
-    ]
+    rows = _all_gather_arrays(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def _stacked(mine: np.ndarray) -> np.ndarray:
-    """Returns the arrays of all processes, of one shape, stacked; by one device of each, as they may have different numbers."""
-    first = {device.process_index: device for device in reversed(jax.devices())}
-    mesh = Mesh(np.array([first[index] for index in sorted(first)]), ("processes",))
-    place = NamedSharding(mesh, PartitionSpec("processes"))
-    shard = jax.device_put(mine[None], first[jax.process_index()])
-    whole = jax.make_array_from_single_device_arrays((len(first), *mine.shape), place, [shard])
-    return multihost_utils.process_allgather(whole, tiled=True)
+def _all_gather_arrays(array: np.ndarray) -> np.ndarray:
+    """Returns the arrays of all processes, stacked; they must have the same shape.
+
+    One device of each process takes part, because processes may have different numbers of devices.
+    """
+    first_device = {device.process_index: device for device in reversed(jax.devices())}
+    mesh = Mesh(np.array([first_device[index] for index in sorted(first_device)]), ("processes",))
+    shard = jax.device_put(array[None], first_device[jax.process_index()])
+    stacked = jax.make_array_from_single_device_arrays(
+        (len(first_device), *array.shape),
+        NamedSharding(mesh, PartitionSpec("processes")),
+        [shard],
+    )
+    return multihost_utils.process_allgather(stacked, tiled=True)
 
 
 def barrier(name: str) -> None:
-    """Returns when all processes have come here."""
-    found = gather(name)
-    assert len(set(found)) == 1, f"processes are at different points of the program: {found}"
+    """Waits until all processes have called `barrier` with the same name."""
+    names = all_gather(name)
+    assert len(set(names)) == 1, f"processes are at different points of the program: {names}"
 
 
-def summed(counts: Mapping[str, float]) -> dict[str, float]:
-    """Returns the sums over all processes, by name."""
-    found = gather(dict(counts)) if counts else [{}]
-    return {name: sum(one[name] for one in found) for name in counts}
+def sum_over_processes(counts: Mapping[str, float]) -> dict[str, float]:
+    """Returns the sum over all processes of each count, by name."""
+    all_counts = all_gather(dict(counts)) if counts else []
+    return {name: sum(process_counts[name] for process_counts in all_counts) for name in counts}
 
 
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns the values of nested dicts by dotted name."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, value in tree.items():
-        found |= (
-            leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        )
-    return found
+        if isinstance(value, dict):
+            values |= flatten_settings(value, f"{prefix}{name}.")
+        else:
+            values[prefix + name] = value
+    return values
 
 
-def agree(settings: Mapping[str, Any]) -> None:
-    """Raises UserError, in every process, if values by dotted name are not the same in all of them.
+def check_same_settings(settings: Mapping[str, Any]) -> None:
+    """Raises UserError in every process if the processes have different settings.
+
+    Args:
+      settings: values by dotted name.
 
     Raises:
-      UserError: also if jax finds several processes that have not joined.
+      UserError: settings differ, or jax has several processes that have not joined with `initialize`.
     """
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise UserError(
-            f"jax finds {jax.process_count()} processes: --distributed=auto is needed, in each of them"
+            f"jax finds {jax.process_count()} processes: "
+            f"--distributed=auto is needed, in each of them"
         )
-    first, *others = gather(settings)
+    first, *others = all_gather(settings)
     for index, other in enumerate(others, 1):
-        differing = [
-            f"{name} is {first.get(name, 'absent')!r} in process 0 and {other.get(name, 'absent')!r} in process {index}"
+        differences = [
+            f"{name} is {first.get(name, 'absent')!r} in process 0 "
+            f"and {other.get(name, 'absent')!r} in process {index}"
             for name in sorted(first.keys() | other.keys())
             if first.get(name, ()) != other.get(name, ())
         ]
-        if differing:
+        if differences:
             raise UserError(
-                f"{'; '.join(differing[:3])}: all processes of a run need the same settings"
+                f"{'; '.join(differences[:3])}: all processes of a run need the same settings"
             )
 
 
-def is_loss(error: BaseException) -> bool:
-    """Returns whether an error of jax tells that another process ended."""
+def is_lost_process(error: BaseException) -> bool:
+    """Returns whether an error of jax means that another process ended."""
     return isinstance(error, jax.errors.JaxRuntimeError) and any(
-        word in str(error) for word in WORDS_OF_LOSS
+        word in str(error) for word in LOST_PROCESS_WORDS
     )
 
 
-def loss_line(what: str) -> str:
-    """Returns what a process says that ends because another did."""
-    what = " ".join(what.split())[:300]
+def lost_process_line(reason: str) -> str:
+    """Returns the error line of a process that ends because another process ended."""
+    reason = " ".join(reason.split())[:300]
     return (
-        f"error: another process of this run ended: {what}; start all of them again with the same command, and the run goes on "
-        f"from its newest checkpoint"
+        f"error: another process of this run ended: {reason}; start all of them again with the "
+        f"same command, and the run goes on from its newest checkpoint"
     )
 
 
-class Group:
-    """The processes of a run, from joining to leaving. Where one ends, so do the others, at once and with a word.
+class ProcessGroup:
+    """The processes of a run, from joining to leaving. If one process ends, the others end at once with one line.
 
-    Each holds a connection to process 0, which tells the others: an operating system closes those of a dead process. jax's own
-    heartbeats take longer, and end a process with pages of C++; they remain, for a machine that vanishes.
+    Each process holds a connection to process 0. The operating system closes the connections of a dead process, and process 0
+    then tells the others. jax's own heartbeats are slower and end a process with pages of C++. They remain as a fallback for a
+    machine that vanishes.
     """
 
-    def __init__(self, where: str):
-        """Joins, as `join` does.
+    def __init__(self, distributed: str):
+        """Joins the run, as `initialize` does.
 
         Raises:
-          UserError: as `join`.
+          UserError: as `initialize` raises.
         """
-        self._host = join(where)
-        self.joined = bool(where)
-        """Whether there may be others."""
+        self._host = initialize(distributed)
+        self.joined = bool(distributed)
+        """Whether this run may have other processes."""
         self._leaving = threading.Event()
-        self._peers: list[socket.socket] = []
-        self._followers: list[threading.Thread] = []
+        self._connections: list[socket.socket] = []
+        self._watchers: list[threading.Thread] = []
 
-    def open(self, settings: Mapping[str, Any]) -> None:
-        """Sees that all processes have the same settings, and holds them together from here on. jax may be used before.
+    def start(self, settings: Mapping[str, Any]) -> None:
+        """Connects the processes and checks that their settings are the same. jax may be used before this call.
 
         Raises:
-          UserError: as `agree`.
+          UserError: as `check_same_settings` raises.
         """
         if jax.process_count() > 1 and jax.distributed.is_initialized():
             self._connect()
-        agree(settings)
+        check_same_settings(settings)
 
     def _connect(self) -> None:
+        """Opens one connection from every other process to process 0."""
         token = secrets.token_hex(16)
         with socket.create_server(("", 0), backlog=jax.process_count()) as server:
-            host, port, token = gather(
-                [self._host or _own_address(), server.getsockname()[1], token]
-            )[0]
+            address = [self._host or _own_address(), server.getsockname()[1], token]
+            host, port, token = all_gather(address)[0]
             connected = False
-            if not is_writer():
-                with contextlib.suppress(OSError):  # no way there: what is left are the heartbeats
-                    peer = socket.create_connection((host, port), timeout=CONNECT_S)
-                    peer.settimeout(None)
-                    peer.sendall(f"{token}{jax.process_index():08d}".encode())
-                    self._follow(peer, self._end_now)
+            if not is_main_process():
+                # If process 0 cannot be reached, jax's heartbeats are left.
+                with contextlib.suppress(OSError):
+                    connection = socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_S)
+                    connection.settimeout(None)
+                    connection.sendall(f"{token}{jax.process_index():08d}".encode())
+                    self._watch(connection, self._end_now)
                     connected = True
-            server.settimeout(CONNECT_S)
-            expected = sum(gather(connected))
-            for _ in range(expected if is_writer() else 0):
-                peer, _ = server.accept()
-                said = peer.recv(len(token) + 8, socket.MSG_WAITALL).decode(errors="replace")
-                if said[: len(token)] == token:
-                    self._follow(peer, partial(self._end_with, int(said[len(token) :])))
+            expected = sum(all_gather(connected))
+            if is_main_process():
+                self._accept(server, expected, token)
 
-    def _follow(self, peer: socket.socket, at_end: Callable[[str], None]) -> None:
+    def _accept(self, server: socket.socket, expected: int, token: str) -> None:
+        """Accepts `expected` connections; each must begin with the token and the number of its process."""
+        server.settimeout(CONNECT_TIMEOUT_S)
+        for _ in range(expected):
+            connection, _ = server.accept()
+            greeting = connection.recv(len(token) + 8, socket.MSG_WAITALL).decode(errors="replace")
+            if greeting[: len(token)] == token:
+                index = int(greeting[len(token) :])
+                self._watch(connection, partial(self._end_all, index))
+
+    def _watch(self, connection: socket.socket, on_close: Callable[[str], None]) -> None:
+        """Calls `on_close` with the text that was received, once the other side closes the connection."""
+
         def wait() -> None:
-            said = b""
+            received = b""
             with contextlib.suppress(OSError):
-                while part := peer.recv(1024):
-                    said += part
+                while part := connection.recv(1024):
+                    received += part
             if not self._leaving.is_set():
-                at_end(said.decode(errors="replace"))
+                on_close(received.decode(errors="replace"))
 
-        self._peers.append(peer)
-        self._followers.append(threading.Thread(target=wait, daemon=True))
-        self._followers[-1].start()
+        self._connections.append(connection)
+        watcher = threading.Thread(target=wait, daemon=True)
+        self._watchers.append(watcher)
+        watcher.start()
 
-    def _end_with(self, index: int, _: str) -> None:
-        """Ends process 0, and all that follow it, because process `index` ended."""
-        time.sleep(GRACE_S)
+    def _end_all(self, index: int, _: str) -> None:
+        """Ends process 0 and all other processes because process `index` ended."""
+        time.sleep(EXIT_GRACE_S)
         if self._leaving.is_set():
             return
-        for peer in self._peers:
+        for connection in self._connections:
             with contextlib.suppress(OSError):
-                peer.sendall(f"process {index}".encode())
+                connection.sendall(f"process {index}".encode())
         self._end_now(f"process {index}")
 
-    def _end_now(self, who: str) -> None:
-        print(loss_line(who or "process 0"), file=sys.stderr, flush=True)
+    def _end_now(self, ended_process: str) -> None:
+        """Ends this process because another one ended. An empty name means process 0."""
+        print(lost_process_line(ended_process or "process 0"), file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(LOST)  # the main thread may be waiting for ever, in what no exception reaches
+        os._exit(EXIT_PROCESS_LOST)  # the main thread may wait in C++, which no exception reaches
 
-    def leave(self, code: int) -> NoReturn:
-        """Ends this process: one that succeeded when all have, another at once."""
+    def exit(self, code: int) -> NoReturn:
+        """Ends this process: after all other processes if `code` is 0, else at once."""
         if self.joined and code == 0:
             jax.distributed.shutdown()
         self._leaving.set()
-        if self.joined and not self._followers:
-            time.sleep(
-                GRACE_S
-            )  # who is process 0 is not known before the devices are, and the others may have to say the same
-        elif self.joined and is_writer():
-            deadline = time.monotonic() + LINGER_S
-            for follower in self._followers:
-                follower.join(max(0.0, deadline - time.monotonic()))
+        if self.joined and not self._watchers:
+            # `start` has not run, so this process may be process 0 without knowing it. The other processes may need the
+            # coordination service a little longer, to report the same error.
+            time.sleep(EXIT_GRACE_S)
+        elif self.joined and is_main_process():
+            deadline = time.monotonic() + SHUTDOWN_WAIT_S
+            for watcher in self._watchers:
+                watcher.join(max(0.0, deadline - time.monotonic()))
         if code == 0 or not self.joined:
             sys.exit(code)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # an exit by Python waits for threads and services that wait for the others
+        os._exit(code)  # `sys.exit` would wait for threads and services that wait for the others
 
 
 def _own_address() -> str:
-    """Returns the address that other machines reach this one by; nothing is sent to find it out."""
+    """Returns the address by which other machines reach this machine."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(
-                ("192.0.2.1", 9)
-            )  # an address that is nobody's (RFC 5737): what counts is the way there
+            # A reserved address (RFC 5737). Connecting a UDP socket sends nothing; it only chooses a route.
+            probe.connect(("192.0.2.1", 9))
             return probe.getsockname()[0]
         except OSError:
             return socket.gethostname()

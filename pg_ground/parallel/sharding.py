@@ -1,12 +1,17 @@
-"""How arrays lie on devices.
+"""Decides how arrays are split over devices.
 
-A mesh has three axes. `data` splits the prompts of a batch and the parameters (FSDP: weights are gathered layer by layer where
-they are used). `replica` splits the prompts only: each replica holds all parameters, split over its `data` axis; it is for meshes
-wider than the parameters divide. `model` splits the matrices of a layer over heads and hidden units (tensor parallel).
+A mesh has three axes:
 
-The parameters have big_vision's names, and so have the optimizer's copies and averages of them: one table says where all lie.
+- `data` splits the prompts of a batch and the parameters. This is FSDP: the weights of a layer are gathered when the layer runs.
+- `replica` splits only the prompts. Each replica holds all parameters, split over its own `data` axis. Use it if the mesh has
+  more devices than the sizes of the parameters divide by.
+- `model` splits the matrices of a layer over attention heads and hidden units (tensor parallelism).
+
+The parameters have big_vision's names. The optimizer's averages of a parameter have the same name, so one table of rules gives
+the shardings of both.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,31 +25,32 @@ from jaxtyping import Int
 from pg_ground import config
 from pg_ground.types import Array, Places, UserError
 
-ROWS = ("replica", "data")
-"""The axes that split B."""
+BATCH_AXES = ("replica", "data")
+"""The mesh axes that split the batch axis B."""
 
 AnyMesh = Mesh | AbstractMesh
-"""A mesh, or the shape of one whose devices are not there."""
+"""A mesh of devices, or only the shape of a mesh if this machine does not have the devices."""
 
 SMALL_BYTES = 4 * 2**20
-"""Arrays up to this size are replicated, as big_vision does: gathering them costs more than holding them."""
+"""Arrays up to this size are replicated, as in big_vision: gathering them costs more than holding them."""
 
 LARGE_BYTES = 16 * 2**20
-"""An array above this size is never replicated for want of an axis that divides: that is an error."""
+"""An array above this size is never replicated. If no axis of it divides, that is an error."""
 
 Rule = tuple[str, tuple[str, ...]]
-"""A pattern that a name ends in, and the mesh axis of each of the last dimensions: "data", "model", "model+data" or ""."""
+"""A regular expression for the end of a name, and the mesh axis of each of the last dimensions: "data", "model", "model+data"
+or "" (not split)."""
 
 RULES: tuple[Rule, ...] = (
-    # V D: looked up by every device in its own columns; `Places.vocabulary` lays it by rows for the logits
+    # V D. Every device looks tokens up in its own columns. `activation_sharding` splits the rows for the logits instead.
     ("llm/embedder/input_embedding", ("model", "data")),
-    # heads go to `model`, where there are enough: PaliGemma 1 has one key-value head, which every device then has
+    # `model` splits the heads if there are enough of them. PaliGemma 1 has one key-value head, so every device holds it.
     ("attn/q_einsum/w", ("model", "data", "")),
     ("attn/kv_einsum/w", ("", "model", "data", "")),
     ("attn/attn_vec_einsum/w", ("model", "", "data")),
     ("mlp/gating_einsum", ("", "data", "model")),
     ("mlp/linear", ("model+data", "")),
-    # SigLIP's 16 heads of 72 divide by 16 and its hidden width 4304 = 16 · 269 by 16; its width 1152 = 128 · 9 by 128
+    # SigLIP: 16 heads of 72, hidden width 4304 = 16 · 269, width 1152 = 128 · 9.
     ("MlpBlock_0/Dense_0/kernel", ("data", "model")),
     ("MlpBlock_0/Dense_1/kernel", ("model", "data")),
     ("(query|key|value)/kernel", ("data", "model", "")),
@@ -52,175 +58,185 @@ RULES: tuple[Rule, ...] = (
     ("img/pos_embedding", ("", "", "data")),
     ("img/head/kernel", ("", "data")),
 )
-"""First match wins. A dimension that its axis does not divide is left whole; then the largest that `data` divides is split."""
+"""The first rule that matches a name applies. A dimension that its mesh axis does not divide is not split. If `data` then splits
+no dimension, it splits the largest dimension that it divides."""
 
-TPU_OPTIONS: dict[str, str] = {
-    # No einsums in windows: they pass shards of a weight round the ring while multiplying, which for weights that are gathered
-    # anyway costs double buffers and small matrix products. PG1 3B, v5e-8, 64 prompts: 8.05 -> 7.87 GiB; 256: 13.1 -> 12.4.
+TPU_COMPILER_OPTIONS: dict[str, str] = {
+    # Turns windowed einsums off. They pass the shards of a weight round a ring while they multiply. The weights here are
+    # gathered anyway, so windows only cost double buffers and small matrix products.
+    # PaliGemma 1 3B on v5e-8: 8.05 -> 7.87 GiB with 64 prompts, 13.1 -> 12.4 GiB with 256 prompts.
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
 }
-"""Options of XLA that matter on TPUs, each with its reason and its measured effect."""
+"""XLA options for TPUs, each with its reason and its measured effect."""
 
 
-def split_cpu(c: config.Mesh) -> None:
-    """Makes the CPU count as `c.cpu_devices` devices (0 leaves it as it is); only before this process first uses one."""
+def set_cpu_devices(c: config.Mesh) -> None:
+    """Splits the CPU into `c.cpu_devices` devices; 0 changes nothing. Call it before this process first uses a device."""
     if c.cpu_devices:
         jax.config.update("jax_num_cpu_devices", c.cpu_devices)
 
 
-def keep_programs(c: config.Mesh) -> None:
-    """Makes jax keep compiled programs in the folder that `c` names; one that JAX_COMPILATION_CACHE_DIR names goes before it."""
-    named = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]: jax makes it at import
-    if c.compile_cache and named is None:
+def enable_compilation_cache(c: config.Mesh) -> None:
+    """Makes jax store compiled programs in the folder `c.compile_cache`. JAX_COMPILATION_CACHE_DIR takes precedence."""
+    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]: jax adds it at import
+    if c.compile_cache and folder is None:
         jax.config.update("jax_compilation_cache_dir", str(Path(c.compile_cache).expanduser()))
 
 
 def make_mesh(c: config.Mesh, devices: Sequence[Any] | None = None) -> Mesh:
-    """Returns the mesh over the first `replica · data · model` of `devices`, those of all processes unless given.
+    """Returns the mesh over the first `replica · data · model` devices.
 
-    Axis types are Auto on purpose: the compiler propagates shardings from the arguments (`jax.make_mesh` would default to
-    explicit ones).
+    The axis types are Auto: the compiler propagates shardings from the arguments. (`jax.make_mesh` defaults to explicit types.)
+
+    Args:
+      c: the sizes of the axes.
+      devices: the devices to choose from; None means the devices of all processes.
 
     Raises:
-      UserError: the settings do not multiply to a number of devices that is there.
+      UserError: the sizes do not match the number of devices, or a process would have no device in the mesh.
     """
-    present = jax.devices() if devices is None else devices
-    shape = _shape(c, len(present))
-    chosen = present[: int(np.prod(shape))]
-    idle = {device.process_index for device in present} - {
+    available = jax.devices() if devices is None else devices
+    shape = _mesh_shape(c, len(available))
+    chosen = available[: math.prod(shape)]
+    idle_processes = {device.process_index for device in available} - {
         device.process_index for device in chosen
     }
-    if devices is None and idle:
-        taken = f"config.mesh takes {len(chosen)} of {len(present)} devices"
-        raise UserError(f"{taken}: process {min(idle)} would have no part in it")
-    return jax.make_mesh(shape, (*ROWS, "model"), axis_types=(AxisType.Auto,) * 3, devices=chosen)
+    if devices is None and idle_processes:
+        raise UserError(
+            f"config.mesh takes {len(chosen)} of {len(available)} devices: "
+            f"process {min(idle_processes)} would have no part in it"
+        )
+    axes = (*BATCH_AXES, "model")
+    return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * 3, devices=chosen)
 
 
-def _shape(c: config.Mesh, count: int) -> tuple[int, int, int]:
-    rest = c.replica * c.model
-    data = count // rest if c.data == -1 else c.data
-    found = f"config.mesh is replica {c.replica}, data {c.data}, model {c.model}, and there are {count} devices"
-    if not 1 <= rest * data <= count:
-        raise UserError(f"{found}: the product must be from 1 to {count}")
-    if c.data == -1 and rest * data != count:
-        raise UserError(f"{found}: replica * model must divide {count}")
+def _mesh_shape(c: config.Mesh, device_count: int) -> tuple[int, int, int]:
+    """Returns the sizes of the axes replica, data and model; `c.data` -1 means all devices that the other axes leave."""
+    other_axes = c.replica * c.model
+    data = device_count // other_axes if c.data == -1 else c.data
+    settings = (
+        f"config.mesh is replica {c.replica}, data {c.data}, model {c.model}, "
+        f"and there are {device_count} devices"
+    )
+    if not 1 <= other_axes * data <= device_count:
+        raise UserError(f"{settings}: the product must be from 1 to {device_count}")
+    if c.data == -1 and other_axes * data != device_count:
+        raise UserError(f"{settings}: replica * model must divide {device_count}")
     return c.replica, data, c.model
 
 
-def abstract_mesh(c: config.Mesh, count: int) -> AbstractMesh:
-    """Returns the mesh that `make_mesh` would make of `count` devices that are not there.
+def abstract_mesh(c: config.Mesh, device_count: int) -> AbstractMesh:
+    """Returns the mesh that `make_mesh` would make of `device_count` devices, without any device.
 
     Raises:
-      UserError: as `make_mesh` does.
+      UserError: the sizes do not match the number of devices.
     """
-    return AbstractMesh(_shape(c, count), (*ROWS, "model"), axis_types=(AxisType.Auto,) * 3)
+    axes = (*BATCH_AXES, "model")
+    return AbstractMesh(_mesh_shape(c, device_count), axes, axis_types=(AxisType.Auto,) * 3)
 
 
 def batch_sharding(mesh: AnyMesh) -> NamedSharding:
-    """Returns the sharding of everything whose first axis is B."""
-    return NamedSharding(mesh, PartitionSpec(ROWS))
+    """Returns the sharding of arrays whose first axis is B."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:
-    """Returns the sharding of what every device holds whole."""
+    """Returns the sharding that puts the whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def places(mesh: AnyMesh) -> Places:
-    """Returns where a model's activations and vocabulary are to lie on `mesh`.
+def activation_sharding(mesh: AnyMesh) -> Places:
+    """Returns the functions that constrain the shardings of a model's activations and vocabulary on `mesh`.
 
-    Without it the compiler may keep the weights split and gather activations of the whole batch instead.
+    Without these constraints the compiler may keep the weights split and gather the activations of the whole batch instead.
     """
 
-    def held(*spec: Any) -> Callable[[Array], jax.Array]:
-        return lambda x: jax.lax.with_sharding_constraint(
-            x, NamedSharding(mesh, PartitionSpec(*spec))
-        )
+    def constrain(*spec: Any) -> Callable[[Array], jax.Array]:
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        return lambda x: jax.lax.with_sharding_constraint(x, sharding)
 
     def lookup(table: Array, tokens: Array) -> jax.Array:
-        found = held("model", "data")(table)[tokens]
-        return held("replica", *(None,) * (found.ndim - 2), "data")(found)
+        rows = constrain("model", "data")(table)[tokens]
+        return constrain("replica", *(None,) * (rows.ndim - 2), "data")(rows)
 
-    return Places(rows=held(ROWS), lookup=lookup, vocabulary=held(("data", "model")))
+    return Places(
+        rows=constrain(BATCH_AXES), lookup=lookup, vocabulary=constrain(("data", "model"))
+    )
 
 
-def check_rows(mesh: AnyMesh, rows: int, setting: str) -> None:
-    """Raises UserError if `rows` questions at once cannot be split evenly over the mesh."""
-    count = mesh.shape["replica"] * mesh.shape["data"]
-    if rows % count:
+def check_batch_size(mesh: AnyMesh, batch_size: int, setting: str) -> None:
+    """Raises UserError, naming `setting`, if the mesh does not split `batch_size` rows evenly."""
+    shards = mesh.shape["replica"] * mesh.shape["data"]
+    if batch_size % shards:
         raise UserError(
-            f"config.{setting} is {rows}: it must be a multiple of {count}, replica * data of the mesh"
+            f"config.{setting} is {batch_size}: "
+            f"it must be a multiple of {shards}, replica * data of the mesh"
         )
 
 
 def check_rules(rules: Sequence[Rule], names: Sequence[str]) -> None:
-    """Raises UserError if a rule is the first match of no name, or is none."""
+    """Raises UserError if a rule names an unknown mesh axis, or is the first match of none of `names`."""
     for pattern, axes in rules:
-        unknown = sorted(
-            {axis for part in axes for axis in part.split("+")} - {"", "data", "model"}
-        )
+        axis_names = {axis for dimension in axes for axis in dimension.split("+")}
+        unknown = sorted(axis_names - {"", "data", "model"})
         if unknown:
             raise UserError(
-                f"config.mesh.rules: {pattern!r} names the axis {unknown[0]!r}: there are data and model"
+                f"config.mesh.rules: {pattern!r} names the axis {unknown[0]!r}: "
+                f"there are data and model"
             )
-    idle = set(rules) - {_rule(name, rules) for name in names}
-    if idle:
+    unused = set(rules) - {_first_match(name, rules) for name in names}
+    if unused:
         raise UserError(
-            f"config.mesh.rules: {min(idle)[0]!r} is the first match of no parameter, such as {names[0]}"
+            f"config.mesh.rules: {min(unused)[0]!r} is the first match of no parameter, "
+            f"such as {names[0]}"
         )
 
 
-def fsdp(mesh: AnyMesh, tree: Any, rules: Sequence[Rule] = ()) -> Any:
-    """Returns a sharding for each leaf (array or shape): by the first of `rules` and `RULES` that matches its name.
+def infer_shardings(mesh: AnyMesh, tree: Any, rules: Sequence[Rule] = ()) -> Any:
+    """Returns a sharding for each leaf of `tree`: the first match of its name in `rules`, then in `RULES`.
 
-    A leaf's name is its path of dict keys, so that what an optimizer keeps of a parameter lies where the parameter does.
+    The name of a leaf is its path of dict keys. An optimizer's average of a parameter therefore has the parameter's sharding.
+
+    Args:
+      mesh: the mesh, or its shape.
+      tree: arrays, or their shapes and dtypes.
+      rules: the user's rules; they come before `RULES`.
 
     Raises:
       UserError: an array above `LARGE_BYTES` has no axis that the mesh divides.
     """
+    all_rules = (*rules, *RULES)
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _place(mesh, _name(path), leaf, (*rules, *RULES)), tree
+        lambda path, leaf: _leaf_sharding(mesh, _leaf_name(path), leaf, all_rules), tree
     )
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def _leaf_name(path: tuple[Any, ...]) -> str:
     return "/".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
-def _rule(name: str, rules: Sequence[Rule]) -> Rule | None:
+def _first_match(name: str, rules: Sequence[Rule]) -> Rule | None:
     return next((rule for rule in rules if re.search(f"(^|/)({rule[0]})$", name)), None)
 
 
-def _place(mesh: AnyMesh, name: str, leaf: Any, rules: Sequence[Rule]) -> NamedSharding:
-    size = int(np.prod(leaf.shape)) * leaf.dtype.itemsize
+def _leaf_sharding(mesh: AnyMesh, name: str, leaf: Any, rules: Sequence[Rule]) -> NamedSharding:
+    size = math.prod(leaf.shape) * leaf.dtype.itemsize
     if size <= SMALL_BYTES or mesh.size == 1:
         return replicated(mesh)
-    rule = _rule(name, rules)
-    named = rule[1] if rule else ()
-    if len(named) > leaf.ndim:
-        raise UserError(
-            f"config.mesh.rules: {rule} names {len(named)} dimensions, and {name} has {leaf.ndim}"
-        )
-    spec: list[Any] = [None] * leaf.ndim
-    for dimension, axes in zip(range(leaf.ndim - len(named), leaf.ndim), named, strict=True):
-        wanted = tuple(axis for axis in axes.split("+") if axis)
-        while wanted and leaf.shape[dimension] % int(
-            np.prod([mesh.shape[axis] for axis in wanted])
-        ):
-            wanted = wanted[1:]
-        spec[dimension] = wanted or None
-    count = mesh.shape["data"]
-    if count > 1 and not any("data" in (axes or ()) for axes in spec):
+    spec = _spec_by_rule(mesh, name, leaf.shape, rules)
+    data_size = mesh.shape["data"]
+    if data_size > 1 and not any("data" in (axes or ()) for axes in spec):
         free = [
-            axis
-            for axis in range(leaf.ndim)
-            if spec[axis] is None and leaf.shape[axis] % count == 0
+            dimension
+            for dimension, length in enumerate(leaf.shape)
+            if spec[dimension] is None and length % data_size == 0
         ]
         if free:
-            spec[max(free, key=lambda axis: leaf.shape[axis])] = ("data",)
+            spec[max(free, key=lambda dimension: leaf.shape[dimension])] = ("data",)
         elif size > LARGE_BYTES:
             raise UserError(
-                f"{name} has shape {tuple(leaf.shape)} ({size:,} bytes) and no axis that {count} devices divide evenly: "
+                f"{name} has shape {tuple(leaf.shape)} ({size:,} bytes) and no axis that "
+                f"{data_size} devices divide evenly: "
                 f"set config.mesh.replica, so that the data axis is shorter"
             )
     while spec and spec[-1] is None:
@@ -228,35 +244,53 @@ def _place(mesh: AnyMesh, name: str, leaf: Any, rules: Sequence[Rule]) -> NamedS
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def gathered(mesh: AnyMesh, tree: Any, rules: Sequence[Rule] = ()) -> Any:
-    """Returns the shardings of `fsdp` without its `data` axis: whole on every device but for the split over `model`."""
+def _spec_by_rule(
+    mesh: AnyMesh, name: str, shape: tuple[int, ...], rules: Sequence[Rule]
+) -> list[tuple[str, ...] | None]:
+    """Returns the mesh axes of each dimension by the first rule that matches, without the axes that do not divide."""
+    rule = _first_match(name, rules)
+    rule_axes = rule[1] if rule else ()
+    if len(rule_axes) > len(shape):
+        raise UserError(
+            f"config.mesh.rules: {rule} names {len(rule_axes)} dimensions, and {name} has {len(shape)}"
+        )
+    spec: list[tuple[str, ...] | None] = [None] * len(shape)
+    first = len(shape) - len(rule_axes)
+    for dimension, names in enumerate(rule_axes, first):
+        axes = tuple(axis for axis in names.split("+") if axis)
+        while axes and shape[dimension] % math.prod(mesh.shape[axis] for axis in axes):
+            axes = axes[1:]
+        spec[dimension] = axes or None
+    return spec
 
-    def whole(place: NamedSharding) -> NamedSharding:
-        def kept(axes: Any) -> Any:
-            return "model" if "model" in (axes or ()) else None
 
-        return NamedSharding(mesh, PartitionSpec(*map(kept, place.spec)))
+def gathered_shardings(mesh: AnyMesh, tree: Any, rules: Sequence[Rule] = ()) -> Any:
+    """Returns the shardings of `infer_shardings` without the `data` axis: only `model` splits the arrays."""
 
-    return jax.tree.map(whole, fsdp(mesh, tree, rules))
+    def without_data(sharding: NamedSharding) -> NamedSharding:
+        spec = ["model" if "model" in (axes or ()) else None for axes in sharding.spec]
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(without_data, infer_shardings(mesh, tree, rules))
 
 
 def compiler_options(c: config.Mesh, mesh: Mesh) -> dict[str, str]:
-    """Returns what programs for this mesh are compiled with; nothing but `c.compiler_options` where it is not of TPUs."""
-    own = TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else {}
-    return own | dict(option.split("=", 1) for option in c.compiler_options)
+    """Returns the XLA options for programs on `mesh`: `TPU_COMPILER_OPTIONS` on TPUs, and `c.compiler_options`."""
+    defaults = TPU_COMPILER_OPTIONS if mesh.devices.flat[0].platform == "tpu" else {}
+    return defaults | dict(option.split("=", 1) for option in c.compiler_options)
 
 
-def held(tree: Any) -> float:
-    """Returns the bytes that one device holds of a tree of shapes with places."""
+def bytes_per_device(tree: Any) -> float:
+    """Returns the bytes that one device holds of a tree of abstract arrays (shape, dtype, sharding)."""
 
-    def own(leaf: Any) -> float:
-        return float(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
+    def shard_bytes(leaf: Any) -> float:
+        return float(math.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
 
-    return sum(map(own, jax.tree.leaves(tree)), 0.0)
+    return sum(map(shard_bytes, jax.tree.leaves(tree)), 0.0)
 
 
 def hbm_bytes(mesh: Mesh) -> float | None:
-    """Returns how much memory a device of the mesh has for programs; None where that is not known, as of a CPU."""
+    """Returns the memory that a device of the mesh has for programs, in bytes. None means unknown, as for a CPU."""
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
         return None
@@ -264,35 +298,36 @@ def hbm_bytes(mesh: Mesh) -> float | None:
     return float(stats["bytes_limit"]) if "bytes_limit" in stats else None
 
 
-def rows_here(mesh: Mesh, count: int) -> Int[np.ndarray, " rows"]:
-    """Returns which of the `count` rows of a batch lie on devices of this process, in order.
+def local_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " rows"]:
+    """Returns the indices of the rows of a global batch that this process's devices hold, in order.
 
-    They need not be neighbours: a mesh follows the wires of a pod. Processes that share the `model` axis have the same ones.
+    The rows need not be neighbours, because a mesh follows the wires of a pod. Processes that share a `model` axis have the same
+    rows.
     """
-    places: Any = batch_sharding(mesh).addressable_devices_indices_map((count,))
-    return np.unique([row for (part,) in places.values() for row in range(count)[part]])
+    indices: Any = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+    return np.unique([row for (part,) in indices.values() for row in range(batch_size)[part]])
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """Returns this process's rows as global arrays, split over the mesh along B."""
+    """Returns global arrays `[B, …]`, split over the mesh, from this process's rows of each array."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch
     )
 
 
-def take_rows(mesh: Mesh, tree: Any) -> Any:
-    """Returns what this process has of global arrays `[B, …]`, on the host: the rows of `rows_here`. The inverse of `put_batch`.
+def fetch_local_rows(mesh: Mesh, tree: Any) -> Any:
+    """Returns this process's rows (`local_rows`) of global arrays `[B, …]` as NumPy arrays. The inverse of `put_batch`.
 
-    All processes call it: arrays that lie elsewhere are brought to their places.
+    All processes must call it at the same point, because arrays with other shardings are resharded first.
     """
 
-    def shards(leaf: jax.Array) -> list[jax.Array]:
-        found = {
+    def shards_in_order(leaf: jax.Array) -> list[jax.Array]:
+        shards = {
             shard.index[0].indices(len(leaf))[0]: shard.data for shard in leaf.addressable_shards
         }
-        return [found[start] for start in sorted(found)]
+        return [shards[start] for start in sorted(shards)]
 
-    placed = jax.device_put(tree, batch_sharding(mesh))
-    parts = jax.device_get(jax.tree.map(shards, placed))
-    return jax.tree.map(lambda _, rows: np.concatenate(rows), placed, parts)
+    split = jax.device_put(tree, batch_sharding(mesh))
+    shards = jax.device_get(jax.tree.map(shards_in_order, split))
+    return jax.tree.map(lambda _, parts: np.concatenate(parts), split, shards)

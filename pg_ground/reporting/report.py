@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pg_ground import config
-from pg_ground.parallel.multiprocess import leaves
+from pg_ground.parallel.multiprocess import flatten_settings
 from pg_ground.reporting import drawing, html_page, provenance
 from pg_ground.reporting.html_page import Table
 from pg_ground.reporting.metric_writers import read_metrics
@@ -305,7 +305,7 @@ def measured(run: Run) -> dict[str, dict[str, float]]:
 
 
 def _settings(runs: Sequence[Run]) -> Iterator[str]:
-    flat = [leaves(run.config) for run in runs]
+    flat = [flatten_settings(run.config) for run in runs]
     if len(runs) > 1:
         names = sorted(set().union(*flat))
         rows = [
@@ -334,7 +334,7 @@ def _details(summary: str, content: str) -> str:
     return f"<details><summary>{html.escape(summary)}</summary>{content}</details>"
 
 
-DEFAULTS: Mapping[str, Any] = leaves(dataclasses.asdict(config.Config()))
+DEFAULTS: Mapping[str, Any] = flatten_settings(dataclasses.asdict(config.Config()))
 SOURCE_DEFAULTS: Mapping[str, Any] = dataclasses.asdict(config.Source())
 
 

@@ -116,7 +116,7 @@ def grpo(run: Run, state: TrainState, batches: Any) -> TrainState:
                 f"reward/errors/{name}": count - failed[name]
                 for name, count in workers.errors().items()
             }
-            errors = multiprocess.summed(
+            errors = multiprocess.sum_over_processes(
                 new
             )  # here, where the host has read the texts, and not behind the update
             learned_from, seen = watch.lap(
@@ -148,7 +148,7 @@ def train(config: Config, workdir: Path) -> Path:
         pipeline.BadRecords(),
     )
     check(config, mesh)
-    model = PaliGemma(config.model, sharding.places(mesh))
+    model = PaliGemma(config.model, sharding.activation_sharding(mesh))
     check_vocabulary(tokenizer, model)
     trained, frozen = programs.layout(config, model, mesh)
     first = None if started(workdir) else begin(config, model, trained | frozen)
@@ -176,14 +176,14 @@ def train(config: Config, workdir: Path) -> Path:
         record = None if found is None else saved.record(found)
         with (
             open_writer(config, workdir, found)
-            if multiprocess.is_writer()
+            if multiprocess.is_main_process()
             else nullcontext() as writer
         ):
             diary = Recorder(config, workdir, writer, saved, measure, measure_every, bad, found)
             factors = programs.factors_of(config, trained | frozen)
             run = Run(config, workdir, model, kept, factors, tokenizer, mesh, diary, bad)
-            multiprocess.say(size_line(run, trained, frozen))
-            multiprocess.say(
+            multiprocess.print_once(size_line(run, trained, frozen))
+            multiprocess.print_once(
                 ascii_table(
                     estimates(
                         config, mesh, programs.names(config), sharding.hbm_bytes(mesh), "this run"
@@ -217,7 +217,7 @@ def started(workdir: Path) -> bool:
     Raises:
       UserError: not all processes see the same ones.
     """
-    seen = multiprocess.gather(sorted(run_directory.steps(workdir)))
+    seen = multiprocess.all_gather(sorted(run_directory.steps(workdir)))
     for index, steps in enumerate(seen):
         if steps != seen[0]:
             raise UserError(
@@ -252,7 +252,7 @@ def keep_frozen(workdir: Path, frozen: AbstractParams, first: Any) -> Any:
     path = workdir / "frozen"
     if frozen and first is None:
         return manager.restore_tree(path, unflatten(frozen))
-    if multiprocess.is_writer():
+    if multiprocess.is_main_process():
         manager.remove_tree(
             path
         )  # of a run with other settings that ended before its first checkpoint
@@ -294,18 +294,18 @@ def check(config: Config, mesh: Mesh) -> None:
     make_reward_workers(config.grpo)
     for stage, c in (("sft", config.sft), ("grpo", config.grpo)):
         if stage in config.stages:
-            sharding.check_rows(
+            sharding.check_batch_size(
                 mesh, c.batch_size // c.grad_accum_steps, f"{stage}.batch_size / grad_accum_steps"
             )
     if "grpo" in config.stages:
         c = config.grpo
         parts = c.batch_size // (c.grad_accum_steps * c.minibatches)
-        sharding.check_rows(mesh, parts, "grpo.batch_size / grad_accum_steps / minibatches")
-        sharding.check_rows(
+        sharding.check_batch_size(mesh, parts, "grpo.batch_size / grad_accum_steps / minibatches")
+        sharding.check_batch_size(
             mesh, c.batch_size // c.rollout_parts, "grpo.batch_size / rollout_parts"
         )
     if config.eval.sources:
-        sharding.check_rows(mesh, config.eval.batch_size, "eval.batch_size")
+        sharding.check_batch_size(mesh, config.eval.batch_size, "eval.batch_size")
 
 
 def measure_texts(config: Config, tokenizer: Tokenizer, parts: Sequence[pipeline.Examples]) -> None:
@@ -316,7 +316,7 @@ def measure_texts(config: Config, tokenizer: Tokenizer, parts: Sequence[pipeline
     rows = [[str(value) for value in budget[:-1]] for budget in budgets]
     heads = ["source", "questions", "measured", "prompt tokens", "suffix tokens", "objects"]
     room = f"room for {config.data.prompt_length}, {config.data.suffix_length} and {config.data.max_boxes}"
-    multiprocess.say(ascii_table(Table("longest texts", heads, rows, room)))
+    multiprocess.print_once(ascii_table(Table("longest texts", heads, rows, room)))
     pipeline.check_budgets(budgets, config.data)
 
 
@@ -336,7 +336,7 @@ def open_stream(
             1_000_003 if stage == "grpo" else 0
         ),  # a stage does not see the scenes of the other again
         bad=bad,
-        rows=sharding.rows_here(mesh, c.batch_size),
+        rows=sharding.local_rows(mesh, c.batch_size),
     )
 
 
@@ -353,7 +353,7 @@ def fresh_state(run: Run, stage: str, params: Any) -> TrainState:
     init = programs.optimizer_of(run.config, stage, run.factors).init
     opt = jax.jit(
         init,
-        out_shardings=sharding.fsdp(run.mesh, jax.eval_shape(init, params), run.config.mesh.rules),
+        out_shardings=sharding.infer_shardings(run.mesh, jax.eval_shape(init, params), run.config.mesh.rules),
     )(params)
     kl_coef = loss.choose(run.config.grpo).kl_coef if stage == "grpo" else 0.0
     step, kl_coef = jax.device_put(
@@ -396,7 +396,7 @@ def measured(
 
 def rollout_pictures(run: Run, sampled: ScoredRollouts, advantages: Any) -> Pictures:
     """Returns the first prompts (of those on this process) of a step with gold and sampled answers drawn on their images."""
-    (batch, rollout, answer, judged, _), advantages = sharding.take_rows(
+    (batch, rollout, answer, judged, _), advantages = sharding.fetch_local_rows(
         run.mesh, (sampled, advantages)
     )
     decode, sources, panels, records = run.tokenizer.decode, list(run.config.grpo.sources), [], []
@@ -434,9 +434,9 @@ def dry_run(config: Config, workdir: Path | None) -> str:
     check(config, mesh)
     if workdir is not None:
         model, params = weights.load(workdir, config.model, mesh=mesh)
-        model = PaliGemma(model.config, sharding.places(mesh))
+        model = PaliGemma(model.config, sharding.activation_sharding(mesh))
     else:
-        model = PaliGemma(config.model, sharding.places(mesh))
+        model = PaliGemma(config.model, sharding.activation_sharding(mesh))
         trained, frozen = programs.layout(config, model, mesh)
         params = begin(config, model, trained | frozen)
     check_vocabulary(tokenizer, model)

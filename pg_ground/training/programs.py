@@ -81,7 +81,7 @@ def layout(
         for name in shapes
     }
     like = {name: jax.ShapeDtypeStruct(leaf.shape, dtypes[name]) for name, leaf in shapes.items()}
-    places = sharding.fsdp(mesh, like, config.mesh.rules)
+    places = sharding.infer_shardings(mesh, like, config.mesh.rules)
     like = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=places[name])
         for name, leaf in like.items()
@@ -119,7 +119,7 @@ def state_like(
         jax.eval_shape(optimizer_of(config, stage, factors).init, params),
         cast(Any, jax.ShapeDtypeStruct((), jnp.float32)),
     )
-    places = sharding.fsdp(mesh, like, config.mesh.rules)
+    places = sharding.infer_shardings(mesh, like, config.mesh.rules)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         like,
@@ -146,7 +146,7 @@ def sft_update(
         label_smoothing=c.label_smoothing,
         loc_smoothing_bins=c.loc_smoothing_bins,
     )
-    return Program(learn, (0,), (sharding.fsdp(mesh, state, config.mesh.rules), None))
+    return Program(learn, (0,), (sharding.infer_shardings(mesh, state, config.mesh.rules), None))
 
 
 def grpo_update(
@@ -166,7 +166,7 @@ def grpo_update(
         kl_target=c.kl_target,
         kl_horizon=c.kl_horizon,
     )
-    return Program(learn, (0,), (sharding.fsdp(mesh, state, config.mesh.rules), None))
+    return Program(learn, (0,), (sharding.infer_shardings(mesh, state, config.mesh.rules), None))
 
 
 def reference_logps(config: Config, model: PaliGemma) -> Program:
@@ -252,7 +252,7 @@ def rollout_weights(config: Config, mesh: AnyMesh, params: Any) -> Program:
     def gather(params: Any) -> Any:
         return map_named(lambda name, leaf: leaf if _of_norm(name) else leaf.astype(dtype), params)
 
-    return Program(gather, (), sharding.gathered(mesh, params, config.mesh.rules))
+    return Program(gather, (), sharding.gathered_shardings(mesh, params, config.mesh.rules))
 
 
 def _of_norm(name: str) -> bool:
@@ -286,7 +286,7 @@ def gathers(config: Config, mesh: AnyMesh, hbm_bytes: float | None) -> bool:
         return wanted == "gathered"
     if hbm_bytes is None:
         return False
-    c, model = config.grpo, PaliGemma(config.model, sharding.places(mesh))
+    c, model = config.grpo, PaliGemma(config.model, sharding.activation_sharding(mesh))
     trained, frozen = (unflatten(like) for like in layout(config, model, mesh))
     factors = factors_of(config, [*flatten(trained), *flatten(frozen)])
     state = state_like(config, mesh, "grpo", factors, trained)
@@ -296,12 +296,12 @@ def gathers(config: Config, mesh: AnyMesh, hbm_bytes: float | None) -> bool:
     needed = memory_model.cache(config, mesh, share) + memory_model.sampling(
         config, mesh, share, True
     )
-    needed += sharding.held((state, frozen)) + (
-        sharding.held(trained) if looks_at_reference(c) else 0.0
+    needed += sharding.bytes_per_device((state, frozen)) + (
+        sharding.bytes_per_device(trained) if looks_at_reference(c) else 0.0
     )
     for tree in (trained, frozen):
         read = read_like(config, mesh, tree)
-        needed += 0.0 if read is tree else sharding.held(read)
+        needed += 0.0 if read is tree else sharding.bytes_per_device(read)
     return needed <= SAFE_SHARE * hbm_bytes
 
 

@@ -24,7 +24,7 @@ from pg_ground.config import Config, nearest
 from pg_ground.data import pipeline
 from pg_ground.data.pipeline import BadRecords
 from pg_ground.parallel import multiprocess
-from pg_ground.parallel.multiprocess import leaves
+from pg_ground.parallel.multiprocess import flatten_settings
 from pg_ground.reporting import drawing, provenance, report
 from pg_ground.reporting.html_page import ascii_table, write_whole
 from pg_ground.reporting.metric_writers import MetricsWriter
@@ -215,7 +215,7 @@ class Recorder:
                 "stage": stage,
                 "window": self._window,
                 "best": self._best,
-                "processes": multiprocess.gather(mine),
+                "processes": multiprocess.all_gather(mine),
             }
             self.checkpoints.save(step, state, record)
             self._update_report()
@@ -278,7 +278,7 @@ class Recorder:
     def close(self) -> Path:
         """Returns the path of the report. Process 0 has written it, and printed the table of results."""
         self._write_bad_records()
-        if multiprocess.is_writer():
+        if multiprocess.is_main_process():
             report.write_report(self.workdir)
             table = report.results(report.read_run(self.workdir))
             if table.rows:
@@ -294,14 +294,14 @@ class Recorder:
         """Returns those that any process has come across, each once."""
         found = {
             (entry["source"], entry["index"]): entry
-            for part in multiprocess.gather(self.bad.entries())
+            for part in multiprocess.all_gather(self.bad.entries())
             for entry in part
         }
         return [found[place] for place in sorted(found)]
 
     def _write_bad_records(self) -> None:
         entries = self._bad_records()
-        if entries and multiprocess.is_writer():
+        if entries and multiprocess.is_main_process():
             write_whole(
                 self.workdir / "bad_records.jsonl",
                 "".join(json.dumps(entry) + "\n" for entry in entries),
@@ -362,9 +362,9 @@ def claim(workdir: Path, config: Config) -> None:
       UserError: the directory holds a checkpoint of a run with other settings (but for `MAY_DIFFER`), or not all processes see
         the same there.
     """
-    mine = leaves(dataclasses.asdict(config))
+    mine = flatten_settings(dataclasses.asdict(config))
     if any((workdir / "checkpoints").glob("[0-9]*")):
-        theirs = leaves(dataclasses.asdict(run_config(workdir)))
+        theirs = flatten_settings(dataclasses.asdict(run_config(workdir)))
         differing = [
             f"config.{name} is {mine.get(name, 'absent')!r}, was {theirs.get(name, 'absent')!r}"
             for name in sorted(mine.keys() | theirs.keys())
@@ -376,14 +376,14 @@ def claim(workdir: Path, config: Config) -> None:
             )
     file = workdir / "config.json"
     multiprocess.barrier("claim")  # all have looked before anything changes
-    if multiprocess.is_writer():
+    if multiprocess.is_main_process():
         if not run_directory.steps(
             workdir
         ):  # what a run left that ended before its first checkpoint is not this one's
             manager.remove_tree(workdir / run_directory.BEST)
         write_whole(file, json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     multiprocess.barrier("claimed")
-    seen = multiprocess.gather(file.is_file())
+    seen = multiprocess.all_gather(file.is_file())
     if not all(seen):
         raise UserError(
             f"process {seen.index(False)} does not find {file}, which process 0 has written: --workdir must be on a file system "

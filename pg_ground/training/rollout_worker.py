@@ -231,7 +231,8 @@ class RolloutWorker:
         return [
             self._workers.submit(*texts_of(batch, rollout, self._tokenizer))
             for batch, rollout in (
-                sharding.take_rows(self._mesh, both) for both in zip(parts, rollouts, strict=True)
+                sharding.fetch_local_rows(self._mesh, both)
+                for both in zip(parts, rollouts, strict=True)
             )
         ]
 
