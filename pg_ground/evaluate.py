@@ -64,9 +64,9 @@ def main(argv: Sequence[str], group: multiprocess.ProcessGroup) -> None:
     if any(argument.partition("=")[0] == "--predictions" for argument in argv):
         score_file(cli.parse_own(argv, OF_FILES))
         return
-    from pg_ground.evals import (
-        runner,  # the model, the data and what they import: a file of predictions needs none of it
-    )
+    # These import the model and the data, which a file of predictions does not need.
+    from pg_ground.evals.evaluation import evaluate
+    from pg_ground.parallel import sharding
 
     config, own = cli.parse(argv, {"workdir": "", "params": "", "out": "", cli.DISTRIBUTED: ""})
     if bool(own["workdir"]) == bool(own["params"]):
@@ -84,12 +84,15 @@ def main(argv: Sequence[str], group: multiprocess.ProcessGroup) -> None:
             "--workdir": own["workdir"],
         }
     )
-    found, bad = runner.measure_checkpoint(config, place, group, told)
+    sharding.set_cpu_devices(config.mesh)
+    sharding.enable_compilation_cache(config.mesh)
+    group.start(told)
+    found = evaluate(config, workdir=own["workdir"], params=own["params"])
     if (
         multiprocess.is_main_process()
     ):  # each process has read every record, and so has found all that are bad
         document = benchmarks.report(found.predictions) | {
-            "run": {"params": str(place), "bad_records": bad}
+            "run": {"params": str(place), "bad_records": found.bad_records}
         }
         write_results(out, document, found.predictions)
     multiprocess.print_once(ascii_table(results_table("held out", {str(place): found.metrics})))

@@ -77,6 +77,15 @@ def load(path: str = "") -> Tokenizer:
     )
 
 
+def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises UserError if the tokenizer does not have the `vocab_size` tokens of the model."""
+    if tokenizer.vocab.size != vocab_size:
+        raise UserError(
+            f"the tokenizer (config.data.tokenizer, or --tokenizer of predict) has "
+            f"{tokenizer.vocab.size} tokens, but the model (model.text.vocab_size) has {vocab_size}"
+        )
+
+
 def with_loc_pieces(model: bytes) -> bytes:
     """Returns a sentencepiece model with the 1,152 loc and seg pieces behind its own, user-defined and of score 0."""
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # pyright: ignore[reportAttributeAccessIssue]: made at import

@@ -310,11 +310,11 @@ def test_another_number_of_questions_is_not_reported_under_the_benchmark_s_name(
     with pytest.raises(UserError, match="refcoco_val@3 has 3 questions, but there are 2"):
         score(tmp_path, records_of([[1, 2, 3, 4]] * 2), "refcoco_val@3")
     row = {"benchmark": "refcoco_val", "mode": "greedy", "id": 0, "gold": {"boxes": [0]}}
-    assert runner.named([row], given=True)[0]["benchmark"] == "refcoco_val@1"
+    assert runner.with_benchmark_name([row], is_configured=True)[0]["benchmark"] == "refcoco_val@1"
     assert (
-        runner.named([{**row, "benchmark": "rec", "gold": {"boxes": []}}], given=False)[0][
-            "benchmark"
-        ]
+        runner.with_benchmark_name(
+            [{**row, "benchmark": "rec", "gold": {"boxes": []}}], is_configured=False
+        )[0]["benchmark"]
         == "objects"
     )
 
@@ -616,7 +616,7 @@ def test_what_a_source_is_measured_as_follows_from_what_it_asks():
         (Source(target="text", suffix="{answer}"), "text"),
         (Source(suffix="json"), "rec"),
     ):
-        assert runner.measured_as(source) == name
+        assert runner.default_benchmark(source) == name
 
 
 def test_flags_of_files_have_either_spelling(data, capsys, tmp_path):

@@ -78,13 +78,12 @@ def test_masks_of_a_group_are_those_of_their_texts(golden):
     folder = golden / "preprocessing"
     params = vqvae_file.load(folder / "tiny_vae.npz")
     texts = [[WHOLE, "no mask"], [LOCS + "<seg001>" * 16, WHOLE]]
-    masks = runner.masks_of(
-        runner.Programs(None, None, None, jax.jit(partial(vqvae.decode, params))), texts
-    )
-    assert masks(0, 1, (90, 80))["mask"] is None and masks(0, 1, (90, 80))["boxes"] == []
+    decode = jax.jit(partial(vqvae.decode, params))
+    masks = runner.mask_predictions(decode, texts, {0: (90, 80), 1: (90, 80)})
+    assert masks[0, 1]["mask"] is None and masks[0, 1]["boxes"] == []
     alone = np.asarray(vqvae.decode(params, read([texts[1][0]]).codes))
-    assert masks(1, 0, (90, 80)) == segmentation.answer(np.array(BOX), True, alone[0], (90, 80))
-    assert masks(0, 0, (90, 80)) == masks(1, 1, (90, 80)) != masks(1, 0, (90, 80))
+    assert masks[1, 0] == segmentation.answer(np.array(BOX), True, alone[0], (90, 80))
+    assert masks[0, 0] == masks[1, 1] != masks[1, 0]
 
 
 @hypothesis.given(npst.arrays(bool, npst.array_shapes(min_dims=2, max_dims=2, max_side=7)))

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from pg_ground.aot import flops, tpu_specs
 from pg_ground.config import Config
-from pg_ground.evals.runner import programs_of
+from pg_ground.evals.programs import make_eval_programs
 from pg_ground.models import PaliGemma
 from pg_ground.parallel import memory_model, sharding
 from pg_ground.parallel.sharding import AnyMesh
@@ -170,7 +170,11 @@ def job_of(config: Config, mesh: AnyMesh, name: str, hbm_bytes: float | None) ->
         beside = {"optimizer": kept["optimizer"]} | reference | copied
         arguments = (join(frozen, trained), batch, scalar, key, group)
         return Job(
-            lambda: programs_of(config, model, vocab).answer,
+            lambda: (
+                make_eval_programs(
+                    model, vocab, config.eval, config.grpo.rewards, config.grpo.reward_settings
+                ).answer
+            ),
             arguments,
             inside,
             beside,

@@ -19,8 +19,8 @@ from pg_ground.checkpoints import weights
 from pg_ground.data.examples import resize
 from pg_ground.data.records import BadRecord, load_image
 from pg_ground.evals.answers import loc_answers
-from pg_ground.evals.runner import check_vocabulary
 from pg_ground.rl.rollout import sample
+from pg_ground.tokenizer import check_vocab_size
 from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.types import UserError
 
@@ -39,7 +39,7 @@ def predict(
     except BadRecord as bad:
         raise UserError(f"--image={image_path}: {bad}") from None
     model, params = weights.load(params_path)
-    check_vocabulary(tokenizer, model)
+    check_vocab_size(tokenizer, model.config.text.vocab_size)
     pixels = resize(image, model.config.image_size).astype(np.float32) / 127.5 - 1
     ids = jnp.array([tokenizer.prefix(prompt)], jnp.int32)
     answer = jax.jit(

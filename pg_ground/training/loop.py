@@ -23,7 +23,8 @@ from pg_ground.aot.jobs import estimates
 from pg_ground.checkpoints import manager, run_directory, weights
 from pg_ground.config import Config
 from pg_ground.data import pipeline
-from pg_ground.evals.runner import check_vocabulary, evaluate, held_out, programs_of
+from pg_ground.evals.programs import make_eval_programs
+from pg_ground.evals.runner import EvalContext, evaluate_sources, open_eval_sources
 from pg_ground.models import PaliGemma
 from pg_ground.parallel import multiprocess, sharding
 from pg_ground.params import AbstractParams, flatten, join, pick, unflatten
@@ -31,7 +32,7 @@ from pg_ground.reporting import drawing, metric_writers
 from pg_ground.reporting.html_page import Table, ascii_table
 from pg_ground.rl import loss
 from pg_ground.rl.scored_rollouts import ScoredRollouts, weights_at
-from pg_ground.tokenizer import Tokenizer
+from pg_ground.tokenizer import Tokenizer, check_vocab_size
 from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.training import optimizers, programs
 from pg_ground.training.dry_run import examine
@@ -149,12 +150,15 @@ def train(config: Config, workdir: Path) -> Path:
     )
     check(config, mesh)
     model = PaliGemma(config.model, sharding.activation_sharding(mesh))
-    check_vocabulary(tokenizer, model)
+    check_vocab_size(tokenizer, model.config.text.vocab_size)
     trained, frozen = programs.layout(config, model, mesh)
     first = None if started(workdir) else begin(config, model, trained | frozen)
-    answering = programs_of(config, model, tokenizer.vocab)
+    eval_programs = make_eval_programs(
+        model, tokenizer.vocab, config.eval, config.grpo.rewards, config.grpo.reward_settings
+    )
+    eval_context = EvalContext(config.eval, config.data, config.seed, tokenizer, mesh, bad)
     streams = {stage: open_stream(config, stage, tokenizer, mesh, bad) for stage in config.stages}
-    questions = held_out(config)
+    questions = open_eval_sources(config.eval, config.data, config.model.image_size)
     counts = {stage: sum(map(len, stream.parts)) for stage, stream in streams.items()}
     measure_every = {
         stage: steps_between_measures(config, stage, count) for stage, count in counts.items()
@@ -167,9 +171,7 @@ def train(config: Config, workdir: Path) -> Path:
     del first
 
     def measure(params: Any) -> dict[str, float]:
-        return evaluate(
-            answering, join(kept, params), questions, config, tokenizer, mesh, bad
-        ).metrics
+        return evaluate_sources(eval_programs, join(kept, params), questions, eval_context).metrics
 
     with manager.Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as saved:
         found = saved.latest()
@@ -353,7 +355,9 @@ def fresh_state(run: Run, stage: str, params: Any) -> TrainState:
     init = programs.optimizer_of(run.config, stage, run.factors).init
     opt = jax.jit(
         init,
-        out_shardings=sharding.infer_shardings(run.mesh, jax.eval_shape(init, params), run.config.mesh.rules),
+        out_shardings=sharding.infer_shardings(
+            run.mesh, jax.eval_shape(init, params), run.config.mesh.rules
+        ),
     )(params)
     kl_coef = loss.choose(run.config.grpo).kl_coef if stage == "grpo" else 0.0
     step, kl_coef = jax.device_put(
@@ -439,7 +443,7 @@ def dry_run(config: Config, workdir: Path | None) -> str:
         model = PaliGemma(config.model, sharding.activation_sharding(mesh))
         trained, frozen = programs.layout(config, model, mesh)
         params = begin(config, model, trained | frozen)
-    check_vocabulary(tokenizer, model)
+    check_vocab_size(tokenizer, model.config.text.vocab_size)
     return examine(
         config, model, params, open_stream(config, "grpo", tokenizer, mesh, bad), tokenizer
     )

@@ -1,0 +1,107 @@
+"""The compiled functions of an evaluation: answer questions, score suffixes, reward answers, decode masks."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from jax.stages import Wrapped
+from jaxtyping import Bool, Float, PRNGKeyArray
+
+from pg_ground import config
+from pg_ground.checkpoints import vqvae_file
+from pg_ground.models import PaliGemma, vqvae
+from pg_ground.rewards import device_rewards
+from pg_ground.rl.rollout import sample
+from pg_ground.types import Answer, Array, Batch, Params, Rollout
+from pg_ground.vocab import Vocab
+
+
+class Completions(NamedTuple):
+    """G completions of each of B prompts, and what was read from their token ids."""
+
+    rollout: Rollout
+    malformed: Bool[Array, "B G"]
+    """True if the completion is not an answer of the kind that the question asks for."""
+    unfinished: Bool[Array, "B G"]
+    """True if the completion does not end in EOS."""
+    confidence: Float[Array, "B G K"]
+    """Confidence in [0, 1] of each box, in the order in which the completion writes its boxes."""
+
+
+class EvalPrograms(NamedTuple):
+    """The compiled functions of an evaluation."""
+
+    answer: Wrapped
+    """(params, batch, temperature, key, group_size=1) → `Completions`. Temperature 0 is greedy."""
+    suffix_nll: Wrapped
+    """(params, batch) → minus the log-probability (nats) of each ground-truth suffix, f32[B]."""
+    reward: Wrapped
+    """(batch with one question, its rollout) → the weighted sum of the rewards, f32[1,G]."""
+    decode_masks: Wrapped | None
+    """Mask codes i32[N,16] → mask logits f32[N,64,64]. None if `eval.vqvae` is not set."""
+
+
+def make_eval_programs(
+    model: PaliGemma,
+    vocab: Vocab,
+    settings: config.Eval,
+    rewards: Mapping[str, config.Weight],
+    reward_settings: config.RewardSettings,
+) -> EvalPrograms:
+    """Returns the programs of an evaluation. Each program compiles on its first call.
+
+    Args:
+      rewards: `grpo.rewards`. The benchmark `environment` reports their weighted sum.
+    """
+
+    def read(rollout: Rollout, batch: Batch) -> Answer:
+        gold = batch.gold
+        return device_rewards.read_answer(
+            rollout.tokens, rollout.mask, gold.target, gold.names, vocab
+        )
+
+    def answer(
+        params: Params,
+        batch: Batch,
+        temperature: Float[Array, ""],
+        key: PRNGKeyArray,
+        group_size: int = 1,
+    ) -> Completions:
+        inputs = (batch.image, batch.prompt, batch.prompt_mask)
+        rollout = sample(
+            model, params, *inputs, key, group_size, settings.max_new_tokens, temperature
+        )
+        parsed = read(rollout, batch)
+        confidence = device_rewards.confidence(rollout.tokens, rollout.mask, rollout.logps, vocab)
+        return Completions(rollout, ~parsed.grammatical, ~parsed.finished, confidence)
+
+    def suffix_nll(params: Params, batch: Batch) -> Float[Array, " B"]:
+        prompt = (batch.image, batch.prompt, batch.prompt_mask)
+        suffix = (batch.suffix[:, None], batch.suffix_mask[:, None])
+        return -model.completion_logps(params, *prompt, *suffix)[0].sum(axis=(1, 2))
+
+    weights = {name: _final_weight(weight) for name, weight in rewards.items()}
+
+    def reward(batch: Batch, rollout: Rollout) -> Float[Array, "1 G"]:
+        functions = {name: device_rewards.by_name(name) for name in weights}
+        parsed = read(rollout, batch)
+        return device_rewards.score(parsed, batch, weights, reward_settings, functions).total
+
+    return EvalPrograms(
+        jax.jit(answer, static_argnames="group_size"),
+        jax.jit(suffix_nll),
+        jax.jit(reward),
+        make_mask_decoder(Path(settings.vqvae)) if settings.vqvae else None,
+    )
+
+
+def make_mask_decoder(path: Path) -> Wrapped:
+    """Returns the compiled decoder of mask codes, with the VQ-VAE weights of `path`."""
+    return jax.jit(partial(vqvae.decode, vqvae_file.load(path)))
+
+
+def _final_weight(weight: config.Weight) -> float:
+    """Returns the weight of a reward after its schedule has ended."""
+    return weight[1] if isinstance(weight, tuple) else weight

@@ -1,0 +1,177 @@
+"""One question of a batch as a row: the question, its ground truth, and the prediction that a completion writes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from pg_ground.data import pipeline
+from pg_ground.data.examples import field_at
+from pg_ground.data.records import BadRecord
+from pg_ground.evals import answers, benchmarks, cv_bench
+from pg_ground.evals.rows import GREEDY
+from pg_ground.evals.run_length import runs_of
+from pg_ground.tokenizer import Tokenizer
+from pg_ground.types import Array, Batch, Boxes, Points, UserError
+
+
+class EvalTask(NamedTuple):
+    """One held-out source and the benchmark that it is evaluated on."""
+
+    source: str
+    """The reported name. It is `NAME@512` if the evaluation asks only 512 of the questions."""
+    examples: pipeline.Examples
+    benchmark: str
+    is_configured: bool
+    """True if `eval.benchmarks` names the benchmark. Otherwise it follows from the source."""
+    number: int
+    """Position of the source in `eval.sources`, from 0."""
+    limit: int
+    """Largest number of questions to ask."""
+
+    @property
+    def kind(self) -> str:
+        """The kind of the benchmark: a key of `benchmarks.KINDS`."""
+        return benchmarks.benchmark_of(self.benchmark, "benchmark").kind
+
+
+def question_row(task: EvalTask, batch: Batch, row: int, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns the row of a question without an answer: the prompt, the image and the ground truth.
+
+    Raises:
+      UserError: the benchmark cannot use the ground truth of this record.
+    """
+    index = int(batch.index[row])
+    record, element = task.examples.record(index)
+    return {
+        "source": task.source,
+        "benchmark": task.benchmark,
+        "id": index,
+        "index": index,
+        "image": image_name(field_at(record, task.examples.source.image, element)),
+        "size_px": list(_image_size(batch, row)),
+        "mode": GREEDY,
+        "rollout": 0,
+        "prompt": tokenizer.decode(batch.prompt[row][batch.prompt_mask[row]].tolist()).strip(),
+        "text": "",
+        "prediction": {},
+        "gold": gold_answer(task, batch, row, record, tokenizer),
+    }
+
+
+def image_name(value: Any) -> str | None:
+    """Returns the file name or URL in an image field. Returns None for pixels, and for bytes without a name."""
+    value = value.get("path") if isinstance(value, Mapping) else value
+    return value if isinstance(value, str) else None
+
+
+def gold_answer(
+    task: EvalTask, batch: Batch, row: int, record: Mapping[str, Any], tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Returns the ground truth of a question, in the form that its benchmark reads.
+
+    Raises:
+      UserError: the benchmark cannot use the ground truth of this record.
+    """
+    suffix = tokenizer.decode(np.asarray(batch.suffix[row]).tolist())
+    if task.kind == "choice":
+        return cv_bench.gold(record, f"source {task.examples.name}: record {int(batch.index[row])}")
+    if task.kind == "count":
+        return {"number": answers.number(suffix)}
+    if task.kind == "text":
+        return {"text": answers.words(suffix)}
+    names = [tokenizer.decode(np.asarray(name).tolist()).strip() for name in batch.gold.names[row]]
+    size = _image_size(batch, row)
+    boxes, points = (
+        _gold_objects(slots, key, names, row, size)
+        for key, slots in (("xyxy_px", batch.gold.boxes), ("xy_px", batch.gold.points))
+    )
+    return {"boxes": boxes, "points": points} | _gold_masks(task, batch, row, len(points))
+
+
+def _gold_objects(
+    slots: Boxes | Points, key: str, names: Sequence[str], row: int, size: tuple[int, int]
+) -> list[dict[str, Any]]:
+    """Returns the annotated boxes or points of a question, with labels, in pixels of the image."""
+    corners = np.asarray(slots[0][row], np.float64).reshape(len(slots.valid[row]), -1, 2)
+    pixels = corners[..., ::-1] * size  # (y, x) fractions to (x, y) pixels
+    return [
+        {
+            "label": names[int(slots.label[row][slot])],
+            key: [round(value, answers.DIGITS) for value in pixels[slot].ravel().tolist()],
+        }
+        for slot in np.flatnonzero(slots.valid[row]).tolist()
+    ]
+
+
+def _gold_masks(task: EvalTask, batch: Batch, row: int, objects: int) -> dict[str, Any]:
+    """Returns the ground-truth masks of a question as run lengths.
+
+    The result has `mask` (one, at the resolution of the image) if the benchmark compares masks. It
+    has `masks` (of the first `objects` objects, at `data.mask_size`) if every one of these objects
+    has a mask. Otherwise it is empty.
+    """
+    if task.kind == "mask":
+        index = int(batch.index[row])
+        try:
+            return {"mask": runs_of(task.examples.mask(index, _image_size(batch, row)))}
+        except BadRecord as bad:
+            raise UserError(f"source {task.examples.name}: question {index}: {bad}") from None
+    if not batch.gold.masks.shape[-1] or not objects:
+        return {}
+    masks = [np.asarray(batch.gold.masks[row][slot]) for slot in range(objects)]
+    return {"masks": [runs_of(mask) for mask in masks]} if all(m.any() for m in masks) else {}
+
+
+def read_prediction(
+    task: EvalTask,
+    question: Mapping[str, Any],
+    text: str,
+    tokens: Sequence[int],
+    tokenizer: Tokenizer,
+) -> dict[str, Any]:
+    """Returns the prediction that a completion writes, in the form that the benchmark reads.
+
+    Args:
+      question: the result of `question_row`.
+      text: the decoded completion.
+      tokens: the token ids of the completion.
+    """
+    if task.kind == "choice":
+        return {"choice": answers.choice(text, question["gold"]["choices"])}
+    if task.kind == "count":
+        return {"number": answers.number(text)}
+    if task.kind == "text":
+        return {"text": answers.words(text)}
+    if task.examples.source.suffix == "json":
+        return {
+            "boxes": _written_objects(text, 4, "xyxy_px"),
+            "points": _written_objects(text, 2, "xy_px"),
+        }
+    width, height = question["size_px"]
+    return answers.loc_answers(tokens, tokenizer, (width, height))
+
+
+def _written_objects(text: str, width: int, key: str) -> list[dict[str, Any]]:
+    """Returns the boxes (`width` 4) or points (`width` 2) that a JSON answer writes in pixels."""
+    return [
+        {"label": place.label, key: place.numbers and list(place.numbers)}
+        for place in answers.places(text, width)
+    ]
+
+
+def with_scores(prediction: Mapping[str, Any], confidence: Float[Array, " K"]) -> dict[str, Any]:
+    """Returns a prediction whose boxes have scores.
+
+    Scores are rounded to six digits. Further digits depend on the number of devices.
+    """
+    boxes = prediction["boxes"]
+    scores = [float(f"{value:.6g}") for value in confidence[: len(boxes)]]
+    scored = [{**box, "score": score} for box, score in zip(boxes, scores, strict=True)]
+    return {**prediction, "boxes": scored}
+
+
+def _image_size(batch: Batch, row: int) -> tuple[int, int]:
+    """Returns the width and height in pixels of the original image."""
+    return int(batch.size[row][0]), int(batch.size[row][1])
