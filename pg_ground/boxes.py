@@ -1,39 +1,51 @@
-"""Boxes and points: loc tokens to fractions and back, similarities in [0, 1], and matching of sets.
+"""Boxes and points: loc bins, similarities in [0, 1], point tests and the matching of two sets.
 
-Everything is elementwise float arithmetic over leading axes and runs inside `jit` or on numpy arrays alike.
+All functions are elementwise over leading axes. They take numpy arrays on the host and JAX arrays inside `jit`. The result has
+the precision of the arguments: float64 on the host stays float64. The module imports JAX only if an argument is a JAX array,
+because the worker processes of text rewards use this module and import no JAX.
+
+A name that says `yxyx` means fractions of the image, y first. Functions that treat both axes alike (`iou`, `contains`, …) also
+take (x1, y1, x2, y2), in any unit, if both arguments are in the same order and unit.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import optax
-from jaxtyping import Bool, Float, Int
+import numpy as np
+from jaxtyping import Bool, Float, Int, Num
 
-from pg_ground.types import Array
 from pg_ground.vocab import LOC_MAX
 
-ONE_BIN = 1 / LOC_MAX
-"""Side that a gold box without extent is widened to, so that it has a scale."""
+if TYPE_CHECKING:
+    from pg_ground.types import Array
+else:
+    Array = Any  # pg_ground.types imports JAX
 
+ONE_BIN = 1 / LOC_MAX
+"""Side of one loc bin. A gold box with a smaller side is widened to it, so that the box has a scale."""
 
 ROUNDING = 1e-6
-"""What fractions of one bin may differ by: division by 1023 has a last digit of its own in every compiled program."""
+"""Slack of `contains`, in fractions. Compiled programs may round a division by 1023 differently in its last digit."""
 
 
 def encode_loc(fraction: Float[Array, "..."]) -> Int[Array, "..."]:
-    """Returns loc bins 0..1023 of fractions: clip(round_half_even(fraction · 1023)), as big_vision writes them."""
-    return jnp.clip(jnp.round(jnp.asarray(fraction) * LOC_MAX), 0, LOC_MAX).astype(jnp.int32)
+    """Returns loc bins 0..1023: clip(round_half_even(fraction · 1023)), as big_vision writes them."""
+    xp = _namespace(fraction)
+    return xp.clip(xp.round(xp.asarray(fraction) * LOC_MAX), 0, LOC_MAX).astype(np.int32)
 
 
 def decode_loc(bins: Int[Array, "..."]) -> Float[Array, "..."]:
-    """Returns fractions in [0, 1] of loc bins: bin / 1023, as big_vision reads them (not / 1024)."""
-    return bins.astype(jnp.float32) / LOC_MAX
+    """Returns the float32 fractions in [0, 1] of loc bins: bin / 1023, as big_vision reads them (not bin / 1024)."""
+    return bins.astype(np.float32) / LOC_MAX
 
 
 def corners(order: str, a: Any, b: Any, c: Any, d: Any) -> tuple[Any, Any, Any, Any]:
-    """Returns x1, y1, x2, y2 of a box's four numbers, or arrays of them, in `order`: xyxy, yxyx, xywh or cxcywh."""
+    """Returns (x1, y1, x2, y2) of a box, or of arrays of boxes.
+
+    Args:
+      order: meaning of the four numbers a, b, c, d: "xyxy", "yxyx", "xywh" or "cxcywh".
+    """
     return {
         "xyxy": (a, b, c, d),
         "yxyx": (b, a, d, c),
@@ -42,9 +54,18 @@ def corners(order: str, a: Any, b: Any, c: Any, d: Any) -> tuple[Any, Any, Any, 
     }[order]
 
 
+def host_boxes(rows: Iterable[Sequence[float | int] | None]) -> Float[np.ndarray, "N 4"]:
+    """Returns boxes as a float64 array. None means an unreadable box: its row is NaN, so it is not proper."""
+    filled = [(np.nan,) * 4 if row is None else row for row in rows]
+    return np.array(filled, np.float64).reshape(len(filled), 4)
+
+
 def is_proper(yxyx: Float[Array, "... 4"]) -> Bool[Array, "..."]:
-    """Returns whether each box has a height and a width."""
-    return (yxyx[..., 2] > yxyx[..., 0]) & (yxyx[..., 3] > yxyx[..., 1])
+    """Returns whether each box has a height and a width. NaN is not proper, nor is an area that underflows to 0."""
+    proper = (yxyx[..., 2] > yxyx[..., 0]) & (yxyx[..., 3] > yxyx[..., 1])
+    if _namespace(yxyx) is np:  # JAX boxes are loc bins, whose areas are at least 1e-6
+        proper = proper & (area(yxyx) > 0)
+    return proper
 
 
 def centre(yxyx: Float[Array, "... 4"]) -> Float[Array, "... 2"]:
@@ -57,70 +78,112 @@ def sides(yxyx: Float[Array, "... 4"]) -> Float[Array, "... 2"]:
     return yxyx[..., 2:] - yxyx[..., :2]
 
 
-def _areas(a: Float[Array, "... 4"], b: Float[Array, "... 4"]) -> tuple[Array, Array]:
+def area(yxyx: Float[Array, "... 4"]) -> Float[Array, "..."]:
+    """Returns the area of each proper box."""
+    return sides(yxyx).prod(axis=-1)
+
+
+def _overlap_and_union(
+    a: Float[Array, "... 4"], b: Float[Array, "... 4"]
+) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """Returns the areas of intersection and union of proper boxes."""
-    overlap = jnp.maximum(
-        jnp.minimum(a[..., 2:], b[..., 2:]) - jnp.maximum(a[..., :2], b[..., :2]), 0
-    ).prod(axis=-1)
-    return overlap, sides(a).prod(axis=-1) + sides(b).prod(axis=-1) - overlap
+    xp = _namespace(a, b)
+    lower = xp.maximum(a[..., :2], b[..., :2])
+    upper = xp.minimum(a[..., 2:], b[..., 2:])
+    overlap = xp.maximum(upper - lower, 0).prod(axis=-1)
+    return overlap, area(a) + area(b) - overlap
 
 
 def iou(a: Float[Array, "... 4"], b: Float[Array, "... 4"]) -> Float[Array, "..."]:
-    """Returns intersection over union in [0, 1], elementwise; 0 where either box is not proper."""
+    """Returns intersection over union in [0, 1], elementwise. The value is 0 if either box is not proper.
+
+    This is plain IoU: no pixel is added to widths and heights.
+    """
+    xp = _namespace(a, b)
     proper = is_proper(a) & is_proper(b)
-    overlap, union = _areas(a, b)
-    return jnp.where(proper, overlap, 0) / jnp.where(proper, union, 1)
+    overlap, union = _overlap_and_union(a, b)
+    return xp.where(proper, overlap, 0) / xp.where(proper, union, 1)
+
+
+def pairwise_iou(a: Float[Array, "... P 4"], b: Float[Array, "... K 4"]) -> Float[Array, "... P K"]:
+    """Returns the IoU of each box of `a` with each box of `b`."""
+    return iou(a[..., :, None, :], b[..., None, :, :])
 
 
 def giou(a: Float[Array, "... 4"], b: Float[Array, "... 4"]) -> Float[Array, "..."]:
-    """Returns generalised IoU in [-1, 1] (arXiv 1902.09630), elementwise; -1 where either box is not proper."""
+    """Returns generalised IoU in [-1, 1] (arXiv 1902.09630), elementwise. The value is -1 if either box is not proper."""
+    xp = _namespace(a, b)
     proper = is_proper(a) & is_proper(b)
-    overlap, union = _areas(a, b)
-    hull = (jnp.maximum(a[..., 2:], b[..., 2:]) - jnp.minimum(a[..., :2], b[..., :2])).prod(axis=-1)
-    union, hull = jnp.where(proper, union, 1), jnp.where(proper, hull, 1)
-    return jnp.where(proper, overlap / union - (hull - union) / hull, -1)
+    overlap, union = _overlap_and_union(a, b)
+    hull = (xp.maximum(a[..., 2:], b[..., 2:]) - xp.minimum(a[..., :2], b[..., :2])).prod(axis=-1)
+    union, hull = xp.where(proper, union, 1), xp.where(proper, hull, 1)
+    return xp.where(proper, overlap / union - (hull - union) / hull, -1)
+
+
+def gaussian(
+    distance: Float[Array, "..."], sigma: float | Float[Array, "..."]
+) -> Float[Array, "..."]:
+    """Returns exp(-½ (distance / sigma)²) in [0, 1]."""
+    xp = _namespace(distance, sigma)
+    return xp.exp(-0.5 * xp.square(distance / sigma))
 
 
 def gaussian_point(
-    yx: Float[Array, "... 2"], gold: Float[Array, "... 4"], alpha: float
+    yx: Float[Array, "... 2"],
+    gold: Float[Array, "... 4"],
+    alpha: float,
+    min_side: float | Float[np.ndarray, "2"] = ONE_BIN,
 ) -> Float[Array, "..."]:
-    """Returns exp(-½ Σ (d / (alpha · side))²) in [0, 1] for points against gold boxes, d measured from the gold centre.
+    """Returns exp(-½ Σ (d / (alpha · side))²) in [0, 1], where d is the distance to the gold box's centre along each axis.
 
-    EasyDistill's point reward; per-axis scaling leaves it unchanged, so fractions and pixels agree.
+    This is EasyDistill's point reward. Scaling an axis does not change it, so fractions and pixels give the same value.
+
+    Args:
+      min_side: sides of gold boxes are at least this long; one loc bin in the unit of the boxes.
     """
-    sigma = alpha * jnp.maximum(sides(gold), ONE_BIN)
-    return jnp.exp(-0.5 * jnp.sum(jnp.square((yx - centre(gold)) / sigma), axis=-1))
+    xp = _namespace(yx, gold)
+    sigma = alpha * xp.maximum(sides(gold), min_side)
+    return xp.exp(-0.5 * xp.sum(xp.square((yx - centre(gold)) / sigma), axis=-1))
 
 
 def gaussian_coverage(
-    yxyx: Float[Array, "... 4"], gold: Float[Array, "... 4"], alpha: float
+    yxyx: Float[Array, "... 4"],
+    gold: Float[Array, "... 4"],
+    alpha: float,
+    min_side: float | Float[np.ndarray, "2"] = ONE_BIN,
 ) -> Float[Array, "..."]:
-    """Returns the Bhattacharyya coefficient in [0, 1] of two Gaussians with sigma = alpha · sides; 0 for improper boxes.
+    """Returns the Bhattacharyya coefficient in [0, 1] of two Gaussians with sigma = alpha · sides; 0 if `yxyx` is not proper.
 
-    EasyDistill's plane reward as a sum of logarithms per axis, ¼·ln(4·Vp·Vg/(Vp+Vg)²) − d²/(4(Vp+Vg)): no absolute epsilon, so
-    it holds in any frame.
+    This is EasyDistill's plane reward. It is computed as a sum of logarithms per axis,
+    ½·ln(2·σp·σg / (σp² + σg²)) − d² / (4·(σp² + σg²)), which needs no absolute epsilon and so holds in any unit.
+
+    Args:
+      min_side: sides of gold boxes are at least this long; one loc bin in the unit of the boxes.
     """
+    xp = _namespace(yxyx, gold)
     proper = is_proper(yxyx)
-    mine = jnp.where(proper[..., None], alpha * jnp.maximum(sides(yxyx), ONE_BIN / 2), 1)
-    theirs = alpha * jnp.maximum(sides(gold), ONE_BIN)
-    total = jnp.square(mine) + jnp.square(theirs)
-    offset = jnp.square(centre(yxyx) - centre(gold))
-    log_axis = 0.5 * (jnp.log(2.0) + jnp.log(mine) + jnp.log(theirs) - jnp.log(total)) - offset / (
-        4 * total
-    )
-    return jnp.where(proper, jnp.exp(jnp.minimum(log_axis.sum(axis=-1), 0)), 0)
+    sigma = xp.where(proper[..., None], alpha * sides(yxyx), 1)
+    gold_sigma = alpha * xp.maximum(sides(gold), min_side)
+    total = xp.square(sigma) + xp.square(gold_sigma)
+    offset = xp.square(centre(yxyx) - centre(gold))
+    log_ratio = math.log(2) + xp.log(sigma) + xp.log(gold_sigma) - xp.log(total)
+    log_axis = 0.5 * log_ratio - offset / (4 * total)
+    return xp.where(proper, xp.exp(xp.minimum(log_axis.sum(axis=-1), 0)), 0)
 
 
 def distance_px(
     yx: Float[Array, "... 2"], size: Int[Array, "... 2"], max_size_px: float
 ) -> Float[Array, "..."]:
-    """Returns the length of (y, x) offsets in pixels of an image whose longer side has `max_size_px` of them.
+    """Returns the length of (y, x) offsets in pixels of an image whose longer side has `max_size_px` pixels.
 
-    `size` is (width, height) of the original image.
+    Args:
+      yx: offsets in fractions of the image.
+      size: (width, height) of the original image.
     """
-    height_width = size[..., ::-1].astype(jnp.float32)
+    xp = _namespace(yx, size)
+    height_width = size[..., ::-1].astype(np.float32)
     scale = max_size_px * height_width / height_width.max(axis=-1, keepdims=True)
-    return jnp.sqrt(jnp.sum(jnp.square(yx * scale), axis=-1))
+    return xp.sqrt(xp.sum(xp.square(yx * scale), axis=-1))
 
 
 def distance_gaussian(
@@ -130,60 +193,105 @@ def distance_gaussian(
     sigma_px: float | Float[Array, "..."],
     max_size_px: float,
 ) -> Float[Array, "..."]:
-    """Returns exp(-d² / 2·sigma²) in [0, 1], d and sigma in pixels of the image that `distance_px` measures in.
+    """Returns exp(-d² / 2·sigma²) in [0, 1], with d and sigma in pixels of the scaled image of `distance_px`.
 
-    synthetic-grounding's reward: sigma 100 px at 640 px.
+    This is synthetic-grounding's reward: sigma is 100 px in an image of 640 px.
     """
-    return jnp.exp(-0.5 * jnp.square(distance_px(yx - gold, size, max_size_px) / sigma_px))
+    return gaussian(distance_px(yx - gold, size, max_size_px), sigma_px)
 
 
-def contains(yxyx: Float[Array, "... 4"], yx: Float[Array, "... 2"]) -> Bool[Array, "..."]:
-    """Returns whether each point lies in its box or on an edge of it, give or take `ROUNDING`."""
-    return jnp.all((yx >= yxyx[..., :2] - ROUNDING) & (yx <= yxyx[..., 2:] + ROUNDING), axis=-1)
+def contains(
+    yxyx: Float[Array, "... 4"],
+    yx: Float[Array, "... 2"],
+    slack: float | Float[np.ndarray, "... 1"] = ROUNDING,
+) -> Bool[Array, "..."]:
+    """Returns whether each point lies in its box or on its edge.
+
+    Args:
+      slack: distance by which a point may lie outside, in the unit of the boxes.
+    """
+    inside = (yx >= yxyx[..., :2] - slack) & (yx <= yxyx[..., 2:] + slack)
+    return inside.all(axis=-1)
 
 
 def covers(mask: Bool[Array, "... M M"], yx: Float[Array, "... P 2"]) -> Bool[Array, "... P"]:
-    """Returns whether the cell that each point lies in is set, the cells being an even grid over the whole image."""
+    """Returns whether the mask cell of each point is set. The cells are an even grid over the whole image."""
+    xp = _namespace(mask, yx)
     side = mask.shape[-1]
-    y, x = jnp.moveaxis(jnp.clip(jnp.floor(yx * side), 0, side - 1).astype(jnp.int32), -1, 0)
-    return jnp.take_along_axis(mask.reshape(*mask.shape[:-2], side * side), y * side + x, axis=-1)
+    cell = xp.clip(xp.floor(yx * side), 0, side - 1).astype(np.int32)
+    flat = mask.reshape(*mask.shape[:-2], side * side)
+    return xp.take_along_axis(flat, cell[..., 0] * side + cell[..., 1], axis=-1)
+
+
+def match(similarity: Float[Array, "P K"]) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
+    """Returns the rows and columns of the one-to-one matching with the largest total similarity; n = min(P, K)."""
+    if _namespace(similarity) is not np:
+        from optax.assignment import hungarian_algorithm
+
+        return hungarian_algorithm(-similarity)
+    if 0 in similarity.shape:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    # scipy takes 0.3 s to import: programs that match nothing do not wait for it
+    from scipy.optimize import linear_sum_assignment
+
+    return linear_sum_assignment(similarity, maximize=True)
 
 
 def matched_total(similarity: Float[Array, "P K"]) -> Float[Array, ""]:
     """Returns the largest total similarity of a one-to-one matching of P predictions with K gold answers.
 
-    `similarity` is 0 or more, and 0 wherever a slot is unused.
+    Args:
+      similarity: 0 or more, and 0 in unused slots.
     """
     if min(similarity.shape) == 1:
         return similarity.max()
-    rows, columns = optax.assignment.hungarian_algorithm(-similarity)
-    return similarity[rows, columns].sum()
+    return similarity[match(similarity)].sum()
+
+
+def f_measure(
+    total: float | Num[Array, "..."],
+    predicted: int | Int[Array, "..."],
+    gold: int | Int[Array, "..."],
+) -> Float[Array, "..."]:
+    """Returns 2·total / (predicted + gold), in [0, 1] for a total of matched similarities; 1 if both sets are empty.
+
+    Args:
+      predicted: number of predictions. Duplicates and spurious predictions count, and so lower the value.
+      gold: number of gold answers.
+    """
+    xp = _namespace(total, predicted, gold)
+    count = predicted + gold
+    return xp.where(count == 0, 1.0, 2 * total / xp.maximum(count, 1))
 
 
 def set_similarity(
     similarity: Float[Array, "... P K"], predicted: Bool[Array, "... P"], gold: Bool[Array, "... K"]
 ) -> Float[Array, "..."]:
-    """Returns 2·Σ / (n_predicted + n_gold) in [0, 1], Σ the best matching's total similarity; 1 where both sets are empty.
+    """Returns the `f_measure` of the best matching's total similarity, in [0, 1]. It runs inside `jit` only.
 
-    `predicted` and `gold` say which slots are used. Duplicates and spurious answers count in n_predicted and so cost.
+    Args:
+      predicted: which slots hold a prediction.
+      gold: which slots hold a gold answer.
     """
+    import jax
+    import jax.numpy as jnp
+
     used = predicted[..., :, None] & gold[..., None, :]
-    lead = jnp.broadcast_shapes(similarity.shape, used.shape)
-    flat = jnp.broadcast_to(jnp.where(used, similarity, 0), lead).reshape(-1, *lead[-2:])
-    total = jax.vmap(matched_total)(flat).reshape(lead[:-2])
-    count = predicted.sum(axis=-1) + gold.sum(axis=-1)
-    return jnp.where(count == 0, 1.0, 2 * total / jnp.maximum(count, 1))
+    shape = jnp.broadcast_shapes(similarity.shape, used.shape)
+    flat = jnp.broadcast_to(jnp.where(used, similarity, 0), shape).reshape(-1, *shape[-2:])
+    total = jax.vmap(matched_total)(flat).reshape(shape[:-2])
+    return f_measure(total, predicted.sum(axis=-1), gold.sum(axis=-1))
 
 
 class Detections(NamedTuple):
-    """What predicted boxes found, at N thresholds of IoU."""
+    """Gold boxes that predictions detect, at N thresholds of IoU."""
 
-    number: Int[Array, "... N"]
-    """Gold boxes that have a match."""
-    found: Float[Array, "... N"]
-    """The weight of these."""
-    duplicates: Float[Array, "... N"]
-    """The weight of the matches beyond the first of each of them."""
+    count: Int[Array, "... N"]
+    """Number of gold boxes with at least one match."""
+    weight: Float[Array, "... N"]
+    """Total weight of these gold boxes."""
+    duplicate_weight: Float[Array, "... N"]
+    """Total weight of all matches after the first one of each gold box."""
 
 
 def detect(
@@ -192,19 +300,32 @@ def detect(
     weight: Float[Array, "... K"],
     thresholds: Sequence[float],
 ) -> Detections:
-    """Returns what is found when every prediction matches the gold box of largest IoU, if that is above the threshold.
+    """Returns the detections if every prediction matches the gold box of its largest IoU, provided that IoU > threshold.
 
-    Counted as in "Tuning computer vision models with task rewards" (arXiv 2302.08242): a prediction that matches nothing is not.
-    `may_match` is False where labels differ or a slot is unused; `weight` is that of each gold box.
+    This is the count of "Tuning computer vision models with task rewards" (arXiv 2302.08242). It ignores a prediction that
+    matches nothing.
+
+    Args:
+      may_match: False if the labels differ or a slot is unused.
+      weight: weight of each gold box.
     """
-    iou = jnp.where(may_match, iou, 0)
-    first = jax.nn.one_hot(jnp.argmax(iou, axis=-1), iou.shape[-1], dtype=bool)
-    matches = jnp.sum(
-        jnp.where(first, iou, 0)[..., None] > jnp.asarray(thresholds), axis=-3
-    )  # [..., K, N]
+    xp = _namespace(iou, may_match, weight)
+    iou = xp.where(may_match, iou, 0)
+    is_best = xp.argmax(iou, axis=-1)[..., None] == xp.arange(iou.shape[-1])
+    best_iou = xp.where(is_best, iou, 0)
+    matches = xp.sum(best_iou[..., None] > xp.asarray(thresholds), axis=-3)  # [..., K, N]
     hit = matches > 0
     return Detections(
-        number=jnp.sum(hit, axis=-2),
-        found=jnp.sum(weight[..., None] * hit, axis=-2),
-        duplicates=jnp.sum(weight[..., None] * (matches - hit), axis=-2),
+        count=xp.sum(hit, axis=-2),
+        weight=xp.sum(weight[..., None] * hit, axis=-2),
+        duplicate_weight=xp.sum(weight[..., None] * (matches - hit), axis=-2),
     )
+
+
+def _namespace(*arrays: Any) -> Any:
+    """Returns numpy if all arguments are numpy arrays or Python numbers, else jax.numpy."""
+    if all(isinstance(array, np.ndarray | np.generic | float | int) for array in arrays):
+        return np
+    import jax.numpy as jnp
+
+    return jnp

@@ -65,7 +65,8 @@ def weight(released) -> np.ndarray:
             detections(released, np.float64, tuple(KEPT.values()), one) for one in np.eye(80)
         ]
         coefficients = np.stack(
-            [(d.found - DUPLICATE_WEIGHT * d.duplicates).ravel() for d in one_by_one], axis=-1
+            [(d.weight - DUPLICATE_WEIGHT * d.duplicate_weight).ravel() for d in one_by_one],
+            axis=-1,
         )
     rewards = np.stack([released[f"result/reward-{key}"] for key in KEPT], axis=-1).ravel()
     found = np.linalg.lstsq(coefficients, rewards, rcond=None)[0]
@@ -83,20 +84,25 @@ def test_counts_and_rewards_equal_big_visions(released, weight, dtype, bound):
             detections(released, dtype, at, weight)
             for at in (tuple(KEPT.values()), DETECTION_THRESHOLDS)
         )
-        reward, rewards = (d.found - DUPLICATE_WEIGHT * d.duplicates for d in (at_kept, at_all))
+        reward, rewards = (
+            d.weight - DUPLICATE_WEIGHT * d.duplicate_weight for d in (at_kept, at_all)
+        )
         mean = {
             "result/reward": rewards @ jnp.array(RELEASED_SHARES),
-            "result/num_matches": at_all.number @ jnp.array(RELEASED_SHARES),
-            "result/nms_penalty": at_all.duplicates @ jnp.array(RELEASED_SHARES),
+            "result/num_matches": at_all.count @ jnp.array(RELEASED_SHARES),
+            "result/nms_penalty": at_all.duplicate_weight @ jnp.array(RELEASED_SHARES),
         }
     assert reward.dtype == dtype
     for n, key in enumerate(KEPT):
-        np.testing.assert_array_equal(at_kept.number[..., n], released[f"result/num_matches-{key}"])
+        np.testing.assert_array_equal(at_kept.count[..., n], released[f"result/num_matches-{key}"])
         np.testing.assert_allclose(
             reward[..., n], released[f"result/reward-{key}"], rtol=0, atol=bound
         )
         np.testing.assert_allclose(
-            at_kept.duplicates[..., n], released[f"result/nms_penalty-{key}"], rtol=0, atol=bound
+            at_kept.duplicate_weight[..., n],
+            released[f"result/nms_penalty-{key}"],
+            rtol=0,
+            atol=bound,
         )
     for key, found in mean.items():
         np.testing.assert_allclose(found, released[key], rtol=0, atol=bound, err_msg=key)
@@ -105,7 +111,7 @@ def test_counts_and_rewards_equal_big_visions(released, weight, dtype, bound):
 
 def test_the_released_mean_is_not_the_mean(released, weight):
     found = detections(released, np.float32, DETECTION_THRESHOLDS, weight)
-    rewards = np.asarray(found.found - DUPLICATE_WEIGHT * found.duplicates)
+    rewards = np.asarray(found.weight - DUPLICATE_WEIGHT * found.duplicate_weight)
     assert np.isclose(sum(RELEASED_SHARES), 1)
     assert np.abs(rewards.mean(axis=-1) - released["reward"]).max() > 0.2
 
@@ -147,7 +153,7 @@ def test_detect_is_the_loop_and_does_not_see_the_order_of_predictions(seed):
 
 def test_an_iou_at_the_threshold_is_below_it():
     found = detect(np.array([[0.5], [0.75]]), np.ones((2, 1), bool), np.ones(1), (0.5, 0.75, 0.95))
-    assert found.number.tolist() == [1, 0, 0] and found.duplicates.tolist() == [0, 0, 0]
+    assert found.count.tolist() == [1, 0, 0] and found.duplicate_weight.tolist() == [0, 0, 0]
 
 
 RIGHT = f"{loc(*BOX)} cat ; {loc(*OTHER)} dog"

@@ -10,6 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pg_ground import cli, evaluate
+from pg_ground.boxes import host_boxes, iou
 from pg_ground.config import Source
 from pg_ground.evals import (
     answers,
@@ -23,7 +24,6 @@ from pg_ground.evals import (
     runner,
     scoring,
 )
-from pg_ground.evals.box_matching import iou_of
 from pg_ground.evals.intervals import intervals
 from pg_ground.evals.run_length import runs_of
 from pg_ground.types import UserError
@@ -325,7 +325,8 @@ coordinate = st.floats(0, 1000, allow_nan=False)
 @example((0, 0, 1e-200, 1e-200), (0, 0, 1e-200, 1e-200))
 @given(st.tuples(*[coordinate] * 4), st.tuples(*[coordinate] * 4))
 def test_iou_is_symmetric_and_a_share(a, b):
-    assert iou_of(a, b) == iou_of(b, a) and 0 <= iou_of(a, b) <= 1
+    boxes = host_boxes([a, b])
+    assert iou(boxes[0], boxes[1]) == iou(boxes[1], boxes[0]) and 0 <= iou(boxes[0], boxes[1]) <= 1
 
 
 def rows_of(kind: str, predictions, gold, **more):

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from pg_ground.boxes import corners
+from pg_ground.boxes import corners, host_boxes, iou, is_proper
 from pg_ground.config import nearest
-from pg_ground.evals.box_matching import iou_of, is_proper
 from pg_ground.types import UserError
 from pg_ground.vocab import LOC_MAX
 
@@ -94,12 +93,9 @@ def _fit(
     form: str,
 ) -> tuple[float, float]:
     """Returns acc50 and mean IoU."""
-    overlaps = [
-        iou_of(to_px(a, form, size), b) for a, b, size in zip(given, gold, sizes, strict=True)
-    ]
-    return sum(overlap >= 0.5 for overlap in overlaps) / len(overlaps), sum(overlaps) / len(
-        overlaps
-    )
+    in_px = host_boxes(to_px(box, form, size) for box, size in zip(given, sizes, strict=True))
+    overlaps = iou(in_px, host_boxes(gold))
+    return float((overlaps >= 0.5).mean()), float(overlaps.mean())
 
 
 def _scaled(
@@ -111,7 +107,8 @@ def _scaled(
       told: the images' sizes are known, and do not explain the scale.
     """
     edges = [to_px(box, f"{order}_px", (1.0, 1.0)) for box in given]
-    pairs = [(a, b) for a, b in zip(edges, gold, strict=True) if is_proper(a)]
+    proper = is_proper(host_boxes(edges))
+    pairs = [(a, b) for a, b, ok in zip(edges, gold, proper, strict=True) if ok]
     ratios = [
         sorted((b[i] + b[i + 2]) / (a[i] + a[i + 2]) for a, b in pairs if a[i] + a[i + 2] > 0)
         for i in (0, 1)

@@ -1,11 +1,22 @@
 """Boxes: of one object (referring expressions), and of several."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
-from pg_ground.evals.box_matching import area, holds, iou_of, is_proper, matched
+from pg_ground.boxes import (
+    area,
+    centre,
+    contains,
+    f_measure,
+    host_boxes,
+    iou,
+    is_proper,
+    match,
+    pairwise_iou,
+)
 from pg_ground.evals.rows import Row, column
 from pg_ground.types import UserError
 
@@ -31,8 +42,8 @@ def score_one(row: Row) -> dict[str, Any]:
             f"row {row['id']} has {len(gold)} gold boxes, but {row['benchmark']} takes one: --benchmark=objects takes any number"
         )
     predicted = [one["xyxy_px"] for one in row["prediction"]["boxes"]]
-    first, target = (predicted or [None])[0], gold[0]["xyxy_px"]
-    overlap, valid = iou_of(first, target), is_proper(first)
+    first, target = host_boxes([(predicted or [None])[0], gold[0]["xyxy_px"]])
+    overlap, valid = float(iou(first, target)), bool(is_proper(first))
     found: dict[str, Any] = {
         "iou": overlap,
         "correct": int(overlap >= 0.5),
@@ -40,8 +51,11 @@ def score_one(row: Row) -> dict[str, Any]:
         "duplicates": duplicates(row),
     }
     if valid:
-        middle = ((first[0] + first[2]) / 2, (first[1] + first[3]) / 2)
-        found |= {"center": int(holds(target, middle)), "size_ratio": area(first) / area(target)}
+        slack = 1e-6 * float(np.abs(target).max())
+        found |= {
+            "center": int(contains(target, centre(first), slack)),
+            "size_ratio": float(area(first) / area(target)),
+        }
     return found
 
 
@@ -63,26 +77,20 @@ def score_set(row: Row) -> dict[str, Any]:
     """
     predicted, gold = row["prediction"]["boxes"], row["gold"]["boxes"]
     named = len({one["label"] for one in gold}) > 1
-    overlap = np.array(
-        [
-            [
-                iou_of(p["xyxy_px"], g["xyxy_px"]) if not named or p["label"] == g["label"] else 0.0
-                for g in gold
-            ]
-            for p in predicted
-        ],
-        np.float64,
-    ).reshape(len(predicted), len(gold))
-    hits, total = overlap[matched(overlap)], len(predicted) + len(gold)
-    proper = [is_proper(one["xyxy_px"]) for one in predicted]
+    predicted_boxes = host_boxes(one["xyxy_px"] for one in predicted)
+    overlap = pairwise_iou(predicted_boxes, host_boxes(one["xyxy_px"] for one in gold))
+    if named:
+        overlap = np.where(_same_label(predicted, gold), overlap, 0)
+    hits, sizes = overlap[match(overlap)], (len(predicted), len(gold))
+    proper = is_proper(predicted_boxes)
     shares = {
-        f"f{percent}": 2 * float((hits >= percent / 100).sum()) / total if total else 1.0
+        f"f{percent}": float(f_measure((hits >= percent / 100).sum(), *sizes))
         for percent in PERCENT
     }
     return {
-        "iou": 2 * float(hits.sum()) / total if total else 1.0,
+        "iou": float(f_measure(hits.sum(), *sizes)),
         "correct": int(shares["f50"] == 1),
-        "valid": int(all(proper) and (bool(proper) or not gold)),
+        "valid": int(proper.all() and (len(proper) > 0 or not gold)),
         **shares,
         "predicted": len(predicted),
         "annotated": len(gold),
@@ -102,13 +110,17 @@ def columns_set(rows: Sequence[Row]) -> Columns:
 def duplicates(row: Row) -> int:
     """Returns how many boxes of an answer repeat an earlier one of the same name."""
     predicted = row["prediction"]["boxes"]
-    return sum(
-        any(
-            a["label"] == b["label"] and iou_of(a["xyxy_px"], b["xyxy_px"]) >= SAME
-            for a in predicted[:i]
-        )
-        for i, b in enumerate(predicted)
-    )
+    edges = host_boxes(one["xyxy_px"] for one in predicted)
+    same = (pairwise_iou(edges, edges) >= SAME) & _same_label(predicted, predicted)
+    return int(np.tril(same, -1).any(axis=-1).sum())
+
+
+def _same_label(
+    a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]
+) -> Bool[np.ndarray, "P K"]:
+    """Returns whether box i of `a` and box j of `b` have the same label."""
+    same = [[first["label"] == second["label"] for second in b] for first in a]
+    return np.array(same, bool).reshape(len(a), len(b))
 
 
 def others(rows: Sequence[Row]) -> dict[str, float]:

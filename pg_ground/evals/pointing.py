@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from pg_ground.evals.box_matching import holds, matched
+from pg_ground.boxes import contains, host_boxes, match
 from pg_ground.evals.rows import Row, column
 from pg_ground.types import UserError
 
@@ -40,7 +40,7 @@ def score_set(row: Row) -> dict[str, Any]:
             [[covers(mask, p, row["size_px"]) for mask in masks] for p in readable], bool
         )
     elif regions:
-        inside = np.array([[holds(box, p) for box in regions] for p in readable], bool)
+        inside = np.array([in_boxes(regions, p) for p in readable], bool)
     elif row["size_px"] is None and targets:
         raise UserError(
             f"row {row['id']} has only gold points: give boxes, masks, or the image's size (--fields=…,width=W,height=H)"
@@ -49,7 +49,7 @@ def score_set(row: Row) -> dict[str, Any]:
         inside = distance <= WITHIN * math.hypot(*(row["size_px"] or (1, 1)))
     number = len(masks or regions or targets)
     inside = inside.reshape(len(readable), number)
-    hits, said = float(inside[matched(inside.astype(np.float64))].sum()), len(points)
+    hits, said = float(inside[match(inside.astype(np.float64))].sum()), len(points)
     found: dict[str, Any] = {
         "hits": hits,
         "predicted": said,
@@ -62,9 +62,9 @@ def score_set(row: Row) -> dict[str, Any]:
     found["correct"] = int(found["f1"] == 1)
     if regions:
         found["point_in_box"] = int(
-            bool(points) and points[0] is not None and holds(regions[0], points[0])
+            bool(points) and points[0] is not None and in_boxes(regions[:1], points[0])[0]
         )
-    pairs = distance[matched(-distance)]
+    pairs = distance[match(-distance)]
     if len(pairs):
         found["distance_px"] = float(pairs.mean())
         if row["size_px"]:
@@ -92,7 +92,7 @@ def score_click(row: Row) -> dict[str, Any]:
     target = row["gold"]["boxes"][0]["xyxy_px"]
     found: dict[str, Any] = {
         "valid": int(first is not None),
-        "correct": int(first is not None and holds(target, first)),
+        "correct": int(first is not None and in_boxes([target], first)[0]),
     }
     if first is not None:
         found["distance_px"] = math.hypot(
@@ -120,6 +120,15 @@ def others(rows: Sequence[Row]) -> dict[str, float]:
     known = column(rows, "distance_px")
     known = known[~np.isnan(known)]
     return {"median_distance_px": float(np.median(known))} if len(known) else {}
+
+
+def in_boxes(
+    boxes: Sequence[Sequence[float | int]], point: Sequence[float | int]
+) -> Bool[np.ndarray, " K"]:
+    """Returns whether a point lies in each box or on its edge, within a millionth of the largest coordinate."""
+    edges = host_boxes(boxes)
+    slack = 1e-6 * np.abs(edges).max(axis=-1, keepdims=True)
+    return contains(edges, np.array(point, np.float64), slack)
 
 
 def covers(

@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pg_ground.boxes import host_boxes, is_proper
 from pg_ground.config import nearest
 from pg_ground.evals import answers, frames
 from pg_ground.evals.benchmarks import benchmark_of
-from pg_ground.evals.box_matching import is_proper
 from pg_ground.evals.rows import GIVEN, check_unique
 from pg_ground.types import UserError
 
@@ -232,9 +232,8 @@ class _Reader(NamedTuple):
                 None if any(one["xy_px"] is None for one in points) else {"points": points, **masks}
             )
         boxes = self._located(value, 4, self.gold_form(), index, self.form())
-        if any(not is_proper(one["xyxy_px"]) for one in boxes) or (
-            self.kind in ("box", "click") and len(boxes) != 1
-        ):
+        proper = is_proper(host_boxes(one["xyxy_px"] for one in boxes))
+        if not proper.all() or (self.kind in ("box", "click") and len(boxes) != 1):
             return None
         return {"boxes": boxes}
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 
-from pg_ground.evals.box_matching import iou_of
+from pg_ground.boxes import host_boxes, iou
 from pg_ground.evals.rows import Row, column
 from pg_ground.evals.run_length import mask_of, runs_of
 from pg_ground.vocab import LOC_MAX, SEG_TOKENS
@@ -120,9 +120,10 @@ def score(row: Row) -> dict[str, Any]:
         0.0 if said["mask"] is None else _mask_iou(mask_of(said["mask"]), mask_of(gold["mask"]))
     )
     box = said["boxes"][0]["xyxy_px"] if said["boxes"] else None
+    box_iou = iou(*host_boxes([box, gold["boxes"][0]["xyxy_px"]]))
     return {
         "mask_iou": overlap,
-        "iou": iou_of(box, gold["boxes"][0]["xyxy_px"]),
+        "iou": float(box_iou),
         "valid": int(said["mask"] is not None),
     }
 

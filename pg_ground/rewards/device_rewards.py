@@ -323,7 +323,7 @@ def detection(answer: Answer, batch: Batch, settings: RewardSettings) -> Float[A
     shares = (
         RELEASED_SHARES if settings.detection_as_released else (0.1,) * len(DETECTION_THRESHOLDS)
     )
-    total = (seen.found - DUPLICATE_WEIGHT * seen.duplicates) @ jnp.array(shares)
+    total = (seen.weight - DUPLICATE_WEIGHT * seen.duplicate_weight) @ jnp.array(shares)
     most = jnp.maximum(predicted.valid.sum(axis=-1), gold.valid.sum(axis=-1)[:, None])
     worth = total / jnp.maximum(most, 1) if settings.detection_normalise else total
     return _only(BOXES, batch, jnp.where(most == 0, 1.0, worth))

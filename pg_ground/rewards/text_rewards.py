@@ -17,16 +17,16 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 from math_verify import LatexExtractionConfig, parse, verify
-from scipy.optimize import linear_sum_assignment
 
+from pg_ground import boxes
 from pg_ground.rewards import parsers
 from pg_ground.rewards.parsers import Places
 from pg_ground.vocab import LOC_MAX
 
-SIGMA_PX = 100
+SIGMA_PX = 100.0
 """Of synthetic-grounding's reward, in pixels of the image scaled so that its longer side has `MAX_SIZE_PX`."""
 
-MAX_SIZE_PX = 640
+MAX_SIZE_PX = 640.0
 
 ALPHA = 0.5
 """Sigma of EasyDistill's Gaussians, as a fraction of a box's side."""
@@ -457,10 +457,7 @@ def _same_label(found: Places, gold: Places, read: Grammar) -> Bool[np.ndarray, 
 
 def _matched(similarity: Float[np.ndarray, "P K"]) -> float:
     """Returns 2·Σ / (P + K) in [0, 1], Σ the best one-to-one matching's total similarity; 1 where both sets are empty."""
-    return _share(
-        2 * similarity[linear_sum_assignment(similarity, maximize=True)].sum(),
-        sum(similarity.shape),
-    )
+    return float(boxes.f_measure(boxes.matched_total(similarity), *similarity.shape))
 
 
 def _share(part: float, whole: int) -> float:
@@ -469,55 +466,27 @@ def _share(part: float, whole: int) -> float:
 
 def _distance_gaussian(a: np.ndarray, b: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Returns exp(−d² / 2σ²) of points in the scaled image (synthetic-grounding's reward)."""
-    return np.exp(-0.5 * np.square((a - b) * (MAX_SIZE_PX / max(size) / SIGMA_PX)).sum(axis=-1))
+    return boxes.gaussian(np.linalg.norm(a - b, axis=-1) * (MAX_SIZE_PX / max(size)), SIGMA_PX)
 
 
 def _inside(a: np.ndarray, b: np.ndarray, _: tuple[int, int]) -> np.ndarray:
-    return ((b[..., :2] <= a) & (a <= b[..., 2:])).all(axis=-1).astype(float)
+    return boxes.contains(b, a, slack=0.0).astype(float)
 
 
 def _iou(a: np.ndarray, b: np.ndarray, _: tuple[int, int]) -> np.ndarray:
-    overlap = np.maximum(
-        np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0
-    ).prod(axis=-1)
-    union = (
-        (a[..., 2:] - a[..., :2]).prod(axis=-1) + (b[..., 2:] - b[..., :2]).prod(axis=-1) - overlap
-    )
-    return overlap / np.where(overlap > 0, union, 1)
+    return boxes.iou(a, b)
 
 
-def _iou_squared(a: np.ndarray, b: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return np.square(_iou(a, b, size))
-
-
-def _gold_sigma(b: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Returns α · the sides of gold boxes, which are one loc bin at least."""
-    return ALPHA * np.maximum(b[..., 2:] - b[..., :2], np.array(size) / LOC_MAX)
-
-
-def _offset(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (a[..., :2] + a[..., 2:] - b[..., :2] - b[..., 2:]) / 2
+def _iou_squared(a: np.ndarray, b: np.ndarray, _: tuple[int, int]) -> np.ndarray:
+    return np.square(boxes.iou(a, b))
 
 
 def _gaussian_point(a: np.ndarray, b: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Returns exp(−½ Σ (d / σ_gold)²), d the distance of centres (EasyDistill's point reward)."""
-    return np.exp(-0.5 * np.square(_offset(a, b) / _gold_sigma(b, size)).sum(axis=-1))
+    return boxes.gaussian_point(boxes.centre(a), b, ALPHA, np.array(size) / LOC_MAX)
 
 
 def _gaussian_coverage(a: np.ndarray, b: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Returns Bhattacharyya's coefficient of two Gaussians as a sum of logarithms (EasyDistill's plane reward).
-
-    Per axis ½·ln(2·σp·σg / (σp² + σg²)) − d² / 4(σp² + σg²), with no epsilon, so that it holds in any frame.
-    """
-    mine, gold = (
-        ALPHA * np.where(a[..., 2:] > a[..., :2], a[..., 2:] - a[..., :2], 1),
-        _gold_sigma(b, size),
-    )
-    total = np.square(mine) + np.square(gold)
-    log_axis = 0.5 * (np.log(2) + np.log(mine) + np.log(gold) - np.log(total)) - np.square(
-        _offset(a, b)
-    ) / (4 * total)
-    return np.exp(np.minimum(log_axis.sum(axis=-1), 0))
+    return boxes.gaussian_coverage(a, b, ALPHA, np.array(size) / LOC_MAX)
 
 
 class _Detections(NamedTuple):
