@@ -7,6 +7,7 @@ are within `CLOSE`, which `conftest` derives.
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -236,6 +237,43 @@ def test_control_ids_are_never_sampled_even_by_a_model_that_wants_nothing_else(t
             not np.isin(tokens, CONTROL).any()
             and (tokens < tiny.model.config.text.vocab_size).all()
         )
+
+
+# a score that reads hidden states
+
+
+def test_a_value_head_sees_the_hidden_states_of_a_plain_forward_pass(tiny):
+    """A dense vector on the hidden states, as a critic has it: equal values, and equal gradients in the head and the policy."""
+    x = inputs(tiny.model)
+    model = changed(tiny, logits_block=3)  # the 7 tokens are scored in blocks
+    rng = np.random.default_rng(2)
+    head = jnp.asarray(rng.normal(size=model.config.text.width), jnp.float32)
+    weights = jnp.asarray(rng.normal(size=(B, G, T)), jnp.float32)
+
+    def scored(params: Any, head: jax.Array) -> jax.Array:
+        def value(hidden: jax.Array, logits: jax.Array, tokens: jax.Array) -> jax.Array:
+            assert hidden.shape[:-1] == logits.shape[:-1] == tokens.shape
+            return hidden @ head
+
+        return model.completion_scores(params, *x[:4], value)
+
+    def plain(params: Any, head: jax.Array) -> jax.Array:
+        cache, first = model.network.apply({"params": params}, *x[:3], method="prefix")
+        later, _ = model.network.apply({"params": params}, cache, None, x.tokens, method="suffix")
+        first = jnp.broadcast_to(first[:, None, None], (B, G, 1, first.shape[-1]))
+        return jnp.concatenate([first, later[:, :, :-1]], axis=2) @ head
+
+    def loss_and_values(values_of: Callable[..., jax.Array], params: Any, head: jax.Array) -> Any:
+        values = values_of(params, head)
+        return jnp.sum(weights * values), values
+
+    (grads, values), (expected_grads, expected) = (
+        jax.jit(jax.grad(partial(loss_and_values, f), (0, 1), has_aux=True))(tiny.params, head)
+        for f in (scored, plain)
+    )
+    np.testing.assert_allclose(values, expected, rtol=0, atol=CLOSE)
+    assert_close_trees(grads, expected_grads)
+    assert np.abs(np.asarray(grads[1])).min() > 0
 
 
 # one prefix per prompt

@@ -27,8 +27,12 @@ Params = Any
 Image = Float[Array, "B H W 3"] | UInt8[Array, "B H W 3"]
 """Floats in [-1, 1], or bytes."""
 
-Score = Callable[[Float[Array, "B G t V"], Int[Array, "B G t"]], Any]
-"""Turns float32 logits and the tokens they should predict into a tree of `[B, G, t]` arrays."""
+Score = Callable[[Float[Array, "B G t D"], Float[Array, "B G t V"], Int[Array, "B G t"]], Any]
+"""(hidden, logits, tokens) → a tree of `[B, G, t]` arrays.
+
+`hidden` are the final hidden states (after the last norm, in the dtype of activations) of the positions that predict `tokens`.
+`logits` are float32. A value head reads `hidden`; if a score does not, XLA removes it.
+"""
 
 
 class Network(nn.Module):
@@ -182,7 +186,9 @@ class PaliGemma:
         """
 
         def score(
-            logits: Float[Array, "B G t V"], chosen: Int[Array, "B G t"]
+            _: Float[Array, "B G t D"],
+            logits: Float[Array, "B G t V"],
+            chosen: Int[Array, "B G t"],
         ) -> tuple[Array, Array]:
             logps = jax.nn.log_softmax(logits / temperature)
             entropy = -jnp.sum(jnp.exp(logps) * logps, axis=-1)
@@ -213,7 +219,7 @@ class PaliGemma:
         hidden = jnp.concatenate([first, hidden], axis=2)
         table = self._vocabulary(params)
         return in_blocks(
-            lambda h, chosen: score(self._logits(table, h), chosen),
+            lambda h, chosen: score(h, self._logits(table, h), chosen),
             self.config.logits_block,
             (2, 2),
             hidden,

@@ -75,7 +75,7 @@ def sft_step(
     ) -> tuple[Array, tuple[Metrics, Metrics]]:
         part, key = part_and_key
 
-        def score(logits: Array, tokens: Array) -> tuple[Array, Array]:
+        def score(hidden: Array, logits: Array, tokens: Array) -> tuple[Array, Array]:
             return (
                 target_logps(logits, tokens, vocab, label_smoothing, loc_smoothing_bins),
                 target_logps(logits, tokens, vocab, 0.0, 0.0),
