@@ -121,9 +121,9 @@ def test_search_finds_the_largest_that_fits():
         tried.append(batch)
         return batch <= 200
 
-    assert compilation.search(probe, 8, 64) == 200
+    assert compilation.largest_multiple(probe, 8, 64) == 200
     assert len(tried) < 10
-    assert compilation.search(lambda batch: False, 8, 64) == 0
+    assert compilation.largest_multiple(lambda batch: False, 8, 64) == 0
 
 
 REPORT = """Memory Space: default (color=0)

@@ -1,320 +1,419 @@
-"""A run's programs, compiled for TPUs that are not there: do they fit, what do they move, how long do they take at best?
+"""Compiles the programs of a run for TPUs that this machine does not have. Reports memory, traffic and the roofline time.
 
-python -m pg_ground.compile --config=configs/tpu.py:pg1_3b_224 --topology=v5e:2x4 [--json=O] [--full] [--search]
-    [--programs=rollout,update]
-
-Needs `pip install 'pg-ground[tpu]'` and no TPU; without it, says what the analytic table says. Without `--full` a compilation is
-stopped once XLA has assigned memory, which answers whether it fits and takes seconds; code generation would take minutes. Exit
-code 0: it fits; 3: it does not.
+Needs `pip install 'pg-ground[tpu]'` (libtpu) and no TPU. Each program is compiled in a process of its own, see
+`compile_worker.py`. By default a process is stopped once XLA has assigned memory. This answers whether the program fits, and takes
+seconds. Generating the code would take minutes.
 """
 
-import glob
+import dataclasses
+import importlib.util
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pg_ground.aot import hlo_analysis, tpu_specs
+from pg_ground.aot import hlo_analysis, jobs, tpu_specs
 from pg_ground.aot.tpu_specs import CHIPS, GIB, Chip
-from pg_ground.config import Config
-from pg_ground.parallel.memory_model import KINDS, image_tokens
-from pg_ground.reporting.html_page import Table
+from pg_ground.config import Config, Model, nearest
+from pg_ground.parallel import sharding
+from pg_ground.parallel.memory_model import KINDS
+from pg_ground.reporting.tables import Table, ascii_table
 from pg_ground.training import programs
 from pg_ground.types import UserError
 
-REPORT, PROGRAM = "after_optimizations-memory-usage-report.txt", "after_optimizations.txt"
-"""Ends of the names of what XLA writes down, the first one last: long before it has generated code."""
+MEMORY_REPORT = "after_optimizations-memory-usage-report.txt"
+OPTIMISED_HLO = "after_optimizations.txt"
+"""Ends of the names of the files that XLA writes. It writes the memory report last, long before it has generated code."""
+
+PARALLEL_COMPILATIONS = 2
+
+POLL_S = 0.1
 
 
-class Fit(NamedTuple):
-    """One program on one chip."""
+class ProgramReport(NamedTuple):
+    """What the compilation of one program for one chip shows."""
 
     program: str
     compile_s: float
-    """Until memory was assigned, or to the end with `--full`."""
+    """Seconds until XLA had assigned memory, or until the end if the compilation was full."""
     hbm_bytes: float
-    """Of this program and of what lies beside it."""
-    kinds: dict[str, float]
-    expected: float
-    """Activations as `memory` would have them."""
+    """Bytes of this program and of everything else that the chip holds at the same time."""
+    bytes_by_kind: dict[str, float]
+    estimated_activations: float
+    """Bytes of activations by the memory model."""
     flops: float
-    """Of one run, on one chip, with what is recomputed."""
+    """Operations of one run on one chip, recomputation included."""
     useful_flops: float
-    """Without."""
-    moved: hlo_analysis.Traffic
-    largest: list[tuple[float, str]]
-    """Buffers of the compiler's own, bytes and shapes."""
+    """Operations without recomputation."""
+    traffic: hlo_analysis.Traffic
+    largest_buffers: list[tuple[float, str]]
+    """Bytes and shapes of the largest buffers that XLA allocates."""
 
-    def seconds(self, chip: Chip) -> dict[str, float]:
-        """Returns what each resource alone would need: a step takes at least the largest of them."""
-        collectives = sum(size for _, size in self.moved.collectives.values())
+    @property
+    def collective_bytes(self) -> int:
+        return sum(size for _, size in self.traffic.collectives.values())
+
+    def roofline_seconds(self, chip: Chip) -> dict[str, float]:
+        """Returns the time that each resource alone would need. A run takes at least the largest of them."""
         return {
             "FLOPs": self.flops / chip.flops,
-            "HBM": self.moved.hbm_bytes / chip.hbm_bandwidth,
-            "links": collectives / chip.link_bandwidth,
+            "HBM": self.traffic.hbm_bytes / chip.hbm_bandwidth,
+            "links": self.collective_bytes / chip.link_bandwidth,
         }
 
+    def bound_by(self, chip: Chip) -> str:
+        """Returns the resource that needs the most time."""
+        seconds = self.roofline_seconds(chip)
+        return max(seconds, key=lambda resource: seconds[resource])
 
-def environment(directory: Path, chip: str) -> dict[str, str]:
-    """Returns the environment of a process that compiles for TPUs: libtpu does not look for one, XLA writes down what it does."""
+    def mfu(self, chip: Chip) -> float:
+        """Returns the share of the chip's peak in useful operations, if the run takes its roofline time."""
+        return self.useful_flops / chip.flops / max(self.roofline_seconds(chip).values())
+
+
+class CompileResult(NamedTuple):
+    """The answer of the `compile` command."""
+
+    text: str
+    """For people."""
+    document: dict[str, Any]
+    """For programs, as JSON; empty if libtpu is not installed."""
+    fits: bool
+
+
+def compile_run(
+    config: Config, topology: str, names: Sequence[str] = (), full: bool = False
+) -> CompileResult:
+    """Returns whether the programs of a run fit a TPU slice, and how long they take at best.
+
+    Without libtpu the memory model answers.
+
+    Args:
+      config: the run.
+      topology: for example v5e:2x4.
+      names: the programs; empty means all programs of the run.
+      full: whether to compile to the end.
+
+    Raises:
+      UserError: a setting, a program or the topology is wrong, or XLA fails for another reason than memory.
+    """
+    chip = CHIPS[tpu_specs.parse_topology(topology)[0]]
+    available = programs.names(config)
+    for name in names:
+        if name not in available:
+            raise UserError(f"--programs={','.join(names)}: {nearest(name, available)}")
+    names = names or available
+    mesh = sharding.abstract_mesh(config.mesh, tpu_specs.device_count(topology))
+    for name in names:  # reports a wrong setting before anything is compiled
+        jobs.job_of(config, mesh, name, chip.hbm_bytes)
+    if importlib.util.find_spec("libtpu") is None:
+        estimates = jobs.estimates(config, mesh, names, chip.hbm_bytes, topology)
+        hint = "libtpu is not installed, so XLA was not asked: pip install 'pg-ground[tpu]'"
+        fits = all(float(row[1]) <= chip.hbm_bytes / GIB for row in estimates.rows)
+        return CompileResult(f"{ascii_table(estimates)}\n{hint}", {}, fits)
+    reports = compile_programs(dataclasses.asdict(config), topology, names, full)
+    text = ascii_table(report_table(reports, topology, chip))
+    largest = max(reports, key=lambda report: report.hbm_bytes)
+    fits = largest.hbm_bytes <= chip.hbm_bytes
+    if not fits:
+        text = f"{text}\n{advice(largest, chip, config.model)}"
+    return CompileResult(text, report_document(reports, topology, chip), fits)
+
+
+def compile_programs(
+    settings: dict[str, Any], topology: str, names: Sequence[str], full: bool = False
+) -> list[ProgramReport]:
+    """Returns the reports of the named programs. Two programs are compiled at a time, each in its own process.
+
+    Args:
+      settings: the run's configuration as nested dicts.
+      topology: for example v5e:2x4.
+      names: the programs.
+      full: whether to compile to the end.
+
+    Raises:
+      UserError: a process ended for another reason than too little memory.
+    """
+    stop = threading.Event()
+
+    def compile_one(name: str) -> ProgramReport:
+        directory = Path(folder) / name
+        directory.mkdir()
+        request = {"settings": settings, "topology": topology, "program": name}
+        (directory / "request.json").write_text(json.dumps(request))
+        seconds = _run_compiler(directory, full, stop)
+        return _read_report(name, directory, seconds)
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ThreadPoolExecutor(PARALLEL_COMPILATIONS) as pool,
+    ):
+        try:
+            return list(pool.map(compile_one, names))
+        finally:
+            stop.set()  # the other processes need not go on after an error
+            pool.shutdown(cancel_futures=True)
+
+
+def _run_compiler(directory: Path, full: bool, stop: threading.Event) -> float:
+    """Runs the compiling process until it ends or has written its memory report; returns the seconds."""
+    command = [sys.executable, "-m", "pg_ground.aot.compile_worker", str(directory)]
+    start = time.monotonic()
+    with (
+        (directory / "log").open("w") as log,
+        subprocess.Popen(
+            command, env=compiler_environment(directory), stdout=log, stderr=log
+        ) as process,
+    ):
+        while process.poll() is None and not stop.is_set() and (full or not _has_report(directory)):
+            time.sleep(POLL_S)
+        seconds = time.monotonic() - start
+        process.kill()
+    return seconds
+
+
+def compiler_environment(directory: Path) -> dict[str, str]:
+    """Returns the environment of a process that compiles for TPUs; XLA writes its files to `directory`."""
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
+        # libtpu must not look for a TPU or for a cloud project.
         "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",  # any that exists: the topology is asked for by name
+        # Any type that exists: jax passes the name of the topology separately.
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
         "TPU_WORKER_HOSTNAMES": "localhost",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # or the second of two processes finds a lock file
+        # Without this the second of two processes fails on a lock file.
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "XLA_FLAGS": f"--xla_dump_to={directory} --xla_dump_hlo_as_text",
         "JAX_ENABLE_COMPILATION_CACHE": "false",
     }
 
 
-def fits(
-    argv: Sequence[str], names: Sequence[str], chip: str, full: bool, overrides: Sequence[str] = ()
-) -> list[Fit]:
-    """Returns what compiling each named program found; two at once, each in a process of its own.
-
-    Raises:
-      UserError: a process ended for another reason than too little memory.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        waiting, running, found = list(names), {}, {}
-        while waiting or running:
-            while waiting and len(running) < 2:
-                name = waiting.pop(0)
-                directory = Path(folder) / name
-                directory.mkdir()
-                command = [
-                    sys.executable,
-                    "-m",
-                    "pg_ground.compile",
-                    *argv,
-                    *overrides,
-                    f"--child={name}",
-                    f"--out={directory}",
-                ]
-                log = (directory / "log").open("w")
-                process = subprocess.Popen(
-                    command, env=environment(directory, chip), stdout=log, stderr=log
-                )
-                running[name] = (process, directory, time.monotonic())
-            time.sleep(0.1)
-            for name, (process, directory, started) in list(running.items()):
-                ended = process.poll() is not None
-                if not ended and (full or not _written(directory)):
-                    continue
-                took = time.monotonic() - started
-                process.kill()
-                process.wait()
-                found[name] = _read(name, directory, took)
-                del running[name]
-        return [found[name] for name in names]
+def _has_report(directory: Path) -> bool:
+    """Returns whether XLA has written the whole memory report of the program."""
+    reports = _dumped_files(directory, MEMORY_REPORT)
+    return bool(reports) and time.time() - reports[0].stat().st_mtime > 0.5
 
 
-def _written(directory: Path) -> bool:
-    """Returns whether XLA has written the report of the program, whole."""
-    reports = _of_program(directory, REPORT)
-    return bool(reports) and time.time() - os.path.getmtime(reports[0]) > 0.5
-
-
-def _of_program(directory: Path, end: str) -> list[str]:
-    started = (directory / "facts.json").exists()
-    after = (directory / "facts.json").stat().st_mtime if started else 0
+def _dumped_files(directory: Path, ending: str) -> list[Path]:
+    """Returns the files with this ending that XLA wrote for the program, and not for smaller programs before it."""
+    facts = directory / jobs.FACTS_FILE  # the worker writes it just before it compiles the program
+    if not facts.exists():
+        return []
+    start = facts.stat().st_mtime
     return [
-        path
-        for path in glob.glob(f"{directory}/*.{end}")
-        if started and "cpu_after" not in path and os.path.getmtime(path) >= after
+        file
+        for file in directory.glob(f"*.{ending}")
+        if "cpu_after" not in file.name and file.stat().st_mtime >= start
     ]
 
 
-def _read(name: str, directory: Path, took: float) -> Fit:
-    log = (directory / "log").read_text(errors="replace")
-    reports = _of_program(directory, REPORT)
+def _read_report(name: str, directory: Path, seconds: float) -> ProgramReport:
+    reports = _dumped_files(directory, MEMORY_REPORT)
     if not reports:
-        said = [
-            line
-            for line in log.splitlines()
-            if line.strip() and not line.startswith(("*", "@", "PC:"))
-        ]
-        raise UserError(
-            f"compiling {name}: {said[-1][:400] if said else 'the process ended without a word'}"
-        )
-    facts = json.loads((directory / "facts.json").read_text())
-    report = Path(reports[0]).read_text()
-    own = float(re.search(r"Memory Space: default.*?\nTotal bytes: (\d+)", report)[1])  # pyright: ignore[reportOptionalSubscript]
-    beside = facts["beside"]
-    inside = facts["inside"]
-    kinds = {kind: beside.get(kind, 0.0) + inside.get(kind, 0.0) for kind in KINDS}
-    kinds["activations"] = own - sum(inside.values())
-    moved = hlo_analysis.measure_traffic(
-        Path(_of_program(directory, PROGRAM)[0]).read_text(), facts["turns"]
-    )
-    seconds = (
-        json.loads((directory / "done.json").read_text())["seconds"]
-        if (directory / "done.json").exists()
-        else took
-    )
-    return Fit(
-        name,
-        seconds,
-        own + sum(beside.values()),
-        kinds,
-        facts["expected"],
-        facts["flops"],
-        facts["useful_flops"],
-        moved,
-        largest_buffers(report),
+        log = (directory / "log").read_text(errors="replace")
+        raise UserError(f"compiling {name}: {_last_message(log)}")
+    facts = json.loads((directory / jobs.FACTS_FILE).read_text())
+    memory_report = reports[0].read_text()
+    # "inside" lies in the program's own memory, "beside" lies in the chip's memory next to it.
+    inside, beside = facts["inside"], facts["beside"]
+    program_bytes = hbm_bytes_of(memory_report)
+    bytes_by_kind = {kind: beside.get(kind, 0.0) + inside.get(kind, 0.0) for kind in KINDS}
+    bytes_by_kind["activations"] = program_bytes - sum(inside.values())
+    hlo = _dumped_files(directory, OPTIMISED_HLO)[0].read_text()
+    done = directory / jobs.DONE_FILE
+    return ProgramReport(
+        program=name,
+        compile_s=json.loads(done.read_text())["seconds"] if done.exists() else seconds,
+        hbm_bytes=program_bytes + sum(beside.values()),
+        bytes_by_kind=bytes_by_kind,
+        estimated_activations=facts["expected"],
+        flops=facts["flops"],
+        useful_flops=facts["useful_flops"],
+        traffic=hlo_analysis.measure_traffic(hlo, facts["while_trip_count"]),
+        largest_buffers=largest_buffers(memory_report),
     )
 
 
-def largest_buffers(report: str, count: int = 5) -> list[tuple[float, str]]:
-    """Returns the largest buffers of XLA's memory report, bytes and what lies there one after the other."""
-    unit = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-    rows = re.findall(r"\);\s+([\d.]+)(B|KiB|MiB|GiB);\s+\d+;\s+\d+; (.*)", report)
-    found = sorted(
-        ((float(number) * unit[u], shapes.strip()) for number, u, shapes in rows), reverse=True
+def _last_message(log: str) -> str:
+    """Returns the last line of a process's log that is a message, without the frames of a C++ stack trace."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    messages = [line for line in lines if not line.startswith(("*", "@", "PC:"))]
+    return messages[-1][:400] if messages else "the process ended without a message"
+
+
+def hbm_bytes_of(memory_report: str) -> float:
+    """Returns the total bytes of the default memory space (HBM) in XLA's memory report."""
+    match = re.search(r"Memory Space: default.*?\nTotal bytes: (\d+)", memory_report)
+    assert match, "XLA's memory report has no default memory space"
+    return float(match[1])
+
+
+def largest_buffers(memory_report: str, count: int = 5) -> list[tuple[float, str]]:
+    """Returns bytes and contents of the largest buffers in XLA's memory report. A buffer may hold several arrays in turn."""
+    unit_bytes = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    rows = re.findall(r"\);\s+([\d.]+)(B|KiB|MiB|GiB);\s+\d+;\s+\d+; (.*)", memory_report)
+    buffers = [(float(number) * unit_bytes[unit], shapes.strip()) for number, unit, shapes in rows]
+    return sorted(buffers, reverse=True)[:count]
+
+
+def search_batch_size(config: Config, topology: str) -> str:
+    """Returns a line with the largest batch size of the last stage for which all its programs fit.
+
+    Raises:
+      UserError: as `compile_programs` raises.
+    """
+    chip = CHIPS[tpu_specs.parse_topology(topology)[0]]
+    stage = "grpo" if "grpo" in config.stages else "sft"
+    section = config.grpo if stage == "grpo" else config.sft
+    names = [name for name in programs.names(config) if name != "evaluation"]
+    trials: list[str] = []
+
+    def fits(batch_size: int) -> bool:
+        settings = dataclasses.asdict(config)
+        settings[stage]["batch_size"] = batch_size
+        reports = compile_programs(settings, topology, names)
+        largest = max(report.hbm_bytes for report in reports)
+        trials.append(f"{batch_size}: {largest / GIB:.2f} GiB")
+        logging.info("batch size %s", trials[-1])
+        return largest <= chip.hbm_bytes
+
+    parts = section.grad_accum_steps * (config.grpo.minibatches if stage == "grpo" else 1)
+    step = tpu_specs.device_count(topology) // config.mesh.model * parts
+    batch_size = largest_multiple(fits, step, section.batch_size)
+    return (
+        f"largest {stage}.batch_size that fits {chip.hbm_bytes / GIB:.2f} GiB a chip: {batch_size} "
+        f"(tried {', '.join(trials)})"
     )
-    return found[:count]
 
 
-def search(probe: Callable[[int], bool], step: int, start: int) -> int:
-    """Returns the largest multiple of `step` for which `probe` holds, 0 if there is none; it doubles, then halves the gap."""
+def largest_multiple(fits: Callable[[int], bool], step: int, start: int) -> int:
+    """Returns about the largest multiple of `step` for which `fits` holds, 0 if there is none.
+
+    The search doubles the number until it does not fit, then halves the interval until it is 1/16 of the number or one step.
+    """
     low, high = 0, max(start // step, 1)
-    while probe(high * step):
+    while fits(high * step):
         low, high = high, 2 * high
     while high - low > max(1, low // 16):
         middle = (low + high) // 2
-        low, high = (middle, high) if probe(middle * step) else (low, middle)
+        if fits(middle * step):
+            low = middle
+        else:
+            high = middle
     return low * step
 
 
-def found_by_search(c: Config, argv: list[str], version: str) -> str:
-    """Returns in words the largest batch whose programs fit."""
-    limit = CHIPS[version].hbm_bytes
-    stage = "grpo" if "grpo" in c.stages else "sft"
-    names = [
-        name for name in programs.names(c) if name in ("rollout", "update", "sft", "reference")
-    ]
-    section = c.grpo if stage == "grpo" else c.sft
-    tried: list[str] = []
-
-    def probe(batch: int) -> bool:
-        override = f"--config.{stage}.batch_size={batch}"
-        worst = max(fit.hbm_bytes for fit in fits(argv, names, version, False, [override]))
-        tried.append(f"{batch}: {worst / GIB:.2f} GiB")
-        print(tried[-1], flush=True)
-        return worst <= limit
-
-    devices = tpu_specs.device_count(
-        next(a.partition("=")[2] for a in argv if a.startswith("--topology="))
-    )
-    parts = section.grad_accum_steps * (c.grpo.minibatches if stage == "grpo" else 1)
-    found = search(probe, devices // c.mesh.model * parts, section.batch_size)
-    return f"largest {stage}.batch_size that fits {limit / GIB:.2f} GiB a chip: {found} (tried {', '.join(tried)})"
-
-
-def mfu(fit: Fit, chip: Chip) -> float:
-    """Returns the share of the chip's peak that useful operations have, were the step to take as long as its binding resource."""
-    return fit.useful_flops / chip.flops / max(fit.seconds(chip).values())
-
-
-def table(found: Sequence[Fit], topology: str, chip: Chip) -> Table:
-    """Returns one row per program."""
-    moved = ["TFLOP", "HBM GB", "link GB", "FLOPs s", "HBM s", "links s", "bound by", "MFU"]
-    heads = ["program", "compiled in", "HBM GiB", *KINDS, "(by arithmetic)", *moved]
-    rows = []
-    for fit in found:
-        seconds = fit.seconds(chip)
-        collectives = sum(size for _, size in fit.moved.collectives.values())
-        rows.append(
-            [
-                fit.program,
-                f"{fit.compile_s:.0f} s",
-                f"{fit.hbm_bytes / GIB:.2f}",
-                *(f"{fit.kinds[kind] / GIB:.2f}" for kind in KINDS),
-                f"{fit.expected / GIB:.2f}",
-                f"{fit.flops / 1e12:.1f}",
-                f"{fit.moved.hbm_bytes / 1e9:.0f}",
-                f"{collectives / 1e9:.1f}",
-                *(f"{seconds[name]:.3f}" for name in ("FLOPs", "HBM", "links")),
-                max(seconds, key=lambda name: seconds[name]),
-                f"{mfu(fit, chip):.0%}",
-            ]
-        )
-    worst = max(fit.hbm_bytes for fit in found)
-    verdict = "fits" if worst <= chip.hbm_bytes else "does not fit"
+def report_table(reports: Sequence[ProgramReport], topology: str, chip: Chip) -> Table:
+    """Returns a table with one row per program."""
+    roofline = ["TFLOP", "HBM GB", "link GB", "FLOPs s", "HBM s", "links s", "bound by", "MFU"]
+    columns = ["program", "compiled in", "HBM GiB", *KINDS, "(by arithmetic)", *roofline]
+    largest = max(report.hbm_bytes for report in reports)
+    verdict = "fits" if largest <= chip.hbm_bytes else "does not fit"
     return Table(
-        f"{topology}: {worst / GIB:.2f} of {chip.hbm_bytes / GIB:.2f} GiB a chip, {verdict}",
-        heads,
-        rows,
+        f"{topology}: {largest / GIB:.2f} of {chip.hbm_bytes / GIB:.2f} GiB a chip, {verdict}",
+        columns,
+        [_table_row(report, chip) for report in reports],
         "a chip, one run",
     )
 
 
-def as_json(found: Sequence[Fit], topology: str, chip: Chip) -> dict[str, Any]:
-    """Returns all there is to say, for programs."""
+def _table_row(report: ProgramReport, chip: Chip) -> list[str]:
+    seconds = report.roofline_seconds(chip)
+    return [
+        report.program,
+        f"{report.compile_s:.0f} s",
+        f"{report.hbm_bytes / GIB:.2f}",
+        *(f"{report.bytes_by_kind[kind] / GIB:.2f}" for kind in KINDS),
+        f"{report.estimated_activations / GIB:.2f}",
+        f"{report.flops / 1e12:.1f}",
+        f"{report.traffic.hbm_bytes / 1e9:.0f}",
+        f"{report.collective_bytes / 1e9:.1f}",
+        *(f"{seconds[resource]:.3f}" for resource in ("FLOPs", "HBM", "links")),
+        report.bound_by(chip),
+        f"{report.mfu(chip):.0%}",
+    ]
+
+
+def report_document(
+    reports: Sequence[ProgramReport], topology: str, chip: Chip
+) -> dict[str, Any]:
+    """Returns everything in the reports as a JSON document."""
     return {
         "topology": topology,
-        "fits": max(fit.hbm_bytes for fit in found) <= chip.hbm_bytes,
+        "fits": max(report.hbm_bytes for report in reports) <= chip.hbm_bytes,
         "hbm_bytes_available": chip.hbm_bytes,
-        "programs": {
-            fit.program: {
-                "compile_s": fit.compile_s,
-                "hbm_bytes": fit.hbm_bytes,
-                "hbm_bytes_by_kind": fit.kinds,
-                "hbm_bytes_by_arithmetic": fit.hbm_bytes - fit.kinds["activations"] + fit.expected,
-                "flops": fit.flops,
-                "useful_flops": fit.useful_flops,
-                "hbm_traffic_bytes": fit.moved.hbm_bytes,
-                "collectives": {
-                    kind: {"count": n, "bytes": size}
-                    for kind, (n, size) in fit.moved.collectives.items()
-                },
-                "roofline_s": fit.seconds(chip),
-                "step_s": max(fit.seconds(chip).values()),
-                "bound_by": max(fit.seconds(chip), key=fit.seconds(chip).__getitem__),
-                "mfu": mfu(fit, chip),
-                "largest_buffers": [{"bytes": size, "holds": what} for size, what in fit.largest],
-            }
-            for fit in found
+        "programs": {report.program: _program_document(report, chip) for report in reports},
+    }
+
+
+def _program_document(report: ProgramReport, chip: Chip) -> dict[str, Any]:
+    compiler_bytes = report.bytes_by_kind["activations"]
+    return {
+        "compile_s": report.compile_s,
+        "hbm_bytes": report.hbm_bytes,
+        "hbm_bytes_by_kind": report.bytes_by_kind,
+        "hbm_bytes_by_arithmetic": report.hbm_bytes - compiler_bytes + report.estimated_activations,
+        "flops": report.flops,
+        "useful_flops": report.useful_flops,
+        "hbm_traffic_bytes": report.traffic.hbm_bytes,
+        "collectives": {
+            kind: {"count": count, "bytes": size}
+            for kind, (count, size) in report.traffic.collectives.items()
         },
+        "roofline_s": report.roofline_seconds(chip),
+        "step_s": max(report.roofline_seconds(chip).values()),
+        "bound_by": report.bound_by(chip),
+        "mfu": report.mfu(chip),
+        "largest_buffers": [
+            {"bytes": size, "holds": shapes} for size, shapes in report.largest_buffers
+        ],
     }
 
 
-def advice(c: Config, fit: Fit, chip: Chip) -> str:
-    """Returns the largest buffers of a program that does not fit, and what would make it smaller."""
-    lines = [
-        f"{fit.program} needs {fit.hbm_bytes / GIB:.2f} GiB, a chip has {chip.hbm_bytes / GIB:.2f}. Largest buffers:"
-    ]
-    lines += [f"  {size / GIB:6.2f} GiB  {what[:110]}" for size, what in fit.largest]
-    kept: Mapping[str, float] = {
-        kind: size
-        for kind, size in fit.kinds.items()
-        if kind in ("parameters", "optimizer", "reference")
-    }
-    said = []
-    if sum(kept.values()) > chip.hbm_bytes / 2:
-        said.append(
-            "more chips along config.mesh.data"
-            + ("" if c.model.lora.rank else ", or adapters: config.model.lora.rank=16")
-        )
-    if fit.kinds["activations"] > chip.hbm_bytes / 4:
-        if c.model.remat != "nothing_saveable":
-            said.append("config.model.remat=nothing_saveable")
-        stage = "sft" if fit.program == "sft" else "grpo"
-        said.append(
+def advice(report: ProgramReport, chip: Chip, model: Model) -> str:
+    """Returns the largest buffers of a program that does not fit, and the settings that would make it smaller."""
+    needs = f"{report.hbm_bytes / GIB:.2f} GiB, a chip has {chip.hbm_bytes / GIB:.2f}"
+    buffers = [f"  {size / GIB:6.2f} GiB  {text[:110]}" for size, text in report.largest_buffers]
+    settings = _smaller_settings(report, chip, model)
+    return "\n".join(
+        [
+            f"{report.program} needs {needs}. Largest buffers:",
+            *buffers,
+            "What would help: " + "; ".join(settings or ["more chips"]),
+        ]
+    )
+
+
+def _smaller_settings(report: ProgramReport, chip: Chip, model: Model) -> list[str]:
+    """Returns changes of settings that reduce the memory of a program."""
+    settings = []
+    bytes_by_kind = report.bytes_by_kind
+    state_bytes = sum(bytes_by_kind[kind] for kind in ("parameters", "optimizer", "reference"))
+    if state_bytes > chip.hbm_bytes / 2:
+        adapters = "" if model.lora.rank else ", or adapters: config.model.lora.rank=16"
+        settings.append("more chips along config.mesh.data" + adapters)
+    if bytes_by_kind["activations"] > chip.hbm_bytes / 4:
+        if model.remat != "nothing_saveable":
+            settings.append("config.model.remat=nothing_saveable")
+        stage = "sft" if report.program == "sft" else "grpo"
+        settings.append(
             f"twice config.{stage}.grad_accum_steps, or a smaller config.{stage}.batch_size"
         )
-        if c.model.logits_block > 2:
-            said.append(f"config.model.logits_block=2 (now {c.model.logits_block})")
-        if not c.model.attention_block and image_tokens(c) > 1024:
-            said.append("config.model.attention_block=512")
-    if fit.kinds["rollout weights"] and fit.program in ("rollout", "evaluation"):
-        said.append("config.grpo.rollout_weights=sharded")
-    return "\n".join([*lines, "What would help: " + "; ".join(said or ["more chips"])])
+        if model.logits_block > 2:
+            settings.append(f"config.model.logits_block=2 (now {model.logits_block})")
+        image_tokens = (model.image_size // model.vision.patch_size) ** 2
+        if not model.attention_block and image_tokens > 1024:
+            settings.append("config.model.attention_block=512")
+    if bytes_by_kind["rollout weights"]:
+        settings.append("config.grpo.rollout_weights=sharded")
+    return settings

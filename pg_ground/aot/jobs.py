@@ -25,6 +25,13 @@ from pg_ground.types import Batch, Boxes, Gold, Points, Rollout, UserError
 from pg_ground.vocab import vocab_of_size
 
 
+FACTS_FILE = "facts.json"
+"""Written in the directory of a compilation just before XLA compiles the program."""
+
+DONE_FILE = "done.json"
+"""Written after the program is compiled to the end."""
+
+
 class Job(NamedTuple):
     """A program with the shapes it is called with, and what a device holds while it runs (bytes by kind)."""
 
@@ -60,12 +67,12 @@ def compile_program(config: Config, topology: str, name: str, directory: Path) -
         "inside": job.inside,
         "beside": job.beside,
         "expected": job.activations,
-        "turns": turns,
+        "while_trip_count": turns,
     }
     lowered = traced.lower()
-    (directory / "facts.json").write_text(json.dumps(facts))
+    (directory / FACTS_FILE).write_text(json.dumps(facts))
     lowered.compile()
-    (directory / "done.json").write_text(json.dumps({"seconds": time.monotonic() - start}))
+    (directory / DONE_FILE).write_text(json.dumps({"seconds": time.monotonic() - start}))
 
 
 def devices_of(topology: str) -> list[Any]:
