@@ -19,8 +19,8 @@ import json
 from collections.abc import Sequence
 
 from pg_ground import cli
-from pg_ground.parallel import sharding
 from pg_ground.aot.benchmark import bench
+from pg_ground.parallel import sharding
 from pg_ground.types import UserError
 
 DEFAULT = "configs/quickstart.py"

@@ -34,8 +34,7 @@ def main(argv: Sequence[str]) -> None:
     print(result.text)
     if values["json"] and result.document:
         Path(values["json"]).write_text(json.dumps(result.document, indent=1) + "\n")
-    if not result.fits:
-        sys.exit(3)
+    sys.exit(0 if result.fits else 3)
 
 
 if __name__ == "__main__":

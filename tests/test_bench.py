@@ -7,9 +7,9 @@ import jax
 import pytest
 
 from pg_ground import cli
+from pg_ground.aot import benchmark
 from pg_ground.config import Config
 from pg_ground.parallel import sharding
-from pg_ground.aot import benchmark
 
 TINY = str(Path(__file__).parents[1] / "configs" / "tiny.py")
 

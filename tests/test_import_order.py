@@ -84,7 +84,18 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "loop",
         ),
     ),
-    ("aot", ("tpu_specs", "hlo_analysis", "flops", "jobs", "compile_worker", "compilation", "benchmark")),
+    (
+        "aot",
+        (
+            "tpu_specs",
+            "hlo_analysis",
+            "flops",
+            "jobs",
+            "compile_worker",
+            "compilation",
+            "benchmark",
+        ),
+    ),
     ("", ("cli",)),
     (
         "",

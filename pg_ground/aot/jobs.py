@@ -24,7 +24,6 @@ from pg_ground.training import programs
 from pg_ground.types import Batch, Boxes, Gold, Points, Rollout, UserError
 from pg_ground.vocab import vocab_of_size
 
-
 FACTS_FILE = "facts.json"
 """Written in the directory of a compilation just before XLA compiles the program."""
 
