@@ -24,8 +24,8 @@ import jax
 
 from pg_ground import cli, config
 from pg_ground.parallel import sharding
-from pg_ground.reporting.html_page import Table, ascii_table
 from pg_ground.reporting.metric_writers import read_metrics
+from pg_ground.reporting.tables import Table, ascii_table
 from pg_ground.training.loop import train
 
 ROWS = "grpo,dr_grpo,dapo,gspo,gmpo,cispo,sapo,rloo,remax,reinforce_plus_plus_baseline,opo,gdpo"

@@ -19,7 +19,7 @@ import jax
 from pg_ground import cli
 from pg_ground.aot import jobs
 from pg_ground.parallel import sharding
-from pg_ground.reporting.html_page import Table, ascii_table
+from pg_ground.reporting.tables import Table, ascii_table
 from pg_ground.training import programs
 from pg_ground.types import UserError
 

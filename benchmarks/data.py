@@ -34,8 +34,8 @@ from torch.utils.data import DataLoader, Dataset
 from pg_ground import cli, tokenizer
 from pg_ground.config import Data, Source
 from pg_ground.data import pipeline
-from pg_ground.reporting.html_page import Table, ascii_table
 from pg_ground.reporting.metric_writers import read_metrics
+from pg_ground.reporting.tables import Table, ascii_table
 from pg_ground.types import UserError
 from pg_ground.vocab import BOS, EOS, LOC_MAX, NEWLINE, PAD
 

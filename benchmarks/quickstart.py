@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from pg_ground import cli
-from pg_ground.reporting.html_page import Table, ascii_table, write_whole
+from pg_ground.reporting.files import write_atomically
 from pg_ground.reporting.metric_writers import read_metrics
+from pg_ground.reporting.tables import Table, ascii_table
 from pg_ground.types import UserError
 
 CONFIG = "configs/quickstart.py"
@@ -48,7 +49,7 @@ def run_arm(arm: str, seed: int, workdir: Path) -> dict[str, Any]:
         ]
         if subprocess.run([*command, f"--config.seed={seed}"], check=False).returncode:
             raise UserError(f"the run in {workdir} failed")
-        write_whole(summary, json.dumps(time.perf_counter() - start))
+        write_atomically(summary, json.dumps(time.perf_counter() - start))
     lines = read_metrics(workdir)
     measured = [line for line in lines if MEASURES["acc@.5"] in line and line["step"] > 0]
     ends = {line["stage"]: {name: line[key] for name, key in MEASURES.items()} for line in measured}
@@ -84,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
         for seed in own["seeds"].split(",")
         for arm in own["arms"].split(",")
     ]
-    write_whole(workdir / "arms.json", json.dumps(results, indent=1) + "\n")
+    write_atomically(workdir / "arms.json", json.dumps(results, indent=1) + "\n")
     print(ascii_table(table(results)))
 
 

@@ -22,7 +22,7 @@ import optax
 from pg_ground import cli, tokenizer
 from pg_ground.config import Model, RewardSettings, Text, Vision
 from pg_ground.models import PaliGemma
-from pg_ground.reporting.html_page import Table, ascii_table
+from pg_ground.reporting.tables import Table, ascii_table
 from pg_ground.rewards import device_rewards
 from pg_ground.rl import loss, rollout, scored_rollouts, update
 from pg_ground.rl.scored_rollouts import PolicyBatch, ScoredRollouts

@@ -23,7 +23,7 @@ from pg_ground import cli, config
 from pg_ground.aot import flops
 from pg_ground.models import PaliGemma
 from pg_ground.parallel import sharding
-from pg_ground.reporting.html_page import Table, ascii_table
+from pg_ground.reporting.tables import Table, ascii_table
 from pg_ground.rl.scored_rollouts import PolicyBatch
 from pg_ground.training import programs
 from pg_ground.training.loop import Run, begin, fresh_state

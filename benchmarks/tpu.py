@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from pg_ground import cli
 from pg_ground.aot.tpu_specs import CHIPS, GIB, parse_topology
-from pg_ground.reporting.html_page import Table, ascii_table
+from pg_ground.reporting.tables import Table, ascii_table
 from pg_ground.types import UserError
 
 ROOT = Path(__file__).parents[1]

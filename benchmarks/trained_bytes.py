@@ -16,7 +16,7 @@ from pg_ground import cli, config
 from pg_ground.config import DECODERS, Lora
 from pg_ground.models import PaliGemma
 from pg_ground.params import flatten, lr_factors, unflatten
-from pg_ground.reporting.html_page import Table, ascii_table
+from pg_ground.reporting.tables import Table, ascii_table
 from pg_ground.training import optimizers
 
 

@@ -38,7 +38,7 @@ from peers.work import SIZES, Work
 
 from pg_ground import cli
 from pg_ground.config import nearest
-from pg_ground.reporting.html_page import Table, ascii_table
+from pg_ground.reporting.tables import Table, ascii_table
 from pg_ground.types import UserError
 
 HERE = Path(__file__).parent / "peers"

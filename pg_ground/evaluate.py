@@ -18,8 +18,7 @@ from pg_ground import cli
 from pg_ground.evals import benchmarks, prediction_files
 from pg_ground.evals.scoring import rescore, write_results
 from pg_ground.parallel import multiprocess
-from pg_ground.reporting.html_page import Table, ascii_table
-from pg_ground.reporting.tables import results_table
+from pg_ground.reporting.tables import Table, ascii_table, results_table
 from pg_ground.types import UserError
 
 

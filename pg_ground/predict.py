@@ -13,7 +13,7 @@ from pathlib import Path
 from pg_ground import cli
 from pg_ground.evals.prediction import predict
 from pg_ground.reporting import drawing
-from pg_ground.reporting.html_page import write_whole
+from pg_ground.reporting.files import write_atomically
 from pg_ground.types import UserError
 
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
         picture = drawing.draw_answer(
             image, (image.shape[1], image.shape[0]), found["boxes"], found["points"]
         )
-        write_whole(Path(flags["out"]), drawing.png_bytes(picture))
+        write_atomically(Path(flags["out"]), drawing.png_bytes(picture))
 
 
 if __name__ == "__main__":

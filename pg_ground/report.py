@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pg_ground import cli
-from pg_ground.reporting import html_page
+from pg_ground.reporting.files import write_atomically
 from pg_ground.reporting.report import FILE, SAMPLES_BYTES, distinct_names, read_run, report_html
 from pg_ground.types import UserError
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
         read_run(workdir, name, budget)
         for workdir, name in zip(workdirs, distinct_names(workdirs), strict=True)
     ]
-    html_page.write_whole(out, report_html(runs))
+    write_atomically(out, report_html(runs))
     print(out)
 
 

@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import re
 import sys
 import types
 
@@ -225,76 +224,3 @@ def test_a_mirror_that_is_not_installed_is_said_at_the_start(monkeypatch):
     metric_writers.check_mirror("")
     with pytest.raises(UserError, match=r"wandb is not installed: pip install"):
         metric_writers.check_mirror("grounding")
-
-
-def test_progress_line_says_where_how_well_how_fast_and_how_long():
-    values = {
-        "reward/total": 0.75,
-        "policy/kl": 0.01,
-        "time/step_s": 2.0,
-        "optim/lr": 1e-6,
-        "perf/images_per_s": 16.0,
-    }
-    line = metric_writers.progress_line(40, 100, "grpo", {**values, "accuracy": 0.5})
-    assert line == "grpo  40/100  reward 0.75  acc 0.5  kl 0.01  16 examples/s  2m00s left"
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_a_terminal_has_one_line_that_is_written_over_and_what_was_measured_stays(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "30")
-    out = Terminal()
-    monkeypatch.setattr(sys, "stdout", out)
-    progress = metric_writers.Progress()
-    progress.show(1, 90, "grpo", {"reward/total": 0.25})
-    progress.show(
-        2, 90, "grpo", {"reward/total": 0.5, "policy/kl": 0.125, "perf/images_per_s": 1234.0}
-    )
-    progress.show(2, 90, "grpo", {"eval/val/acc50": 0.75})
-    progress.show(3, 90, "grpo", {"reward/total": 0.5})
-    progress.end()
-    progress.end()
-    lines = out.getvalue().split("\r\x1b[K")[1:]
-    assert lines[0] == "grpo  1/90  reward 0.25" and len(lines[1]) == 29, (
-        "a longer one would not be written over"
-    )
-    assert lines[2] == "grpo  2/90  val: acc50 0.75\n"
-    assert lines[3] == "grpo  3/90  reward 0.5  acc 0\n", (
-        "the accuracy that was measured last; cut to the width"
-    )
-
-
-def test_a_log_has_a_line_a_minute_and_what_was_measured_and_the_last(monkeypatch):
-    now, out = [0.0], io.StringIO()
-    monkeypatch.setattr(sys, "stdout", out)
-    progress = metric_writers.Progress(clock=lambda: now[0])
-    for step in range(1, 301):
-        now[0] += 1.0
-        progress.show(step, 300, "sft", {"sft/loss": 1.0}, keep=step == 300)
-        if step == 100:
-            progress.show(step, 300, "sft", {"eval/val/acc50": 0.5})
-    steps = [int(re.match(r"sft +(\d+)/300  ", line)[1]) for line in out.getvalue().splitlines()]
-    assert steps == [1, 61, 100, 160, 220, 280, 300] and "\r" not in out.getvalue()
-
-
-def test_progress_line_of_an_evaluation_names_the_benchmarks():
-    values = {
-        "eval/val/acc50": 0.5,
-        "eval/val/acc95": 0.1,
-        "eval/val/mean_iou": 0.25,
-        "eval/clicks/hit": 0.9,
-    }
-    assert (
-        metric_writers.progress_line(0, 9, "sft", values)
-        == "sft  0/9  val: acc50 0.5 mean_iou 0.25  clicks: hit 0.9"
-    )
-
-
-def test_progress_line_is_one_line_whatever_the_numbers():
-    line = metric_writers.progress_line(
-        1, 2, "sft", {"sft/loss": math.nan, "time/step_s": math.inf}
-    )
-    assert "\n" not in line and "loss nan" in line and "ETA" not in line

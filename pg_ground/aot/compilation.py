@@ -26,7 +26,7 @@ from pg_ground.aot.tpu_specs import CHIPS, GIB, Chip
 from pg_ground.config import Config, Model, nearest
 from pg_ground.parallel import sharding
 from pg_ground.parallel.memory_model import KINDS
-from pg_ground.reporting.html_page import Table, ascii_table
+from pg_ground.reporting.tables import Table, ascii_table
 from pg_ground.training import programs
 from pg_ground.types import UserError
 

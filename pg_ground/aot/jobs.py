@@ -18,7 +18,7 @@ from pg_ground.models import PaliGemma
 from pg_ground.parallel import memory_model, sharding
 from pg_ground.parallel.sharding import AnyMesh
 from pg_ground.params import flatten, is_multiplied, join, map_named, unflatten
-from pg_ground.reporting.html_page import Table
+from pg_ground.reporting.tables import Table
 from pg_ground.rl.scored_rollouts import PolicyBatch
 from pg_ground.training import programs
 from pg_ground.types import Batch, Boxes, Gold, Points, Rollout, UserError

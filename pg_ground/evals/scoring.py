@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pg_ground.evals import benchmarks, prediction_files, rows
-from pg_ground.reporting.html_page import write_whole
+from pg_ground.reporting.files import write_atomically
 from pg_ground.types import UserError
 
 
@@ -87,6 +87,6 @@ def _claims(
 
 def write_results(out: Path, found: Mapping[str, Any], scored: Sequence[rows.Row]) -> Path:
     """Returns the path of `eval.json`, having written it, and `predictions.jsonl` beside it."""
-    write_whole(out / "predictions.jsonl", rows.lines(scored))
-    write_whole(out / "eval.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(out / "predictions.jsonl", rows.lines(scored))
+    write_atomically(out / "eval.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return out / "eval.json"

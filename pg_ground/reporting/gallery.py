@@ -15,6 +15,7 @@ from pg_ground.config import Config, Source
 from pg_ground.data import pipeline
 from pg_ground.data.records import BadRecord
 from pg_ground.reporting import drawing, html_page
+from pg_ground.reporting.files import write_atomically
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.types import POINTS, Boxes, Example, Points
@@ -41,9 +42,7 @@ class Look(NamedTuple):
 
 def look(config: Config, *, n: int, out: Path) -> Path:
     """Returns `out`, the page with the first `n` examples of every source, written whole."""
-    html_page.write_whole(
-        out, look_page(open_sources(config), n, load_tokenizer(config.data.tokenizer))
-    )
+    write_atomically(out, look_page(open_sources(config), n, load_tokenizer(config.data.tokenizer)))
     return out
 
 

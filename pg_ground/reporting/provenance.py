@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from pg_ground.reporting.html_page import write_whole
+from pg_ground.reporting.files import write_atomically
 
 FILE = "hardware.json"
 
@@ -26,7 +26,7 @@ def note(workdir: Path, resumed: int | None) -> None:
     now = describe()
     if not kept or {**kept[-1], "from_step": 0} != {"from_step": 0, **now}:
         kept.append({"from_step": resumed or 0, **now})
-    write_whole(file, json.dumps(kept, indent=1) + "\n")
+    write_atomically(file, json.dumps(kept, indent=1) + "\n")
 
 
 def describe() -> dict[str, Any]:

@@ -21,9 +21,9 @@ import numpy as np
 from pg_ground import config
 from pg_ground.parallel.multiprocess import flatten_settings
 from pg_ground.reporting import drawing, html_page, provenance
-from pg_ground.reporting.html_page import Table
+from pg_ground.reporting.files import write_atomically
 from pg_ground.reporting.metric_writers import read_metrics
-from pg_ground.reporting.tables import is_shown, results_table
+from pg_ground.reporting.tables import Table, is_shown, results_table
 from pg_ground.types import UserError
 
 FILE = "report.html"
@@ -104,7 +104,7 @@ class Curve(NamedTuple):
 def write_report(workdir: Path) -> Path:
     """Returns the path of `report.html`, written whole; equal files of a run give equal bytes."""
     path = workdir / FILE
-    html_page.write_whole(path, report_html([read_run(workdir)]))
+    write_atomically(path, report_html([read_run(workdir)]))
     return path
 
 

@@ -1,8 +1,19 @@
-"""Tables of evaluation metrics, for the terminal and for the report page."""
+"""Tables, for the terminal and for the report page."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from pg_ground.reporting.html_page import Table
+
+class Table(NamedTuple):
+    """A table of results."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    """Each cell is a text, a whole number, a fraction, or None, which is shown as –."""
+    note: str = ""
+
 
 SHOWN_METRICS = (
     "ap",
@@ -42,3 +53,41 @@ def results_table(title: str, columns: Mapping[str, Mapping[str, float]], note: 
         cells = [f"{metrics[name]:.3f}" if name in metrics else "" for metrics in columns.values()]
         rows.append([name.removeprefix("eval/"), *cells])
     return Table(title, ["metric", *columns], rows, note)
+
+
+def ascii_table(table: Table) -> str:
+    """Returns the lines of a table for a terminal: title, columns, rule, rows, note.
+
+    Columns of numbers are aligned to the right.
+    """
+    cells = [[cell_text(value) for value in row] for row in table.rows]
+    widths = [max(map(len, column)) for column in zip(table.columns, *cells, strict=True)]
+    is_number = [is_number_column(table, i) for i in range(len(table.columns))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(row, widths, is_number, strict=True)
+        ]
+        return "  ".join(padded).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    lines = [table.title, line(table.columns), rule, *map(line, cells), table.note]
+    return "\n".join(text for text in lines if text)
+
+
+def cell_text(value: Any) -> str:
+    """Returns the text of a cell: four decimals for a fraction, – for None."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:.4g}"
+    return str(value)
+
+
+def is_number_column(table: Table, column: int) -> bool:
+    """Returns whether a column holds only numbers, as values or as text, and empty cells."""
+    texts = [cell_text(row[column]) for row in table.rows if row[column] not in (None, "")]
+    return bool(texts) and all(
+        re.fullmatch(r"[-+−]?[\d.,]+(e[-+]?\d+)?[%×]?|nan|inf", text) for text in texts
+    )

@@ -11,7 +11,7 @@ from pg_ground.config import Config
 from pg_ground.data.pipeline import Batches
 from pg_ground.models import PaliGemma
 from pg_ground.parallel import sharding
-from pg_ground.reporting.html_page import Table, ascii_table
+from pg_ground.reporting.tables import Table, ascii_table
 from pg_ground.rl.scored_rollouts import ScoredRollouts, has_spread, weights_at
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.training.recorder import Stopwatch

@@ -29,7 +29,7 @@ from pg_ground.models import PaliGemma
 from pg_ground.parallel import multiprocess, sharding
 from pg_ground.params import AbstractParams, flatten, join, pick, unflatten
 from pg_ground.reporting import drawing, metric_writers
-from pg_ground.reporting.html_page import Table, ascii_table
+from pg_ground.reporting.tables import Table, ascii_table
 from pg_ground.rl import loss
 from pg_ground.rl.scored_rollouts import ScoredRollouts, weights_at
 from pg_ground.tokenizer import Tokenizer, check_vocab_size

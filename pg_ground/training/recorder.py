@@ -26,8 +26,9 @@ from pg_ground.data.pipeline import BadRecords
 from pg_ground.parallel import multiprocess
 from pg_ground.parallel.multiprocess import flatten_settings
 from pg_ground.reporting import drawing, provenance, report
-from pg_ground.reporting.html_page import ascii_table, write_whole
+from pg_ground.reporting.files import write_atomically
 from pg_ground.reporting.metric_writers import MetricsWriter
+from pg_ground.reporting.tables import ascii_table
 from pg_ground.rewards import workers
 from pg_ground.types import TrainState, UserError
 
@@ -252,9 +253,9 @@ class Recorder:
         if self.writer is None:
             return
         name = report.samples_name(stage, step)
-        write_whole(self.workdir / f"{name}.png", drawing.png_bytes(pictures.sheet))
+        write_atomically(self.workdir / f"{name}.png", drawing.png_bytes(pictures.sheet))
         sample = {"stage": stage, "step": step, "prompts": pictures.prompts}
-        write_whole(self.workdir / f"{name}.json", json.dumps(sample, allow_nan=False) + "\n")
+        write_atomically(self.workdir / f"{name}.json", json.dumps(sample, allow_nan=False) + "\n")
         self.writer.picture(step, "samples", pictures.sheet)
         self._update_report()
 
@@ -302,7 +303,7 @@ class Recorder:
     def _write_bad_records(self) -> None:
         entries = self._bad_records()
         if entries and multiprocess.is_main_process():
-            write_whole(
+            write_atomically(
                 self.workdir / "bad_records.jsonl",
                 "".join(json.dumps(entry) + "\n" for entry in entries),
             )
@@ -381,7 +382,7 @@ def claim(workdir: Path, config: Config) -> None:
             workdir
         ):  # what a run left that ended before its first checkpoint is not this one's
             manager.remove_tree(workdir / run_directory.BEST)
-        write_whole(file, json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+        write_atomically(file, json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     multiprocess.barrier("claimed")
     seen = multiprocess.all_gather(file.is_file())
     if not all(seen):
