@@ -11,7 +11,6 @@ import io
 import json
 import logging
 import re
-import runpy
 import shutil
 import statistics
 import sys
@@ -50,7 +49,7 @@ class Compiled(logging.Handler):
 
 def get(name: str, steps: int) -> Any:
     """Returns the recipe of a row, cut to `steps` reinforced steps."""
-    c = runpy.run_path(str(CONFIG))["get_config"](name).unlock()
+    c = cli.load(f"{CONFIG}:{name}").unlock()
     c.grpo.steps, c.log.every, c.log.samples_every, c.checkpoint.every = steps, 1, 0, 10_000
     c.grpo.optimizer.schedule, c.eval.examples = "constant", 256
     return c

@@ -7,7 +7,6 @@ one, which is a supervised step on as many questions as there are completions. A
 """
 
 import json
-import runpy
 import subprocess
 import sys
 import tempfile
@@ -146,7 +145,7 @@ HEADS = [
 
 def main() -> None:
     own = cli.parse_own(sys.argv[1:], {"only": "", "json": ""})
-    recipes = runpy.run_path(str(ROOT / "configs" / "tpu.py"))["RECIPES"]
+    recipes = cli.run_recipe(ROOT / "configs" / "tpu.py").RECIPES
     tables = {
         "recipes": [
             Row(name, f"configs/tpu.py:{name}", recipe.topology, "rollout,update")

@@ -9,10 +9,9 @@ to an algorithm and is no part of its loss is set below.
 Hardware, time and results are the quickstart's: `benchmarks/algorithms.py` runs ten rows side by side.
 """
 
-import runpy
-from pathlib import Path
-
 from ml_collections import ConfigDict
+
+from . import quickstart
 
 BESIDE = {
     # dynamic sampling, and a completion that runs out of room leaves the loss and costs
@@ -37,7 +36,7 @@ BESIDE = {
 
 
 def get_config(algorithm: str = "grpo") -> ConfigDict:
-    c = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))["get_config"]().unlock()
+    c = quickstart.get_config().unlock()
     c.grpo.algorithm = algorithm
     c.grpo.update(BESIDE.get(algorithm, {}))
     return c.lock()

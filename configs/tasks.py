@@ -31,9 +31,7 @@ From published weights, with the sizes, rates and batches of configs/paligemma.p
 Hardware: any CPU. Time: two to six minutes on two busy cores. Expected: random weights learn the form of an answer, hardly more.
 """
 
-import runpy
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -41,6 +39,10 @@ from ml_collections import ConfigDict
 from pg_ground import config
 from pg_ground.config import Source
 from pg_ground.types import UserError
+
+from . import paligemma
+from .data import ENTRIES
+from .photos import PHOTOS
 
 
 class Task(NamedTuple):
@@ -53,14 +55,6 @@ class Task(NamedTuple):
     answer_tokens: int = 8
     prompt_tokens: int = 48
 
-
-def beside(name: str) -> dict[str, Any]:
-    """Returns what another file of this folder defines."""
-    return runpy.run_path(str(Path(__file__).with_name(name)))
-
-
-ENTRIES: dict[str, Source] = beside("data.py")["ENTRIES"]
-PHOTOS: Source = beside("photos.py")["PHOTOS"]
 
 DETECTIONS = Source(
     uri="jsonl:ovd.jsonl", phrase="problem", target="text", suffix="{solution}", prompt="{phrase}"
@@ -173,7 +167,7 @@ def get_config(argument: str = "grounding") -> ConfigDict:
     if name not in TASKS:
         raise UserError(f"configs/tasks.py:{name} does not exist: {config.nearest(name, TASKS)}")
     task = TASKS[name]
-    c = beside("paligemma.py")["get_config"](variant).unlock() if variant else small()
+    c = paligemma.get_config(variant).unlock() if variant else small()
     c.stages = ("sft", "grpo")
     c.data.prompt_length = task.prompt_tokens
     c.data.suffix_length = task.answer_tokens

@@ -34,14 +34,14 @@ pg2_28b_224_v5p_16       v5p:2x2x2       64      49.6    59.7      6.27    2.99 
 pg1_3b_224_v5e_256       v5e:16x16     1024       6.2     1.8      0.34    0.30   FLOPs
 """
 
-import runpy
-from pathlib import Path
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from pg_ground import config
 from pg_ground.types import UserError
+
+from . import paligemma
 
 
 class Recipe(NamedTuple):
@@ -93,8 +93,7 @@ def get_config(name: str = "pg1_3b_224_v5e_8") -> ConfigDict:
     if name not in RECIPES:
         raise UserError(f"configs/tpu.py:{name} does not exist: {config.nearest(name, RECIPES)}")
     recipe = RECIPES[name]
-    base = runpy.run_path(str(Path(__file__).with_name("paligemma.py")))["get_config"]
-    c = base(recipe.model + ("" if recipe.lora else "_full")).unlock()
+    c = paligemma.get_config(recipe.model + ("" if recipe.lora else "_full")).unlock()
     c.model.logits_block = recipe.logits_block
     c.mesh.replica = recipe.replica
     c.mesh.model = recipe.model_axis

@@ -4,11 +4,14 @@ A command that may run in several processes has the flag `--distributed`, and ex
 """
 
 import ast
-import runpy
+import itertools
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.util import module_from_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 from ml_collections import config_dict
@@ -103,29 +106,64 @@ def parse_places(argv: Sequence[str], own: Flags) -> tuple[list[str], dict[str, 
     return places, parse_own(flags, own)
 
 
+PACKAGE = Path(__file__).parent
+
+RECIPE_FOLDERS = (PACKAGE, PACKAGE.parent)
+"""The folders that hold `configs/`: the package in a wheel, the top of the repository in a checkout."""
+
+_package_numbers = itertools.count()
+
+
 def load(path: str) -> config_dict.ConfigDict:
-    """Returns what `get_config` in a file returns; `FILE:ARGUMENT` passes it an argument.
+    """Returns the config of a recipe: `FILE`, or `FILE:ARGUMENT` to pass `get_config` an argument.
 
     Raises:
-      UserError: no such file, or one that does not run or has no `get_config`.
+      UserError: the file does not exist, does not run, or has no `get_config`.
     """
-    file, colon, argument = path.partition(":")
-    if not Path(file).is_file():
-        raise UserError(f"--config={path}: there is no file {file}")
+    name, colon, argument = path.partition(":")
+    file = recipe_file(name)
+    if file is None:
+        raise UserError(f"--config={path}: there is no file {name}")
     try:
-        names = runpy.run_path(file)
-        if "get_config" not in names:
+        recipe = run_recipe(file)
+        if not hasattr(recipe, "get_config"):
             raise UserError(
-                f"--config={path}: {file} has no function get_config, which returns the config"
+                f"--config={path}: {name} has no function get_config, which returns the config"
             )
-        return names["get_config"](argument) if colon else names["get_config"]()
+        return recipe.get_config(argument) if colon else recipe.get_config()
     except UserError:
         raise
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # a config file is a program of the user's: whatever it raises is theirs to read, in one line
+    # A config file is a user's program. Whatever it raises is reported in one line.
+    except (Exception, SystemExit) as error:
         raise UserError(f"--config={path} does not run: {type(error).__name__}: {error}") from None
+
+
+def recipe_file(name: str) -> Path | None:
+    """Returns the file called `name`, or the recipe of that name that ships with the package.
+
+    So `configs/tiny.py` works in any working directory. Returns None if there is no file.
+    """
+    file = Path(name).expanduser()
+    shipped = [folder / file for folder in RECIPE_FOLDERS if file.parts[:1] == ("configs",)]
+    return next((path for path in (file, *shipped) if path.is_file()), None)
+
+
+def run_recipe(file: Path) -> ModuleType:
+    """Returns the module that results from running `file`.
+
+    The file's folder counts as a package of its own, so a recipe imports a file beside it with
+    `from . import quickstart`, in a checkout, in a wheel and in a user's folder alike.
+    """
+    package = ModuleType(f"_recipes_{next(_package_numbers)}")
+    package.__path__ = [str(file.resolve().parent)]
+    sys.modules[package.__name__] = package
+    loader = SourceFileLoader(f"{package.__name__}.{file.stem}", str(file))
+    module = module_from_spec(ModuleSpec(loader.name, loader, origin=str(file)))
+    module.__file__ = str(file)
+    sys.modules[module.__name__] = module
+    # Not loader.exec_module: its bytecode is stale if a file changes twice within a second.
+    exec(compile(file.read_bytes(), str(file), "exec"), vars(module))
+    return module
 
 
 def override(tree: config_dict.ConfigDict, path: str, text: str) -> None:

@@ -2,7 +2,7 @@
 
 import ast
 import dataclasses
-import importlib.util
+import importlib
 import json
 import typing
 from pathlib import Path
@@ -15,7 +15,7 @@ from pg_ground.config import Config, Grpo, Sft, Source, parse, section, template
 from pg_ground.types import UserError
 
 ROOT = Path(__file__).parents[1]
-RECIPES = sorted((ROOT / "configs").glob("*.py"))
+RECIPES = sorted((ROOT / "configs").glob("[a-z]*.py"))
 BOXES = Source(uri="synthetic:train", boxes="box")
 
 
@@ -98,9 +98,7 @@ def test_a_locked_recipe_refuses_a_new_name():
 
 @pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
 def test_every_recipe_is_locked_and_parses(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module(f"configs.{path.stem}")
     recipe = module.get_config()
     assert recipe.is_locked and isinstance(parse(recipe), Config)
     assert f"configs/{path.name}" in module.__doc__, "the docstring gives the command"
@@ -109,9 +107,7 @@ def test_every_recipe_is_locked_and_parses(path):
 @pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
 def test_config_json_is_the_config(path):
     """What a run writes down at its start, and reads back at its end or when it resumes."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = importlib.import_module(f"configs.{path.stem}")
     found = parse(module.get_config())
     assert parse(json.loads(json.dumps(dataclasses.asdict(found)))) == found
 
