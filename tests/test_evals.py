@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from pg_ground import cli, evaluate
 from pg_ground.boxes import host_boxes, iou
 from pg_ground.config import Source
+from pg_ground.data import run_lengths
+from pg_ground.data.box_formats import BOX_ORDERS, format_names, image_extent
 from pg_ground.evals import (
     answers,
     benchmarks,
     cv_bench,
     environment,
-    frames,
     pointing,
     prediction_files,
     rows,
@@ -25,7 +26,6 @@ from pg_ground.evals import (
     scoring,
 )
 from pg_ground.evals.intervals import intervals
-from pg_ground.evals.run_length import runs_of
 from pg_ground.types import UserError
 
 FIELDS = {"pred": "extracted_answer", "gold": "ground_truth"}
@@ -170,14 +170,14 @@ def test_what_cannot_be_read_is_invalid_and_counts_as_wrong(box, tmp_path):
     assert scored[0]["iou"] == 0 and scored[0]["correct"] == 0
 
 
-@pytest.mark.parametrize(
-    "form", [f"{order}_{unit}" for order in frames.BOX_ORDERS for unit in frames.WHOLE]
-)
+@pytest.mark.parametrize("form", format_names(BOX_ORDERS))
 def test_every_box_format_reads_the_same_box(form, tmp_path):
     order, unit = form.rsplit("_")
     x1, y1, x2, y2 = (
-        v / ((frames.WHOLE[unit] and side / frames.WHOLE[unit]) or 1)
-        for v, side in zip((10, 20, 110, 220), (640, 480) * 2, strict=True)
+        v * extent / side
+        for v, side, extent in zip(
+            (10, 20, 110, 220), (640, 480) * 2, image_extent(unit, (640, 480)) * 2, strict=True
+        )
     )
     written = {
         "xyxy": [x1, y1, x2, y2],
@@ -261,7 +261,7 @@ def random_boxes(count: int = 40) -> np.ndarray:
             False,
             "x scaled by 640 and y by 480, as --box-format=xyxy_frac does",
         ),
-        (lambda b: b / 2, True, "x scaled by 2 and y by 2 .boxes of a resized image"),
+        (lambda b: b / 2, True, "x scaled by 2 and y by 2 .are these boxes of a resized image"),
     ],
 )
 @pytest.mark.parametrize("benchmark", ["rec", "objects", "detection"])
@@ -420,7 +420,7 @@ def test_points_are_matched_for_most_hits():
 def test_run_lengths_cover_the_cells_of_their_mask(bits, x, y):
     mask = np.array([bits >> i & 1 for i in range(12)], bool).reshape(3, 4)
     assert (
-        pointing.covers(runs_of(mask), (x + 0.5, y + 0.5), (100, 100))
+        pointing.covers(run_lengths.encode(mask), (x + 0.5, y + 0.5), (100, 100))
         == mask[int((y + 0.5) * 3 / 100), int((x + 0.5) * 4 / 100)]
     )
 

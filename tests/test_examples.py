@@ -100,7 +100,7 @@ def test_format_that_does_not_exist_is_refused_with_the_nearest(setting):
     check_formats(SOURCE, "toy")
     value = {"box_format": "xyxy_pixel", "point_format": "xy_pz"}[setting]
     nearest = {"box_format": "xyxy_px", "point_format": "xy_px"}[setting]
-    with pytest.raises(UserError, match=f"toy: {setting} '{value}'.*{nearest}"):
+    with pytest.raises(UserError, match=f"toy: {setting}={value} does not exist.*{nearest}"):
         check_formats(dataclasses.replace(SOURCE, **{setting: value}), "toy")
 
 

@@ -25,6 +25,8 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
         (
             "records",
             "sampling",
+            "box_formats",
+            "run_lengths",
             "masks",
             "synthetic",
             "tables",
@@ -51,11 +53,10 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
         "evals",
         (
             "rows",
-            "run_length",
             "intervals",
             "answers",
             "box_matching",
-            "frames",
+            "box_format_check",
             "detection",
             "segmentation",
             "grounding",

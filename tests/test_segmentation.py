@@ -12,8 +12,8 @@ from hypothesis.extra import numpy as npst
 
 from pg_ground import tokenizer
 from pg_ground.checkpoints import vqvae_file
+from pg_ground.data import run_lengths
 from pg_ground.evals import benchmarks, runner, segmentation
-from pg_ground.evals.run_length import mask_of, runs_of
 from pg_ground.evals.segmentation import read, write
 from pg_ground.models import vqvae
 from pg_ground.vocab import EOS, LOC_MAX, vocab_of_size
@@ -49,7 +49,7 @@ def judge(bins, valid, decoded, gold, gold_yxyx) -> dict[str, Any]:
         "mode": "greedy",
         "benchmark": "segmentation",
         "prediction": segmentation.answer(np.asarray(bins), valid, decoded, (width, height)),
-        "gold": {"boxes": [{"xyxy_px": [x1, y1, x2, y2]}], "mask": runs_of(gold)},
+        "gold": {"boxes": [{"xyxy_px": [x1, y1, x2, y2]}], "mask": run_lengths.encode(gold)},
     }
     row = json.loads(json.dumps(row))
     return row | segmentation.score(row)
@@ -88,7 +88,7 @@ def test_masks_of_a_group_are_those_of_their_texts(golden):
 
 @hypothesis.given(npst.arrays(bool, npst.array_shapes(min_dims=2, max_dims=2, max_side=7)))
 def test_run_lengths_give_the_mask_back(mask):
-    np.testing.assert_array_equal(mask_of(runs_of(mask)), mask)
+    np.testing.assert_array_equal(run_lengths.decode(run_lengths.encode(mask)), mask)
 
 
 def test_the_answers_that_big_vision_learns_from(golden):

@@ -13,8 +13,14 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from pg_ground.boxes import corners
-from pg_ground.config import Data, Fetch, Source, nearest
+from pg_ground.config import Data, Fetch, Source
+from pg_ground.data.box_formats import (
+    BOX_ORDERS,
+    POINT_ORDERS,
+    check_format,
+    format_names,
+    to_fractions,
+)
 from pg_ground.data.fetch import cached, is_url
 from pg_ground.data.masks import to_masks
 from pg_ground.data.records import BadRecord, open_image
@@ -35,22 +41,18 @@ from pg_ground.types import (
 from pg_ground.vocab import LOC_MAX, PAD
 
 TARGET_NAMES = {"boxes": BOXES, "points": POINTS, "text": TEXT}
-UNITS = ("px", "frac", "percent", "bin")
-BOX_ORDERS = ("xyxy", "yxyx", "xywh", "cxcywh")
-POINT_ORDERS = ("xy", "yx")
+SOURCE_UNITS = ("px", "frac", "percent", "bin")
+"""The units that a source's coordinates may have."""
 
 
 def check_formats(source: Source, source_name: str) -> None:
-    """Raises UserError if `box_format` or `point_format` is none that exists."""
+    """Raises UserError if the source's `box_format` or `point_format` does not exist."""
     for setting, value, orders in (
         ("box_format", source.box_format, BOX_ORDERS),
         ("point_format", source.point_format, POINT_ORDERS),
     ):
-        formats = [f"{order}_{unit}" for order in orders for unit in UNITS]
-        if value not in formats:
-            raise UserError(
-                f"source {source_name}: {setting} {value!r} does not exist: {nearest(value, formats)}"
-            )
+        formats = format_names(orders, SOURCE_UNITS)
+        check_format(value, f"source {source_name}: {setting}", formats)
 
 
 def image_at(record: Mapping[str, Any], source: Source, element: int, fetch: Fetch | None) -> Any:
@@ -350,19 +352,13 @@ def to_yxyx(value: Any, box_format: str, size: tuple[int, int]) -> Float[np.ndar
     """
     if not len(value):
         return np.zeros((0, 4), np.float32)
-    order, unit = box_format.rsplit("_", 1)
     rows = _rows_of_numbers(value, 4, "bad_box")
-    x1, y1, x2, y2 = corners(order, *rows.T)
-    yxyx = np.clip(
-        np.stack([y1, x1, y2, x2], 1) / whole_sides(unit, size)[[1, 0, 1, 0]], 0, 1
-    ).astype(np.float32)
-    for i in np.flatnonzero((yxyx[:, 2] <= yxyx[:, 0]) | (yxyx[:, 3] <= yxyx[:, 1])).tolist():
-        wrong = (
-            "has no area"
-            if x2[i] <= x1[i] or y2[i] <= y1[i]
-            else f"lies outside an image of {_text(size)} pixels"
-        )
-        raise BadRecord("bad_box", f"{_one_of(rows, i)} as {box_format} {wrong}")
+    fractions = to_fractions(rows, box_format, size)
+    yxyx = np.clip(fractions, 0, 1).astype(np.float32)
+    for i in np.flatnonzero((yxyx[:, 2:] <= yxyx[:, :2]).any(1)).tolist():
+        has_area = (fractions[i, 2:] > fractions[i, :2]).all()
+        reason = f"lies outside an image of {_text(size)} pixels" if has_area else "has no area"
+        raise BadRecord("bad_box", f"{_one_of(rows, i)} as {box_format} {reason}")
     return yxyx
 
 
@@ -376,9 +372,8 @@ def to_yx(value: Any, point_format: str, size: tuple[int, int]) -> Float[np.ndar
     """
     if not len(value):
         return np.zeros((0, 2), np.float32)
-    order, unit = point_format.rsplit("_", 1)
     rows = _rows_of_numbers(value, 2, "bad_point")
-    yx = (rows if order == "yx" else rows[:, ::-1]) / whole_sides(unit, size)[::-1]
+    yx = to_fractions(rows, point_format, size)
     pixel = 1 / np.array(size[::-1])
     for i in np.flatnonzero(((yx < -pixel) | (yx > 1 + pixel)).any(1)).tolist():
         raise BadRecord(
@@ -569,12 +564,6 @@ def _one_of(rows: Float[np.ndarray, "K N"], i: int) -> str:
 
 def _short(value: Any) -> str:
     return f"{' '.join(repr(value).split()):.80}"
-
-
-def whole_sides(unit: str, size: tuple[int, int]) -> Float[np.ndarray, " 2"]:
-    """Returns what the whole width and the whole height are in `unit`."""
-    whole = {"px": size, "frac": (1, 1), "percent": (100, 100), "bin": (LOC_MAX, LOC_MAX)}
-    return np.array(whole[unit], np.float64)
 
 
 def _text(size: tuple[int, int]) -> str:

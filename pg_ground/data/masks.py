@@ -8,11 +8,9 @@ from jaxtyping import Bool
 from PIL import Image
 from pycocotools import mask as coco
 
+from pg_ground.data import run_lengths
 from pg_ground.data.records import BadRecord, load_image
 from pg_ground.types import FilePath
-
-MOST_PIXELS = 2**28
-"""Of a mask given as run lengths: a few numbers may claim any size."""
 
 
 def to_masks(
@@ -79,7 +77,7 @@ def _pixels(value: Any, size: tuple[int, int], root: FilePath | None) -> Bool[np
     if isinstance(value, list):
         return _filled([value] if _is_polygon(value) else value, size)
     if isinstance(value, Mapping) and "counts" in value:
-        return _run(value)
+        return run_lengths.decode(value)
     try:
         return np.asarray(load_image(value, root).any(axis=-1))
     except BadRecord as bad:
@@ -102,48 +100,7 @@ def _filled(polygons: Sequence[Any], size: tuple[int, int]) -> Bool[np.ndarray, 
         rings.append(np.clip(corners, 0, size).ravel().tolist())
     width, height = size
     return (
-        _run(coco.merge(coco.frPyObjects(rings, height, width)))
+        run_lengths.decode(coco.merge(coco.frPyObjects(rings, height, width)))
         if rings
         else np.zeros((height, width), bool)
     )
-
-
-def _run(rle: Mapping[str, Any]) -> Bool[np.ndarray, "H W"]:
-    """Returns the pixels of COCO's run lengths, which go down the columns and begin with what is not the object.
-
-    Not by pycocotools: it returns whatever lay in memory where the counts end too early.
-    """
-    counts = rle["counts"]
-    try:
-        height, width = map(int, rle["size"])
-        runs = np.array(_unpacked(counts) if isinstance(counts, str | bytes) else counts, np.int64)
-        area = height * width
-        if (
-            runs.ndim != 1
-            or not 0 < area <= MOST_PIXELS
-            or runs.min() < 0
-            or runs.max() > area
-            or runs.sum() != area
-        ):
-            raise ValueError(f"runs of {runs.sum()} pixels for {height} x {width}")
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise BadRecord(
-            "bad_mask", f"{dict(rle)!r:.60} is not COCO's run lengths: {error}"
-        ) from None
-    return np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(width, height).T
-
-
-def _unpacked(text: str | bytes) -> list[int]:
-    """Returns the run lengths in COCO's string: five bits a character, the lowest first, and differences from the third on."""
-    runs: list[int] = []
-    value, shift = 0, 0
-    for code in (byte - 48 for byte in (text.encode() if isinstance(text, str) else text)):
-        value |= (code & 31) << shift
-        shift += 5
-        if code & 32 and shift < 60:
-            continue
-        if code & 16:
-            value -= 1 << shift
-        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-        value, shift = 0, 0
-    return runs

@@ -21,6 +21,7 @@ from absl import flags
 from jaxtyping import Bool, Int, UInt8
 
 from pg_ground.config import Data, Source
+from pg_ground.data.box_formats import image_extent
 from pg_ground.data.examples import (
     answer,
     check_formats,
@@ -31,7 +32,6 @@ from pg_ground.data.examples import (
     question,
     to_batch_row,
     to_example,
-    whole_sides,
 )
 from pg_ground.data.masks import whole_masks
 from pg_ground.data.records import BadRecord, Records, image_folder
@@ -717,7 +717,7 @@ def probe(opened: Examples, indices: Sequence[int]) -> None:
         value: str = getattr(opened.source, setting)
         unit = value.rsplit("_", 1)[1]
         told = [
-            (yx, whole_sides(unit, one.size)[::-1])
+            (yx, np.array(image_extent(unit, one.size)[::-1]))
             for one, yx in zip(examples, corners, strict=True)
             if len(yx)
         ]

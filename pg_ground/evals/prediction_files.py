@@ -6,8 +6,16 @@ from typing import Any, NamedTuple
 
 from pg_ground.boxes import host_boxes, is_proper
 from pg_ground.config import nearest
-from pg_ground.evals import answers, frames
+from pg_ground.data.box_formats import (
+    BOX_ORDERS,
+    POINT_ORDERS,
+    check_format,
+    format_names,
+    to_pixels,
+)
+from pg_ground.evals import answers
 from pg_ground.evals.benchmarks import benchmark_of
+from pg_ground.evals.box_format_check import check_box_format
 from pg_ground.evals.rows import GIVEN, check_unique
 from pg_ground.types import UserError
 
@@ -96,7 +104,7 @@ def read(
     reader = _Reader(kind, formats, path, columns, sizes)
     gold, predictions = reader.gold(), reader.predictions()
     if kind in ("box", "boxes", "detection", "click"):
-        reader.check_frame(gold)
+        reader.check_box_format(gold)
     rows = []
     for index in range(len(records)):
         at = {name: values[index] for name, values in columns.items()}
@@ -121,10 +129,10 @@ def read(
 
 
 def _check_formats(formats: Formats) -> None:
-    frames.check_format(formats.boxes, "box-format", frames.BOX_ORDERS)
-    frames.check_format(formats.points, "point-format", frames.POINT_ORDERS)
+    check_format(formats.boxes, "--box-format", format_names(BOX_ORDERS))
+    check_format(formats.points, "--point-format", format_names(POINT_ORDERS))
     if formats.gold:
-        frames.check_format(formats.gold, "gold-format", (*frames.BOX_ORDERS, *frames.POINT_ORDERS))
+        check_format(formats.gold, "--gold-format", format_names((*BOX_ORDERS, *POINT_ORDERS)))
 
 
 def _column(
@@ -189,9 +197,7 @@ class _Reader(NamedTuple):
 
     def gold(self) -> list[dict[str, Any]]:
         """Returns the gold answers; an annotation that cannot be read is an error, not a question."""
-        of_points = (
-            self.kind == "points" and self.gold_form().partition("_")[0] in frames.POINT_ORDERS
-        )
+        of_points = self.kind == "points" and self.gold_form().partition("_")[0] in POINT_ORDERS
         found, wrong = [], []
         for index in range(len(self.sizes)):
             gold = self._gold_of(index, of_points)
@@ -277,7 +283,7 @@ class _Reader(NamedTuple):
             numbers = (
                 None
                 if place.numbers is None
-                else frames.to_px(place.numbers, written, self._size(index, written, other))
+                else to_pixels(place.numbers, written, self._size(index, written, other))
             )
             score = {} if place.score is None else {"score": place.score}
             found.append({"label": place.label, key: numbers, **score})
@@ -297,7 +303,7 @@ class _Reader(NamedTuple):
             )
         return size or [1.0, 1.0]
 
-    def check_frame(self, gold: Sequence[Mapping[str, Any]]) -> None:
+    def check_box_format(self, gold: Sequence[Mapping[str, Any]]) -> None:
         """Raises UserError where the boxes answered are in another frame than the gold ones."""
         pairs = [
             (place.numbers, one["xyxy_px"], self.sizes[i])
@@ -312,4 +318,4 @@ class _Reader(NamedTuple):
             [pair[1] for pair in pairs],
             [pair[2] for pair in pairs],
         )
-        frames.check_frame(given, theirs, sizes, self.formats.boxes, self.gold_form())
+        check_box_format(given, theirs, sizes, self.formats.boxes, self.gold_form())

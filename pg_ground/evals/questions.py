@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from pg_ground.data import pipeline
+from pg_ground.data import pipeline, run_lengths
 from pg_ground.data.examples import field_at
 from pg_ground.data.records import BadRecord
 from pg_ground.evals import answers, benchmarks, cv_bench
 from pg_ground.evals.rows import GREEDY
-from pg_ground.evals.run_length import runs_of
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.types import Array, Batch, Boxes, Points, UserError
 
@@ -115,13 +114,17 @@ def _gold_masks(task: EvalTask, batch: Batch, row: int, objects: int) -> dict[st
     if task.kind == "mask":
         index = int(batch.index[row])
         try:
-            return {"mask": runs_of(task.examples.mask(index, _image_size(batch, row)))}
+            return {"mask": run_lengths.encode(task.examples.mask(index, _image_size(batch, row)))}
         except BadRecord as bad:
             raise UserError(f"source {task.examples.name}: question {index}: {bad}") from None
     if not batch.gold.masks.shape[-1] or not objects:
         return {}
     masks = [np.asarray(batch.gold.masks[row][slot]) for slot in range(objects)]
-    return {"masks": [runs_of(mask) for mask in masks]} if all(m.any() for m in masks) else {}
+    return (
+        {"masks": [run_lengths.encode(mask) for mask in masks]}
+        if all(m.any() for m in masks)
+        else {}
+    )
 
 
 def read_prediction(

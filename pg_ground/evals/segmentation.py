@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 
 from pg_ground.boxes import host_boxes, iou
+from pg_ground.data import run_lengths
 from pg_ground.evals.rows import Row, column
-from pg_ground.evals.run_length import mask_of, runs_of
 from pg_ground.vocab import LOC_MAX, SEG_TOKENS
 
 CODES = 16
@@ -105,7 +105,11 @@ def answer(
         )
         mask[y1:y2, x1:x2] = np.asarray(part) > 0
     box = {"label": "", "xyxy_px": edges[[1, 0, 3, 2]].tolist()}
-    return {"boxes": [box], "points": [], "mask": runs_of(mask) if y2 > y1 and x2 > x1 else None}
+    return {
+        "boxes": [box],
+        "points": [],
+        "mask": run_lengths.encode(mask) if y2 > y1 and x2 > x1 else None,
+    }
 
 
 def _mask_iou(a: Bool[np.ndarray, "H W"], b: Bool[np.ndarray, "H W"]) -> float:
@@ -117,7 +121,9 @@ def score(row: Row) -> dict[str, Any]:
     """Returns `mask_iou` and `iou` (of the boxes) of an answer, and whether it is `valid`: it writes a mask."""
     said, gold = row["prediction"], row["gold"]
     overlap = (
-        0.0 if said["mask"] is None else _mask_iou(mask_of(said["mask"]), mask_of(gold["mask"]))
+        0.0
+        if said["mask"] is None
+        else _mask_iou(run_lengths.decode(said["mask"]), run_lengths.decode(gold["mask"]))
     )
     box = said["boxes"][0]["xyxy_px"] if said["boxes"] else None
     box_iou = iou(*host_boxes([box, gold["boxes"][0]["xyxy_px"]]))
