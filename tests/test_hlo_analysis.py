@@ -1,4 +1,4 @@
-"""What a compiled program moves, read from its text: loops counted, slices not taken for the whole."""
+"""Traffic of compiled programs, read from HLO text: loops count per iteration, slices count as slices."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from pg_ground.parallel import sharding
 LAYERS, ROWS, WIDTH = 5, 16, 64
 
 
-def text_of(function, *args) -> str:
+def hlo_text(function, *args) -> str:
     return jax.jit(function).lower(*args).compile().as_text()
 
 
@@ -21,26 +21,25 @@ def over_layers(x: jax.Array, stack: jax.Array) -> jax.Array:
 
 
 def test_a_loop_over_layers_reads_each_layer_once():
-    """A stack of matrices is an operand of every turn, and a slice of it is what is read."""
+    """The whole stack of matrices is an operand of every iteration, but an iteration reads only one slice."""
     x, stack = jnp.ones((ROWS, WIDTH)), jnp.ones((LAYERS, WIDTH, WIDTH))
-    found = hlo_analysis.measure_traffic(text_of(over_layers, x, stack), default_trip_count=1000)
-    least = stack.nbytes + x.nbytes
-    assert least <= found.hbm_bytes <= 4 * least + LAYERS * 6 * x.nbytes
-    assert not found.collectives
+    text = hlo_text(over_layers, x, stack)
+    traffic = hlo_analysis.measure_traffic(text, default_trip_count=1000)
+    minimum = stack.nbytes + x.nbytes
+    assert minimum <= traffic.hbm_bytes <= 4 * minimum + LAYERS * 6 * x.nbytes
+    assert not traffic.collectives
 
 
-def test_a_deeper_stack_moves_as_much_more():
+def test_traffic_grows_with_the_number_of_layers():
     x = jnp.ones((ROWS, WIDTH))
-    one, two = (
-        hlo_analysis.measure_traffic(
-            text_of(over_layers, x, jnp.ones((n, WIDTH, WIDTH))), 1
-        ).hbm_bytes
-        for n in (LAYERS, 2 * LAYERS)
-    )
-    assert 1.8 <= two / one <= 2.2
+    texts = [
+        hlo_text(over_layers, x, jnp.ones((depth, WIDTH, WIDTH))) for depth in (LAYERS, 2 * LAYERS)
+    ]
+    once, twice = (hlo_analysis.measure_traffic(text, 1).hbm_bytes for text in texts)
+    assert 1.8 <= twice / once <= 2.2
 
 
-def test_weights_that_are_gathered_in_a_loop_are_counted_at_every_turn():
+def test_weights_that_are_gathered_in_a_loop_count_in_every_iteration():
     mesh = sharding.make_mesh(config.Mesh())
     rows = sharding.activation_sharding(mesh).rows
     x = jax.device_put(jnp.ones((ROWS, WIDTH)), sharding.batch_sharding(mesh))
@@ -51,31 +50,32 @@ def test_weights_that_are_gathered_in_a_loop_are_counted_at_every_turn():
     def function(x: jax.Array, stack: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda x, w: (rows(jnp.tanh(rows(x) @ w)), None), x, stack)[0]
 
-    found = hlo_analysis.measure_traffic(text_of(function, x, stack), 1)
-    assert set(found.collectives) == {"all-gather"}
-    count, size = found.collectives["all-gather"]
-    assert size == stack.nbytes and count in (1, LAYERS)  # XLA may gather the stack before the loop
+    traffic = hlo_analysis.measure_traffic(hlo_text(function, x, stack), 1)
+    assert set(traffic.collectives) == {"all-gather"}
+    count, size = traffic.collectives["all-gather"]
+    assert size == stack.nbytes
+    assert count in (1, LAYERS)  # XLA may gather the whole stack before the loop
 
 
-def test_a_loop_without_a_written_end_turns_as_often_as_is_said():
+def test_the_default_trip_count_applies_if_a_condition_tests_more_than_a_counter():
     def function(x: jax.Array) -> jax.Array:
         return jax.lax.while_loop(
-            lambda s: (s[0] < 7) & (s[1].sum() < 1e9),
-            lambda s: (s[0] + 1, jnp.sin(s[1]) @ s[1]),
+            lambda state: (state[0] < 7) & (state[1].sum() < 1e9),
+            lambda state: (state[0] + 1, jnp.sin(state[1]) @ state[1]),
             (0, x),
         )[1]
 
-    text = text_of(function, jnp.ones((WIDTH, WIDTH)))
-    one, ten = (hlo_analysis.measure_traffic(text, turns).hbm_bytes for turns in (1, 10))
-    assert ten > 5 * one
+    text = hlo_text(function, jnp.ones((WIDTH, WIDTH)))
+    once, ten_times = (hlo_analysis.measure_traffic(text, count).hbm_bytes for count in (1, 10))
+    assert ten_times > 5 * once
 
 
-TPU = """HloModule m, is_scheduled=true
+TPU_HLO = """HloModule m, is_scheduled=true
 
 %all-reduce-scatter.1 (input: bf16[64,128]) -> bf16[8,128] {
   %input = bf16[64,128]{1,0:T(8,128)(2,1)} parameter(0)
-  %all-reduce.1 = bf16[64,128]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=3, replica_groups={}, to_apply=%add
-  ROOT %dynamic-slice.1 = bf16[8,128]{1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.1, %c, %c), dynamic_slice_sizes={8,128}
+  %all-reduce.1 = bf16[64,128]{1,0:T(8,128)(2,1)} all-reduce(%input), channel_id=3, to_apply=%add
+  ROOT %dynamic-slice.1 = bf16[8,128]{1,0:T(8,128)(2,1)} dynamic-slice(%all-reduce.1, %c, %c)
 }
 
 %step (input.2: bf16[8,128]) -> bf16[64,128] {
@@ -100,7 +100,7 @@ TPU = """HloModule m, is_scheduled=true
   %w = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%state.1), index=1
   %fusion.7 = bf16[64,128]{1,0:T(8,128)(2,1)S(1)} fusion(%w), kind=kCustom, calls=%step
   %fusion.8 = bf16[64,128]{1,0:T(8,128)(2,1)S(1)} fusion(%w), kind=kCustom, calls=%step
-  %fusion.9 = bf16[8,128]{1,0:T(8,128)(2,1)} fusion(%fusion.7), kind=kCustom, calls=%all-reduce-scatter.1
+  %fusion.9 = bf16[8,128]{1,0:T(8,128)(2,1)} fusion(%fusion.7), calls=%all-reduce-scatter.1
   ROOT %tuple.1 = (s32[]{:T(128)}, bf16[8,128]{1,0}) tuple(%i, %fusion.9)
 }
 
@@ -113,20 +113,19 @@ ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
   %while.1 = (s32[]{:T(128)}, bf16[8,128]{1,0}) while(%tuple.2), condition=%condition, body=%body
   ROOT %out = bf16[8,128]{1,0} get-tuple-element(%while.1), index=1
 }
-"""
-"""What a TPU's program looks like: a gather spread over two fusions, a sum of which a device keeps its part, numbers in VMEM, and
-a slice brought there ahead of time."""
+"""  # noqa: E501: HLO has one instruction per line
+"""Patterns of TPU programs: an all-gather spread over two fusions, an all-reduce of which a device keeps its part, arrays in VMEM
+(S(1)), and a slice that is copied to VMEM ahead of time."""
 
 
-def test_a_tpus_program():
-    found = hlo_analysis.measure_traffic(TPU, 1)
-    assert found.collectives == {
+def test_traffic_of_a_tpu_program():
+    traffic = hlo_analysis.measure_traffic(TPU_HLO, 1)
+    assert traffic.collectives == {
         "all-gather": (18, 18 * 64 * 128 * 2),
         "reduce-scatter": (18, 18 * 64 * 128 * 2),
     }
-    assert (
-        found.hbm_bytes == (18 * 8 + 2) * 128 * 2
-    )  # the result of fusion.9, and a slice read; the rest lies in VMEM
+    # The result of fusion.9 in each iteration, and one slice of two rows; the rest is in VMEM.
+    assert traffic.hbm_bytes == (18 * 8 + 2) * 128 * 2
 
 
 @pytest.mark.parametrize(
@@ -139,6 +138,6 @@ def test_a_tpus_program():
         ("token[]", 0),
     ],
 )
-def test_size(shape, size):
+def test_shape_bytes(shape, size):
     assert hlo_analysis.shape_bytes(shape) == size
     assert hlo_analysis.shape_bytes(shape, only_hbm=True) == (0 if "S(1)" in shape else size)
