@@ -1,6 +1,6 @@
-"""One step of learning: from a batch to a new `TrainState`. Supervised and reinforced steps are siblings."""
+"""Pure update steps: from a batch to a new `TrainState`, supervised and by policy gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -9,26 +9,26 @@ import optax
 from jaxtyping import Bool, Float, PRNGKeyArray
 
 from pg_ground.params import join
-from pg_ground.rl.loss import Algorithm, Focus, PolicyTerms, Tokens, policy_loss, target_logps
+from pg_ground.rl.algorithms import Algorithm
+from pg_ground.rl.loss import policy_loss, target_logps
 from pg_ground.rl.scored_rollouts import PolicyBatch
-from pg_ground.types import Array, Batch, Rollout, TrainState
+from pg_ground.rl.token_selection import TokenSelection, TokenStatistics
+from pg_ground.types import POLICY, Array, Batch, Metrics, Params, Rollout, TrainState
 from pg_ground.vocab import EOS, Vocab
 
-Metrics = dict[str, Any]
-"""float32 scalars by name."""
-
 LossAndMetrics = Callable[[Any, Any], tuple[Float[Array, ""], tuple[Metrics, Metrics]]]
-"""(params, part of the batch) to a loss and two dicts of metrics; losses and the first dict add up over parts, of the second
-the largest counts."""
+"""`(trainable trees, part of a batch)` to a loss and two dicts of metrics.
+
+Losses and the metrics of the first dict are summed over the parts. The metrics of the second dict are maxima."""
 
 
 @runtime_checkable
 class Scorer(Protocol):
-    """What this room needs of a model."""
+    """The part of a model that updates need. `pg_ground.models.PaliGemma` has it."""
 
     def completion_logps(
         self,
-        params: Any,
+        params: Params,
         image: Array,
         prompt: Array,
         prompt_mask: Array,
@@ -39,7 +39,7 @@ class Scorer(Protocol):
 
     def completion_scores(
         self,
-        params: Any,
+        params: Params,
         image: Array,
         prompt: Array,
         prompt_mask: Array,
@@ -49,9 +49,9 @@ class Scorer(Protocol):
     ) -> Any: ...
 
 
-def sft_step(
+def sft_update(
     state: TrainState,
-    frozen: Any,
+    frozen: Params,
     batch: Batch,
     *,
     model: Scorer,
@@ -62,55 +62,58 @@ def sft_step(
     loc_smoothing_bins: float,
     dropout_key: Array | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Returns the state after one supervised step on the suffixes of `batch`, and its metrics.
+    """Returns the state after one supervised step on the suffixes of `batch`, and the metrics.
 
-    The loss is big_vision's: the mean over an example's suffix tokens, EOS included, then over examples (nats). `frozen` has the
-    parameters that `state` lacks. Adapters drop inputs only where there is a `dropout_key`.
+    The loss is big_vision's, in nats: the mean over the suffix tokens of an example, EOS included, then over examples.
+
+    Args:
+      frozen: the parameters that `state` does not have.
+      dropout_key: key of the adapters' dropout; None drops nothing.
     """
     questions = batch.suffix.shape[0]
     keys = None if dropout_key is None else jax.random.split(dropout_key, grad_accum_steps)
 
     def loss(
-        params: Any, part_and_key: tuple[Batch, Array | None]
+        trees: Mapping[str, Params], part_and_key: tuple[Batch, Array | None]
     ) -> tuple[Array, tuple[Metrics, Metrics]]:
         part, key = part_and_key
 
         def score(hidden: Array, logits: Array, tokens: Array) -> tuple[Array, Array]:
-            return (
-                target_logps(logits, tokens, vocab, label_smoothing, loc_smoothing_bins),
-                target_logps(logits, tokens, vocab, 0.0, 0.0),
-            )
+            smoothed = target_logps(logits, tokens, vocab, label_smoothing, loc_smoothing_bins)
+            return smoothed, target_logps(logits, tokens, vocab, 0.0, 0.0)
 
-        suffix = part.suffix[:, None]
-        inputs = (join(frozen, params), part.image, part.prompt, part.prompt_mask, suffix)
-        soft, hard = model.completion_scores(*inputs, score, None if key is None else key[0])
+        smoothed, plain = model.completion_scores(
+            join(frozen, trees[POLICY]), part.image, part.prompt, part.prompt_mask,
+            part.suffix[:, None], score, None if key is None else key[0],
+        )  # fmt: skip
         weights = part.suffix_mask / part.suffix_mask.sum(axis=1, keepdims=True) / questions
-        value = -jnp.sum(soft[:, 0] * weights)
-        return value, ({"sft/loss": value, "sft/nll": -jnp.sum(hard[:, 0] * weights)}, {})
+        value = -jnp.sum(smoothed[:, 0] * weights)
+        return value, ({"sft/loss": value, "sft/nll": -jnp.sum(plain[:, 0] * weights)}, {})
 
-    grads, metrics = accumulate(loss, state.params, (batch, keys), grad_accum_steps)
-    return _apply(state, grads, optimizer, state.step + 1), metrics | {
-        "optim/grad_norm": optax.tree.norm(grads)
-    }
+    grads, metrics = accumulate_gradients(loss, state.params, (batch, keys), grad_accum_steps)
+    metrics = metrics | {"optim/grad_norm": optax.tree.norm(grads)}
+    return apply_gradients(state, grads, optimizer)._replace(step=state.step + 1), metrics
 
 
 class _Part(NamedTuple):
-    """A part of an experience and what was computed of it before its update."""
+    """A part of a policy batch, with the values that are fixed before its update."""
 
-    experience: PolicyBatch
+    policy_batch: PolicyBatch
     mask: Bool[Array, "B G T"]
-    weights: Float[Array, "B G T"]
-    share: Float[Array, "B G T"]
-    """Of each sampled token in all of them, for metrics; of those in the loss, for the entropy bonus."""
-    bonus_share: Float[Array, "B G T"]
+    """Tokens that are trained."""
+    loss_weights: Float[Array, "B G T"]
+    metric_weights: Float[Array, "B G T"]
+    """Each token's share of all sampled tokens."""
+    entropy_weights: Float[Array, "B G T"]
+    """Each token's share of all trained tokens."""
     old_logps: Float[Array, "B G T"] | None
-    focus: Focus | None
+    selection: TokenSelection | None
 
 
-def grpo_step(
+def grpo_update(
     state: TrainState,
-    frozen: Any,
-    experience: PolicyBatch,
+    frozen: Params,
+    policy_batch: PolicyBatch,
     key: PRNGKeyArray,
     *,
     model: Scorer,
@@ -119,135 +122,167 @@ def grpo_step(
     temperature: float,
     grad_accum_steps: int,
     minibatches: int,
-    updates: int,
+    num_iterations: int,
     kl_target: float = 0.0,
     kl_horizon: int = 1,
 ) -> tuple[TrainState, Metrics]:
-    """Returns the state after `updates` · `minibatches` policy-gradient updates on one rollout, and its metrics.
+    """Returns the state after `num_iterations` · `minibatches` policy-gradient updates on one rollout, and the metrics.
 
-    The first update starts at the policy that sampled, so its ratio is 1 and only its gradient acts; for later ones the old
-    log-probabilities are recomputed once by this same forward pass, never taken from the sampler. `frozen` has the parameters
-    that the state lacks. Each minibatch is one optimizer step and has its own normalisers, whatever the number of micro-batches.
+    The first update starts at the policy that sampled: its ratio is 1. Later updates need the old log-probabilities. The same
+    forward pass computes them once; they are never taken from the sampler. Each minibatch is one optimizer step with its own
+    normalisers, whatever the number of gradient accumulation steps.
 
     Args:
-      key: of the tokens that a row chooses by lot.
-      kl_target: nats a token that `state.kl_coef` is steered to, over `kl_horizon` completions; 0 leaves it.
+      frozen: the parameters that `state` does not have.
+      key: key of a token selection that draws at random.
+      kl_target: nats per token that steer `state.kl_coef` over `kl_horizon` completions; 0 leaves it fixed.
     """
+    if kl_target:
+        algorithm = algorithm._replace(kl_coef=state.kl_coef)
 
-    def fixed(params: Any, experience: PolicyBatch, parts: int) -> tuple[Array, Array]:
-        return logps_of(
-            model, join(frozen, params), experience.batch, experience.rollout, temperature, parts
-        )
+    def logps_and_entropy(
+        trees: Mapping[str, Params], part: PolicyBatch, parts: int
+    ) -> tuple[Array, Array]:
+        params = join(frozen, trees[POLICY])
+        return completion_logps(model, params, part.batch, part.rollout, temperature, parts)
 
-    row = algorithm._replace(kl_coef=state.kl_coef) if kl_target else algorithm
-    old_logps = None
-    if updates * minibatches > 1:
-        old_logps = fixed(state.params, experience, grad_accum_steps * minibatches)[0]
-
-    def loss(params: Any, part: _Part) -> tuple[Array, tuple[Metrics, Metrics]]:
-        (_, r, a, ref), mask, weights, share, bonus_share, old, focus = part
-        logps, entropy = fixed(params, part.experience, 1)
-        old = jax.lax.stop_gradient(logps) if old is None else old
-        terms: PolicyTerms = policy_loss(logps, old, ref, a, mask, row, focus, r.logps)
-        value = jnp.sum(terms.loss * weights) - row.entropy_coef * jnp.sum(entropy * bonus_share)
+    def loss(
+        trees: Mapping[str, Params], part: _Part
+    ) -> tuple[Array, tuple[Metrics, Metrics]]:
+        rollout = part.policy_batch.rollout
+        logps, entropy = logps_and_entropy(trees, part.policy_batch, 1)
+        old_logps = jax.lax.stop_gradient(logps) if part.old_logps is None else part.old_logps
+        terms = policy_loss(
+            logps, old_logps, part.policy_batch.ref_logps, part.policy_batch.advantages,
+            part.mask, algorithm, part.selection, rollout.logps,
+        )  # fmt: skip
+        bonus = algorithm.entropy_coef * jnp.sum(entropy * part.entropy_weights)
+        value = jnp.sum(terms.loss * part.loss_weights) - bonus
         means = {
             "policy/loss": value,
-            "policy/kl": jnp.sum(terms.kl * share),
-            "policy/entropy": jnp.sum(entropy * share),
-            "policy/clip_fraction": jnp.sum(terms.clipped * share),
-            "policy/correction": jnp.sum(terms.weight * share),
+            "policy/kl": jnp.sum(terms.kl * part.metric_weights),
+            "policy/entropy": jnp.sum(entropy * part.metric_weights),
+            "policy/clip_fraction": jnp.sum(terms.clipped * part.metric_weights),
+            "policy/correction": jnp.sum(terms.weight * part.metric_weights),
         }
-        return value, (means, {"policy/logp_diff_max": jnp.max(jnp.abs(logps - r.logps) * r.mask)})
+        difference = jnp.abs(logps - rollout.logps) * rollout.loss_mask
+        return value, (means, {"policy/logp_diff_max": jnp.max(difference)})
 
     def one_update(
-        state: TrainState, given: tuple[PolicyBatch, Array | None, PRNGKeyArray]
+        state: TrainState, minibatch: tuple[PolicyBatch, Array | None, PRNGKeyArray]
     ) -> tuple[TrainState, Metrics]:
-        experience, old, key = given
-        r = experience.rollout
-        mask = r.mask & ended(r)[..., None] if row.mask_truncated_completions else r.mask
-        focus = None
-        if row.focus is not None:
-            logps, entropy = fixed(state.params, experience, grad_accum_steps)
-            focus = row.focus(
-                Tokens(logps, entropy, experience.advantages, mask, key), row.focus_share
-            )
-        all_tokens, learned = (tokens / jnp.maximum(tokens.sum(), 1) for tokens in (r.mask, mask))
-        part = _Part(experience, mask, row.average(mask), all_tokens, learned, old, focus)
-        grads, metrics = accumulate(loss, state.params, part, grad_accum_steps)
-        return _apply(state, grads, optimizer, state.step), metrics | {
-            "optim/grad_norm": optax.tree.norm(grads)
-        }
+        policy_batch, old_logps, key = minibatch
+        rollout = policy_batch.rollout
+        mask = rollout.loss_mask
+        if algorithm.mask_truncated_completions:
+            mask = mask & is_finished(rollout)[..., None]
+        selection = None
+        if algorithm.token_selection is not None:
+            logps, entropy = logps_and_entropy(state.params, policy_batch, grad_accum_steps)
+            tokens = TokenStatistics(logps, entropy, policy_batch.advantages, mask, key)
+            options = algorithm.options_for("token_selection")
+            selection = algorithm.token_selection(tokens, **options)
+        part = _Part(
+            policy_batch, mask, algorithm.loss_agg_mode(mask), _shares(rollout.loss_mask),
+            _shares(mask), old_logps, selection,
+        )  # fmt: skip
+        grads, metrics = accumulate_gradients(loss, state.params, part, grad_accum_steps)
+        metrics = metrics | {"optim/grad_norm": optax.tree.norm(grads)}
+        return apply_gradients(state, grads, optimizer), metrics
 
-    def once(state: TrainState, key: PRNGKeyArray) -> tuple[TrainState, Metrics]:
+    def one_iteration(state: TrainState, key: PRNGKeyArray) -> tuple[TrainState, Metrics]:
         return jax.lax.scan(one_update, state, (*parts, jax.random.split(key, minibatches)))
 
-    step, parts = state.step, split((experience, old_logps), minibatches)
-    state, metrics = jax.lax.scan(once, state, jax.random.split(key, updates))
-    first = metrics["policy/logp_diff_max"][0, 0]
-    metrics = {name: values.mean() for name, values in metrics.items()} | {
-        "policy/logp_diff_max": first
-    }
+    old_logps = None
+    if num_iterations * minibatches > 1:
+        old_logps = logps_and_entropy(state.params, policy_batch, grad_accum_steps * minibatches)[0]
+    parts = split((policy_batch, old_logps), minibatches)
+    step = state.step
+    state, metrics = jax.lax.scan(one_iteration, state, jax.random.split(key, num_iterations))
+    first_difference = metrics["policy/logp_diff_max"][0, 0]
+    metrics = {name: values.mean() for name, values in metrics.items()}
+    metrics["policy/logp_diff_max"] = first_difference
     if kl_target:
+        completions = policy_batch.rollout.mask.shape[0] * policy_batch.rollout.mask.shape[1]
         metrics["policy/kl_coef"] = state.kl_coef
-        error = jnp.clip(metrics["policy/kl"] / kl_target - 1, -0.2, 0.2)
-        state = state._replace(
-            kl_coef=state.kl_coef * (1 + error * experience.advantages.size / kl_horizon)
-        )
+        state = steer_kl_coef(state, metrics["policy/kl"], kl_target, completions / kl_horizon)
     return state._replace(step=step + 1), metrics
 
 
-def logps_of(
-    model: Scorer, params: Any, batch: Batch, rollout: Rollout, temperature: float, parts: int
+def steer_kl_coef(
+    state: TrainState, kl: Float[Array, ""], kl_target: float, share_of_horizon: float
+) -> TrainState:
+    """Returns the state with a `kl_coef` that moves `kl` towards `kl_target` (Ziegler et al. 2019, section 2.2)."""
+    error = jnp.clip(kl / kl_target - 1, -0.2, 0.2)
+    return state._replace(kl_coef=state.kl_coef * (1 + error * share_of_horizon))
+
+
+def completion_logps(
+    model: Scorer, params: Params, batch: Batch, rollout: Rollout, temperature: float, parts: int
 ) -> tuple[Float[Array, "B G T"], Float[Array, "B G T"]]:
-    """Returns log-probabilities and entropies (nats) of the tokens of a rollout, worked through in `parts` parts."""
+    """Returns log-probabilities and entropies (nats) of the tokens of a rollout, computed in `parts` parts."""
 
     def score(part: tuple[Batch, Rollout]) -> tuple[Array, Array]:
-        b, r = part
+        questions, completions = part
         return model.completion_logps(
-            params, b.image, b.prompt, b.prompt_mask, r.tokens, r.mask, temperature
-        )
+            params, questions.image, questions.prompt, questions.prompt_mask,
+            completions.tokens, completions.mask, temperature,
+        )  # fmt: skip
 
     if parts == 1:
         return score((batch, rollout))
     return jax.tree.map(unsplit, jax.lax.map(score, split((batch, rollout), parts)))
 
 
-def ended(rollout: Rollout) -> Bool[Array, "B G"]:
-    """Returns which completions end in EOS, and not because there was no more room."""
+def is_finished(rollout: Rollout) -> Bool[Array, "B G"]:
+    """Returns True for completions that end in EOS. The others are cut off at the maximum length."""
     return jnp.any(rollout.mask & (rollout.tokens == EOS), axis=-1)
 
 
-def _apply(
-    state: TrainState, grads: Any, optimizer: optax.GradientTransformation, step: Array
+def _shares(mask: Bool[Array, "B G T"]) -> Float[Array, "B G T"]:
+    """Returns the share of each token in all tokens of the mask."""
+    return mask / jnp.maximum(mask.sum(), 1)
+
+
+def apply_gradients(
+    state: TrainState, grads: Mapping[str, Params], optimizer: optax.GradientTransformation
 ) -> TrainState:
-    updates, opt = optimizer.update(grads, state.opt, state.params)
-    return state._replace(step=step, params=optax.apply_updates(state.params, updates), opt=opt)
+    """Returns the state after one optimizer step on all trainable trees."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    return state._replace(params=params, opt_state=opt_state)
 
 
-def accumulate(loss: LossAndMetrics, params: Any, batch: Any, parts: int) -> tuple[Any, Metrics]:
-    """Returns the gradient of `loss` summed over `parts` parts of `batch`, and its metrics; one part's activations at once."""
+def accumulate_gradients(
+    loss: LossAndMetrics, trees: Mapping[str, Params], batch: Any, parts: int
+) -> tuple[Mapping[str, Params], Metrics]:
+    """Returns the gradient of `loss` summed over `parts` parts of `batch`, and the metrics.
+
+    Only the activations of one part are in memory at a time.
+    """
     gradient = jax.grad(loss, has_aux=True)
     if parts == 1:
-        grads, (sums, largest) = gradient(params, batch)
-        return grads, sums | largest
+        grads, (sums, maxima) = gradient(trees, batch)
+        return grads, sums | maxima
 
-    def add(total: Any, part: Any) -> tuple[Any, None]:
-        grads, (sums, largest) = gradient(params, part)
-        grads_so_far, sums_so_far, largest_so_far = total
-        plus = jax.tree.map(jnp.add, (grads_so_far, sums_so_far), (grads, sums))
-        return (*plus, jax.tree.map(jnp.maximum, largest_so_far, largest)), None
+    def add_part(total: Any, part: Any) -> tuple[Any, None]:
+        grads, (sums, maxima) = gradient(trees, part)
+        total_grads, total_sums, total_maxima = total
+        added = jax.tree.map(jnp.add, (total_grads, total_sums), (grads, sums))
+        return (*added, jax.tree.map(jnp.maximum, total_maxima, maxima)), None
 
     split_batch = split(batch, parts)
-    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], split_batch))
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0], *shapes[1]))
-    (grads, sums, largest), _ = jax.lax.scan(add, zeros, split_batch)
-    return grads, sums | largest
+    first_part = jax.tree.map(lambda x: x[0], split_batch)
+    grad_shapes, metric_shapes = jax.eval_shape(gradient, trees, first_part)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (grad_shapes, *metric_shapes))
+    (grads, sums, maxima), _ = jax.lax.scan(add_part, zeros, split_batch)
+    return grads, sums | maxima
 
 
 def split(tree: Any, parts: int) -> Any:
     """Returns `[B, …]` leaves as `[parts, B / parts, …]`.
 
-    Part i has rows i, i + parts, …: a B that is split over devices stays so within each part.
+    Part i has the rows i, i + parts, … If B is sharded over devices, it stays sharded within each part.
     """
     return jax.tree.map(
         lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), tree
