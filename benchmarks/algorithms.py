@@ -31,7 +31,7 @@ ROWS = "grpo,dr_grpo,dapo,gspo,gmpo,cispo,sapo,rloo,remax,reinforce_plus_plus_ba
 CONFIG = Path(__file__).parents[1] / "configs/algorithms.py"
 ACC50 = "eval/boxes@256/acc50"
 """Of 256 of the held-out scenes."""
-PROGRAMS = re.compile(r"Compiling jit\((roll|judge|compare|learn|grpo_step|refill)\)")
+PROGRAMS = re.compile(r"Compiling jit\((roll|judge|compare|learn|grpo_update|refill)\)")
 
 
 class Compiled(logging.Handler):

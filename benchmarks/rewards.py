@@ -130,7 +130,7 @@ def programs(b: int, g: int, length: int, objects: int) -> dict[str, Callable[[]
 
     @jax.jit
     def learn(state: Any, experience: PolicyBatch) -> Any:
-        return update.grpo_step(
+        return update.grpo_update(
             state, {}, experience, jax.random.key(0), model=model, optimizer=optimizer, algorithm=row, temperature=1.0,
             grad_accum_steps=4, minibatches=1, updates=1,
         )  # fmt: skip

@@ -3,7 +3,7 @@
 python -m pg_ground.train --config=configs/algorithms.py:dapo --workdir=runs/dapo
 
 A row says which advantage, ratio, objective, average and KL make the loss, and cites its paper; add one there and it is here. Any
-of its choices can be replaced, by name or number: `--config.grpo.average=over_tokens --config.grpo.clip_high=0.28`. What belongs
+of its choices can be replaced, by name or number: `--config.grpo.average=token_mean --config.grpo.clip_high=0.28`. What belongs
 to an algorithm and is no part of its loss is set below.
 
 Hardware, time and results are the quickstart's: `benchmarks/algorithms.py` runs ten rows side by side.

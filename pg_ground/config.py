@@ -1,109 +1,197 @@
-"""The whole configuration as one tree of frozen dataclasses, and its strict passage from `ml_collections`.
+"""The whole configuration as one tree of frozen dataclasses, and its strict conversion from `ml_collections`.
 
-A recipe in `configs/` starts from `template()`, a `ConfigDict` with every default, changes what it needs and returns it locked;
-flags change it further; `parse` turns the result into `Config` and is where a wrong name is caught, with its full path. Functions
-take their own section, never the root.
+A recipe in `configs/` starts from `template()`, a `ConfigDict` with every default. It changes what it needs and returns it locked. Flags
+change it further. `parse` makes a `Config` of the result, and refuses a wrong name with its full path. Each setting declares its
+help text and its range where it is defined. Library functions take their own section, not the root.
 """
 
 import dataclasses
-import difflib
 import math
-import operator
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import config_dict
 
-from pg_ground.types import UserError
+from pg_ground.rl import algorithms
+from pg_ground.rl.scored_rollouts import Weight
+from pg_ground.types import UserError, nearest
 from pg_ground.vocab import EOS
 
 REMAT = (
-    "none",
-    "nothing_saveable",
-    "dots_saveable",
-    "dots_with_no_batch_dims_saveable",
-    "everything_saveable",
-)
-"""Values of `model.remat`: names of jax.checkpoint_policies, or none."""
+    "none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable",
+)  # fmt: skip
+"""Values of `model.remat`: "none", or names of jax.checkpoint_policies."""
+
+FLOATS = ("float32", "bfloat16")
 
 
-RESIZES = ("antialias", "big_vision", "hugging_face")
-"""Values of `data.resize`."""
+class Range(NamedTuple):
+    """The values that a setting can have."""
 
-DISTANCE_UNITS = ("px", "diagonal", "box")
-"""Values of `grpo.reward_settings.distance_unit`."""
+    minimum: float | None = None
+    above: float | None = None
+    maximum: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] = ()
+    regex: bool = False
+
+    def accepts(self, value: Any) -> bool:
+        """Returns whether `value` lies in the range."""
+        if self.choices:
+            return value in self.choices
+        if self.regex:
+            return _is_regex(value)
+        return (
+            (self.minimum is None or value >= self.minimum)
+            and (self.above is None or value > self.above)
+            and (self.maximum is None or value <= self.maximum)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        """Returns the range in words, after "it must be"."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        if self.regex:
+            return "a regular expression"
+        low = f"[{self.minimum:g}" if self.minimum is not None else f"({self.above}"
+        if self.maximum is not None:
+            return f"in {low}, {self.maximum:g}]"
+        if self.below is not None and math.isfinite(self.below):
+            return f"in {low}, {self.below:g})"
+        finite = " and finite" if self.below is not None else ""
+        if self.above is not None:
+            return f"above {self.above:g}{finite}"
+        if self.minimum == 0:
+            return f"0 or more{finite}"
+        return f"at least {self.minimum:g}{finite}"
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    maximum: float | None = None,
+    below: float | None = None,
+    choices: tuple[str, ...] = (),
+    regex: bool = False,
+) -> Any:
+    """Returns a dataclass field with a help text and a range. Sections and mappings are made anew for every instance."""
+    bounds = Range(minimum, above, maximum, below, choices, regex)
+    metadata = {"help": help, "range": None if bounds == Range() else bounds}
+    if isinstance(default, dict) or dataclasses.is_dataclass(default):
+        return field(default_factory=lambda: default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def _is_regex(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 @dataclass(frozen=True)
 class Vision:
     """The SigLIP tower. Defaults: So400m/14 as in PaliGemma 1 and 2 (arXiv 2407.07726)."""
 
-    width: int = 1152
-    depth: int = 27
-    mlp_dim: int = 4304
-    num_heads: int = 16
-    patch_size: int = 14  # pixels
+    width: int = setting(1152, "width of the residual stream", above=0)
+    depth: int = setting(27, "number of layers", above=0)
+    mlp_dim: int = setting(4304, "hidden units of the MLP", above=0)
+    num_heads: int = setting(16, "attention heads", above=0)
+    patch_size: int = setting(14, "side of a patch in pixels", above=0)
 
 
 @dataclass(frozen=True)
 class Text:
     """The Gemma decoder. Defaults: Gemma 1 2B as in PaliGemma 1 (arXiv 2407.07726)."""
 
-    width: int = 2048
-    depth: int = 18
-    mlp_dim: int = 16384
-    num_heads: int = 8
-    num_kv_heads: int = 1
-    head_dim: int = 256
-    vocab_size: int = 257_152
-    query_scale: float = (
-        256**-0.5
-    )  # queries are multiplied by it: head_dim**-0.5, but 144**-0.5 in Gemma 2 27B
-    post_norms: bool = False  # Gemma 2: a second RMSNorm after attention and after the MLP
-    attn_softcap: float = 0.0  # Gemma 2: 50; 0 is off
-    final_softcap: float = (
-        0.0  # Gemma 2 pretraining: 30; PaliGemma 2 transfers with 0 (arXiv 2412.03555)
+    width: int = setting(2048, "width of the residual stream", above=0)
+    depth: int = setting(18, "number of layers", above=0)
+    mlp_dim: int = setting(16384, "hidden units of the MLP", above=0)
+    num_heads: int = setting(8, "query heads", above=0)
+    num_kv_heads: int = setting(1, "key-value heads", above=0)
+    head_dim: int = setting(256, "dimension of a head", above=0)
+    vocab_size: int = setting(257_152, "number of tokens", above=1152)
+    query_scale: float | None = setting(
+        None, "factor of queries; None is head_dim**-0.5 (Gemma 2 27B has 144**-0.5)", above=0
     )
+    post_norms: bool = setting(False, "Gemma 2: a second RMSNorm after attention and after the MLP")
+    attn_softcap: float = setting(
+        0.0, "soft cap of attention logits (Gemma 2: 50); 0 is off", minimum=0
+    )
+    final_softcap: float = setting(
+        0.0,
+        "soft cap of final logits (Gemma 2 pretraining: 30; PaliGemma 2: 0, arXiv 2412.03555)",
+        minimum=0,
+    )
+
+    @property
+    def attention_scale(self) -> float:
+        """The factor of queries before the dot product with keys."""
+        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
 
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters (arXiv 2106.09685); which parameters are trained is said by `lr_factors`."""
+    """Low-rank adapters (arXiv 2106.09685). `lr_factors` selects the parameters that are trained."""
 
-    rank: int = 0  # 0 is off
-    alpha: float = 16.0  # adapters are scaled by alpha / rank
-    dropout: float = 0.0  # share of an adapter's inputs dropped in supervised steps; sampling and GRPO drop nothing
-    pattern: str = "llm/layers/.*"  # regular expression of whole names of the matrices that get one
+    rank: int = setting(0, "rank of the adapters; 0 is off", minimum=0)
+    alpha: float = setting(16.0, "adapters are scaled by alpha / rank", above=0)
+    dropout: float = setting(
+        0.0, "share of an adapter's inputs dropped in supervised steps; sampling and GRPO drop nothing",
+        minimum=0, below=1,
+    )  # fmt: skip
+    pattern: str = setting(
+        "llm/layers/.*",
+        "regular expression: full names of the matrices that get an adapter",
+        regex=True,
+    )
 
 
 @dataclass(frozen=True)
 class Model:
     """Sizes and numerics of the policy."""
 
-    image_size: int = 224  # pixels, square
-    vision: Vision = field(default_factory=Vision)
-    text: Text = field(default_factory=Text)
-    lora: Lora = field(default_factory=Lora)
-    dtype: str = "float32"  # of activations: float32 or bfloat16
-    param_dtype: str = (
-        "float32"  # of the parameters that are trained, and so of the optimizer's state
+    image_size: int = setting(224, "side of the square image in pixels", above=0)
+    vision: Vision = setting(Vision(), "the SigLIP tower")
+    text: Text = setting(Text(), "the Gemma decoder")
+    lora: Lora = setting(Lora(), "low-rank adapters")
+    dtype: str = setting("float32", "dtype of activations", choices=FLOATS)
+    param_dtype: str = setting(
+        "float32", "dtype of trained parameters, and so of the optimizer's state", choices=FLOATS
     )
-    frozen_dtype: str = "float32"  # of the parameters that are not; bfloat16 loses nothing where the checkpoint is bfloat16
-    remat: str = "nothing_saveable"  # one of REMAT: which activations are kept for the backward pass; "none" keeps all
-    scan_unroll: int = (
-        1  # layers per turn of the loop over layers: more compile slower and, on a CPU, run faster
+    frozen_dtype: str = setting(
+        "float32", "dtype of frozen parameters; bfloat16 loses nothing if the checkpoint is bfloat16",
+        choices=FLOATS,
+    )  # fmt: skip
+    remat: str = setting(
+        "nothing_saveable",
+        "activations that are kept for the backward pass; none keeps all",
+        choices=REMAT,
     )
-    logits_block: int = 8  # completion tokens whose vocabulary softmax is held at once
-    attention_block: int = (
-        0  # queries of a prompt whose attention logits are held at once; 0 is all of them
+    scan_unroll: int = setting(
+        1,
+        "layers per iteration of the loop over layers: more compile slower and can run faster",
+        above=0,
     )
-    coordinate_init: str = (
-        "normal"  # of <locNNNN> rows and patch positions, from nothing: "normal", or "sinusoid"
+    logits_block: int = setting(
+        8, "completion tokens whose logits are in memory at a time", above=0
     )
+    attention_block: int = setting(
+        0, "prompt queries whose attention logits are in memory at a time; 0 is all", minimum=0
+    )
+    coordinate_init: str = setting(
+        "normal", "random initialisation of <locNNNN> embeddings and patch positions",
+        choices=("normal", "sinusoid"),
+    )  # fmt: skip
 
 
 DECODERS: dict[str, Text] = {
@@ -112,35 +200,24 @@ DECODERS: dict[str, Text] = {
         width=2304, depth=26, mlp_dim=9216, num_kv_heads=4, post_norms=True, attn_softcap=50.0
     ),
     "pg2_10b": Text(
-        width=3584,
-        depth=42,
-        mlp_dim=14336,
-        num_heads=16,
-        num_kv_heads=8,
-        post_norms=True,
-        attn_softcap=50.0,
+        width=3584, depth=42, mlp_dim=14336, num_heads=16, num_kv_heads=8,
+        post_norms=True, attn_softcap=50.0,
     ),
     "pg2_28b": Text(
-        width=4608,
-        depth=46,
-        mlp_dim=36864,
-        num_heads=32,
-        num_kv_heads=16,
-        head_dim=128,
-        query_scale=144**-0.5,
-        post_norms=True,
-        attn_softcap=50.0,
+        width=4608, depth=46, mlp_dim=36864, num_heads=32, num_kv_heads=16, head_dim=128,
+        query_scale=144**-0.5, post_norms=True, attn_softcap=50.0,
     ),
-}
-"""The decoders of PaliGemma 1 (arXiv 2407.07726) and 2 (arXiv 2412.03555). The final soft-cap of Gemma 2's pretraining (30) is
-off: PaliGemma 2 was transferred without it, and sampler and loss agree either way."""
+}  # fmt: skip
+"""The decoders of PaliGemma 1 (arXiv 2407.07726) and 2 (arXiv 2412.03555).
+
+The final soft cap of Gemma 2's pretraining (30) is off: PaliGemma 2 was transferred without it. Sampler and loss agree either way."""
 
 
 def variant(name: str, image_size: int = 224) -> Model:
     """Returns the sizes of a published model: pg1_3b, pg2_3b, pg2_10b or pg2_28b, at 224, 448 or 896 pixels.
 
     Raises:
-      UserError: no such model.
+      UserError: there is no such model.
     """
     if name not in DECODERS:
         raise UserError(f"there is no variant {name}: {nearest(name, DECODERS)}")
@@ -149,357 +226,571 @@ def variant(name: str, image_size: int = 224) -> Model:
 
 @dataclass(frozen=True)
 class Source:
-    """One dataset, as an entry."""
+    """One dataset. A path is a dotted path to a field of a record."""
 
-    uri: str = ""  # "jsonl:PATH" or "synthetic:SPLIT?side=PIXELS&…"
-    image: str = "image"  # dotted path to the image in a record: pixels, encoded bytes, a file name or an http(s) address
-    image_sha256: str = ""  # dotted path to the hash that a fetched image must have; "" checks none
-    image_root: str = (
-        ""  # folder that file names are relative to, itself relative to the folder of the records
+    uri: str = setting(
+        "", 'where the records are: "jsonl:PATH", "synthetic:SPLIT?side=PIXELS&…" and others'
     )
-    phrase: str = "phrase"  # dotted path to the text that `prompt` and `name` may use as {phrase}
-    target: str = "boxes"  # what an answer consists of: "boxes", "points" or "text"
-    boxes: str = (
-        ""  # dotted path to one box, a list of boxes, or {label: list of boxes}; "" for none
+    image: str = setting(
+        "image", "path of the image: pixels, encoded bytes, a file name or an http(s) address"
     )
-    box_format: str = "xyxy_px"  # {xyxy,yxyx,xywh,cxcywh}_{px,frac,percent,bin}
-    points: str = ""  # dotted path to one point or a list of points, pairs or {x, y}; "" for none
-    point_format: str = "xy_px"  # {xy,yx}_{px,frac,percent,bin}
-    mask: str = ""  # dotted path to the mask of each box or point: COCO polygons (px) or RLE, or an image; needs `data.mask_size`
-    label: str = ""  # dotted path to the name of each box or point, one or a list; "" is `name` for all of them
-    prompt: str = "detect {phrase}"  # template over the record's fields, without BOS and newline; or a Jinja file, NAME.jinja
-    name: str = "{phrase}"  # what stands behind the loc tokens of an answer; "" for nothing
-    suffix: str = "loc"  # how the answer is written: "loc", "json" (pixels), "count", or a template such as "{answer}"
-    element: str = "all"  # where a path goes through `list[]`: "all" is one example per element, "random" one per reading
-    empty: str = "drop"  # records without boxes or points: "drop", or "keep" as questions whose answer is empty
-    max_objects: int = (
-        0  # boxes or points kept of a record, a random choice in their order; 0 is all
+    image_sha256: str = setting(
+        "", 'path of the hash that a fetched image must have; "" checks none'
     )
-    sampling: str = "all"  # records used: "all", "first:N", "end:N" or "random:N", where N may be a share such as 12.5%
-    weight: float = 1.0  # relative share of the mixture
+    image_root: str = setting("", "folder of image files, relative to the folder of the records")
+    phrase: str = setting("phrase", "path of the text that prompt and name can use as {phrase}")
+    target: str = setting(
+        "boxes", "what an answer consists of", choices=("boxes", "points", "text")
+    )
+    boxes: str = setting(
+        "", 'path of one box, a list of boxes, or {label: list of boxes}; "" for none'
+    )
+    box_format: str = setting("xyxy_px", "{xyxy,yxyx,xywh,cxcywh}_{px,frac,percent,bin}")
+    points: str = setting("", 'path of one point or a list of points, pairs or {x, y}; "" for none')
+    point_format: str = setting("xy_px", "{xy,yx}_{px,frac,percent,bin}")
+    mask: str = setting(
+        "",
+        "path of the mask of each box or point: COCO polygons (px), RLE or an image; needs data.mask_size",
+    )
+    label: str = setting(
+        "", 'path of the name of each box or point, one or a list; "" is name for all'
+    )
+    prompt: str = setting(
+        "detect {phrase}",
+        "template over the record's fields, without BOS and newline; or a Jinja file, NAME.jinja",
+    )
+    name: str = setting("{phrase}", 'text behind the loc tokens of an answer; "" for none')
+    suffix: str = setting(
+        "loc", 'form of the answer: loc, json (pixels), count, or a template such as "{answer}"'
+    )
+    element: str = setting(
+        "all", "if a path goes through list[]: all makes one example per element, random one per reading",
+        choices=("all", "random"),
+    )  # fmt: skip
+    empty: str = setting(
+        "drop", "records without boxes or points: drop, or keep as questions with an empty answer",
+        choices=("drop", "keep"),
+    )  # fmt: skip
+    max_objects: int = setting(
+        0,
+        "boxes or points that a record keeps, a random choice in their order; 0 is all",
+        minimum=0,
+    )
+    sampling: str = setting(
+        "all",
+        'records used: "all", "first:N", "end:N" or "random:N"; N can be a share such as 12.5%',
+    )
+    weight: float = setting(1.0, "relative share in the mixture", above=0, below=math.inf)
 
 
 @dataclass(frozen=True)
 class Fetch:
-    """How images that are urls are fetched, and where they are kept."""
+    """How images at addresses are fetched and cached."""
 
-    cache_dir: str = (
-        ""  # folder of the contents, shared by any number of runs; needed where an image is a url
+    cache_dir: str = setting(
+        "", "folder of fetched images, shared by any number of runs; needed for addresses"
     )
-    concurrency: int = 16  # images fetched at once by `prefetch`
-    retries: int = 3  # tries after the first, where another may help: no connection, status 408, 425, 429 or 5xx
-    backoff_s: float = (
-        0.5  # seconds before the first of them, doubled each time, give or take a half
+    concurrency: int = setting(16, "images that `prefetch` fetches at the same time", above=0)
+    retries: int = setting(
+        3,
+        "tries after the first, if another can help: no connection, status 408, 425, 429 or 5xx",
+        minimum=0,
     )
-    timeout_s: float = (
-        20.0  # seconds a connection, and then a request up to the last byte of its answer, may take
+    backoff_s: float = setting(
+        0.5, "seconds before the first retry, doubled each time, with 50 % jitter", minimum=0
     )
-    max_bytes: int = 50 * 2**20  # bytes of an image
-    allow_private: bool = (
-        False  # whether addresses of this machine and of private networks may be asked
+    timeout_s: float = setting(
+        20.0, "seconds for a connection, and then for the whole answer", above=0
     )
-    offline: bool = False  # whether only the cache is asked
+    max_bytes: int = setting(50 * 2**20, "largest image in bytes", above=0)
+    allow_private: bool = setting(
+        False, "whether addresses of this machine and of private networks are allowed"
+    )
+    offline: bool = setting(False, "whether only the cache is used")
 
 
 @dataclass(frozen=True)
 class Data:
-    """How records become batches; shared by all sources."""
+    """How records become batches. All sources share these settings."""
 
-    tokenizer: str = (
-        ""  # path of a PaliGemma sentencepiece model; "" is the small one of the package
+    tokenizer: str = setting(
+        "", 'path of a PaliGemma sentencepiece model; "" is the small one of the package'
     )
-    prompt_length: int = 32  # tokens, BOS and newline included
-    suffix_length: int = 16  # tokens, EOS included
-    max_boxes: int = 1  # gold boxes (or points) per question that a batch has room for
-    mask_size: int = 0  # cells along each side of a gold mask, over the whole image whatever its shape; 0 carries no masks
-    bad_record_share: float = (
-        0.1  # a run stops when more than this share of the records read cannot be used
+    prompt_length: int = setting(32, "tokens of a prompt, BOS and newline included", above=0)
+    suffix_length: int = setting(16, "tokens of a suffix, EOS included", above=0)
+    max_boxes: int = setting(
+        1, "gold boxes (or points) per question that a batch has room for", above=0
     )
-    resize: str = "antialias"  # "antialias" (bilinear), "big_vision" (bilinear without, rounded down), "hugging_face" (bicubic)
-    fetch: Fetch = field(default_factory=Fetch)
-    read_threads: int = (
-        2  # records prepared at once, per process; 0 prepares them in the thread that asks
+    mask_size: int = setting(
+        0,
+        "cells along each side of a gold mask, over the whole image; 0 carries no masks",
+        minimum=0,
     )
-    workers: int = 0  # processes that prepare records beside this one; 0 prepares them in it
-    check_records: int = 10_000  # records of a source whose texts are measured before the first step, spread over it; 0 is none
+    bad_record_share: float = setting(
+        0.1, "a run stops if more than this share of the records read are bad", minimum=0, maximum=1
+    )
+    resize: str = setting(
+        "antialias", "antialias (bilinear), big_vision (bilinear without antialiasing) or hugging_face (bicubic)",
+        choices=("antialias", "big_vision", "hugging_face"),
+    )  # fmt: skip
+    fetch: Fetch = setting(Fetch(), "how images at addresses are fetched")
+    read_threads: int = setting(
+        2,
+        "threads per process that prepare records; 0 prepares them in the calling thread",
+        minimum=0,
+    )
+    workers: int = setting(
+        0, "extra processes that prepare records; 0 prepares them in this one", minimum=0
+    )
+    check_records: int = setting(
+        10_000,
+        "records of a source whose texts are measured before the first step; 0 is none",
+        minimum=0,
+    )
 
 
 @dataclass(frozen=True)
 class Optimizer:
     """One optax chain: clip, adamw or muon, schedule."""
 
-    name: str = "adamw"  # or "muon" (Jordan 2024) for matrices with adamw for the rest
-    lr: float = 1e-5
-    schedule: str = "constant"  # after warm-up: "constant", or "cosine" or "linear" down to 0 at the stage's end
-    warmup_steps: int = 0
-    b1: float = 0.9
-    b2: float = 0.999
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0  # global norm of the gradient; 0 is off
+    name: str = setting(
+        "adamw",
+        "adamw, or muon for matrices (Jordan 2024) with adamw for the others",
+        choices=("adamw", "muon"),
+    )
+    lr: float = setting(1e-5, "learning rate after warm-up")
+    schedule: str = setting(
+        "constant", "after warm-up: constant, or cosine or linear down to 0 at the end of the stage",
+        choices=("constant", "cosine", "linear"),
+    )  # fmt: skip
+    warmup_steps: int = setting(0, "updates of the linear warm-up", minimum=0)
+    b1: float = setting(0.9, "decay of the first moment")
+    b2: float = setting(0.999, "decay of the second moment")
+    weight_decay: float = setting(0.0, "decoupled weight decay")
+    clip_norm: float = setting(1.0, "largest global norm of the gradient; 0 is off")
 
 
 @dataclass(frozen=True)
 class Sft:
     """Supervised fine-tuning: cross-entropy on the suffix."""
 
-    steps: int = 1000
-    batch_size: int = 16  # questions a step, over all devices
-    grad_accum_steps: int = 1  # a step's questions are worked through in this many parts
-    label_smoothing: float = 0.0  # share of the target spread over the whole vocabulary
-    loc_smoothing_bins: float = (
-        0.0  # standard deviation of a Gaussian over neighbouring loc bins; 0 is off
+    steps: int = setting(1000, "steps of the stage", above=0)
+    batch_size: int = setting(16, "questions per step, over all devices", above=0)
+    grad_accum_steps: int = setting(1, "parts that a step computes one after the other", above=0)
+    label_smoothing: float = setting(
+        0.0, "share of the target that is spread over the whole vocabulary", minimum=0, below=1
     )
-    optimizer: Optimizer = field(default_factory=Optimizer)
-    sources: Mapping[str, Source] = field(default_factory=dict)
+    loc_smoothing_bins: float = setting(
+        0.0, "standard deviation of a Gaussian over neighbouring loc bins; 0 is off", minimum=0
+    )
+    optimizer: Optimizer = setting(Optimizer(), "the optimizer of this stage")
+    sources: Mapping[str, Source] = setting({}, "datasets by name")
 
 
 @dataclass(frozen=True)
 class RewardSettings:
-    """Constants of the rewards that have any."""
+    """Constants of the rewards."""
 
-    gaussian_alpha: float = (
-        0.5  # sigma of gaussian_point and gaussian_coverage as a share of the box's sides
+    gaussian_alpha: float = setting(
+        0.5, "sigma of gaussian_point and gaussian_coverage as a share of the box's sides", above=0
     )
-    distance_unit: str = (
-        "px"  # one of DISTANCE_UNITS: what sigma of distance_gaussian is measured in
+    distance_unit: str = setting(
+        "px", "unit of distance_gaussian's sigma", choices=("px", "diagonal", "box")
     )
-    distance_sigma_px: float = 100.0  # "px": sigma …
-    distance_max_size_px: float = (
-        640.0  # … in an image scaled so that its longer side has this many pixels
+    distance_sigma_px: float = setting(
+        100.0, 'unit "px": sigma in pixels of the scaled image', above=0
     )
-    distance_sigma_share: float = 0.125  # "diagonal" and "box": sigma as a share of the diagonal of the image or of the gold box
-    repetition_ngram: int = 8  # tokens; a list of different boxes repeats none of 8 while its names have at most 5 tokens
-    overlong_max_tokens: int = 0  # length from which overlong is -1; 0 is the room of a completion
-    overlong_cache_tokens: int = 4  # tokens before it over which overlong falls from 0
-    detection_normalise: bool = (
-        True  # whether detection is divided by the number of boxes, gold or predicted, the larger
+    distance_max_size_px: float = setting(
+        640.0, 'unit "px": longer side of the scaled image', above=0
     )
-    detection_as_released: bool = (
-        False  # whether detection averages its thresholds as big_vision's code does, keys colliding
+    distance_sigma_share: float = setting(
+        0.125,
+        'units "diagonal" and "box": sigma as a share of the diagonal of the image or of the gold box',
+        above=0,
     )
-
-
-Weight = float | tuple[float, float, int]
-"""Of a reward: fixed, or from one value to another in so many steps, evenly."""
+    repetition_ngram: int = setting(
+        8,
+        "tokens; a list of different boxes repeats none of 8 if its names have at most 5 tokens",
+        above=0,
+    )
+    overlong_max_tokens: int = setting(
+        0, "length from which overlong is -1; 0 is the maximum length of a completion", minimum=0
+    )
+    overlong_cache_tokens: int = setting(
+        4, "tokens before that length over which overlong falls from 0", above=0
+    )
+    detection_normalise: bool = setting(
+        True, "whether detection is divided by the larger number of boxes, gold or predicted"
+    )
+    detection_as_released: bool = setting(
+        False,
+        "whether detection averages its thresholds as big_vision's released code does (keys collide)",
+    )
 
 
 @dataclass(frozen=True)
 class RewardWorkerSettings:
-    """How text rewards are run, beside the run."""
+    """The processes that compute text rewards."""
 
-    count: int = 2  # processes that call them
-    timeout_s: float = 5.0  # seconds that one call may take; what it judges then scores 0
-    error_share: float = (
-        0.05  # a run stops when more than this share of a reward's scores are errors
+    count: int = setting(2, "number of processes", above=0)
+    timeout_s: float = setting(
+        5.0, "seconds that one call can take; its completions then score 0", above=0
     )
-    memory_bytes: int = 8 * 2**30  # address space that a process may use; 0 is no limit
+    error_share: float = setting(
+        0.05,
+        "a run stops if more than this share of a reward's scores are errors",
+        minimum=0,
+        maximum=1,
+    )
+    memory_bytes: int = setting(8 * 2**30, "address space of a process; 0 is no limit", minimum=0)
+
+
+AlgorithmSettings = dataclasses.make_dataclass(
+    "AlgorithmSettings",
+    [
+        (
+            name,
+            declared.type | None,
+            setting(
+                None,
+                declared.help,
+                minimum=None
+                if declared.choices or declared.minimum == -math.inf
+                else declared.minimum,
+                maximum=None
+                if declared.choices or declared.maximum == math.inf
+                else declared.maximum,
+            ),
+        )
+        for name, declared in algorithms.SETTINGS.items()
+    ],
+    frozen=True,
+)
+"""Settings that replace a choice of the algorithm's row. They are derived from the components in `pg_ground.rl`."""
 
 
 @dataclass(frozen=True)
-class Grpo:
+class Grpo(AlgorithmSettings):
     """Group-relative policy optimisation."""
 
-    steps: int = 1000
-    batch_size: int = 8  # prompts a step, over all devices
-    group_size: int = 8  # completions a prompt
-    grad_accum_steps: int = 1  # an update's prompts are worked through in this many parts
-    num_iterations: int = 1  # times a rollout is learned from (mu in the GRPO paper)
-    minibatches: int = 1  # optimizer steps each time, on as many parts of the batch
-    max_new_tokens: int = 16
-    temperature: float = 1.0  # of sampling, and of the log-probabilities in the loss
-    top_p: float = 1.0  # nucleus; 1 is the whole distribution
-    top_k: int = 0  # likeliest tokens that can be drawn; 0 is all
-    suppress_tokens: tuple[int, ...] = ()  # ids that are never drawn, beside the control ids
-    dynamic_sampling: int = 0  # times that groups with equal rewards are replaced by fresh ones (DAPO's dynamic sampling)
-    algorithm: str = "grpo"  # a row of pg_ground.rl.loss.ALGORITHMS
-    advantage: str | None = (
-        None  # instead of the row's own: a name in pg_ground.rl.loss.CHOICES; so are the next ones
+    steps: int = setting(1000, "steps of the stage", above=0)
+    batch_size: int = setting(8, "prompts per step, over all devices", above=0)
+    group_size: int = setting(8, "completions per prompt", minimum=2)
+    grad_accum_steps: int = setting(1, "parts that an update computes one after the other", above=0)
+    num_iterations: int = setting(1, "passes over each rollout (mu in the GRPO paper)", above=0)
+    minibatches: int = setting(
+        1, "optimizer steps per pass, each on its share of the batch", above=0
     )
-    ratio: str | None = None
-    objective: str | None = None
-    average: str | None = None
-    clip_low: float | None = None
-    clip_high: float | None = None
-    ratio_cap: float | None = None  # of negative advantages: dual clip
-    kl: str | None = None  # estimator
-    kl_coef: float | None = (
-        None  # weight of KL(policy || reference policy); 0 needs no reference policy
+    max_new_tokens: int = setting(16, "longest completion in tokens", above=0)
+    temperature: float = setting(
+        1.0, "temperature of sampling and of the log-probabilities in the loss", above=0
     )
-    kl_in_reward: bool | None = None
-    entropy_coef: float | None = None  # weight of the bonus
-    focus: str | None = None  # which tokens count: top_entropy, clip_cov, kl_cov
-    focus_share: float | None = None
-    correction: str | None = (
-        None  # weight for a sampler that differs from the trainer: token_truncate, …
+    top_p: float = setting(1.0, "probability mass that can be drawn; 1 is all", above=0, maximum=1)
+    top_k: int = setting(0, "most likely tokens that can be drawn; 0 is all", minimum=0)
+    suppress_tokens: tuple[int, ...] = setting(
+        (), "ids that are never drawn, beside the control ids"
     )
-    correction_floor: float | None = None
-    correction_cap: float | None = None
-    off_policy_kl: float | None = (
-        None  # completions with a negative advantage are dropped above this many nats a token
+    dynamic_sampling: int = setting(
+        0, "times that groups with equal rewards are replaced by fresh groups (DAPO)", minimum=0
     )
-    mask_truncated_completions: bool | None = (
-        None  # completions cut off at max_new_tokens leave the loss
+    algorithm: str = setting(
+        "grpo", "a row of pg_ground.rl.algorithms.ALGORITHMS, or path/to/file.py:row"
     )
-    advantage_epsilon: float = 1e-4  # added to standard deviations of rewards
-    kl_target: float = 0.0  # nats a token that kl_coef is steered to (Ziegler et al. 2019, section 2.2); 0 leaves it fixed
-    kl_horizon: int = 10_000  # completions over which it is
-    rewards: Mapping[str, Weight] = field(
-        default_factory=lambda: {"iou": 1.0, "format": 0.2}
-    )  # weight 0: only measured
-    text_rewards: Mapping[str, Weight] = field(
-        default_factory=dict
-    )  # of text, on the host: names, or file.py:function
-    rollout_weights: str = (
-        "auto"  # for sampling: "gathered" on every device, "sharded" as trained, or what fits
+    kl_target: float = setting(
+        0.0,
+        "nats per token that kl_coef is steered to (Ziegler et al. 2019, section 2.2); 0 leaves it fixed",
+        minimum=0,
     )
-    rollout_parts: int = (
-        1  # a batch is sampled in so many parts: text rewards judge one while the next is sampled
+    kl_horizon: int = setting(10_000, "completions over which kl_coef is steered", above=0)
+    rewards: Mapping[str, Weight] = setting(
+        {"iou": 1.0, "format": 0.2},
+        "rewards on token ids with weights; 0 only measures, (start, end, steps) is a schedule",
     )
-    reward_workers: RewardWorkerSettings = field(default_factory=RewardWorkerSettings)
-    reward_settings: RewardSettings = field(default_factory=RewardSettings)
-    optimizer: Optimizer = field(default_factory=lambda: Optimizer(lr=1e-6))
-    sources: Mapping[str, Source] = field(default_factory=dict)
+    text_rewards: Mapping[str, Weight] = setting(
+        {}, "rewards on text, on the host: names, or file.py:function"
+    )
+    rollout_weights: str = setting(
+        "auto", "weights for sampling: gathered on every device, sharded as trained, or auto (what fits)",
+        choices=("auto", "gathered", "sharded"),
+    )  # fmt: skip
+    rollout_parts: int = setting(
+        1,
+        "parts of a batch that are sampled one after the other, so that text rewards overlap with sampling",
+        above=0,
+    )
+    reward_workers: RewardWorkerSettings = setting(
+        RewardWorkerSettings(), "processes of text rewards"
+    )
+    reward_settings: RewardSettings = setting(RewardSettings(), "constants of the rewards")
+    optimizer: Optimizer = setting(Optimizer(lr=1e-6), "the optimizer of this stage")
+    sources: Mapping[str, Source] = setting({}, "datasets by name")
 
     @property
     def all_rewards(self) -> dict[str, Weight]:
-        """Rewards of both kinds."""
+        """The weights of rewards of both kinds."""
         return dict(self.rewards) | dict(self.text_rewards)
+
+    @property
+    def algorithm_overrides(self) -> dict[str, Any]:
+        """The settings that replace a choice of the algorithm's row."""
+        values = {name: getattr(self, name) for name in algorithms.SETTINGS}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Eval:
-    """Held-out measurement, with greedy and with sampled answers."""
+    """Held-out evaluation with greedy and with sampled answers."""
 
-    sources: Mapping[str, Source] = field(default_factory=dict)
-    benchmarks: Mapping[str, str] = field(
-        default_factory=dict
-    )  # source to what it is measured as; else by what it asks for
-    examples: int = 0  # of each source; 0 is all, fewer than there are is said in the names: eval/NAME@512/acc50
-    batch_size: int = 64
-    at_start: bool = True  # whether a run is measured before its first step
-    every: int = 0  # steps between measurements; 0 is only at the end of each stage
-    every_epochs: float = 0.0  # the same in passes over a stage's questions; 0 is none
-    max_new_tokens: int = 16
-    temperature: float = 1.0  # of the sampled answers
-    rollouts: int = 1  # sampled answers a question; 0 is none
-    perplexity: bool = False  # whether the gold suffixes' log-probabilities are measured too
-    vqvae: str = ""  # file of the published VQ-VAE of masks (vae-oid.npz), for the benchmarks of segmentation
+    sources: Mapping[str, Source] = setting({}, "held-out datasets by name")
+    benchmarks: Mapping[str, str] = setting(
+        {}, "benchmark of a source, by the source's name; else by its target"
+    )
+    examples: int = setting(
+        0, "questions of each source; 0 is all; fewer are named eval/NAME@512/acc50", minimum=0
+    )
+    batch_size: int = setting(
+        64, "questions that are answered at a time, over all devices", above=0
+    )
+    at_start: bool = setting(True, "whether a run is evaluated before its first step")
+    every: int = setting(
+        0, "steps between evaluations; 0 is only at the end of each stage", minimum=0
+    )
+    every_epochs: float = setting(
+        0.0,
+        "the same in passes over the questions of a stage; 0 is none",
+        minimum=0,
+        below=math.inf,
+    )
+    max_new_tokens: int = setting(16, "longest answer in tokens", above=0)
+    temperature: float = setting(1.0, "temperature of the sampled answers", above=0)
+    rollouts: int = setting(1, "sampled answers per question; 0 is none", minimum=0)
+    perplexity: bool = setting(
+        False, "whether the gold suffixes' log-probabilities are measured too"
+    )
+    vqvae: str = setting(
+        "",
+        "file of the published VQ-VAE of masks (vae-oid.npz), for benchmarks and rewards of segmentation",
+    )
 
 
 @dataclass(frozen=True)
 class Log:
     """What a run writes, and how often."""
 
-    every: int = 10  # steps between lines of metrics.jsonl
-    samples_every: int = 200  # steps between pictures of rollouts; 0 is never
-    samples: int = 8  # prompts in such a picture, and in the gallery of report.html
-    wandb: str = ""  # project at Weights & Biases that the run is mirrored to (needs wandb installed); "" is none
-    profile_steps: tuple[int, int] = (
-        0,
-        0,
-    )  # first and last step (over all stages, from 2 on) that jax's profiler traces
+    every: int = setting(10, "steps between lines of metrics.jsonl", above=0)
+    samples_every: int = setting(200, "steps between pictures of rollouts; 0 is never", minimum=0)
+    samples: int = setting(8, "prompts in a picture, and in the gallery of report.html", above=0)
+    wandb: str = setting(
+        "", 'project at Weights & Biases that mirrors the run (needs wandb); "" is none'
+    )
+    profile_steps: tuple[int, int] = setting(
+        (0, 0), "first and last step, over all stages and from 2 on, that jax's profiler traces"
+    )
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """When the run is saved, and how much of that is kept."""
+    """When a run is saved, and how many checkpoints are kept."""
 
-    every: int = 500  # steps; the end of a stage is always saved
-    keep: int = 2  # newest checkpoints that stay
-    best: str = ""  # held-out measure whose best parameters stay in best/: "eval/boxes/acc50"; "-eval/…" for the least; "" is none
+    every: int = setting(
+        500, "steps between checkpoints; the end of a stage is always saved", above=0
+    )
+    keep: int = setting(2, "newest checkpoints that are kept", above=0)
+    best: str = setting(
+        "",
+        'held-out metric whose best parameters stay in best/: "eval/boxes/acc50", "-eval/…" for the least; "" is none',
+    )
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """How devices are laid out."""
+    """The layout of the devices."""
 
-    data: int = (
-        -1
-    )  # devices along the axis that splits prompts and parameters (FSDP); -1 is all there are
-    replica: int = (
-        1  # such groups of devices: each has all parameters, and its share of the prompts
+    data: int = setting(
+        -1, "devices along the axis that splits prompts and parameters (FSDP); -1 is all"
     )
-    model: int = 1  # devices that share each matrix of a layer (tensor parallel)
-    rules: tuple[
-        tuple[str, tuple[str, ...]], ...
-    ] = ()  # (pattern of names, axis of each dimension), before sharding.RULES
-    compiler_options: tuple[
-        str, ...
-    ] = ()  # of XLA, "name=value" each, over sharding.TPU_COMPILER_OPTIONS
-    cpu_devices: int = 0  # devices that a CPU counts as: 2 keep two cores busy where a model is small; 0 is as it is
-    compile_cache: str = "~/.cache/pg_ground/compiled"  # folder of compiled programs, read by later starts; "" keeps none
+    replica: int = setting(
+        1, "groups of such devices: each has all parameters and a share of the prompts", minimum=1
+    )
+    model: int = setting(
+        1, "devices that share each matrix of a layer (tensor parallel)", minimum=1
+    )
+    rules: tuple[tuple[str, tuple[str, ...]], ...] = setting(
+        (), "(pattern of names, axis of each dimension), tried before sharding.RULES"
+    )
+    compiler_options: tuple[str, ...] = setting(
+        (), 'XLA options as "name=value", in place of sharding.TPU_COMPILER_OPTIONS'
+    )
+    cpu_devices: int = setting(
+        0,
+        "devices that a CPU counts as: 2 keep two cores busy for a small model; 0 changes nothing",
+        minimum=0,
+    )
+    compile_cache: str = setting(
+        "~/.cache/pg_ground/compiled",
+        'folder of compiled programs that later starts read; "" keeps none',
+    )
 
 
 @dataclass(frozen=True)
 class Config:
-    """A run."""
+    """The configuration of a run."""
 
-    seed: int = 0
-    init: str = ""  # checkpoint to start from (.npz, Hugging Face directory, or a run's); "" is random weights
-    resample_positions: bool = False  # of `init`, where it was trained at another `model.image_size`; else that is an error
-    lr_factors: tuple[
-        tuple[str, float], ...
-    ] = ()  # (pattern of names, factor), first match wins; 0 freezes; () is all, or LoRA
-    stages: tuple[str, ...] = ("sft", "grpo")  # in this order, one working directory
-    model: Model = field(default_factory=Model)
-    data: Data = field(default_factory=Data)
-    sft: Sft = field(default_factory=Sft)
-    grpo: Grpo = field(default_factory=Grpo)
-    eval: Eval = field(default_factory=Eval)
-    log: Log = field(default_factory=Log)
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
-    mesh: Mesh = field(default_factory=Mesh)
+    seed: int = setting(0, "seed of parameters, data order and sampling", minimum=0)
+    init: str = setting(
+        "", 'checkpoint to start from (.npz, Hugging Face directory, or a run); "" is random'
+    )
+    resample_positions: bool = setting(
+        False, "whether `init` can have another image_size: position embeddings are then resampled"
+    )
+    lr_factors: tuple[tuple[str, float], ...] = setting(
+        (),
+        "(pattern of names, factor), first match wins; 0 freezes; () trains all, or the adapters",
+    )
+    stages: tuple[str, ...] = setting(
+        ("sft", "grpo"), "stages in this order, in one working directory"
+    )
+    model: Model = setting(Model(), "sizes and numerics of the policy")
+    data: Data = setting(Data(), "how records become batches")
+    sft: Sft = setting(Sft(), "supervised fine-tuning")
+    grpo: Grpo = setting(Grpo(), "group-relative policy optimisation")
+    eval: Eval = setting(Eval(), "held-out evaluation")
+    log: Log = setting(Log(), "metrics and pictures")
+    checkpoint: Checkpoint = setting(Checkpoint(), "checkpoints")
+    mesh: Mesh = setting(Mesh(), "devices")
+
+    def stage_settings(self, name: str) -> Any:
+        """Returns the section of a stage: `Sft` or `Grpo`."""
+        return getattr(self, name)
+
+
+STAGES = ("sft", "grpo")
+"""The sections of `Config` that are stages."""
+
+RENAMED: Mapping[str, str] = {
+    "sft.micro_batches": "sft.grad_accum_steps",
+    "grpo.micro_batches": "grpo.grad_accum_steps",
+    "grpo.updates_per_rollout": "grpo.num_iterations",
+    "grpo.resample": "grpo.dynamic_sampling",
+    "grpo.suppress": "grpo.suppress_tokens",
+    "grpo.average": "grpo.loss_agg_mode",
+    "grpo.kl": "grpo.kl_estimator",
+    "grpo.focus": "grpo.token_selection",
+    "grpo.focus_share": "grpo.token_selection_share",
+    "grpo.correction": "grpo.importance_sampling_mode",
+    "grpo.correction_floor": "grpo.importance_sampling_floor",
+    "grpo.correction_cap": "grpo.importance_sampling_cap",
+    "grpo.mask_unfinished": "grpo.mask_truncated_completions",
+    "grpo.judging": "grpo.reward_workers",
+    "grpo.judging.workers": "grpo.reward_workers.count",
+    "grpo.reward_workers.workers": "grpo.reward_workers.count",
+    "*.sources.*.asks": "*.sources.*.target",
+}
+"""Old names of settings and their new names, for one release. A `*` stands for any one name."""
+
+
+class Description(NamedTuple):
+    """One setting, for `--help` and for documentation."""
+
+    name: str
+    """Dotted name without `config.`."""
+    type: str
+    value: Any
+    help: str
+    allowed: str
+    """The range in words; "" if every value of the type is allowed."""
+
+
+def describe(config: Any, prefix: str = "") -> Iterator[Description]:
+    """Yields every setting of a config or of a section, in order. Entries of mappings are named by their keys."""
+    hints = typing.get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        name = f"{prefix}{f.name}"
+        if dataclasses.is_dataclass(value):
+            yield from describe(value, f"{name}.")
+        elif isinstance(value, Mapping) and any(map(dataclasses.is_dataclass, value.values())):
+            for key, entry in value.items():
+                yield from describe(entry, f"{name}.{key}.")
+        else:
+            bounds = f.metadata["range"]
+            yield Description(
+                name,
+                _type_name(hints[f.name]),
+                value,
+                f.metadata["help"],
+                str(bounds) if bounds else "",
+            )
+
+
+def renamed_setting(path: str) -> str | None:
+    """Returns the new name of an old setting, or None. Both names are dotted, without `config.`."""
+    for old, new in RENAMED.items():
+        match = re.fullmatch(re.escape(old).replace(r"\*", "([^.]+)"), path)
+        if match:
+            for value in match.groups():
+                new = new.replace("*", value, 1)
+            return new
+    return None
+
+
+def unknown_setting(path: str, names: Any) -> str:
+    """Returns the error line for a setting that does not exist among `names`, the settings beside it."""
+    new = renamed_setting(path.removeprefix("config."))
+    if new is not None:
+        return f"{path} is now config.{new}"
+    return f"{path} does not exist: {nearest(path.rpartition('.')[2], names)}"
 
 
 def template() -> config_dict.ConfigDict:
-    """Returns every default as a `ConfigDict` for a recipe to change and to return locked."""
+    """Returns every default as a `ConfigDict`. A recipe changes it and returns it locked."""
     return _to_config_dict(Config())
 
 
 def section(value: Any) -> config_dict.ConfigDict:
-    """Returns a dataclass of this file (a `Source`, say) as a `ConfigDict`, so that flags can reach its fields."""
+    """Returns a dataclass of this file (for example a `Source`) as a `ConfigDict`, so that flags can set its fields."""
     return _to_config_dict(value)
 
 
 def parse(config: Mapping[str, Any] | config_dict.ConfigDict) -> Config:
-    """Returns the `Config` that `config` spells out.
+    """Returns the `Config` that `config` describes.
 
     Raises:
-      UserError: a name that does not exist (with the nearest that does), a value of another type, or one out of range.
+      UserError: a name does not exist (the error names the nearest one), a value has another type or is out of range.
     """
     tree = config.to_dict() if isinstance(config, config_dict.ConfigDict) else config
     parsed = _build(Config, tree, "config")
-    _check(parsed)
+    _check_ranges(parsed, "config")
+    _check_relations(parsed)
     return parsed
 
 
 def parse_model(tree: Any, path: str) -> Model:
-    """Returns the `Model` that a mapping spells out; `path` says where it stands.
+    """Returns the `Model` that a mapping describes; `path` is its place for error messages.
 
     Raises:
-      UserError: a name that does not exist, or a value of another type.
+      UserError: a name does not exist, or a value has another type.
     """
     return _build(Model, tree, path)
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """Returns `name`'s nearest neighbour among `names` as a question to the user, or the list of them."""
-    names = sorted(names)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else f"there are {', '.join(names) or 'none'}"
-
-
 class _Section(config_dict.ConfigDict):
-    """A `ConfigDict` whose keys may hold dots, as the file of a user's reward does."""
+    """A `ConfigDict` whose keys can contain dots, because names of a user's rewards do (`mine.py:centred`)."""
 
     def __init__(
-        self, initial: Any = None, type_safe: bool = False, convert_dict: bool = True, **others: Any
+        self,
+        initial: Any = None,
+        type_safe: bool = False,
+        convert_dict: bool = True,
+        **options: Any,
     ):
-        super().__init__(initial, type_safe, convert_dict, **(others | {"allow_dotted_keys": True}))
+        super().__init__(
+            initial, type_safe, convert_dict, **(options | {"allow_dotted_keys": True})
+        )
 
 
 def _to_config_dict(value: Any) -> config_dict.ConfigDict:
-    out = _Section()
+    tree = _Section()
     for f in dataclasses.fields(value):
         child = getattr(value, f.name)
         if dataclasses.is_dataclass(child):
@@ -508,316 +799,214 @@ def _to_config_dict(value: Any) -> config_dict.ConfigDict:
             child = _Section(dict(child))
         elif child is None:
             child = config_dict.placeholder(_type_behind_none(value, f.name))
-        out[f.name] = child
-    return out
+        tree[f.name] = child
+    return tree
 
 
 def _type_behind_none(owner: Any, name: str) -> type:
     hint = typing.get_type_hints(type(owner))[name]
-    return next(t for t in typing.get_args(hint) if t is not types.NoneType)
+    return next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
 def _build(kind: type, tree: Any, path: str) -> Any:
     if not isinstance(tree, Mapping):
-        raise UserError(
-            f"{path} is {tree!r}, but it is a section with {', '.join(f.name for f in dataclasses.fields(kind))}"
-        )
+        fields = ", ".join(f.name for f in dataclasses.fields(kind))
+        raise UserError(f"{path} is {tree!r}, but it is a section with {fields}")
     hints = typing.get_type_hints(kind)
     for name in tree:
         if name not in hints:
-            raise UserError(f"{path}.{name} does not exist: {nearest(name, hints)}")
-    return kind(
-        **{name: _convert(hints[name], value, f"{path}.{name}") for name, value in tree.items()}
-    )
+            raise UserError(unknown_setting(f"{path}.{name}", hints))
+    values = {name: _convert(hints[name], value, f"{path}.{name}") for name, value in tree.items()}
+    return kind(**values)
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, path)
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    origin = typing.get_origin(hint)
+    args = typing.get_args(hint)
     if origin is types.UnionType:
-        if value is None and types.NoneType in args:
-            return None
-        of_lists = [kind for kind in args if typing.get_origin(kind) is tuple]
-        return _convert(
-            of_lists[0] if of_lists and isinstance(value, (tuple, list)) else args[0], value, path
-        )
+        return _convert_union(args, value, path)
     if origin is tuple and isinstance(value, (tuple, list)):
-        inner = args[:1] * len(value) if args[-1] is Ellipsis else args
-        if len(inner) != len(value):
-            raise UserError(f"{path} is {value!r}, but it must have {len(inner)} elements")
-        return tuple(
-            _convert(kind, v, f"{path}[{i}]")
-            for i, (kind, v) in enumerate(zip(inner, value, strict=True))
-        )
+        return _convert_tuple(args, value, path)
     if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
-        return {k: _convert(args[1], v, f"{path}.{k}") for k, v in value.items()}
+        return {key: _convert(args[1], entry, f"{path}.{key}") for key, entry in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if origin is not None or type(value) is not hint:
-        raise UserError(
-            f"{path} is {value!r}, but it must be of type {getattr(hint, '__name__', hint)}"
-        )
+        kind = getattr(hint, "__name__", hint)
+        raise UserError(f"{path} is {value!r}, but it must be of type {kind}")
     return value
 
 
-def _compiles(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
+def _convert_union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
+    if value is None and types.NoneType in kinds:
+        return None
+    tuples = [kind for kind in kinds if typing.get_origin(kind) is tuple]
+    if tuples and isinstance(value, (tuple, list)):
+        return _convert(tuples[0], value, path)
+    return _convert(kinds[0], value, path)
 
 
-def _check(c: Config) -> None:
-    """Raises UserError for a value that no run could use."""
-
-    def need(ok: bool, path: str, value: Any, right: str) -> None:
-        if not ok:
-            raise UserError(f"config.{path} is {value!r}: it must be {right}")
-
-    def one_of(path: str, value: str, names: tuple[str, ...]) -> None:
-        need(value in names, path, value, f"one of {', '.join(names)}")
-
-    need(
-        len(c.stages) > 0 and len(set(c.stages)) == len(c.stages),
-        "stages",
-        c.stages,
-        "some of sft, grpo, each once",
+def _convert_tuple(kinds: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    element_kinds = (kinds[0],) * len(value) if kinds[-1] is Ellipsis else kinds
+    if len(element_kinds) != len(value):
+        raise UserError(f"{path} is {value!r}, but it must have {len(element_kinds)} elements")
+    return tuple(
+        _convert(kind, element, f"{path}[{i}]")
+        for i, (kind, element) in enumerate(zip(element_kinds, value, strict=True))
     )
+
+
+def _check_ranges(value: Any, path: str) -> None:
+    """Raises UserError for a setting outside the range that its field declares, in `value` and all sections below it."""
+    for f in dataclasses.fields(value):
+        child = getattr(value, f.name)
+        child_path = f"{path}.{f.name}"
+        bounds: Range | None = f.metadata["range"]
+        if bounds is not None and child is not None:
+            _need(bounds.accepts(child), child_path, child, str(bounds))
+        if dataclasses.is_dataclass(child):
+            _check_ranges(child, child_path)
+        elif isinstance(child, Mapping):
+            for name, entry in child.items():
+                if dataclasses.is_dataclass(entry):
+                    _check_ranges(entry, f"{child_path}.{name}")
+
+
+def _need(ok: bool, path: str, value: Any, right: str) -> None:
+    if not ok:
+        raise UserError(f"{path} is {value!r}: it must be {right}")
+
+
+def _check_relations(c: Config) -> None:
+    """Raises UserError for settings that do not fit together."""
+    checks: tuple[Callable[[Config], None], ...] = (
+        _check_stages, _check_model, _check_sampling, _check_mesh, _check_rewards, _check_batches,
+        _check_sources, _check_eval,
+    )  # fmt: skip
+    for check in checks:
+        check(c)
+
+
+def _check_stages(c: Config) -> None:
+    unique = len(c.stages) > 0 and len(set(c.stages)) == len(c.stages)
+    _need(unique, "config.stages", c.stages, f"some of {', '.join(STAGES)}, each once")
     for stage in c.stages:
-        one_of("stages", stage, ("sft", "grpo"))
-        sources = c.sft.sources if stage == "sft" else c.grpo.sources
-        need(len(sources) > 0, f"{stage}.sources", dict(sources), "at least one source")
-    positive = (
-        "model.image_size", "model.vision.width", "model.vision.depth", "model.vision.mlp_dim", "model.vision.num_heads",
-        "model.vision.patch_size", "model.text.width", "model.text.depth", "model.text.mlp_dim", "model.text.num_heads",
-        "model.text.num_kv_heads", "model.text.head_dim", "model.logits_block", "model.scan_unroll",
-        "sft.steps", "sft.batch_size", "sft.grad_accum_steps", "grpo.steps", "grpo.batch_size", "grpo.grad_accum_steps",
-        "grpo.num_iterations", "grpo.minibatches", "grpo.max_new_tokens", "grpo.advantage_epsilon",
-        "grpo.kl_horizon", "eval.batch_size", "eval.max_new_tokens",
-        "data.fetch.concurrency", "data.fetch.timeout_s", "data.fetch.max_bytes", "data.prompt_length",
-        "data.suffix_length", "data.max_boxes", "log.every", "log.samples", "checkpoint.every", "checkpoint.keep",
-        "grpo.reward_workers.count", "grpo.reward_workers.timeout_s", "grpo.rollout_parts",
-        "grpo.reward_settings.gaussian_alpha", "grpo.reward_settings.distance_sigma_px",
-        "grpo.reward_settings.distance_max_size_px", "grpo.reward_settings.distance_sigma_share",
-        "grpo.reward_settings.repetition_ngram", "grpo.reward_settings.overlong_cache_tokens")  # fmt: skip
-    for path in positive:
-        value = operator.attrgetter(path)(c)
-        need(value > 0, path, value, "above 0")
-    zero_or_more = (
-        "model.attention_block", "grpo.top_k", "grpo.dynamic_sampling", "grpo.kl_target",
-        "seed", "eval.every", "eval.examples", "eval.rollouts", "log.samples_every", "mesh.cpu_devices", "data.workers",
-        "data.read_threads", "data.check_records",
-        "data.fetch.retries", "data.fetch.backoff_s", "data.mask_size", "grpo.reward_workers.memory_bytes",
-        "grpo.reward_settings.overlong_max_tokens")  # fmt: skip
-    for path in zero_or_more:
-        value = operator.attrgetter(path)(c)
-        need(value >= 0, path, value, "0 or more")
-    need(
-        c.model.text.head_dim % 2 == 0,
-        "model.text.head_dim",
-        c.model.text.head_dim,
-        "even: RoPE turns pairs",
-    )
-    vision, text = c.model.vision, c.model.text
-    for name in ("dtype", "param_dtype", "frozen_dtype"):
-        one_of(f"model.{name}", getattr(c.model, name), ("float32", "bfloat16"))
-    lora = c.model.lora
-    need(lora.rank >= 0, "model.lora.rank", lora.rank, "0 or more")
-    need(lora.alpha > 0, "model.lora.alpha", lora.alpha, "above 0")
-    need(0 <= lora.dropout < 1, "model.lora.dropout", lora.dropout, "in [0, 1)")
-    need(_compiles(lora.pattern), "model.lora.pattern", lora.pattern, "a regular expression")
-    for i, (_, factor) in enumerate(c.lr_factors):
-        need(factor >= 0, f"lr_factors[{i}][1]", factor, "0 (frozen) or more")
-    one_of("model.coordinate_init", c.model.coordinate_init, ("normal", "sinusoid"))
-    one_of("model.remat", c.model.remat, REMAT)
-    one_of("data.resize", c.data.resize, RESIZES)
-    need(
-        c.model.image_size % vision.patch_size == 0,
-        "model.image_size",
-        c.model.image_size,
-        "a multiple of patch_size",
-    )
-    need(
-        vision.width % vision.num_heads == 0,
-        "model.vision.width",
-        vision.width,
-        "a multiple of num_heads",
-    )
-    need(
-        text.num_heads % text.num_kv_heads == 0,
-        "model.text.num_heads",
-        text.num_heads,
-        "a multiple of num_kv_heads",
-    )
-    need(
-        text.vocab_size > 1152,
-        "model.text.vocab_size",
-        text.vocab_size,
-        "more than its 1,152 loc and seg tokens",
-    )
-    group = c.grpo.group_size
-    need(
-        group >= 2,
-        "grpo.group_size",
-        group,
-        "at least 2: a completion is compared with the others of its group",
-    )
-    need(c.grpo.temperature > 0, "grpo.temperature", c.grpo.temperature, "above 0")
-    need(0 < c.grpo.top_p <= 1, "grpo.top_p", c.grpo.top_p, "in (0, 1]")
-    suppress_tokens, size = c.grpo.suppress_tokens, text.vocab_size
-    need(
-        all(0 <= i < size and i != EOS for i in suppress_tokens),
-        "grpo.suppress_tokens",
-        suppress_tokens,
-        f"ids below {size}, without EOS ({EOS})",
-    )
-    need(c.grpo.top_k <= size, "grpo.top_k", c.grpo.top_k, f"at most {size}, the tokens there are")
-    for i, option in enumerate(c.mesh.compiler_options):
-        need(
-            0 < option.find("=") < len(option) - 1,
-            f"mesh.compiler_options[{i}]",
-            option,
-            "name=value",
-        )
-    for axis in ("replica", "model"):
-        need(getattr(c.mesh, axis) >= 1, f"mesh.{axis}", getattr(c.mesh, axis), "at least 1")
-    need(
-        c.mesh.data == -1 or c.mesh.data >= 1,
-        "mesh.data",
-        c.mesh.data,
-        "at least 1, or -1 for all devices there are",
-    )
-    for i, (pattern, axes) in enumerate(c.mesh.rules):
-        need(_compiles(pattern), f"mesh.rules[{i}][0]", pattern, "a regular expression")
-        named = [axis for part in axes for axis in part.split("+") if axis]
-        need(len(named) == len(set(named)), f"mesh.rules[{i}][1]", axes, "each axis once")
+        _need(stage in STAGES, "config.stages", stage, f"one of {', '.join(STAGES)}")
+        sources = c.stage_settings(stage).sources
+        _need(len(sources) > 0, f"config.{stage}.sources", dict(sources), "at least one source")
     first, last = c.log.profile_steps
     traced = (first, last) == (0, 0) or 2 <= first <= last
-    need(
-        traced,
-        "log.profile_steps",
-        c.log.profile_steps,
-        "(first, last) with 2 <= first <= last, or (0, 0) for none",
+    right = "(first, last) with 2 <= first <= last, or (0, 0) for none"
+    _need(traced, "config.log.profile_steps", c.log.profile_steps, right)
+    for i, (_, factor) in enumerate(c.lr_factors):
+        _need(factor >= 0, f"config.lr_factors[{i}][1]", factor, "0 (frozen) or more")
+
+
+def _check_model(c: Config) -> None:
+    vision = c.model.vision
+    text = c.model.text
+    path = "config.model"
+    _need(
+        text.head_dim % 2 == 0, f"{path}.text.head_dim", text.head_dim, "even: RoPE rotates pairs"
     )
-    one_of("grpo.rollout_weights", c.grpo.rollout_weights, ("auto", "gathered", "sharded"))
-    share = c.grpo.focus_share
-    need(share is None or 0 < share <= 1, "grpo.focus_share", share, "in (0, 1]")
-    measures = (
-        " or ".join(f'"eval/{name}/…"' for name in c.eval.sources)
-        or '"", since config.eval.sources is empty'
-    )
-    of = c.checkpoint.best.removeprefix("-").rpartition("/")[0].removesuffix(f"@{c.eval.examples}")
-    need(
-        not of or of in {f"eval/{name}" for name in c.eval.sources},
-        "checkpoint.best",
-        c.checkpoint.best,
-        measures,
-    )
-    often = c.eval.every_epochs
-    need(
-        0 <= often < math.inf and not (often and c.eval.every),
-        "eval.every_epochs",
-        often,
-        "above 0, and eval.every then 0",
-    )
-    need(c.eval.temperature > 0, "eval.temperature", c.eval.temperature, "above 0")
-    need(0 <= c.sft.label_smoothing < 1, "sft.label_smoothing", c.sft.label_smoothing, "in [0, 1)")
-    need(
-        c.sft.loc_smoothing_bins >= 0,
-        "sft.loc_smoothing_bins",
-        c.sft.loc_smoothing_bins,
-        "0 or more",
-    )
-    one_of(
-        "grpo.reward_settings.distance_unit", c.grpo.reward_settings.distance_unit, DISTANCE_UNITS
-    )
-    need(
-        0 <= c.grpo.reward_workers.error_share <= 1,
-        "grpo.reward_workers.error_share",
-        c.grpo.reward_workers.error_share,
-        "in [0, 1]",
-    )
+    whole_patches = c.model.image_size % vision.patch_size == 0
+    _need(whole_patches, f"{path}.image_size", c.model.image_size, "a multiple of patch_size")
+    whole_heads = vision.width % vision.num_heads == 0
+    _need(whole_heads, f"{path}.vision.width", vision.width, "a multiple of num_heads")
+    whole_groups = text.num_heads % text.num_kv_heads == 0
+    _need(whole_groups, f"{path}.text.num_heads", text.num_heads, "a multiple of num_kv_heads")
+
+
+def _check_sampling(c: Config) -> None:
+    suppressed = c.grpo.suppress_tokens
+    size = c.model.text.vocab_size
+    usable = all(0 <= token < size and token != EOS for token in suppressed)
+    right = f"ids below {size}, without EOS ({EOS})"
+    _need(usable, "config.grpo.suppress_tokens", suppressed, right)
+    top_k = c.grpo.top_k
+    _need(top_k <= size, "config.grpo.top_k", top_k, f"at most {size}, the size of the vocabulary")
+
+
+def _check_mesh(c: Config) -> None:
+    for i, option in enumerate(c.mesh.compiler_options):
+        named = 0 < option.find("=") < len(option) - 1
+        _need(named, f"config.mesh.compiler_options[{i}]", option, "name=value")
+    data = c.mesh.data
+    _need(data == -1 or data >= 1, "config.mesh.data", data, "at least 1, or -1 for all devices")
+    for i, (pattern, axes) in enumerate(c.mesh.rules):
+        _need(_is_regex(pattern), f"config.mesh.rules[{i}][0]", pattern, "a regular expression")
+        named_axes = [axis for part in axes for axis in part.split("+") if axis]
+        each_once = len(named_axes) == len(set(named_axes))
+        _need(each_once, f"config.mesh.rules[{i}][1]", axes, "each axis once")
+
+
+def _check_rewards(c: Config) -> None:
     for table in ("rewards", "text_rewards"):
         for name, weight in getattr(c.grpo, table).items():
+            path = f"config.grpo.{table}.{name}"
             ends = weight[:2] if isinstance(weight, tuple) else (weight,)
-            need(all(map(math.isfinite, ends)), f"grpo.{table}.{name}", weight, "finite")
+            _need(all(map(math.isfinite, ends)), path, weight, "finite")
             steps = weight[2] if isinstance(weight, tuple) else 1
-            need(steps > 0, f"grpo.{table}.{name}", weight, "(from, to, steps) with steps above 0")
-    for name in (
-        "clip_low",
-        "clip_high",
-        "ratio_cap",
-        "kl_coef",
-        "entropy_coef",
-        "correction_floor",
-        "correction_cap",
-    ):
-        own = getattr(c.grpo, name)
-        need(own is None or own >= 0, f"grpo.{name}", own, "0 or more")
-    need(
-        0 <= c.data.bad_record_share <= 1,
-        "data.bad_record_share",
-        c.data.bad_record_share,
-        "in [0, 1]",
-    )
-    for name, stage in (("sft", c.sft), ("grpo", c.grpo)):
-        one_of(f"{name}.optimizer.name", stage.optimizer.name, ("adamw", "muon"))
-        need(
-            stage.optimizer.warmup_steps >= 0,
-            f"{name}.optimizer.warmup_steps",
-            stage.optimizer.warmup_steps,
-            "0 or more",
-        )
-        one_of(
-            f"{name}.optimizer.schedule", stage.optimizer.schedule, ("constant", "cosine", "linear")
-        )
-        parts = stage.grad_accum_steps * (c.grpo.minibatches if name == "grpo" else 1)
-        right = f"a multiple of grad_accum_steps{' * minibatches' if parts != stage.grad_accum_steps else ''}, {parts}"
-        need(stage.batch_size % parts == 0, f"{name}.batch_size", stage.batch_size, right)
+            _need(steps > 0, path, weight, "(from, to, steps) with steps above 0")
+
+
+def _check_batches(c: Config) -> None:
+    for stage in STAGES:
+        settings = c.stage_settings(stage)
+        factors = {"grad_accum_steps": settings.grad_accum_steps}
+        if hasattr(settings, "minibatches"):
+            factors["minibatches"] = settings.minibatches
+        parts = math.prod(factors.values())
+        right = f"a multiple of {' * '.join(factors)}, {parts}"
+        whole = settings.batch_size % parts == 0
+        _need(whole, f"config.{stage}.batch_size", settings.batch_size, right)
     whole = c.grpo.batch_size % c.grpo.rollout_parts == 0
-    need(
-        whole,
-        "grpo.batch_size",
-        c.grpo.batch_size,
-        f"a multiple of rollout_parts, {c.grpo.rollout_parts}",
-    )
-    for head, sources in (
-        ("sft", c.sft.sources),
-        ("grpo", c.grpo.sources),
+    right = f"a multiple of rollout_parts, {c.grpo.rollout_parts}"
+    _need(whole, "config.grpo.batch_size", c.grpo.batch_size, right)
+
+
+def _check_sources(c: Config) -> None:
+    for name, entries in (
+        *((stage, c.stage_settings(stage).sources) for stage in STAGES),
         ("eval", c.eval.sources),
     ):
-        for name, source in sources.items():
-            path = f"{head}.sources.{name}"
-            one_of(f"{path}.target", source.target, ("boxes", "points", "text"))
-            one_of(f"{path}.element", source.element, ("all", "random"))
-            one_of(f"{path}.empty", source.empty, ("drop", "keep"))
-            need(
-                source.max_objects >= 0,
-                f"{path}.max_objects",
-                source.max_objects,
-                "0 (all) or more",
-            )
-            need(
-                0 < source.weight < math.inf, f"{path}.weight", source.weight, "above 0 and finite"
-            )
-            asked = {"boxes": source.boxes, "points": source.points, "text": "{" in source.suffix}[
-                source.target
-            ]
-            right = (
-                'a template such as "{answer}"'
-                if source.target == "text"
-                else f"the path of the {source.target} it asks for"
-            )
-            field, value = (
-                ("suffix", source.suffix) if source.target == "text" else (source.target, asked)
-            )
-            need(bool(asked), f"{path}.{field}", value, right)
-            written = source.suffix in ("loc", "json", "count") or "{" in source.suffix
-            need(
-                written,
-                f"{path}.suffix",
-                source.suffix,
-                'loc, json, count or a template such as "{answer}"',
-            )
+        for source_name, source in entries.items():
+            _check_source(source, f"config.{name}.sources.{source_name}")
+
+
+def _check_source(source: Source, path: str) -> None:
+    is_template = "{" in source.suffix
+    if source.target == "text":
+        _need(is_template, f"{path}.suffix", source.suffix, 'a template such as "{answer}"')
+    else:
+        field_path = getattr(source, source.target)
+        right = f"the path of the {source.target} it asks for"
+        _need(bool(field_path), f"{path}.{source.target}", field_path, right)
+    written = source.suffix in ("loc", "json", "count") or is_template
+    _need(
+        written,
+        f"{path}.suffix",
+        source.suffix,
+        'loc, json, count or a template such as "{answer}"',
+    )
+
+
+def _check_eval(c: Config) -> None:
+    if c.eval.sources:
+        metrics = " or ".join(f'"eval/{name}/…"' for name in c.eval.sources)
+    else:
+        metrics = '"", since config.eval.sources is empty'
+    prefix = (
+        c.checkpoint.best.removeprefix("-").rpartition("/")[0].removesuffix(f"@{c.eval.examples}")
+    )
+    evaluated = not prefix or prefix in {f"eval/{name}" for name in c.eval.sources}
+    _need(evaluated, "config.checkpoint.best", c.checkpoint.best, metrics)
+    one_period = not (c.eval.every_epochs and c.eval.every)
+    right = "0 if eval.every is not 0"
+    _need(one_period, "config.eval.every_epochs", c.eval.every_epochs, right)

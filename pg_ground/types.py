@@ -1,17 +1,35 @@
-"""The values that flow between rooms, and the legend of their axes.
+"""The values that flow between packages, the glossary, and the axes of arrays.
+
+Glossary:
+
+    source       one dataset as an entry of a config: a uri and the paths of its fields
+    record       one entry of a source, as it is stored
+    question     a prompt about one image, made from a record; a record can make several
+    prefix       image and prompt: computed once per question
+    completion   the tokens that the policy samples after a prefix; also called the suffix
+    group        the G completions of one question
+    rollout      the groups of a batch with their log-probabilities
+    answer       boxes, points and masks that are read from a completion
+    gold         the annotation of a question: the right answer
+    reward       how good a completion is; NaN if the reward does not apply to it
+    advantage    how much better a completion (or a token) is than what it is compared with
+    stage        one phase of a run with its own optimizer state: "sft" or "grpo"
+    policy       the model that is trained; the reference policy is its state at the start of the stage
+    trained, frozen   parameters that the optimizer changes, and parameters that it does not
 
 Axes, in every signature of the package:
 
-    B prompts (one image each)    G completions of one prompt     L prefix text tokens     T completion tokens
+    B prompts (one image each)    G completions of one prompt     L prompt tokens          T completion tokens
     K boxes or points             C names in a question           W tokens of a name       S prefix length (image + text)
     H W pixels                    D width                         N heads                  V vocabulary
-    M cells of a mask's side
+    M cells along a mask's side
 
-Frames: `yxyx` and `yx` are fractions of the original image in [0, 1]; anything in pixels says `_px`.
+Coordinates: `yxyx` and `yx` are fractions of the original image in [0, 1]. A name that ends in `_px` is in pixels.
 """
 
+import difflib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +48,10 @@ Metrics = dict[str, Any]
 """Numbers by name: float32 scalars on the device, floats on the host."""
 
 BOXES, POINTS, TEXT = 0, 1, 2
-"""What a question asks for: the values of `Gold.target`. TEXT is an answer that no reward on token ids can read."""
+"""What a question asks for: the values of `Gold.target`. Rewards on token ids cannot read a TEXT answer."""
+
+POLICY = "policy"
+"""The name of the policy's tree among the trainable trees of a `TrainState`."""
 
 
 FilePath = Path | epath.Path
@@ -46,20 +67,27 @@ def expand_path(path: str) -> str:
 
 
 class UserError(Exception):
-    """What the user gave cannot be used. Its text is one line: what was found, where, and what would be right."""
+    """An input of the user cannot be used. The text is one line: what is wrong, where, and what would be right."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """Returns the nearest of `names` as a question to the user, or the list of `names` if none is near."""
+    names = sorted(names)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"did you mean {close[0]}?" if close else f"there are {', '.join(names) or 'none'}"
 
 
 class Boxes(NamedTuple):
-    """K slots for boxes. An unused slot has `valid` False; a used one may still be degenerate (y2 <= y1)."""
+    """K slots for boxes. `valid` is False for an unused slot. A used box can still be degenerate (y2 <= y1)."""
 
     yxyx: Float[Array, "... K 4"]
     label: Int[Array, "... K"]
-    """Index among the names of the question, -1 for a name that is not among them."""
+    """Index into the names of the question; -1 for a name that is not among them."""
     valid: Bool[Array, "... K"]
 
 
 class Points(NamedTuple):
-    """K slots for points, read like `Boxes`."""
+    """K slots for points, with the same fields as `Boxes`."""
 
     yx: Float[Array, "... K 2"]
     label: Int[Array, "... K"]
@@ -67,23 +95,23 @@ class Points(NamedTuple):
 
 
 class Gold(NamedTuple):
-    """What the annotators drew for B questions.
+    """The annotations of B questions.
 
-    A question about points may carry boxes too: they are the objects the points lie on, slot by slot.
+    A question about points can have boxes too. Box k is then the object that point k lies on.
     """
 
     boxes: Boxes
     points: Points
     target: Int[Array, " B"]
-    """BOXES, POINTS or TEXT: the kind of answer the question asks for."""
+    """BOXES, POINTS or TEXT: the kind of answer that the question asks for."""
     names: Int[Array, "B C W"]
-    """Token ids of the names an answer may use, PAD-padded; all PAD for a question whose answers carry no name."""
+    """Token ids of the names that an answer can use, padded with PAD; all PAD if answers have no names."""
     masks: Bool[Array, "B K M M"]
-    """Cells of the whole image that each object covers, slot by slot; all False for one without, M = 0 where none are carried."""
+    """Cells of the whole image that each object covers. All False for an object without a mask; M = 0 without masks."""
 
 
 class Example(NamedTuple):
-    """One question on the host: an image of the model's size, its text, and the annotation (numpy, K as it comes)."""
+    """One question on the host: an image of the model's size, its text and its annotation. K is not padded."""
 
     image: UInt8[np.ndarray, "H W 3"]
     size: tuple[int, int]
@@ -95,9 +123,9 @@ class Example(NamedTuple):
     target: int
     names: tuple[str, ...]
     masks: Bool[np.ndarray, "K M M"]
-    """Of the objects asked for; empty where the source names none."""
+    """Masks of the objects; empty if the source has no masks."""
     source: str
-    """Name of the config entry it came from."""
+    """Name of the source in the config."""
     index: int
     """Record number within that source."""
 
@@ -106,7 +134,7 @@ class Batch(NamedTuple):
     """B questions, ready for the device."""
 
     image: Float[Array, "B H W 3"] | UInt8[Array, "B H W 3"]
-    """In [-1, 1]; or as bytes, which the model takes there."""
+    """Floats in [-1, 1], or bytes that the model scales to [-1, 1]."""
     prompt: Int[Array, "B L"]
     prompt_mask: Bool[Array, "B L"]
     suffix: Int[Array, "B T"]
@@ -116,7 +144,7 @@ class Batch(NamedTuple):
     size: Int[Array, "B 2"]
     """Width and height of the original image in pixels."""
     source: Int[Array, " B"]
-    """Position of the source among the config's entries."""
+    """Index of the source among the entries of the config."""
     index: Int[Array, " B"]
 
 
@@ -168,9 +196,11 @@ class Rollout(NamedTuple):
     tokens: Int[Array, "B G T"]
     """PAD after EOS."""
     mask: Bool[Array, "B G T"]
-    """True up to and including EOS."""
+    """True for real tokens, up to and including EOS. The model attends to them."""
     logps: Float[Array, "B G T"]
-    """Natural log-probabilities under the policy that sampled, at the sampling temperature; 0 after EOS."""
+    """Log-probabilities (nats) under the policy that sampled, at the sampling temperature; 0 after EOS."""
+    loss_mask: Bool[Array, "B G T"]
+    """True for tokens that the policy wrote and is trained on. It is part of `mask`: a tool's output is in `mask` alone."""
 
 
 class Answer(NamedTuple):
@@ -197,12 +227,13 @@ class Rewards(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """What a step changes. With the data iterator's state and the config's seed it is all that exact resume needs."""
+    """The values that a step changes. Exact resume needs this state, the data iterator's state and the config's seed."""
 
     step: Int[Array, ""]
-    """Steps done in this stage."""
-    params: Any
-    opt: Any
-    """State of the optax chain."""
+    """Number of finished steps in this stage."""
+    params: Mapping[str, Params]
+    """The trainable trees by name: `POLICY`, and for example a critic."""
+    opt_state: Any
+    """State of the optax chain over all trainable trees."""
     kl_coef: Float[Array, ""] | np.float32 = np.float32(0)
-    """Weight of the KL to the reference policy, where it is steered."""
+    """Weight of the KL to the reference policy, if `grpo.kl_target` steers it."""

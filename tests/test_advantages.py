@@ -179,7 +179,7 @@ SEEDS = {
     "best_of_group": ([1.171077, 0, 0, 0], [0, 0]),
     "whitened": ([1.671814, 0.364250, -0.943314, -0.289532], [-0.420288, -0.420288]),
     "centred_and_whitened": ([1.554480, 0.194310, -1.165860, -0.485775], [0.024289, 0.024289]),
-    "over_greedy": ([0.7, 0.2, -0.3, -0.05], [-0.1, -0.1]),
+    "greedy_baseline": ([0.7, 0.2, -0.3, -0.05], [-0.1, -0.1]),
 }
 """RLLaVA's estimators, run: a group of four with 3, 2, 4 and 1 tokens, one of two with 2 tokens each; ReMax over 0.3."""
 
@@ -220,7 +220,7 @@ def test_a_group_of_equals_has_exactly_none_whatever_its_rounded_mean(name, dtyp
 
 def test_remax_needs_the_greedy_completion():
     with pytest.raises(ValueError, match="greedy"):
-        estimators.over_greedy(Scores(jnp.zeros((1, 2))))
+        estimators.greedy_baseline(Scores(jnp.zeros((1, 2))))
 
 
 def test_the_epsilon_is_a_setting():

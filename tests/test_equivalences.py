@@ -25,7 +25,7 @@ from pg_ground.vocab import CONTROL
 
 
 @pytest.fixture(scope="module")
-def logps_of() -> Callable[..., jax.Array]:
+def completion_logps_in_parts() -> Callable[..., jax.Array]:
     """(model, params, inputs) to log-probabilities; a model's program is compiled once per shape."""
     compiled: dict[PaliGemma, Any] = {}
 
@@ -67,70 +67,70 @@ def changed(tiny: Any, **settings: Any) -> PaliGemma:
 # who sees whom
 
 
-def test_log_probabilities_before_a_token_do_not_move_by_one_bit(tiny, logps_of):
+def test_log_probabilities_before_a_token_do_not_move_by_one_bit(tiny, completion_logps_in_parts):
     x = inputs(tiny.model)._replace(mask=jnp.ones((B, G, T), bool))
-    before = np.asarray(logps_of(*tiny, x))
+    before = np.asarray(completion_logps_in_parts(*tiny, x))
     for t in range(T):
         other = jnp.where(x.tokens[..., t] == 500, 501, 500)
-        after = np.asarray(logps_of(*tiny, x._replace(tokens=x.tokens.at[..., t].set(other))))
+        after = np.asarray(completion_logps_in_parts(*tiny, x._replace(tokens=x.tokens.at[..., t].set(other))))
         np.testing.assert_array_equal(after[..., :t], before[..., :t])
         assert (after[..., t:] != before[..., t:]).all()
 
 
-def test_completions_of_a_group_do_not_see_one_another(tiny, logps_of):
+def test_completions_of_a_group_do_not_see_one_another(tiny, completion_logps_in_parts):
     x = inputs(tiny.model)
     before, after = (
-        np.asarray(logps_of(*tiny, y)) for y in (x, x._replace(tokens=x.tokens.at[:, 1].set(700)))
+        np.asarray(completion_logps_in_parts(*tiny, y)) for y in (x, x._replace(tokens=x.tokens.at[:, 1].set(700)))
     )
     np.testing.assert_array_equal(after[:, [0, 2]], before[:, [0, 2]])
     assert (after[:, 1] != before[:, 1]).any()
 
 
-def test_prompts_of_a_batch_do_not_see_one_another(tiny, logps_of):
+def test_prompts_of_a_batch_do_not_see_one_another(tiny, completion_logps_in_parts):
     x, others = inputs(tiny.model), inputs(tiny.model, seed=1)
     mixed = Inputs(*(jnp.concatenate([a[:2], b[2:]]) for a, b in zip(x, others, strict=True)))
-    before, after = np.asarray(logps_of(*tiny, x)), np.asarray(logps_of(*tiny, mixed))
+    before, after = np.asarray(completion_logps_in_parts(*tiny, x)), np.asarray(completion_logps_in_parts(*tiny, mixed))
     np.testing.assert_array_equal(after[:2], before[:2])
     assert (after[2:] != before[2:]).any(axis=(1, 2)).all()
 
 
-def test_every_prompt_token_sees_every_other_in_both_directions(tiny, logps_of):
+def test_every_prompt_token_sees_every_other_in_both_directions(tiny, completion_logps_in_parts):
     """Prefix-LM: the last prompt token reaches the keys of the first, so both move the first completion token."""
     x = inputs(tiny.model)
-    before = np.asarray(logps_of(*tiny, x))
+    before = np.asarray(completion_logps_in_parts(*tiny, x))
     for position in range(3):  # the shortest prompt has 3 tokens
-        after = np.asarray(logps_of(*tiny, x._replace(prompt=x.prompt.at[:, position].set(101))))
+        after = np.asarray(completion_logps_in_parts(*tiny, x._replace(prompt=x.prompt.at[:, position].set(101))))
         assert (np.abs(after - before)[..., 0].max(axis=1) > 100 * CLOSE).all()
 
 
-def test_another_image_changes_the_log_probabilities(tiny, logps_of):
+def test_another_image_changes_the_log_probabilities(tiny, completion_logps_in_parts):
     """A model blind to its images would pass every other test here."""
     x = inputs(tiny.model)
     before, after = (
-        np.asarray(logps_of(*tiny, y)) for y in (x, x._replace(image=jnp.roll(x.image, 1, axis=0)))
+        np.asarray(completion_logps_in_parts(*tiny, y)) for y in (x, x._replace(image=jnp.roll(x.image, 1, axis=0)))
     )
     assert (np.abs(after - before)[..., 0].max(axis=1) > 1000 * CLOSE).all()
 
 
-def test_padding_of_the_prompt_changes_nothing_whatever_its_amount_and_side(tiny, logps_of):
+def test_padding_of_the_prompt_changes_nothing_whatever_its_amount_and_side(tiny, completion_logps_in_parts):
     x = inputs(tiny.model)
-    before = logps_of(*tiny, x)
+    before = completion_logps_in_parts(*tiny, x)
     lengths = np.asarray(x.prompt_mask.sum(axis=1))
     for slots, left in ((L + 4, False), (L + 4, True)):
         mask = np.arange(slots) < lengths[:, None]
         mask = mask[:, ::-1] if left else mask
         prompt = np.full(mask.shape, 77, np.int32)  # what stands at padding must not matter either
         prompt[mask] = np.asarray(x.prompt)[np.asarray(x.prompt_mask)]
-        after = logps_of(
+        after = completion_logps_in_parts(
             *tiny, x._replace(prompt=jnp.asarray(prompt), prompt_mask=jnp.asarray(mask))
         )
         np.testing.assert_allclose(after, before, rtol=0, atol=CLOSE)
 
 
-def test_masked_completion_tokens_say_0_and_change_nothing_before_them(tiny, logps_of):
+def test_masked_completion_tokens_say_0_and_change_nothing_before_them(tiny, completion_logps_in_parts):
     x = inputs(tiny.model)
     before, after = (
-        np.asarray(logps_of(*tiny, y))
+        np.asarray(completion_logps_in_parts(*tiny, y))
         for y in (x, x._replace(tokens=jnp.where(x.mask, x.tokens, 900)))
     )
     np.testing.assert_array_equal(before, after)
@@ -327,20 +327,20 @@ def test_rematerialised_layers_equal_kept_ones(pg2, gradient_of):
     assert_close_trees(again_grads, kept_grads)
 
 
-def test_unrolled_layers_equal_looped_ones(pg2, logps_of):
+def test_unrolled_layers_equal_looped_ones(pg2, completion_logps_in_parts):
     x = inputs(pg2.model)
     assert pg2.model.config.scan_unroll == 1
     np.testing.assert_allclose(
-        logps_of(changed(pg2, scan_unroll=2), pg2.params, x), logps_of(*pg2, x), rtol=0, atol=CLOSE
+        completion_logps_in_parts(changed(pg2, scan_unroll=2), pg2.params, x), completion_logps_in_parts(*pg2, x), rtol=0, atol=CLOSE
     )
 
 
-def test_bfloat16_activations_stay_near_float32(tiny, logps_of):
+def test_bfloat16_activations_stay_near_float32(tiny, completion_logps_in_parts):
     """bfloat16 knows a number to 2^-9. Logits of a few units, each the end of some ten roundings, are off by a few hundredths."""
     x = inputs(tiny.model)
     off = np.abs(
-        np.asarray(logps_of(changed(tiny, dtype="bfloat16"), tiny.params, x))
-        - np.asarray(logps_of(*tiny, x))
+        np.asarray(completion_logps_in_parts(changed(tiny, dtype="bfloat16"), tiny.params, x))
+        - np.asarray(completion_logps_in_parts(*tiny, x))
     )
     off = off[np.asarray(x.mask)]
     assert 2**-12 < np.median(off) < 10 * 2**-9 and off.max() < 100 * 2**-9

@@ -93,7 +93,7 @@ def sft(r: Reference, label_smoothing: float) -> tuple[dict[str, jax.Array], dic
     state = TrainState(jnp.int32(0), r.params, optimizer.init(r.params))
 
     def step(state: TrainState, batch: Batch) -> Any:
-        return update.sft_step(
+        return update.sft_update(
             state,
             {},
             batch,

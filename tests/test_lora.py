@@ -132,7 +132,7 @@ def compiled(model: PaliGemma) -> Any:
 
     def run(frozen: Any, params: Any, dropout_key: Any) -> tuple[Any, Any]:
         x = inputs(model)
-        state, metrics = update.sft_step(
+        state, metrics = update.sft_update(
             TrainState(jnp.int32(0), params, keep.init(params)), frozen, unlabelled(*x[:3], x.tokens[:, 0], x.mask[:, 0]),
             model=model, optimizer=keep, vocab=vocab_of_size(model.config.text.vocab_size), grad_accum_steps=1,
             label_smoothing=0.0, loc_smoothing_bins=0.0, dropout_key=dropout_key,

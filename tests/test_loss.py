@@ -21,11 +21,11 @@ from pg_ground.rl.loss import (
     k1,
     k2,
     k3,
-    over_budget,
-    over_sequences,
-    over_tokens,
+    seq_mean_token_sum_norm,
+    seq_mean_token_mean,
+    token_mean,
     policy_loss,
-    reward_penalty,
+    completion_kl,
     target_logps,
 )
 from pg_ground.types import UserError
@@ -69,7 +69,7 @@ def loss_and_gradient(given: dict, row: Algorithm, group_size: int, budget: int 
 
     entropies = widened(given["entropies"])
     focus = row.focus and row.focus(
-        Tokens(logps, entropies, advantage, mask, jax.random.key(0)), row.focus_share
+        Tokens(logps, entropies, advantage, mask, jax.random.key(0)), row.token_selection_share
     )
 
     def loss(logps):
@@ -108,7 +108,7 @@ GOLDEN = [
     ("cispo eps_high=.2 (config default!)", made("cispo", clip_high=0.2)),
     ("sapo 1.05/1.0", made("sapo")),
     ("vespo", made("vespo")),
-    ("dapo + top_entropy_quantile=.5", made("top_entropy", clip_high=0.2, focus_share=0.5)),
+    ("dapo + top_entropy_quantile=.5", made("top_entropy", clip_high=0.2, token_selection_share=0.5)),
     ("dapo + off_policy_mask_threshold=.1", made("dapo", clip_high=0.2, off_policy_kl=0.1)),
     ("dapo + entropy_coef=.01", made("dapo", clip_high=0.2, entropy_coef=0.01)),
 ]
@@ -153,7 +153,7 @@ def test_corrections_for_another_sampler_equal_trls(trl, name):
         "dapo",
         clip_high=0.2,
         correction=CHOICES["correction"][name.split()[0]],
-        correction_floor=0.5 * ("cmin" in name),
+        importance_sampling_floor=0.5 * ("cmin" in name),
     )
     batch = trl["inputs"]["B"]
     terms = policy_loss(
@@ -170,7 +170,7 @@ def test_corrections_for_another_sampler_equal_trls(trl, name):
     np.testing.assert_allclose(terms.weight * mask, ratio * mask, rtol=0, atol=PRINTED)
     if "dapo_loss" in expected:
         np.testing.assert_allclose(
-            jnp.sum(terms.loss * over_tokens(mask)), expected["dapo_loss"], rtol=0, atol=PRINTED
+            jnp.sum(terms.loss * token_mean(mask)), expected["dapo_loss"], rtol=0, atol=PRINTED
         )
 
 
@@ -185,10 +185,10 @@ SEED = {
 SEED_ROWS = {
     "vanilla, token-mean": (made("dual_clip"), 0.259728),
     "vanilla, seq-mean-token-sum": (
-        made("dual_clip", average=CHOICES["average"]["summed_sequences"]),
+        made("dual_clip", average=CHOICES["average"]["seq_mean_token_sum"]),
         0.649320,
     ),
-    "vanilla, seq-mean-token-mean": (made("dual_clip", average=over_sequences), 0.558538),
+    "vanilla, seq-mean-token-mean": (made("dual_clip", average=seq_mean_token_mean), 0.558538),
     "clip .2/.28, c 10": (made("dapo", ratio_cap=10.0), 0.540066),
     "gspo": (made("gspo"), 0.645017),
     "gpg": (made("gpg"), 0.46),
@@ -211,8 +211,8 @@ def test_losses_equal_rllavas(name):
 def test_a_focus_leaves_nothing_to_learn_where_there_is_no_advantage(random_batch, name):
     """The first update is at ratio 1, where |log-ratio| has a kink: its gradient there is 0, not the 1 of jnp.abs."""
     logps, _, _, advantage, mask = random_batch
-    row = made(name, focus_share=1.0)
-    focus = row.focus(Tokens(logps, -logps, advantage, mask, jax.random.key(0)), row.focus_share)
+    row = made(name, token_selection_share=1.0)
+    focus = row.focus(Tokens(logps, -logps, advantage, mask, jax.random.key(0)), row.token_selection_share)
 
     def loss(logps):
         old = jax.lax.stop_gradient(logps)
@@ -227,9 +227,9 @@ CANCELLING = {
     "kl_target steers kl_coef, which is 0": {"algorithm": "dapo", "kl_target": 0.01},
     "kl is k1, whose gradient": {"kl": "k1"},
     "kl_in_reward has no effect": {"algorithm": "gdpo", "kl_coef": 0.1, "kl_in_reward": True},
-    "clip_high is 0.2, but objective = capped_weight": {"objective": "capped_weight"},
+    "clip_high is 0.2, but objective = cispo": {"objective": "cispo"},
     "correction multiplies": {"algorithm": "vespo", "correction": "token_mask"},
-    "correction_floor is above": {"correction": "token_mask", "correction_floor": 5.0},
+    "importance_sampling_floor is above": {"correction": "token_mask", "importance_sampling_floor": 5.0},
     "ratio_cap is below 1": {"ratio_cap": 0.5},
     "off_policy_kl is below 0": {"off_policy_kl": -1.0},
     "resample looks at the spread": {"algorithm": "remax", "dynamic_sampling": 1},
@@ -250,8 +250,8 @@ UNREAD = {
     },
     "clip_low has no effect on cispo": {"algorithm": "cispo", "clip_low": 0.3},
     "ratio_cap has no effect on opo": {"algorithm": "opo", "ratio_cap": 3.0},
-    "focus_share has no effect on grpo": {"focus_share": 0.5},
-    "correction_cap has no effect on grpo": {"correction_cap": 2.0},
+    "token_selection_share has no effect on grpo": {"token_selection_share": 0.5},
+    "importance_sampling_cap has no effect on grpo": {"importance_sampling_cap": 2.0},
 }
 
 
@@ -322,7 +322,7 @@ def test_straight_through_has_the_value_of_one_estimate_and_the_gradient_of_k2(n
 
 def test_a_penalty_in_the_reward_is_the_summed_gap(random_batch):
     logps, _, ref, _, mask = random_batch
-    found = reward_penalty(logps, ref, mask, ALGORITHMS["rloo"])
+    found = completion_kl(logps, ref, mask, ALGORITHMS["rloo"])
     np.testing.assert_allclose(found, jnp.sum((logps - ref) * mask, axis=-1), rtol=0, atol=ROUNDING)
     row = ALGORITHMS["rloo"]._replace(kl_coef=0.1)
     given = (logps, logps, ref, jnp.zeros(mask.shape[:2]), mask)
@@ -497,13 +497,13 @@ def test_averages_weigh_as_they_say(random_batch):
     *_, mask = random_batch
     mask = mask.at[2, 3].set(False)  # a completion may be all padding
     assert (mask.sum(axis=-1) == 0).sum() == 1
-    per_completion = over_sequences(mask).sum(axis=-1)
+    per_completion = seq_mean_token_mean(mask).sum(axis=-1)
     np.testing.assert_allclose(
         per_completion, jnp.where(mask.any(axis=-1), 1 / 12, 0), rtol=ROUNDING
     )
-    np.testing.assert_allclose(over_tokens(mask), mask / mask.sum(), rtol=ROUNDING)
-    np.testing.assert_allclose(over_budget(mask), mask / (3 * 4 * 5), rtol=ROUNDING)
-    for average in (over_sequences, over_tokens, over_budget):
+    np.testing.assert_allclose(token_mean(mask), mask / mask.sum(), rtol=ROUNDING)
+    np.testing.assert_allclose(seq_mean_token_sum_norm(mask), mask / (3 * 4 * 5), rtol=ROUNDING)
+    for average in (seq_mean_token_mean, token_mean, seq_mean_token_sum_norm):
         assert not average(jnp.zeros_like(mask)).any()
 
 

@@ -16,7 +16,7 @@ from pg_ground.rl.scored_rollouts import (
     has_spread,
     refill,
     weights_at,
-    without_greedy,
+    split_off_greedy,
 )
 from pg_ground.rl.update import split, unsplit
 from pg_ground.tokenizer import load
@@ -129,7 +129,7 @@ def test_a_reward_is_named_once():
 
 def test_the_greedy_completion_is_taken_out_and_compared_with():
     given = sampled([[1, 0, 0.5], [0, 0, 0.25]])
-    found = without_greedy(given.rollout, given.answer, given.rewards, given.batch)
+    found = split_off_greedy(given.rollout, given.answer, given.rewards, given.batch)
     assert found.rollout.tokens.shape == (2, 2, 3) and found.baseline.tolist() == [0.5, 0.25]
     advantages = compare(found, None, {"iou": 1.0}, 0.0, ALGORITHMS["remax"], 1e-4).advantages
     np.testing.assert_allclose(advantages, [[0.5, -0.5], [-0.25, -0.25]])

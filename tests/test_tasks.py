@@ -295,7 +295,7 @@ def test_the_table_of_algorithms_says_what_the_rows_are():
         assert written[ratio] == row.ratio.__name__
         numbers = [float(n) for n in re.findall(r"[\d.]+(?:e-\d)?", clip)]
         known = {"clipped": (row.clip_low, row.clip_high), "geometric": (row.clip_low, row.clip_high),
-                 "capped_weight": (row.clip_high,)}.get(objective, ())  # fmt: skip
+                 "cispo": (row.clip_high,)}.get(objective, ())  # fmt: skip
         assert numbers == [n for n in (*known, row.ratio_cap) if np.isfinite(n)], name
         assert (
             float(kl.split()[0].strip(",")) == row.kl_coef

@@ -41,13 +41,13 @@ def state_of(params: Any) -> tuple[TrainState, optax.GradientTransformation]:
     ), optimizer
 
 
-def sft_step(tiny: Any, grad_accum_steps: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def sft_update(tiny: Any, grad_accum_steps: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Returns a supervised step as a function, and its arguments."""
     state, optimizer = state_of(tiny.params)
     vocab = vocab_of_size(tiny.model.config.text.vocab_size)
 
     def step(state: TrainState, batch: Batch) -> Any:
-        return update.sft_step(
+        return update.sft_update(
             state,
             {},
             batch,
@@ -68,7 +68,7 @@ ROW = ALGORITHMS["dapo"]._replace(kl_coef=0.1)
 TEMPERATURE = 0.8
 
 
-def grpo_step(
+def grpo_update(
     tiny: Any, grad_accum_steps: int, row: Algorithm = ROW, updates: int = 2, minibatches: int = 1
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Returns a reinforced step with two updates and a reference policy, and its arguments."""
@@ -77,10 +77,10 @@ def grpo_step(
     def step(
         state: TrainState, ref_params: Any, batch: Batch, rollout: Rollout, advantages: jax.Array
     ) -> Any:
-        ref_logps = update.logps_of(
+        ref_logps = update.completion_logps_in_parts(
             tiny.model, ref_params, batch, rollout, TEMPERATURE, grad_accum_steps * minibatches
         )[0]
-        return update.grpo_step(
+        return update.grpo_update(
             state,
             {},
             PolicyBatch(batch, rollout, advantages, ref_logps),
@@ -106,7 +106,7 @@ def outcome(step: Callable[..., Any], args: tuple[Any, ...]) -> tuple[TrainState
 @pytest.fixture(scope="module")
 def whole_steps(pg1, pg2) -> dict[str, tuple[TrainState, dict[str, float]]]:
     """A supervised step of the one and a reinforced step of the other model, on one device and in one part."""
-    return {"sft": outcome(*sft_step(pg1, 1)), "grpo": outcome(*grpo_step(pg2, 1))}
+    return {"sft": outcome(*sft_update(pg1, 1)), "grpo": outcome(*grpo_update(pg2, 1))}
 
 
 def assert_same_step(
@@ -126,31 +126,31 @@ def assert_same_step(
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_micro_batches_do_not_change_a_supervised_step(pg1, whole_steps, parts):
-    assert_same_step(outcome(*sft_step(pg1, parts)), whole_steps["sft"])
+    assert_same_step(outcome(*sft_update(pg1, parts)), whole_steps["sft"])
 
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_defect_15_micro_batches_do_not_change_a_reinforced_step(pg2, whole_steps, parts):
     """RLLaVA divides by the tokens of a micro-batch, ours by those of the whole; EasyR1 keeps a part's metrics, ours add up."""
-    assert_same_step(outcome(*grpo_step(pg2, parts)), whole_steps["grpo"])
+    assert_same_step(outcome(*grpo_update(pg2, parts)), whole_steps["grpo"])
 
 
 @pytest.mark.parametrize("name", ["top_entropy", "gspo", "kl_cov"])
 def test_micro_batches_do_not_change_a_step_of_rows_that_look_at_the_whole_batch(pg1, name):
     """Two minibatches, each an optimizer step, each in one, two or four parts."""
     row = ALGORITHMS[name]._replace(kl_coef=0.1, mask_truncated_completions=True, entropy_coef=0.01)
-    expected = outcome(*grpo_step(pg1, 1, row, updates=1, minibatches=2))
-    assert_same_step(outcome(*grpo_step(pg1, 2, row, updates=1, minibatches=2)), expected)
+    expected = outcome(*grpo_update(pg1, 1, row, updates=1, minibatches=2))
+    assert_same_step(outcome(*grpo_update(pg1, 2, row, updates=1, minibatches=2)), expected)
 
 
 def test_minibatches_are_optimizer_steps_one_after_the_other(pg1):
     """The second starts from where the first one ended, on the other half of the questions."""
-    step, (state, ref_params, batch, rollout, advantages) = grpo_step(
+    step, (state, ref_params, batch, rollout, advantages) = grpo_update(
         pg1, 1, ALGORITHMS["grpo"], updates=1, minibatches=2
     )
     found = outcome(step, (state, ref_params, batch, rollout, advantages))[0]
     halves = [update.split(tree, 2) for tree in (batch, rollout, advantages)]
-    one, _ = grpo_step(pg1, 1, ALGORITHMS["grpo"]._replace(clip_low=9.0, clip_high=9.0), updates=1)
+    one, _ = grpo_update(pg1, 1, ALGORITHMS["grpo"]._replace(clip_low=9.0, clip_high=9.0), updates=1)
     first = outcome(
         one, (state, ref_params, *(jax.tree.map(lambda x: x[0], half) for half in halves))
     )[0]
@@ -159,7 +159,7 @@ def test_minibatches_are_optimizer_steps_one_after_the_other(pg1):
 
 
 def test_the_kl_coefficient_is_steered_to_its_target(pg1):
-    step, (state, *rest) = grpo_step(pg1, 1, ALGORITHMS["grpo"], updates=1)
+    step, (state, *rest) = grpo_update(pg1, 1, ALGORITHMS["grpo"], updates=1)
     state = state._replace(kl_coef=jnp.float32(0.1))
 
     def steered(target: float) -> float:
@@ -170,8 +170,8 @@ def test_the_kl_coefficient_is_steered_to_its_target(pg1):
             rollout: Rollout,
             advantages: jax.Array,
         ) -> Any:
-            ref_logps = update.logps_of(pg1.model, ref_params, batch, rollout, TEMPERATURE, 1)[0]
-            return update.grpo_step(
+            ref_logps = update.completion_logps_in_parts(pg1.model, ref_params, batch, rollout, TEMPERATURE, 1)[0]
+            return update.grpo_update(
                 state, {}, PolicyBatch(batch, rollout, advantages, ref_logps), jax.random.key(0), model=pg1.model,
                 optimizer=state_of(pg1.params)[1], algorithm=ALGORITHMS["grpo"], temperature=TEMPERATURE, grad_accum_steps=1,
                 minibatches=1, updates=1, kl_target=target, kl_horizon=100,
@@ -206,9 +206,9 @@ def test_eight_devices_make_the_step_of_one(request, whole_steps, monkeypatch, s
     mesh = sharding.make_mesh(config.Mesh())
     assert mesh.size == 8
     step, args = (
-        sft_step(request.getfixturevalue("pg1"), 1)
+        sft_update(request.getfixturevalue("pg1"), 1)
         if stage == "sft"
-        else grpo_step(request.getfixturevalue("pg2"), 1)
+        else grpo_update(request.getfixturevalue("pg2"), 1)
     )
     args = on_devices(mesh, args, whole=1 if stage == "sft" else 2)
     split = [leaf for leaf in jax.tree.leaves(args[0].params) if not leaf.is_fully_replicated]
@@ -226,7 +226,7 @@ def test_eight_devices_make_the_step_of_one(request, whole_steps, monkeypatch, s
 
 def test_defect_22_supervised_steps_learn_from_the_suffix_alone(pg1):
     """The loss is the mean log-likelihood of suffix tokens, EOS included; what stands where there is no suffix says nothing."""
-    step, (state, batch) = sft_step(pg1, 1)
+    step, (state, batch) = sft_update(pg1, 1)
     _, metrics = outcome(step, (state, batch))
     suffix, mask = batch.suffix[:, None], batch.suffix_mask[:, None]
     logps = pg1.model.completion_logps(
@@ -256,7 +256,7 @@ def test_any_mesh_makes_the_step_of_one_device(pg2, whole_steps, monkeypatch, na
     monkeypatch.setattr(sharding, "SMALL_BYTES", 0)
     mesh = sharding.make_mesh(MESHES[name])
     model = PaliGemma(pg2.model.config, sharding.activation_sharding(mesh))
-    step, args = grpo_step(pg2._replace(model=model), 2)
+    step, args = grpo_update(pg2._replace(model=model), 2)
     args = on_devices(mesh, args, whole=2)
     split = [leaf for leaf in jax.tree.leaves(args[0].params) if not leaf.is_fully_replicated]
     assert len(split) > 10 and mesh.size == 8
@@ -265,7 +265,7 @@ def test_any_mesh_makes_the_step_of_one_device(pg2, whole_steps, monkeypatch, na
 
 def test_two_updates_are_policy_gradients_against_the_policy_that_sampled(pg2, whole_steps):
     """Written out: both ratios are to the parameters before the step, and the reference is the third set of them."""
-    _, (state, ref_params, _, rollout, advantages) = grpo_step(pg2, 1)
+    _, (state, ref_params, _, rollout, advantages) = grpo_update(pg2, 1)
     optimizer = state_of(pg2.params)[1]
     x = inputs(pg2.model)
     logps = jax.jit(lambda params: pg2.model.completion_logps(params, *x, TEMPERATURE)[0])

@@ -494,7 +494,7 @@ def hub_config(model: Model, dtype: str) -> dict[str, Any]:
     """
     text, vision = model.text, model.vision
     odd = [name for name in ("attn_softcap", "final_softcap") if getattr(text, name)]
-    odd += ["query_scale"] if abs(text.query_scale * text.head_dim**0.5 - 1) > 1e-6 else []
+    odd += ["query_scale"] if abs(text.attention_scale * text.head_dim**0.5 - 1) > 1e-6 else []
     if odd and not text.post_norms:
         raise UserError(
             f"a Hugging Face Gemma 1 has no {', '.join(odd)} of its own: model.text.{odd[0]} cannot be written"
@@ -517,7 +517,7 @@ def hub_config(model: Model, dtype: str) -> dict[str, Any]:
         "torch_dtype": dtype,
     }
     if text.post_norms:
-        scalar = text.query_scale**-2
+        scalar = text.attention_scale**-2
         decoder |= {
             "model_type": "gemma2",
             "query_pre_attn_scalar": round(scalar)

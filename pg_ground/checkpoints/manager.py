@@ -16,7 +16,7 @@ from etils import epath
 
 from pg_ground.checkpoints.run_directory import BEST
 from pg_ground.params import flatten
-from pg_ground.types import TrainState, UserError
+from pg_ground.types import POLICY, TrainState, UserError
 
 
 class Checkpoints:
@@ -48,7 +48,7 @@ class Checkpoints:
     def save(self, step: int, state: TrainState, record: Mapping[str, Any]) -> None:
         """Writes a checkpoint in the background, once the state has been copied to the host."""
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
+            params=ocp.args.StandardSave(state.params[POLICY]),
             rest=ocp.args.StandardSave(_rest(state)),
             record=ocp.args.JsonSave(dict(record)),
         )
@@ -67,7 +67,7 @@ class Checkpoints:
           UserError: the checkpoint has other parts, of an earlier version of this package or of other settings.
         """
         items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(like.params),
+            params=ocp.args.StandardRestore(like.params[POLICY]),
             rest=ocp.args.StandardRestore(_rest(like)),
         )
         try:
@@ -77,11 +77,16 @@ class Checkpoints:
             raise UserError(
                 f"{path} has other parts than this version's runs: {_first_line(error)}"
             ) from error
-        return TrainState(params=found["params"], **found["rest"])
+        rest = found["rest"]
+        params = {POLICY: found["params"]} | rest.pop("other_params", {})
+        return TrainState(params=params, **rest)
 
 
 def _rest(state: TrainState) -> dict[str, Any]:
-    return {name: leaf for name, leaf in state._asdict().items() if name != "params"}
+    """Returns the state without the policy's parameters, which have an item of their own."""
+    rest = {name: leaf for name, leaf in state._asdict().items() if name != "params"}
+    other_params = {name: tree for name, tree in state.params.items() if name != POLICY}
+    return rest | ({"other_params": other_params} if other_params else {})
 
 
 def save_tree(path: Path, tree: Any) -> None:

@@ -124,7 +124,7 @@ class Attention(nn.Module):
         """Returns scaled queries, and keys and values, turned by their positions."""
         q = self.q_einsum("BGtD,NDH->BGtNH", x)
         k, v = self.kv_einsum("BGtD,cKDH->cBGtKH", x)
-        return rope(q, positions) * self.config.query_scale, KeyValues(rope(k, positions), v)
+        return rope(q, positions) * self.config.attention_scale, KeyValues(rope(k, positions), v)
 
 
 def attend(

@@ -18,7 +18,9 @@ from pg_ground.types import Array
 
 AdvantageEpsilon = Annotated[
     float,
-    Option("added to standard deviations of rewards, so that tiny differences stay tiny", minimum=1e-12),
+    Option(
+        "added to standard deviations of rewards, so that tiny differences stay tiny", minimum=1e-12
+    ),
 ]
 
 
@@ -190,9 +192,7 @@ def _batch_std(rewards: Float[Array, "B G"]) -> Float[Array, ""]:
     return _std(rewards, _batch_mean(rewards), axis=None)
 
 
-def _whiten(
-    rewards: Float[Array, "B G"], lengths: Int[Array, "B G"] | int
-) -> Float[Array, "B G"]:
+def _whiten(rewards: Float[Array, "B G"], lengths: Int[Array, "B G"] | int) -> Float[Array, "B G"]:
     """Returns (reward − mean) / sqrt(unbiased variance + 1e-8). Both statistics are over tokens."""
     tokens = jnp.where(jnp.isnan(rewards), 0, lengths)
     count = jnp.maximum(tokens.sum(), 2)

@@ -37,15 +37,21 @@ CHOICES: dict[str, Mapping[str, Any]] = {
 """The components that each field of a row can be, by name."""
 
 KlCoef = Annotated[
-    float, Option("weight of KL(policy || reference policy); 0 needs no reference policy", minimum=0)
+    float,
+    Option("weight of KL(policy || reference policy); 0 needs no reference policy", minimum=0),
 ]
 KlInReward = Annotated[
-    bool, Option("whether the KL is subtracted from the completion's reward instead of added to the loss")
+    bool,
+    Option(
+        "whether the KL is subtracted from the completion's reward instead of added to the loss"
+    ),
 ]
 EntropyCoef = Annotated[float, Option("weight of the entropy bonus", minimum=0)]
 OffPolicyKl = Annotated[
     float,
-    Option("nats per token above which completions with a negative advantage are dropped", minimum=0),
+    Option(
+        "nats per token above which completions with a negative advantage are dropped", minimum=0
+    ),
 ]
 MaskTruncated = Annotated[
     bool, Option("whether completions that are cut off at max_new_tokens leave the loss")
@@ -315,7 +321,9 @@ def load_algorithm(spec: str) -> Algorithm:
         ) from None
     if name not in names:
         public = [other for other, value in names.items() if isinstance(value, Algorithm)]
-        raise UserError(f"config.grpo.algorithm {spec}: {file} has no {name}: {nearest(name, public)}")
+        raise UserError(
+            f"config.grpo.algorithm {spec}: {file} has no {name}: {nearest(name, public)}"
+        )
     row = names[name]
     if not isinstance(row, Algorithm):
         raise UserError(

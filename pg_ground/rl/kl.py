@@ -11,9 +11,7 @@ from jaxtyping import Float
 
 from pg_ground.types import Array
 
-KlEstimator = Callable[
-    [Float[Array, "B G T"], Float[Array, "B G T"]], Float[Array, "B G T"]
-]
+KlEstimator = Callable[[Float[Array, "B G T"], Float[Array, "B G T"]], Float[Array, "B G T"]]
 """`(gap, ratio)` to the penalty of each token in nats."""
 
 

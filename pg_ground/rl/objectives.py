@@ -34,9 +34,7 @@ LossAggregation = Callable[[Bool[Array, "B G T"]], Float[Array, "B G T"]]
 """`mask` to the weight of each token in the loss of a batch."""
 
 
-def masked_mean(
-    values: Float[Array, "B G T"], mask: Bool[Array, "B G T"]
-) -> Float[Array, "B G 1"]:
+def masked_mean(values: Float[Array, "B G T"], mask: Bool[Array, "B G T"]) -> Float[Array, "B G 1"]:
     """Returns the mean of each completion over its tokens; 0 for a completion without tokens."""
     total = jnp.sum(values * mask, axis=-1, keepdims=True)
     return total / jnp.maximum(mask.sum(axis=-1, keepdims=True), 1)
@@ -101,18 +99,14 @@ def cispo(
     return -weight * advantages * logps, (ratio > clip_high) & (advantages > 0)
 
 
-def sapo(
-    log_ratio: Array, logps: Array, advantages: Array, mask: Array
-) -> tuple[Array, Array]:
+def sapo(log_ratio: Array, logps: Array, advantages: Array, mask: Array) -> tuple[Array, Array]:
     """Returns −4/τ·σ(τ(r − 1))·A with τ = 1 for A > 0, else 1.05 (SAPO, arXiv 2511.20347, eq. 6)."""
     tau = jnp.where(advantages > 0, 1.0, 1.05)
     gate = jax.nn.sigmoid(tau * (jnp.exp(log_ratio) - 1))
     return -4 / tau * gate * advantages, jnp.zeros_like(mask)
 
 
-def vespo(
-    log_ratio: Array, logps: Array, advantages: Array, mask: Array
-) -> tuple[Array, Array]:
+def vespo(log_ratio: Array, logps: Array, advantages: Array, mask: Array) -> tuple[Array, Array]:
     """Returns −sg[rᵏ·exp(λ(1 − r))]·A·logp (VESPO, arXiv 2602.10693).
 
     (k, λ) is (2, 3) for A ≥ 0, else (3, 2).

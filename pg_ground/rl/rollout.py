@@ -112,9 +112,7 @@ def sample(
         alive=jnp.ones(shape[:2], bool),
     )
     start = write(empty, jnp.broadcast_to(first_logits[:, None], (*shape[:2], vocab_size)))
-    end = jax.lax.while_loop(
-        lambda loop: (loop.t < max_new_tokens) & loop.alive.any(), step, start
-    )
+    end = jax.lax.while_loop(lambda loop: (loop.t < max_new_tokens) & loop.alive.any(), step, start)
     return Rollout(end.tokens, end.mask, end.logps, loss_mask=end.mask)
 
 

@@ -146,9 +146,7 @@ def grpo_update(
         params = join(frozen, trees[POLICY])
         return completion_logps(model, params, part.batch, part.rollout, temperature, parts)
 
-    def loss(
-        trees: Mapping[str, Params], part: _Part
-    ) -> tuple[Array, tuple[Metrics, Metrics]]:
+    def loss(trees: Mapping[str, Params], part: _Part) -> tuple[Array, tuple[Metrics, Metrics]]:
         rollout = part.policy_batch.rollout
         logps, entropy = logps_and_entropy(trees, part.policy_batch, 1)
         old_logps = jax.lax.stop_gradient(logps) if part.old_logps is None else part.old_logps

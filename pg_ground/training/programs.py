@@ -27,7 +27,7 @@ from pg_ground.params import (
 )
 from pg_ground.rewards import device_rewards
 from pg_ground.rl import loss, scored_rollouts, update
-from pg_ground.rl.advantages import over_greedy
+from pg_ground.rl.advantages import greedy_baseline
 from pg_ground.rl.rollout import sample
 from pg_ground.rl.scored_rollouts import PolicyBatch, ScoredRollouts
 from pg_ground.training import optimizers
@@ -138,7 +138,7 @@ def sft_update(
     """Returns (state, frozen, batch, dropout_key=) → (state, metrics), one supervised step."""
     c = config.sft
     learn = partial(
-        update.sft_step,
+        update.sft_update,
         model=model,
         optimizer=optimizer_of(config, "sft", factors),
         vocab=vocab,
@@ -155,7 +155,7 @@ def grpo_update(
     """Returns (state, frozen, experience, key) → (state, metrics), all updates of one reinforced step."""
     c = config.grpo
     learn = partial(
-        update.grpo_step,
+        update.grpo_update,
         model=model,
         optimizer=optimizer_of(config, "grpo", factors),
         algorithm=loss.choose(c),
@@ -174,7 +174,7 @@ def reference_logps(config: Config, model: PaliGemma) -> Program:
     c = config.grpo
 
     def score(ref_params: Any, frozen: Any, batch: Batch, rollout: Rollout) -> Array:
-        return update.logps_of(
+        return update.completion_logps_in_parts(
             model,
             join(frozen, ref_params),
             batch,
@@ -217,7 +217,7 @@ def looks_at_reference(c: Grpo) -> bool:
 
 def temperatures(c: Grpo) -> list[float]:
     """Returns the temperature of each completion of a group: a last, greedy one where the algorithm compares with it."""
-    return [c.temperature] * c.group_size + [0.0] * (loss.choose(c).advantage is over_greedy)
+    return [c.temperature] * c.group_size + [0.0] * (loss.choose(c).advantage is greedy_baseline)
 
 
 def rollout(config: Config, model: PaliGemma) -> Program:

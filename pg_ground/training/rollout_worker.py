@@ -131,7 +131,7 @@ class RolloutWorker:
                 answer, batch, weights, c.reward_settings, named, told, counted
             )
             if greedy:
-                return scored_rollouts.without_greedy(rollout, answer, judged, batch)
+                return scored_rollouts.split_off_greedy(rollout, answer, judged, batch)
             return ScoredRollouts(batch, rollout, answer, judged, None)
 
         def put_together(parts: tuple[Any, ...]) -> Any:
