@@ -86,7 +86,7 @@ def test_published_variants_have_the_published_names_and_shapes(golden, name):
 
 
 def test_what_shapes_cannot_tell_is_that_of_the_published_model():
-    scales = {name: text.query_scale**-2 for name, text in DECODERS.items()}
+    scales = {name: text.attention_scale**-2 for name, text in DECODERS.items()}
     assert scales == pytest.approx({"pg1_3b": 256, "pg2_3b": 256, "pg2_10b": 256, "pg2_28b": 144})
     assert {name: text.attn_softcap for name, text in DECODERS.items()} == dict.fromkeys(
         PUBLISHED, 50.0

@@ -220,8 +220,11 @@ def _wanted(path: Path, own: Model, sizes: Model | None, resample: bool, told: b
       UserError: it was trained at another resolution and is not to be resampled, or its attention is scaled in another way.
     """
     wanted = replace(own if sizes is None else sizes, lora=Lora())
-    for name in ("query_scale", "attn_softcap") if told else ():
-        theirs, mine = getattr(own.text, name), getattr(wanted.text, name)
+    scales = {
+        "query_scale": (own.text.attention_scale, wanted.text.attention_scale),
+        "attn_softcap": (own.text.attn_softcap, wanted.text.attn_softcap),
+    }
+    for name, (theirs, mine) in scales.items() if told else ():
         if abs(theirs - mine) > 1e-6 * abs(theirs):
             raise UserError(f"{path} says {name} {theirs:g}, but model.text.{name} is {mine:g}")
     if wanted.vision.patch_size != own.vision.patch_size:
