@@ -1,126 +1,161 @@
-"""What the compiler adds to a program's arguments, by arithmetic: activations, gradients, weights gathered for a layer.
+"""Device memory of a program by arithmetic: activations, gradients, gathered weights and caches, in bytes per device.
 
-No compiler is asked, so it is known at once and for any device. Each term is one kind of buffer that XLA's reports show at the
-peak; how many of each are alive there was counted in these reports (benchmarks/results has the comparison).
+No compiler is needed, so the numbers are there at once and for any device. Each term is one kind of buffer that XLA's memory
+reports show at the peak. The number of live copies of each buffer was counted in these reports (benchmarks/results compares them).
 """
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from pg_ground.config import Config
+from pg_ground.config import Model
 from pg_ground.parallel.sharding import AnyMesh
 
-KINDS = ("parameters", "optimizer", "reference", "rollout weights", "batch", "cache", "activations")
-"""What a device holds while a program runs. Activations are everything the compiler adds, gradients included."""
+KINDS = (
+    "parameters", "optimizer", "reference", "rollout weights", "batch", "cache", "activations",
+)  # fmt: skip
+"""The kinds of memory that a device holds while a program runs. Gradients and temporaries count as activations."""
 
 
-class Work(NamedTuple):
-    """What one device works on at once."""
+class Architecture(NamedTuple):
+    """The sizes that determine memory."""
+
+    model: Model
+    prompt_length: int
+
+    @property
+    def image_tokens(self) -> int:
+        """Number of image tokens of a prompt."""
+        return (self.model.image_size // self.model.vision.patch_size) ** 2
+
+    @property
+    def prefix_length(self) -> int:
+        """Number of tokens of a prefix."""
+        return self.image_tokens + self.prompt_length
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes of one activation."""
+        return jnp.dtype(self.model.dtype).itemsize
+
+
+class DeviceWork(NamedTuple):
+    """The work that one device does at a time."""
 
     prompts: float
     group: int
     tokens: int
-    """Of a completion."""
+    """Number of tokens of a completion."""
 
 
-def work(
-    config: Config, mesh: AnyMesh, questions: int, group: int, tokens: int, parts: int = 1
-) -> Work:
-    """Returns a device's share of `questions`, worked through in `parts` parts."""
-    return Work(questions / parts / (mesh.shape["replica"] * mesh.shape["data"]), group, tokens)
-
-
-def image_tokens(config: Config) -> int:
-    """Returns the number of image tokens of a prompt."""
-    return (config.model.image_size // config.model.vision.patch_size) ** 2
-
-
-def cache(config: Config, mesh: AnyMesh, w: Work) -> float:
-    """Returns the bytes of keys and values of prompts (once each) and completions."""
-    text, model = config.model.text, mesh.shape["model"]
-    heads = text.num_kv_heads / model if text.num_kv_heads % model == 0 else text.num_kv_heads
-    slots = image_tokens(config) + config.data.prompt_length + w.group * w.tokens
-    return 2.0 * text.depth * w.prompts * slots * heads * text.head_dim * _width(config)
-
-
-def forward(config: Config, mesh: AnyMesh, w: Work) -> float:
-    """Returns the bytes of one pass without gradients: the largest layer's activations and weights, and logits."""
-    text, vision = _layers(config, mesh, w, copies=2)
-    return (
-        max(text, vision)
-        + _weights(config, mesh)
-        + _logits(config, w, min(w.tokens, config.model.logits_block), copies=2)
+def device_work(
+    mesh: AnyMesh, questions: int, group: int, tokens: int, parts: int = 1
+) -> DeviceWork:
+    """Returns a device's share of `questions` that are computed in `parts` parts."""
+    return DeviceWork(
+        questions / parts / (mesh.shape["replica"] * mesh.shape["data"]), group, tokens
     )
 
 
-def sampling(config: Config, mesh: AnyMesh, w: Work, gathered: bool) -> float:
-    """Returns the bytes of sampling beside its caches: the prefix's pass, then logits of one token and what it is drawn from."""
-    prefix = max(_layers(config, mesh, w._replace(group=0), copies=2))
-    return max(prefix, _logits(config, w, 1, copies=4)) + (
-        0.0 if gathered else _weights(config, mesh)
-    )
+def cache_bytes(architecture: Architecture, mesh: AnyMesh, work: DeviceWork) -> float:
+    """Returns the bytes of keys and values: prefixes once per prompt, and completions."""
+    text = architecture.model.text
+    model_axis = mesh.shape["model"]
+    splits = text.num_kv_heads % model_axis == 0
+    heads = text.num_kv_heads / model_axis if splits else text.num_kv_heads
+    slots = architecture.prefix_length + work.group * work.tokens
+    values = text.depth * work.prompts * slots * heads * text.head_dim
+    return 2.0 * values * architecture.activation_bytes
 
 
-def learning(
-    config: Config, mesh: AnyMesh, w: Work, gradient_bytes: float, cast_bytes: float
+def forward_bytes(architecture: Architecture, mesh: AnyMesh, work: DeviceWork) -> float:
+    """Returns the bytes of a forward pass without gradients: the largest layer, its weights, and logits."""
+    text, vision = _layer_bytes(architecture, mesh, work, copies=2)
+    block = min(work.tokens, architecture.model.logits_block)
+    logits = _logits_bytes(architecture, work, block, copies=2)
+    return max(text, vision) + _gathered_layer_bytes(architecture, mesh) + logits
+
+
+def sampling_bytes(
+    architecture: Architecture, mesh: AnyMesh, work: DeviceWork, gathered: bool
+) -> float:
+    """Returns the bytes of sampling without its caches: the larger of the prefix pass and the logits of one token."""
+    prefix = max(_layer_bytes(architecture, mesh, work._replace(group=0), copies=2))
+    logits = _logits_bytes(architecture, work, 1, copies=4)
+    weights = 0.0 if gathered else _gathered_layer_bytes(architecture, mesh)
+    return max(prefix, logits) + weights
+
+
+def learning_bytes(
+    architecture: Architecture,
+    mesh: AnyMesh,
+    work: DeviceWork,
+    gradient_bytes: float,
+    cast_bytes: float,
 ) -> float:
     """Returns the bytes of a gradient and its update.
 
     Args:
-      gradient_bytes: of a device's share of the gradients, of all that are alive at once.
-      cast_bytes: of those of its parameters whose dtype is not that of activations.
+      gradient_bytes: a device's share of all gradients that are alive at the same time.
+      cast_bytes: a device's share of the parameters whose dtype is not the dtype of activations.
     """
-    m = config.model
-    text, vision = _layers(config, mesh, w, copies=5)
-    prefix = image_tokens(config) + config.data.prompt_length
-    kept_text = (
-        m.text.depth
-        * w.prompts
-        * (prefix + w.group * (w.tokens - 1))
-        * m.text.width
-        * _width(config)
-    )
-    kept_vision = (
-        m.vision.depth * w.prompts * image_tokens(config) * m.vision.width * _width(config)
-    )
-    if m.remat == "none":  # all of a layer's activations are kept, for all layers
-        kept_text, kept_vision = m.text.depth * text, m.vision.depth * vision
-    cast = cast_bytes * _width(config) / jnp.dtype(m.param_dtype).itemsize
-    vocabulary = _logits(config, w, min(w.tokens, m.logits_block), copies=3)
-    at_text = kept_text + kept_vision + max(text + _weights(config, mesh), vocabulary)
-    return gradient_bytes + cast + max(at_text, kept_vision + vision)
+    model = architecture.model
+    text, vision = _layer_bytes(architecture, mesh, work, copies=5)
+    tokens = architecture.prefix_length + work.group * (work.tokens - 1)
+    width = architecture.activation_bytes
+    saved_text = model.text.depth * work.prompts * tokens * model.text.width * width
+    patches = work.prompts * architecture.image_tokens
+    saved_vision = model.vision.depth * patches * model.vision.width * width
+    if model.remat == "none":  # all activations of all layers are saved
+        saved_text = model.text.depth * text
+        saved_vision = model.vision.depth * vision
+    cast = cast_bytes * width / jnp.dtype(model.param_dtype).itemsize
+    block = min(work.tokens, model.logits_block)
+    logits = _logits_bytes(architecture, work, block, copies=3)
+    in_decoder = max(text + _gathered_layer_bytes(architecture, mesh), logits)
+    in_tower = saved_vision + vision
+    return gradient_bytes + cast + max(saved_text + saved_vision + in_decoder, in_tower)
 
 
-def _width(config: Config) -> int:
-    return jnp.dtype(config.model.dtype).itemsize
+def _layer_bytes(
+    architecture: Architecture, mesh: AnyMesh, work: DeviceWork, copies: int
+) -> tuple[float, float]:
+    """Returns the bytes of one layer's activations in the decoder and in the tower.
+
+    `copies` of the widest activation are alive at the same time.
+    """
+    model = architecture.model
+    model_axis = mesh.shape["model"]
+    patches = architecture.image_tokens
+    prefix = architecture.prefix_length
+    suffix = work.group * max(work.tokens - 1, 1)
+    width = architecture.activation_bytes
+    mlp_tokens = copies * suffix + max(copies - 2, 2) * prefix
+    mlp = mlp_tokens * model.text.mlp_dim * width
+
+    def block_of(queries: int, least: int = 1) -> int:
+        block = model.attention_block
+        return min(queries, max(block, least) if block else queries)
+
+    pairs = block_of(prefix) * prefix + block_of(suffix, work.group) * (prefix + work.tokens)
+    text = work.prompts * (mlp + 1.5 * pairs * model.text.num_heads * 4) / model_axis
+    logits = 1.5 * block_of(patches) * patches * model.vision.num_heads * 4
+    tower_mlp = copies * patches * model.vision.mlp_dim * width
+    return text, work.prompts * (tower_mlp + logits) / model_axis
 
 
-def _layers(config: Config, mesh: AnyMesh, w: Work, copies: int) -> tuple[float, float]:
-    """Returns the bytes of a layer's activations, of the decoder and of the tower; `copies` of the widest are alive at once."""
-    m, model = config.model, mesh.shape["model"]
-    patches = image_tokens(config)
-    prefix, fed = patches + config.data.prompt_length, w.group * max(w.tokens - 1, 1)
-    wide = (copies * fed + max(copies - 2, 2) * prefix) * m.text.mlp_dim * _width(config)
-
-    def at_once(queries: int, least: int = 1) -> int:
-        return min(queries, max(m.attention_block, least) if m.attention_block else queries)
-
-    seen = at_once(prefix) * prefix + at_once(fed, w.group) * (prefix + w.tokens)
-    text = w.prompts * (wide + 1.5 * seen * m.text.num_heads * 4) / model
-    logits = 1.5 * at_once(patches) * patches * m.vision.num_heads * 4
-    tower = w.prompts * (copies * patches * m.vision.mlp_dim * _width(config) + logits) / model
-    return text, tower
-
-
-def _weights(config: Config, mesh: AnyMesh) -> float:
-    """Returns the bytes of a layer's matrices, gathered: those in use, and those on their way or gradients not yet split."""
-    t = config.model.text
+def _gathered_layer_bytes(architecture: Architecture, mesh: AnyMesh) -> float:
+    """Returns the bytes of one layer's gathered matrices, twice: in use, and either in transfer or as gradients."""
+    text = architecture.model.text
     if mesh.shape["data"] == 1:
         return 0.0
-    matrices = t.width * (3 * t.mlp_dim + 2 * (t.num_heads + t.num_kv_heads) * t.head_dim)
-    return 2.0 * matrices * _width(config) / mesh.shape["model"]
+    heads = text.num_heads + text.num_kv_heads
+    matrices = text.width * (3 * text.mlp_dim + 2 * heads * text.head_dim)
+    return 2.0 * matrices * architecture.activation_bytes / mesh.shape["model"]
 
 
-def _logits(config: Config, w: Work, tokens: int, copies: int) -> float:
-    return copies * w.prompts * max(w.group, 1) * tokens * config.model.text.vocab_size * 4.0
+def _logits_bytes(
+    architecture: Architecture, work: DeviceWork, tokens: int, copies: int
+) -> float:
+    completions = work.prompts * max(work.group, 1)
+    return copies * completions * tokens * architecture.model.text.vocab_size * 4.0
