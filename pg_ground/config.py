@@ -386,6 +386,11 @@ class Sft:
     optimizer: Optimizer = setting(Optimizer(), "the optimizer of this stage")
     sources: Mapping[str, Source] = setting({}, "datasets by name")
 
+    @property
+    def updates_per_step(self) -> int:
+        """Number of optimizer updates in one step."""
+        return 1
+
 
 @dataclass(frozen=True)
 class RewardSettings:
@@ -524,6 +529,11 @@ class Grpo(AlgorithmSettings):
     reward_settings: RewardSettings = setting(RewardSettings(), "constants of the rewards")
     optimizer: Optimizer = setting(Optimizer(lr=1e-6), "the optimizer of this stage")
     sources: Mapping[str, Source] = setting({}, "datasets by name")
+
+    @property
+    def updates_per_step(self) -> int:
+        """Number of optimizer updates in one step."""
+        return self.num_iterations * self.minibatches
 
     @property
     def all_rewards(self) -> dict[str, Weight]:

@@ -10,69 +10,78 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from pg_ground.config import Optimizer
 from pg_ground.params import map_named, matrix_axes
+from pg_ground.types import Params
 
 
-def schedule(c: Optimizer, steps: int) -> optax.Schedule:
-    """Returns learning rate by update: a linear warm-up from 0, then `c.schedule`, reaching 0 after `steps` unless constant."""
-    rest = max(steps - c.warmup_steps, 1)
-    after = {
-        "constant": optax.constant_schedule(c.lr),
-        "linear": optax.linear_schedule(c.lr, 0.0, rest),
-        "cosine": optax.cosine_decay_schedule(c.lr, rest),
-    }[c.schedule]
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, c.lr, max(c.warmup_steps, 1)), after], [c.warmup_steps]
-    )
+def schedule(settings: Optimizer, steps: int) -> optax.Schedule:
+    """Returns the learning rate by update: a linear warm-up from 0, then `settings.schedule`.
 
-
-def optimizer(
-    c: Optimizer, steps: int, factors: Mapping[str, float] | None = None
-) -> optax.GradientTransformation:
-    """Returns the chain for a stage of `steps` updates: clip by global norm, then adamw (arXiv 1711.05101) or muon.
-
-    `factors` multiply the learning rates of the parameters they name; the norm that is clipped is that before.
+    It reaches 0 after `steps` updates unless it is constant.
     """
-    lr = schedule(c, steps)
-    clip = clipped(c.clip_norm) if c.clip_norm else optax.identity()
-    if c.name == "adamw":
-        step = optax.adamw(lr, b1=c.b1, b2=c.b2, weight_decay=c.weight_decay)
+    remaining = max(steps - settings.warmup_steps, 1)
+    after_warmup = {
+        "constant": optax.constant_schedule(settings.lr),
+        "linear": optax.linear_schedule(settings.lr, 0.0, remaining),
+        "cosine": optax.cosine_decay_schedule(settings.lr, remaining),
+    }[settings.schedule]
+    warmup = optax.linear_schedule(0.0, settings.lr, max(settings.warmup_steps, 1))
+    return optax.join_schedules([warmup, after_warmup], [settings.warmup_steps])
+
+
+def make_optimizer(
+    settings: Optimizer, steps: int, factors: Mapping[str, float] | None = None
+) -> optax.GradientTransformation:
+    """Returns the chain for `steps` updates: clip by global norm, then adamw (arXiv 1711.05101) or muon.
+
+    Args:
+      factors: factors of the learning rate by parameter name; a parameter without one has factor 1. The norm is clipped before
+        the factors.
+    """
+    lr = schedule(settings, steps)
+    clip = clip_by_norm(settings.clip_norm) if settings.clip_norm else optax.identity()
+    if settings.name == "adamw":
+        step = optax.adamw(
+            lr, b1=settings.b1, b2=settings.b2, weight_decay=settings.weight_decay
+        )
     else:
         step = muon(
             lr,
-            weight_decay=c.weight_decay,
-            adam_b1=c.b1,
-            adam_b2=c.b2,
-            adam_weight_decay=c.weight_decay,
-            muon_weight_dimension_numbers=matrices,
+            weight_decay=settings.weight_decay,
+            adam_b1=settings.b1,
+            adam_b2=settings.b2,
+            adam_weight_decay=settings.weight_decay,
+            muon_weight_dimension_numbers=muon_dimensions,
         )
     if not factors or all(factor == 1 for factor in factors.values()):
         return optax.chain(clip, step)
 
-    def scale(updates: Any, _: Any) -> Any:
-        return map_named(lambda name, update: update * factors[name], updates)
+    def scale(updates: Params, _: Any) -> Params:
+        return map_named(lambda name, update: update * factors.get(name, 1.0), updates)
 
     return optax.chain(clip, step, optax.stateless(scale))
 
 
-def clipped(norm: float) -> optax.GradientTransformation:
-    """Returns what scales gradients down to a global norm of `norm` where theirs is larger.
+def clip_by_norm(norm: float) -> optax.GradientTransformation:
+    """Returns a transformation that scales gradients down to a global norm of `norm` if theirs is larger.
 
-    As `optax.clip_by_global_norm`, but by one factor: XLA writes out a gradient that is divided, and reads it twice, where it
-    multiplies in passing (docs/performance.md, 2026-11-22: a third of an update of 274 million parameters on a CPU).
+    It multiplies by one factor, unlike `optax.clip_by_global_norm`. XLA fuses the product into the next operation, but writes out a
+    quotient and reads it twice (docs/performance.md, 2026-11-22: a third of an update of 274 million parameters on a CPU).
     """
 
-    def scale(updates: Any, _: Any) -> Any:
+    def scale(updates: Params, _: Any) -> Params:
         factor = jnp.minimum(1.0, norm / optax.tree.norm(updates))
         return jax.tree.map(lambda update: update * factor.astype(update.dtype), updates)
 
     return optax.stateless(scale)
 
 
-def matrices(params: Any) -> Any:
-    """Returns the tree of `params` with the matrix axes of each leaf that is a matrix, None elsewhere."""
+def muon_dimensions(params: Params) -> Any:
+    """Returns the tree of `params` with the matrix axes of each matrix, and None for every other parameter."""
 
-    def axes(name: str, leaf: Any) -> MuonDimensionNumbers | None:
-        found, rank = matrix_axes(name), leaf.ndim
-        return found and MuonDimensionNumbers(*(tuple(rank + a for a in side) for side in found))
+    def dimensions(name: str, leaf: Any) -> MuonDimensionNumbers | None:
+        axes = matrix_axes(name)
+        if axes is None:
+            return None
+        return MuonDimensionNumbers(*(tuple(leaf.ndim + axis for axis in side) for side in axes))
 
-    return map_named(axes, params)
+    return map_named(dimensions, params)

@@ -1,277 +1,235 @@
-"""The first half of a reinforced step: groups of completions, drawn by the devices and judged there and by workers for text."""
+"""The rollout worker: generates completions on the devices and scores them there and in the workers of text rewards."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from pg_ground.config import Config, Grpo, RewardSettings
-from pg_ground.models import PaliGemma
+from pg_ground.config import Grpo
 from pg_ground.parallel import sharding
 from pg_ground.rewards import device_rewards
-from pg_ground.rewards.text_rewards import TEXT_REWARDS, TextExample
-from pg_ground.rewards.workers import Pending, RewardWorkers, load_reward
-from pg_ground.rl import scored_rollouts, update
+from pg_ground.rewards.text_rewards import TextExample
+from pg_ground.rewards.workers import Pending, RewardWorkers
+from pg_ground.rl import scored_rollouts
 from pg_ground.rl.scored_rollouts import ScoredRollouts
+from pg_ground.rl.update import split, unsplit
 from pg_ground.tokenizer import Tokenizer
-from pg_ground.training import programs
-from pg_ground.training.recorder import Stopwatch
-from pg_ground.types import BOXES, POINTS, Answer, Batch, Rollout, UserError
+from pg_ground.training.reward_functions import load_device_rewards, weighted_rewards
+from pg_ground.training.timing import StepTimer
+from pg_ground.types import BOXES, POINTS, Array, Batch, Params, Rollout
 
-AGAIN, PARTS, LOTS = 2**20, 2**20 + 1, 2**20 + 2
-"""What a step's key is folded with for fresh groups, parts of a batch and the lots of an update: no token's number."""
+FRESH_GROUPS_KEY = 2**20
+PARTS_KEY = 2**20 + 1
+UPDATE_KEY = 2**20 + 2
+"""Numbers that a step's key is folded with: for fresh groups, for parts of a batch and for the update. No token has them."""
 
 TARGET_NAMES = {BOXES: "boxes", POINTS: "points"}
 
 
-def make_reward_workers(c: Grpo) -> RewardWorkers:
-    """Returns the workers for the rewards of text that `c` names; none are started yet.
+class Generated(NamedTuple):
+    """Completions of a batch before they are scored."""
 
-    Raises:
-      UserError: a reward that does not exist or cannot be loaded.
-    """
-    users = [name for name in c.rewards if ".py:" in name and load_reward(name).kind == "text"]
-    return RewardWorkers(
-        {name: name for name in (*c.text_rewards, *users)}, TEXT_REWARDS, c.reward_workers
-    )
-
-
-def load_device_rewards(c: Grpo) -> dict[str, device_rewards.Reward]:
-    """Returns the rewards on token ids that `c` names: the package's own, and those of a user's files.
-
-    Raises:
-      UserError: one of them does not exist or cannot be loaded, is a reward of text too, or none of all rewards has a weight.
-    """
-    twice = sorted(set(c.rewards) & set(c.text_rewards))
-    if twice:
-        raise UserError(
-            f"{twice[0]} is in config.grpo.rewards and in text_rewards: name it in one of them"
-        )
-    found = {}
-    for name in c.rewards:
-        if ".py:" in name:
-            given = load_reward(name)
-            if given.kind == "device":
-                found[name] = _guarded(name, given.function)
-        else:
-            found[name] = device_rewards.by_name(name)
-    if not weighted(c):
-        raise UserError(
-            f"config.grpo.rewards and text_rewards are {c.all_rewards}: at least one needs a weight other than 0"
-        )
-    return found
-
-
-def _guarded(name: str, function: Callable[..., Any]) -> device_rewards.Reward:
-    """Returns a user's reward whose faults are those of its file; what is not finite does not apply."""
-
-    def reward(answer: Answer, batch: Batch, settings: RewardSettings) -> jax.Array:
-        try:
-            found = jnp.asarray(function(answer, batch, settings), jnp.float32)
-        except (
-            Exception
-        ) as error:  # the file is a program of the user's: whatever it raises is theirs to read
-            raise UserError(f"the reward {name} failed: {type(error).__name__}: {error}") from error
-        if found.shape != answer.finished.shape:
-            raise UserError(
-                f"the reward {name} has shape {list(found.shape)}: it must be [B, G], {list(answer.finished.shape)}"
-            )
-        return jnp.where(jnp.isfinite(found), found, jnp.nan)
-
-    return reward
-
-
-def weighted(c: Grpo) -> frozenset[str]:
-    """Returns the rewards that have a weight at some step, and so a say in what is learned."""
-    return frozenset(
-        name for name, w in c.all_rewards.items() if (any(w[:2]) if isinstance(w, tuple) else w)
-    )
+    batch: Batch
+    rollout: Rollout
+    batch_parts: list[Batch]
+    rollout_parts: list[Rollout]
+    """The parts of `batch` and `rollout`, in the order in which the devices compute them."""
 
 
 class RolloutWorker:
-    """Draws `group_size` completions of each prompt and judges them. Programs are compiled once, whatever is asked of them."""
+    """Generates and scores `group_size` completions of each prompt. Each program is compiled once."""
 
     def __init__(
         self,
-        config: Config,
-        model: PaliGemma,
+        settings: Grpo,
         mesh: Mesh,
-        frozen: Any,
+        generate: Callable[..., Rollout],
+        frozen: Params,
         tokenizer: Tokenizer,
-        workers: RewardWorkers,
+        reward_workers: RewardWorkers,
+        has_greedy: bool,
     ):
-        c = config.grpo
-        self._c, self._mesh, self._frozen, self._tokenizer, self._workers = (
-            c,
-            mesh,
-            frozen,
-            tokenizer,
-            workers,
+        """Args:
+        generate: the jitted rollout program, `(params, frozen, batch, key) → Rollout`.
+        frozen: the frozen parameters as sampling reads them.
+        has_greedy: whether the last completion of each group is greedy and gives the baseline.
+        """
+        self._settings = settings
+        self._mesh = mesh
+        self._generate = generate
+        self._frozen = frozen
+        self._tokenizer = tokenizer
+        self._reward_workers = reward_workers
+        self._score = jax.jit(make_score(settings, tokenizer, has_greedy))
+        self._refill = jax.jit(scored_rollouts.refill)
+        self._count_without_spread = jax.jit(
+            lambda scored: (~scored_rollouts.has_spread(scored)).sum()
         )
-        counted, named, greedy = (
-            weighted(c),
-            load_device_rewards(c),
-            len(programs.temperatures(c)) > c.group_size,
+        parts = settings.rollout_parts
+        self._select_part = jax.jit(
+            lambda batch, i: jax.tree.map(lambda leaf: leaf[i], split(batch, parts)),
+            out_shardings=sharding.batch_sharding(mesh),
+        )
+        self._join_parts = jax.jit(
+            lambda rollouts: jax.tree.map(lambda *rows: unsplit(jnp.stack(rows)), *rollouts)
         )
 
-        def judge(
-            rollout: Rollout,
-            batch: Batch,
-            told: dict[str, jax.Array],
-            weights: dict[str, jax.Array],
-        ) -> ScoredRollouts:
-            gold = batch.gold
-            answer = device_rewards.read_answer(
-                rollout.tokens, rollout.mask, gold.target, gold.names, tokenizer.vocab
-            )
-            judged = device_rewards.score(
-                answer, batch, weights, c.reward_settings, named, told, counted
-            )
-            if greedy:
-                return scored_rollouts.split_off_greedy(rollout, answer, judged, batch)
-            return ScoredRollouts(batch, rollout, answer, judged, None)
+    def generate(self, params: Params, batch: Batch, key: jax.Array, timer: StepTimer) -> Generated:
+        """Dispatches the completions of a batch."""
+        count = self._settings.rollout_parts
+        if count == 1:
+            rollout = self._generate(params, self._frozen, batch, key)
+            return Generated(batch, timer.lap("rollout", rollout), [batch], [rollout])
+        batches = [self._select_part(batch, i) for i in range(count)]
+        parts_key = jax.random.fold_in(key, PARTS_KEY)
+        rollouts = [
+            self._generate(params, self._frozen, part, jax.random.fold_in(parts_key, i))
+            for i, part in enumerate(batches)
+        ]
+        rollout = timer.lap("rollout", self._join_parts(tuple(rollouts)))
+        return Generated(batch, rollout, batches, rollouts)
 
-        def put_together(parts: tuple[Any, ...]) -> Any:
-            return jax.tree.map(lambda *rows: update.unsplit(jnp.stack(rows)), *parts)
+    def score(
+        self, generated: Generated, weights: Mapping[str, float], timer: StepTimer
+    ) -> ScoredRollouts:
+        """Returns the completions with their rewards.
 
-        def part(batch: Batch, i: int) -> Batch:
-            return jax.tree.map(lambda leaf: leaf[i], update.split(batch, c.rollout_parts))
-
-        self._roll = programs.compiled(programs.rollout(config, model), config, mesh)
-        self._judge, self._refill = jax.jit(judge), jax.jit(scored_rollouts.refill)
-        self._lacking = jax.jit(lambda sampled: (~scored_rollouts.has_spread(sampled)).sum())
-        self._part = jax.jit(part, out_shardings=sharding.batch_sharding(mesh))
-        self._put_together = jax.jit(put_together)
-
-    def __call__(
-        self,
-        params: Any,
-        next_batch: Callable[[], Batch],
-        key: jax.Array,
-        weights: Mapping[str, float],
-        watch: Stopwatch,
-        meanwhile: Callable[[], None] = lambda: None,
-    ) -> tuple[ScoredRollouts, dict[str, float]]:
-        """Returns judged groups; with `dynamic_sampling`, the share of them that lacked spread at first, and how many were replaced.
+        The workers score the text of the first part while the devices generate the second one.
 
         Args:
-          weights: of the rewards at this step.
-          meanwhile: called while the devices sample.
-        """
-        sampled = self.once(params, watch.lap("data", next_batch()), key, weights, watch, meanwhile)
-        if not self._c.dynamic_sampling:
-            return sampled, {}
-        first = lacking = int(self._lacking(sampled))
-        for again in range(1, self._c.dynamic_sampling + 1):
-            if not lacking:
-                break
-            batch, own_key = (
-                watch.lap("data", next_batch()),
-                jax.random.fold_in(jax.random.fold_in(key, AGAIN), again),
-            )
-            fresh = self.once(params, batch, own_key, weights, watch, meanwhile)
-            sampled = watch.lap("score", self._refill(sampled, fresh))
-            lacking = int(self._lacking(sampled))
-        return sampled, {
-            "group/without_spread": first / len(sampled.batch.prompt),
-            "group/resampled": float(first - lacking),
-        }
-
-    def once(
-        self,
-        params: Any,
-        batch: Batch,
-        key: jax.Array,
-        weights: Mapping[str, float],
-        watch: Stopwatch,
-        meanwhile: Callable[[], None] = lambda: None,
-    ) -> ScoredRollouts:
-        """Returns judged groups for the prompts of one batch, whatever their spread.
+          weights: weight of each reward at this step.
 
         Raises:
-          UserError: a reward of text failed on more completions than it may.
+          UserError: a text reward failed on more completions than `reward_workers.error_share` allows.
         """
-        count = self._c.rollout_parts
-        if count == 1:
-            parts, keys = [batch], [key]
-        else:
-            parts = [self._part(batch, i) for i in range(count)]
-            keys = [jax.random.fold_in(jax.random.fold_in(key, PARTS), i) for i in range(count)]
-        rollouts = [
-            self._roll(params, self._frozen, part, own)
-            for part, own in zip(parts, keys, strict=True)
-        ]
-        rollout = watch.lap(
-            "rollout", rollouts[0] if count == 1 else self._put_together(tuple(rollouts))
-        )
-        meanwhile()
-        told = self._told(
-            parts, rollouts
-        )  # the first part is judged while the devices sample the second
-        scores = {
-            name: np.stack([part.result().scores[name] for part in told])
-            for name in self._workers.names
-        }
-        shape = (count, -1, rollout.tokens.shape[1])
-        mine = {name: update.unsplit(values.reshape(shape)) for name, values in scores.items()}
-        texts = sharding.put_batch(self._mesh, mine)
-        judged = self._judge(
-            rollout, batch, texts, {name: jnp.float32(weight) for name, weight in weights.items()}
-        )
-        self._workers.check()
-        return watch.lap("score", judged)
+        text_scores = self._text_scores(generated)
+        traced_weights = {name: jnp.float32(weight) for name, weight in weights.items()}
+        scored = self._score(generated.rollout, generated.batch, text_scores, traced_weights)
+        self._reward_workers.check()
+        return timer.lap("score", scored)
 
-    def _told(self, parts: list[Batch], rollouts: list[Rollout]) -> list[Pending]:
-        """Returns what the judges of text will say about each part's rows on this process, handed over when they are there."""
-        if not self._workers.names:
-            return []
-        return [
-            self._workers.submit(*texts_of(batch, rollout, self._tokenizer))
-            for batch, rollout in (
-                sharding.fetch_local_rows(self._mesh, both)
-                for both in zip(parts, rollouts, strict=True)
+    def _text_scores(self, generated: Generated) -> Mapping[str, Array]:
+        """Returns the scores of all text rewards as global arrays f32[B, G]."""
+        if not self._reward_workers.names:
+            return {}
+        pending = [
+            self._submit(batch, rollout)
+            for batch, rollout in zip(
+                generated.batch_parts, generated.rollout_parts, strict=True
             )
         ]
+        results = [part.result().scores for part in pending]
+        shape = (len(pending), -1, generated.rollout.tokens.shape[1])
+        local_scores = {
+            name: unsplit(np.stack([scores[name] for scores in results]).reshape(shape))
+            for name in self._reward_workers.names
+        }
+        return sharding.put_batch(self._mesh, local_scores)
+
+    def _submit(self, batch: Batch, rollout: Rollout) -> Pending:
+        """Waits for the rows of this process and sends their texts to the workers."""
+        local_batch, local_rollout = sharding.fetch_local_rows(self._mesh, (batch, rollout))
+        completions, examples = texts_of(local_batch, local_rollout, self._tokenizer)
+        return self._reward_workers.submit(completions, examples)
+
+    def refill(
+        self,
+        scored: ScoredRollouts,
+        fresh_groups: Callable[[jax.Array], ScoredRollouts],
+        key: jax.Array,
+        timer: StepTimer,
+    ) -> tuple[ScoredRollouts, dict[str, float]]:
+        """Returns rollouts whose groups without spread are replaced by fresh groups (DAPO's dynamic sampling), and metrics.
+
+        Metrics: the share of groups that had no spread at first, and the number of replaced groups. Both are absent if
+        `dynamic_sampling` is 0.
+
+        Args:
+          fresh_groups: generates and scores the next batch with a key.
+        """
+        if not self._settings.dynamic_sampling:
+            return scored, {}
+        first_count = count = int(self._count_without_spread(scored))
+        fresh_key = jax.random.fold_in(key, FRESH_GROUPS_KEY)
+        for attempt in range(1, self._settings.dynamic_sampling + 1):
+            if not count:
+                break
+            fresh = fresh_groups(jax.random.fold_in(fresh_key, attempt))
+            scored = timer.lap("score", self._refill(scored, fresh))
+            count = int(self._count_without_spread(scored))
+        groups = len(scored.batch.prompt)
+        return scored, {
+            "group/without_spread": first_count / groups,
+            "group/resampled": float(first_count - count),
+        }
+
+
+def make_score(
+    settings: Grpo, tokenizer: Tokenizer, has_greedy: bool
+) -> Callable[..., ScoredRollouts]:
+    """Returns the pure function `(rollout, batch, text_scores, weights) → ScoredRollouts`."""
+    rewards = load_device_rewards(settings)
+    weighted = weighted_rewards(settings)
+
+    def score(
+        rollout: Rollout,
+        batch: Batch,
+        text_scores: Mapping[str, Array],
+        weights: Mapping[str, Array],
+    ) -> ScoredRollouts:
+        gold = batch.gold
+        answer = device_rewards.read_answer(
+            rollout.tokens, rollout.mask, gold.target, gold.names, tokenizer.vocab
+        )
+        scores = device_rewards.score(
+            answer, batch, weights, settings.reward_settings, rewards, text_scores, weighted
+        )
+        if has_greedy:
+            return scored_rollouts.split_off_greedy(rollout, answer, scores, batch)
+        return ScoredRollouts(batch, rollout, answer, scores, None)
+
+    return score
 
 
 def texts_of(
     batch: Batch, rollout: Rollout, tokenizer: Tokenizer
 ) -> tuple[list[str], list[TextExample]]:
-    """Returns every completion as text, prompt by prompt, and beside each the question it answers."""
-    completions, examples = [], []
+    """Returns every completion of a batch on the host as text, prompt by prompt, and the question of each completion."""
+    completions: list[str] = []
+    examples: list[TextExample] = []
     for row in range(len(batch.prompt)):
-        question = question_of(batch, row, tokenizer)
+        question = text_question(batch, row, tokenizer)
         for tokens, mask in zip(rollout.tokens[row], rollout.mask[row], strict=True):
             completions.append(tokenizer.decode(tokens.tolist()))
             examples.append(question._replace(length=int(mask.sum())))
     return completions, examples
 
 
-def question_of(batch: Batch, row: int, tokenizer: Tokenizer) -> TextExample:
-    """Returns a question of a batch (on the host) as a text reward sees it, with length 0."""
+def text_question(batch: Batch, row: int, tokenizer: Tokenizer) -> TextExample:
+    """Returns a question of a batch on the host, as a text reward sees it. Its `length` is 0."""
     width, height = (int(side) for side in batch.size[row])
     gold = batch.gold
-    names = [tokenizer.decode(ids[ids != 0].tolist()).strip() for ids in gold.names[row]]
     target = TARGET_NAMES.get(int(gold.target[row]), "text")
-    boxes, points = gold.boxes, gold.points
-    labels = (
-        points.label[row][points.valid[row]]
-        if target == "points"
-        else boxes.label[row][boxes.valid[row]]
-    )
+    names = [tokenizer.decode(ids[ids != 0].tolist()).strip() for ids in gold.names[row]]
+    slots = gold.points if target == "points" else gold.boxes
+    labels = slots.label[row][slots.valid[row]]
+    boxes = gold.boxes.yxyx[row][gold.boxes.valid[row]]
+    points = gold.points.yx[row][gold.points.valid[row]]
     return TextExample(
         prompt=tokenizer.decode(batch.prompt[row][batch.prompt_mask[row]].tolist()).strip(),
         gold=tokenizer.decode(batch.suffix[row][batch.suffix_mask[row]].tolist()),
-        boxes=tuple((float(x1 * width), float(y1 * height), float(x2 * width), float(y2 * height))
-                    for y1, x1, y2, x2 in boxes.yxyx[row][boxes.valid[row]]),
-        points=tuple((float(x * width), float(y * height)) for y, x in points.yx[row][points.valid[row]]),
+        boxes=tuple(
+            (float(x1 * width), float(y1 * height), float(x2 * width), float(y2 * height))
+            for y1, x1, y2, x2 in boxes
+        ),
+        points=tuple((float(x * width), float(y * height)) for y, x in points),
         labels=tuple(names[label] if 0 <= label < len(names) else "" for label in labels),
         size=(width, height),
         target=target,
         source=str(int(batch.source[row])),
         index=int(batch.index[row]),
         length=0,
-    )  # fmt: skip
+    )

@@ -172,6 +172,15 @@ def init_state(
     return TrainState(step, trees, opt_state, kl_coef_array)
 
 
+def resident_memory(setup: Setup, settings: StageSettings) -> dict[str, float]:
+    """Returns the bytes per device of parameters and optimizer."""
+    state = abstract_state(setup, settings)
+    return {
+        "parameters": sharding.bytes_per_device((state.params, setup.frozen_tree)),
+        "optimizer": sharding.bytes_per_device(state.opt_state),
+    }
+
+
 def learning_rates(settings: StageSettings) -> np.ndarray:
     """Returns the learning rate of the last update of each step, f32[steps]."""
     per_step = settings.updates_per_step

@@ -73,6 +73,10 @@ class SftStage:
         """Returns shapes, dtypes and shardings of the train state."""
         return setups.abstract_state(self.setup, self.settings)
 
+    def resident_memory(self) -> dict[str, float]:
+        """Returns the bytes of parameters and optimizer."""
+        return setups.resident_memory(self.setup, self.settings)
+
     def init(self, params: Params) -> TrainState:
         """Returns the train state at the start of the stage."""
         return setups.init_state(self.setup, self.settings, params)

@@ -85,6 +85,10 @@ class Stage(Protocol):
         """Returns shapes, dtypes and shardings of the train state."""
         ...
 
+    def resident_memory(self) -> dict[str, float]:
+        """Returns the bytes per device, by kind, that stay in memory between the programs of a step."""
+        ...
+
     def init(self, params: Params) -> TrainState:
         """Returns the train state at the start of the stage."""
         ...
