@@ -391,6 +391,11 @@ class Sft:
         """Number of optimizer updates in one step."""
         return 1
 
+    @property
+    def parts_per_step(self) -> int:
+        """Number of parts that the batch is split into: its size must be a multiple."""
+        return self.grad_accum_steps
+
 
 @dataclass(frozen=True)
 class RewardSettings:
@@ -534,6 +539,11 @@ class Grpo(AlgorithmSettings):
     def updates_per_step(self) -> int:
         """Number of optimizer updates in one step."""
         return self.num_iterations * self.minibatches
+
+    @property
+    def parts_per_step(self) -> int:
+        """Number of parts that the batch is split into: its size must be a multiple."""
+        return self.grad_accum_steps * self.minibatches
 
     @property
     def all_rewards(self) -> dict[str, Weight]:
@@ -969,11 +979,11 @@ def _check_rewards(c: Config) -> None:
 def _check_batches(c: Config) -> None:
     for stage in STAGES:
         settings = c.stage_settings(stage)
-        factors = {"grad_accum_steps": settings.grad_accum_steps}
-        if hasattr(settings, "minibatches"):
-            factors["minibatches"] = settings.minibatches
-        parts = math.prod(factors.values())
-        right = f"a multiple of {' * '.join(factors)}, {parts}"
+        parts = settings.parts_per_step
+        names = "grad_accum_steps"
+        if parts != settings.grad_accum_steps:
+            names = "grad_accum_steps * minibatches"
+        right = f"a multiple of {names}, {parts}"
         whole = settings.batch_size % parts == 0
         _need(whole, f"config.{stage}.batch_size", settings.batch_size, right)
     whole = c.grpo.batch_size % c.grpo.rollout_parts == 0

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from pg_ground import cli
 from pg_ground.parallel import multiprocess, sharding
-from pg_ground.training.loop import dry_run, train
+from pg_ground.training.dry_run import dry_run
+from pg_ground.training.loop import train
 from pg_ground.types import UserError
 
 

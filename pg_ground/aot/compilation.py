@@ -27,7 +27,9 @@ from pg_ground.config import Config, Model, nearest
 from pg_ground.parallel import sharding
 from pg_ground.parallel.memory_model import KINDS
 from pg_ground.reporting.tables import Table, ascii_table
-from pg_ground.training import programs
+from pg_ground.training.memory_table import memory_table
+from pg_ground.training.setup import make_setup
+from pg_ground.training.stages import make_stages
 from pg_ground.types import UserError
 
 MEMORY_REPORT = "after_optimizations-memory-usage-report.txt"
@@ -107,16 +109,15 @@ def compile_run(
       UserError: a setting, a program or the topology is wrong, or XLA fails for another reason than memory.
     """
     chip = CHIPS[tpu_specs.parse_topology(topology)[0]]
-    available = programs.names(config)
-    for name in names:
-        if name not in available:
-            raise UserError(f"--programs={','.join(names)}: {nearest(name, available)}")
-    names = names or available
     mesh = sharding.abstract_mesh(config.mesh, tpu_specs.device_count(topology))
-    for name in names:  # reports a wrong setting before anything is compiled
-        jobs.job_of(config, mesh, name, chip.hbm_bytes)
+    programs = jobs.make_programs(config, mesh, chip.hbm_bytes)
+    for name in names:
+        if name not in programs:
+            raise UserError(f"--programs={','.join(names)}: {nearest(name, programs)}")
+    names = names or list(programs)
     if importlib.util.find_spec("libtpu") is None:
-        estimates = jobs.estimates(config, mesh, names, chip.hbm_bytes, topology)
+        chosen = {name: programs[name] for name in names}
+        estimates = memory_table(chosen, chip.hbm_bytes, topology)
         hint = "libtpu is not installed, so XLA was not asked: pip install 'pg-ground[tpu]'"
         fits = all(float(row[1]) <= chip.hbm_bytes / GIB for row in estimates.rows)
         return CompileResult(f"{ascii_table(estimates)}\n{hint}", {}, fits)
@@ -273,25 +274,24 @@ def search_batch_size(config: Config, topology: str) -> str:
       UserError: as `compile_programs` raises.
     """
     chip = CHIPS[tpu_specs.parse_topology(topology)[0]]
-    stage = "grpo" if "grpo" in config.stages else "sft"
-    section = config.grpo if stage == "grpo" else config.sft
-    names = [name for name in programs.names(config) if name != "evaluation"]
+    mesh = sharding.abstract_mesh(config.mesh, tpu_specs.device_count(topology))
+    stage = make_stages(make_setup(config, mesh, chip.hbm_bytes))[-1]
+    names = list(stage.programs())
     trials: list[str] = []
 
     def fits(batch_size: int) -> bool:
         settings = dataclasses.asdict(config)
-        settings[stage]["batch_size"] = batch_size
+        settings[stage.name]["batch_size"] = batch_size
         reports = compile_programs(settings, topology, names)
         largest = max(report.hbm_bytes for report in reports)
         trials.append(f"{batch_size}: {largest / GIB:.2f} GiB")
         logging.info("batch size %s", trials[-1])
         return largest <= chip.hbm_bytes
 
-    parts = section.grad_accum_steps * (config.grpo.minibatches if stage == "grpo" else 1)
-    step = tpu_specs.device_count(topology) // config.mesh.model * parts
-    batch_size = largest_multiple(fits, step, section.batch_size)
+    step = tpu_specs.device_count(topology) // config.mesh.model * stage.settings.parts_per_step
+    batch_size = largest_multiple(fits, step, stage.settings.batch_size)
     return (
-        f"largest {stage}.batch_size that fits {chip.hbm_bytes / GIB:.2f} GiB a chip: {batch_size} "
+        f"largest {stage.name}.batch_size that fits {chip.hbm_bytes / GIB:.2f} GiB a chip: {batch_size} "
         f"(tried {', '.join(trials)})"
     )
 

@@ -154,8 +154,6 @@ def _gathered_layer_bytes(architecture: Architecture, mesh: AnyMesh) -> float:
     return 2.0 * matrices * architecture.activation_bytes / mesh.shape["model"]
 
 
-def _logits_bytes(
-    architecture: Architecture, work: DeviceWork, tokens: int, copies: int
-) -> float:
+def _logits_bytes(architecture: Architecture, work: DeviceWork, tokens: int, copies: int) -> float:
     completions = work.prompts * max(work.group, 1)
     return copies * completions * tokens * architecture.model.text.vocab_size * 4.0

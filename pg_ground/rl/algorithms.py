@@ -17,9 +17,25 @@ from pg_ground.rl.advantages import ADVANTAGES, Advantage
 from pg_ground.rl.importance_sampling import IMPORTANCE_SAMPLING_MODES, Correction
 from pg_ground.rl.kl import KL_ESTIMATORS, KlEstimator, k1, k2, k3_corrected
 from pg_ground.rl.objectives import (
-    LOSS_AGG_MODES, OBJECTIVES, RATIOS, LossAggregation, Objective, Ratio, cispo, gmpo, per_sequence,
-    per_token, policy_gradient, ppo_clip, sapo, seq_mean_token_mean, seq_mean_token_sum,
-    seq_mean_token_sum_norm, token_mean, vespo, whole_sequence,
+    LOSS_AGG_MODES,
+    OBJECTIVES,
+    RATIOS,
+    LossAggregation,
+    Objective,
+    Ratio,
+    cispo,
+    gmpo,
+    per_sequence,
+    per_token,
+    policy_gradient,
+    ppo_clip,
+    sapo,
+    seq_mean_token_mean,
+    seq_mean_token_sum,
+    seq_mean_token_sum_norm,
+    token_mean,
+    vespo,
+    whole_sequence,
 )  # fmt: skip
 from pg_ground.rl.options import Declaration, Option, declaration, options_of
 from pg_ground.rl.token_selection import TOKEN_SELECTIONS, Selection, clip_cov, kl_cov, top_entropy

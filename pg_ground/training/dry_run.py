@@ -13,15 +13,14 @@ from pg_ground.config import Config
 from pg_ground.data import pipeline
 from pg_ground.models import PaliGemma
 from pg_ground.parallel import sharding
-from pg_ground.params import join, pick
-from pg_ground.reporting.html_page import Table, ascii_table
+from pg_ground.reporting.tables import Table, ascii_table
 from pg_ground.rl.scored_rollouts import ScoredRollouts, has_spread, weights_at
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.training.grpo import GrpoStage
 from pg_ground.training.loop import Inputs, open_batches, prepare
+from pg_ground.training.rollout_worker import text_question
 from pg_ground.training.setup import init_params
 from pg_ground.training.stage import Runtime
-from pg_ground.training.rollout_worker import text_question
 from pg_ground.training.timing import StepTimer
 from pg_ground.types import Params, UserError
 
@@ -76,7 +75,7 @@ def first_rollouts(
     key = jax.random.fold_in(jax.random.key(inputs.setup.config.seed), 0)
     batch = sharding.put_batch(inputs.mesh, next(batches))
     weights_of_rewards = weights_at(stage.settings.all_rewards, 0)
-    with stage.open_worker(runtime) as worker:
+    with stage.open_worker(runtime, {}) as worker:
         timer = StepTimer()
         generated = worker.generate(params, batch, key, timer)
         scored = jax.device_get(worker.score(generated, weights_of_rewards, timer))
@@ -122,7 +121,9 @@ def verdict(scored: ScoredRollouts, errors: dict[str, int]) -> str:
             "there is nothing to learn from this batch: within each group all totals are equal"
         )
     else:
-        remarks.append(f"{useful:.0%} of the groups have totals that differ: the policy learns from these")
+        remarks.append(
+            f"{useful:.0%} of the groups have totals that differ: the policy learns from these"
+        )
     heads = ["reward", "mean", "least", "largest", "scored", "groups that differ", "errors"]
     return "\n".join([ascii_table(Table("rewards of the whole batch", heads, rows, "")), *remarks])
 

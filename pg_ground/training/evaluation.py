@@ -64,9 +64,7 @@ def evaluation_program(setup: Setup, stages: Sequence[Stage]) -> Program:
     temperature = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
     group = max(1, settings.rollouts)
     params = join(setup.frozen_tree, setup.trained_tree)
-    work = memory_model.device_work(
-        setup.mesh, settings.batch_size, group, settings.max_new_tokens
-    )
+    work = memory_model.device_work(setup.mesh, settings.batch_size, group, settings.max_new_tokens)
     inside = {
         "parameters": sharding.bytes_per_device(params),
         "batch": sharding.bytes_per_device(batch),
@@ -76,9 +74,7 @@ def evaluation_program(setup: Setup, stages: Sequence[Stage]) -> Program:
         (stage.resident_memory() for stage in stages), key=lambda kinds: sum(kinds.values())
     )
     beside = {kind: size for kind, size in resident.items() if kind != "parameters"}
-    activations = memory_model.sampling_bytes(
-        setup.architecture, setup.mesh, work, gathered=False
-    )
+    activations = memory_model.sampling_bytes(setup.architecture, setup.mesh, work, gathered=False)
     return Program(
         eval_programs(setup).answer,
         (params, batch, temperature, setups.abstract_key(setup.mesh), group),

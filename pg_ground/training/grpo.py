@@ -97,12 +97,11 @@ class GrpoStage:
     def open(self, runtime: Runtime, state: TrainState) -> Iterator[None]:
         """Prepares the steps, and starts and ends the reward workers."""
         config = self.setup.config
-        weights = self._rollout_weights()
-        policy = state.params[POLICY]
         programs = {
             name: jit_program(program, config.mesh, runtime.mesh)
             for name, program in self.programs().items()
         }
+        gathered = self._rollout_weights().gathered
         self._runtime = runtime
         self._key = jax.random.key(config.seed)
         self._learning_rates = setups.learning_rates(self.settings)
@@ -110,16 +109,29 @@ class GrpoStage:
         self._reference = programs.get("reference")
         self._compare = jax.jit(self._compute_advantages)
         self._update = programs["update"]
-        self._gather = make_gather(self.setup, runtime.mesh, policy, weights.gathered)
-        gather_frozen = make_gather(self.setup, runtime.mesh, runtime.frozen, weights.gathered)
-        with make_reward_workers(self.settings) as reward_workers:
-            reward_workers.set_state(runtime.saved.get("reward_workers", reward_workers.get_state()))
-            self._reward_workers = reward_workers
-            self._worker = RolloutWorker(
-                self.settings, runtime.mesh, programs["rollout"], gather_frozen(runtime.frozen),
-                runtime.tokenizer, reward_workers, self.has_greedy,
-            )  # fmt: skip
+        self._gather = make_gather(self.setup, runtime.mesh, state.params[POLICY], gathered)
+        gather_frozen = make_gather(self.setup, runtime.mesh, runtime.frozen, gathered)
+        with self.open_worker(runtime, gather_frozen(runtime.frozen)) as worker:
+            self._worker = worker
             yield
+
+    @contextmanager
+    def open_worker(self, runtime: Runtime, frozen: Params) -> Iterator[RolloutWorker]:
+        """Yields the rollout worker. Its processes for text rewards end with the context.
+
+        Args:
+          frozen: the frozen parameters as sampling reads them.
+        """
+        program = self._rollout_program(self._rollout_weights())
+        generate = jit_program(program, self.setup.config.mesh, runtime.mesh)
+        with make_reward_workers(self.settings) as reward_workers:
+            reward_workers.set_state(
+                runtime.saved.get("reward_workers", reward_workers.get_state())
+            )
+            yield RolloutWorker(
+                self.settings, runtime.mesh, generate, frozen, runtime.tokenizer, reward_workers,
+                self.has_greedy,
+            )  # fmt: skip
 
     def step(
         self, state: TrainState, batches: BatchIterator, number: int, timer: StepTimer
@@ -127,7 +139,7 @@ class GrpoStage:
         """Dispatches one step of GRPO (arXiv 2402.03300, algorithm 1)."""
         key = jax.random.fold_in(self._key, number)
         weights = weights_at(self.settings.all_rewards, number)
-        errors_before = self._reward_workers.errors()
+        errors_before = self._worker.reward_errors()
         rollout_params = self._gather(state.params[POLICY])
 
         def generate_and_score(key: jax.Array) -> ScoredRollouts:
@@ -152,7 +164,7 @@ class GrpoStage:
             completions=self.settings.batch_size * self.settings.group_size,
             sampled_mask=scored.rollout.mask,
             draw_samples=partial(self._draw_samples, scored, policy_batch.advantages),
-            saved={"reward_workers": self._reward_workers.get_state()},
+            saved={"reward_workers": self._worker.reward_state()},
         )
 
     def _reward_errors(self, before: dict[str, int]) -> Metrics:
@@ -160,7 +172,7 @@ class GrpoStage:
 
         It is called after the host has read the texts, so that the processes do not wait for the update.
         """
-        errors = self._reward_workers.errors()
+        errors = self._worker.reward_errors()
         counts = {f"reward/errors/{name}": count - before[name] for name, count in errors.items()}
         return multiprocess.sum_over_processes(counts)
 
@@ -266,9 +278,7 @@ class GrpoStage:
         setup = self.setup
         parts = settings.grad_accum_steps * settings.minibatches
 
-        def reference(
-            ref_params: Params, frozen: Params, batch: Batch, rollout: Rollout
-        ) -> Array:
+        def reference(ref_params: Params, frozen: Params, batch: Batch, rollout: Rollout) -> Array:
             params = join(frozen, ref_params)
             temperature = settings.temperature
             return completion_logps(setup.model, params, batch, rollout, temperature, parts)[0]

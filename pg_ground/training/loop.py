@@ -18,12 +18,11 @@ from pg_ground.checkpoints import manager, run_directory
 from pg_ground.config import Config
 from pg_ground.data import pipeline
 from pg_ground.evals.runner import open_eval_sources
-from pg_ground.models import PaliGemma
 from pg_ground.parallel import multiprocess, sharding
 from pg_ground.params import AbstractParams, pick, unflatten
 from pg_ground.reporting import metric_writers, progress
-from pg_ground.reporting.html_page import Table, ascii_table
-from pg_ground.tokenizer import Tokenizer, check_vocabulary
+from pg_ground.reporting.tables import Table, ascii_table
+from pg_ground.tokenizer import Tokenizer, check_vocab_size
 from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.training.evaluation import all_programs, make_evaluate
 from pg_ground.training.memory_table import memory_table
@@ -156,7 +155,7 @@ def prepare(config: Config) -> Inputs:
     stages = make_stages(setup)
     if config.eval.sources:
         sharding.check_batch_size(mesh, config.eval.batch_size, "eval.batch_size")
-    check_vocabulary(tokenizer, setup.model.config.text.vocab_size)
+    check_vocab_size(tokenizer, setup.model.config.text.vocab_size)
     return Inputs(setup, mesh, tokenizer, stages)
 
 
@@ -257,9 +256,7 @@ def size_line(setup: Setup, stage: Stage) -> str:
     """Returns in words the number of parameters, how many are trained, and the bytes of both and of the optimizer."""
 
     def count_and_bytes(tree: Any) -> tuple[int, int]:
-        sizes = [
-            (int(np.prod(leaf.shape)), leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree)
-        ]
+        sizes = [(int(np.prod(leaf.shape)), leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree)]
         return sum(n for n, _ in sizes), sum(n * width for n, width in sizes)
 
     trained, trained_bytes = count_and_bytes(setup.trained)

@@ -3,15 +3,13 @@
 from collections.abc import Mapping
 
 from pg_ground.parallel import memory_model
-from pg_ground.reporting.html_page import Table
+from pg_ground.reporting.tables import Table
 from pg_ground.training.program import Program
 
 GIB = 2.0**30
 
 
-def memory_table(
-    programs: Mapping[str, Program], hbm_bytes: float | None, where: str
-) -> Table:
+def memory_table(programs: Mapping[str, Program], hbm_bytes: float | None, where: str) -> Table:
     """Returns the estimated memory of each program in GiB per device.
 
     Args:

@@ -40,9 +40,7 @@ def make_optimizer(
     lr = schedule(settings, steps)
     clip = clip_by_norm(settings.clip_norm) if settings.clip_norm else optax.identity()
     if settings.name == "adamw":
-        step = optax.adamw(
-            lr, b1=settings.b1, b2=settings.b2, weight_decay=settings.weight_decay
-        )
+        step = optax.adamw(lr, b1=settings.b1, b2=settings.b2, weight_decay=settings.weight_decay)
     else:
         step = muon(
             lr,

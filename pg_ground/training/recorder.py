@@ -20,7 +20,8 @@ from pg_ground.data import pipeline
 from pg_ground.data.pipeline import BadRecords
 from pg_ground.parallel import multiprocess
 from pg_ground.reporting import drawing, progress, provenance, report
-from pg_ground.reporting.html_page import ascii_table, write_whole
+from pg_ground.reporting.files import write_atomically
+from pg_ground.reporting.tables import ascii_table
 from pg_ground.reporting.metric_writers import MetricsWriter
 from pg_ground.rewards import workers
 from pg_ground.training.stage import BatchIterator, RolloutSamples, StepOutput
@@ -215,9 +216,9 @@ class Recorder:
         if self.writer is None:
             return
         name = report.samples_name(stage, step)
-        write_whole(self.workdir / f"{name}.png", drawing.png_bytes(samples.sheet))
+        write_atomically(self.workdir / f"{name}.png", drawing.png_bytes(samples.sheet))
         record = {"stage": stage, "step": step, "prompts": samples.prompts}
-        write_whole(self.workdir / f"{name}.json", json.dumps(record, allow_nan=False) + "\n")
+        write_atomically(self.workdir / f"{name}.json", json.dumps(record, allow_nan=False) + "\n")
         self.writer.picture(step, "samples", samples.sheet)
         self._update_report()
 
@@ -263,7 +264,7 @@ class Recorder:
         entries = self._all_bad_records()
         if entries and multiprocess.is_main_process():
             lines = "".join(json.dumps(entry) + "\n" for entry in entries)
-            write_whole(self.workdir / "bad_records.jsonl", lines)
+            write_atomically(self.workdir / "bad_records.jsonl", lines)
 
 
 def read_metrics(
@@ -299,9 +300,7 @@ def metric_goodness(metric: str, metrics: Mapping[str, float]) -> float:
     return -math.inf if math.isnan(value) else value
 
 
-def process_record(
-    parts: Sequence[Mapping[str, Any]], index: int, count: int
-) -> Mapping[str, Any]:
+def process_record(parts: Sequence[Mapping[str, Any]], index: int, count: int) -> Mapping[str, Any]:
     """Returns the saved values that process `index` of `count` resumes from.
 
     If the number of processes has changed, all resume from the furthest position in the data. Counts go to process 0.

@@ -16,7 +16,7 @@ from pg_ground.parallel.memory_model import device_work
 from pg_ground.params import map_named
 from pg_ground.training.program import Program, jit_program
 from pg_ground.training.setup import Setup, abstract_state, with_shardings
-from pg_ground.types import POLICY, Params
+from pg_ground.types import Params
 
 SAFE_SHARE = 0.9
 """Share of a device's memory that an estimate can fill: estimates are right to about 10 %."""
@@ -35,9 +35,7 @@ def gather_program(setup: Setup, params: Params) -> Program:
     dtype = jnp.dtype(setup.config.model.dtype)
 
     def gather(params: Params) -> Params:
-        return map_named(
-            lambda name, leaf: leaf if _is_norm(name) else leaf.astype(dtype), params
-        )
+        return map_named(lambda name, leaf: leaf if _is_norm(name) else leaf.astype(dtype), params)
 
     shardings = sharding.gathered_shardings(setup.mesh, params, setup.config.mesh.rules)
     return Program(gather, (params,), out_shardings=shardings)
@@ -105,7 +103,9 @@ def abstract_rollout_weights(
     )
 
 
-def make_gather(setup: Setup, mesh: Mesh, params: Params, gathered: bool) -> Callable[[Params], Params]:
+def make_gather(
+    setup: Setup, mesh: Mesh, params: Params, gathered: bool
+) -> Callable[[Params], Params]:
     """Returns the function from parameters to the weights of sampling."""
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), params

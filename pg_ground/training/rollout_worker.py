@@ -1,7 +1,7 @@
 """The rollout worker: generates completions on the devices and scores them there and in the workers of text rewards."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +77,14 @@ class RolloutWorker:
             lambda rollouts: jax.tree.map(lambda *rows: unsplit(jnp.stack(rows)), *rollouts)
         )
 
+    def reward_errors(self) -> dict[str, int]:
+        """Returns the number of errors of each text reward so far."""
+        return self._reward_workers.errors()
+
+    def reward_state(self) -> dict[str, Any]:
+        """Returns the counts of the text rewards, for a checkpoint."""
+        return self._reward_workers.get_state()
+
     def generate(self, params: Params, batch: Batch, key: jax.Array, timer: StepTimer) -> Generated:
         """Dispatches the completions of a batch."""
         count = self._settings.rollout_parts
@@ -117,9 +125,7 @@ class RolloutWorker:
             return {}
         pending = [
             self._submit(batch, rollout)
-            for batch, rollout in zip(
-                generated.batch_parts, generated.rollout_parts, strict=True
-            )
+            for batch, rollout in zip(generated.batch_parts, generated.rollout_parts, strict=True)
         ]
         results = [part.result().scores for part in pending]
         shape = (len(pending), -1, generated.rollout.tokens.shape[1])

@@ -7,7 +7,7 @@ from pathlib import Path
 from pg_ground.checkpoints import manager, run_directory
 from pg_ground.config import Config
 from pg_ground.parallel import multiprocess
-from pg_ground.reporting.html_page import write_whole
+from pg_ground.reporting.files import write_atomically
 from pg_ground.types import UserError
 
 MAY_DIFFER = ("log.", "checkpoint.every", "checkpoint.keep", "mesh.")
@@ -29,7 +29,7 @@ def check_run_config(workdir: Path, config: Config) -> None:
         if not run_directory.steps(workdir):
             # A run that ended before its first checkpoint can have left parameters of other settings.
             manager.remove_tree(workdir / run_directory.BEST)
-        write_whole(file, json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+        write_atomically(file, json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     multiprocess.barrier("run config is written")
     is_visible = multiprocess.all_gather(file.is_file())
     if not all(is_visible):

@@ -62,6 +62,8 @@ class StageSettings(Protocol):
     @property
     def updates_per_step(self) -> int: ...
     @property
+    def parts_per_step(self) -> int: ...
+    @property
     def optimizer(self) -> config.Optimizer: ...
     @property
     def sources(self) -> Any: ...
@@ -96,7 +98,10 @@ def abstract_params(
             f"config.model.lora.pattern {config.model.lora.pattern!r} matches no matrix, such as llm/layers/mlp/linear"
         )
     factors = lr_factors(shapes, config.lr_factors)
-    dtypes = {True: jnp.dtype(config.model.param_dtype), False: jnp.dtype(config.model.frozen_dtype)}
+    dtypes = {
+        True: jnp.dtype(config.model.param_dtype),
+        False: jnp.dtype(config.model.frozen_dtype),
+    }
     typed = {
         name: jax.ShapeDtypeStruct(leaf.shape, dtypes[factors[name] > 0])
         for name, leaf in shapes.items()
