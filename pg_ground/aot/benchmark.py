@@ -34,22 +34,14 @@ from jax.sharding import Mesh
 from pg_ground.aot import jobs, tpu_specs
 from pg_ground.config import Config
 from pg_ground.data import pipeline
-from pg_ground.models import PaliGemma
 from pg_ground.parallel import memory_model, sharding
-from pg_ground.params import AbstractParams, unflatten
-from pg_ground.rl.scored_rollouts import weights_at
-from pg_ground.tokenizer import load as load_tokenizer
-from pg_ground.training import programs
-from pg_ground.training.loop import Run, begin, check, fresh_state, open_stream
-from pg_ground.training.recorder import Stopwatch
-from pg_ground.training.rollout_worker import LOTS, RolloutWorker, make_reward_workers
+from pg_ground.params import AbstractParams
+from pg_ground.training.loop import Inputs, open_batches, prepare
+from pg_ground.training.program import Program
+from pg_ground.training.setup import init_params
+from pg_ground.training.stage import BatchIterator, Runtime
+from pg_ground.training.timing import StepTimer
 from pg_ground.types import Array
-
-PROGRAMS = {
-    "grpo": {"rollout": "rollout", "score": "reference", "update": "update"},
-    "sft": {"update": "sft"},
-}
-"""By stage, the program that a phase of a step spends its time in."""
 
 WARM_UP = 2
 """Steps before those that are measured: the first compiles."""
@@ -77,7 +69,7 @@ class Phase(NamedTuple):
     bytes: float
 
 
-Step = Callable[[int, Stopwatch], Array]
+Step = Callable[[int, StepTimer], Array]
 """Dispatches step number n, timed by a watch; returns the mask of what it samples, bool[B, G, T]."""
 
 
@@ -113,102 +105,62 @@ def fastest(run: Callable[[], Any], times: int = 10) -> float:
     return min(found)
 
 
-def least(config: Config, mesh: Mesh, name: str, turns: int) -> Phase:
-    """Returns operations and bytes of the named program over all devices; `turns` tokens are sampled one after the other."""
-    model = PaliGemma(config.model, sharding.activation_sharding(mesh))
-    trained, frozen = programs.layout(config, model, mesh)
-    width, wide = (
-        jnp.dtype(config.model.dtype).itemsize,
-        jnp.dtype(config.model.param_dtype).itemsize,
-    )
-    mine, all_of_it = size(trained), size(trained | frozen)
-    flops = jobs.useful_flops(config, mesh, name, turns)
-    if name == "rollout":
-        prompts, group = config.grpo.batch_size, config.grpo.group_size
-        shared, whole = (
-            memory_model.cache(config, mesh, memory_model.work(config, mesh, prompts, g, turns))
-            * mesh.size
-            for g in (0, group)
+def minimum_work(inputs: Inputs, name: str, program: Program, decode_steps: int) -> Phase:
+    """Returns the operations and bytes of the named program over all devices.
+
+    Args:
+      decode_steps: tokens that were decoded one after the other.
+    """
+    setup = inputs.setup
+    config = setup.config
+    trip_count = decode_steps if program.decode_steps else 1
+    flops = jobs.useful_flops(config, setup.mesh, name, trip_count)
+    width = jnp.dtype(config.model.dtype).itemsize
+    all_params = setup.trained | setup.frozen
+    if program.decode_steps:
+        decoder = {key: leaf for key, leaf in all_params.items() if key.startswith("llm/")}
+        settings = config.grpo
+        prefix, whole = (
+            memory_model.cache_bytes(
+                setup.architecture,
+                setup.mesh,
+                memory_model.device_work(setup.mesh, settings.batch_size, group, decode_steps),
+            )
+            * inputs.mesh.size
+            for group in (0, settings.group_size)
         )
-        decoder = size(
-            {name: leaf for name, leaf in (trained | frozen).items() if name.startswith("llm/")}
-        )
-        return Phase(
-            flops, width * all_of_it + turns * (width * decoder + shared + (whole - shared) / 2)
-        )
-    if name == "reference":
-        return Phase(flops, width * all_of_it)
-    stage = "sft" if name == "sft" else "grpo"
-    factors = programs.factors_of(config, trained | frozen)
-    averages = (
-        sharding.bytes_per_device(
-            programs.state_like(config, mesh, stage, factors, unflatten(trained)).opt
-        )
-        * mesh.size
-    )
-    once = 2 * width * all_of_it + 2 * wide * mine + 2 * averages + 2 * wide * mine
-    return Phase(flops, programs.updates_a_step(config, stage) * once)
+        per_token = width * count(decoder) + prefix + (whole - prefix) / 2
+        return Phase(flops, width * count(all_params) + decode_steps * per_token)
+    if not program.donate_argnums:
+        return Phase(flops, width * count(all_params))
+    stage = inputs.stages[-1]
+    param_width = jnp.dtype(config.model.param_dtype).itemsize
+    trained = count(setup.trained)
+    state = stage.abstract_state()
+    averages = sharding.bytes_per_device(state.opt_state) * inputs.mesh.size
+    per_update = 2 * width * count(all_params) + 4 * param_width * trained + 2 * averages
+    return Phase(flops, stage.settings.updates_per_step * per_update)
 
 
-def size(like: AbstractParams) -> float:
+def count(abstract: AbstractParams) -> float:
     """Returns the number of parameters."""
-    return float(sum(np.prod(leaf.shape) for leaf in like.values()))
+    return float(sum(np.prod(leaf.shape) for leaf in abstract.values()))
 
 
-def reinforced(
-    run: Run, batches: Any, opened: Callable[[AbstractContextManager[Any]], Any]
+def make_step(
+    inputs: Inputs, batches: BatchIterator, opened: Callable[[AbstractContextManager[Any]], Any]
 ) -> Step:
-    """Returns the reinforced stage of `train.grpo`."""
-    c, mesh = run.config.grpo, run.mesh
-    model, frozen = run.model, run.frozen
-    trained = begin(run.config, model, programs.layout(run.config, model, mesh)[0])
-    state = fresh_state(run, "grpo", trained)
-    ref_params = jax.tree.map(jnp.copy, state.params) if programs.looks_at_reference(c) else None
-    compare = programs.compiled(programs.grpo_compare(run.config, model), run.config, mesh)
-    learn = programs.compiled(
-        programs.grpo_update(run.config, model, mesh, run.factors, state), run.config, mesh
-    )
-    read, read_frozen = (programs.reader(run.config, mesh, tree) for tree in (state.params, frozen))
-    sampler = RolloutWorker(
-        run.config, model, mesh, read_frozen(frozen), run.tokenizer, opened(make_reward_workers(c))
-    )
-    key, held = jax.random.key(run.config.seed), [state]
+    """Returns a function that dispatches the steps of the last stage."""
+    setup = inputs.setup
+    stage = inputs.stages[-1]
+    frozen = init_params(setup.config, setup.model, setup.frozen) if setup.frozen else {}
+    states = [stage.init(init_params(setup.config, setup.model, setup.trained))]
+    opened(stage.open(Runtime(inputs.mesh, frozen, inputs.tokenizer, None), states[0]))
 
-    def step(number: int, watch: Stopwatch) -> Array:
-        state, own_key = held.pop(), jax.random.fold_in(key, number)
-        by_reward = weights_at(c.all_rewards, number)
-        sampled, _ = sampler(
-            read(state.params), batches.__next__, own_key, by_reward, watch, batches.prepare
-        )
-        learned_from, _ = watch.lap(
-            "score", compare(sampled, frozen, ref_params, by_reward, state.kl_coef)
-        )
-        state, updated = learn(state, frozen, learned_from, jax.random.fold_in(own_key, LOTS))
-        watch.lap("update", updated)
-        held.append(state)
-        return sampled.rollout.mask
-
-    return step
-
-
-def supervised(run: Run, batches: Any) -> Step:
-    """Returns the supervised stage of `train.sft`."""
-    trained = begin(run.config, run.model, programs.layout(run.config, run.model, run.mesh)[0])
-    state = fresh_state(run, "sft", trained)
-    learn = programs.sft_update(
-        run.config, run.model, run.mesh, run.factors, state, run.tokenizer.vocab
-    )
-    learn = programs.compiled(learn, run.config, run.mesh)
-    key, held = jax.random.key(run.config.seed), [state]
-
-    def step(number: int, watch: Stopwatch) -> Array:
-        batch = watch.lap("data", next(batches))
-        dropout_key = jax.random.fold_in(key, number) if run.config.model.lora.dropout else None
-        state, updated = learn(held.pop(), run.frozen, batch, dropout_key=dropout_key)
-        watch.lap("update", updated)
-        batches.prepare()
-        held.append(state)
-        return np.zeros((1, 1, 0), bool)
+    def step(number: int, timer: StepTimer) -> Array:
+        state, output = stage.step(states.pop(), batches, number, timer)
+        states.append(state)
+        return np.zeros((1, 1, 0), bool) if output.sampled_mask is None else output.sampled_mask
 
     return step
 
@@ -236,7 +188,7 @@ class Compilations:
         return found
 
 
-class Watch(Stopwatch):
+class CompileTimer(StepTimer):
     """A stopwatch that also notes what was compiled in a phase."""
 
     def __init__(self, compilations: Compilations):
@@ -251,8 +203,8 @@ class Watch(Stopwatch):
         return super().lap(phase, value)
 
 
-def in_turn(
-    step: Step, numbers: Iterable[int], watch: Stopwatch
+def time_steps(
+    step: Step, numbers: Iterable[int], watch: StepTimer
 ) -> list[tuple[dict[str, float], int]]:
     """Returns the seconds of these steps, and the tokens that each sampled one after the other.
 
@@ -264,7 +216,7 @@ def in_turn(
 
     found, unread = [], deque()
     for number in numbers:
-        unread.append((watch.step(), step(number, watch)))
+        unread.append((watch.start_step(), step(number, watch)))
         if len(unread) > 1:
             found.append(read(*unread.popleft()))
     return found + [read(*one) for one in unread]
@@ -301,91 +253,78 @@ def peak_bytes(mesh: Mesh) -> tuple[float, str]:
 
 
 def bench(config: Config, steps: int) -> dict[str, Any]:
-    """Returns what `steps` steps of the last stage of `config` took, and what they would at the devices' ceilings.
+    """Returns how long `steps` steps of the last stage of `config` took, and how long they would take at the devices' peaks.
 
     Raises:
       UserError: something in `config` does not fit the data or the devices.
     """
     compilations = Compilations()
-    tokenizer, mesh, bad = (
-        load_tokenizer(config.data.tokenizer),
-        sharding.make_mesh(config.mesh),
-        pipeline.BadRecords(),
-    )
-    check(config, mesh)
-    stage = config.stages[-1]
-    c = config.grpo if stage == "grpo" else config.sft
-    model = PaliGemma(config.model, sharding.activation_sharding(mesh))
-    trained, frozen = programs.layout(config, model, mesh)
-    factors = programs.factors_of(config, trained | frozen)
-    kept = begin(config, model, frozen) if frozen else {}
-    run = Run(config, Path(), model, kept, factors, tokenizer, mesh, None, bad)  # pyright: ignore[reportArgumentType]: no diary
-    watch = Watch(compilations)
+    inputs = prepare(config)
+    mesh = inputs.mesh
+    stage = inputs.stages[-1]
+    timer = CompileTimer(compilations)
     with ExitStack() as stack:
-        stream = open_stream(config, stage, tokenizer, mesh, bad)
+        stream = open_batches(inputs, stage, pipeline.BadRecords())
         batches = stack.enter_context(pipeline.Ahead(stream, partial(sharding.put_batch, mesh)))
-        step = (
-            reinforced(run, batches, stack.enter_context)
-            if stage == "grpo"
-            else supervised(run, batches)
-        )
+        step = make_step(inputs, batches, stack.enter_context)
         compilations.take()
-        timed = in_turn(step, range(WARM_UP + steps), watch)[WARM_UP:]
-        options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # tracing Python would slow down the host
-        with tempfile.TemporaryDirectory() as folder:
-            with jax.profiler.trace(folder, profiler_options=options):
-                in_turn(step, range(WARM_UP + steps, WARM_UP + steps + TRACED), watch)
-            idle = idle_share(Path(folder))
-        held, kind = peak_bytes(mesh)
-    top, mean_turns = (
-        ceilings(mesh, jnp.dtype(config.model.dtype)),
-        round(statistics.mean(turns for _, turns in timed)),
-    )
-    measured = [
-        {name[len("time/") : -len("_s")]: spent for name, spent in seconds.items()}
-        for seconds, _ in timed
+        timed = time_steps(step, range(WARM_UP + steps), timer)[WARM_UP:]
+        traced = range(WARM_UP + steps, WARM_UP + steps + TRACED)
+        idle = trace_idle_share(step, traced, timer)
+        memory_bytes, memory_kind = peak_bytes(mesh)
+    peaks = ceilings(mesh, jnp.dtype(config.model.dtype))
+    decode_steps = round(statistics.mean(tokens for _, tokens in timed))
+    seconds = [
+        {name.removeprefix("time/").removesuffix("_s"): spent for name, spent in step_s.items()}
+        for step_s, _ in timed
     ]
-    whole = statistics.median(sum(spent.values()) for spent in measured)
+    step_s = statistics.median(sum(spent.values()) for spent in seconds)
+    programs = stage.programs()
     phases = {}
-    for phase in measured[0]:
-        found = [spent[phase] for spent in measured]
-        phases[phase] = {
-            "seconds": statistics.median(found),
-            "spread": (max(found) - min(found)) / statistics.median(found),
-        }
-        name = PROGRAMS[stage].get(phase)
-        if name in programs.names(config):
-            phases[phase] |= shares(
-                least(config, mesh, name, mean_turns), top, phases[phase]["seconds"]
-            )
-    completions = c.batch_size * config.grpo.group_size if stage == "grpo" else 0
-    rates = (
-        {"tokens_per_s": completions * mean_turns / phases["rollout"]["seconds"]}
-        if completions
-        else {}
-    )
+    for phase in seconds[0]:
+        spent = [by_phase[phase] for by_phase in seconds]
+        median = statistics.median(spent)
+        phases[phase] = {"seconds": median, "spread": (max(spent) - min(spent)) / median}
+        name = stage.phases.get(phase, "")
+        if name in programs:
+            work = minimum_work(inputs, name, programs[name], decode_steps)
+            phases[phase] |= shares(work, peaks, median)
+    samples = "rollout" in phases
+    completions = stage.settings.batch_size * config.grpo.group_size if samples else 0
+    rates: dict[str, float] = {}
+    if samples:
+        rates["tokens_per_s"] = completions * decode_steps / phases["rollout"]["seconds"]
     return {
-        "stage": stage,
+        "stage": stage.name,
         "devices": {
             "count": mesh.size,
             "kind": mesh.devices.flat[0].device_kind,
             "jax": jax.__version__,
         },
-        "ceilings": top._asdict(),
+        "ceilings": peaks._asdict(),
         "steps": steps,
-        "step_s": whole,
+        "step_s": step_s,
         "phases": phases,
         **rates,
-        "tokens_a_completion": mean_turns,
-        "completions_per_s": completions / whole,
-        "images_per_s": c.batch_size / whole,
+        "tokens_a_completion": decode_steps,
+        "completions_per_s": completions / step_s,
+        "images_per_s": stage.settings.batch_size / step_s,
         "idle_share": idle,
-        "host_gap_s": None if idle is None else idle * whole,
-        "peak_bytes": held,
-        "peak_bytes_of": kind,
-        "compile": watch.compiled,
+        "host_gap_s": None if idle is None else idle * step_s,
+        "peak_bytes": memory_bytes,
+        "peak_bytes_of": memory_kind,
+        "compile": timer.compiled,
     }
+
+
+def trace_idle_share(step: Step, numbers: Iterable[int], timer: StepTimer) -> float | None:
+    """Returns the share of some traced steps in which no device ran a program; None if the trace has no devices."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # tracing Python would slow down the host
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            time_steps(step, numbers, timer)
+        return idle_share(Path(folder))
 
 
 def shares(phase: Phase, top: Ceilings, seconds: float) -> dict[str, float]:

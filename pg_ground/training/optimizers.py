@@ -10,7 +10,6 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from pg_ground.config import Optimizer
 from pg_ground.params import map_named, matrix_axes
-from pg_ground.types import Params
 
 
 def schedule(settings: Optimizer, steps: int) -> optax.Schedule:
@@ -53,7 +52,7 @@ def make_optimizer(
     if not factors or all(factor == 1 for factor in factors.values()):
         return optax.chain(clip, step)
 
-    def scale(updates: Params, _: Any) -> Params:
+    def scale(updates: Any, _: Any) -> Any:
         return map_named(lambda name, update: update * factors.get(name, 1.0), updates)
 
     return optax.chain(clip, step, optax.stateless(scale))
@@ -66,14 +65,14 @@ def clip_by_norm(norm: float) -> optax.GradientTransformation:
     quotient and reads it twice (docs/performance.md, 2026-11-22: a third of an update of 274 million parameters on a CPU).
     """
 
-    def scale(updates: Params, _: Any) -> Params:
+    def scale(updates: Any, _: Any) -> Any:
         factor = jnp.minimum(1.0, norm / optax.tree.norm(updates))
         return jax.tree.map(lambda update: update * factor.astype(update.dtype), updates)
 
     return optax.stateless(scale)
 
 
-def muon_dimensions(params: Params) -> Any:
+def muon_dimensions(params: Any) -> Any:
     """Returns the tree of `params` with the matrix axes of each matrix, and None for every other parameter."""
 
     def dimensions(name: str, leaf: Any) -> MuonDimensionNumbers | None:

@@ -114,7 +114,7 @@ class Recorder:
         if self.config.checkpoint.best:
             goodness = metric_goodness(self.config.checkpoint.best, metrics)
             if self._best is None or goodness > self._best.goodness:
-                manager.keep_best(self.workdir, step, params)
+                manager.save_best(self.workdir, step, params)
                 self._best = Best(step, goodness)
         self._update_report()
 

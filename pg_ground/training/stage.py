@@ -65,13 +65,25 @@ class Runtime(NamedTuple):
 class Stage(Protocol):
     """One stage of a run, such as supervised fine-tuning or GRPO."""
 
-    name: str
-    """Name of the stage and of its section in the config."""
-    settings: StageSettings
-    phases: Mapping[str, str]
-    """The program that each phase of a step spends its time in, by the phase's name."""
-    data_seed: int
-    """Added to the config's seed for the order of the data, so that two stages do not see the same scenes."""
+    @property
+    def name(self) -> str:
+        """Name of the stage and of its section in the config."""
+        ...
+
+    @property
+    def settings(self) -> StageSettings:
+        """The section of the config."""
+        ...
+
+    @property
+    def phases(self) -> Mapping[str, str]:
+        """The program that each phase of a step spends its time in, by the phase's name."""
+        ...
+
+    @property
+    def data_seed(self) -> int:
+        """Added to the config's seed for the order of the data, so that two stages do not see the same scenes."""
+        ...
 
     def check(self) -> None:
         """Raises UserError if the settings do not fit the mesh, the rewards or the algorithms."""
