@@ -72,7 +72,9 @@ def test_log_probabilities_before_a_token_do_not_move_by_one_bit(tiny, completio
     before = np.asarray(completion_logps_in_parts(*tiny, x))
     for t in range(T):
         other = jnp.where(x.tokens[..., t] == 500, 501, 500)
-        after = np.asarray(completion_logps_in_parts(*tiny, x._replace(tokens=x.tokens.at[..., t].set(other))))
+        after = np.asarray(
+            completion_logps_in_parts(*tiny, x._replace(tokens=x.tokens.at[..., t].set(other)))
+        )
         np.testing.assert_array_equal(after[..., :t], before[..., :t])
         assert (after[..., t:] != before[..., t:]).all()
 
@@ -80,7 +82,8 @@ def test_log_probabilities_before_a_token_do_not_move_by_one_bit(tiny, completio
 def test_completions_of_a_group_do_not_see_one_another(tiny, completion_logps_in_parts):
     x = inputs(tiny.model)
     before, after = (
-        np.asarray(completion_logps_in_parts(*tiny, y)) for y in (x, x._replace(tokens=x.tokens.at[:, 1].set(700)))
+        np.asarray(completion_logps_in_parts(*tiny, y))
+        for y in (x, x._replace(tokens=x.tokens.at[:, 1].set(700)))
     )
     np.testing.assert_array_equal(after[:, [0, 2]], before[:, [0, 2]])
     assert (after[:, 1] != before[:, 1]).any()
@@ -89,7 +92,10 @@ def test_completions_of_a_group_do_not_see_one_another(tiny, completion_logps_in
 def test_prompts_of_a_batch_do_not_see_one_another(tiny, completion_logps_in_parts):
     x, others = inputs(tiny.model), inputs(tiny.model, seed=1)
     mixed = Inputs(*(jnp.concatenate([a[:2], b[2:]]) for a, b in zip(x, others, strict=True)))
-    before, after = np.asarray(completion_logps_in_parts(*tiny, x)), np.asarray(completion_logps_in_parts(*tiny, mixed))
+    before, after = (
+        np.asarray(completion_logps_in_parts(*tiny, x)),
+        np.asarray(completion_logps_in_parts(*tiny, mixed)),
+    )
     np.testing.assert_array_equal(after[:2], before[:2])
     assert (after[2:] != before[2:]).any(axis=(1, 2)).all()
 
@@ -99,7 +105,9 @@ def test_every_prompt_token_sees_every_other_in_both_directions(tiny, completion
     x = inputs(tiny.model)
     before = np.asarray(completion_logps_in_parts(*tiny, x))
     for position in range(3):  # the shortest prompt has 3 tokens
-        after = np.asarray(completion_logps_in_parts(*tiny, x._replace(prompt=x.prompt.at[:, position].set(101))))
+        after = np.asarray(
+            completion_logps_in_parts(*tiny, x._replace(prompt=x.prompt.at[:, position].set(101)))
+        )
         assert (np.abs(after - before)[..., 0].max(axis=1) > 100 * CLOSE).all()
 
 
@@ -107,12 +115,15 @@ def test_another_image_changes_the_log_probabilities(tiny, completion_logps_in_p
     """A model blind to its images would pass every other test here."""
     x = inputs(tiny.model)
     before, after = (
-        np.asarray(completion_logps_in_parts(*tiny, y)) for y in (x, x._replace(image=jnp.roll(x.image, 1, axis=0)))
+        np.asarray(completion_logps_in_parts(*tiny, y))
+        for y in (x, x._replace(image=jnp.roll(x.image, 1, axis=0)))
     )
     assert (np.abs(after - before)[..., 0].max(axis=1) > 1000 * CLOSE).all()
 
 
-def test_padding_of_the_prompt_changes_nothing_whatever_its_amount_and_side(tiny, completion_logps_in_parts):
+def test_padding_of_the_prompt_changes_nothing_whatever_its_amount_and_side(
+    tiny, completion_logps_in_parts
+):
     x = inputs(tiny.model)
     before = completion_logps_in_parts(*tiny, x)
     lengths = np.asarray(x.prompt_mask.sum(axis=1))
@@ -127,7 +138,9 @@ def test_padding_of_the_prompt_changes_nothing_whatever_its_amount_and_side(tiny
         np.testing.assert_allclose(after, before, rtol=0, atol=CLOSE)
 
 
-def test_masked_completion_tokens_say_0_and_change_nothing_before_them(tiny, completion_logps_in_parts):
+def test_masked_completion_tokens_say_0_and_change_nothing_before_them(
+    tiny, completion_logps_in_parts
+):
     x = inputs(tiny.model)
     before, after = (
         np.asarray(completion_logps_in_parts(*tiny, y))
@@ -331,7 +344,10 @@ def test_unrolled_layers_equal_looped_ones(pg2, completion_logps_in_parts):
     x = inputs(pg2.model)
     assert pg2.model.config.scan_unroll == 1
     np.testing.assert_allclose(
-        completion_logps_in_parts(changed(pg2, scan_unroll=2), pg2.params, x), completion_logps_in_parts(*pg2, x), rtol=0, atol=CLOSE
+        completion_logps_in_parts(changed(pg2, scan_unroll=2), pg2.params, x),
+        completion_logps_in_parts(*pg2, x),
+        rtol=0,
+        atol=CLOSE,
     )
 
 

@@ -18,15 +18,15 @@ from pg_ground.rl.loss import (
     Algorithm,
     Tokens,
     choose,
+    completion_kl,
     k1,
     k2,
     k3,
-    seq_mean_token_sum_norm,
-    seq_mean_token_mean,
-    token_mean,
     policy_loss,
-    completion_kl,
+    seq_mean_token_mean,
+    seq_mean_token_sum_norm,
     target_logps,
+    token_mean,
 )
 from pg_ground.types import UserError
 from pg_ground.vocab import LOC_TOKENS, vocab_of_size
@@ -108,7 +108,10 @@ GOLDEN = [
     ("cispo eps_high=.2 (config default!)", made("cispo", clip_high=0.2)),
     ("sapo 1.05/1.0", made("sapo")),
     ("vespo", made("vespo")),
-    ("dapo + top_entropy_quantile=.5", made("top_entropy", clip_high=0.2, token_selection_share=0.5)),
+    (
+        "dapo + top_entropy_quantile=.5",
+        made("top_entropy", clip_high=0.2, token_selection_share=0.5),
+    ),
     ("dapo + off_policy_mask_threshold=.1", made("dapo", clip_high=0.2, off_policy_kl=0.1)),
     ("dapo + entropy_coef=.01", made("dapo", clip_high=0.2, entropy_coef=0.01)),
 ]
@@ -212,7 +215,9 @@ def test_a_focus_leaves_nothing_to_learn_where_there_is_no_advantage(random_batc
     """The first update is at ratio 1, where |log-ratio| has a kink: its gradient there is 0, not the 1 of jnp.abs."""
     logps, _, _, advantage, mask = random_batch
     row = made(name, token_selection_share=1.0)
-    focus = row.focus(Tokens(logps, -logps, advantage, mask, jax.random.key(0)), row.token_selection_share)
+    focus = row.focus(
+        Tokens(logps, -logps, advantage, mask, jax.random.key(0)), row.token_selection_share
+    )
 
     def loss(logps):
         old = jax.lax.stop_gradient(logps)
@@ -229,7 +234,10 @@ CANCELLING = {
     "kl_in_reward has no effect": {"algorithm": "gdpo", "kl_coef": 0.1, "kl_in_reward": True},
     "clip_high is 0.2, but objective = cispo": {"objective": "cispo"},
     "correction multiplies": {"algorithm": "vespo", "correction": "token_mask"},
-    "importance_sampling_floor is above": {"correction": "token_mask", "importance_sampling_floor": 5.0},
+    "importance_sampling_floor is above": {
+        "correction": "token_mask",
+        "importance_sampling_floor": 5.0,
+    },
     "ratio_cap is below 1": {"ratio_cap": 0.5},
     "off_policy_kl is below 0": {"off_policy_kl": -1.0},
     "resample looks at the spread": {"algorithm": "remax", "dynamic_sampling": 1},

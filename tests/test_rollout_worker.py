@@ -15,8 +15,8 @@ from pg_ground.rl.scored_rollouts import (
     compare,
     has_spread,
     refill,
-    weights_at,
     split_off_greedy,
+    weights_at,
 )
 from pg_ground.rl.update import split, unsplit
 from pg_ground.tokenizer import load

@@ -150,7 +150,9 @@ def test_minibatches_are_optimizer_steps_one_after_the_other(pg1):
     )
     found = outcome(step, (state, ref_params, batch, rollout, advantages))[0]
     halves = [update.split(tree, 2) for tree in (batch, rollout, advantages)]
-    one, _ = grpo_update(pg1, 1, ALGORITHMS["grpo"]._replace(clip_low=9.0, clip_high=9.0), updates=1)
+    one, _ = grpo_update(
+        pg1, 1, ALGORITHMS["grpo"]._replace(clip_low=9.0, clip_high=9.0), updates=1
+    )
     first = outcome(
         one, (state, ref_params, *(jax.tree.map(lambda x: x[0], half) for half in halves))
     )[0]
@@ -170,7 +172,9 @@ def test_the_kl_coefficient_is_steered_to_its_target(pg1):
             rollout: Rollout,
             advantages: jax.Array,
         ) -> Any:
-            ref_logps = update.completion_logps_in_parts(pg1.model, ref_params, batch, rollout, TEMPERATURE, 1)[0]
+            ref_logps = update.completion_logps_in_parts(
+                pg1.model, ref_params, batch, rollout, TEMPERATURE, 1
+            )[0]
             return update.grpo_update(
                 state, {}, PolicyBatch(batch, rollout, advantages, ref_logps), jax.random.key(0), model=pg1.model,
                 optimizer=state_of(pg1.params)[1], algorithm=ALGORITHMS["grpo"], temperature=TEMPERATURE, grad_accum_steps=1,

@@ -52,7 +52,9 @@ def image_extent(unit: str, size: Sequence[float | int]) -> tuple[float | int, f
     return (size[0], size[1]) if extent is None else (extent, extent)
 
 
-def to_pixels(numbers: Sequence[float | int], format_name: str, size: Sequence[float | int]) -> list[float]:
+def to_pixels(
+    numbers: Sequence[float | int], format_name: str, size: Sequence[float | int]
+) -> list[float]:
     """Returns one box as x1, y1, x2, y2, or one point as x, y, in pixels of an image of `size` (width, height)."""
     order, unit = split_format(format_name)
     width, height = image_extent(unit, size)

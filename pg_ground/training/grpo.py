@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -42,7 +43,7 @@ class GrpoStage:
     """The reinforced stage. Its section is `config.grpo`."""
 
     name = "grpo"
-    phases = {"rollout": "rollout", "score": "reference", "update": "update"}
+    phases = MappingProxyType({"rollout": "rollout", "score": "reference", "update": "update"})
     data_seed = 1_000_003
 
     def __init__(self, setup: Setup):

@@ -21,8 +21,8 @@ from pg_ground.data.pipeline import BadRecords
 from pg_ground.parallel import multiprocess
 from pg_ground.reporting import drawing, progress, provenance, report
 from pg_ground.reporting.files import write_atomically
-from pg_ground.reporting.tables import ascii_table
 from pg_ground.reporting.metric_writers import MetricsWriter
+from pg_ground.reporting.tables import ascii_table
 from pg_ground.rewards import workers
 from pg_ground.training.stage import BatchIterator, RolloutSamples, StepOutput
 from pg_ground.types import POLICY, Params, TrainState, UserError, nearest

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import MappingProxyType
 
 import jax
 
@@ -21,7 +22,7 @@ class SftStage:
     """The supervised stage. Its section is `config.sft`."""
 
     name = "sft"
-    phases = {"update": "sft"}
+    phases = MappingProxyType({"update": "sft"})
     data_seed = 0
 
     def __init__(self, setup: Setup):
