@@ -1,0 +1,97 @@
+"""Trains and evaluates from Python, for notebooks and scripts.
+
+The functions take a `Config`, or what a recipe's `get_config` returns:
+
+    from configs import tiny  # `from pg_ground.configs import tiny` in an installed package
+    import pg_ground
+
+    report = pg_ground.train(tiny.get_config(), "runs/tiny")
+    evaluation = pg_ground.evaluate(tiny.get_config(), workdir="runs/tiny")
+    model, params = pg_ground.load("runs/tiny")
+    prediction = pg_ground.predict(model, params, "photo.jpg", "detect red circle")
+"""
+
+import logging
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from pg_ground import config as settings
+from pg_ground.config import Config
+from pg_ground.evals import evaluation
+from pg_ground.evals.runner import Evaluation
+from pg_ground.parallel import sharding
+from pg_ground.training import loop
+from pg_ground.types import expand_path
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: Config | ConfigDict, workdir: str | Path) -> Path:
+    """Trains every stage of a config and returns the path of `report.html`.
+
+    The same call on the same directory continues from the newest checkpoint, bit for bit. The
+    function does what the command `train` does in one process.
+
+    Args:
+      config: a `Config`, or what `get_config` of a recipe returns.
+      workdir: the directory of the run. It gets `config.json`, `metrics.jsonl`, `checkpoints/`,
+        `samples/`, `tb/` and `report.html`.
+
+    Raises:
+      UserError: a setting does not fit the data, the devices, the checkpoint, or the run that is
+        already in `workdir`.
+    """
+    parsed = parse(config)
+    prepare_devices(parsed)
+    return loop.train(parsed, Path(expand_path(str(workdir))))
+
+
+def evaluate(
+    config: Config | ConfigDict,
+    *,
+    workdir: str | Path | None = None,
+    params: str | Path | None = None,
+) -> Evaluation:
+    """Returns the metrics and the predictions of a policy on the sources of `config.eval`.
+
+    Nothing is written. `Evaluation.metrics` has the names of the report, for example
+    `eval/boxes/acc50`.
+
+    Args:
+      config: a `Config`, or what `get_config` of a recipe returns.
+      workdir: the directory of a run. Its newest checkpoint is evaluated.
+      params: a checkpoint: a big_vision `.npz`, a Hugging Face directory, or RUN/best. Give
+        exactly one of `workdir` and `params`.
+
+    Raises:
+      UserError: a setting does not fit the checkpoint, the data or the devices.
+    """
+    parsed = parse(config)
+    prepare_devices(parsed)
+    return evaluation.evaluate(parsed, workdir=workdir, params=params)
+
+
+def parse(config: Config | ConfigDict) -> Config:
+    """Returns the checked `Config`. A `Config` is returned as it is.
+
+    Raises:
+      UserError: a setting does not exist or has a wrong value.
+    """
+    return config if isinstance(config, Config) else settings.parse(config)
+
+
+def prepare_devices(config: Config) -> None:
+    """Sets up the CPU devices and the compilation cache as the commands do.
+
+    jax cannot change the number of CPU devices once it has run. The devices that exist are used
+    then, with a warning.
+    """
+    sharding.enable_compilation_cache(config.mesh)
+    try:
+        sharding.set_cpu_devices(config.mesh)
+    except RuntimeError:
+        logger.warning(
+            "config.mesh.cpu_devices=%d has no effect: jax has already started",
+            config.mesh.cpu_devices,
+        )
