@@ -1,11 +1,12 @@
-"""Compiles a run's programs for TPUs that this machine does not have: do they fit, and how long do they take at best?
+"""Compiles a run's programs for TPUs: do they fit, and how long do they take at best?
 
-python -m pg_ground.compile --config=configs/tpu.py:pg1_3b_224 --topology=v5e:2x4 [--json=O] [--full] [--search]
-    [--programs=rollout,update]
+python -m pg_ground.compile --config=configs/tpu.py:pg1_3b_224 --topology=v5e:2x4 [--json=O]
+    [--full] [--search] [--programs=rollout,update]
 
-Needs `pip install 'pg-ground[tpu]'` and no TPU. Without libtpu the memory model answers. Without `--full` a compilation is stopped
-once XLA has assigned memory. This answers whether the programs fit, and takes seconds; generating the code would take minutes.
-Exit code 0: the programs fit; 3: they do not.
+Needs `pip install 'pg-ground[tpu]'` and no TPU. Without libtpu the memory model answers. Without
+`--full` a compilation is stopped once XLA has assigned memory. This answers whether the programs
+fit, and takes seconds; generating the code would take minutes. Exit code 0: the programs fit; 3:
+they do not.
 """
 
 import json

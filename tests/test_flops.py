@@ -1,9 +1,10 @@
-"""The main saving of the package, in operations: G completions of a prompt cost one prefix, not G prefixes.
+"""The main saving of the package: G completions of a prompt cost one prefix, not G prefixes.
 
-The model has PaliGemma 1's proportions at 1/16 of its widths: 256 image tokens, 16 prompt tokens, and two layers in each tower.
-The vocabulary is as large beside two layers as PaliGemma's is beside 18. XLA's `cost_analysis` counts the body of a loop once.
-Therefore the layers are unrolled here and T is one block of the vocabulary: the program has no loop. A count by hand agrees with
-XLA's count, and gives the ratio at PaliGemma's real size.
+The model has PaliGemma 1's proportions at 1/16 of its widths: 256 image tokens, 16 prompt tokens,
+and two layers in each tower. The vocabulary is as large beside two layers as PaliGemma's is beside
+18. XLA's `cost_analysis` counts the body of a loop once. Therefore the layers are unrolled here and
+T is one block of the vocabulary: the program has no loop. A count by hand agrees with XLA's count,
+and gives the ratio at PaliGemma's real size.
 """
 
 from dataclasses import replace
@@ -76,7 +77,10 @@ def flops_by_xla(sizes: Sizes, model: Model = SMALL) -> float:
 
 
 def flops_by_hand(sizes: Sizes, model: Model) -> float:
-    """Returns two operations per multiplication of every matrix product. T - 1 tokens are inputs, T are scored."""
+    """Returns two operations per multiplication of every matrix product.
+
+    T - 1 tokens are inputs, T are scored.
+    """
     v, t = model.vision, model.text
     patches = (model.image_size // v.patch_size) ** 2
     completions = sizes.images * sizes.group_size
@@ -108,13 +112,16 @@ def test_a_shared_prefix_costs_at_most_a_fifth_of_repeated_prefixes(xla_flops):
 
 @pytest.mark.parametrize("sizes", [SHARED, REPEATED], ids=["shared", "repeated"])
 def test_xla_counts_the_matrix_products(xla_flops, sizes):
-    """The count by hand leaves out elementwise operations: about 20 per number, where a product needs at least 2 · 128."""
+    """The count by hand leaves out elementwise operations.
+
+    They are about 20 per number; a matrix product needs at least 2 · 128.
+    """
     by_hand = flops_by_hand(sizes, SMALL)
     assert by_hand <= xla_flops[sizes] <= (1 + 20 / 256) * by_hand
 
 
 def test_xla_counts_every_layer(xla_flops):
-    """A control: if XLA counted a layer once, as it does in a loop, a third layer would add nothing."""
+    """A control: if XLA counted a layer once, as in a loop, a third layer would add nothing."""
     deeper = replace(
         SMALL,
         text=replace(SMALL.text, depth=3),
@@ -141,7 +148,10 @@ def jaxpr_of(function, *args) -> jax.extend.core.Jaxpr:
 
 @pytest.mark.parametrize("sizes", [SHARED, REPEATED], ids=["shared", "repeated"])
 def test_the_count_of_a_jaxpr_equals_the_count_by_hand(sizes):
-    """This program has loops over layers and over blocks of the vocabulary. Every iteration counts."""
+    """This program has loops over layers and over blocks of the vocabulary.
+
+    Every iteration counts.
+    """
     model = replace(SMALL, scan_unroll=1, logits_block=2)
     policy = PaliGemma(model)
     jaxpr = jaxpr_of(policy.completion_logps, *abstract_arguments(policy, sizes))

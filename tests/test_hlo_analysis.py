@@ -1,4 +1,4 @@
-"""Traffic of compiled programs, read from HLO text: loops count per iteration, slices count as slices."""
+"""Traffic of compiled programs: loops count per iteration, slices count as slices."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def over_layers(x: jax.Array, stack: jax.Array) -> jax.Array:
 
 
 def test_a_loop_over_layers_reads_each_layer_once():
-    """The whole stack of matrices is an operand of every iteration, but an iteration reads only one slice."""
+    """The whole stack is an operand of every iteration, but an iteration reads only one slice."""
     x, stack = jnp.ones((ROWS, WIDTH)), jnp.ones((LAYERS, WIDTH, WIDTH))
     text = hlo_text(over_layers, x, stack)
     traffic = hlo_analysis.measure_traffic(text, default_trip_count=1000)
@@ -106,16 +106,16 @@ TPU_HLO = """HloModule m, is_scheduled=true
 
 ENTRY %main (a: bf16[8,128]) -> bf16[8,128] {
   %a = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
-  %slice-start = ((bf16[8,128]{1,0:T(8,128)(2,1)}), bf16[2,128]{1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) async-start(%a), calls=%part
+  %slice-start = ((bf16[8,128]), bf16[2,128]{1,0:S(1)}, s32[]{:S(2)}) async-start(%a), calls=%part
   %slice-done = bf16[2,128]{1,0:T(8,128)(2,1)S(1)} async-done(%slice-start)
   %zero = s32[]{:T(128)} constant(0)
   %tuple.2 = (s32[]{:T(128)}, bf16[8,128]{1,0}) tuple(%zero, %a)
   %while.1 = (s32[]{:T(128)}, bf16[8,128]{1,0}) while(%tuple.2), condition=%condition, body=%body
   ROOT %out = bf16[8,128]{1,0} get-tuple-element(%while.1), index=1
 }
-"""  # noqa: E501: HLO has one instruction per line
-"""Patterns of TPU programs: an all-gather spread over two fusions, an all-reduce of which a device keeps its part, arrays in VMEM
-(S(1)), and a slice that is copied to VMEM ahead of time."""
+"""
+"""Patterns of TPU programs: an all-gather spread over two fusions, an all-reduce of which a device
+keeps its part, arrays in VMEM (S(1)), and a slice that is copied to VMEM ahead of time."""
 
 
 def test_traffic_of_a_tpu_program():

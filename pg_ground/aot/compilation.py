@@ -1,8 +1,9 @@
-"""Compiles the programs of a run for TPUs that this machine does not have. Reports memory, traffic and the roofline time.
+"""Compiles the programs of a run for TPUs that this machine does not have.
 
-Needs `pip install 'pg-ground[tpu]'` (libtpu) and no TPU. Each program is compiled in a process of its own, see
-`compile_worker.py`. By default a process is stopped once XLA has assigned memory. This answers whether the program fits, and takes
-seconds. Generating the code would take minutes.
+The reports show memory, traffic and the roofline time. Needs `pip install 'pg-ground[tpu]'`
+(libtpu) and no TPU. Each program is compiled in a process of its own, see `compile_worker.py`. By
+default a process is stopped once XLA has assigned memory. This answers whether the program fits,
+and takes seconds. Generating the code would take minutes.
 """
 
 import dataclasses
@@ -34,7 +35,8 @@ from pg_ground.types import UserError
 
 MEMORY_REPORT = "after_optimizations-memory-usage-report.txt"
 OPTIMISED_HLO = "after_optimizations.txt"
-"""Ends of the names of the files that XLA writes. It writes the memory report last, long before it has generated code."""
+"""Ends of the names of the files that XLA writes. It writes the memory report last, long before it
+has generated code."""
 
 PARALLEL_COMPILATIONS = 2
 
@@ -65,7 +67,10 @@ class ProgramReport(NamedTuple):
         return sum(size for _, size in self.traffic.collectives.values())
 
     def roofline_seconds(self, chip: Chip) -> dict[str, float]:
-        """Returns the time that each resource alone would need. A run takes at least the largest of them."""
+        """Returns the time that each resource alone would need.
+
+        A run takes at least the largest of them.
+        """
         return {
             "FLOPs": self.flops / chip.flops,
             "HBM": self.traffic.hbm_bytes / chip.hbm_bandwidth,
@@ -78,7 +83,7 @@ class ProgramReport(NamedTuple):
         return max(seconds, key=lambda resource: seconds[resource])
 
     def mfu(self, chip: Chip) -> float:
-        """Returns the share of the chip's peak in useful operations, if the run takes its roofline time."""
+        """Returns the useful operations as a share of the chip's peak over the roofline time."""
         return self.useful_flops / chip.flops / max(self.roofline_seconds(chip).values())
 
 
@@ -106,7 +111,8 @@ def compile_run(
       full: whether to compile to the end.
 
     Raises:
-      UserError: a setting, a program or the topology is wrong, or XLA fails for another reason than memory.
+      UserError: a setting, a program or the topology is wrong, or XLA fails for another reason than
+        memory.
     """
     chip = CHIPS[tpu_specs.parse_topology(topology)[0]]
     mesh = sharding.abstract_mesh(config.mesh, tpu_specs.device_count(topology))
@@ -133,7 +139,9 @@ def compile_run(
 def compile_programs(
     settings: dict[str, Any], topology: str, names: Sequence[str], full: bool = False
 ) -> list[ProgramReport]:
-    """Returns the reports of the named programs. Two programs are compiled at a time, each in its own process.
+    """Returns the reports of the named programs.
+
+    Two programs are compiled at a time, each in its own process.
 
     Args:
       settings: the run's configuration as nested dicts.
@@ -166,7 +174,10 @@ def compile_programs(
 
 
 def _run_compiler(directory: Path, full: bool, stop: threading.Event) -> float:
-    """Runs the compiling process until it ends or has written its memory report; returns the seconds."""
+    """Runs the compiling process until it ends or has written its memory report.
+
+    Returns the seconds.
+    """
     command = [sys.executable, "-m", "pg_ground.aot.compile_worker", str(directory)]
     start = time.monotonic()
     with (
@@ -183,7 +194,7 @@ def _run_compiler(directory: Path, full: bool, stop: threading.Event) -> float:
 
 
 def compiler_environment(directory: Path) -> dict[str, str]:
-    """Returns the environment of a process that compiles for TPUs; XLA writes its files to `directory`."""
+    """Returns the environment of a process that compiles for TPUs. XLA writes to `directory`."""
     return {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
@@ -206,7 +217,10 @@ def _has_report(directory: Path) -> bool:
 
 
 def _dumped_files(directory: Path, ending: str) -> list[Path]:
-    """Returns the files with this ending that XLA wrote for the program, and not for smaller programs before it."""
+    """Returns the files with this ending that XLA wrote for the program.
+
+    Files of the small programs before it (for example random keys) are left out.
+    """
     facts = directory / jobs.FACTS_FILE  # the worker writes it just before it compiles the program
     if not facts.exists():
         return []
@@ -246,7 +260,7 @@ def _read_report(name: str, directory: Path, seconds: float) -> ProgramReport:
 
 
 def _last_message(log: str) -> str:
-    """Returns the last line of a process's log that is a message, without the frames of a C++ stack trace."""
+    """Returns the last message in a process's log. The frames of a C++ stack trace are skipped."""
     lines = [line for line in log.splitlines() if line.strip()]
     messages = [line for line in lines if not line.startswith(("*", "@", "PC:"))]
     return messages[-1][:400] if messages else "the process ended without a message"
@@ -260,7 +274,10 @@ def hbm_bytes_of(memory_report: str) -> float:
 
 
 def largest_buffers(memory_report: str, count: int = 5) -> list[tuple[float, str]]:
-    """Returns bytes and contents of the largest buffers in XLA's memory report. A buffer may hold several arrays in turn."""
+    """Returns bytes and contents of the largest buffers in XLA's memory report.
+
+    A buffer may hold several arrays in turn.
+    """
     unit_bytes = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
     rows = re.findall(r"\);\s+([\d.]+)(B|KiB|MiB|GiB);\s+\d+;\s+\d+; (.*)", memory_report)
     buffers = [(float(number) * unit_bytes[unit], shapes.strip()) for number, unit, shapes in rows]
@@ -299,7 +316,8 @@ def search_batch_size(config: Config, topology: str) -> str:
 def largest_multiple(fits: Callable[[int], bool], step: int, start: int) -> int:
     """Returns about the largest multiple of `step` for which `fits` holds, 0 if there is none.
 
-    The search doubles the number until it does not fit, then halves the interval until it is 1/16 of the number or one step.
+    The search doubles the number until it does not fit, then halves the interval until it is 1/16
+    of the number or one step.
     """
     low, high = 0, max(start // step, 1)
     while fits(high * step):
@@ -379,7 +397,7 @@ def _program_document(report: ProgramReport, chip: Chip) -> dict[str, Any]:
 
 
 def advice(report: ProgramReport, chip: Chip, model: Model) -> str:
-    """Returns the largest buffers of a program that does not fit, and the settings that would make it smaller."""
+    """Returns why a program does not fit: its largest buffers, and settings that reduce them."""
     needs = f"{report.hbm_bytes / GIB:.2f} GiB, a chip has {chip.hbm_bytes / GIB:.2f}"
     buffers = [f"  {size / GIB:6.2f} GiB  {text[:110]}" for size, text in report.largest_buffers]
     settings = _smaller_settings(report, chip, model)

@@ -1,4 +1,7 @@
-"""Counts the floating-point operations of a program in its jaxpr. The body of a loop counts once per iteration."""
+"""Counts the floating-point operations of a program in its jaxpr.
+
+The body of a loop counts once per iteration.
+"""
 
 import math
 from typing import Any
@@ -7,14 +10,14 @@ from jax.extend import core
 
 
 def count(jaxpr: core.Jaxpr, while_trip_count: int) -> int:
-    """Returns the operations of a program's matrix products over all devices: two per multiplication.
+    """Returns the operations of a program's matrix products, over all devices.
 
-    Recomputation (remat) counts too.
+    A multiplication counts as two operations. Recomputation (remat) counts too.
 
     Args:
       jaxpr: the program.
-      while_trip_count: the iterations of each `while` loop, for example the loop over the tokens of a completion. The jaxpr
-        does not say how often a `while` loop runs.
+      while_trip_count: the iterations of each `while` loop, for example the loop over the tokens of
+        a completion. The jaxpr does not say how often a `while` loop runs.
     """
     return sum(_equation_flops(equation, while_trip_count) for equation in jaxpr.eqns)
 

@@ -1,6 +1,7 @@
-"""Counts the bytes that a compiled XLA program moves, from the text of its optimised HLO: memory and collectives.
+"""Counts the bytes that a compiled XLA program moves in memory and in collectives.
 
-The body of a loop counts once per iteration. XLA's own `cost_analysis` counts it once, and a model is a loop over layers.
+The input is the text of the optimised HLO. The body of a loop counts once per iteration. XLA's own
+`cost_analysis` counts it once, and a model is a loop over layers.
 """
 
 import math
@@ -60,7 +61,8 @@ class Traffic(NamedTuple):
     hbm_bytes: int
     """Read and written, without the padding of tiles."""
     collectives: dict[str, tuple[int, int]]
-    """By kind: the number of collectives, and the bytes that they bring to a device or take from it."""
+    """By kind: the number of collectives, and the bytes that they bring to a device or take from
+    it."""
 
 
 class Call(NamedTuple):
@@ -91,7 +93,8 @@ def measure_traffic(text: str, default_trip_count: int) -> Traffic:
         for instruction in computation:
             kind = _collective_kind(instruction.operation, call.computation)
             channel = re.search(r"channel_id=(\d+)", instruction.attributes)
-            # A collective may be spread over several fusions; each of them then contains it, with the same channel.
+            # A collective may be spread over several fusions; each of them then contains it, with
+            # the same channel.
             if kind and not (channel and channel[1] in channels):
                 channels |= {channel[1]} if channel else set()
                 size = _collective_bytes(kind, instruction, shapes)
@@ -114,7 +117,10 @@ def _collective_kind(operation: str, computation: str) -> str | None:
 
 
 def _collective_bytes(kind: str, instruction: Instruction, shapes: Mapping[str, str]) -> int:
-    """Returns the bytes of a collective: the gathered result, or else the operands. An all-reduce counts them twice."""
+    """Returns the bytes of a collective: the gathered result, or else the operands.
+
+    An all-reduce counts them twice.
+    """
     operand_bytes = sum(shape_bytes(shapes.get(name, "")) for name in instruction.operands)
     if kind == "all-gather":
         # The result of an asynchronous start also contains the operands.
@@ -154,7 +160,10 @@ def _hbm_bytes(instruction: Instruction, shapes: Mapping[str, str], program: Hlo
 
 
 def _fusion_bytes(instruction: Instruction, shapes: Mapping[str, str], program: HloProgram) -> int:
-    """Returns the bytes that a fusion reads and writes. Slices of operands and of results count only as slices."""
+    """Returns the bytes that a fusion reads and writes.
+
+    Slices of operands and of results count only as slices.
+    """
     computation = program.get(_callee(instruction.attributes, "calls"), [])
     parameters = _parameter_names(computation)
     read_bytes = 0
@@ -228,7 +237,10 @@ def _walk(program: HloProgram, call: Call, default_trip_count: int) -> Iterator[
 
 
 def _trip_count(program: HloProgram, attributes: str, default: int) -> int:
-    """Returns the iterations of a `while`: XLA's own count, or the constant that its counter stays below, or `default`."""
+    """Returns the iterations of a `while`.
+
+    This is XLA's own count, or the constant that the counter stays below, or `default`.
+    """
     annotation = re.search(r'"known_trip_count":\{"n":"(\d+)"', attributes)
     if annotation:
         return int(annotation[1])
@@ -244,7 +256,7 @@ def _trip_count(program: HloProgram, attributes: str, default: int) -> int:
 
 
 def _callee(attributes: str, key: str) -> str:
-    """Returns the computation that an attribute such as calls=%name refers to, "" if there is none."""
+    """Returns the computation that an attribute such as calls=%name refers to, or ""."""
     match = re.search(rf"(?:^|[ ,]){key}=%?([\w.\-]+)", attributes)
     return match[1] if match else ""
 
@@ -265,7 +277,7 @@ def _computations(text: str) -> Iterator[tuple[str, Computation]]:
 
 
 def _parse_instruction(line: str) -> Instruction | None:
-    """Returns the instruction of a line such as "  ROOT %name = shape operation(%a, %b), attributes"."""
+    """Returns the instruction of a line such as "%name = shape operation(%a), attributes"."""
     match = re.match(r"\s+(?:ROOT )?%([\w.\-]+) = (.*)$", line)
     if not match:
         return None

@@ -1,7 +1,8 @@
 """Published figures of the TPU versions: memory, peak rates, and the slices that are sold.
 
-Peaks and memory: cloud.google.com/tpu/docs (system architecture of each version). Link bandwidths: jax-ml.github.io/scaling-book
-(chapter 2), all axes of the torus in both directions. The memory is what XLA lets a program use.
+Peaks and memory: cloud.google.com/tpu/docs (system architecture of each version). Link bandwidths:
+jax-ml.github.io/scaling-book (chapter 2), all axes of the torus in both directions. The memory is
+what XLA lets a program use.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Runs of several processes: joining them, exchanging values, checking their settings, and ending together.
+"""Runs of several processes: joining, exchanging values, comparing settings, ending together.
 
 In a run of one process nothing here connects, sends or waits.
 """
@@ -30,18 +30,22 @@ JOIN_TIMEOUT_S = 300
 """Seconds in which all processes must join: the machines of one pod start minutes apart."""
 
 HEARTBEAT_TIMEOUT_S = 20
-"""Seconds after which a silent machine counts as lost. A busy process is not silent: a separate thread sends its heartbeats."""
+"""Seconds after which a silent machine counts as lost. A busy process is not silent: a separate
+thread sends its heartbeats."""
 
 EXIT_GRACE_S = 2.0
-"""Seconds that process 0 waits after another process ended. If all processes hit the same mistake, each can report it first."""
+"""Seconds that process 0 waits after another process ended. If all processes hit the same mistake,
+each can report it first."""
 
 SHUTDOWN_WAIT_S = 5.0
-"""Seconds that process 0 waits for the others to end. They need jax's coordination service, which ends with process 0."""
+"""Seconds that process 0 waits for the others to end. They need jax's coordination service, which
+ends with process 0."""
 
 CONNECT_TIMEOUT_S = 5.0
 
 EXIT_PROCESS_LOST = 3
-"""Exit code if another process ended. It is neither a mistake in this process's input (2) nor a fault of its program (1)."""
+"""Exit code if another process ended. It is neither a mistake in this process's input (2) nor a
+fault of its program (1)."""
 
 LOST_PROCESS_WORDS = (
     "UNAVAILABLE",
@@ -59,15 +63,15 @@ def initialize(distributed: str) -> str:
     """Joins this process to a run of several processes. Call it before jax first uses a device.
 
     Args:
-      distributed: "" for a run of one process; "auto" to ask the cluster (TPU pods, GKE, Slurm, MPI); or
-        HOST:PORT,INDEX/COUNT.
+      distributed: "" for a run of one process; "auto" to ask the cluster (TPU pods, GKE, Slurm,
+        MPI); or HOST:PORT,INDEX/COUNT.
 
     Returns:
       The host of process 0, or "" if `distributed` does not name it.
 
     Raises:
-      UserError: another form of `distributed`, or no cluster is found. If some processes have not joined after
-        `JOIN_TIMEOUT_S`, this process ends with one line and exit code 2.
+      UserError: another form of `distributed`, or no cluster is found. If some processes have not
+        joined after `JOIN_TIMEOUT_S`, this process ends with one line and exit code 2.
     """
     if not distributed:
         return ""
@@ -114,7 +118,7 @@ def _end_after_timeout(distributed: str) -> None:
 
 
 def is_main_process() -> bool:
-    """Returns whether this process is process 0, which writes the files and lines that a run writes once."""
+    """Returns whether this process is process 0. It writes the files and lines of the run."""
     return jax.process_index() == 0
 
 
@@ -125,7 +129,9 @@ def print_once(text: str) -> None:
 
 
 def all_gather(value: Any) -> list[Any]:
-    """Returns the values of all processes, by process index. All processes must call it at the same point.
+    """Returns the values of all processes, by process index.
+
+    All processes must call it at the same point.
 
     Args:
       value: anything that JSON represents.
@@ -187,7 +193,8 @@ def check_same_settings(settings: Mapping[str, Any]) -> None:
       settings: values by dotted name.
 
     Raises:
-      UserError: settings differ, or jax has several processes that have not joined with `initialize`.
+      UserError: settings differ, or jax has several processes that have not joined with
+        `initialize`.
     """
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise UserError(
@@ -225,11 +232,13 @@ def lost_process_line(reason: str) -> str:
 
 
 class ProcessGroup:
-    """The processes of a run, from joining to leaving. If one process ends, the others end at once with one line.
+    """The processes of a run, from joining to leaving.
 
-    Each process holds a connection to process 0. The operating system closes the connections of a dead process, and process 0
-    then tells the others. jax's own heartbeats are slower and end a process with pages of C++. They remain as a fallback for a
-    machine that vanishes.
+    If one process ends, the others end at once with one line.
+
+    Each process holds a connection to process 0. The operating system closes the connections of a
+    dead process, and process 0 then tells the others. jax's own heartbeats are slower and end a
+    process with pages of C++. They remain as a fallback for a machine that vanishes.
     """
 
     def __init__(self, distributed: str):
@@ -246,7 +255,9 @@ class ProcessGroup:
         self._watchers: list[threading.Thread] = []
 
     def start(self, settings: Mapping[str, Any]) -> None:
-        """Connects the processes and checks that their settings are the same. jax may be used before this call.
+        """Connects the processes and checks that their settings are the same.
+
+        jax may be used before this call.
 
         Raises:
           UserError: as `check_same_settings` raises.
@@ -275,7 +286,7 @@ class ProcessGroup:
                 self._accept(server, expected, token)
 
     def _accept(self, server: socket.socket, expected: int, token: str) -> None:
-        """Accepts `expected` connections; each must begin with the token and the number of its process."""
+        """Accepts `expected` connections. Each begins with the token and its process number."""
         server.settimeout(CONNECT_TIMEOUT_S)
         for _ in range(expected):
             connection, _ = server.accept()
@@ -285,7 +296,7 @@ class ProcessGroup:
                 self._watch(connection, partial(self._end_all, index))
 
     def _watch(self, connection: socket.socket, on_close: Callable[[str], None]) -> None:
-        """Calls `on_close` with the text that was received, once the other side closes the connection."""
+        """Calls `on_close` with the received text once the other side closes the connection."""
 
         def wait() -> None:
             received = b""
@@ -322,8 +333,8 @@ class ProcessGroup:
             jax.distributed.shutdown()
         self._leaving.set()
         if self.joined and not self._watchers:
-            # `start` has not run, so this process may be process 0 without knowing it. The other processes may need the
-            # coordination service a little longer, to report the same error.
+            # `start` has not run, so this process may be process 0 without knowing it. The other
+            # processes may need the coordination service a little longer, to report the same error.
             time.sleep(EXIT_GRACE_S)
         elif self.joined and is_main_process():
             deadline = time.monotonic() + SHUTDOWN_WAIT_S
@@ -340,7 +351,8 @@ def _own_address() -> str:
     """Returns the address by which other machines reach this machine."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            # A reserved address (RFC 5737). Connecting a UDP socket sends nothing; it only chooses a route.
+            # A reserved address (RFC 5737). Connecting a UDP socket sends nothing; it only chooses
+            # a route.
             probe.connect(("192.0.2.1", 9))
             return probe.getsockname()[0]
         except OSError:

@@ -2,13 +2,14 @@
 
 A mesh has three axes:
 
-- `data` splits the prompts of a batch and the parameters. This is FSDP: the weights of a layer are gathered when the layer runs.
-- `replica` splits only the prompts. Each replica holds all parameters, split over its own `data` axis. Use it if the mesh has
-  more devices than the sizes of the parameters divide by.
+- `data` splits the prompts of a batch and the parameters. This is FSDP: the weights of a layer are
+  gathered when the layer runs.
+- `replica` splits only the prompts. Each replica holds all parameters, split over its own `data`
+  axis. Use it if the mesh has more devices than the sizes of the parameters divide by.
 - `model` splits the matrices of a layer over attention heads and hidden units (tensor parallelism).
 
-The parameters have big_vision's names. The optimizer's averages of a parameter have the same name, so one table of rules gives
-the shardings of both.
+The parameters have big_vision's names. The optimizer's averages of a parameter have the same name,
+so one table of rules gives the shardings of both.
 """
 
 import math
@@ -32,19 +33,22 @@ AnyMesh = Mesh | AbstractMesh
 """A mesh of devices, or only the shape of a mesh if this machine does not have the devices."""
 
 SMALL_BYTES = 4 * 2**20
-"""Arrays up to this size are replicated, as in big_vision: gathering them costs more than holding them."""
+"""Arrays up to this size are replicated, as in big_vision: gathering them costs more than holding
+them."""
 
 LARGE_BYTES = 16 * 2**20
 """An array above this size is never replicated. If no axis of it divides, that is an error."""
 
 Rule = tuple[str, tuple[str, ...]]
-"""A regular expression for the end of a name, and the mesh axis of each of the last dimensions: "data", "model", "model+data"
-or "" (not split)."""
+"""A regular expression for the end of a name, and the mesh axis of each of the last dimensions:
+"data", "model", "model+data" or "" (not split)."""
 
 RULES: tuple[Rule, ...] = (
-    # V D. Every device looks tokens up in its own columns. `activation_sharding` splits the rows for the logits instead.
+    # V D. Every device looks tokens up in its own columns. `activation_sharding` splits the rows
+    # for the logits instead.
     ("llm/embedder/input_embedding", ("model", "data")),
-    # `model` splits the heads if there are enough of them. PaliGemma 1 has one key-value head, so every device holds it.
+    # `model` splits the heads if there are enough of them. PaliGemma 1 has one key-value head, so
+    # every device holds it.
     ("attn/q_einsum/w", ("model", "data", "")),
     ("attn/kv_einsum/w", ("", "model", "data", "")),
     ("attn/attn_vec_einsum/w", ("model", "", "data")),
@@ -58,27 +62,33 @@ RULES: tuple[Rule, ...] = (
     ("img/pos_embedding", ("", "", "data")),
     ("img/head/kernel", ("", "data")),
 )
-"""The first rule that matches a name applies. A dimension that its mesh axis does not divide is not split. If `data` then splits
-no dimension, it splits the largest dimension that it divides."""
+"""The first rule that matches a name applies. A dimension that its mesh axis does not divide is not
+split. If `data` then splits no dimension, it splits the largest dimension that it divides."""
 
 TPU_COMPILER_OPTIONS: dict[str, str] = {
-    # Turns windowed einsums off. They pass the shards of a weight round a ring while they multiply. The weights here are
-    # gathered anyway, so windows only cost double buffers and small matrix products.
-    # PaliGemma 1 3B on v5e-8: 8.05 -> 7.87 GiB with 64 prompts, 13.1 -> 12.4 GiB with 256 prompts.
+    # Turns windowed einsums off. They pass the shards of a weight round a ring while they multiply.
+    # The weights here are gathered anyway, so windows only cost double buffers and small matrix
+    # products. PaliGemma 1 3B on v5e-8: 8.05 -> 7.87 GiB (64 prompts), 13.1 -> 12.4 GiB (256).
     "xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000",
 }
 """XLA options for TPUs, each with its reason and its measured effect."""
 
 
 def set_cpu_devices(c: config.Mesh) -> None:
-    """Splits the CPU into `c.cpu_devices` devices; 0 changes nothing. Call it before this process first uses a device."""
+    """Splits the CPU into `c.cpu_devices` devices; 0 changes nothing.
+
+    Call it before this process first uses a device.
+    """
     if c.cpu_devices:
         jax.config.update("jax_num_cpu_devices", c.cpu_devices)
 
 
 def enable_compilation_cache(c: config.Mesh) -> None:
-    """Makes jax store compiled programs in the folder `c.compile_cache`. JAX_COMPILATION_CACHE_DIR takes precedence."""
-    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]: jax adds it at import
+    """Makes jax store compiled programs in the folder `c.compile_cache`.
+
+    JAX_COMPILATION_CACHE_DIR takes precedence.
+    """
+    folder = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009: jax adds it at import
     if c.compile_cache and folder is None:
         jax.config.update("jax_compilation_cache_dir", str(Path(c.compile_cache).expanduser()))
 
@@ -86,14 +96,16 @@ def enable_compilation_cache(c: config.Mesh) -> None:
 def make_mesh(c: config.Mesh, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns the mesh over the first `replica · data · model` devices.
 
-    The axis types are Auto: the compiler propagates shardings from the arguments. (`jax.make_mesh` defaults to explicit types.)
+    The axis types are Auto: the compiler propagates shardings from the arguments. (`jax.make_mesh`
+    defaults to explicit types.)
 
     Args:
       c: the sizes of the axes.
       devices: the devices to choose from; None means the devices of all processes.
 
     Raises:
-      UserError: the sizes do not match the number of devices, or a process would have no device in the mesh.
+      UserError: the sizes do not match the number of devices, or a process would have no device in
+        the mesh.
     """
     available = jax.devices() if devices is None else devices
     shape = _mesh_shape(c, len(available))
@@ -111,7 +123,7 @@ def make_mesh(c: config.Mesh, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def _mesh_shape(c: config.Mesh, device_count: int) -> tuple[int, int, int]:
-    """Returns the sizes of the axes replica, data and model; `c.data` -1 means all devices that the other axes leave."""
+    """Returns the sizes of the axes replica, data and model. `c.data` -1 means all devices left."""
     other_axes = c.replica * c.model
     data = device_count // other_axes if c.data == -1 else c.data
     settings = (
@@ -146,9 +158,10 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
 
 
 def activation_sharding(mesh: AnyMesh) -> Places:
-    """Returns the functions that constrain the shardings of a model's activations and vocabulary on `mesh`.
+    """Returns the sharding constraints of a model's activations and vocabulary on `mesh`.
 
-    Without these constraints the compiler may keep the weights split and gather the activations of the whole batch instead.
+    Without these constraints the compiler may keep the weights split and gather the activations of
+    the whole batch instead.
     """
 
     def constrain(*spec: Any) -> Callable[[Array], jax.Array]:
@@ -175,7 +188,7 @@ def check_batch_size(mesh: AnyMesh, batch_size: int, setting: str) -> None:
 
 
 def check_rules(rules: Sequence[Rule], names: Sequence[str]) -> None:
-    """Raises UserError if a rule names an unknown mesh axis, or is the first match of none of `names`."""
+    """Raises UserError if a rule names an unknown axis, or is the first match of no name."""
     for pattern, axes in rules:
         axis_names = {axis for dimension in axes for axis in dimension.split("+")}
         unknown = sorted(axis_names - {"", "data", "model"})
@@ -193,9 +206,10 @@ def check_rules(rules: Sequence[Rule], names: Sequence[str]) -> None:
 
 
 def infer_shardings(mesh: AnyMesh, tree: Any, rules: Sequence[Rule] = ()) -> Any:
-    """Returns a sharding for each leaf of `tree`: the first match of its name in `rules`, then in `RULES`.
+    """Returns a sharding for each leaf of `tree`: by the first rule that matches its name.
 
-    The name of a leaf is its path of dict keys. An optimizer's average of a parameter therefore has the parameter's sharding.
+    The name of a leaf is its path of dict keys. An optimizer's average of a parameter therefore has
+    the parameter's sharding.
 
     Args:
       mesh: the mesh, or its shape.
@@ -247,12 +261,16 @@ def _leaf_sharding(mesh: AnyMesh, name: str, leaf: Any, rules: Sequence[Rule]) -
 def _spec_by_rule(
     mesh: AnyMesh, name: str, shape: tuple[int, ...], rules: Sequence[Rule]
 ) -> list[tuple[str, ...] | None]:
-    """Returns the mesh axes of each dimension by the first rule that matches, without the axes that do not divide."""
+    """Returns the mesh axes of each dimension by the first rule that matches the name.
+
+    An axis that does not divide its dimension is left out.
+    """
     rule = _first_match(name, rules)
     rule_axes = rule[1] if rule else ()
     if len(rule_axes) > len(shape):
         raise UserError(
-            f"config.mesh.rules: {rule} names {len(rule_axes)} dimensions, and {name} has {len(shape)}"
+            f"config.mesh.rules: {rule} names {len(rule_axes)} dimensions, "
+            f"and {name} has {len(shape)}"
         )
     spec: list[tuple[str, ...] | None] = [None] * len(shape)
     first = len(shape) - len(rule_axes)
@@ -265,7 +283,7 @@ def _spec_by_rule(
 
 
 def gathered_shardings(mesh: AnyMesh, tree: Any, rules: Sequence[Rule] = ()) -> Any:
-    """Returns the shardings of `infer_shardings` without the `data` axis: only `model` splits the arrays."""
+    """Returns the shardings of `infer_shardings` without the `data` axis."""
 
     def without_data(sharding: NamedSharding) -> NamedSharding:
         spec = ["model" if "model" in (axes or ()) else None for axes in sharding.spec]
@@ -275,13 +293,13 @@ def gathered_shardings(mesh: AnyMesh, tree: Any, rules: Sequence[Rule] = ()) -> 
 
 
 def compiler_options(c: config.Mesh, mesh: Mesh) -> dict[str, str]:
-    """Returns the XLA options for programs on `mesh`: `TPU_COMPILER_OPTIONS` on TPUs, and `c.compiler_options`."""
+    """Returns the XLA options for programs on `mesh`: our defaults and `c.compiler_options`."""
     defaults = TPU_COMPILER_OPTIONS if mesh.devices.flat[0].platform == "tpu" else {}
     return defaults | dict(option.split("=", 1) for option in c.compiler_options)
 
 
 def bytes_per_device(tree: Any) -> float:
-    """Returns the bytes that one device holds of a tree of abstract arrays (shape, dtype, sharding)."""
+    """Returns the bytes per device of a tree of abstract arrays (shape, dtype, sharding)."""
 
     def shard_bytes(leaf: Any) -> float:
         return float(math.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize
@@ -290,7 +308,10 @@ def bytes_per_device(tree: Any) -> float:
 
 
 def hbm_bytes(mesh: Mesh) -> float | None:
-    """Returns the memory that a device of the mesh has for programs, in bytes. None means unknown, as for a CPU."""
+    """Returns the memory that a device of the mesh has for programs, in bytes.
+
+    None means unknown, as for a CPU.
+    """
     device = mesh.devices.flat[0]
     if device.platform == "cpu":
         return None
@@ -301,15 +322,15 @@ def hbm_bytes(mesh: Mesh) -> float | None:
 def local_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " rows"]:
     """Returns the indices of the rows of a global batch that this process's devices hold, in order.
 
-    The rows need not be neighbours, because a mesh follows the wires of a pod. Processes that share a `model` axis have the same
-    rows.
+    The rows need not be neighbours, because a mesh follows the wires of a pod. Processes that share
+    a `model` axis have the same rows.
     """
     indices: Any = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     return np.unique([row for (part,) in indices.values() for row in range(batch_size)[part]])
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """Returns global arrays `[B, …]`, split over the mesh, from this process's rows of each array."""
+    """Returns global arrays `[B, …]`, made of the rows that each process passes."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(
         lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch
@@ -317,9 +338,12 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
 
 
 def fetch_local_rows(mesh: Mesh, tree: Any) -> Any:
-    """Returns this process's rows (`local_rows`) of global arrays `[B, …]` as NumPy arrays. The inverse of `put_batch`.
+    """Returns this process's rows (`local_rows`) of global arrays `[B, …]` as NumPy arrays.
 
-    All processes must call it at the same point, because arrays with other shardings are resharded first.
+    The inverse of `put_batch`.
+
+    All processes must call it at the same point, because arrays with other shardings are resharded
+    first.
     """
 
     def shards_in_order(leaf: jax.Array) -> list[jax.Array]:
