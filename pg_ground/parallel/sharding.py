@@ -88,7 +88,8 @@ def enable_compilation_cache(c: config.Mesh) -> None:
 
     JAX_COMPILATION_CACHE_DIR takes precedence.
     """
-    folder = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009: jax adds it at import
+    # jax adds this attribute at import.
+    folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if c.compile_cache and folder is None:
         jax.config.update("jax_compilation_cache_dir", str(Path(c.compile_cache).expanduser()))
 
