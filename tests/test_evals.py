@@ -15,7 +15,6 @@ from pg_ground.config import Source
 from pg_ground.data import run_lengths
 from pg_ground.data.box_formats import BOX_ORDERS, format_names, image_extent
 from pg_ground.evals import (
-    answers,
     benchmarks,
     cv_bench,
     environment,
@@ -26,6 +25,7 @@ from pg_ground.evals import (
     scoring,
 )
 from pg_ground.evals.intervals import intervals
+from pg_ground.rewards import locations, parsers
 from pg_ground.types import UserError
 
 FIELDS = {"pred": "extracted_answer", "gold": "ground_truth"}
@@ -117,7 +117,7 @@ POINTS = {
 
 @pytest.mark.parametrize("form", POINTS)
 def test_points_are_read_in_any_form(form):
-    assert [place.numbers for place in answers.places(POINTS[form], 2)] == [(10.5, 20), (30, 40.5)]
+    assert [place.numbers for place in locations.read_any(POINTS[form], 2)] == [(10.5, 20), (30, 40.5)]
 
 
 FORMS = {
@@ -477,7 +477,7 @@ def test_counts_are_exact_and_off_by_their_mean(data, tmp_path):
     ],
 )
 def test_a_count_is_the_one_number_of_an_answer(text, number):
-    assert answers.number(text) == number
+    assert parsers.number(text, strict=False) == number
 
 
 def test_cv_bench_s_own_rows_are_read(data):
@@ -555,7 +555,7 @@ def test_defect_21_cv_bench_is_cv_bench_with_its_published_counts_and_formula():
     ],
 )
 def test_an_option_is_named_once_or_not_at_all(text, letter):
-    assert answers.choice(text, ["left", "right"]) == letter
+    assert parsers.option(text, ["left", "right"], strict=False) == letter
 
 
 @given(st.integers(1, 12), st.data())

@@ -55,7 +55,22 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
         ),
     ),
     ("rl", ("advantages", "loss", "scored_rollouts", "rollout", "update")),
-    ("rewards", ("device_rewards", "parsers", "text_rewards", "worker_process", "workers")),
+    (
+        "rewards",
+        (
+            "parsers",
+            "locations",
+            "text_example",
+            "location_rewards",
+            "word_rewards",
+            "spatial_rewards",
+            "agent_rewards",
+            "text_rewards",
+            "worker_process",
+            "workers",
+            "device_rewards",
+        ),
+    ),
     (
         "reporting",
         (

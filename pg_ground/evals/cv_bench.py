@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from pg_ground.evals.answers import choice
 from pg_ground.evals.rows import Row, column
+from pg_ground.rewards.parsers import option
 from pg_ground.types import UserError
 
 TASKS = {"Relation": 650, "Count": 788, "Depth": 600, "Distance": 600}
@@ -27,7 +27,7 @@ def gold(record: Mapping[str, Any], where: str) -> dict[str, Any]:
         record.get("source"),
         list(map(str, record.get("choices", ()))),
     )
-    letter = choice(str(record.get("answer", "")), choices)
+    letter = option(str(record.get("answer", "")), choices, strict=False)
     if task not in TASKS or letter is None:
         raise UserError(
             f"{where} is no row of CV-Bench: task {task!r}, answer {record.get('answer')!r:.20} of {len(choices)} choices; "

@@ -13,10 +13,10 @@ from pg_ground.data.box_formats import (
     format_names,
     to_pixels,
 )
-from pg_ground.evals import answers
 from pg_ground.evals.benchmarks import benchmark_of
 from pg_ground.evals.box_format_check import check_box_format
 from pg_ground.evals.rows import GIVEN, check_unique
+from pg_ground.rewards import locations, parsers
 from pg_ground.types import UserError
 
 USUAL: dict[str, tuple[str, ...]] = {
@@ -123,7 +123,7 @@ def read(
                 "prediction": predictions[index],
                 "gold": gold[index],
             }
-            | ({"reward": answers.number(at["pred"])} if kind == "reward" else {})
+            | ({"reward": parsers.number(at["pred"], strict=False)} if kind == "reward" else {})
         )
     return rows
 
@@ -167,7 +167,7 @@ def _sizes(columns: Mapping[str, Sequence[Any]], count: int) -> list[list[float]
     found: list[list[float] | None] = []
     for pair in pairs:
         numbers = (
-            [answers.number(side) for side in pair]
+            [parsers.number(side, strict=False) for side in pair]
             if isinstance(pair, list | tuple) and len(pair) == 2
             else []
         )
@@ -218,13 +218,13 @@ class _Reader(NamedTuple):
             return {}
         value = self.columns["gold"][index]
         if self.kind == "count":
-            said = answers.number(value)
+            said = parsers.number(value, strict=False)
             return None if said is None else {"number": said}
         if self.kind == "text":
-            return {"text": answers.words(value)}
+            return {"text": parsers.words(value)}
         if self.kind == "choice":
             choices = self._choices(index)
-            letter = answers.choice(value, choices)
+            letter = parsers.option(value, choices, strict=False)
             about = {
                 name: self.columns[name][index]
                 for name in ("task", "source")
@@ -253,11 +253,11 @@ class _Reader(NamedTuple):
         if self.kind == "reward":
             return {}
         if self.kind == "count":
-            return {"number": answers.number(value)}
+            return {"number": parsers.number(value, strict=False)}
         if self.kind == "text":
-            return {"text": answers.words(value)}
+            return {"text": parsers.words(value)}
         if self.kind == "choice":
-            return {"choice": answers.choice(value, self._choices(index))}
+            return {"choice": parsers.option(value, self._choices(index), strict=False)}
         if self.kind in ("points", "click"):
             points = self._located(value, 2, self.formats.points, index, self.gold_form())
             boxes = (
@@ -278,7 +278,7 @@ class _Reader(NamedTuple):
     ) -> list[dict[str, Any]]:
         key = "xyxy_px" if width == 4 else "xy_px"
         found = []
-        for place in answers.places(value, width):
+        for place in locations.read_any(value, width):
             written = ("yxyx_bin" if width == 4 else "yx_bin") if place.is_loc else form
             numbers = (
                 None
@@ -309,7 +309,7 @@ class _Reader(NamedTuple):
             (place.numbers, one["xyxy_px"], self.sizes[i])
             for i, value in enumerate(self.columns["pred"])
             for place, one in zip(
-                answers.places(value, 4), gold[i]["boxes"], strict=False
+                locations.read_any(value, 4), gold[i]["boxes"], strict=False
             )  # as they are written
             if place.numbers is not None and not place.is_loc and any(place.numbers)
         ]

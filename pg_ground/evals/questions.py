@@ -11,6 +11,7 @@ from pg_ground.data.examples import field_at
 from pg_ground.data.records import BadRecord
 from pg_ground.evals import answers, benchmarks, cv_bench
 from pg_ground.evals.rows import GREEDY
+from pg_ground.rewards import locations, parsers
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.types import Array, Batch, Boxes, Points, UserError
 
@@ -77,9 +78,9 @@ def gold_answer(
     if task.kind == "choice":
         return cv_bench.gold(record, f"source {task.examples.name}: record {int(batch.index[row])}")
     if task.kind == "count":
-        return {"number": answers.number(suffix)}
+        return {"number": parsers.number(suffix, strict=False)}
     if task.kind == "text":
-        return {"text": answers.words(suffix)}
+        return {"text": parsers.words(suffix)}
     names = [tokenizer.decode(np.asarray(name).tolist()).strip() for name in batch.gold.names[row]]
     size = _image_size(batch, row)
     boxes, points = (
@@ -142,11 +143,11 @@ def read_prediction(
       tokens: the token ids of the completion.
     """
     if task.kind == "choice":
-        return {"choice": answers.choice(text, question["gold"]["choices"])}
+        return {"choice": parsers.option(text, question["gold"]["choices"], strict=False)}
     if task.kind == "count":
-        return {"number": answers.number(text)}
+        return {"number": parsers.number(text, strict=False)}
     if task.kind == "text":
-        return {"text": answers.words(text)}
+        return {"text": parsers.words(text)}
     if task.examples.source.suffix == "json":
         return {
             "boxes": _written_objects(text, 4, "xyxy_px"),
@@ -160,7 +161,7 @@ def _written_objects(text: str, width: int, key: str) -> list[dict[str, Any]]:
     """Returns the boxes (`width` 4) or points (`width` 2) that a JSON answer writes in pixels."""
     return [
         {"label": place.label, key: place.numbers and list(place.numbers)}
-        for place in answers.places(text, width)
+        for place in locations.read_any(text, width)
     ]
 
 

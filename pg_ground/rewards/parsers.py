@@ -1,57 +1,37 @@
-"""Answers read from text: one parser per grammar.
+"""Readers of answers in text: sections, numbers, options, relations, agents' turns. `locations` reads boxes and points.
 
-Every parser takes any string and returns what it could read, tolerantly, and whether the whole text is of the grammar (`ok`). An
-accuracy uses the values, a format reward `ok`. Nothing is evaluated, and reading takes time linear in the text's length.
+Rewards and benchmarks use the same readers. A reader has an argument `strict` if the two differ on purpose. A reward reads with
+`strict=True`: it pays only for the form that the prompt asks for, so that hedging ("4 or 5", two answer tags) earns nothing.
+A benchmark reads with `strict=False`: it measures what an answer says, and files of other systems have code fences, open tags
+and words around a number. docs/rewards.md lists the differences, and a test holds the list.
+
+Every reader takes any string. It never evaluates code, and its time is linear in the length of the text.
 """
 
-import ast
-import json
 import math
 import re
-import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
-
-MAX_LITERAL = 20_000
-"""Characters of the longest Python literal that is read: its parser takes half a kilobyte for each."""
 
 
 class Sections(NamedTuple):
-    """A text cut at its think and answer tags."""
+    """A text, cut at its think tags and answer tags."""
 
     thought: str
     answer: str
-    """The whole text where there are no tags; "" where it is not clear which part is the answer."""
+    """The whole text if there are no tags; "" if it is not clear which part is the answer."""
     form: str
-    """One of "bare" (no tags), "answer" (one pair), "think_answer" (`<think>…</think> <answer>…</answer>`) and "broken"."""
-
-
-class Places(NamedTuple):
-    """Boxes (x1 y1 x2 y2) or points (x y) as a text names them, in its units."""
-
-    places: tuple[tuple[float, ...], ...]
-    """NaN in each coordinate of one that cannot be read: it is still a prediction."""
-    labels: tuple[str, ...]
-    confidences: tuple[float, ...]
-    """In [0, 1]; 1 where none is given, 0 for what cannot be read."""
-    ok: bool
-
-
-class Choice(NamedTuple):
-    """An answer out of a closed set."""
-
-    kind: str
-    """One of "relation", "option" and "yes/no"; "" where none, or more than one, is named."""
-    value: str
+    """"bare" (no tags), "answer" (one pair), "think_answer" (`<think>…</think> <answer>…</answer>`) or "broken"."""
 
 
 _TAG = re.compile(r"(</?(?:think|answer)>)")
 
 
 def sections(text: str) -> Sections:
-    """Returns thoughts and answer.
+    """Returns the thoughts and the answer of a text.
 
-    Text outside the tags, a second tag of a kind, or an empty answer makes the form "broken". A broken text's answer is inside
-    its only pair of answer tags, or else behind its thoughts; several answers are none.
+    The form is "broken" if there is text outside the tags, a second tag of a kind, or an empty answer. The answer of a broken
+    text is the content of its only pair of answer tags, else the text behind its thoughts. Several answers count as none.
     """
     pieces = _TAG.split(text)
     between, tags = pieces[::2], pieces[1::2]
@@ -74,204 +54,141 @@ def sections(text: str) -> Sections:
     return Sections(text, "", "broken")
 
 
-def json_points(text: str) -> Places:
-    """Returns points of `{"point_2d": [x, y], "label": "…"}` or a list of such objects (synthetic-grounding's grammar)."""
-    return _records(text, "point_2d", 2)
+def answer_text(text: str, strict: bool) -> str:
+    """Returns the part of a text that is its answer.
 
-
-def json_boxes(text: str) -> Places:
-    """Returns boxes of `{"bbox_2d": [x1, y1, x2, y2], "label": "…"}` or a list of such objects (Qwen2.5-VL's grammar)."""
-    return _records(text, "bbox_2d", 4)
-
-
-def ovd(text: str) -> Places:
-    """Returns boxes of `<answer>[{"Position": [x1, y1, x2, y2], "Confidence": c}, …]</answer>` (Visual-RFT's grammar).
-
-    A "label" may stand beside them, and quotes may be Python's. A box whose confidence is outside [0, 1] cannot be read.
+    Args:
+      strict: takes the answer of `sections`. Otherwise the last `<answer>` counts, even if it is not closed, else the text
+        behind the last `</think>`; a code fence in it is removed, with all text around the fence.
     """
-    cut = sections(text)
-    whole = _load(cut.answer)
-    strict = cut.form in ("answer", "think_answer") and isinstance(whole, list)
-    entries = whole if isinstance(whole, list) else _objects(cut.answer, "Position")
-    places, labels, confidences = [], [], []
-    for entry in entries:
-        entry = entry if isinstance(entry, dict) else {}
-        place, confidence = _place(entry.get("Position"), 4), _number(entry.get("Confidence", 1))
-        if math.isnan(place[0]) or not 0 <= confidence <= 1:
-            place, confidence = (math.nan,) * 4, 0.0
-        label = entry.get("label", "")
-        places.append(place)
-        labels.append(label if isinstance(label, str) else "")
-        confidences.append(confidence)
-        strict &= {"Position", "Confidence"} <= entry.keys() <= {
-            "Position",
-            "Confidence",
-            "label",
-        } and isinstance(label, str)
-    return Places(
-        tuple(places), tuple(labels), tuple(confidences), strict and all(map(is_proper, places))
-    )
+    if strict:
+        return sections(text).answer
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, end) if end >= 0 else -1
+    if start >= 0:
+        text = text[start + len("<answer>") : end]
+    elif "<answer>" in text:  # sampling stopped at the closing tag, or the answer was cut off
+        text = text[text.rfind("<answer>") + len("<answer>") :]
+    elif "</think>" in text:
+        text = text[text.rfind("</think>") + len("</think>") :]
+    fence = text.find("```")
+    if fence >= 0:
+        inner = text[fence + 3 :]
+        closing = inner.find("```")
+        text = re.sub(r"^[a-z]+\s", "", inner[:closing] if closing >= 0 else inner)
+    return text.strip()
 
 
-def dict_boxes(text: str) -> Places:
-    """Returns boxes of `{"0": [[x1, y1, x2, y2], …], "1": [], …}`, each labelled with its key (EasyDistill's grammar).
-
-    Keys may be Python's integers, as in EasyDistill's own supervised answers.
-    """
-    cut = sections(text)
-    whole = _load(cut.answer)
-    strict = cut.form != "broken" and isinstance(whole, dict)
-    if not isinstance(whole, dict):
-        whole = _load(cut.answer[cut.answer.find("{") : cut.answer.rfind("}") + 1])
-    places, labels = [], []
-    for key, entries in whole.items() if isinstance(whole, dict) else ():
-        strict &= isinstance(key, str | int) and isinstance(entries, list)
-        for entry in entries if isinstance(entries, list) else [entries]:
-            places.append(_place(entry, 4))
-            labels.append(key if isinstance(key, str) else f"{_number(key):.0f}")
-    return Places(
-        tuple(places), tuple(labels), (1.0,) * len(places), strict and all(map(is_proper, places))
-    )
-
-
-_DECIMAL = r"\s*([+-]?[0-9]+(?:\.[0-9]+)?)\s*"
-_LIST = re.compile(
-    rf"\[{_DECIMAL},{_DECIMAL},{_DECIMAL},{_DECIMAL}\]"
-    rf"|\({_DECIMAL},{_DECIMAL},{_DECIMAL},{_DECIMAL}\)"
-    rf"|\({_DECIMAL},{_DECIMAL}\)\s*,\s*\({_DECIMAL},{_DECIMAL}\)"
-)
-_INTEGERS = re.compile(r"\[[0-9]+(?:,\s*[0-9]+){3}\]")
-
-
-def list_boxes(text: str) -> Places:
-    """Returns boxes of `[x1, y1, x2, y2]`, `(x1, y1, x2, y2)` or `(x1, y1), (x2, y2)`.
-
-    `ok` where the text is one such list of natural numbers in brackets, as EasyDistill asks for.
-    """
-    cut = sections(text)
-    places = tuple(
-        _place([float(n) for n in found.groups() if n], 4) for found in _LIST.finditer(cut.answer)
-    )
-    strict = (
-        cut.form != "broken"
-        and bool(_INTEGERS.fullmatch(cut.answer.strip()))
-        and is_proper(places[0])
-    )
-    return Places(places, ("",) * len(places), (1.0,) * len(places), strict)
-
-
-_BOX_TOKENS = re.compile(
-    r"(?:<\|object_ref_start\|>[^<>]*<\|object_ref_end\|>)?"
-    r"<\|box_start\|>\([0-9]+,[0-9]+\),\([0-9]+,[0-9]+\)<\|box_end\|>(?:<\|im_end\|>)?"
+_NUMBER_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
+    "nineteen twenty"
+).split()
+_NUMBER = re.compile(
+    r"(?<![\w.])[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?!\w)"
+    rf"|(?<![\w-])(?:{'|'.join(_NUMBER_WORDS)})\b(?!-|\s+(?:hundred|thousand|million)\b)"
 )
 
 
-def box_tokens(text: str) -> Places:
-    """Returns boxes of `<|object_ref_start|>…<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>` (Qwen2-VL's grammar)."""
-    found = list_boxes(text)
-    return found._replace(
-        ok=bool(_BOX_TOKENS.fullmatch(text)) and all(map(is_proper, found.places))
-    )
+def number(value: Any, strict: bool) -> float | None:
+    """Returns the one number that an answer names, in digits or as a word up to twenty; None for none or several.
+
+    Args:
+      value: a text, a JSON number, or a list with one of them.
+      strict: the number must be the whole answer, but for a full stop. "8 cows" is 8 for a benchmark and None for a reward.
+    """
+    if isinstance(value, list | tuple) and len(value) == 1:
+        return number(value[0], strict)
+    if not isinstance(value, str):
+        single = json_number(value, strict)
+        return None if math.isnan(single) else single
+    answer = answer_text(value, strict).strip().lower()
+    matches = list(_NUMBER.finditer(answer))
+    whole = (0, len(answer.removesuffix(".")))
+    if strict and [match.span() for match in matches] != [whole]:
+        return None
+    numbers = {_from_words_or_digits(match[0]) for match in matches}
+    return numbers.pop() if len(numbers) == 1 and all(map(math.isfinite, numbers)) else None
 
 
-def is_proper(place: tuple[float, ...]) -> bool:
-    """Returns whether a box has a width and a height, and a point finite coordinates."""
-    corners = len(place) // 2
-    return all(map(math.isfinite, place)) and (
-        corners == 1 or (place[2] > place[0] and place[3] > place[1])
-    )
+def _from_words_or_digits(text: str) -> float:
+    if text in _NUMBER_WORDS:
+        return float(_NUMBER_WORDS.index(text))
+    return float(text.replace(",", ""))
 
 
-_WORDS = (
-    *(
-        "zero",
-        "one",
-        "two",
-        "three",
-        "four",
-        "five",
-        "six",
-        "seven",
-        "eight",
-        "nine",
-        "ten",
-        "eleven",
-        "twelve",
-        "thirteen",
-    ),
-    *("fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"),
+def json_number(value: Any, strict: bool) -> float:
+    """Returns a JSON number as a float; NaN for any other value, and for a number that is not finite or too large.
+
+    Args:
+      strict: the value must be a number. Otherwise a text such as "10.5" is a number too.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return math.nan
+    if strict and isinstance(value, str):
+        return math.nan
+    try:
+        as_float = float(value)
+    except (ValueError, OverflowError):
+        return math.nan
+    return as_float if math.isfinite(as_float) else math.nan
+
+
+def words(value: Any) -> str:
+    """Returns an answer as text to compare: lower case, single blanks, without a last full stop."""
+    return " ".join(answer_text(str(value), strict=False).lower().split()).removesuffix(".")
+
+
+_ROUND_BRACKETS = re.compile(r"(?<=\()[A-Fa-f](?=\))")
+_ANY_BRACKETS = re.compile(r"(?<=\()[A-Fa-f](?=\))|(?<=\[)[A-F](?=\])|(?<=\{)[A-F](?=\})")
+_NAMED_LETTER = re.compile(
+    r"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)\"?\s*(?:is\b)?\s*:?\s*\"?([A-F])\b"
 )
-_NUMBER = re.compile(r"[+-]?(?:[0-9]+|[0-9]{1,3}(?:,[0-9]{3})+)(?:\.[0-9]+)?")
+_LETTER = re.compile(r"([A-Fa-f])(?:[.:)](?:\s.*)?)?", re.DOTALL)
 
 
-def number(text: str) -> float:
-    """Returns the number that an answer consists of, in digits or as a word up to twenty; NaN where it is not one number."""
-    answer = sections(text).answer.strip().removesuffix(".").lower()
-    if answer in _WORDS:
-        return float(_WORDS.index(answer))
-    value = float(answer.replace(",", "")) if _NUMBER.fullmatch(answer) else math.nan
-    return value if math.isfinite(value) else math.nan
+def option(value: Any, choices: Sequence[str] = (), *, strict: bool) -> str | None:
+    """Returns the letter of the one option that an answer names: `(B)`, `B` or `B. left`.
+
+    The result is None if the answer names no option, several options, or an option that is not among `choices`.
+
+    Args:
+      choices: words of the options, if they are known.
+      strict: takes no other form, because a lower-case "a" may be an article. Otherwise `[B]`, `{B}`, `b`, `the answer is B`
+        and the words of an option name an option too, and only the `answer_text` counts.
+    """
+    if not isinstance(value, str):
+        return None
+    answer = value.strip() if strict else answer_text(value, strict=False).replace("**", "")
+    letters = _letters(answer, strict)
+    if not letters and not strict:
+        plain = _plain(answer)
+        letters = {
+            chr(ord("A") + i) for i, choice in enumerate(choices) if plain == _plain(str(choice))
+        }
+    if len(letters) != 1 or (choices and ord(min(letters)) - ord("A") >= len(choices)):
+        return None
+    return letters.pop()
 
 
-def last_boxed(text: str) -> str | None:
-    r"""Returns what the last `\boxed{…}` holds, or None where there is none or it is not closed."""
-    _, found, rest = text.rpartition(r"\boxed{")
-    depth = 1
-    for place, character in enumerate(rest if found else ""):
-        depth += (character == "{") - (character == "}")
-        if not depth:
-            return rest[:place]
-    return None
+def _letters(answer: str, strict: bool) -> set[str]:
+    """Returns the option letters that an answer names."""
+    brackets = _ROUND_BRACKETS if strict else _ANY_BRACKETS
+    letters = {letter.upper() for letter in brackets.findall(answer)}
+    if not letters and not strict:
+        letters = set(_NAMED_LETTER.findall(answer))
+    bare = _LETTER.fullmatch(answer)
+    if not letters and bare and not (strict and bare[1].islower()):
+        letters = {bare[1].upper()}
+    return letters
 
 
-def think_boxed(text: str) -> bool:
-    r"""Returns whether the whole text is `<think>…</think>` and words with one `\boxed{…}` that holds something."""
-    pieces = _TAG.split(text)
-    if pieces[1::2] != ["<think>", "</think>"] or pieces[0]:
-        return False
-    return text.count(r"\boxed{") == 1 and bool((last_boxed(pieces[-1]) or "").strip())
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split()).strip(" .")
 
 
-ACTS = ("answer", "search", "code", "problem")
-"""What an agent's turn can do (RLLaVA's tags)."""
-
-_ACT_TAG = re.compile(rf"(</?(?:think|{'|'.join(ACTS)})>)")
-
-
-class Turns(NamedTuple):
-    """What an agent did, in order."""
-
-    acts: tuple[tuple[str, str], ...]
-    """One of `ACTS`, and what its tags hold; none where tags are nested, left open, or empty."""
-    ok: bool
-    """Each act is preceded by its own `<think>…</think>`, and nothing else is said."""
-
-
-def turns(text: str) -> Turns:
-    """Returns the acts of one turn, or of a transcript of several; what stands between the tags outside of them is said aloud."""
-    pieces = _ACT_TAG.split(text)
-    between, tags = pieces[::2], pieces[1::2]
-    pairs = list(zip(tags[::2], tags[1::2], between[1::2], strict=False))
-    if len(tags) % 2 or any(
-        closing != f"</{opening[1:]}" or not held.strip() for opening, closing, held in pairs
-    ):
-        return Turns((), False)
-    names = [opening[1:-1] for opening, _, _ in pairs]
-    acts = tuple(
-        (name, held.strip())
-        for name, (_, _, held) in zip(names, pairs, strict=True)
-        if name != "think"
-    )
-    alternate = len(names) == 2 * len(acts) > 0 and all(name == "think" for name in names[::2])
-    return Turns(
-        acts,
-        alternate
-        and names[1::2].count("think") == 0
-        and not any(said.strip() for said in between[::2]),
-    )
-
-
-_NEAR, _FAR, _EYES = ("closer", "nearer"), ("farther", "further"), ("camera", "viewer")
+_NEAR = ("closer", "nearer")
+_FAR = ("farther", "further")
+_VIEWERS = ("camera", "viewer")
 
 RELATIONS: dict[str, tuple[str, ...]] = {
     "left": ("left", "leftward", "leftwards"),
@@ -282,25 +199,23 @@ RELATIONS: dict[str, tuple[str, ...]] = {
         "in front",
         "before",
         "ahead of",
-        *(f"{near} to {eye}" for near in _NEAR for eye in _EYES),
+        *(f"{near} to {viewer}" for near in _NEAR for viewer in _VIEWERS),
     ),
     "behind": (
         "behind",
         "after",
         "in back of",
-        *(f"{far} from {eye}" for far in _FAR for eye in _EYES),
+        *(f"{far} from {viewer}" for far in _FAR for viewer in _VIEWERS),
     ),
     "closer": (*_NEAR, "more proximate", "less distant"),
     "farther": (*_FAR, "more distant", "less proximate"),
 }
-"""Ways to say each spatial relation (ReinforceSight's eight), articles left out; the longest that fits counts."""
+"""Phrases, without articles, for each of ReinforceSight's eight spatial relations. The longest phrase that fits counts."""
 
 _RELATION_OF = {phrase: relation for relation, phrases in RELATIONS.items() for phrase in phrases}
 _RELATION = re.compile(rf"\b(?:{'|'.join(sorted(_RELATION_OF, key=len, reverse=True))})\b")
 _THE = re.compile(r"\bthe\s+")
 _NEGATION = re.compile(r"\b(?:not|neither|nor|never|cannot)\b|n't\b")
-_OPTION = re.compile(r"\(([A-Fa-f])\)")
-_LETTER = re.compile(r"([A-F])(?:[.:)]\s.*|[.:)]?)", re.DOTALL)
 _YES_NO = re.compile(r"\b(?:yes|no)\b")
 
 
@@ -310,25 +225,32 @@ def relations(text: str) -> set[str]:
 
 
 def yes_or_no(text: str) -> set[str]:
-    """Returns which of "yes" and "no" a text says."""
+    """Returns the words among "yes" and "no" that a text contains."""
     return set(_YES_NO.findall(text.lower()))
 
 
-def choice(text: str) -> Choice:
-    """Returns the one option letter, spatial relation, or yes or no, that an answer names.
+class Choice(NamedTuple):
+    """An answer out of a closed set."""
 
-    Two of a kind are none, and so is a negation. An option letter goes before the words that stand with it.
+    kind: str
+    """"relation", "option" or "yes/no"; "" if the answer names nothing, or two values of a kind."""
+    value: str
+
+
+def choice(text: str) -> Choice:
+    """Returns the one option letter, else the one spatial relation, else the yes or no, that an answer names.
+
+    Two values of a kind count as none, and so does a negation of a relation. This is the strict reader of the spatial rewards.
     """
     answer = text.strip()
-    letters = {letter.upper() for letter in _OPTION.findall(answer)}
-    bare = _LETTER.fullmatch(answer)
-    for kind, found in (
-        ("option", letters or {bare[1]} if bare else letters),
-        ("relation", set() if _NEGATION.search(answer.lower()) else relations(answer)),
+    relation = set() if _NEGATION.search(answer.lower()) else relations(answer)
+    for kind, values in (
+        ("option", _letters(answer, strict=True)),
+        ("relation", relation),
         ("yes/no", yes_or_no(answer)),
     ):
-        if found:
-            return Choice(kind, found.pop()) if len(found) == 1 else Choice("", "")
+        if values:
+            return Choice(kind, values.pop()) if len(values) == 1 else Choice("", "")
     return Choice("", "")
 
 
@@ -336,81 +258,75 @@ _CONCLUDES = re.compile(r"\b(?:answer|response|object)(?: is\b:?|:)", re.IGNOREC
 
 
 def conclusion(text: str) -> tuple[str, str]:
-    """Returns the reasoning and the answer it ends with.
+    """Returns the reasoning of a text and the answer at its end.
 
-    The answer is what the tags hold; without them, the rest of the last line that says "answer is" or "answer:"; else the last
-    line.
+    The answer is the content of the tags. Without tags it follows "answer is" or "answer:" in the last line that has one of
+    these, else it is the last line.
     """
     cut = sections(text)
     if cut.form != "bare":
         return cut.thought, cut.answer.strip()
     lines = cut.answer.strip().splitlines() or [""]
-    for place in range(len(lines) - 1, -1, -1):
-        *_, last = [None, *_CONCLUDES.finditer(lines[place])]
-        if last:
-            return "\n".join([*lines[:place], lines[place][: last.start()]]), lines[place][
-                last.end() :
-            ].strip()
+    for i in range(len(lines) - 1, -1, -1):
+        matches = list(_CONCLUDES.finditer(lines[i]))
+        if matches:
+            reasoning = "\n".join([*lines[:i], lines[i][: matches[-1].start()]])
+            return reasoning, lines[i][matches[-1].end() :].strip()
     return "\n".join(lines[:-1]), lines[-1].strip()
 
 
-def _records(text: str, key: str, width: int) -> Places:
-    cut = sections(text)
-    whole = _json(cut.answer)
-    entries = [whole] if isinstance(whole, dict) else whole if isinstance(whole, list) else None
-    strict = cut.form != "broken" and entries is not None
-    places, labels = [], []
-    for entry in _objects(cut.answer, key) if entries is None else entries:
-        entry = entry if isinstance(entry, dict) else {}
-        label = entry.get("label")
-        places.append(_place(entry.get(key), width))
-        labels.append(label if isinstance(label, str) else "")
-        strict &= entry.keys() == {key, "label"} and isinstance(label, str)
-    return Places(
-        tuple(places), tuple(labels), (1.0,) * len(places), strict and all(map(is_proper, places))
+def last_boxed(text: str) -> str | None:
+    r"""Returns the content of the last `\boxed{…}`, or None if there is none or it is not closed."""
+    _, boxed, content = text.rpartition(r"\boxed{")
+    depth = 1
+    for i, character in enumerate(content if boxed else ""):
+        depth += (character == "{") - (character == "}")
+        if not depth:
+            return content[:i]
+    return None
+
+
+def think_boxed(text: str) -> bool:
+    r"""Returns whether the whole text is `<think>…</think>` and words with one `\boxed{…}` that is not empty."""
+    pieces = _TAG.split(text)
+    if pieces[1::2] != ["<think>", "</think>"] or pieces[0]:
+        return False
+    return text.count(r"\boxed{") == 1 and bool((last_boxed(pieces[-1]) or "").strip())
+
+
+ACTS = ("answer", "search", "code", "problem")
+"""Acts of an agent's turn (RLLaVA's tags)."""
+
+_ACT_TAG = re.compile(rf"(</?(?:think|{'|'.join(ACTS)})>)")
+
+
+class Turns(NamedTuple):
+    """Acts of an agent, in order."""
+
+    acts: tuple[tuple[str, str], ...]
+    """(a name in `ACTS`, the content of its tags). Empty if tags are nested, left open, or empty."""
+    ok: bool
+    """Each act follows its own `<think>…</think>`, and no text is outside the tags."""
+
+
+def turns(text: str) -> Turns:
+    """Returns the acts of one turn, or of a transcript of several turns. Text outside the tags is no act."""
+    pieces = _ACT_TAG.split(text)
+    between, tags = pieces[::2], pieces[1::2]
+    pairs = list(zip(tags[::2], tags[1::2], between[1::2], strict=False))
+    matching = all(closing == f"</{opening[1:]}" for opening, closing, _ in pairs)
+    if len(tags) % 2 or not matching or not all(content.strip() for *_, content in pairs):
+        return Turns((), False)
+    names = [opening[1:-1] for opening, *_ in pairs]
+    acts = tuple(
+        (name, content.strip())
+        for name, (*_, content) in zip(names, pairs, strict=True)
+        if name != "think"
     )
-
-
-def _objects(text: str, key: str) -> list[Any]:
-    """Returns each `{…}` in a text that speaks of `key`, wherever it stands (prose, a code fence, a list that breaks off)."""
-    return [_load(found) for found in re.findall(r"\{[^{}]*\}", text) if key in found]
-
-
-def _json(text: str) -> Any:
-    """Returns a JSON value; None for any other text."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _load(text: str) -> Any:
-    """Returns a JSON value or a Python literal; None for any other text."""
-    value = _json(text)
-    if value is None and len(text) <= MAX_LITERAL:
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of escapes that Python will not know some day
-                return ast.literal_eval(text.strip())
-        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            return None
-    return value
-
-
-def _place(value: Any, width: int) -> tuple[float, ...]:
-    numbers = (
-        tuple(map(_number, value))
-        if isinstance(value, list | tuple) and len(value) == width
-        else (math.nan,)
+    alternate = len(names) == 2 * len(acts) > 0 and all(name == "think" for name in names[::2])
+    return Turns(
+        acts,
+        alternate
+        and "think" not in names[1::2]
+        and not any(outside.strip() for outside in between[::2]),
     )
-    return numbers if all(map(math.isfinite, numbers)) else (math.nan,) * width
-
-
-def _number(value: Any) -> float:
-    """Returns a JSON number as a float, NaN for what is none or is too large."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
-    try:
-        return float(value)
-    except OverflowError:
-        return math.nan

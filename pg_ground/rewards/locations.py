@@ -1,0 +1,363 @@
+"""Readers of boxes and points in text, in JSON values and in loc tokens.
+
+A grammar reader (`json_boxes`, `ovd`, …) is strict: it reads the one grammar that a reward pays for. `read_any` is for
+benchmarks: it reads the same locations and also those that are written in any other form. Both cut the text, load values and
+convert numbers with the same functions. No reader evaluates code, and the time is linear in the length of the text.
+"""
+
+import ast
+import json
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pg_ground.rewards.parsers import answer_text, json_number, sections
+from pg_ground.vocab import EOS, LOC_TOKENS, SEG_TOKENS, Vocab
+
+MAX_LITERAL = 20_000
+"""Characters of the longest Python literal that is read. Python's parser takes half a kilobyte for each character."""
+
+
+class Location(NamedTuple):
+    """A box (x1 y1 x2 y2) or a point (x y), in the unit of the text."""
+
+    numbers: tuple[float, ...] | None
+    """None if the location cannot be read. It is still a prediction."""
+    label: str = ""
+    score: float | None = None
+    """Confidence, if the text has one."""
+    is_loc: bool = False
+    """The numbers are loc bins, y before x."""
+
+
+class Reading(NamedTuple):
+    """Locations that a grammar reader reads."""
+
+    locations: tuple[Location, ...]
+    ok: bool
+    """The whole text follows the grammar, and all boxes are proper. An accuracy uses `locations`, a format reward uses `ok`."""
+
+
+def json_points(text: str) -> Reading:
+    """Returns the points of `{"point_2d": [x, y], "label": "…"}` or a list of these (synthetic-grounding's grammar)."""
+    return _read_records(text, "point_2d", 2)
+
+
+def json_boxes(text: str) -> Reading:
+    """Returns the boxes of `{"bbox_2d": [x1, y1, x2, y2], "label": "…"}` or a list of these (Qwen2.5-VL's grammar)."""
+    return _read_records(text, "bbox_2d", 4)
+
+
+def _read_records(text: str, key: str, width: int) -> Reading:
+    """Returns the locations of objects with `key` and "label".
+
+    The objects are the whole answer, or they stand in prose, in a code fence or in a list that breaks off.
+    """
+    cut = sections(text)
+    whole = _load_json(cut.answer)
+    entries = [whole] if isinstance(whole, dict) else whole if isinstance(whole, list) else None
+    ok = cut.form != "broken" and entries is not None
+    locations = []
+    for entry in _objects_in_prose(cut.answer, key) if entries is None else entries:
+        fields = entry if isinstance(entry, dict) else {}
+        label = fields.get("label")
+        locations.append(Location(_numbers(fields.get(key), width, strict=True), _text(label)))
+        ok &= fields.keys() == {key, "label"} and isinstance(label, str)
+    return _reading(locations, ok)
+
+
+def ovd(text: str) -> Reading:
+    """Returns the boxes of `<answer>[{"Position": [x1, y1, x2, y2], "Confidence": c}, …]</answer>` (Visual-RFT's grammar).
+
+    An object may also have a "label", and quotes may be Python's. A box whose confidence is outside [0, 1] cannot be read.
+    """
+    cut = sections(text)
+    whole = _load(cut.answer)
+    ok = cut.form in ("answer", "think_answer") and isinstance(whole, list)
+    locations = []
+    for entry in whole if isinstance(whole, list) else _objects_in_prose(cut.answer, "Position"):
+        fields = entry if isinstance(entry, dict) else {}
+        numbers = _numbers(fields.get("Position"), 4, strict=True)
+        confidence = json_number(fields.get("Confidence", 1), strict=True)
+        label = fields.get("label", "")
+        if numbers is None or not 0 <= confidence <= 1:
+            numbers, confidence = None, 0.0
+        locations.append(Location(numbers, _text(label), confidence))
+        allowed = {"Position", "Confidence", "label"}
+        ok &= {"Position", "Confidence"} <= fields.keys() <= allowed and isinstance(label, str)
+    return _reading(locations, ok)
+
+
+def dict_boxes(text: str) -> Reading:
+    """Returns the boxes of `{"0": [[x1, y1, x2, y2], …], "1": [], …}` (EasyDistill's grammar), labelled with their keys.
+
+    Keys may be Python's integers, as in EasyDistill's own supervised answers.
+    """
+    cut = sections(text)
+    whole = _load(cut.answer)
+    ok = cut.form != "broken" and isinstance(whole, dict)
+    if not isinstance(whole, dict):
+        whole = _load(cut.answer[cut.answer.find("{") : cut.answer.rfind("}") + 1])
+    locations = []
+    for key, entries in whole.items() if isinstance(whole, dict) else ():
+        label = key if isinstance(key, str) else f"{json_number(key, strict=True):.0f}"
+        ok &= isinstance(key, str | int) and isinstance(entries, list)
+        for entry in entries if isinstance(entries, list) else [entries]:
+            locations.append(Location(_numbers(entry, 4, strict=True), label))
+    return _reading(locations, ok)
+
+
+_DECIMAL = r"\s*([+-]?[0-9]+(?:\.[0-9]+)?)\s*"
+_LIST = re.compile(
+    rf"\[{_DECIMAL},{_DECIMAL},{_DECIMAL},{_DECIMAL}\]"
+    rf"|\({_DECIMAL},{_DECIMAL},{_DECIMAL},{_DECIMAL}\)"
+    rf"|\({_DECIMAL},{_DECIMAL}\)\s*,\s*\({_DECIMAL},{_DECIMAL}\)"
+)
+_NATURAL_LIST = re.compile(r"\[[0-9]+(?:,\s*[0-9]+){3}\]")
+
+
+def list_boxes(text: str) -> Reading:
+    """Returns the boxes of `[x1, y1, x2, y2]`, `(x1, y1, x2, y2)` or `(x1, y1), (x2, y2)`.
+
+    `ok` means that the text is one list of natural numbers in square brackets, as EasyDistill asks for.
+    """
+    cut = sections(text)
+    locations = []
+    for match in _LIST.finditer(cut.answer):
+        digits = [float(number) for number in match.groups() if number]
+        locations.append(Location(_numbers(digits, 4, strict=True)))
+    whole = _NATURAL_LIST.fullmatch(cut.answer.strip())
+    return _reading(locations, cut.form != "broken" and whole is not None)
+
+
+_BOX_TOKENS = re.compile(
+    r"(?:<\|object_ref_start\|>[^<>]*<\|object_ref_end\|>)?"
+    r"<\|box_start\|>\([0-9]+,[0-9]+\),\([0-9]+,[0-9]+\)<\|box_end\|>(?:<\|im_end\|>)?"
+)
+
+
+def box_tokens(text: str) -> Reading:
+    """Returns the boxes of `list_boxes`; `ok` means that the text follows Qwen2-VL's grammar.
+
+    The grammar is `<|object_ref_start|>…<|object_ref_end|><|box_start|>(x1,y1),(x2,y2)<|box_end|>`.
+    """
+    return _reading(list_boxes(text).locations, bool(_BOX_TOKENS.fullmatch(text)))
+
+
+def is_proper(location: Location) -> bool:
+    """Returns whether a location can be read and, if it is a box, has a width and a height."""
+    numbers = location.numbers
+    if numbers is None:
+        return False
+    return len(numbers) == 2 or (numbers[2] > numbers[0] and numbers[3] > numbers[1])
+
+
+def _reading(locations: Sequence[Location], ok: bool) -> Reading:
+    return Reading(tuple(locations), ok and all(map(is_proper, locations)))
+
+
+_LOC = re.compile(r"<loc([0-9]{4})>")
+_SPECIAL = re.compile(r"<loc[0-9]{4}>|<seg[0-9]{3}>|<(?:bos|eos|pad)>")
+
+
+def loc_segments(text: str) -> list[Location]:
+    """Returns the segments between the ";" of a text: the bins of each, and the other text as its label.
+
+    A segment with four bins is a box, one with two is a point, as in `pg_ground.rewards.device_rewards.read_answer`.
+    """
+    return [_loc_segment(_LOC.findall(part), _SPECIAL.sub("", part)) for part in text.split(";")]
+
+
+def loc_token_segments(
+    tokens: Iterable[int], vocab: Vocab, decode: Callable[[Sequence[int]], str]
+) -> list[Location]:
+    """Returns the segments of a completion like `loc_segments`, from its token ids.
+
+    Args:
+      decode: returns the text of token ids.
+    """
+    segments: list[list[int]] = [[]]
+    for token in tokens:
+        if token in vocab.separators:
+            segments.append([])
+        elif token != EOS:
+            segments[-1].append(token)
+    return [_token_segment(segment, vocab, decode) for segment in segments]
+
+
+def _token_segment(
+    tokens: Sequence[int], vocab: Vocab, decode: Callable[[Sequence[int]], str]
+) -> Location:
+    bins = [token - vocab.loc0 for token in tokens if 0 <= token - vocab.loc0 < LOC_TOKENS]
+    special = range(vocab.loc0, vocab.seg0 + SEG_TOKENS)
+    return _loc_segment(bins, decode([token for token in tokens if token not in special]))
+
+
+def _loc_segment(bins: Iterable[int | str], label: str) -> Location:
+    return Location(tuple(float(number) for number in bins), label.strip(), is_loc=True)
+
+
+_KEYS = (
+    "bbox_2d",
+    "bbox",
+    "box_2d",
+    "box",
+    "Position",
+    "xyxy_px",
+    "point_2d",
+    "point",
+    "xy_px",
+    "coordinates",
+    "coordinate",
+)
+_LIST_KEYS = ("boxes", "points", "objects", "predictions", "answer")
+_LABEL_KEYS = ("label", "name", "category")
+_SCORE_KEYS = ("score", "confidence", "Confidence")
+
+
+def read_any(value: Any, width: int) -> list[Location]:
+    """Returns the boxes (`width` 4) or points (`width` 2) of an answer in any form.
+
+    The value may be a list, an object, `{label: boxes}`, or a text with any of these, with loc tokens or with bare numbers. A
+    value that should be a location and cannot be read gives a location without numbers.
+    """
+    if isinstance(value, str):
+        return _read_text(value, width)
+    if isinstance(value, Mapping):
+        return _read_object(value, width)
+    if not isinstance(value, list | tuple) or not value:
+        return []
+    nested = any(isinstance(part, list | tuple | Mapping | str) for part in value)
+    numbers = _numbers(value, width, strict=False)
+    if not nested or (numbers is not None and all(isinstance(part, str) for part in value)):
+        return [Location(numbers)]
+    if width == 4 and _is_pair_of_points(value):
+        return [Location(_numbers([*value[0], *value[1]], 4, strict=False))]
+    return [location for part in value for location in read_any(part, width) or [Location(None)]]
+
+
+def _is_pair_of_points(value: Sequence[Any]) -> bool:
+    return len(value) == 2 and all(isinstance(p, list | tuple) and len(p) == 2 for p in value)
+
+
+def _read_object(value: Mapping[Any, Any], width: int) -> list[Location]:
+    label = next((value[key] for key in _LABEL_KEYS if isinstance(value.get(key), str)), "")
+    scores = [json_number(value[key], strict=False) for key in _SCORE_KEYS if key in value]
+    score = scores[0] if scores else None
+    corners = ("x1", "y1", "x2", "y2") if width == 4 else ("x", "y")
+    if all(key in value for key in corners):
+        numbers = _numbers([value[key] for key in corners], width, strict=False)
+        return [Location(numbers, label, score)]
+    for key in _KEYS:
+        if key in value:
+            return [
+                location._replace(label=location.label or label, score=score)
+                for location in read_any(value[key], width)
+            ]
+    for key in _LIST_KEYS:
+        if key in value:
+            return read_any(value[key], width)
+    return [
+        location._replace(label=location.label or str(key))
+        for key, part in value.items()
+        if isinstance(part, list)
+        for location in read_any(part, width)
+    ]
+
+
+def _read_text(text: str, width: int) -> list[Location]:
+    """Returns the locations of loc tokens, else of a JSON value or Python literal, else of prose."""
+    answer = answer_text(text, strict=False)
+    if _LOC.search(answer):
+        return [segment for segment in loc_segments(answer) if len(segment.numbers or ()) == width]
+    value = _load(answer)
+    if isinstance(value, list | dict):
+        try:
+            return read_any(value, width)
+        except RecursionError:
+            return []
+    return _read_prose(answer, width)
+
+
+_OBJECT = re.compile(r"\{[^{}]*\}")
+
+
+def _read_prose(text: str, width: int) -> list[Location]:
+    """Returns the locations of objects with a key of `_KEYS` and of bare numbers between them, in the order of the text."""
+    locations: list[Location] = []
+    end = 0
+    for match in _OBJECT.finditer(text):
+        value = _load(match[0])
+        if isinstance(value, dict) and any(key in value for key in _KEYS):
+            locations += _read_bare(text[end : match.start()], width) + read_any(value, width)
+            end = match.end()
+    return locations + _read_bare(text[end:], width)
+
+
+_NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+_XY = re.compile(rf"""\bx([0-9]*)=["']?({_NUMBER})["']?,?\s?y\1=["']?({_NUMBER})""")
+"""`<points x1="10.5" y1="20.5" …>`, as Molmo writes, and `click(x=10, y=20)`."""
+_FILLER = re.compile(r"[\s,;()\[\]{}<>]*")
+
+
+def _read_bare(text: str, width: int) -> list[Location]:
+    """Returns the locations of `x=…, y=…`, else of `width` numbers with only commas, blanks and brackets between them."""
+    attributes = [(x, y) for _, x, y in _XY.findall(text)] if width == 2 else []
+    return [
+        Location(_numbers(numbers, width, strict=False))
+        for numbers in attributes or _runs(text, width)
+    ]
+
+
+def _runs(text: str, width: int) -> list[list[str]]:
+    """Returns the runs of `width` numbers. A run ends at other text, and at a bracket that closes after `width` numbers."""
+    runs: list[list[str]] = [[]]
+    end = 0
+    for match in re.finditer(_NUMBER, text):
+        between = text[end : match.start()]
+        closed = len(runs[-1]) == width and ("]" in between or ")" in between)
+        if runs[-1] and (closed or not _FILLER.fullmatch(between) or not between):
+            runs.append([])
+        runs[-1].append(match[0])
+        end = match.end()
+    return [run for run in runs if len(run) == width]
+
+
+def _objects_in_prose(text: str, key: str) -> list[Any]:
+    """Returns each `{…}` of a text that contains `key`: in prose, in a code fence, or in a list that breaks off."""
+    return [_load(part) for part in _OBJECT.findall(text) if key in part]
+
+
+def _load_json(text: str) -> Any:
+    """Returns a JSON value; None for any other text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _load(text: str) -> Any:
+    """Returns a JSON value or a Python literal; None for any other text."""
+    value = _load_json(text)
+    if value is None and len(text) <= MAX_LITERAL:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python warns of unknown escapes
+                return ast.literal_eval(text.strip())
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            return None
+    return value
+
+
+def _numbers(values: Any, width: int, strict: bool) -> tuple[float, ...] | None:
+    """Returns `width` finite numbers; None if there are others. A number in quotes is a number unless `strict`."""
+    if not isinstance(values, list | tuple) or len(values) != width:
+        return None
+    numbers = tuple(json_number(value, strict) for value in values)
+    return numbers if all(map(math.isfinite, numbers)) else None
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
