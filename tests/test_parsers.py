@@ -1,4 +1,6 @@
-"""Tests of the readers of sections, numbers, options and relations: which texts they accept and refuse, and their time."""
+"""Tests of the readers of sections, numbers, options and relations: which texts they accept and
+refuse, and their time.
+"""
 
 import time
 
@@ -78,7 +80,9 @@ LONG = 100_000
 
 @pytest.mark.parametrize("piece", LONG_PIECES)
 def test_long_texts_are_read_in_linear_time(piece):
-    """Linear time is some ten times as long for a text that is ten times as long. Quadratic time would be minutes."""
+    """Linear time is some ten times as long for a text that is ten times as long. Quadratic time
+    would be minutes.
+    """
     text = piece * (LONG // len(piece))
     for read in READERS:
         for whole in (text, "<answer>" + text, "[" + text + "]", "{" + text + "}"):

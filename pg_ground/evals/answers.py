@@ -14,7 +14,9 @@ DIGITS = 4
 def loc_answers(
     tokens: Sequence[int], tokenizer: Tokenizer, size: tuple[int, int]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Returns the labelled boxes and points of a completion, in pixels of an image of `size` (width, height)."""
+    """Returns the labelled boxes and points of a completion, in pixels of an image of `size`
+    (width, height).
+    """
     width, height = size
     boxes, points = [], []
     for segment in loc_token_segments(tokens, tokenizer.vocab, tokenizer.decode):

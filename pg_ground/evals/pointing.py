@@ -128,7 +128,7 @@ def in_boxes(
     """Returns whether a point lies in each box or on its edge, within a millionth of the largest coordinate."""
     edges = host_boxes(boxes)
     slack = 1e-6 * np.abs(edges).max(axis=-1, keepdims=True)
-    return contains(edges, np.array(point, np.float64), slack)
+    return np.asarray(contains(edges, np.array(point, np.float64), slack))
 
 
 def covers(

@@ -1,8 +1,9 @@
 """Completions read from their token ids, and judged, inside `jit`.
 
-A reward is a function `(Answer, Batch, RewardSettings) -> f32[B,G]`, NaN at questions it does not apply to. Sets of answers are
-matched one to one, within names, for the largest total similarity and score 2·Σ / (n_predicted + n_gold): a missing, a spurious
-and a duplicate answer all cost, an improper box counts as a prediction with similarity 0, and nothing where nothing is scores 1.
+A reward is a function `(Answer, Batch, RewardSettings) -> f32[B,G]`, NaN at questions it does not
+apply to. Sets of answers are matched one to one, within names, for the largest total similarity and
+score 2·Σ / (n_predicted + n_gold): a missing, a spurious and a duplicate answer all cost, an
+improper box counts as a prediction with similarity 0, and nothing where nothing is scores 1.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,7 +37,9 @@ DUPLICATE_WEIGHT = 0.3
 """Of arXiv 2302.08242, as its released settings."""
 
 RELEASED_SHARES = (0.1, 0, 0.2, 0, 0.2, 0, 0, 0.3, 0, 0.2)
-"""Of the thresholds in big_vision's mean: it keeps results under the threshold's first decimal, where the last writer wins."""
+"""Of the thresholds in big_vision's mean: it keeps results under the threshold's first decimal,
+where the last writer wins.
+"""
 
 
 def read_answer(
@@ -48,9 +51,10 @@ def read_answer(
 ) -> Answer:
     """Returns the boxes and points that completions write as loc tokens.
 
-    A completion is cut into segments at its separators (";"). A segment with exactly four loc tokens is a box (y1 x1 y2 x2), with
-    exactly two a point (y x); the loc tokens of any other segment are stray. What else a segment holds is its name, looked up
-    among `names`; where a question has at most one name, every answer bears it.
+    A completion is cut into segments at its separators (";"). A segment with exactly four loc
+    tokens is a box (y1 x1 y2 x2), with exactly two a point (y x); the loc tokens of any other
+    segment are stray. What else a segment holds is its name, looked up among `names`; where a
+    question has at most one name, every answer bears it.
     """
     length = tokens.shape[-1]
     loc, text, segment, within = cut = _cut(tokens, mask, vocab)
@@ -113,11 +117,13 @@ def confidence(
     logps: Float[Array, "B G T"],
     vocab: Vocab,
 ) -> Float[Array, "B G K"]:
-    """Returns how likely each box's name is behind it, in [0, 1], for the slots of `read_answer`'s boxes; 0 for an unused one.
+    """Returns how likely each box's name is behind it, in [0, 1], for the slots of `read_answer`'s
+    boxes; 0 for an unused one.
 
-    Detections are ranked by it (pix2seq, arXiv 2109.10852; PaliGemma 2, arXiv 2412.03555, appendix C), and not by the likelihood
-    of the box, which is shared out among the bins next to it; that is taken for a box without a name. It is the geometric mean
-    over the name's tokens, so that long names are not unlikely ones; boxes of one name would rank alike by their product.
+    Detections are ranked by it (pix2seq, arXiv 2109.10852; PaliGemma 2, arXiv 2412.03555, appendix
+    C), and not by the likelihood of the box, which is shared out among the bins next to it; that is
+    taken for a box without a name. It is the geometric mean over the name's tokens, so that long
+    names are not unlikely ones; boxes of one name would rank alike by their product.
 
     Args:
       logps: as in `Rollout`; those of a greedy rollout are the model's own, at temperature 1.
@@ -207,12 +213,16 @@ def iou(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
 
 
 def iou_squared(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
-    """Returns the matched squared IoU of predicted and gold boxes, in [0, 1]: RLLaVA's grounding reward."""
+    """Returns the matched squared IoU of predicted and gold boxes, in [0, 1]: RLLaVA's grounding
+    reward.
+    """
     return _boxes_alike(answer, batch, lambda a, b: jnp.square(boxes.iou(a, b)))
 
 
 def giou(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
-    """Returns the matched generalised IoU as (1 + GIoU) / 2, in [0, 1]: boxes that miss each other still rank by distance."""
+    """Returns the matched generalised IoU as (1 + GIoU) / 2, in [0, 1]: boxes that miss each other
+    still rank by distance.
+    """
     return _boxes_alike(answer, batch, lambda a, b: (1 + boxes.giou(a, b)) / 2)
 
 
@@ -228,8 +238,8 @@ def gaussian_coverage(
 def gaussian_point(answer: Answer, batch: Batch, settings: RewardSettings) -> Float[Array, "B G"]:
     """Returns how near answers are to the centres of gold boxes, in units of the boxes, in [0, 1].
 
-    For a question about boxes the answers' centres are judged; for one about points the points, against the boxes of the objects
-    they should lie on (NaN where the annotation has none).
+    For a question about boxes the answers' centres are judged; for one about points the points,
+    against the boxes of the objects they should lie on (NaN where the annotation has none).
     """
     gold = batch.gold.boxes
 
@@ -252,8 +262,9 @@ def distance_gaussian(
 ) -> Float[Array, "B G"]:
     """Returns the matched nearness of predicted and gold points, in [0, 1].
 
-    synthetic-grounding's reward, where sigma is in pixels of the scaled image. A share of the image's diagonal is the same for
-    all sizes of images; a share of the gold box's diagonal (NaN where the annotation has none) for all sizes of objects.
+    synthetic-grounding's reward, where sigma is in pixels of the scaled image. A share of the
+    image's diagonal is the same for all sizes of images; a share of the gold box's diagonal (NaN
+    where the annotation has none) for all sizes of objects.
     """
     predicted, gold, longer_px = answer.points, batch.gold.points, settings.distance_max_size_px
     size = batch.size[:, None, None, None]
@@ -277,7 +288,8 @@ def distance_gaussian(
 
 
 def point_in_box(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
-    """Returns the matched share of points that lie in the boxes of their objects, edges included, in [0, 1].
+    """Returns the matched share of points that lie in the boxes of their objects, edges included,
+    in [0, 1].
 
     NaN where the annotation has no box for each point.
     """
@@ -289,7 +301,8 @@ def point_in_box(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array
 
 
 def point_in_mask(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
-    """Returns the matched share of points that lie in a set cell of the masks of their objects, in [0, 1].
+    """Returns the matched share of points that lie in a set cell of the masks of their objects, in
+    [0, 1].
 
     NaN where a point has no mask, and everywhere if `data.mask_size` is 0.
     """
@@ -308,11 +321,13 @@ def point_in_mask(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Arra
 
 
 def detection(answer: Answer, batch: Batch, settings: RewardSettings) -> Float[Array, "B G"]:
-    """Returns the boxes found, less 0.3 for each duplicate of one, over the number of boxes; in (-0.3, 1].
+    """Returns the boxes found, less 0.3 for each duplicate of one, over the number of boxes; in
+    (-0.3, 1].
 
-    Mean over the IoU thresholds 0.5 to 0.95, after "Tuning computer vision models with task rewards" (arXiv 2302.08242), with one
-    weight for all names. The paper does not normalise: then it is in (-0.3·n_predicted, n_gold], and predictions that match
-    nothing cost nothing. Here the number of boxes is the larger of gold and predicted, so that these cost too.
+    Mean over the IoU thresholds 0.5 to 0.95, after "Tuning computer vision models with task
+    rewards" (arXiv 2302.08242), with one weight for all names. The paper does not normalise: then
+    it is in (-0.3·n_predicted, n_gold], and predictions that match nothing cost nothing. Here the
+    number of boxes is the larger of gold and predicted, so that these cost too.
     """
     predicted, gold = answer.boxes, batch.gold.boxes
     may_match = _same_name(predicted, gold) & predicted.valid[..., None] & gold.valid[:, None, None]
@@ -330,9 +345,11 @@ def detection(answer: Answer, batch: Batch, settings: RewardSettings) -> Float[A
 
 
 def label(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
-    """Returns the set similarity of the names alone, 2·Σ min(n_predicted, n_gold) / (n_predicted + n_gold), in [0, 1].
+    """Returns the set similarity of the names alone, 2·Σ min(n_predicted, n_gold) / (n_predicted +
+    n_gold), in [0, 1].
 
-    Σ is over names. Where a question has one name or none, every answer bears it, and this compares the numbers of answers.
+    Σ is over names. Where a question has one name or none, every answer bears it, and this compares
+    the numbers of answers.
     """
     names = jnp.arange(batch.gold.names.shape[1])
 
@@ -356,7 +373,8 @@ def label(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"
 
 
 def format(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
-    """Returns 1 for a completion that is an answer of the asked kind from its first token to EOS, its boxes proper, else 0.
+    """Returns 1 for a completion that is an answer of the asked kind from its first token to EOS,
+    its boxes proper, else 0.
 
     Where there is nothing to find, the right answer is EOS alone.
     """
@@ -381,12 +399,16 @@ def count_graded(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array
 
 
 def length(answer: Answer, _: Batch, __: RewardSettings) -> Float[Array, "B G"]:
-    """Returns the share of a completion's room that it leaves, 1 - tokens / T, in [0, 1]. EOS is a token."""
+    """Returns the share of a completion's room that it leaves, 1 - tokens / T, in [0, 1]. EOS is a
+    token.
+    """
     return 1 - answer.mask.mean(axis=-1)
 
 
 def repetition(answer: Answer, _: Batch, settings: RewardSettings) -> Float[Array, "B G"]:
-    """Returns minus the share of the completion's n-grams of tokens that occur earlier in it, in (-1, 0]; 0 if there are none."""
+    """Returns minus the share of the completion's n-grams of tokens that occur earlier in it, in
+    (-1, 0]; 0 if there are none.
+    """
     n, room = settings.repetition_ngram, answer.tokens.shape[-1]
     starts = max(room - n + 1, 0)
     equal = answer.tokens[..., :, None] == answer.tokens[..., None, :]
@@ -399,9 +421,11 @@ def repetition(answer: Answer, _: Batch, settings: RewardSettings) -> Float[Arra
 
 
 def overlong(answer: Answer, _: Batch, settings: RewardSettings) -> Float[Array, "B G"]:
-    """Returns DAPO's soft overlong punishment in tokens (arXiv 2503.14476, equation 13), in [-1, 0].
+    """Returns DAPO's soft overlong punishment in tokens (arXiv 2503.14476, equation 13), in [-1,
+    0].
 
-    It falls from 0 to -1 over the last `overlong_cache_tokens` before the longest length that is wanted.
+    It falls from 0 to -1 over the last `overlong_cache_tokens` before the longest length that is
+    wanted.
     """
     longest, cache = (
         settings.overlong_max_tokens or answer.tokens.shape[-1],
@@ -450,12 +474,14 @@ def score(
     told: Mapping[str, Float[Array, "B G"]] = {},
     counted: frozenset[str] | None = None,
 ) -> Rewards:
-    """Returns every reward named in `weights`, and their weighted sum over those that apply (NaN where none does).
+    """Returns every reward named in `weights`, and their weighted sum over those that apply (NaN
+    where none does).
 
     Args:
       rewards: functions by name.
       told: rewards that were computed elsewhere.
-      counted: names of those that make a completion judged, and are not only measured; None is those with a weight.
+      counted: names of those that make a completion judged, and are not only measured; None is
+        those with a weight.
 
     Raises:
       KeyError: a name that is neither in `rewards` nor told.
@@ -478,7 +504,9 @@ def measures(
     rewards: Rewards,
     weights: Mapping[str, float | Float[Array, ""]],
 ) -> dict[str, Float[Array, ""]]:
-    """Returns means over the completions that each reward could judge, raw and weighted, and what the completions look like."""
+    """Returns means over the completions that each reward could judge, raw and weighted, and what
+    the completions look like.
+    """
     parts = {name: jnp.nanmean(part) for name, part in rewards.parts.items()}
     return {
         **{f"reward/{name}": mean for name, mean in parts.items()},

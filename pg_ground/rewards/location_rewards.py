@@ -1,8 +1,9 @@
-"""Text rewards for boxes and points: JSON, dicts, lists, box tokens, and detection with confidences.
+"""Text rewards for boxes and points: JSON, dicts, lists, box tokens, and detection with
+confidences.
 
-Coordinates are in pixels of the original image. Predictions and gold locations are matched one to one for the largest total
-similarity, as in `device_rewards`. Missing, spurious and duplicate locations lower the score. A location that cannot be read
-counts as a prediction with similarity 0.
+Coordinates are in pixels of the original image. Predictions and gold locations are matched one to
+one for the largest total similarity, as in `device_rewards`. Missing, spurious and duplicate
+locations lower the score. A location that cannot be read counts as a prediction with similarity 0.
 """
 
 import math
@@ -19,7 +20,9 @@ from pg_ground.rewards.text_example import TextExample
 from pg_ground.vocab import LOC_MAX
 
 SIGMA_PX = 100.0
-"""Sigma of synthetic-grounding's reward, in pixels of the image scaled so that its longer side has `MAX_SIZE_PX` pixels."""
+"""Sigma of synthetic-grounding's reward, in pixels of the image scaled so that its longer side has
+`MAX_SIZE_PX` pixels.
+"""
 
 MAX_SIZE_PX = 640.0
 
@@ -34,7 +37,9 @@ COORDINATE_LIMIT_PX = 1e7
 
 Grammar = Callable[[str], Reading]
 Similarity = Callable[[np.ndarray, np.ndarray, tuple[int, int]], np.ndarray]
-"""(predicted, gold, size of the image) to similarities in [0, 1]; the arrays broadcast over their leading axes."""
+"""(predicted, gold, size of the image) to similarities in [0, 1]; the arrays broadcast over their
+leading axes.
+"""
 
 
 def json_format(text: str, example: TextExample) -> float:
@@ -58,7 +63,8 @@ def json_points(text: str, example: TextExample) -> float:
 def json_points_in_boxes(text: str, example: TextExample) -> float:
     """Returns the matched share of JSON points inside gold boxes, one point in each box, in [0, 1].
 
-    The question must ask for points, and the annotation must have the box of each object; else the reward is NaN.
+    The question must ask for points, and the annotation must have the box of each object; else the
+    reward is NaN.
     """
     if example.target != "points" or len(example.boxes) != len(example.points):
         return math.nan
@@ -67,7 +73,9 @@ def json_points_in_boxes(text: str, example: TextExample) -> float:
 
 
 def json_boxes(text: str, example: TextExample) -> float:
-    """Returns the matched IoU of JSON boxes and gold boxes, in [0, 1]. Labels count if the gold boxes have several."""
+    """Returns the matched IoU of JSON boxes and gold boxes, in [0, 1]. Labels count if the gold
+    boxes have several.
+    """
     return _matched(text, example, locations.json_boxes, _iou)
 
 
@@ -82,7 +90,8 @@ def dict_format(text: str, example: TextExample) -> float:
 
 
 def dict_point(text: str, example: TextExample) -> float:
-    """Returns the nearness of a dict's boxes to the centres of gold boxes with the same key, in [0, 1].
+    """Returns the nearness of a dict's boxes to the centres of gold boxes with the same key, in [0,
+    1].
 
     The unit of the distance is the gold box's side.
     """
@@ -90,7 +99,9 @@ def dict_point(text: str, example: TextExample) -> float:
 
 
 def dict_coverage(text: str, example: TextExample) -> float:
-    """Returns the overlap of a dict's boxes with gold boxes of the same key, both as Gaussians, in [0, 1]."""
+    """Returns the overlap of a dict's boxes with gold boxes of the same key, both as Gaussians, in
+    [0, 1].
+    """
     return _matched(text, example, locations.dict_boxes, _gaussian_coverage)
 
 
@@ -105,7 +116,9 @@ def list_format(text: str, example: TextExample) -> float:
 
 
 def list_point(text: str, example: TextExample) -> float:
-    """Returns the nearness of listed boxes to the centres of gold boxes, in units of the gold boxes' sides, in [0, 1]."""
+    """Returns the nearness of listed boxes to the centres of gold boxes, in units of the gold
+    boxes' sides, in [0, 1].
+    """
     return _matched(text, example, locations.list_boxes, _gaussian_point)
 
 
@@ -120,7 +133,9 @@ def list_iou(text: str, example: TextExample) -> float:
 
 
 def list_iou_squared(text: str, example: TextExample) -> float:
-    """Returns the matched IoU² of listed boxes and gold boxes, in [0, 1] (RLLaVA's grounding accuracy)."""
+    """Returns the matched IoU² of listed boxes and gold boxes, in [0, 1] (RLLaVA's grounding
+    accuracy).
+    """
     return _matched(text, example, locations.list_boxes, _iou_squared)
 
 
@@ -144,7 +159,9 @@ def ovd_f(text: str, example: TextExample) -> float:
 
 
 def ovd_iou(text: str, example: TextExample) -> float:
-    """Returns Σ IoU / max(n_predicted, n_gold) over detections, in [0, 1] (RLLaVA's); 1 if both counts are 0."""
+    """Returns Σ IoU / max(n_predicted, n_gold) over detections, in [0, 1] (RLLaVA's); 1 if both
+    counts are 0.
+    """
     detections = _detect(text, example)
     if not detections:
         return math.nan
@@ -152,10 +169,12 @@ def ovd_iou(text: str, example: TextExample) -> float:
 
 
 def ovd_confidence(text: str, example: TextExample) -> float:
-    """Returns the mean of c over detections and of 1 − c over the other predictions, in [0, 1] (RLLaVA's).
+    """Returns the mean of c over detections and of 1 − c over the other predictions, in [0, 1]
+    (RLLaVA's).
 
-    The value is at most the mean of c over the detections alone. So other predictions can only lower it, and earn nothing by
-    themselves. The value is 1 if nothing is predicted and there is nothing to find.
+    The value is at most the mean of c over the detections alone. So other predictions can only
+    lower it, and earn nothing by themselves. The value is 1 if nothing is predicted and there is
+    nothing to find.
     """
     detections = _detect(text, example)
     if not detections:
@@ -170,9 +189,9 @@ def ovd_confidence(text: str, example: TextExample) -> float:
 def ovd_calibration(text: str, example: TextExample) -> float:
     """Returns Σ (2·c·detected − c²) / max(n_predicted, n_gold), in [−1, 1]; 1 if both counts are 0.
 
-    This is Brier's score minus the score of confidence 0. If a box is right with probability p, the mean is largest at c = p,
-    and is p² there. A box with confidence 0 earns nothing. The value is not cut off at 0, because then a wrong box could have
-    any confidence.
+    This is Brier's score minus the score of confidence 0. If a box is right with probability p, the
+    mean is largest at c = p, and is p² there. A box with confidence 0 earns nothing. The value is
+    not cut off at 0, because then a wrong box could have any confidence.
     """
     detections = _detect(text, example)
     if not detections:
@@ -185,7 +204,8 @@ def ovd_calibration(text: str, example: TextExample) -> float:
 def ovd_ap(text: str, example: TextExample) -> float:
     """Returns average precision, in [0, 1]: the area under the interpolated precision over recall.
 
-    Predictions with equal confidence enter together. The value is 1 if nothing is predicted and there is nothing to find.
+    Predictions with equal confidence enter together. The value is 1 if nothing is predicted and
+    there is nothing to find.
     """
     detections = _detect(text, example)
     if not detections:
@@ -201,12 +221,16 @@ def ovd_ap(text: str, example: TextExample) -> float:
 
 
 def ovd(text: str, example: TextExample) -> float:
-    """Returns the mean of `ovd_f`, `ovd_calibration` and `ovd_ap`, in [−⅓, 1]; 1 for `[]` if there is nothing to find."""
+    """Returns the mean of `ovd_f`, `ovd_calibration` and `ovd_ap`, in [−⅓, 1]; 1 for `[]` if there
+    is nothing to find.
+    """
     return (ovd_f(text, example) + ovd_calibration(text, example) + ovd_ap(text, example)) / 3
 
 
 def _gold(example: TextExample, read: Grammar, target: str) -> Sequence[Location] | None:
-    """Returns the annotation, else the locations of the gold text; None if the question asks for something else."""
+    """Returns the annotation, else the locations of the gold text; None if the question asks for
+    something else.
+    """
     annotated = example.points if target == "points" else example.boxes
     if example.target == target or (example.target == "text" and annotated):
         labels = example.labels or ("",) * len(annotated)
@@ -241,7 +265,9 @@ def _similarities(
     similarity: Similarity,
     size: tuple[int, int],
 ) -> Float[np.ndarray, "P K"]:
-    """Returns the similarity of each prediction with each gold location; 0 for a prediction that is not proper."""
+    """Returns the similarity of each prediction with each gold location; 0 for a prediction that is
+    not proper.
+    """
     table = np.zeros((len(predicted), len(gold)))
     proper = [i for i, location in enumerate(predicted) if locations.is_proper(location)]
     if proper and gold:
@@ -274,15 +300,16 @@ def _share(part: float, whole: int) -> float:
 
 def _distance_gaussian(a: np.ndarray, b: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Returns exp(−d² / 2σ²) of points in the scaled image (synthetic-grounding's reward)."""
-    return boxes.gaussian(np.linalg.norm(a - b, axis=-1) * (MAX_SIZE_PX / max(size)), SIGMA_PX)
+    distance_px = np.linalg.norm(a - b, axis=-1) * (MAX_SIZE_PX / max(size))
+    return np.asarray(boxes.gaussian(distance_px, SIGMA_PX))
 
 
 def _inside(a: np.ndarray, b: np.ndarray, _: tuple[int, int]) -> np.ndarray:
-    return boxes.contains(b, a, slack=0.0).astype(float)
+    return np.asarray(boxes.contains(b, a, slack=0.0), float)
 
 
 def _iou(a: np.ndarray, b: np.ndarray, _: tuple[int, int]) -> np.ndarray:
-    return boxes.iou(a, b)
+    return np.asarray(boxes.iou(a, b))
 
 
 def _iou_squared(a: np.ndarray, b: np.ndarray, _: tuple[int, int]) -> np.ndarray:
@@ -290,11 +317,13 @@ def _iou_squared(a: np.ndarray, b: np.ndarray, _: tuple[int, int]) -> np.ndarray
 
 
 def _gaussian_point(a: np.ndarray, b: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return boxes.gaussian_point(boxes.centre(a), b, ALPHA, np.array(size) / LOC_MAX)
+    one_bin = np.array(size) / LOC_MAX
+    return np.asarray(boxes.gaussian_point(boxes.centre(a), b, ALPHA, one_bin))
 
 
 def _gaussian_coverage(a: np.ndarray, b: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    return boxes.gaussian_coverage(a, b, ALPHA, np.array(size) / LOC_MAX)
+    one_bin = np.array(size) / LOC_MAX
+    return np.asarray(boxes.gaussian_coverage(a, b, ALPHA, one_bin))
 
 
 class _Detections(NamedTuple):
@@ -306,7 +335,9 @@ class _Detections(NamedTuple):
 
 
 def _detect(text: str, example: TextExample) -> _Detections | None:
-    """Returns the detections. By falling confidence, each prediction takes the free gold box of its label with the largest IoU."""
+    """Returns the detections. By falling confidence, each prediction takes the free gold box of its
+    label with the largest IoU.
+    """
     gold = _gold(example, locations.ovd, "boxes")
     if gold is None:
         return None
@@ -325,5 +356,7 @@ def _detect(text: str, example: TextExample) -> _Detections | None:
 
 
 def _rank(prediction: Location) -> tuple[float, ...]:
-    """Returns the sort key of a prediction: confidence, then coordinates, so that the order in the text does not count."""
+    """Returns the sort key of a prediction: confidence, then coordinates, so that the order in the
+    text does not count.
+    """
     return -(prediction.score or 0.0), *(prediction.numbers or (math.nan,) * 4)

@@ -1,8 +1,9 @@
 """Readers of boxes and points in text, in JSON values and in loc tokens.
 
-A grammar reader (`json_boxes`, `ovd`, …) is strict: it reads the one grammar that a reward pays for. `read_any` is for
-benchmarks: it reads the same locations and also those that are written in any other form. Both cut the text, load values and
-convert numbers with the same functions. No reader evaluates code, and the time is linear in the length of the text.
+A grammar reader (`json_boxes`, `ovd`, …) is strict: it reads the one grammar that a reward pays
+for. `read_any` is for benchmarks: it reads the same locations and also those that are written in
+any other form. Both cut the text, load values and convert numbers with the same functions. No
+reader evaluates code, and the time is linear in the length of the text.
 """
 
 import ast
@@ -17,7 +18,9 @@ from pg_ground.rewards.parsers import answer_text, json_number, sections
 from pg_ground.vocab import EOS, LOC_TOKENS, SEG_TOKENS, Vocab
 
 MAX_LITERAL = 20_000
-"""Characters of the longest Python literal that is read. Python's parser takes half a kilobyte for each character."""
+"""Characters of the longest Python literal that is read. Python's parser takes half a kilobyte for
+each character.
+"""
 
 
 class Location(NamedTuple):
@@ -37,23 +40,30 @@ class Reading(NamedTuple):
 
     locations: tuple[Location, ...]
     ok: bool
-    """The whole text follows the grammar, and all boxes are proper. An accuracy uses `locations`, a format reward uses `ok`."""
+    """The whole text follows the grammar, and all boxes are proper. An accuracy uses `locations`, a
+    format reward uses `ok`.
+    """
 
 
 def json_points(text: str) -> Reading:
-    """Returns the points of `{"point_2d": [x, y], "label": "…"}` or a list of these (synthetic-grounding's grammar)."""
+    """Returns the points of `{"point_2d": [x, y], "label": "…"}` or a list of these
+    (synthetic-grounding's grammar).
+    """
     return _read_records(text, "point_2d", 2)
 
 
 def json_boxes(text: str) -> Reading:
-    """Returns the boxes of `{"bbox_2d": [x1, y1, x2, y2], "label": "…"}` or a list of these (Qwen2.5-VL's grammar)."""
+    """Returns the boxes of `{"bbox_2d": [x1, y1, x2, y2], "label": "…"}` or a list of these
+    (Qwen2.5-VL's grammar).
+    """
     return _read_records(text, "bbox_2d", 4)
 
 
 def _read_records(text: str, key: str, width: int) -> Reading:
     """Returns the locations of objects with `key` and "label".
 
-    The objects are the whole answer, or they stand in prose, in a code fence or in a list that breaks off.
+    The objects are the whole answer, or they stand in prose, in a code fence or in a list that
+    breaks off.
     """
     cut = sections(text)
     whole = _load_json(cut.answer)
@@ -69,9 +79,11 @@ def _read_records(text: str, key: str, width: int) -> Reading:
 
 
 def ovd(text: str) -> Reading:
-    """Returns the boxes of `<answer>[{"Position": [x1, y1, x2, y2], "Confidence": c}, …]</answer>` (Visual-RFT's grammar).
+    """Returns the boxes of `<answer>[{"Position": [x1, y1, x2, y2], "Confidence": c}, …]</answer>`
+    (Visual-RFT's grammar).
 
-    An object may also have a "label", and quotes may be Python's. A box whose confidence is outside [0, 1] cannot be read.
+    An object may also have a "label", and quotes may be Python's. A box whose confidence is outside
+    [0, 1] cannot be read.
     """
     cut = sections(text)
     whole = _load(cut.answer)
@@ -91,7 +103,8 @@ def ovd(text: str) -> Reading:
 
 
 def dict_boxes(text: str) -> Reading:
-    """Returns the boxes of `{"0": [[x1, y1, x2, y2], …], "1": [], …}` (EasyDistill's grammar), labelled with their keys.
+    """Returns the boxes of `{"0": [[x1, y1, x2, y2], …], "1": [], …}` (EasyDistill's grammar),
+    labelled with their keys.
 
     Keys may be Python's integers, as in EasyDistill's own supervised answers.
     """
@@ -121,7 +134,8 @@ _NATURAL_LIST = re.compile(r"\[[0-9]+(?:,\s*[0-9]+){3}\]")
 def list_boxes(text: str) -> Reading:
     """Returns the boxes of `[x1, y1, x2, y2]`, `(x1, y1, x2, y2)` or `(x1, y1), (x2, y2)`.
 
-    `ok` means that the text is one list of natural numbers in square brackets, as EasyDistill asks for.
+    `ok` means that the text is one list of natural numbers in square brackets, as EasyDistill asks
+    for.
     """
     cut = sections(text)
     locations = []
@@ -163,9 +177,11 @@ _SPECIAL = re.compile(r"<loc[0-9]{4}>|<seg[0-9]{3}>|<(?:bos|eos|pad)>")
 
 
 def loc_segments(text: str) -> list[Location]:
-    """Returns the segments between the ";" of a text: the bins of each, and the other text as its label.
+    """Returns the segments between the ";" of a text: the bins of each, and the other text as its
+    label.
 
-    A segment with four bins is a box, one with two is a point, as in `pg_ground.rewards.device_rewards.read_answer`.
+    A segment with four bins is a box, one with two is a point, as in
+    `pg_ground.rewards.device_rewards.read_answer`.
     """
     return [_loc_segment(_LOC.findall(part), _SPECIAL.sub("", part)) for part in text.split(";")]
 
@@ -220,8 +236,9 @@ _SCORE_KEYS = ("score", "confidence", "Confidence")
 def read_any(value: Any, width: int) -> list[Location]:
     """Returns the boxes (`width` 4) or points (`width` 2) of an answer in any form.
 
-    The value may be a list, an object, `{label: boxes}`, or a text with any of these, with loc tokens or with bare numbers. A
-    value that should be a location and cannot be read gives a location without numbers.
+    The value may be a list, an object, `{label: boxes}`, or a text with any of these, with loc
+    tokens or with bare numbers. A value that should be a location and cannot be read gives a
+    location without numbers.
     """
     if isinstance(value, str):
         return _read_text(value, width)
@@ -229,9 +246,10 @@ def read_any(value: Any, width: int) -> list[Location]:
         return _read_object(value, width)
     if not isinstance(value, list | tuple) or not value:
         return []
-    nested = any(isinstance(part, list | tuple | Mapping | str) for part in value)
     numbers = _numbers(value, width, strict=False)
-    if not nested or (numbers is not None and all(isinstance(part, str) for part in value)):
+    nested = any(isinstance(part, list | tuple | Mapping) for part in value)
+    only_texts = all(isinstance(part, str) for part in value)
+    if not nested and (numbers is not None or not only_texts):
         return [Location(numbers)]
     if width == 4 and _is_pair_of_points(value):
         return [Location(_numbers([*value[0], *value[1]], 4, strict=False))]
@@ -285,7 +303,9 @@ _OBJECT = re.compile(r"\{[^{}]*\}")
 
 
 def _read_prose(text: str, width: int) -> list[Location]:
-    """Returns the locations of objects with a key of `_KEYS` and of bare numbers between them, in the order of the text."""
+    """Returns the locations of objects with a key of `_KEYS` and of bare numbers between them, in
+    the order of the text.
+    """
     locations: list[Location] = []
     end = 0
     for match in _OBJECT.finditer(text):
@@ -303,7 +323,9 @@ _FILLER = re.compile(r"[\s,;()\[\]{}<>]*")
 
 
 def _read_bare(text: str, width: int) -> list[Location]:
-    """Returns the locations of `x=…, y=…`, else of `width` numbers with only commas, blanks and brackets between them."""
+    """Returns the locations of `x=…, y=…`, else of `width` numbers with only commas, blanks and
+    brackets between them.
+    """
     attributes = [(x, y) for _, x, y in _XY.findall(text)] if width == 2 else []
     return [
         Location(_numbers(numbers, width, strict=False))
@@ -312,7 +334,9 @@ def _read_bare(text: str, width: int) -> list[Location]:
 
 
 def _runs(text: str, width: int) -> list[list[str]]:
-    """Returns the runs of `width` numbers. A run ends at other text, and at a bracket that closes after `width` numbers."""
+    """Returns the runs of `width` numbers. A run ends at other text, and at a bracket that closes
+    after `width` numbers.
+    """
     runs: list[list[str]] = [[]]
     end = 0
     for match in re.finditer(_NUMBER, text):
@@ -326,7 +350,9 @@ def _runs(text: str, width: int) -> list[list[str]]:
 
 
 def _objects_in_prose(text: str, key: str) -> list[Any]:
-    """Returns each `{…}` of a text that contains `key`: in prose, in a code fence, or in a list that breaks off."""
+    """Returns each `{…}` of a text that contains `key`: in prose, in a code fence, or in a list
+    that breaks off.
+    """
     return [_load(part) for part in _OBJECT.findall(text) if key in part]
 
 
@@ -352,7 +378,9 @@ def _load(text: str) -> Any:
 
 
 def _numbers(values: Any, width: int, strict: bool) -> tuple[float, ...] | None:
-    """Returns `width` finite numbers; None if there are others. A number in quotes is a number unless `strict`."""
+    """Returns `width` finite numbers; None if there are others. A number in quotes is a number
+    unless `strict`.
+    """
     if not isinstance(values, list | tuple) or len(values) != width:
         return None
     numbers = tuple(json_number(value, strict) for value in values)

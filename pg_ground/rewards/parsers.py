@@ -1,11 +1,14 @@
-"""Readers of answers in text: sections, numbers, options, relations, agents' turns. `locations` reads boxes and points.
+"""Readers of answers in text: sections, numbers, options, relations, agents' turns. `locations`
+reads boxes and points.
 
-Rewards and benchmarks use the same readers. A reader has an argument `strict` if the two differ on purpose. A reward reads with
-`strict=True`: it pays only for the form that the prompt asks for, so that hedging ("4 or 5", two answer tags) earns nothing.
-A benchmark reads with `strict=False`: it measures what an answer says, and files of other systems have code fences, open tags
-and words around a number. docs/rewards.md lists the differences, and a test holds the list.
+Rewards and benchmarks use the same readers. A reader has an argument `strict` if the two differ on
+purpose. A reward reads with `strict=True`: it pays only for the form that the prompt asks for, so
+that hedging ("4 or 5", two answer tags) earns nothing. A benchmark reads with `strict=False`: it
+measures what an answer says, and files of other systems have code fences, open tags and words
+around a number. docs/rewards.md lists the differences, and a test holds the list.
 
-Every reader takes any string. It never evaluates code, and its time is linear in the length of the text.
+Every reader takes any string. It never evaluates code, and its time is linear in the length of the
+text.
 """
 
 import math
@@ -21,7 +24,9 @@ class Sections(NamedTuple):
     answer: str
     """The whole text if there are no tags; "" if it is not clear which part is the answer."""
     form: str
-    """"bare" (no tags), "answer" (one pair), "think_answer" (`<think>…</think> <answer>…</answer>`) or "broken"."""
+    """"bare" (no tags), "answer" (one pair), "think_answer" (`<think>…</think> <answer>…</answer>`)
+    or "broken".
+    """
 
 
 _TAG = re.compile(r"(</?(?:think|answer)>)")
@@ -30,8 +35,9 @@ _TAG = re.compile(r"(</?(?:think|answer)>)")
 def sections(text: str) -> Sections:
     """Returns the thoughts and the answer of a text.
 
-    The form is "broken" if there is text outside the tags, a second tag of a kind, or an empty answer. The answer of a broken
-    text is the content of its only pair of answer tags, else the text behind its thoughts. Several answers count as none.
+    The form is "broken" if there is text outside the tags, a second tag of a kind, or an empty
+    answer. The answer of a broken text is the content of its only pair of answer tags, else the
+    text behind its thoughts. Several answers count as none.
     """
     pieces = _TAG.split(text)
     between, tags = pieces[::2], pieces[1::2]
@@ -58,8 +64,9 @@ def answer_text(text: str, strict: bool) -> str:
     """Returns the part of a text that is its answer.
 
     Args:
-      strict: takes the answer of `sections`. Otherwise the last `<answer>` counts, even if it is not closed, else the text
-        behind the last `</think>`; a code fence in it is removed, with all text around the fence.
+      strict: takes the answer of `sections`. Otherwise the last `<answer>` counts, even if it is
+        not closed, else the text behind the last `</think>`; a code fence in it is removed, with
+        all text around the fence.
     """
     if strict:
         return sections(text).answer
@@ -79,10 +86,13 @@ def answer_text(text: str, strict: bool) -> str:
     return text.strip()
 
 
+# fmt: off
 _NUMBER_WORDS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen "
-    "nineteen twenty"
-).split()
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+    "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
+    "nineteen", "twenty",
+)
+# fmt: on
 _NUMBER = re.compile(
     r"(?<![\w.])[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?(?!\w)"
     rf"|(?<![\w-])(?:{'|'.join(_NUMBER_WORDS)})\b(?!-|\s+(?:hundred|thousand|million)\b)"
@@ -90,11 +100,13 @@ _NUMBER = re.compile(
 
 
 def number(value: Any, strict: bool) -> float | None:
-    """Returns the one number that an answer names, in digits or as a word up to twenty; None for none or several.
+    """Returns the one number that an answer names, in digits or as a word up to twenty; None for
+    none or several.
 
     Args:
       value: a text, a JSON number, or a list with one of them.
-      strict: the number must be the whole answer, but for a full stop. "8 cows" is 8 for a benchmark and None for a reward.
+      strict: the number must be the whole answer, but for a full stop. "8 cows" is 8 for a
+        benchmark and None for a reward.
     """
     if isinstance(value, list | tuple) and len(value) == 1:
         return number(value[0], strict)
@@ -117,7 +129,8 @@ def _from_words_or_digits(text: str) -> float:
 
 
 def json_number(value: Any, strict: bool) -> float:
-    """Returns a JSON number as a float; NaN for any other value, and for a number that is not finite or too large.
+    """Returns a JSON number as a float; NaN for any other value, and for a number that is not
+    finite or too large.
 
     Args:
       strict: the value must be a number. Otherwise a text such as "10.5" is a number too.
@@ -149,12 +162,14 @@ _LETTER = re.compile(r"([A-Fa-f])(?:[.:)](?:\s.*)?)?", re.DOTALL)
 def option(value: Any, choices: Sequence[str] = (), *, strict: bool) -> str | None:
     """Returns the letter of the one option that an answer names: `(B)`, `B` or `B. left`.
 
-    The result is None if the answer names no option, several options, or an option that is not among `choices`.
+    The result is None if the answer names no option, several options, or an option that is not
+    among `choices`.
 
     Args:
       choices: words of the options, if they are known.
-      strict: takes no other form, because a lower-case "a" may be an article. Otherwise `[B]`, `{B}`, `b`, `the answer is B`
-        and the words of an option name an option too, and only the `answer_text` counts.
+      strict: takes no other form, because a lower-case "a" may be an article. Otherwise `[B]`,
+        `{B}`, `b`, `the answer is B` and the words of an option name an option too, and only the
+        `answer_text` counts.
     """
     if not isinstance(value, str):
         return None
@@ -210,7 +225,9 @@ RELATIONS: dict[str, tuple[str, ...]] = {
     "closer": (*_NEAR, "more proximate", "less distant"),
     "farther": (*_FAR, "more distant", "less proximate"),
 }
-"""Phrases, without articles, for each of ReinforceSight's eight spatial relations. The longest phrase that fits counts."""
+"""Phrases, without articles, for each of ReinforceSight's eight spatial relations. The longest
+phrase that fits counts.
+"""
 
 _RELATION_OF = {phrase: relation for relation, phrases in RELATIONS.items() for phrase in phrases}
 _RELATION = re.compile(rf"\b(?:{'|'.join(sorted(_RELATION_OF, key=len, reverse=True))})\b")
@@ -238,9 +255,11 @@ class Choice(NamedTuple):
 
 
 def choice(text: str) -> Choice:
-    """Returns the one option letter, else the one spatial relation, else the yes or no, that an answer names.
+    """Returns the one option letter, else the one spatial relation, else the yes or no, that an
+    answer names.
 
-    Two values of a kind count as none, and so does a negation of a relation. This is the strict reader of the spatial rewards.
+    Two values of a kind count as none, and so does a negation of a relation. This is the strict
+    reader of the spatial rewards.
     """
     answer = text.strip()
     relation = set() if _NEGATION.search(answer.lower()) else relations(answer)
@@ -260,8 +279,8 @@ _CONCLUDES = re.compile(r"\b(?:answer|response|object)(?: is\b:?|:)", re.IGNOREC
 def conclusion(text: str) -> tuple[str, str]:
     """Returns the reasoning of a text and the answer at its end.
 
-    The answer is the content of the tags. Without tags it follows "answer is" or "answer:" in the last line that has one of
-    these, else it is the last line.
+    The answer is the content of the tags. Without tags it follows "answer is" or "answer:" in the
+    last line that has one of these, else it is the last line.
     """
     cut = sections(text)
     if cut.form != "bare":
@@ -287,7 +306,9 @@ def last_boxed(text: str) -> str | None:
 
 
 def think_boxed(text: str) -> bool:
-    r"""Returns whether the whole text is `<think>…</think>` and words with one `\boxed{…}` that is not empty."""
+    r"""Returns whether the whole text is `<think>…</think>` and words with one `\boxed{…}` that is
+    not empty.
+    """
     pieces = _TAG.split(text)
     if pieces[1::2] != ["<think>", "</think>"] or pieces[0]:
         return False
@@ -304,13 +325,16 @@ class Turns(NamedTuple):
     """Acts of an agent, in order."""
 
     acts: tuple[tuple[str, str], ...]
-    """(a name in `ACTS`, the content of its tags). Empty if tags are nested, left open, or empty."""
+    """(a name in `ACTS`, the content of its tags). Empty if tags are nested, left open, or empty.
+    """
     ok: bool
     """Each act follows its own `<think>…</think>`, and no text is outside the tags."""
 
 
 def turns(text: str) -> Turns:
-    """Returns the acts of one turn, or of a transcript of several turns. Text outside the tags is no act."""
+    """Returns the acts of one turn, or of a transcript of several turns. Text outside the tags is
+    no act.
+    """
     pieces = _ACT_TAG.split(text)
     between, tags = pieces[::2], pieces[1::2]
     pairs = list(zip(tags[::2], tags[1::2], between[1::2], strict=False))

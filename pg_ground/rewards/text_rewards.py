@@ -1,7 +1,7 @@
 """The text rewards by name: scores of a completion as text, on the host.
 
-A text reward is a function `(completion, TextExample) -> float`, NaN if it does not apply to the question. The worker processes
-import this module; it imports no JAX.
+A text reward is a function `(completion, TextExample) -> float`, NaN if it does not apply to the
+question. The worker processes import this module; it imports no JAX.
 """
 
 from pg_ground.rewards.agent_rewards import agent, agent_format, agent_step

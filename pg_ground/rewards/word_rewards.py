@@ -1,4 +1,6 @@
-"""Text rewards for answers in words: forms of chains of thought, numbers, mathematics and short texts."""
+"""Text rewards for answers in words: forms of chains of thought, numbers, mathematics and short
+texts.
+"""
 
 import math
 import re
@@ -13,16 +15,22 @@ from pg_ground.rewards import parsers
 from pg_ground.rewards.text_example import TextExample, gold_text
 
 MAX_MATH = 200
-"""Characters of the longest mathematical answer that is read. Math-verify needs more than linear time for longer nonsense."""
+"""Characters of the longest mathematical answer that is read. Math-verify needs more than linear
+time for longer nonsense.
+"""
 
 
 def think_answer_format(text: str, _: TextExample) -> float:
-    """Returns 1 if the whole text is `<think>…</think> <answer>…</answer>`, each tag once, else 0 (DeepSeek-R1's format)."""
+    """Returns 1 if the whole text is `<think>…</think> <answer>…</answer>`, each tag once, else 0
+    (DeepSeek-R1's format).
+    """
     return float(parsers.sections(text).form == "think_answer")
 
 
 def think_boxed_format(text: str, _: TextExample) -> float:
-    r"""Returns 1 if the whole text is `<think>…</think>` and words with one filled `\boxed{…}`, else 0 (RLLaVA's for maths)."""
+    r"""Returns 1 if the whole text is `<think>…</think>` and words with one filled `\boxed{…}`,
+    else 0 (RLLaVA's for maths).
+    """
     return float(parsers.think_boxed(text))
 
 
@@ -42,10 +50,11 @@ def count_graded(text: str, example: TextExample) -> float:
 
 
 def math_equal(text: str, example: TextExample) -> float:
-    r"""Returns 1 if the last `\boxed{…}`, else the content of the answer tags, equals the gold expression; else 0.
+    r"""Returns 1 if the last `\boxed{…}`, else the content of the answer tags, equals the gold
+    expression; else 0.
 
-    Math-verify compares the expressions; it reads LaTeX with its own grammar. No timer is set here. Simplifying an expression
-    may take any time, so the caller must limit it.
+    Math-verify compares the expressions; it reads LaTeX with its own grammar. No timer is set here.
+    Simplifying an expression may take any time, so the caller must limit it.
     """
     gold = gold_text(example)
     gold_expression = _expression(parsers.last_boxed(gold) or parsers.sections(gold).answer)
@@ -62,7 +71,9 @@ _TWO_NUMBERS = re.compile(r"[0-9]\s+[0-9]")
 
 
 def _expression(latex: str) -> list[Any]:
-    """Returns math-verify's expressions of an answer. Several numbers in a row give none: math-verify would join them."""
+    """Returns math-verify's expressions of an answer. Several numbers in a row give none:
+    math-verify would join them.
+    """
     if len(latex) > MAX_MATH or _TWO_NUMBERS.search(latex):
         return []
     return parse(
@@ -74,7 +85,9 @@ def _expression(latex: str) -> list[Any]:
 
 
 def token_f1(text: str, example: TextExample) -> float:
-    """Returns the F1 of the answer's words against the gold words, in [0, 1], normalised as in SQuAD (arXiv 1606.05250)."""
+    """Returns the F1 of the answer's words against the gold words, in [0, 1], normalised as in
+    SQuAD (arXiv 1606.05250).
+    """
     return f1(answer_words(text), answer_words(example.gold)) if gold_text(example) else math.nan
 
 
@@ -90,7 +103,9 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def squad_words(text: str) -> list[str]:
-    """Returns the words of a text in lower case, without articles and punctuation, as SQuAD's evaluator compares them."""
+    """Returns the words of a text in lower case, without articles and punctuation, as SQuAD's
+    evaluator compares them.
+    """
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
