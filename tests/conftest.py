@@ -1,20 +1,28 @@
-"""What every test shares: eight virtual CPU devices, shape checks on the package, tiny models, and the way to `../shared`."""
+"""What all tests share: eight virtual CPU devices, checked shapes, tiny models, and the folder `../shared`."""
 
+import importlib.util
 import os
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# JAX reads both when it is imported. Tolerances in these tests are those of float32 on a CPU. The XLA flags compile a gradient
-# of a tiny model in 1 s instead of 10. Only jaxlib 0.10 (the newest for Python 3.11) knows the second; nothing but time depends
-# on them, but an unknown flag ends the process.
+# JAX reads these variables when it is imported. The tolerances of these tests are those of float32
+# on a CPU. The XLA flags change only how long compilation takes: a gradient of a tiny model takes
+# 3 s instead of 16 s. Only jaxlib 0.10 knows the second flag, and an unknown flag ends the process.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0"
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
     + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),
 )
+# Compiled programs are shared by the processes of pytest-xdist, by the commands that tests start,
+# and by the next run of the tests. Reading a small program takes as long as compiling it.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "programs")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
 import jax
 import jax.numpy as jnp
@@ -179,12 +187,27 @@ def data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory) -> dict[str, str]:
-    """One device, and programs compiled once for all runs of this file."""
-    cache = tmp_path_factory.mktemp("compiled")
-    ours = {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "XLA_FLAGS": "",
-    }
-    return {**os.environ, **ours, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
+def environment() -> dict[str, str]:
+    """Returns the environment of the commands that tests start: one CPU device, and the flags and programs of the tests."""
+    return {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+
+
+INSTALL = {
+    "torch": "interop",
+    "transformers": "interop",
+    "tensorflow_datasets": "interop",
+    "libtpu": "dev",
+    "playwright": "dev",
+    "nbclient": "dev",
+    "build": "dev",
+}
+"""The packages that the README's test command does not install, and the extra that installs each."""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips a test with the mark `needs(*packages)` if one of the packages is not installed."""
+    for mark in item.iter_markers("needs"):
+        for package in mark.args:
+            if importlib.util.find_spec(package) is None:
+                extra = INSTALL[package]
+                pytest.skip(f"{package} is not installed: pip install -e '.[{extra}]'")

@@ -323,8 +323,11 @@ def test_examples_are_read_without_tensorflow(tmp_path):
     assert_same(records[1], RECORD)
 
 
+@pytest.mark.needs("tensorflow_datasets")
 def test_examples_are_those_of_the_protobuf_definition():
-    message = pytest.importorskip("tensorflow_datasets.proto").tf_example_pb2.Example()
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    message = tf_example_pb2.Example()
     message.features.feature["a/b"].float_list.value.extend([1.5, -2.0])
     message.features.feature["c"].int64_list.value.append(-3)
     message.features.feature["d"].bytes_list.value.append(b"text")

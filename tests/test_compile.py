@@ -19,9 +19,7 @@ from pg_ground.types import UserError
 
 ROOT = Path(__file__).parents[1]
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install .[tpu]"
-)
+needs_libtpu = pytest.mark.needs("libtpu")
 
 
 def run(*flags: str, **env: str) -> subprocess.CompletedProcess[str]:

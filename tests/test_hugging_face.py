@@ -129,10 +129,11 @@ CAPPED = replace(PG2, text=replace(PG2.text, final_softcap=30.0, query_scale=144
 
 
 @pytest.mark.parametrize("config", [PG1, PG2, CAPPED], ids=["pg1", "pg2", "pg2_capped"])
-@pytest.mark.filterwarnings("ignore")  # those of torch and transformers are not ours
+@pytest.mark.needs("torch", "transformers")
+@pytest.mark.filterwarnings("ignore")  # torch and transformers warn about themselves
 def test_transformers_computes_our_logits_from_our_directory(config, tmp_path):
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    import torch
+    import transformers
     model = PaliGemma(config)
     params = random_params(model)
     weights.save(tmp_path / "hf", params, config)

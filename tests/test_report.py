@@ -450,7 +450,8 @@ PHONE, DESKTOP = {"width": 390, "height": 844}, {"width": 1280, "height": 900}
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    import playwright.sync_api as api
+
     with api.sync_playwright() as playwright:
         own = {"executable_path": str(CHROMIUM)} if CHROMIUM.is_file() else {}
         try:
@@ -495,6 +496,7 @@ def order(page: Any) -> list[str]:
     return [text.removeprefix("detect ") for text in page.locator(".prompt h3").all_text_contents()]
 
 
+@pytest.mark.needs("playwright")
 def test_sorting_orders_prompts_by_their_rewards(browser, workdir, page):
     with Opened(browser, workdir / "report.html", DESKTOP) as opened:
         assert order(opened) == list(REWARDS)
@@ -513,6 +515,7 @@ def test_sorting_orders_prompts_by_their_rewards(browser, workdir, page):
             assert opened.locator('.bar [aria-pressed="true"]').all_text_contents() == [button]
 
 
+@pytest.mark.needs("playwright")
 def test_hover_tap_and_keyboard_show_an_answer_alone_with_its_text_and_rewards(
     browser, workdir, page
 ):
@@ -562,6 +565,7 @@ def test_hover_tap_and_keyboard_show_an_answer_alone_with_its_text_and_rewards(
         assert text in asked.locator(".readout").text_content()
 
 
+@pytest.mark.needs("playwright")
 def test_boxes_lie_where_the_fractions_say_in_the_colours_of_their_rewards_gold_dashed(
     browser, workdir, page
 ):
@@ -592,6 +596,7 @@ def test_boxes_lie_where_the_fractions_say_in_the_colours_of_their_rewards_gold_
         )
 
 
+@pytest.mark.needs("playwright")
 def test_steps_are_chosen_with_buttons_and_by_name(browser, workdir, page):
     with Opened(browser, workdir / "report.html", DESKTOP) as opened:
         pick = opened.get_by_role("combobox", name="step")
@@ -606,6 +611,7 @@ def test_steps_are_chosen_with_buttons_and_by_name(browser, workdir, page):
         assert opened.get_by_role("button", name="the step before").is_enabled()
 
 
+@pytest.mark.needs("playwright")
 def test_a_curve_says_its_values_at_the_pointer_and_by_arrow_keys(browser, workdir, page):
     with Opened(browser, workdir / "report.html", DESKTOP) as opened:
         plot = opened.get_by_role("slider", name="Reward", exact=True)
@@ -627,6 +633,7 @@ def test_a_curve_says_its_values_at_the_pointer_and_by_arrow_keys(browser, workd
         assert opened.locator(".chart", has=plot).locator(".plot path").count() < before
 
 
+@pytest.mark.needs("playwright")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize(
     "viewport", [PHONE, {"width": 360, "height": 740}, DESKTOP], ids=["phone", "small", "desktop"]
@@ -639,6 +646,7 @@ def test_the_page_fits_its_screen(browser, workdir, page, viewport, scheme):
         assert opened.locator(".plot svg").count() == 7 and opened.locator(".prompt").count() == 4
 
 
+@pytest.mark.needs("playwright")
 def test_a_comparison_overlays_curves_and_has_a_gallery_for_each_run(browser, tmp_path):
     runs = [write_run(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "two"))]
     report_command.main([*map(str, runs), f"--out={tmp_path / 'both.html'}"])

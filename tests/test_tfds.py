@@ -15,7 +15,10 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image, ImageDraw
 from test_refer import CONFIGS, all_of, uri, write_refer
 
-tfds = pytest.importorskip("tensorflow_datasets")
+tfds = pytest.importorskip(
+    "tensorflow_datasets",
+    reason="tensorflow_datasets is not installed: pip install -e '.[interop]'",
+)
 
 from tensorflow_datasets.core import features as feature_lib  # noqa: E402
 from tensorflow_datasets.datasets.ref_coco import ref_coco_dataset_builder  # noqa: E402
@@ -26,6 +29,8 @@ from pg_ground.data.records import BadRecord, load_image  # noqa: E402
 from pg_ground.data.refer import open_refer  # noqa: E402
 from pg_ground.data.tfds import open_tfds  # noqa: E402
 from pg_ground.types import UserError  # noqa: E402
+
+pytestmark = pytest.mark.needs("tensorflow_datasets")
 
 NAMES = {"combined": "refcocox_combined", "refcoco+_unc": "refcocoplus_unc"}
 """What tfds calls configs whose names it does not share with the refer toolkit."""
