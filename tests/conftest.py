@@ -32,7 +32,7 @@ import optax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
-jaxtyping.install_import_hook("pg_ground", "beartype.beartype")
+jaxtyping.install_import_hook("pg_ground", "shape_checks.checked")
 
 from pg_ground.config import Model, Text, Vision  # noqa: E402
 from pg_ground.models import PaliGemma  # noqa: E402
