@@ -6,7 +6,7 @@ Run `python -m pg_ground.look --config=configs/quickstart.py --n=16 --out=look.h
 import html
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -21,6 +21,7 @@ from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.types import POINTS, Boxes, Example, Points
 
 
+@runtime_checkable
 class Examples(Protocol):
     """Questions by index."""
 

@@ -1,6 +1,6 @@
 """The setup that all stages of a run share: the model, the layout of its parameters, optimizers and train states."""
 
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,7 @@ class Setup(NamedTuple):
         return unflatten(self.frozen)
 
 
+@runtime_checkable
 class StageSettings(Protocol):
     """The settings that every stage's section has."""
 

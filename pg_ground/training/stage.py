@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jax.sharding import Mesh
 from PIL import Image
@@ -15,6 +15,7 @@ from pg_ground.training.timing import StepTimer
 from pg_ground.types import Array, Batch, Metrics, Params, TrainState
 
 
+@runtime_checkable
 class BatchIterator(Protocol):
     """Endless batches on the devices, whose position can be saved."""
 
@@ -62,6 +63,7 @@ class Runtime(NamedTuple):
     """JSON values that `StepOutput.saved` had in the checkpoint that the run resumes from."""
 
 
+@runtime_checkable
 class Stage(Protocol):
     """One stage of a run, such as supervised fine-tuning or GRPO."""
 
