@@ -10,11 +10,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from pg_ground import config
-from pg_ground.config import Config, Lora, Model, variant
+from pg_ground.config import Lora, Model, Optimizer, variant
 from pg_ground.models import PaliGemma
 from pg_ground.parallel import sharding
 from pg_ground.params import flatten
-from pg_ground.training import programs
+from pg_ground.training.optimizers import make_optimizer
 from pg_ground.types import UserError
 
 MESH = config.Mesh()
@@ -42,12 +42,12 @@ def test_a_rule_decides_how_a_named_array_is_split():
 def test_the_optimizers_averages_are_split_as_their_parameters():
     mesh = sharding.make_mesh(config.Mesh(model=2))
     linear = jax.ShapeDtypeStruct((18, 16384, 2048), jnp.float32)
-    params = {"llm": {"layers": {"mlp": {"linear": linear}}}}
-    factors = {"llm/layers/mlp/linear": 1.0}
-    state = programs.state_like(Config(), mesh, "grpo", factors, params)
-    matrices = [leaf for leaf in jax.tree.leaves((state.params, state.opt)) if leaf.ndim == 3]
+    params = {"policy": {"llm": {"layers": {"mlp": {"linear": linear}}}}}
+    opt_state = jax.eval_shape(make_optimizer(Optimizer(), 10).init, params)
+    shardings = sharding.infer_shardings(mesh, (params, opt_state))
+    matrices = [leaf for leaf in jax.tree.leaves(shardings) if leaf.spec]
     assert len(matrices) == 3
-    assert {leaf.sharding.spec for leaf in matrices} == {PartitionSpec(None, ("model", "data"))}
+    assert {leaf.spec for leaf in matrices} == {PartitionSpec(None, ("model", "data"))}
 
 
 def test_a_dimension_that_its_axis_does_not_divide_is_not_split():
