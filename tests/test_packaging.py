@@ -1,4 +1,4 @@
-"""The wheel and the sdist hold what a user needs, and an installed wheel trains outside a checkout."""
+"""The wheel and the sdist hold what a user needs. An installed wheel trains outside a checkout."""
 
 import os
 import subprocess
