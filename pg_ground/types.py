@@ -183,11 +183,15 @@ class PrefixCache(NamedTuple):
 
 
 class SuffixCache(NamedTuple):
-    """Keys and values of the completion tokens so far; `length` of the T slots are filled."""
+    """Keys and values of the completion tokens so far. Of the T slots of a row, the first `length` are filled."""
 
     k: Float[Array, "layers B G T K H"]
     v: Float[Array, "layers B G T K H"]
-    length: Int[Array, ""]
+    length: Int[Array, "#B #G"]
+    """Filled slots of each row. The shape `[1, 1]` means that all rows have the same length, as in the sampler's loop.
+
+    The shape is known when a program is compiled: with `[1, 1]`, `extend` writes one slice for all rows instead of scattering.
+    """
 
 
 class Rollout(NamedTuple):

@@ -166,13 +166,78 @@ def test_cached_decode_equals_full_forward(tiny):
             logits, cache = extend(params, prefix, cache, x.tokens[..., start : start + t])
             found.append(logits)
             start += t
-        assert cache.length == T
+        assert cache.length.shape == (1, 1) and cache.length[0, 0] == T
         return np.concatenate(found, axis=2)
 
     whole = decode(T)
     assert whole.shape == (B, G, T, model.config.text.vocab_size) and np.abs(whole).max() < 10
     for parts in ((1,) * T, (5, 2)):
         np.testing.assert_allclose(decode(*parts), whole, rtol=0, atol=CLOSE)
+
+
+def test_turns_of_different_lengths_equal_the_full_forward(tiny):
+    """Each row reads a first turn, decodes some tokens, and reads a second turn; every row has its own lengths.
+
+    Rows are packed to the left for the full forward pass: it knows nothing of turns.
+    """
+    model, params = tiny
+    x = inputs(model)
+    rng = np.random.default_rng(5)
+    slots, first_slots, decoded, second_slots = 14, 5, 3, 6
+    first, second = (rng.integers(0, n + 1, (B, G)) for n in (first_slots, second_slots))
+    assert len(set(zip(first.flat, second.flat, strict=True))) > 10
+    tokens = rng.integers(109, model.config.text.vocab_size, (B, G, slots))
+    whole = np.asarray(jax.jit(model.completion_logps)(
+        params, *x[:3], jnp.asarray(tokens), jnp.ones(tokens.shape, bool)
+    )[0])  # fmt: skip
+
+    prefix, start = jax.jit(model.prefill)(params, x.image, x.prompt, x.prompt_mask)
+    extend = jax.jit(model.extend)
+    cache = model.suffix_cache(prefix, G, slots)
+    predicted = np.broadcast_to(np.asarray(start)[:, None], (B, G, start.shape[-1]))
+    length = np.zeros((B, G), int)
+    compared = 0
+
+    def read(lengths: np.ndarray, t: int, left_padded: bool = False) -> None:
+        """Reads the next `lengths` tokens of each row, and compares the probabilities that the cache gave them."""
+        nonlocal cache, predicted, length, compared
+        mask = np.arange(t) < lengths[..., None]
+        mask = mask[..., ::-1] if left_padded else mask
+        turn = np.full((B, G, t), 77)  # tokens outside the mask must not matter
+        turn[mask] = tokens[
+            (np.arange(slots) >= length[..., None])
+            & (np.arange(slots) < (length + lengths)[..., None])
+        ]
+        every_row_is_full = bool(mask.all())
+        logits, cache = extend(
+            params,
+            prefix,
+            cache,
+            jnp.asarray(turn),
+            None if every_row_is_full else jnp.asarray(mask),
+        )
+        logps = np.asarray(jax.nn.log_softmax(logits))
+        for b, g in np.ndindex(B, G):
+            of_row = logps[b, g][mask[b, g]]
+            before = np.concatenate([jax.nn.log_softmax(predicted[b, g])[None], of_row])
+            ids = tokens[b, g, length[b, g] : length[b, g] + lengths[b, g]]
+            expected = whole[b, g, length[b, g] : length[b, g] + lengths[b, g]]
+            np.testing.assert_allclose(
+                before[np.arange(len(ids)), ids], expected, rtol=0, atol=CLOSE
+            )
+            compared += len(ids)
+            if len(ids):
+                predicted = predicted.copy()
+                predicted[b, g] = np.asarray(logits)[b, g][mask[b, g]][-1]
+        length = length + lengths
+        np.testing.assert_array_equal(cache.length, np.broadcast_to(length, cache.length.shape))
+
+    read(first, first_slots)
+    for _ in range(decoded):
+        read(np.ones((B, G), int), 1)
+    read(second, second_slots, left_padded=True)
+    assert compared == first.sum() + decoded * B * G + second.sum()
+    assert cache.length.shape == (B, G)
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ class Chain(NamedTuple):
 
     def suffix_cache(self, prefix, group_size, length):
         empty = jnp.zeros((1, prefix.k.shape[1], group_size, length, 1, 1))
-        return SuffixCache(empty, empty, jnp.int32(0))
+        return SuffixCache(empty, empty, jnp.zeros((1, 1), jnp.int32))
 
     def extend(self, params, prefix, suffix, tokens):
         return params[tokens], suffix._replace(length=suffix.length + tokens.shape[2])

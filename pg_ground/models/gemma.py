@@ -34,11 +34,13 @@ class KeyValues(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What queries attend to: slots of their prompt, `[B, S, K, H]`, or of their own completion, `[B, G, S, K, H]`."""
+    """Keys and values that queries attend to: of their prompt, `[B, S, K, H]`, or of their own row, `[B, G, S, K, H]`."""
 
     kv: KeyValues
-    mask: Bool[Array, "#B S"] | None
-    """The slots that hold something; None where the slots are the queries' own, of which each sees those up to itself."""
+    mask: Bool[Array, "#B #G S"] | None
+    """True at filled slots. None means that all slots are filled."""
+    causal: bool = False
+    """True means that the keys belong to the queries themselves, and query t sees keys 0 to t."""
 
 
 class Embedder(nn.Module):
@@ -103,16 +105,17 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "B G t D"],
         positions: Int[Array, "B G t"],
-        mask: Bool[Array, "B t"] | None,
+        mask: Bool[Array, "#B #G t"] | None,
         past: KeyValues | None,
-        length: Int[Array, ""] | int,
+        past_mask: Bool[Array, "#B #G T"] | None,
         prefix: KeyValues | None,
-        prefix_mask: Bool[Array, "B S"] | None,
+        prefix_mask: Bool[Array, "B 1 S"] | None,
     ) -> tuple[Float[Array, "B G t D"], KeyValues]:
         q, new = self._project(x, positions)
-        seen = [Seen(new, mask)]
+        # prompts attend in both directions, completions (which see a prefix) causally
+        seen = [Seen(new, mask, causal=prefix is not None)]
         if past is not None:
-            seen.insert(0, Seen(past, (jnp.arange(past.k.shape[2]) < length)[None]))
+            seen.insert(0, Seen(past, past_mask))
         if prefix is not None:
             seen.insert(0, Seen(prefix, prefix_mask))
         out = attend(q, seen, self.config.attn_softcap, self.block)
@@ -140,21 +143,23 @@ def attend(
         b, g, t, n, h = q.shape
         k = seen[0].kv.k.shape[-2]
         q, logits, masks = q.reshape(b, g, t, k, n // k, h), [], []
-        for (keys, _), mask in seen:
+        for (keys, _), mask, causal in seen:
             slots = jnp.arange(keys.shape[-3])
             logits.append(
                 jnp.einsum(
                     f"BGtKRH,{axes(keys)}KH->BGKRtS", q, keys, preferred_element_type=jnp.float32
                 )
             )
-            visible = (slots <= index[:, None])[None, None] if mask is None else mask[:, None, None]
+            visible = jnp.ones((), bool) if mask is None else mask[:, :, None]
+            if causal:
+                visible = visible & (slots <= index[:, None])
             masks.append(jnp.broadcast_to(visible, (b, g, t, slots.size)))
         together = jnp.concatenate(logits, axis=-1)
         if cap:
             together = softcap(together, cap)
         together = jnp.where(jnp.concatenate(masks, axis=-1)[:, :, None, None], together, MASKED)
         weights, out, start = jax.nn.softmax(together, axis=-1).astype(q.dtype), jnp.float32(0), 0
-        for (_, values), _ in seen:
+        for (_, values), _, _ in seen:
             own = weights[..., start : start + values.shape[-3]]
             out += jnp.einsum(
                 f"BGKRtS,{axes(values)}KH->BGtKRH", own, values, preferred_element_type=jnp.float32
@@ -227,18 +232,19 @@ class Block(nn.Module):
         if self.config.post_norms:
             self.post_attention_norm, self.post_ffw_norm = RMSNorm(), RMSNorm()
 
-    def __call__(self, x, positions, mask, past, length, prefix, prefix_mask):
+    def __call__(self, x, positions, mask, past, past_mask, prefix, prefix_mask):
         x = self.places.rows(x)
         y, new = self.attn(
-            self.pre_attention_norm(x), positions, mask, past, length, prefix, prefix_mask
+            self.pre_attention_norm(x), positions, mask, past, past_mask, prefix, prefix_mask
         )
         return self._rest(x, y), new
 
     def both(self, streams, prefix_positions, prefix_mask, positions):
         """The block for prefixes, then for their completions, which see the prefixes' keys and values."""
         before, x = streams
-        before, seen = self(before, prefix_positions, prefix_mask, None, 0, None, None)
-        x, _ = self(x, positions, None, None, 0, KeyValues(seen.k[:, 0], seen.v[:, 0]), prefix_mask)
+        before, seen = self(before, prefix_positions, prefix_mask, None, None, None, None)
+        prefix = KeyValues(seen.k[:, 0], seen.v[:, 0])
+        x, _ = self(x, positions, None, None, None, prefix, prefix_mask)
         return (before, x), None
 
     def _rest(
@@ -290,18 +296,18 @@ class Decoder(nn.Module):
         self,
         x: Float[Array, "B G t D"],
         positions: Int[Array, "B G t"],
-        mask: Bool[Array, "B t"] | None,
+        mask: Bool[Array, "#B #G t"] | None,
         past: KeyValues | None = None,
-        length: Int[Array, ""] | int = 0,
+        past_mask: Bool[Array, "#B #G T"] | None = None,
         prefix: KeyValues | None = None,
-        prefix_mask: Bool[Array, "B S"] | None = None,
+        prefix_mask: Bool[Array, "B 1 S"] | None = None,
     ) -> tuple[Float[Array, "B G t D"], KeyValues]:
         """Returns the final hidden states of `x` and its keys and values, stacked over layers as `past` and `prefix` are.
 
-        Every token sees those of `x` where `mask` holds, or without one those up to itself; the first `length` slots of `past`,
-        of its own completion; and the slots of the prefix where `prefix_mask` holds.
+        Masks are True at real tokens; None means that all are real. Without `prefix`, each token sees all real tokens of `x`.
+        With `prefix`, each token sees the real tokens of the prefix, of its row's `past`, and of `x` up to itself.
         """
-        x, new = self.layers(x, positions, mask, past, jnp.asarray(length), prefix, prefix_mask)
+        x, new = self.layers(x, positions, mask, past, past_mask, prefix, prefix_mask)
         return self.final_norm(x), new
 
     def both(
@@ -315,8 +321,10 @@ class Decoder(nn.Module):
 
         What two calls give, side by side: each layer's weights serve both while they are gathered, and no cache outlives it.
         """
-        where = jnp.cumsum(prefix_mask, axis=1)[:, None] - 1
-        (before, x), _ = self.layers.both((before[:, None], x), where, prefix_mask, positions)
+        prefix_mask = prefix_mask[:, None]
+        prefix_positions = jnp.cumsum(prefix_mask, axis=2) - 1
+        streams = (before[:, None], x)
+        (before, x), _ = self.layers.both(streams, prefix_positions, prefix_mask, positions)
         return self.final_norm(before[:, 0]), self.final_norm(x)
 
     def vocabulary(self) -> Float[Array, "V D"]:

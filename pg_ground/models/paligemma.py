@@ -61,7 +61,7 @@ class Network(nn.Module):
         """Returns the cache of image and prompt, and the hidden state of the last prompt token."""
         x, mask = self._embed_prefix(image, prompt, prompt_mask)
         positions = jnp.cumsum(mask, axis=1) - 1
-        hidden, own = self.llm(x[:, None], positions[:, None], mask)
+        hidden, own = self.llm(x[:, None], positions[:, None], mask[:, None])
         return PrefixCache(own.k[:, :, 0], own.v[:, :, 0], mask), last_of(hidden[:, 0], mask)
 
     def _embed_prefix(
@@ -72,31 +72,39 @@ class Network(nn.Module):
         return x, jnp.concatenate([jnp.ones(seen.shape[:2], bool), prompt_mask], axis=1)
 
     def suffix(
-        self, prefix: PrefixCache, suffix: SuffixCache | None, tokens: Int[Array, "B G t"]
+        self,
+        prefix: PrefixCache,
+        suffix: SuffixCache | None,
+        tokens: Int[Array, "B G t"],
+        mask: Bool[Array, "B G t"] | None = None,
     ) -> tuple[Float[Array, "B G t D"], SuffixCache]:
-        """Returns the hidden states of the next t tokens of each completion, and the cache with them in it."""
+        """Returns the hidden states of the next t tokens of each row, and the cache that includes these tokens.
+
+        `mask` is True at real tokens; None means that all are real. Only real tokens are added to the cache.
+        """
         t = tokens.shape[2]
-        start = 0 if suffix is None else suffix.length
-        past = None if suffix is None else KeyValues(suffix.k, suffix.v)
-        positions = prefix.mask.sum(axis=1)[:, None, None] + start + jnp.arange(t)
+        past, past_mask, length = None, None, jnp.zeros((1, 1), jnp.int32)
+        if suffix is not None:
+            past, length = KeyValues(suffix.k, suffix.v), jnp.asarray(suffix.length)
+            past_mask = jnp.arange(suffix.k.shape[3]) < length[..., None]
+        slots = length[..., None] + (
+            jnp.arange(t) if mask is None else jnp.cumsum(mask, axis=2) - 1
+        )
+        positions = prefix.mask.sum(axis=1)[:, None, None] + slots
         hidden, new = self.llm(
             self.llm.embed(tokens),
             jnp.broadcast_to(positions, tokens.shape),
-            None,
+            mask,
             past,
-            start,
+            past_mask,
             KeyValues(prefix.k, prefix.v),
-            prefix.mask,
+            prefix.mask[:, None],
         )
-        if (
-            past is not None
-        ):  # written once and behind the loop over layers, which would write all of the past anew
-            new = jax.tree.map(
-                lambda old, own: jax.lax.dynamic_update_slice_in_dim(old, own, start, axis=3),
-                past,
-                new,
-            )
-        return hidden, SuffixCache(new.k, new.v, jnp.asarray(start + t))
+        added = jnp.asarray(t) if mask is None else mask.sum(axis=2)
+        if past is not None:
+            # Written once, after the loop over layers. Inside the loop, each layer would copy the whole cache.
+            new = jax.tree.map(lambda old, x: write_slots(old, x, slots, mask), past, new)
+        return hidden, SuffixCache(new.k, new.v, length + added)
 
     def both(
         self,
@@ -158,16 +166,25 @@ class PaliGemma:
         """Returns an empty cache for `group_size` completions of up to `length` tokens of each prompt."""
         layers, b, _, k, h = prefix.k.shape
         zeros = jnp.zeros((layers, b, group_size, length, k, h), prefix.k.dtype)
-        return SuffixCache(zeros, zeros, jnp.int32(0))
+        return SuffixCache(zeros, zeros, jnp.zeros((1, 1), jnp.int32))
 
     def extend(
-        self, params: Params, prefix: PrefixCache, suffix: SuffixCache, tokens: Int[Array, "B G t"]
+        self,
+        params: Params,
+        prefix: PrefixCache,
+        suffix: SuffixCache,
+        tokens: Int[Array, "B G t"],
+        mask: Bool[Array, "B G t"] | None = None,
     ) -> tuple[Float[Array, "B G t V"], SuffixCache]:
-        """Returns float32 logits of the token after each of `tokens`, and the suffix cache with these in it.
+        """Returns float32 logits of the token after each of `tokens`, and the suffix cache that includes `tokens`.
 
         t = 1 decodes; t = T scores whole completions. Each completion attends to the one prefix cache of its prompt.
+
+        Args:
+          mask: True at real tokens, for rows that add fewer than t tokens; the cache then has a length for each row. None means
+            that all tokens are real: rows of one length keep one length. Logits at other tokens mean nothing.
         """
-        hidden, suffix = self._apply(params, "suffix", prefix, suffix, tokens)
+        hidden, suffix = self._apply(params, "suffix", prefix, suffix, tokens, mask)
         return self._logits(self._vocabulary(params), hidden), suffix
 
     def completion_logps(
@@ -255,6 +272,24 @@ class PaliGemma:
         logits = jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
         cap = self.config.text.final_softcap
         return softcap(logits, cap) if cap else logits
+
+
+def write_slots(
+    cache: Float[Array, "layers B G T K H"],
+    new: Float[Array, "layers B G t K H"],
+    slots: Int[Array, "#B #G t"],
+    mask: Bool[Array, "B G t"] | None,
+) -> Float[Array, "layers B G T K H"]:
+    """Returns `cache` with `new` in the given slots of each row, where `mask` holds.
+
+    Without a mask, slots are consecutive. If they are also equal in all rows, one slice is written.
+    """
+    if mask is None and slots.shape[:2] == (1, 1):
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, slots[0, 0, 0], axis=3)
+    b, g, size = cache.shape[1:4]
+    rows, completions = jnp.arange(b)[:, None, None], jnp.arange(g)[:, None]
+    slots = slots if mask is None else jnp.where(mask, slots, size)  # beyond the last slot: dropped
+    return cache.at[:, rows, completions, slots].set(new, mode="drop")
 
 
 def last_of(hidden: Float[Array, "B S D"], mask: Bool[Array, "B S"]) -> Float[Array, "B D"]:
