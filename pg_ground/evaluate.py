@@ -35,7 +35,7 @@ def score_file(flags: Mapping[str, Any]) -> None:
         table = Table(
             f"{found['benchmark']}: {path}, n = {found['n']}",
             ["metric", "", "95 %"],
-            benchmarks.shown(found),
+            benchmarks.table_rows(found),
             found["protocol"],
         )
     else:
@@ -90,7 +90,7 @@ def main(argv: Sequence[str], group: multiprocess.ProcessGroup) -> None:
     if (
         multiprocess.is_main_process()
     ):  # each process has read every record, and so has found all that are bad
-        document = benchmarks.report(found.predictions) | {
+        document = benchmarks.make_report(found.predictions) | {
             "run": {"params": str(place), "bad_records": found.bad_records}
         }
         write_results(out, document, found.predictions)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pg_ground import cli
-from pg_ground.evals.prediction import predict
+from pg_ground.evals.prediction import predict_file
 from pg_ground.reporting import drawing
 from pg_ground.reporting.files import write_atomically
 from pg_ground.types import UserError
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     flags = cli.parse_own(argv, own)
     if flags["max_new_tokens"] < 1:
         raise UserError(f"--max_new_tokens={flags['max_new_tokens']}: it must be above 0")
-    found, image = predict(
+    found, image = predict_file(
         Path(flags["params"]),
         Path(flags["image"]),
         flags["prompt"],

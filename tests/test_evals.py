@@ -9,7 +9,6 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pg_ground import cli, evaluate
 from pg_ground.boxes import host_boxes, iou
 from pg_ground.config import Source
 from pg_ground.data import run_lengths
@@ -25,6 +24,8 @@ from pg_ground.evals import (
     scoring,
 )
 from pg_ground.evals.intervals import intervals
+from pg_ground.evaluate import main as evaluate_command
+from pg_ground.parallel.multiprocess import ProcessGroup
 from pg_ground.rewards import locations, parsers
 from pg_ground.types import UserError
 
@@ -33,7 +34,7 @@ FIELDS = {"pred": "extracted_answer", "gold": "ground_truth"}
 
 def score(
     tmp_path: Path, records, benchmark="rec", fields=FIELDS, formats=prediction_files.Formats()
-):  # noqa: B008
+):
     path = tmp_path / "file.json"
     path.write_text(records if isinstance(records, str) else json.dumps(records))
     return scoring.rescore(path, benchmark, fields, formats)
@@ -71,7 +72,7 @@ def test_rows_that_were_written_give_the_same_numbers_and_rows(data, tmp_path):
         tmp_path / "predictions.jsonl", "", {}, prediction_files.Formats()
     )
     assert again == {name: value for name, value in first.items() if name != "file_says"}
-    assert rows.lines(rescored) == (tmp_path / "predictions.jsonl").read_text()
+    assert rows.to_json_lines(rescored) == (tmp_path / "predictions.jsonl").read_text()
 
 
 def test_rows_hold_any_text(tmp_path):
@@ -90,18 +91,18 @@ def test_rows_hold_any_text(tmp_path):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        ({"prediction": None}, "row 1 .id 1. is no row of rec"),
+        ({"prediction": None}, "row 1 .id 1. is not a row of rec"),
         (
             {"prediction": {"boxes": [{"label": "", "xyxy_px": [1, 2]}]}},
-            "row 1 .id 1. is no row of rec",
+            "row 1 .id 1. is not a row of rec",
         ),
-        ({"benchmark": "counting"}, "is measured as counting and rec"),
+        ({"benchmark": "counting"}, "has rows of the benchmarks counting and rec"),
     ],
 )
 def test_rows_that_somebody_has_edited_are_refused(edit, message, tmp_path):
     _, scored = score(tmp_path, records_of([[10, 20, 110, 220]] * 3))
     path = tmp_path / "rows.jsonl"
-    path.write_text(rows.lines([scored[0], {**scored[1], **edit}, scored[2]]))
+    path.write_text(rows.to_json_lines([scored[0], {**scored[1], **edit}, scored[2]]))
     with pytest.raises(UserError, match=message):
         scoring.rescore(path, "", {}, prediction_files.Formats())
 
@@ -219,8 +220,8 @@ BAD: dict[str, tuple] = {
         "1 of 3 rows repeat the id .* row 2",
     ),
     "gold": (records_of([[1, 2, 3, 4]], (5, 5, 5, 5)), "gold of 1 of 1 rows is not one box"),
-    "rows": ([3], "1 of 1 rows are no objects"),
-    "a number": ("3", "is 3: a JSON list, JSON lines or an object"),
+    "rows": ([3], "1 of 1 rows are not objects"),
+    "a number": ("3", "is 3: it must be a JSON list, JSON lines or an object"),
 }
 
 
@@ -330,7 +331,7 @@ def test_iou_is_symmetric_and_a_share(a, b):
 
 
 def rows_of(kind: str, predictions, gold, **more):
-    return benchmarks.scored(
+    return benchmarks.score_rows(
         [
             {
                 "source": "s",
@@ -376,7 +377,7 @@ def test_sets_of_boxes_pay_for_missing_spurious_and_duplicate_ones():
     assert [row["correct"] for row in found] == [1, 0, 0, 0, 1] and [
         row["duplicates"] for row in found
     ] == [0, 0, 1, 0, 0]
-    assert benchmarks.measure(found).values["duplicates_per_image"] == 0.2
+    assert benchmarks.compute_metrics(found).values["duplicates_per_image"] == 0.2
 
 
 def test_detection_ranks_by_scores_where_all_boxes_have_one():
@@ -387,11 +388,11 @@ def test_detection_ranks_by_scores_where_all_boxes_have_one():
             {"label": "a", "xyxy_px": A, "score": 0.9},
         ]
     }
-    values = benchmarks.measure(rows_of("detection", [said], gold)).values
+    values = benchmarks.compute_metrics(rows_of("detection", [said], gold)).values
     assert (values["ap"], values["ap50"]) == (pytest.approx(0.5), pytest.approx(0.5))
     for one in said["boxes"]:
         del one["score"]
-    assert benchmarks.measure(rows_of("detection", [said], gold)).values["ap"] == pytest.approx(
+    assert benchmarks.compute_metrics(rows_of("detection", [said], gold)).values["ap"] == pytest.approx(
         0.25
     )  # the wrong one is first
 
@@ -439,7 +440,7 @@ def test_a_click_on_the_edge_is_inside(data):
     ]
     found = rows_of("screenspot", said, [boxes(("", element["bbox"]))] * 5)
     assert [row["correct"] for row in found] == [1, 0, 1, 0, 1]
-    assert benchmarks.measure(found).values["invalid_fraction"] == 0.2
+    assert benchmarks.compute_metrics(found).values["invalid_fraction"] == 0.2
 
 
 def test_counts_are_exact_and_off_by_their_mean(data, tmp_path):
@@ -495,7 +496,7 @@ def test_cv_bench_s_own_rows_are_read(data):
     assert all(
         f"({one['choice']})" == record["answer"] for one, record in zip(gold, records, strict=True)
     )
-    with pytest.raises(UserError, match="is no row of CV-Bench"):
+    with pytest.raises(UserError, match="is not a record of CV-Bench"):
         cv_bench.gold({"task": "left", "question": "?"}, "row 3")
 
 
@@ -518,14 +519,14 @@ def cv_rows(tasks=cv_bench.TASKS):
 
 def test_defect_21_cv_bench_is_cv_bench_with_its_published_counts_and_formula():
     found = cv_rows()
-    benchmarks.check_count(found, "cv_bench")
-    values = benchmarks.measure(found).values
+    benchmarks.check_question_count(found, "cv_bench")
+    values = benchmarks.compute_metrics(found).values
     assert (values["cv_bench_2d"], values["cv_bench_3d"], values["cv_bench"]) == (0.5, 1, 0.75)
     assert values["qualitative"] == 1 - 163 / 1850 and values["relation"] == 1 - 163 / 650
     for lacking in ({"Relation": 649}, {"Relation": 651, "Count": 787}, {"Count": 0}):
         with pytest.raises(UserError, match="--benchmark=multiple_choice"):
-            benchmarks.check_count(cv_rows(cv_bench.TASKS | lacking), "cv_bench")
-    benchmarks.check_count(
+            benchmarks.check_question_count(cv_rows(cv_bench.TASKS | lacking), "cv_bench")
+    benchmarks.check_question_count(
         cv_rows({task: cv_bench.TASKS[task] for task in cv_bench.QUALITATIVE}),
         "cv_bench_qualitative",
     )
@@ -581,19 +582,19 @@ def test_environments_report_rewards_over_rollouts():
         "prediction": {},
         "gold": {},
     }
-    scored = benchmarks.scored(
+    scored = benchmarks.score_rows(
         [
             {**one, "id": i, "rollout": r, "reward": value}
             for i, group in enumerate([(1, 0), (0.2, 0.4)])
             for r, value in enumerate(group)
         ]
     )
-    values = benchmarks.measure(scored).values
+    values = benchmarks.compute_metrics(scored).values
     assert values["mean_reward"] == pytest.approx(0.4) and values["std_reward"] == pytest.approx(
         np.std([1, 0, 0.2, 0.4])
     )
     assert (values["pass@1"], values["pass@2"], values["rollouts"]) == (0.25, 0.5, 2)
-    assert benchmarks.metrics(scored)["eval/s/questions"] == 2
+    assert benchmarks.named_metrics(scored)["eval/s/questions"] == 2
 
 
 def test_intervals_resample_images_and_repeat():
@@ -629,16 +630,16 @@ def test_flags_of_files_have_either_spelling(data, capsys, tmp_path):
             "--fields=pred=extracted_answer,gold=ground_truth",
             flag,
         ]
-        evaluate.main([*argv, f"--out={tmp_path}"], cli.Group(""))
+        evaluate_command([*argv, f"--out={tmp_path}"], ProcessGroup(""))
         assert "acc50                 86.60 %" in capsys.readouterr().out
     assert json.loads((tmp_path / "eval.json").read_text())["acc50"] == 0.866
     with pytest.raises(UserError, match="did you mean xyxy_px"):
-        evaluate.main(
+        evaluate_command(
             [
                 f"--predictions={path}",
                 "--benchmark=rec",
                 "--fields=pred=a,gold=b",
                 "--box-format=xyxy_pixel",
             ],
-            cli.Group(""),
+            ProcessGroup(""),
         )

@@ -14,10 +14,10 @@ from PIL import ExifTags, Image
 from pg_ground import tokenizer
 from pg_ground.checkpoints import weights
 from pg_ground.evals.answers import loc_answers as answers
-from pg_ground.evals.prediction import predict
+from pg_ground.evals.prediction import predict, predict_file, read_image
 from pg_ground.models import PaliGemma
 from pg_ground.rewards.device_rewards import read_answer
-from pg_ground.types import BOXES
+from pg_ground.types import BOXES, UserError
 from pg_ground.vocab import EOS, PAD
 
 
@@ -105,7 +105,7 @@ def photograph(path: Path, orientation: int = 1) -> np.ndarray:
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_the_image_is_turned_as_its_exif_says(params, tmp_path, name, orientation):
     shown = photograph(tmp_path / name, orientation)
-    found, image = predict(params, tmp_path / name, "detect cat ; dog", "", 4)
+    found, image = predict_file(params, tmp_path / name, "detect cat ; dog", "", 4)
     assert image.shape == shown.shape and found.keys() == {"text", "boxes", "points"}
     bound = 40 if name.endswith("jpg") else 0  # JPEG rounds at the edges of the squares
     assert np.abs(image.astype(int) - shown)[5:-5:10, 5:-5:10].max() <= bound
@@ -141,3 +141,27 @@ def test_what_cannot_be_used_ends_in_one_line(params, tmp_path, environment):
             done.stderr
         )
         assert not done.stdout and not (tmp_path / "o.png").exists()
+
+
+def test_predict_takes_files_images_and_pixels(params, tmp_path):
+    photograph(tmp_path / "a.png", orientation=6)
+    model, loaded_params = weights.load(params)
+    pixels = read_image(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        answers = [
+            predict(model, loaded_params, value, "detect cat", max_new_tokens=4)
+            for value in (str(tmp_path / "a.png"), tmp_path / "a.png", image, pixels)
+        ]
+    assert answers[0].keys() == {"text", "boxes", "points"}
+    assert all(answer == answers[0] for answer in answers)
+    expected, _ = predict_file(params, tmp_path / "a.png", "detect cat", "", 4)
+    assert answers[0] == expected
+
+
+def test_predict_refuses_a_tokenizer_of_another_size(tmp_path):
+    model = PaliGemma(replace(PG1, text=replace(PG1.text, vocab_size=1664)))
+    with pytest.raises(UserError, match="has 2048 tokens, but the model .* has 1664"):
+        predict(model, {}, np.zeros((8, 8, 3), np.uint8), "detect cat")
+    model = PaliGemma(replace(PG1, text=replace(PG1.text, vocab_size=2048)))
+    with pytest.raises(UserError, match="image: pixels are float64"):
+        predict(model, {}, np.zeros((8, 8, 3)), "detect cat")

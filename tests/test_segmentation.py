@@ -67,7 +67,7 @@ def test_the_evaluators_numbers(golden):
     rows = [
         judge(*one) for one in zip(bins, valid, decoded, gold, given["gt_box_eval"], strict=True)
     ]
-    found, theirs = benchmarks.measure(rows).values, said["evaluator"]
+    found, theirs = benchmarks.compute_metrics(rows).values, said["evaluator"]
     assert found["miou"] == pytest.approx(theirs["miou"], rel=1e-12)
     assert (found["boxacc50"], found["boxacc75"]) == (theirs["boxacc/0.5"], theirs["boxacc/0.75"])
     assert (found["invalid"], len(rows)) == (theirs["invalid"], theirs["total"])
@@ -228,7 +228,7 @@ def test_means_are_over_all_answers():
         )
     ]
     wanted = {"miou": 0.3, "boxacc50": 0.75, "boxacc75": 0.5, "invalid": 2, "invalid_fraction": 0.5}
-    assert benchmarks.measure(rows).values == wanted
+    assert benchmarks.compute_metrics(rows).values == wanted
 
 
 def test_a_mask_is_twenty_tokens_and_their_text_is_read():

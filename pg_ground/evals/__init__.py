@@ -1,1 +1,4 @@
-"""Rows of answers → measures. Everything here is numpy on the host, in float64: `predictions.jsonl` is all that measures see."""
+"""Evaluation: answers questions, scores rows of answers, and computes metrics from rows.
+
+Scores and metrics are float64 numpy on the host. They depend on `predictions.jsonl` alone.
+"""

@@ -1,66 +1,99 @@
-"""What answers are measured as: every benchmark by its name, with its protocol and its size; and rows → `eval.json`."""
+"""The benchmarks, each with its protocol and its size, and the metrics of rows (`eval.json`)."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
 from pg_ground.config import nearest
 from pg_ground.evals import counting, cv_bench, environment, grounding, pointing, segmentation
 from pg_ground.evals.intervals import intervals
-from pg_ground.evals.rows import SAMPLED, Row, bare, column
+from pg_ground.evals.rows import SAMPLED, Columns, Row, column, without_scores
 from pg_ground.types import UserError
 
 
 class Kind(NamedTuple):
-    """A way to measure: pure functions of rows."""
+    """The functions that compute the metrics of a benchmark from its rows."""
 
     score: Callable[[Row], dict[str, Any]]
-    """What is found of one row."""
-    columns: Callable[[Sequence[Row]], dict[str, Float[np.ndarray, " N"]]]
-    """Measures that are means over rows: a number of each, NaN where it does not count."""
-    others: Callable[[Sequence[Row]], dict[str, float]]
-    """Measures that are not."""
+    """Returns the scores of one row."""
+    means: Callable[[Sequence[Row]], Columns]
+    """Returns a number of each scored row, for the metrics that are means over rows."""
+    aggregates: Callable[[Sequence[Row]], dict[str, float]]
+    """Returns the metrics of scored rows that are not means over rows."""
+
+
+def _no_aggregates(_: Sequence[Row]) -> dict[str, float]:
+    return {}
 
 
 KINDS: dict[str, Kind] = {
-    "box": Kind(grounding.score_one, grounding.columns_one, grounding.others),
-    "boxes": Kind(grounding.score_set, grounding.columns_set, grounding.others),
-    "detection": Kind(grounding.score_set, grounding.columns_set, grounding.detected),
-    "mask": Kind(segmentation.score, segmentation.columns, counting.nothing),
-    "points": Kind(pointing.score_set, pointing.columns_set, pointing.others),
-    "click": Kind(pointing.score_click, pointing.columns_click, pointing.others),
-    "count": Kind(counting.score_count, counting.columns_count, counting.nothing),
-    "choice": Kind(cv_bench.score, cv_bench.columns, cv_bench.others),
-    "text": Kind(counting.score_text, counting.columns_text, counting.nothing),
-    "reward": Kind(environment.score, environment.columns, environment.others),
+    "box": Kind(grounding.score_one, grounding.means_one, grounding.aggregates),
+    "boxes": Kind(grounding.score_set, grounding.means_set, grounding.aggregates),
+    "detection": Kind(grounding.score_set, grounding.means_set, grounding.detection_aggregates),
+    "mask": Kind(segmentation.score, segmentation.means, _no_aggregates),
+    "points": Kind(pointing.score_set, pointing.means_set, pointing.aggregates),
+    "click": Kind(pointing.score_click, pointing.means_click, pointing.aggregates),
+    "count": Kind(counting.score_count, counting.means_count, _no_aggregates),
+    "choice": Kind(cv_bench.score, cv_bench.means, cv_bench.aggregates),
+    "text": Kind(counting.score_text, counting.means_text, _no_aggregates),
+    "reward": Kind(environment.score, environment.means, environment.aggregates),
 }
 
 
 class Benchmark(NamedTuple):
-    """A kind of measuring, on questions that are the same for everybody."""
+    """A protocol and, for a published benchmark, its number of questions."""
 
     kind: str
+    """A key of KINDS."""
     protocol: str
-    count: int | None = None
-    """Questions that it has; None takes any number."""
+    """The protocol in words, for `eval.json` and the terminal."""
+    question_count: int | None = None
+    """None means that the benchmark takes any number of questions."""
     tasks: tuple[str, ...] = ()
-    """Of CV-Bench, each with its published number of questions."""
+    """The tasks of CV-Bench in this benchmark. Each task has a published number of questions."""
 
 
-REC = "first box of the answer against the one gold box, plain IoU (no +1 pixel), correct where IoU >= 0.5, unreadable is IoU 0"
-UNC = f"{REC}; one question a sentence of the UNC split"
-UMD = f"{REC}; one question a sentence of the UMD split"
-MASK = (
-    "mIoU of masks at full resolution over all answers, 0 for one without a mask, as big_vision's evaluator has it; boxaccP is "
-    "the share of boxes with IoU >= P"
+REC = (
+    "first box of the answer against the one ground-truth box, plain IoU (no pixel added), "
+    "correct if IoU >= 0.5, an unreadable box has IoU 0"
 )
-CV = "one option letter (or the option's own words); none or several is wrong"
+UNC = f"{REC}; one question for each sentence of the UNC split"
+UMD = f"{REC}; one question for each sentence of the UMD split"
+LISA = f"{REC}; VLM-R1's LISA-Grounding test file, whose authors publish no size"
+OBJECTS = (
+    "all boxes against all ground-truth boxes, matched one to one within labels for the largest "
+    "total IoU; accP is 2 hits / (predicted + ground truth) with a hit at IoU >= P, mean_iou is "
+    "2 sum / (predicted + ground truth), no box for no ground-truth box is 1"
+)
+DETECTION = (
+    "COCO's average precision (pycocotools; ap over IoU .5 to .95, ap50, ap75, ar100), each answer "
+    "is an image; ranked by score if all boxes have one, otherwise in the order written"
+)
+MASK = (
+    "mIoU of masks at full resolution over all answers, 0 for an answer without a mask, as in "
+    "big_vision's evaluator; boxaccP is the share of boxes with IoU >= P"
+)
+POINTING = (
+    "points and ground-truth objects matched one to one for most hits (arXiv 2409.17146); a hit "
+    "lies in the object's mask, or without masks in its box, or without boxes within 5 % of the "
+    "diagonal of its point; precision, recall and F1 of each answer, averaged"
+)
+SCREENSPOT = (
+    "first point (or centre of the first box) in the ground-truth box, edges included "
+    "(arXiv 2401.10935)"
+)
+COUNTING = "the one number of the answer, exact; mae over the answers that can be read"
+CV = "one option letter (or the words of the option); none or several is wrong"
+CV_BENCH = f"{CV}; the mean of 2D (mean of ADE20K and COCO) and 3D (Omni3D)"
+CV_QUALITATIVE = f"{CV}; Relation, Depth and Distance only, over all their questions"
+TEXT = "the answer equals the ground-truth text, except for case, blanks and a final full stop"
+ENVIRONMENT = "mean reward; a rollout passes from reward 0.5; pass@k unbiased (arXiv 2107.03374)"
 
+# Sizes of RefCOCO and RefCOCO+: Yu et al. 2016 (arXiv 1608.00272), sentences of the UNC splits.
+# Sizes of RefCOCOg: Nagaraja et al. 2016 (arXiv 1608.00525), sentences of the UMD splits.
 BENCHMARKS: dict[str, Benchmark] = {
-    # sentences of each split: Yu et al. 2016 (arXiv 1608.00272), and for RefCOCOg Nagaraja et al. 2016 (arXiv 1608.00525)
     "rec": Benchmark("box", REC),
     "refcoco_val": Benchmark("box", UNC, 10834),
     "refcoco_testA": Benchmark("box", UNC, 5657),
@@ -70,19 +103,9 @@ BENCHMARKS: dict[str, Benchmark] = {
     "refcoco+_testB": Benchmark("box", UNC, 4889),
     "refcocog_val": Benchmark("box", UMD, 4896),
     "refcocog_test": Benchmark("box", UMD, 9602),
-    "lisa_grounding": Benchmark(
-        "box", f"{REC}; VLM-R1's LISA-Grounding test file, whose authors name no size"
-    ),
-    "objects": Benchmark(
-        "boxes",
-        "all boxes against all gold boxes, matched one to one within names for the largest total IoU; accP is 2 "
-        "hits / (predicted + gold) with a hit at IoU >= P, mean_iou 2 sum / (predicted + gold), nothing answered to nothing is 1",
-    ),
-    "detection": Benchmark(
-        "detection",
-        "COCO's average precision (pycocotools; ap over IoU .5 to .95, ap50, ap75, ar100), each answer an image; ranked by score "
-        "where all boxes have one, else in the order written",
-    ),
+    "lisa_grounding": Benchmark("box", LISA),
+    "objects": Benchmark("boxes", OBJECTS),
+    "detection": Benchmark("detection", DETECTION),
     "segmentation": Benchmark("mask", MASK),
     "refcoco_val_seg": Benchmark("mask", MASK, 10834),
     "refcoco_testA_seg": Benchmark("mask", MASK, 5657),
@@ -92,178 +115,178 @@ BENCHMARKS: dict[str, Benchmark] = {
     "refcoco+_testB_seg": Benchmark("mask", MASK, 4889),
     "refcocog_val_seg": Benchmark("mask", MASK, 4896),
     "refcocog_test_seg": Benchmark("mask", MASK, 9602),
-    "pointing": Benchmark(
-        "points",
-        "points and gold objects matched one to one for most hits (arXiv 2409.17146); a hit lies in the object's mask, else in "
-        "its box, else within 5 % of the diagonal of its point; precision, recall and F1 of each answer, averaged",
-    ),
-    "screenspot": Benchmark(
-        "click",
-        "first point (or centre of the first box) in the gold box, edges included (arXiv 2401.10935)",
-    ),
-    "counting": Benchmark(
-        "count", "the one number of the answer, exact; mae over answers that can be read"
-    ),
-    "cv_bench": Benchmark(
-        "choice",
-        f"{CV}; the mean of 2D (mean of ADE20K and COCO) and 3D (Omni3D)",
-        2638,
-        tuple(cv_bench.TASKS),
-    ),
-    "cv_bench_qualitative": Benchmark(
-        "choice",
-        f"{CV}; Relation, Depth and Distance alone, over all their questions",
-        1850,
-        cv_bench.QUALITATIVE,
-    ),
+    "pointing": Benchmark("points", POINTING),
+    "screenspot": Benchmark("click", SCREENSPOT),
+    "counting": Benchmark("count", COUNTING),
+    "cv_bench": Benchmark("choice", CV_BENCH, 2638, tuple(cv_bench.TASKS)),
+    "cv_bench_qualitative": Benchmark("choice", CV_QUALITATIVE, 1850, cv_bench.QUALITATIVE),
     "multiple_choice": Benchmark("choice", CV),
-    "text": Benchmark(
-        "text", "the answer is the gold text, but for case, blanks and a last full stop"
-    ),
-    "environment": Benchmark(
-        "reward",
-        "mean reward; a rollout passes from reward 0.5; pass@k unbiased (arXiv 2107.03374)",
-    ),
+    "text": Benchmark("text", TEXT),
+    "environment": Benchmark("reward", ENVIRONMENT),
 }
-"""Every benchmark. Where it has a size, nothing else is reported under its name."""
-
-OF_QUESTIONS = {"boxes": "rec", "points": "pointing", "text": "text"}
-"""What a source is measured as where `eval.benchmarks` does not say: by what it asks for. Several gold boxes are `objects`."""
+"""Every benchmark. Metrics carry the name of a benchmark of fixed size only if all its questions
+were answered."""
 
 
-def benchmark_of(name: str, where: str) -> Benchmark:
-    """Returns a benchmark by its name, or by that of a part of it (`refcoco_val@512`).
+def find_benchmark(name: str, setting: str) -> Benchmark:
+    """Returns a benchmark by its name. `refcoco_val@512` names a part of `refcoco_val`.
+
+    Args:
+      setting: where the name comes from, for the error message.
 
     Raises:
-      UserError: there is none; `where` says who asked.
+      UserError: there is no such benchmark.
     """
-    whole = name.partition("@")[0]
-    if whole not in BENCHMARKS:
-        raise UserError(f"{where} {name!r} does not exist: {nearest(whole, BENCHMARKS)}")
-    return BENCHMARKS[whole]
+    base = name.partition("@")[0]
+    if base not in BENCHMARKS:
+        raise UserError(f"{setting} {name!r} does not exist: {nearest(base, BENCHMARKS)}")
+    return BENCHMARKS[base]
 
 
-def check_count(rows: Sequence[Row], name: str) -> None:
-    """Raises UserError unless rows (of one mode) are all questions of the benchmark of that name."""
-    benchmark = benchmark_of(name, "benchmark")
-    number = len({str(row["id"]) for row in rows})
+def check_question_count(rows: Sequence[Row], name: str) -> None:
+    """Raises UserError unless rows of one mode are all the questions of the benchmark `name`."""
+    benchmark = find_benchmark(name, "benchmark")
+    count = len({str(row["id"]) for row in rows})
     part = name.partition("@")[2]
-    if part and part != str(number):
-        raise UserError(f"{name} has {part} questions, but there are {number}")
-    if part or benchmark.count is None:
+    if part and part != str(count):
+        raise UserError(f"{name} has {part} questions, but there are {count}")
+    if part or benchmark.question_count is None:
         return
-    if number != benchmark.count:
-        free = next(
-            free
-            for free, other in BENCHMARKS.items()
-            if other.kind == benchmark.kind and other.count is None
+    if count != benchmark.question_count:
+        alternative = next(
+            other_name
+            for other_name, other in BENCHMARKS.items()
+            if other.kind == benchmark.kind and other.question_count is None
         )
         raise UserError(
-            f"{name} has {benchmark.count} questions, but there are {number}: --benchmark={free} takes any number, under its "
-            f"own name"
+            f"{name} has {benchmark.question_count} questions, but there are {count}: "
+            f"--benchmark={alternative} takes any number and reports under its own name"
         )
     if benchmark.tasks:
-        cv_bench.check_counts(rows, benchmark.tasks)
+        cv_bench.check_task_counts(rows, benchmark.tasks)
 
 
-def scored(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Returns rows with what their benchmarks find of each, and nothing that was found before."""
-    return [
-        bare(row) | KINDS[benchmark_of(row["benchmark"], "benchmark").kind].score(row)
-        for row in rows
-    ]
+def score_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Returns rows with the scores of their benchmarks. Earlier scores are dropped."""
+    return [without_scores(row) | _kind(row).score(row) for row in rows]
 
 
-class Measured(NamedTuple):
-    """Measures of rows of one source and mode."""
+def _kind(row: Row) -> Kind:
+    return KINDS[find_benchmark(row["benchmark"], "benchmark").kind]
+
+
+class MetricValues(NamedTuple):
+    """The metrics of the rows of one source and mode."""
 
     values: dict[str, float]
-    columns: dict[str, Float[np.ndarray, " N"]]
-    """Those that are means, row by row."""
+    columns: Columns
+    """The number of each row, for the metrics that are means."""
 
 
-def measure(rows: Sequence[Row]) -> Measured:
-    """Returns the measures of scored rows of one source and mode; those that no row has a number for are left out."""
-    kind = KINDS[benchmark_of(rows[0]["benchmark"], "benchmark").kind]
-    columns = kind.columns(rows)
-    columns |= {
-        f"{name}_fraction": column(rows, name)
-        for name in ("malformed", "unfinished")
-        if name in rows[0]
-    }
-    columns = {name: values for name, values in columns.items() if not np.isnan(values).all()}
-    values = {name: float(np.nanmean(of)) for name, of in columns.items()} | kind.others(rows)
+def compute_metrics(rows: Sequence[Row]) -> MetricValues:
+    """Returns the metrics of scored rows of one source and mode.
+
+    A metric is left out if no row has a number for it.
+    """
+    kind = _kind(rows[0])
+    columns = kind.means(rows)
+    for name in ("malformed", "unfinished"):
+        if name in rows[0]:
+            columns[f"{name}_fraction"] = column(rows, name)
+    columns = {name: numbers for name, numbers in columns.items() if not np.isnan(numbers).all()}
+    values = {name: float(np.nanmean(numbers)) for name, numbers in columns.items()}
+    values |= kind.aggregates(rows)
     if "invalid_fraction" in columns:
         values["invalid"] = float(columns["invalid_fraction"].sum())
     if "suffix_nll" in rows[0]:
-        nll = float(column(rows, "suffix_nll").sum() / column(rows, "suffix_tokens").sum())
-        values |= {"suffix_nll": nll, "suffix_perplexity": math.exp(nll)}
-    return Measured(values, columns)
+        token_count = column(rows, "suffix_tokens").sum()
+        nll_per_token = float(column(rows, "suffix_nll").sum() / token_count)
+        values |= {"suffix_nll": nll_per_token, "suffix_perplexity": math.exp(nll_per_token)}
+    return MetricValues(values, columns)
 
 
-def grouped(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
-    """Returns rows by source and mode, in the order they come in."""
-    found: dict[tuple[str, str], list[Row]] = {}
+def group_by_source(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Returns rows by (source, mode), in their order."""
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        found.setdefault((row["source"], row["mode"]), []).append(row)
-    return found
+        groups.setdefault((row["source"], row["mode"]), []).append(row)
+    return groups
 
 
-def metrics(rows: Sequence[Row]) -> dict[str, float]:
-    """Returns `eval/<source>/<measure>` of scored rows, `sampled_` before those at temperature, and the number of questions."""
-    found: dict[str, float] = {}
-    for (source, mode), some in grouped(rows).items():
-        prefix = f"eval/{source}/" + ("sampled_" if mode == SAMPLED else "")
-        found |= {prefix + name: value for name, value in measure(some).values.items()}
-        found[f"eval/{source}/questions"] = float(len({str(row["id"]) for row in some}))
-    return found
+def named_metrics(rows: Sequence[Row]) -> dict[str, float]:
+    """Returns the metrics of scored rows as `eval/<source>/<metric>`, and the number of questions.
+
+    Metrics of sampled answers have the prefix `sampled_`: `eval/<source>/sampled_<metric>`.
+    """
+    metrics: dict[str, float] = {}
+    for (source, mode), group in group_by_source(rows).items():
+        prefix = f"eval/{source}/{_mode_prefix(mode)}"
+        values = compute_metrics(group).values
+        metrics |= {prefix + name: value for name, value in values.items()}
+        metrics[f"eval/{source}/questions"] = float(_question_count(group))
+    return metrics
 
 
-def report(rows: Sequence[Row]) -> dict[str, Any]:
-    """Returns what `eval.json` says of scored rows: all `metrics`; for each source its benchmark, protocol, counts and intervals.
+def _mode_prefix(mode: str) -> str:
+    return "sampled_" if mode == SAMPLED else ""
 
-    Where there is one source, its measures stand at the top by their bare names; those of somebody's file do so alone.
+
+def _question_count(rows: Sequence[Row]) -> int:
+    return len({str(row["id"]) for row in rows})
+
+
+def make_report(rows: Sequence[Row]) -> dict[str, Any]:
+    """Returns the content of `eval.json` for scored rows.
+
+    It has all `named_metrics` and, for each source, the benchmark, the protocol, counts and
+    intervals. If there is one source, its metrics also stand at the top under their short names. A
+    file of another program has only these, because its source has no name.
     """
     sources: dict[str, dict[str, Any]] = {}
-    flat: dict[str, Any] = {}
-    for (source, mode), some in grouped(rows).items():
-        found, prefix = measure(some), "sampled_" if mode == SAMPLED else ""
-        about = sources.setdefault(
-            source,
-            {
-                "benchmark": some[0]["benchmark"],
-                "protocol": benchmark_of(some[0]["benchmark"], "benchmark").protocol,
-                "n": len({str(row["id"]) for row in some}),
-                "images": len({str(row["image"]) for row in some if row["image"] is not None}),
-                "intervals": {},
-            },
-        )
-        ends = intervals(found.columns, [row["image"] for row in some])
-        about["intervals"] |= {prefix + name: value for name, value in ends.items()}
-        flat |= {prefix + name: value for name, value in found.values.items()}
-    of_runs = {} if "" in sources else {**metrics(rows), "sources": sources}
+    short_metrics: dict[str, float] = {}
+    for (source, mode), group in group_by_source(rows).items():
+        values, columns = compute_metrics(group)
+        prefix = _mode_prefix(mode)
+        summary = sources.setdefault(source, _source_summary(group))
+        ranges = intervals(columns, [row["image"] for row in group])
+        summary["intervals"] |= {prefix + name: ends for name, ends in ranges.items()}
+        short_metrics |= {prefix + name: value for name, value in values.items()}
+    named = {} if "" in sources else {**named_metrics(rows), "sources": sources}
     if len(sources) != 1:
-        return of_runs
-    about = next(iter(sources.values()))
-    bounds = about.pop("intervals") if not of_runs else about["intervals"]
-    head = {name: value for name, value in about.items() if name != "intervals"}
-    return head | flat | {"intervals": bounds} | of_runs
+        return named
+    summary = dict(next(iter(sources.values())))
+    ranges = summary.pop("intervals")
+    return summary | short_metrics | {"intervals": ranges} | named
 
 
-def shown(of: Mapping[str, Any]) -> list[list[str]]:
-    """Returns measures as rows of a table: shares in percent, with their 95 % intervals."""
-    found = []
-    for name, value in of.items():
-        if isinstance(value, float):
-            low_high = of["intervals"].get(name)
-            share = (
-                name in of["intervals"]
-                and "distance" not in name
-                and name not in ("mae", "mean_reward")
-            )
-            scale, form = (100, ".2f") if share else (1, ".4g")
-            between = (
-                f"{low_high[0] * scale:{form}} to {low_high[1] * scale:{form}}" if low_high else ""
-            )
-            found.append([name, f"{value * scale:{form}}{' %' if share else ''}", between])
-    return found
+def _source_summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """Returns the benchmark, protocol and counts of the rows of one source, without intervals."""
+    benchmark = rows[0]["benchmark"]
+    return {
+        "benchmark": benchmark,
+        "protocol": find_benchmark(benchmark, "benchmark").protocol,
+        "n": _question_count(rows),
+        "images": len({str(row["image"]) for row in rows if row["image"] is not None}),
+        "intervals": {},
+    }
+
+
+def table_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    """Returns the metrics of a report as table rows: name, value and 95 % interval.
+
+    Shares are shown in percent.
+    """
+    ranges = report["intervals"]
+    rows = []
+    for name, value in report.items():
+        if not isinstance(value, float):
+            continue
+        is_share = name in ranges and "distance" not in name and name not in ("mae", "mean_reward")
+        scale, form = (100, ".2f") if is_share else (1, ".4g")
+        interval = ""
+        if name in ranges:
+            low, high = ranges[name]
+            interval = f"{low * scale:{form}} to {high * scale:{form}}"
+        unit = " %" if is_share else ""
+        rows.append([name, f"{value * scale:{form}}{unit}", interval])
+    return rows

@@ -1,22 +1,28 @@
-"""Numbers and words: how many there are, and what is said."""
+"""Scores of answers that are one number, and of answers that are text."""
 
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from pg_ground.evals.rows import Row, column
+from pg_ground.evals.rows import Columns, Row, column
 
 
 def score_count(row: Row) -> dict[str, Any]:
-    """Returns whether the one number of an answer is the gold one, and by how much it is off."""
-    said, gold = row["prediction"]["number"], row["gold"]["number"]
-    found: dict[str, Any] = {"correct": int(said == gold), "valid": int(said is not None)}
-    return found | ({} if said is None else {"error": abs(said - gold)})
+    """Returns whether the number of an answer equals the ground truth, and its absolute error."""
+    predicted, gold = row["prediction"]["number"], row["gold"]["number"]
+    scores: dict[str, Any] = {
+        "correct": int(predicted == gold),
+        "valid": int(predicted is not None),
+    }
+    if predicted is not None:
+        scores["error"] = abs(predicted - gold)
+    return scores
 
 
-def columns_count(rows: Sequence[Row]) -> dict[str, np.ndarray]:
-    """Returns exact accuracy (what cannot be read is wrong), the mean absolute error of what can, and the share that cannot."""
+def means_count(rows: Sequence[Row]) -> Columns:
+    """Returns exact accuracy, mean absolute error, and the share of answers that cannot be read.
+
+    An answer that cannot be read is wrong. It has no absolute error.
+    """
     return {
         "accuracy": column(rows, "correct"),
         "mae": column(rows, "error"),
@@ -25,13 +31,13 @@ def columns_count(rows: Sequence[Row]) -> dict[str, np.ndarray]:
 
 
 def score_text(row: Row) -> dict[str, Any]:
-    """Returns whether an answer is the gold text, but for case, blanks and a last full stop."""
+    """Returns whether an answer equals the ground-truth text.
+
+    `parsers.words` has removed differences of case, blanks and a final full stop.
+    """
     return {"correct": int(row["prediction"]["text"] == row["gold"]["text"])}
 
 
-def columns_text(rows: Sequence[Row]) -> dict[str, np.ndarray]:
+def means_text(rows: Sequence[Row]) -> Columns:
+    """Returns accuracy."""
     return {"accuracy": column(rows, "correct")}
-
-
-def nothing(_: Sequence[Row]) -> dict[str, float]:
-    return {}

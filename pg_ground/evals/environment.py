@@ -1,4 +1,4 @@
-"""Rewards of several rollouts an example, as an environment's evaluation reports them."""
+"""Rewards of several rollouts for each question, as evaluations of environments report them."""
 
 import math
 from collections.abc import Sequence
@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from pg_ground.evals.rows import Row, column
+from pg_ground.evals.rows import Columns, Row, column
 from pg_ground.types import UserError
 
-PASSES = 0.5
-"""The reward from which a rollout passes."""
+PASS_REWARD = 0.5
+"""A rollout passes if its reward is at least this."""
 
 
 def score(row: Row) -> dict[str, Any]:
@@ -22,34 +22,48 @@ def score(row: Row) -> dict[str, Any]:
     if "reward" not in row:
         raise UserError(f"row {row['id']} has no reward")
     reward = row["reward"]
-    return {"correct": int(reward is not None and reward >= PASSES)}
+    return {"correct": int(reward is not None and reward >= PASS_REWARD)}
 
 
-def columns(rows: Sequence[Row]) -> dict[str, np.ndarray]:
+def means(rows: Sequence[Row]) -> Columns:
+    """Returns the rewards and the passes."""
     return {"mean_reward": column(rows, "reward"), "pass_rate": column(rows, "correct")}
 
 
-def others(rows: Sequence[Row]) -> dict[str, float]:
-    """Returns the standard deviation of rewards, over all rollouts and within an example, and pass@1 and pass@r of r rollouts."""
-    rewards, passed = column(rows, "reward"), column(rows, "correct")
+def aggregates(rows: Sequence[Row]) -> dict[str, float]:
+    """Returns standard deviations of rewards, pass@1 and pass@r.
+
+    `std_reward` is over all rollouts. `group_std_reward` is the mean over questions of the standard
+    deviation within a question. r (`rollouts`) is the smallest number of rollouts of a question.
+    """
+    rewards = column(rows, "reward")
+    passed = column(rows, "correct")
     groups: dict[Any, list[int]] = {}
     for index, row in enumerate(rows):
         groups.setdefault((row["source"], str(row["id"])), []).append(index)
-    fewest = min(map(len, groups.values()))
-    judged = [rewards[of][~np.isnan(rewards[of])] for of in groups.values()]
-    within = [float(of.std()) for of in judged if len(of)]
-    found = {
+    smallest = min(map(len, groups.values()))
+    group_rewards = [rewards[rollouts] for rollouts in groups.values()]
+    deviations = [
+        float(values[~np.isnan(values)].std())
+        for values in group_rewards
+        if not np.isnan(values).all()
+    ]
+    metrics = {
         "std_reward": float(np.nanstd(rewards)),
-        "group_std_reward": float(np.mean(within)) if within else 0.0,
-        "rollouts": float(fewest),
+        "group_std_reward": float(np.mean(deviations)) if deviations else 0.0,
+        "rollouts": float(smallest),
     }
-    for k in sorted({1, fewest}):
-        found[f"pass@{k}"] = float(
-            np.mean([pass_at(k, len(of), int(passed[of].sum())) for of in groups.values()])
-        )
-    return found
+    for k in sorted({1, smallest}):
+        estimates = [
+            pass_at(k, len(rollouts), int(passed[rollouts].sum())) for rollouts in groups.values()
+        ]
+        metrics[f"pass@{k}"] = float(np.mean(estimates))
+    return metrics
 
 
 def pass_at(k: int, rollouts: int, passed: int) -> float:
-    """Returns the unbiased estimate of the chance that one of k rollouts passes: 1 - C(n - c, k) / C(n, k) (arXiv 2107.03374)."""
+    """Returns the unbiased estimate of the probability that at least one of k rollouts passes.
+
+    It is 1 - C(n - c, k) / C(n, k) for n rollouts of which c pass (arXiv 2107.03374).
+    """
     return 1.0 - math.comb(rollouts - passed, k) / math.comb(rollouts, k)

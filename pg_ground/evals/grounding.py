@@ -1,4 +1,4 @@
-"""Boxes: of one object (referring expressions), and of several."""
+"""Scores of boxes: of one object (referring expressions), and of several objects."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,52 +17,55 @@ from pg_ground.boxes import (
     match,
     pairwise_iou,
 )
-from pg_ground.evals.rows import Row, column
+from pg_ground.evals.rows import Columns, Row, column
 from pg_ground.types import UserError
 
-PERCENT = (30, 50, 75, 95)
-SAME = 0.5
-"""Two boxes of one name in one answer with so much IoU are one box twice."""
+IOU_PERCENT = (30, 50, 75, 95)
+"""Thresholds of IoU for accuracy, in percent."""
 
-Columns = dict[str, np.ndarray]
+DUPLICATE_IOU = 0.5
+"""A box duplicates an earlier box of the same label in the same answer from this IoU."""
 
 
 def score_one(row: Row) -> dict[str, Any]:
-    """Returns how the first box of an answer fits the one gold box: `iou`, `correct` (IoU >= 0.5), `valid` and the like.
+    """Returns the scores of the first box of an answer against the one ground-truth box.
 
-    RefCOCO's protocol: plain IoU. A box without area, or none, is invalid, with IoU 0. `center` (whether its centre lies in
-    the gold box) and `size_ratio` (its area over the gold box's) are those of a valid box.
+    This is RefCOCO's protocol with plain IoU. A missing box, or a box without area, is not `valid`
+    and has IoU 0. `correct` means IoU >= 0.5. A valid box also has `center` (its centre lies in the
+    ground-truth box) and `size_ratio` (its area over the area of the ground-truth box).
 
     Raises:
-      UserError: the gold is not one box.
+      UserError: the ground truth is not one box.
     """
     gold = row["gold"]["boxes"]
     if len(gold) != 1:
         raise UserError(
-            f"row {row['id']} has {len(gold)} gold boxes, but {row['benchmark']} takes one: --benchmark=objects takes any number"
+            f"row {row['id']} has {len(gold)} gold boxes, but {row['benchmark']} takes one: "
+            f"--benchmark=objects takes any number"
         )
-    predicted = [one["xyxy_px"] for one in row["prediction"]["boxes"]]
-    first, target = host_boxes([(predicted or [None])[0], gold[0]["xyxy_px"]])
-    overlap, valid = float(iou(first, target)), bool(is_proper(first))
-    found: dict[str, Any] = {
+    predicted = [box["xyxy_px"] for box in row["prediction"]["boxes"]]
+    first, target = host_boxes([predicted[0] if predicted else None, gold[0]["xyxy_px"]])
+    overlap = float(iou(first, target))
+    scores: dict[str, Any] = {
         "iou": overlap,
         "correct": int(overlap >= 0.5),
-        "valid": int(valid),
-        "duplicates": duplicates(row),
+        "valid": int(is_proper(first)),
+        "duplicates": count_duplicates(row),
     }
-    if valid:
+    if scores["valid"]:
         slack = 1e-6 * float(np.abs(target).max())
-        found |= {
-            "center": int(contains(target, centre(first), slack)),
-            "size_ratio": float(area(first) / area(target)),
-        }
-    return found
+        scores["center"] = int(contains(target, centre(first), slack))
+        scores["size_ratio"] = float(area(first) / area(target))
+    return scores
 
 
-def columns_one(rows: Sequence[Row]) -> Columns:
+def means_one(rows: Sequence[Row]) -> Columns:
+    """Returns accuracy at each threshold of IoU, mean IoU, and the validity of the first boxes."""
     overlap = column(rows, "iou")
-    found = {f"acc{percent}": (overlap >= percent / 100).astype(np.float64) for percent in PERCENT}
-    return found | {
+    columns = {
+        f"acc{percent}": (overlap >= percent / 100).astype(np.float64) for percent in IOU_PERCENT
+    }
+    return columns | {
         "mean_iou": overlap,
         "center_acc": column(rows, "center"),
         "invalid_fraction": 1 - column(rows, "valid"),
@@ -70,48 +73,51 @@ def columns_one(rows: Sequence[Row]) -> Columns:
 
 
 def score_set(row: Row) -> dict[str, Any]:
-    """Returns how the boxes of an answer fit all gold boxes, matched one to one within names for the largest total IoU.
+    """Returns the scores of all boxes of an answer against all ground-truth boxes.
 
-    `iou` is 2·Σ / (predicted + gold), `f50` and the like 2·hits / (predicted + gold) at that IoU, 1 where nothing is answered to
-    nothing; `correct` where all is found and nothing else. Names do not count where the question has at most one.
+    Boxes are matched one to one for the largest total IoU. Only boxes of the same label match, but
+    labels do not count if the ground truth has at most one label. `iou` is
+    2 · total IoU / (predicted + gold). `f50` is 2 · hits / (predicted + gold) for hits at IoU 0.5.
+    Both are 1 if there are no boxes on either side. `correct` means that `f50` is 1.
     """
     predicted, gold = row["prediction"]["boxes"], row["gold"]["boxes"]
-    named = len({one["label"] for one in gold}) > 1
-    predicted_boxes = host_boxes(one["xyxy_px"] for one in predicted)
-    overlap = pairwise_iou(predicted_boxes, host_boxes(one["xyxy_px"] for one in gold))
-    if named:
+    predicted_boxes = host_boxes(box["xyxy_px"] for box in predicted)
+    overlap = pairwise_iou(predicted_boxes, host_boxes(box["xyxy_px"] for box in gold))
+    if len({box["label"] for box in gold}) > 1:
         overlap = np.where(_same_label(predicted, gold), overlap, 0)
-    hits, sizes = overlap[match(overlap)], (len(predicted), len(gold))
-    proper = is_proper(predicted_boxes)
-    shares = {
-        f"f{percent}": float(f_measure((hits >= percent / 100).sum(), *sizes))
-        for percent in PERCENT
+    matched_iou = overlap[match(overlap)]
+    sizes = (len(predicted), len(gold))
+    f_scores = {
+        f"f{percent}": float(f_measure((matched_iou >= percent / 100).sum(), *sizes))
+        for percent in IOU_PERCENT
     }
+    proper = is_proper(predicted_boxes)
     return {
-        "iou": float(f_measure(hits.sum(), *sizes)),
-        "correct": int(shares["f50"] == 1),
+        "iou": float(f_measure(matched_iou.sum(), *sizes)),
+        "correct": int(f_scores["f50"] == 1),
         "valid": int(proper.all() and (len(proper) > 0 or not gold)),
-        **shares,
+        **f_scores,
         "predicted": len(predicted),
         "annotated": len(gold),
-        "duplicates": duplicates(row),
+        "duplicates": count_duplicates(row),
     }
 
 
-def columns_set(rows: Sequence[Row]) -> Columns:
-    found = {f"acc{percent}": column(rows, f"f{percent}") for percent in PERCENT}
-    return found | {
+def means_set(rows: Sequence[Row]) -> Columns:
+    """Returns the F-measure at each threshold of IoU, mean IoU, and the share of exact answers."""
+    columns = {f"acc{percent}": column(rows, f"f{percent}") for percent in IOU_PERCENT}
+    return columns | {
         "mean_iou": column(rows, "iou"),
         "all_found": column(rows, "correct"),
         "invalid_fraction": 1 - column(rows, "valid"),
     }
 
 
-def duplicates(row: Row) -> int:
-    """Returns how many boxes of an answer repeat an earlier one of the same name."""
+def count_duplicates(row: Row) -> int:
+    """Returns how many boxes of an answer repeat an earlier box of the same label."""
     predicted = row["prediction"]["boxes"]
-    edges = host_boxes(one["xyxy_px"] for one in predicted)
-    same = (pairwise_iou(edges, edges) >= SAME) & _same_label(predicted, predicted)
+    boxes = host_boxes(box["xyxy_px"] for box in predicted)
+    same = (pairwise_iou(boxes, boxes) >= DUPLICATE_IOU) & _same_label(predicted, predicted)
     return int(np.tril(same, -1).any(axis=-1).sum())
 
 
@@ -123,43 +129,48 @@ def _same_label(
     return np.array(same, bool).reshape(len(a), len(b))
 
 
-def others(rows: Sequence[Row]) -> dict[str, float]:
-    """Returns duplicates an image (a row of an unknown one is one), and the median of valid boxes' area over the gold one's."""
-    images = {
-        str(row["image"]) if row["image"] is not None else index for index, row in enumerate(rows)
-    }
-    ratios = column(rows, "size_ratio")
-    known = ratios[~np.isnan(ratios)]
-    found = {"duplicates_per_image": float(column(rows, "duplicates").sum() / len(images))}
-    return found | ({"box_size_ratio": float(np.median(known))} if len(known) else {})
+def aggregates(rows: Sequence[Row]) -> dict[str, float]:
+    """Returns the number of duplicate boxes for each image, and the median of `size_ratio`.
 
-
-def detected(rows: Sequence[Row]) -> dict[str, float]:
-    """Returns COCO's average precision over answers (shares of 1), beside `others`.
-
-    Boxes are ranked by their scores where all have one, else by the order in which they are written.
+    A row whose image is not known counts as one image.
     """
-    from pg_ground.evals import (
-        detection,  # pycocotools brings matplotlib: a second, which other benchmarks do not wait for
-    )
+    images = {
+        index if row["image"] is None else str(row["image"]) for index, row in enumerate(rows)
+    }
+    metrics = {"duplicates_per_image": float(column(rows, "duplicates").sum() / len(images))}
+    ratios = column(rows, "size_ratio")
+    ratios = ratios[~np.isnan(ratios)]
+    if len(ratios):
+        metrics["box_size_ratio"] = float(np.median(ratios))
+    return metrics
 
-    def of(row: Row, what: str) -> tuple[np.ndarray, list[str]]:
-        boxes = row[what]["boxes"]
-        return np.array([one["xyxy_px"] or [np.nan] * 4 for one in boxes], np.float64).reshape(
-            -1, 4
-        ), [b["label"] for b in boxes]
 
-    surely = all("score" in one for row in rows for one in row["prediction"]["boxes"])
-    scores = [
-        [one["score"] for one in row["prediction"]["boxes"]] if surely else None for row in rows
-    ]
-    said = [
-        detection.Predicted(*of(row, "prediction"), score)
-        for row, score in zip(rows, scores, strict=True)
-    ]
-    found = detection.average_precision(
-        said, [detection.Annotated(*of(row, "gold")) for row in rows]
-    )
-    measures = {"ap": found.ap, "ap50": found.ap50, "ap75": found.ap75, "ar100": found.ar100}
-    known = {name: value for name, value in measures.items() if not np.isnan(value)}
-    return others(rows) | known
+def detection_aggregates(rows: Sequence[Row]) -> dict[str, float]:
+    """Returns COCO's average precision over answers (fractions of 1), and `aggregates`.
+
+    Boxes are ranked by their scores if all boxes have a score. Otherwise they are ranked by the
+    order in which an answer writes them.
+    """
+    # pycocotools imports matplotlib, which takes a second. Other benchmarks do not wait for it.
+    from pg_ground.evals import detection
+
+    has_scores = all("score" in box for row in rows for box in row["prediction"]["boxes"])
+    predicted, gold = [], []
+    for row in rows:
+        boxes = row["prediction"]["boxes"]
+        scores = [box["score"] for box in boxes] if has_scores else None
+        predicted.append(detection.Predicted(*_boxes_and_labels(boxes), scores))
+        gold.append(detection.Annotated(*_boxes_and_labels(row["gold"]["boxes"])))
+    precision = detection.average_precision(predicted, gold)
+    metrics = {
+        "ap": precision.ap,
+        "ap50": precision.ap50,
+        "ap75": precision.ap75,
+        "ar100": precision.ar100,
+    }
+    defined = {name: value for name, value in metrics.items() if not np.isnan(value)}
+    return aggregates(rows) | defined
+
+
+def _boxes_and_labels(boxes: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, list[str]]:
+    return host_boxes(box["xyxy_px"] for box in boxes), [box["label"] for box in boxes]

@@ -1,4 +1,4 @@
-"""Bootstrap intervals of means, by image: expressions of one image are not independent."""
+"""Bootstrap confidence intervals of means. They resample images, as rows of an image depend."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,44 +8,64 @@ from jaxtyping import Float
 
 REPLICATES = 1000
 SEED = 0
-AT_ONCE = 4_000_000
-"""Drawn images held in memory."""
+
+MAX_DRAWS = 4_000_000
+"""Largest number of drawn images in memory at once."""
 
 
 def intervals(
     columns: Mapping[str, Float[np.ndarray, " N"]], images: Sequence[Any]
 ) -> dict[str, list[float]]:
-    """Returns the 95 % percentile interval of each column's mean over its numbers that are not NaN, to six decimals.
+    """Returns the 95 % percentile interval of the mean of each column, rounded to six decimals.
 
-    Images are drawn with replacement, all rows of one together (the cluster bootstrap: Cameron, Gelbach & Miller 2008); a row
-    whose image is not known (None) is one of its own. Always the same draws.
+    Images are drawn with replacement, and each image brings all its rows (the cluster bootstrap:
+    Cameron, Gelbach & Miller 2008). The draws are the same in every call.
+
+    Args:
+      columns: a number of each row, by name. NaN means that a row does not count.
+      images: the image of each row. A row whose image is None counts as its own image.
     """
     if not columns:
         return {}
-    names = [("row", i) if image is None else ("image", image) for i, image in enumerate(images)]
-    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    group, count = np.array([number[name] for name in names]), len(number)
+    clusters = [
+        ("row", row) if image is None else ("image", image) for row, image in enumerate(images)
+    ]
+    numbers = {cluster: number for number, cluster in enumerate(dict.fromkeys(clusters))}
+    cluster_of_row = np.array([numbers[cluster] for cluster in clusters])
     values = np.stack(list(columns.values()), axis=1)
-    known = ~np.isnan(values)
-    sums, counts = (np.zeros((count, values.shape[1])) for _ in range(2))
-    np.add.at(sums, group, np.where(known, values, 0.0))
-    np.add.at(counts, group, known)
+    counts = ~np.isnan(values)
+    cluster_sums = np.zeros((len(numbers), values.shape[1]))
+    cluster_counts = np.zeros((len(numbers), values.shape[1]))
+    np.add.at(cluster_sums, cluster_of_row, np.where(counts, values, 0.0))
+    np.add.at(cluster_counts, cluster_of_row, counts)
+    means = _replicate_means(cluster_sums, cluster_counts)
+    result = {}
+    for index, name in enumerate(columns):
+        defined = means[~np.isnan(means[:, index]), index]
+        if len(defined):
+            result[name] = np.percentile(defined, (2.5, 97.5)).round(6).tolist()
+    return result
+
+
+def _replicate_means(
+    sums: Float[np.ndarray, "I C"], counts: Float[np.ndarray, "I C"]
+) -> Float[np.ndarray, "R C"]:
+    """Returns the mean of each of C columns in each of R replicates. NaN if no drawn row counts.
+
+    Args:
+      sums: sum of each column over the rows of each of I images.
+      counts: number of the rows that count.
+    """
+    images = len(sums)
     rng = np.random.default_rng(SEED)
     means = []
-    for start in range(0, REPLICATES, step := max(1, AT_ONCE // count)):
-        number_here = min(step, REPLICATES - start)
-        drawn = (
-            rng.integers(0, count, (number_here, count)) + count * np.arange(number_here)[:, None]
-        )
-        times = (
-            np.bincount(drawn.ravel(), minlength=number_here * count)
-            .reshape(number_here, count)
-            .astype(np.float64)
-        )
-        total, n = times @ sums, times @ counts
+    for start in range(0, REPLICATES, step := max(1, MAX_DRAWS // images)):
+        replicates = min(step, REPLICATES - start)
+        draws = rng.integers(0, images, (replicates, images))
+        # Adding `images` for each replicate lets one bincount count the draws of all replicates.
+        offset_draws = draws + images * np.arange(replicates)[:, None]
+        draw_counts = np.bincount(offset_draws.ravel(), minlength=replicates * images)
+        draw_counts = draw_counts.reshape(replicates, images).astype(np.float64)
+        total, n = draw_counts @ sums, draw_counts @ counts
         means.append(np.divide(total, n, out=np.full_like(total, np.nan), where=n > 0))
-    found = np.concatenate(means)
-    ends = {name: found[:, i][~np.isnan(found[:, i])] for i, name in enumerate(columns)}
-    return {
-        name: np.percentile(m, (2.5, 97.5)).round(6).tolist() for name, m in ends.items() if len(m)
-    }
+    return np.concatenate(means)

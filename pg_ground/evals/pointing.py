@@ -1,4 +1,4 @@
-"""Points: all of them against all gold objects, and one click against one element."""
+"""Scores of points: all points against all objects, and one click against one element."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,138 +7,175 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
-from pg_ground.boxes import contains, host_boxes, match
-from pg_ground.evals.rows import Row, column
+from pg_ground.boxes import contains, f_measure, host_boxes, match
+from pg_ground.evals.rows import Columns, Row, column
 from pg_ground.types import UserError
 
-WITHIN = 0.05
-"""Share of the image's diagonal within which a point hits a gold point that has neither mask nor box."""
+Point = Sequence[float | int]
+"""x and y in pixels."""
 
-Columns = dict[str, np.ndarray]
+HIT_DISTANCE = 0.05
+"""A point hits an object without mask and box within this share of the image's diagonal."""
 
 
 def score_set(row: Row) -> dict[str, Any]:
-    """Returns `precision`, `recall` and `f1` of an answer's points, and their distance from the gold points.
+    """Returns precision, recall, F1 and distances of the points of an answer.
 
-    Points and objects are matched one to one, for as many hits as can be (Molmo's protocol, arXiv 2409.17146: a hit lies in the
-    object's mask). Without masks a hit lies in the object's box, edges included; without boxes within `WITHIN` of its point.
-    `point_in_box` is of the first point and the first box. `distance_px` is the mean over the pairs of points whose sum is least.
+    Points and objects are matched one to one for the largest number of hits (Molmo's protocol,
+    arXiv 2409.17146). A hit lies in the mask of the object. Without masks, a hit lies in the box of
+    the object or on its edge. Without boxes, a hit lies within `HIT_DISTANCE` of its point.
+    `point_in_box` compares the first point with the first box. `distance_px` is the mean distance
+    of the point pairs whose total distance is smallest.
 
     Raises:
-      UserError: there are only gold points, and the image's size is not known.
+      UserError: the ground truth has only points, and the size of the image is not known.
     """
-    points, gold = [one["xy_px"] for one in row["prediction"]["points"]], row["gold"]
-    targets = [one["xy_px"] for one in gold.get("points", [])]
+    points = [point["xy_px"] for point in row["prediction"]["points"]]
     readable = [point for point in points if point is not None]
-    regions, masks = [one["xyxy_px"] for one in gold.get("boxes", [])], gold.get("masks", [])
-    distance = np.array(
-        [[np.hypot(p[0] - g[0], p[1] - g[1]) for g in targets] for p in readable], np.float64
-    )
-    distance = distance.reshape(len(readable), len(targets))
-    if masks:
-        inside = np.array(
-            [[covers(mask, p, row["size_px"]) for mask in masks] for p in readable], bool
-        )
-    elif regions:
-        inside = np.array([in_boxes(regions, p) for p in readable], bool)
-    elif row["size_px"] is None and targets:
-        raise UserError(
-            f"row {row['id']} has only gold points: give boxes, masks, or the image's size (--fields=…,width=W,height=H)"
-        )
-    else:
-        inside = distance <= WITHIN * math.hypot(*(row["size_px"] or (1, 1)))
-    number = len(masks or regions or targets)
-    inside = inside.reshape(len(readable), number)
-    hits, said = float(inside[match(inside.astype(np.float64))].sum()), len(points)
-    found: dict[str, Any] = {
+    distance = _distances(readable, [point["xy_px"] for point in row["gold"].get("points", [])])
+    inside = _hits(row, readable, distance)
+    objects = inside.shape[1]
+    hits = float(inside[match(inside.astype(np.float64))].sum())
+    scores: dict[str, Any] = {
         "hits": hits,
-        "predicted": said,
-        "annotated": number,
-        "precision": hits / said if said else float(not number),
-        "recall": hits / number if number else float(not said),
-        "f1": 2 * hits / (said + number) if said + number else 1.0,
-        "valid": int(len(readable) == said and (said > 0 or not number)),
+        "predicted": len(points),
+        "annotated": objects,
+        "precision": hits / len(points) if points else float(not objects),
+        "recall": hits / objects if objects else float(not points),
+        "f1": float(f_measure(hits, len(points), objects)),
+        "valid": int(len(readable) == len(points) and (len(points) > 0 or not objects)),
     }
-    found["correct"] = int(found["f1"] == 1)
-    if regions:
-        found["point_in_box"] = int(
-            bool(points) and points[0] is not None and in_boxes(regions[:1], points[0])[0]
-        )
+    scores["correct"] = int(scores["f1"] == 1)
+    boxes = [box["xyxy_px"] for box in row["gold"].get("boxes", [])]
+    if boxes:
+        first = points[0] if points else None
+        scores["point_in_box"] = int(first is not None and in_boxes(boxes[:1], first)[0])
     pairs = distance[match(-distance)]
     if len(pairs):
-        found["distance_px"] = float(pairs.mean())
-        if row["size_px"]:
-            found["distance"] = float(pairs.mean()) / math.hypot(*row["size_px"])
-    return found
+        scores |= _distance_scores(row, float(pairs.mean()))
+    return scores
 
 
-def columns_set(rows: Sequence[Row]) -> Columns:
+def _distances(points: Sequence[Point], targets: Sequence[Point]) -> Float[np.ndarray, "P K"]:
+    """Returns the distance of each point from each target, in pixels."""
+    distance = [[np.hypot(p[0] - t[0], p[1] - t[1]) for t in targets] for p in points]
+    return np.array(distance, np.float64).reshape(len(points), len(targets))
+
+
+def _hits(
+    row: Row, points: Sequence[Point], distance: Float[np.ndarray, "P T"]
+) -> Bool[np.ndarray, "P K"]:
+    """Returns whether each of P points hits each of K objects.
+
+    Args:
+      distance: distance of the points from the T ground-truth points.
+    """
+    gold, size = row["gold"], row["size_px"]
+    boxes, masks = [box["xyxy_px"] for box in gold.get("boxes", [])], gold.get("masks", [])
+    if masks:
+        inside = [[covers(mask, point, size) for mask in masks] for point in points]
+        return np.array(inside, bool).reshape(len(points), len(masks))
+    if boxes:
+        inside = [in_boxes(boxes, point) for point in points]
+        return np.array(inside, bool).reshape(len(points), len(boxes))
+    if size is None and distance.shape[1]:
+        raise UserError(
+            f"row {row['id']} has only gold points: give boxes, masks, or the size of the image "
+            f"(--fields=…,width=W,height=H)"
+        )
+    return distance <= HIT_DISTANCE * math.hypot(*(size or (1, 1)))
+
+
+def _distance_scores(row: Row, distance_px: float) -> dict[str, float]:
+    """Returns a distance in pixels, and as a share of the image's diagonal if the size is known."""
+    scores = {"distance_px": distance_px}
+    if row["size_px"]:
+        scores["distance"] = distance_px / math.hypot(*row["size_px"])
+    return scores
+
+
+def means_set(rows: Sequence[Row]) -> Columns:
+    """Returns precision, recall, F1, distances, and the share of answers with unreadable points."""
     names = ("precision", "recall", "f1", "point_in_box", "distance_px", "distance")
-    return {name: column(rows, name) for name in names} | {
-        "invalid_fraction": 1 - column(rows, "valid")
-    }
+    columns = {name: column(rows, name) for name in names}
+    return columns | {"invalid_fraction": 1 - column(rows, "valid")}
 
 
 def score_click(row: Row) -> dict[str, Any]:
-    """Returns whether the first point lies in the gold box or on its edge (ScreenSpot, arXiv 2401.10935), and its distance.
+    """Returns whether the first point lies in the ground-truth box (with edges), and distances.
 
-    A box that is answered counts by its centre, as in ScreenSpot's evaluators. `distance_px` is from the box's centre.
+    This is ScreenSpot's protocol (arXiv 2401.10935). An answer that is a box counts by the centre
+    of the box, as in ScreenSpot's evaluators. Distances are from the centre of the ground-truth
+    box.
     """
-    points, boxes = row["prediction"].get("points", []), row["prediction"].get("boxes", [])
-    first = points[0]["xy_px"] if points else None
-    if not points and boxes and boxes[0]["xyxy_px"] is not None:
-        x1, y1, x2, y2 = boxes[0]["xyxy_px"]
-        first = [(x1 + x2) / 2, (y1 + y2) / 2]
+    click = _click(row["prediction"])
     target = row["gold"]["boxes"][0]["xyxy_px"]
-    found: dict[str, Any] = {
-        "valid": int(first is not None),
-        "correct": int(first is not None and in_boxes([target], first)[0]),
+    scores: dict[str, Any] = {
+        "valid": int(click is not None),
+        "correct": int(click is not None and in_boxes([target], click)[0]),
     }
-    if first is not None:
-        found["distance_px"] = math.hypot(
-            first[0] - (target[0] + target[2]) / 2, first[1] - (target[1] + target[3]) / 2
-        )
-        if row["size_px"]:
-            found["distance"] = found["distance_px"] / math.hypot(*row["size_px"])
-    return found
+    if click is not None:
+        x, y = _centre(target)
+        scores |= _distance_scores(row, math.hypot(click[0] - x, click[1] - y))
+    return scores
 
 
-def columns_click(rows: Sequence[Row]) -> Columns:
-    names = {
-        "accuracy": "correct",
-        "point_in_box": "correct",
-        "distance_px": "distance_px",
-        "distance": "distance",
+def _click(prediction: Mapping[str, Any]) -> Point | None:
+    """Returns the first point of an answer, or the centre of its first box. None if unreadable."""
+    points, boxes = prediction.get("points", []), prediction.get("boxes", [])
+    if points:
+        return points[0]["xy_px"]
+    if boxes and boxes[0]["xyxy_px"] is not None:
+        return _centre(boxes[0]["xyxy_px"])
+    return None
+
+
+def _centre(xyxy: Sequence[float | int]) -> tuple[float, float]:
+    return (xyxy[0] + xyxy[2]) / 2, (xyxy[1] + xyxy[3]) / 2
+
+
+def means_click(rows: Sequence[Row]) -> Columns:
+    """Returns accuracy (also as `point_in_box`), distances, and the share of invalid answers."""
+    correct = column(rows, "correct")
+    return {
+        "accuracy": correct,
+        "point_in_box": correct,
+        "distance_px": column(rows, "distance_px"),
+        "distance": column(rows, "distance"),
+        "invalid_fraction": 1 - column(rows, "valid"),
     }
-    return {name: column(rows, field) for name, field in names.items()} | {
-        "invalid_fraction": 1 - column(rows, "valid")
-    }
 
 
-def others(rows: Sequence[Row]) -> dict[str, float]:
-    """Returns the median of the rows' distances."""
-    known = column(rows, "distance_px")
-    known = known[~np.isnan(known)]
-    return {"median_distance_px": float(np.median(known))} if len(known) else {}
+def aggregates(rows: Sequence[Row]) -> dict[str, float]:
+    """Returns the median of the distances."""
+    distances = column(rows, "distance_px")
+    distances = distances[~np.isnan(distances)]
+    return {"median_distance_px": float(np.median(distances))} if len(distances) else {}
 
 
-def in_boxes(
-    boxes: Sequence[Sequence[float | int]], point: Sequence[float | int]
-) -> Bool[np.ndarray, " K"]:
-    """Returns whether a point lies in each box or on its edge, within a millionth of the largest coordinate."""
+def in_boxes(boxes: Sequence[Sequence[float | int]], point: Point) -> Bool[np.ndarray, " K"]:
+    """Returns whether a point lies in each box or on its edge.
+
+    The tolerance is a millionth of the largest coordinate of the box.
+    """
     edges = host_boxes(boxes)
     slack = 1e-6 * np.abs(edges).max(axis=-1, keepdims=True)
     return np.asarray(contains(edges, np.array(point, np.float64), slack))
 
 
-def covers(
-    mask: Mapping[str, Any], point: Sequence[float | int], size: Sequence[float | int] | None
-) -> bool:
-    """Returns whether the cell of a mask (run lengths over the whole image) that a point lies in is set."""
+def covers(mask: Mapping[str, Any], point: Point, size: Sequence[float | int] | None) -> bool:
+    """Returns whether a mask covers a point.
+
+    Args:
+      mask: run lengths over the whole image, which may have another resolution than the image.
+      size: width and height of the image. None means that they are those of the mask.
+    """
     height, width = mask["size"]
-    x, y = point[0] / (size[0] if size else width), point[1] / (size[1] if size else height)
+    x = point[0] / (size[0] if size else width)
+    y = point[1] / (size[1] if size else height)
     if not (0 <= x <= 1 and 0 <= y <= 1):
         return False
+    # Run lengths go down the columns. A point on the right or lower edge is in the last cell.
     cell = min(int(x * width), width - 1) * height + min(int(y * height), height - 1)
     ends: Float[np.ndarray, " runs"] = np.cumsum(mask["counts"])
     return bool(np.searchsorted(ends, cell, side="right") % 2)

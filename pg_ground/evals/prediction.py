@@ -1,54 +1,142 @@
-"""One image and one prompt to boxes and points: JSON on stdout, and the picture.
-
-python -m pg_ground.predict --params=P --image=I --prompt="detect red circle" [--out=O.png] [--tokenizer=M] [--max_new_tokens=64]
-
-P is a big_vision .npz, a Hugging Face directory, or a run. M is found in the latter two where they have one. One prompt may ask
-for several things: --prompt="detect cat ; dog".
-"""
+"""Answers one prompt about one image: text, boxes and points."""
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
+from PIL import Image, ImageOps
 
 from pg_ground.checkpoints import weights
 from pg_ground.data.examples import resize
 from pg_ground.data.records import BadRecord, load_image
 from pg_ground.evals.answers import loc_answers
+from pg_ground.models import PaliGemma
 from pg_ground.rl.rollout import sample
-from pg_ground.tokenizer import check_vocab_size
+from pg_ground.tokenizer import Tokenizer, check_vocab_size
 from pg_ground.tokenizer import load as load_tokenizer
-from pg_ground.types import UserError
+from pg_ground.types import Array, Params, Rollout, UserError, expand_path
+
+ImageLike = str | Path | Image.Image | np.ndarray
+"""A file name, an image, or pixels: uint8[H, W, 3] or uint8[H, W]."""
+
+
+class LabelledBox(TypedDict):
+    """A box in pixels of the original image. The label is the text behind its loc tokens."""
+
+    label: str
+    xyxy_px: list[float]
+
+
+class LabelledPoint(TypedDict):
+    """A point in pixels of the original image. The label is the text behind its loc tokens."""
+
+    label: str
+    xy_px: list[float]
+
+
+class Prediction(TypedDict):
+    """A completion and what it says."""
+
+    text: str
+    boxes: list[LabelledBox]
+    points: list[LabelledPoint]
 
 
 def predict(
-    params_path: Path, image_path: Path, prompt: str, tokenizer_path: str, max_new_tokens: int
-) -> tuple[dict[str, Any], UInt8[np.ndarray, "H W 3"]]:
-    """Returns the greedy answer (`text`, `boxes`, `points` in pixels of the original image), and the image itself.
+    model: PaliGemma,
+    params: Params,
+    image: ImageLike,
+    prompt: str,
+    tokenizer: Tokenizer | None = None,
+    max_new_tokens: int = 64,
+) -> Prediction:
+    """Returns the greedy answer of a model to a prompt about an image.
+
+    The first call with a prompt of a new length compiles. The next calls reuse the program.
+
+    Args:
+      model: `model, params = pg_ground.load(path)`.
+      params: the parameters of `model`.
+      image: a file name, a PIL image, or pixels uint8[H, W, 3].
+      prompt: for example "detect cat", or "detect cat ; dog" for several objects.
+      tokenizer: None is the small tokenizer of this package. A published checkpoint needs
+        PaliGemma's tokenizer: `pg_ground.tokenizer.load("paligemma_tokenizer.model")`.
+      max_new_tokens: largest length of the answer.
+
+    Raises:
+      UserError: the image cannot be read, or the tokenizer does not fit the model.
+    """
+    tokenizer = tokenizer or load_tokenizer()
+    check_vocab_size(tokenizer, model.config.text.vocab_size)
+    pixels = read_image(image)
+    inputs = resize(pixels, model.config.image_size).astype(np.float32) / 127.5 - 1
+    prompt_ids = jnp.array([tokenizer.prefix(prompt)], jnp.int32)
+    rollout = _answer_greedily(model, params, inputs[None], prompt_ids, max_new_tokens)
+    tokens = rollout.tokens[0, 0][np.asarray(rollout.mask[0, 0])].tolist()
+    height, width = pixels.shape[:2]
+    objects = loc_answers(tokens, tokenizer, (width, height))
+    return cast(Prediction, {"text": tokenizer.decode(tokens), **objects})
+
+
+@partial(jax.jit, static_argnames=("model", "max_new_tokens"))
+def _answer_greedily(
+    model: PaliGemma,
+    params: Params,
+    image: Array,
+    prompt: Int[Array, "1 L"],
+    max_new_tokens: int,
+) -> Rollout:
+    return sample(
+        model,
+        params,
+        image,
+        prompt,
+        jnp.ones(prompt.shape, bool),
+        jax.random.key(0),
+        group_size=1,
+        max_new_tokens=max_new_tokens,
+        temperature=0.0,
+    )
+
+
+def read_image(image: ImageLike, setting: str = "image") -> UInt8[np.ndarray, "H W 3"]:
+    """Returns the pixels of an image: RGB, upright by its EXIF orientation.
+
+    Args:
+      setting: the name of the setting or argument in error messages.
+
+    Raises:
+      UserError: there is no such file, or it is not an image.
+    """
+    if isinstance(image, Image.Image):
+        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    value = expand_path(str(image)) if isinstance(image, str | Path) else image
+    try:
+        return load_image(value, Path())
+    except BadRecord as bad:
+        name = f"{setting}={image}" if isinstance(image, str | Path) else setting
+        raise UserError(f"{name}: {bad}") from None
+
+
+def predict_file(
+    params: str | Path, image: str | Path, prompt: str, tokenizer: str, max_new_tokens: int
+) -> tuple[Prediction, UInt8[np.ndarray, "H W 3"]]:
+    """Returns the answer of a checkpoint to a prompt about an image file, and the image.
+
+    Args:
+      tokenizer: path of a sentencepiece model. "" is the tokenizer beside the checkpoint, or the
+        small tokenizer of this package if the checkpoint has none.
 
     Raises:
       UserError: the checkpoint, the tokenizer or the image cannot be used.
     """
-    tokenizer = load_tokenizer(tokenizer_path or weights.tokenizer_of(params_path))
-    try:
-        image = load_image(str(image_path), Path())
-    except BadRecord as bad:
-        raise UserError(f"--image={image_path}: {bad}") from None
-    model, params = weights.load(params_path)
-    check_vocab_size(tokenizer, model.config.text.vocab_size)
-    pixels = resize(image, model.config.image_size).astype(np.float32) / 127.5 - 1
-    ids = jnp.array([tokenizer.prefix(prompt)], jnp.int32)
-    answer = jax.jit(
-        partial(sample, model, group_size=1, max_new_tokens=max_new_tokens, temperature=0.0)
-    )
-    rollout = answer(params, pixels[None], ids, jnp.ones(ids.shape, bool), jax.random.key(0))
-    tokens = rollout.tokens[0, 0][np.asarray(rollout.mask[0, 0])].tolist()
-    height, width = image.shape[:2]
-    return {
-        "text": tokenizer.decode(tokens),
-        **loc_answers(tokens, tokenizer, (width, height)),
-    }, image
+    path = Path(expand_path(str(params)))
+    loaded_tokenizer = load_tokenizer(tokenizer or weights.tokenizer_of(path))
+    pixels = read_image(image, "--image")
+    model, loaded_params = weights.load(path)
+    answer = predict(model, loaded_params, pixels, prompt, loaded_tokenizer, max_new_tokens)
+    return answer, pixels

@@ -1,4 +1,4 @@
-"""Somebody's predictions → rows: by dotted field paths and formats, with counts for what is missing."""
+"""Reads a file of predictions that another program wrote, by the paths of its fields."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,13 +13,13 @@ from pg_ground.data.box_formats import (
     format_names,
     to_pixels,
 )
-from pg_ground.evals.benchmarks import benchmark_of
+from pg_ground.evals.benchmarks import find_benchmark
 from pg_ground.evals.box_format_check import check_box_format
-from pg_ground.evals.rows import GIVEN, check_unique
+from pg_ground.evals.rows import FROM_FILE, check_unique
 from pg_ground.rewards import locations, parsers
 from pg_ground.types import UserError
 
-USUAL: dict[str, tuple[str, ...]] = {
+USUAL_PATHS: dict[str, tuple[str, ...]] = {
     "pred": (),
     "gold": (),
     "id": ("id", "question_id"),
@@ -35,97 +35,112 @@ USUAL: dict[str, tuple[str, ...]] = {
     "masks": ("masks",),
     "rollout": ("rollout",),
 }
-"""What --fields may name, and where it is looked for otherwise. What is predicted and what is gold has to be said."""
+"""The names that --fields may give a path for, each with the paths that are tried otherwise.
+
+The paths of `pred` and `gold` must be given.
+"""
+
+FIELDS_EXAMPLE = "pred=extracted_answer,gold=ground_truth"
 
 
 class Formats(NamedTuple):
-    """How coordinates are written; `<loc>` tokens are always bins, y before x."""
+    """Formats of the coordinates in a file. `<loc>` tokens are always bins, y before x."""
 
     boxes: str = "xyxy_px"
     points: str = "xy_px"
     gold: str = ""
-    """Of the gold ones, where it is another."""
+    """Format of the ground truth. "" is the format of the predictions."""
 
 
 def parse_fields(text: str) -> dict[str, str]:
-    """Returns the dotted paths of `pred=a.b,gold=c`.
+    """Returns the dotted path of each name in `pred=a.b,gold=c`.
 
     Raises:
-      UserError: it is not of that form, or names what there is not.
+      UserError: the text does not have this form, or a name does not exist.
     """
-    found: dict[str, str] = {}
+    paths: dict[str, str] = {}
     for part in filter(None, text.split(",")):
         name, equals, path = (piece.strip() for piece in part.partition("="))
         if not equals or not path:
-            raise UserError(
-                f"--fields={text}: {part!r} is not name=path, as in pred=extracted_answer,gold=ground_truth"
-            )
-        if name not in USUAL:
-            raise UserError(f"--fields={text}: {name} does not exist: {nearest(name, USUAL)}")
-        found[name] = path
-    return found
+            raise UserError(f"--fields={text}: {part!r} is not name=path, as in {FIELDS_EXAMPLE}")
+        if name not in USUAL_PATHS:
+            raise UserError(f"--fields={text}: {name} does not exist: {nearest(name, USUAL_PATHS)}")
+        paths[name] = path
+    return paths
 
 
-def read(
+def read_rows(
     records: Sequence[Mapping[str, Any]],
     path: Path,
     benchmark: str,
-    given: Mapping[str, str],
+    fields: Mapping[str, str],
     formats: Formats,
 ) -> list[dict[str, Any]]:
-    """Returns the rows of a file.
+    """Returns the rows of the records of a file.
+
+    Args:
+      records: the records of the file.
+      path: the file, for error messages.
+      benchmark: name of the benchmark.
+      fields: the result of `parse_fields`.
+      formats: the formats of the coordinates.
 
     Raises:
-      UserError: fields are missing, ids come twice, gold answers cannot be read, or boxes are in another frame than gold.
+      UserError: fields are missing, ids are not unique, the ground truth cannot be read, or the
+        boxes are in another format than the ground truth.
     """
-    kind = benchmark_of(benchmark, "--benchmark").kind
-    if kind == "mask":
-        raise UserError(
-            f"--benchmark={benchmark} takes a predictions.jsonl of this package alone: it holds the masks that codes stand for"
-        )
-    wanted = ("pred",) if kind == "reward" else ("pred", "gold")
-    for name in wanted:
-        if name not in given:
-            raise UserError(
-                f"--fields must say where {name} is, as in pred=extracted_answer,gold=ground_truth; "
-                f"the first row of {path} has {', '.join(map(str, records[0])) or 'no fields'}"
-            )
-    usual = {
-        name: next((path for path in paths if path in records[0]), "")
-        for name, paths in USUAL.items()
-    }
-    fields = {name: path for name, path in (usual | dict(given)).items() if path}
+    kind = find_benchmark(benchmark, "--benchmark").kind
+    _check_fields(kind, benchmark, fields, records[0], path)
     _check_formats(formats)
-    columns = {name: _column(records, field, path, name in given) for name, field in fields.items()}
-    if "id" in columns:
-        by = list(zip(columns["id"], columns.get("rollout", [0] * len(records)), strict=True))
-        check_unique(by if "rollout" in columns else columns["id"], path, fields["id"])
-    sizes = _sizes(columns, len(records))
-    reader = _Reader(kind, formats, path, columns, sizes)
-    gold, predictions = reader.gold(), reader.predictions()
+    columns = _read_columns(records, fields, path)
+    sizes = _image_sizes(columns, len(records))
+    reader = _AnswerReader(kind, formats, path, columns, sizes)
+    gold = reader.read_gold()
+    predictions = [reader.read_prediction(index) for index in range(len(records))]
     if kind in ("box", "boxes", "detection", "click"):
         reader.check_box_format(gold)
     rows = []
     for index in range(len(records)):
-        at = {name: values[index] for name, values in columns.items()}
-        said = at["pred"] if isinstance(at["pred"], str) else at.get("text", "")
-        rows.append(
-            {
-                "source": "",
-                "benchmark": benchmark,
-                "id": at.get("id", index),
-                "image": at.get("image") if isinstance(at.get("image"), str | int) else None,
-                "size_px": sizes[index],
-                "mode": GIVEN,
-                "rollout": at.get("rollout", 0),
-                "prompt": at.get("prompt", ""),
-                "text": said,
-                "prediction": predictions[index],
-                "gold": gold[index],
-            }
-            | ({"reward": parsers.number(at["pred"], strict=False)} if kind == "reward" else {})
-        )
+        values = {name: column[index] for name, column in columns.items()}
+        row = {
+            "source": "",
+            "benchmark": benchmark,
+            "id": values.get("id", index),
+            "image": values["image"] if isinstance(values.get("image"), str | int) else None,
+            "size_px": sizes[index],
+            "mode": FROM_FILE,
+            "rollout": values.get("rollout", 0),
+            "prompt": values.get("prompt", ""),
+            "text": values["pred"] if isinstance(values["pred"], str) else values.get("text", ""),
+            "prediction": predictions[index],
+            "gold": gold[index],
+        }
+        if kind == "reward":
+            row["reward"] = parsers.number(values["pred"], strict=False)
+        rows.append(row)
     return rows
+
+
+def _check_fields(
+    kind: str,
+    benchmark: str,
+    fields: Mapping[str, str],
+    first_record: Mapping[str, Any],
+    path: Path,
+) -> None:
+    """Raises UserError if the benchmark cannot be computed from these fields."""
+    if kind == "mask":
+        raise UserError(
+            f"--benchmark={benchmark} takes only a predictions.jsonl of this package, because it "
+            f"holds decoded masks"
+        )
+    for name in ("pred",) if kind == "reward" else ("pred", "gold"):
+        if name not in fields:
+            present = ", ".join(map(str, first_record)) or "no fields"
+            raise UserError(
+                f"--fields must give the path of {name}, as in {FIELDS_EXAMPLE}; the first row of "
+                f"{path} has {present}"
+            )
 
 
 def _check_formats(formats: Formats) -> None:
@@ -135,49 +150,87 @@ def _check_formats(formats: Formats) -> None:
         check_format(formats.gold, "--gold-format", format_names((*BOX_ORDERS, *POINT_ORDERS)))
 
 
-def _column(
-    records: Sequence[Mapping[str, Any]], field: str, path: Path, needed: bool
+def _read_columns(
+    records: Sequence[Mapping[str, Any]], fields: Mapping[str, str], path: Path
+) -> dict[str, list[Any]]:
+    """Returns the values of all records, by name. Names that the file does not have are absent."""
+    usual = {
+        name: next((path for path in paths if path in records[0]), "")
+        for name, paths in USUAL_PATHS.items()
+    }
+    paths = {name: field for name, field in (usual | dict(fields)).items() if field}
+    columns = {
+        name: _read_column(records, field, path, is_required=name in fields)
+        for name, field in paths.items()
+    }
+    if "id" in columns and "rollout" in columns:
+        keys: Sequence[Any] = list(zip(columns["id"], columns["rollout"], strict=True))
+        check_unique(keys, path, paths["id"])
+    elif "id" in columns:
+        check_unique(columns["id"], path, paths["id"])
+    return columns
+
+
+def _read_column(
+    records: Sequence[Mapping[str, Any]], field: str, path: Path, is_required: bool
 ) -> list[Any]:
-    found, lacking = [], []
+    """Returns the value of each record at a dotted path. A record without the field has None.
+
+    Raises:
+      UserError: `is_required`, and a record does not have the field.
+    """
+    values, lacking = [], []
     for index, record in enumerate(records):
-        value: Any = record
-        for name in [field] if field in record else field.split("."):
-            if isinstance(value, list) and name.isdecimal() and int(name) < len(value):
-                value = value[int(name)]
-            elif isinstance(value, Mapping) and name in value:
-                value = value[name]
-            else:
-                lacking.append(index)
-                value = None
-                break
-        found.append(value)
-    if lacking and needed:
+        try:
+            values.append(_value_at(record, field))
+        except LookupError:
+            values.append(None)
+            lacking.append(index)
+    if lacking and is_required:
+        present = ", ".join(map(str, records[lacking[0]])) or "no fields"
         raise UserError(
-            f"--predictions={path}: {len(lacking)} of {len(records)} rows have no {field}, first row {lacking[0]}, "
-            f"which has {', '.join(map(str, records[lacking[0]])) or 'no fields'}"
+            f"--predictions={path}: {len(lacking)} of {len(records)} rows have no {field}, "
+            f"first row {lacking[0]}, which has {present}"
         )
-    return found
+    return values
 
 
-def _sizes(columns: Mapping[str, Sequence[Any]], count: int) -> list[list[float] | None]:
+def _value_at(record: Mapping[str, Any], field: str) -> Any:
+    """Returns the value at a dotted path. Numbers in the path are positions in lists.
+
+    Raises:
+      LookupError: the record has no such field.
+    """
+    value: Any = record
+    for name in [field] if field in record else field.split("."):
+        if isinstance(value, list) and name.isdecimal():
+            value = value[int(name)]
+        elif isinstance(value, Mapping):
+            value = value[name]
+        else:
+            raise LookupError(name)
+    return value
+
+
+def _image_sizes(columns: Mapping[str, Sequence[Any]], count: int) -> list[list[float] | None]:
+    """Returns [width, height] of each image, or None if the file does not have it."""
     if "width" in columns and "height" in columns:
         pairs: Sequence[Any] = list(zip(columns["width"], columns["height"], strict=True))
     else:
         pairs = columns.get("size", [None] * count)
-    found: list[list[float] | None] = []
-    for pair in pairs:
-        numbers = (
-            [parsers.number(side, strict=False) for side in pair]
-            if isinstance(pair, list | tuple) and len(pair) == 2
-            else []
-        )
-        whole = [side for side in numbers if side is not None and side > 0]
-        found.append(whole if len(whole) == 2 else None)
-    return found
+    return [_image_size(pair) for pair in pairs]
 
 
-class _Reader(NamedTuple):
-    """The columns of a file, and how its answers are to be read."""
+def _image_size(pair: Any) -> list[float] | None:
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        return None
+    sides = [parsers.number(side, strict=False) for side in pair]
+    positive = [side for side in sides if side is not None and side > 0]
+    return positive if len(positive) == 2 else None
+
+
+class _AnswerReader(NamedTuple):
+    """The columns of a file, and the formats of its answers."""
 
     kind: str
     formats: Formats
@@ -185,71 +238,74 @@ class _Reader(NamedTuple):
     columns: Mapping[str, Sequence[Any]]
     sizes: Sequence[list[float] | None]
 
-    def form(self) -> str:
-        """Returns the format of what is predicted."""
+    @property
+    def prediction_format(self) -> str:
+        """Format of the predictions: of points or of boxes."""
         return self.formats.points if self.kind in ("points", "click") else self.formats.boxes
 
-    def gold_form(self) -> str:
-        """Returns the format of what is gold."""
-        return self.formats.gold or (
-            self.formats.points if self.kind == "points" else self.formats.boxes
-        )
+    @property
+    def gold_format(self) -> str:
+        """Format of the ground truth."""
+        default = self.formats.points if self.kind == "points" else self.formats.boxes
+        return self.formats.gold or default
 
-    def gold(self) -> list[dict[str, Any]]:
-        """Returns the gold answers; an annotation that cannot be read is an error, not a question."""
-        of_points = self.kind == "points" and self.gold_form().partition("_")[0] in POINT_ORDERS
-        found, wrong = [], []
-        for index in range(len(self.sizes)):
-            gold = self._gold_of(index, of_points)
-            found.append(gold)
-            if gold is None:
-                wrong.append(index)
+    def read_gold(self) -> list[dict[str, Any]]:
+        """Returns the ground truth of each row.
+
+        Raises:
+          UserError: the ground truth of a row cannot be read. A prediction that cannot be read is
+            only a wrong answer.
+        """
+        gold = [self._gold_answer(index) for index in range(len(self.sizes))]
+        wrong = [index for index, answer in enumerate(gold) if answer is None]
         if wrong:
-            what = "one box" if self.kind in ("box", "click") else "an answer that can be read"
+            expected = "one box" if self.kind in ("box", "click") else "an answer that can be read"
             value = self.columns["gold"][wrong[0]]
             raise UserError(
-                f"--predictions={self.path}: the gold of {len(wrong)} of {len(found)} rows is not {what}, first row {wrong[0]}: "
-                f"{value!r:.80}"
+                f"--predictions={self.path}: the gold of {len(wrong)} of {len(gold)} rows is not "
+                f"{expected}, first row {wrong[0]}: {value!r:.80}"
             )
-        return found
+        return [answer for answer in gold if answer is not None]
 
-    def _gold_of(self, index: int, of_points: bool) -> dict[str, Any] | None:
+    def _gold_answer(self, index: int) -> dict[str, Any] | None:
+        """Returns the ground truth of a row, or None if it cannot be read."""
         if self.kind == "reward":
             return {}
         value = self.columns["gold"][index]
         if self.kind == "count":
-            said = parsers.number(value, strict=False)
-            return None if said is None else {"number": said}
+            number = parsers.number(value, strict=False)
+            return None if number is None else {"number": number}
         if self.kind == "text":
             return {"text": parsers.words(value)}
         if self.kind == "choice":
-            choices = self._choices(index)
-            letter = parsers.option(value, choices, strict=False)
-            about = {
-                name: self.columns[name][index]
-                for name in ("task", "source")
-                if name in self.columns
-            }
-            return None if letter is None else {"choice": letter, "choices": choices, **about}
-        if of_points:
-            points = self._located(value, 2, self.gold_form(), index, self.form())
-            masks = {"masks": self.columns["masks"][index]} if "masks" in self.columns else {}
-            return (
-                None if any(one["xy_px"] is None for one in points) else {"points": points, **masks}
-            )
-        boxes = self._located(value, 4, self.gold_form(), index, self.form())
-        proper = is_proper(host_boxes(one["xyxy_px"] for one in boxes))
+            return self._gold_choice(value, index)
+        if self.kind == "points" and self.gold_format.partition("_")[0] in POINT_ORDERS:
+            return self._gold_points(value, index)
+        boxes = self._objects(value, 4, self.gold_format, index, self.prediction_format)
+        proper = is_proper(host_boxes(box["xyxy_px"] for box in boxes))
         if not proper.all() or (self.kind in ("box", "click") and len(boxes) != 1):
             return None
         return {"boxes": boxes}
 
-    def predictions(self) -> list[dict[str, Any]]:
-        """Returns what is answered; what cannot be read stays an answer."""
-        return [
-            self._prediction_of(index, value) for index, value in enumerate(self.columns["pred"])
-        ]
+    def _gold_choice(self, value: Any, index: int) -> dict[str, Any] | None:
+        choices = self._choices(index)
+        letter = parsers.option(value, choices, strict=False)
+        if letter is None:
+            return None
+        names = [name for name in ("task", "source") if name in self.columns]
+        about = {name: self.columns[name][index] for name in names}
+        return {"choice": letter, "choices": choices, **about}
 
-    def _prediction_of(self, index: int, value: Any) -> dict[str, Any]:
+    def _gold_points(self, value: Any, index: int) -> dict[str, Any] | None:
+        points = self._objects(value, 2, self.gold_format, index, self.prediction_format)
+        if any(point["xy_px"] is None for point in points):
+            return None
+        masks = {"masks": self.columns["masks"][index]} if "masks" in self.columns else {}
+        return {"points": points, **masks}
+
+    def read_prediction(self, index: int) -> dict[str, Any]:
+        """Returns the prediction of a row. An unreadable object stays, without coordinates."""
+        value = self.columns["pred"][index]
         if self.kind == "reward":
             return {}
         if self.kind == "count":
@@ -258,64 +314,71 @@ class _Reader(NamedTuple):
             return {"text": parsers.words(value)}
         if self.kind == "choice":
             return {"choice": parsers.option(value, self._choices(index), strict=False)}
-        if self.kind in ("points", "click"):
-            points = self._located(value, 2, self.formats.points, index, self.gold_form())
-            boxes = (
-                []
-                if self.kind == "points"
-                else self._located(value, 4, self.formats.boxes, index, self.gold_form())
-            )
-            boxes = [one for one in boxes if one["xyxy_px"] is not None]
-            return {"points": [] if boxes else points, "boxes": boxes}
-        return {"boxes": self._located(value, 4, self.formats.boxes, index, self.gold_form())}
+        if self.kind not in ("points", "click"):
+            boxes = self._objects(value, 4, self.formats.boxes, index, self.gold_format)
+            return {"boxes": boxes}
+        points = self._objects(value, 2, self.formats.points, index, self.gold_format)
+        if self.kind == "points":
+            return {"points": points, "boxes": []}
+        boxes = self._objects(value, 4, self.formats.boxes, index, self.gold_format)
+        boxes = [box for box in boxes if box["xyxy_px"] is not None]
+        return {"points": [] if boxes else points, "boxes": boxes}
 
     def _choices(self, index: int) -> list[str]:
-        found = self.columns["choices"][index] if "choices" in self.columns else None
-        return list(map(str, found)) if isinstance(found, list) else []
+        choices = self.columns["choices"][index] if "choices" in self.columns else None
+        return list(map(str, choices)) if isinstance(choices, list) else []
 
-    def _located(
-        self, value: Any, width: int, form: str, index: int, other: str
+    def _objects(
+        self, value: Any, width: int, format_name: str, index: int, other_format: str
     ) -> list[dict[str, Any]]:
-        key = "xyxy_px" if width == 4 else "xy_px"
-        found = []
-        for place in locations.read_any(value, width):
-            written = ("yxyx_bin" if width == 4 else "yx_bin") if place.is_loc else form
-            numbers = (
-                None
-                if place.numbers is None
-                else to_pixels(place.numbers, written, self._size(index, written, other))
-            )
-            score = {} if place.score is None else {"score": place.score}
-            found.append({"label": place.label, key: numbers, **score})
-        return found
-
-    def _size(self, index: int, form: str, other: str) -> list[float]:
-        """Returns the size of a row's image; without one, fractions are those of a 1 x 1 image, and pixels are pixels.
+        """Returns the boxes (`width` 4) or points (`width` 2) of a value, in pixels.
 
         Args:
-          other: the format of what stands against it.
+          other_format: the format of the answers that these objects are compared with.
+        """
+        key, loc_format = ("xyxy_px", "yxyx_bin") if width == 4 else ("xy_px", "yx_bin")
+        objects = []
+        for location in locations.read_any(value, width):
+            coordinates = None
+            if location.numbers is not None:
+                written_format = loc_format if location.is_loc else format_name
+                size = self._size(index, written_format, other_format)
+                coordinates = to_pixels(location.numbers, written_format, size)
+            score = {} if location.score is None else {"score": location.score}
+            objects.append({"label": location.label, key: coordinates, **score})
+        return objects
+
+    def _size(self, index: int, format_name: str, other_format: str) -> list[float]:
+        """Returns the size of the image of a row.
+
+        Without a known size it is 1 x 1: pixels stay pixels, and fractions stay fractions.
+
+        Raises:
+          UserError: the size is not known, but fractions are compared with pixels.
         """
         size = self.sizes[index]
-        if size is None and not form.endswith("_px") and other.endswith("_px"):
+        is_fraction = not format_name.endswith("_px")
+        if size is None and is_fraction and other_format.endswith("_px"):
             raise UserError(
-                f"--predictions={self.path}: {form} stands against {other}, and the size of row {index}'s image is not known: "
-                f"--fields=…,width=W,height=H (or size=…)"
+                f"--predictions={self.path}: {format_name} is compared with {other_format}, but "
+                f"the size of row {index}'s image is not known: --fields=…,width=W,height=H "
+                f"(or size=…)"
             )
         return size or [1.0, 1.0]
 
     def check_box_format(self, gold: Sequence[Mapping[str, Any]]) -> None:
-        """Raises UserError where the boxes answered are in another frame than the gold ones."""
-        pairs = [
-            (place.numbers, one["xyxy_px"], self.sizes[i])
-            for i, value in enumerate(self.columns["pred"])
-            for place, one in zip(
-                locations.read_any(value, 4), gold[i]["boxes"], strict=False
-            )  # as they are written
-            if place.numbers is not None and not place.is_loc and any(place.numbers)
-        ]
-        given, theirs, sizes = (
-            [pair[0] for pair in pairs],
-            [pair[1] for pair in pairs],
-            [pair[2] for pair in pairs],
-        )
-        check_box_format(given, theirs, sizes, self.formats.boxes, self.gold_form())
+        """Raises UserError if the predicted boxes are in another format than the ground truth.
+
+        Boxes are paired in the order in which they are written. Loc tokens have one format only, so
+        they are left out.
+        """
+        predicted, gold_boxes, sizes = [], [], []
+        for index, value in enumerate(self.columns["pred"]):
+            pairs = zip(locations.read_any(value, 4), gold[index]["boxes"], strict=False)
+            for location, gold_box in pairs:
+                if location.numbers is None or location.is_loc or not any(location.numbers):
+                    continue
+                predicted.append(location.numbers)
+                gold_boxes.append(gold_box["xyxy_px"])
+                sizes.append(self.sizes[index])
+        check_box_format(predicted, gold_boxes, sizes, self.formats.boxes, self.gold_format)

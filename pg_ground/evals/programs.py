@@ -1,4 +1,4 @@
-"""The compiled functions of an evaluation: answer questions, score suffixes, reward answers, decode masks."""
+"""The compiled functions of an evaluation: they answer, score, reward and decode masks."""
 
 from collections.abc import Mapping
 from functools import partial

@@ -1,4 +1,4 @@
-"""One question of a batch as a row: the question, its ground truth, and the prediction that a completion writes."""
+"""Turns one question of a batch, its ground truth and a completion into the fields of a row."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -33,7 +33,7 @@ class EvalTask(NamedTuple):
     @property
     def kind(self) -> str:
         """The kind of the benchmark: a key of `benchmarks.KINDS`."""
-        return benchmarks.benchmark_of(self.benchmark, "benchmark").kind
+        return benchmarks.find_benchmark(self.benchmark, "benchmark").kind
 
 
 def question_row(task: EvalTask, batch: Batch, row: int, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def question_row(task: EvalTask, batch: Batch, row: int, tokenizer: Tokenizer) -
 
 
 def image_name(value: Any) -> str | None:
-    """Returns the file name or URL in an image field. Returns None for pixels, and for bytes without a name."""
+    """Returns the file name or URL in an image field. Returns None for pixels and unnamed bytes."""
     value = value.get("path") if isinstance(value, Mapping) else value
     return value if isinstance(value, str) else None
 
@@ -121,11 +121,9 @@ def _gold_masks(task: EvalTask, batch: Batch, row: int, objects: int) -> dict[st
     if not batch.gold.masks.shape[-1] or not objects:
         return {}
     masks = [np.asarray(batch.gold.masks[row][slot]) for slot in range(objects)]
-    return (
-        {"masks": [run_lengths.encode(mask) for mask in masks]}
-        if all(m.any() for m in masks)
-        else {}
-    )
+    if not all(mask.any() for mask in masks):
+        return {}
+    return {"masks": [run_lengths.encode(mask) for mask in masks]}
 
 
 def read_prediction(
@@ -160,8 +158,8 @@ def read_prediction(
 def _written_objects(text: str, width: int, key: str) -> list[dict[str, Any]]:
     """Returns the boxes (`width` 4) or points (`width` 2) that a JSON answer writes in pixels."""
     return [
-        {"label": place.label, key: place.numbers and list(place.numbers)}
-        for place in locations.read_any(text, width)
+        {"label": location.label, key: location.numbers and list(location.numbers)}
+        for location in locations.read_any(text, width)
     ]
 
 

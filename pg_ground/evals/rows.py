@@ -1,19 +1,28 @@
-"""Rows: what was asked, answered and annotated, one a line of `predictions.jsonl`. All measures are computed from rows alone.
+"""Rows: one question with its answer and its ground truth.
 
-A row has
+Each line of `predictions.jsonl` is a row. All metrics are computed from rows alone. A row has
+these fields:
 
-    source      name of the config's entry, `NAME@512` where only 512 of its questions were asked; "" for somebody's file
-    benchmark   what it is measured as: a name in `benchmarks.BENCHMARKS`
-    id          of the question within its source; with `mode` and `rollout` it names the row
-    image       file name or address of the image, or null: intervals resample images
-    size_px     [width, height] of the image, or null where coordinates are fractions of a 1 x 1 image
-    mode        "greedy" or "sampled" (then `rollout` counts from 0), or "given"
-    prompt, text         what was asked and answered, as text
-    prediction, gold     what both say: `boxes` (`label`, `xyxy_px`, which is null where unreadable; `score`), `points` (`label`,
-                         `xy_px`), `number`, `choice` or `text`
-    index, malformed, unfinished, reward, suffix_nll, suffix_tokens    where they are known: of who asked, and of the model
+    source       name of the config's entry. `NAME@512` if only 512 of its questions were asked.
+                 "" if the row comes from a file of another program.
+    benchmark    a name in `benchmarks.BENCHMARKS`
+    id           id of the question within its source. (source, id, mode, rollout) is unique.
+    image        file name or URL of the image, or null. Confidence intervals resample images.
+    size_px      [width, height] of the image. null if coordinates are fractions of a 1 x 1 image.
+    mode         "greedy", "sampled", or "given" if the row comes from a file of another program
+    rollout      number of the sampled answer, from 0. It is 0 for greedy answers.
+    prompt       the question as text
+    text         the answer as text
+    prediction   what the answer says
+    gold         the ground truth
 
-and behind these what its benchmark finds of it (`iou`, `correct` …), which is for people and is computed anew by who reads it.
+`prediction` and `gold` hold the keys that the benchmark reads: `boxes` (each with `label`,
+`xyxy_px`, which is null if it cannot be read, and maybe `score`), `points` (each with `label` and
+`xy_px`), `number`, `choice`, `text`, `mask` or `masks`.
+
+A row of a model also has `index`, `malformed`, `unfinished`, `reward`, `suffix_nll` and
+`suffix_tokens`, as far as they are known. The last fields are the scores of the benchmark (`iou`,
+`correct`, …). They are for people: a program that reads the file computes them again.
 """
 
 import json
@@ -29,9 +38,15 @@ from pg_ground.types import UserError
 
 Row = Mapping[str, Any]
 
-GREEDY, SAMPLED, GIVEN = "greedy", "sampled", "given"
+Columns = dict[str, Float[np.ndarray, " N"]]
+"""A number of each of N rows, by the name of the metric. NaN means that a row does not count."""
 
-OWN = (
+GREEDY = "greedy"
+SAMPLED = "sampled"
+FROM_FILE = "given"
+"""Mode of the rows that come from a file of another program."""
+
+REQUIRED_FIELDS = (
     "source",
     "benchmark",
     "id",
@@ -44,138 +59,164 @@ OWN = (
     "prediction",
     "gold",
 )
-"""The fields that every row has; a file whose first record has them is ours."""
+"""The fields of every row. A file was written by this package if its first record has them all."""
 
-TOLD = ("index", "malformed", "unfinished", "reward", "suffix_nll", "suffix_tokens")
-"""The fields that a row has besides, where they are known."""
+OPTIONAL_FIELDS = (
+    "index",
+    "malformed",
+    "unfinished",
+    "reward",
+    "suffix_nll",
+    "suffix_tokens",
+)
+"""The further fields of the rows of a model."""
+
+RECORDS_EXPECTED = "it must be a JSON list, JSON lines or an object with `results`"
 
 
 def column(rows: Sequence[Row], name: str) -> Float[np.ndarray, " N"]:
-    """Returns a number of each row, NaN where it has none."""
-    return np.array(
-        [np.nan if row.get(name) is None else float(row[name]) for row in rows], np.float64
-    )
+    """Returns a field of each row as float64. A row without the field, or with null, has NaN."""
+    values = [np.nan if row.get(name) is None else float(row[name]) for row in rows]
+    return np.array(values, np.float64)
 
 
-def bare(row: Row) -> dict[str, Any]:
-    """Returns a row without what a benchmark found of it."""
-    return {name: row[name] for name in OWN} | {name: row[name] for name in TOLD if name in row}
+def without_scores(row: Row) -> dict[str, Any]:
+    """Returns a row without the fields that its benchmark computed."""
+    required = {name: row[name] for name in REQUIRED_FIELDS}
+    return required | {name: row[name] for name in OPTIONAL_FIELDS if name in row}
 
 
-def lines(rows: Iterable[Row]) -> str:
-    """Returns rows as `predictions.jsonl`; numbers are written so that reading gives them back bit for bit."""
-    return "".join(_line(row) + "\n" for row in rows)
+def to_json_lines(rows: Iterable[Row]) -> str:
+    """Returns the text of `predictions.jsonl`. Reading it gives every number back bit for bit."""
+    return "".join(_to_json(row) + "\n" for row in rows)
 
 
-_HALF = re.compile("[\ud800-\udfff]")
-"""Of a surrogate pair: only JSON's escapes can spell one alone."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair. UTF-8 cannot encode it, but JSON can escape it."""
 
 
-def _line(row: Row) -> str:
+def _to_json(row: Row) -> str:
     line = json.dumps(row, ensure_ascii=False)
-    return json.dumps(row) if _HALF.search(line) else line
+    return json.dumps(row) if _SURROGATE.search(line) else line
 
 
 def read_records(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Returns the records of a JSON list, of JSON lines, or of an object with a list; and what the object says besides.
+    """Returns the records of a file of predictions, and its header.
+
+    The file is a JSON list, JSON lines, or an object with a list of records. The header holds the
+    other values of the object. It is empty for the other forms.
 
     Raises:
-      UserError: the file is missing, empty, no JSON (with the line), or holds no records.
+      UserError: the file is missing, is empty, is not JSON (with the line), or has no records.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--predictions={path}: {getattr(error, 'strerror', None) or error}"
-        ) from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--predictions={path}: {reason}") from None
     if not text.strip():
-        raise UserError(
-            f"--predictions={path} is empty: a JSON list, JSON lines or an object with `results` is wanted"
-        )
-    found, besides = _parsed(text, path), {}
-    if isinstance(found, dict):
-        listed = {name: value for name, value in found.items() if isinstance(value, list) and value}
-        name = "results" if "results" in listed else next(iter(listed), "")
-        besides = {key: value for key, value in found.items() if not isinstance(value, list)}
-        found = listed.get(name, [])
-    if not isinstance(found, list):
-        raise UserError(
-            f"--predictions={path} is {found!r:.60}: a JSON list, JSON lines or an object with `results` is wanted"
-        )
-    if not found:
+        raise UserError(f"--predictions={path} is empty: {RECORDS_EXPECTED}")
+    document = _parse(text, path)
+    records, header = _split_object(document) if isinstance(document, dict) else (document, {})
+    if not isinstance(records, list):
+        raise UserError(f"--predictions={path} is {records!r:.60}: {RECORDS_EXPECTED}")
+    if not records:
         raise UserError(f"--predictions={path} has 0 rows")
-    wrong = [index for index, record in enumerate(found) if not isinstance(record, dict)]
+    wrong = [index for index, record in enumerate(records) if not isinstance(record, dict)]
     if wrong:
         raise UserError(
-            f"--predictions={path}: {len(wrong)} of {len(found)} rows are no objects, first row {wrong[0]}: "
-            f"{found[wrong[0]]!r:.60}"
+            f"--predictions={path}: {len(wrong)} of {len(records)} rows are not objects, "
+            f"first row {wrong[0]}: {records[wrong[0]]!r:.60}"
         )
-    return found, besides
+    return records, header
 
 
-def _parsed(text: str, path: Path) -> Any:
-    """Returns a JSON document, or the list of a JSON-lines file; an object alone on its line is a record or holds them."""
-    parts = text.split(
-        "\n"
-    )  # not splitlines: JSON's strings may hold the other ends of lines that Unicode has
+def _split_object(document: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Returns the list of records in an object, and the values of the object that are not lists.
+
+    The records are `results`, or the first list that is not empty.
+    """
+    lists = {name: value for name, value in document.items() if isinstance(value, list) and value}
+    name = "results" if "results" in lists else next(iter(lists), "")
+    header = {name: value for name, value in document.items() if not isinstance(value, list)}
+    return lists.get(name, []), header
+
+
+def _parse(text: str, path: Path) -> Any:
+    """Returns the value of a JSON document, or the list of the records of a JSON-lines file.
+
+    A document that is one object is a list of one record, unless the object holds records.
+    """
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        whole = error
-    else:
-        has_records = isinstance(value, dict) and any(
-            isinstance(v, list) and v and isinstance(v[0], dict) for v in value.values()
-        )
-        return [value] if isinstance(value, dict) and not has_records else value
+        return _parse_lines(text, path, error)
+    if isinstance(value, dict) and not any(map(_is_record_list, value.values())):
+        return [value]
+    return value
+
+
+def _is_record_list(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def _parse_lines(text: str, path: Path, document_error: Exception) -> list[Any]:
+    """Returns the value of each line.
+
+    Args:
+      document_error: why the text is not one JSON document. It is reported if the text does not
+        look like JSON lines.
+    """
     records = []
-    for number, part in enumerate(parts, 1):
-        if not part.strip():
+    # str.splitlines would also split at Unicode's line separators, which JSON strings may hold.
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
             continue
         try:
-            records.append(json.loads(part))
+            records.append(json.loads(line))
         except (ValueError, RecursionError) as error:
-            line = (
-                getattr(whole, "lineno", number)
-                if text.lstrip()[0] == "[" or not records
-                else number
-            )
-            reason = whole if line != number else error
+            is_document = text.lstrip()[0] == "[" or not records
+            wrong_line = getattr(document_error, "lineno", number) if is_document else number
+            reason = document_error if wrong_line != number else error
+            message = getattr(reason, "msg", reason)
             raise UserError(
-                f"--predictions={path}: line {line} is not JSON: {getattr(reason, 'msg', reason)}"
+                f"--predictions={path}: line {wrong_line} is not JSON: {message}"
             ) from None
     return records
 
 
-def is_own(records: Sequence[Mapping[str, Any]]) -> bool:
-    """Returns whether records are rows of this package."""
-    return all(name in records[0] for name in OWN)
+def is_row_file(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Returns whether records are rows that this package wrote."""
+    return all(name in records[0] for name in REQUIRED_FIELDS)
 
 
-def check(rows: Sequence[Row], path: Path) -> None:
-    """Raises UserError, with counts, where rows lack a field or two have one name."""
-    for name in OWN:
+def check_rows(rows: Sequence[Row], path: Path) -> None:
+    """Raises UserError, with counts, if rows lack a field or are not unique."""
+    for name in REQUIRED_FIELDS:
         lacking = [index for index, row in enumerate(rows) if name not in row]
         if lacking:
             raise UserError(
-                f"--predictions={path}: {len(lacking)} of {len(rows)} rows have no {name}, first row {lacking[0]}"
+                f"--predictions={path}: {len(lacking)} of {len(rows)} rows have no {name}, "
+                f"first row {lacking[0]}"
             )
-    check_unique(
-        [(row["source"], row["id"], row["mode"], row["rollout"]) for row in rows],
-        path,
-        "source, id, mode, rollout",
-    )
+    keys = [(row["source"], row["id"], row["mode"], row["rollout"]) for row in rows]
+    check_unique(keys, path, "source, id, mode, rollout")
 
 
-def check_unique(names: Sequence[Any], path: Path, what: str) -> None:
-    """Raises UserError where two rows have one name."""
-    seen: dict[str, int] = {}
-    twice = []
-    for index, name in enumerate(map(str, names)):
-        if seen.setdefault(name, index) != index:
-            twice.append(index)
-    if twice:
-        first = seen[str(names[twice[0]])]
+def check_unique(keys: Sequence[Any], path: Path, what: str) -> None:
+    """Raises UserError, with counts, if two rows have the same key.
+
+    Args:
+      what: the fields of the key, for the error message.
+    """
+    first_row: dict[str, int] = {}
+    repeated = []
+    for index, key in enumerate(map(str, keys)):
+        if first_row.setdefault(key, index) != index:
+            repeated.append(index)
+    if repeated:
+        key = str(keys[repeated[0]])
         raise UserError(
-            f"--predictions={path}: {len(twice)} of {len(names)} rows repeat the {what} of an earlier one, first row {twice[0]}, "
-            f"which has that of row {first} ({names[twice[0]]!s:.60})"
+            f"--predictions={path}: {len(repeated)} of {len(keys)} rows repeat the {what} of an "
+            f"earlier row, first row {repeated[0]}, which repeats row {first_row[key]} ({key:.60})"
         )

@@ -77,7 +77,7 @@ def open_eval_sources(
         if name not in settings.sources:
             sources = ", ".join(settings.sources)
             raise UserError(f"{setting}: there is no source {name} in config.eval: {sources}")
-        kind = benchmarks.benchmark_of(benchmark, setting).kind
+        kind = benchmarks.find_benchmark(benchmark, setting).kind
         if kind == "mask" and not (settings.vqvae and settings.sources[name].mask):
             raise UserError(
                 f"{setting} is {benchmark!r}, which needs config.eval.vqvae=vae-oid.npz and the "
@@ -117,8 +117,8 @@ def evaluate_sources(
         }
         rows = [rows_by_key[key] for key in sorted(rows_by_key)]
         rows = with_benchmark_name(rows, task.is_configured)
-        predictions += benchmarks.scored(rows)
-    metrics = benchmarks.metrics(predictions)
+        predictions += benchmarks.score_rows(rows)
+    metrics = benchmarks.named_metrics(predictions)
     return Evaluation(metrics, predictions, context.bad_records.counts())
 
 
@@ -165,7 +165,7 @@ def with_benchmark_name(
         name = "objects"
     greedy_rows = [row for row in rows if row["mode"] == GREEDY]
     try:
-        benchmarks.check_count(greedy_rows, name)
+        benchmarks.check_question_count(greedy_rows, name)
     except UserError:
         name = f"{name.partition('@')[0]}@{len(greedy_rows)}"
     return [{**row, "benchmark": name} for row in rows]
@@ -263,7 +263,7 @@ def read_completions(
     questions: Mapping[int, Mapping[str, Any]],
     tokenizer: Tokenizer,
 ) -> dict[tuple[int, int], dict[str, Any]]:
-    """Returns the fields that completions add to the rows of their questions, by (slot, rollout)."""
+    """Returns the fields that completions add to the rows of questions, by (slot, rollout)."""
     tokens = completions.rollout.tokens
     texts = [[tokenizer.decode(ids.tolist()) for ids in group] for group in tokens]
     masks = {}

@@ -1,12 +1,4 @@
-"""A policy, or somebody's file of predictions, measured on benchmarks with published protocols.
-
-python -m pg_ground.evaluate --config=configs/quickstart.py (--workdir=D | --params=P) [--out=D] [--distributed=auto]
-python -m pg_ground.evaluate --predictions=FILE --benchmark=rec --fields=pred=extracted_answer,gold=ground_truth \\
-    [--box-format=xyxy_px] [--point-format=xy_px] [--gold-format=…] --out=D
-
-Both write `eval.json` and `predictions.jsonl`; the second takes any JSON list, JSON lines, or object with `results`, and for a
-`predictions.jsonl` of ours neither --benchmark nor --fields. Benchmarks and their protocols: docs/evaluation.md.
-"""
+"""Scores a file of predictions again, and writes the results of an evaluation."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,73 +12,91 @@ from pg_ground.types import UserError
 
 def rescore(
     path: Path, benchmark: str, fields: Mapping[str, str], formats: prediction_files.Formats
-) -> tuple[dict[str, Any], list[Any]]:
-    """Returns what `eval.json` says of a file of predictions, and its scored rows.
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Returns the content of `eval.json` for a file of predictions, and its scored rows.
+
+    Args:
+      path: `predictions.jsonl` of this package, or a file of another program.
+      benchmark: name of the benchmark. It may be "" for a file of this package.
+      fields: paths of the fields in a record, as `prediction_files.parse_fields` returns them. It
+        is empty for a file of this package.
+      formats: formats of the coordinates in a file of another program.
 
     Raises:
-      UserError: something is wrong with the file, with counts.
+      UserError: the file cannot be read as predictions. The message has counts.
     """
-    records, besides = rows.read_records(path)
-    if rows.is_own(records) and not fields:
-        rows.check(records, path)
-        known = [
-            rows.bare(record) | ({"benchmark": benchmark} if benchmark else {})
-            for record in records
-        ]
+    records, header = rows.read_records(path)
+    if rows.is_row_file(records) and not fields:
+        rows.check_rows(records, path)
+        unscored = [rows.without_scores(record) for record in records]
+        if benchmark:
+            unscored = [row | {"benchmark": benchmark} for row in unscored]
     elif not benchmark:
-        raise UserError(
-            f"--benchmark is needed for {path}: one of {', '.join(benchmarks.BENCHMARKS)}"
-        )
+        names = ", ".join(benchmarks.BENCHMARKS)
+        raise UserError(f"--benchmark is needed for {path}: one of {names}")
     else:
-        known = prediction_files.read(records, path, benchmark, fields, formats)
-    for (source, mode), some in benchmarks.grouped(known).items():
-        names = {str(row["benchmark"]) for row in some}
+        unscored = prediction_files.read_rows(records, path, benchmark, fields, formats)
+    _check_benchmarks(unscored, path)
+    scored = [_score_row(row, index, path) for index, row in enumerate(unscored)]
+    report = benchmarks.make_report(scored)
+    if not rows.is_row_file(records):
+        report |= _claims(header, records, scored)
+    return report, scored
+
+
+def _check_benchmarks(unscored: Sequence[rows.Row], path: Path) -> None:
+    """Raises UserError if a source has several benchmarks or another number of questions."""
+    for (source, mode), group in benchmarks.group_by_source(unscored).items():
+        names = sorted({str(row["benchmark"]) for row in group})
         if len(names) > 1:
             raise UserError(
-                f"--predictions={path}: source {source!r}, {mode}, is measured as {' and '.join(sorted(names))}"
+                f"--predictions={path}: source {source!r}, {mode}, has rows of the benchmarks "
+                f"{' and '.join(names)}"
             )
-        benchmarks.check_count(some, names.pop())
-    found = [_scored(row, index, path) for index, row in enumerate(known)]
-    claims = {} if rows.is_own(records) else _claims(besides, records, found)
-    return benchmarks.report(found) | claims, found
+        benchmarks.check_question_count(group, names[0])
 
 
-def _scored(row: rows.Row, index: int, path: Path) -> dict[str, Any]:
+def _score_row(row: rows.Row, index: int, path: Path) -> dict[str, Any]:
     try:
-        return benchmarks.scored([row])[0]
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        AttributeError,
-    ) as error:  # somebody has edited the file
-        said = f"row {index} (id {row['id']!r:.40}) is no row of {row['benchmark']}: {type(error).__name__} {error}"
-        raise UserError(f"--predictions={path}: {said}") from error
+        return benchmarks.score_rows([row])[0]
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        # Only a row that was edited by hand can fail here.
+        raise UserError(
+            f"--predictions={path}: row {index} (id {row['id']!r:.40}) is not a row of "
+            f"{row['benchmark']}: {type(error).__name__} {error}"
+        ) from error
 
 
 def _claims(
-    besides: Mapping[str, Any],
+    header: Mapping[str, Any],
     records: Sequence[Mapping[str, Any]],
-    found: Sequence[Mapping[str, Any]],
+    scored: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Returns what somebody's file says of itself, beside what is found here."""
+    """Returns what a file of another program says about its own predictions, as `file_says`.
+
+    These are the numbers in its header. If its records have `correct`, `correct_agrees` counts the
+    records whose `correct` equals ours.
+    """
     claims: dict[str, Any] = {
         name: value
-        for name, value in besides.items()
+        for name, value in header.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
-    if all("correct" in record for record in records) and all(
-        row["source"] == "" and "correct" in row for row in found
-    ):
+    has_ours = all(row["source"] == "" and "correct" in row for row in scored)
+    if has_ours and all("correct" in record for record in records):
+        pairs = zip(records, scored, strict=True)
         claims["correct_agrees"] = sum(
-            bool(a["correct"]) == bool(b["correct"]) for a, b in zip(records, found, strict=True)
+            bool(record["correct"]) == bool(row["correct"]) for record, row in pairs
         )
     return {"file_says": claims} if claims else {}
 
 
-def write_results(out: Path, found: Mapping[str, Any], scored: Sequence[rows.Row]) -> Path:
-    """Returns the path of `eval.json`, having written it, and `predictions.jsonl` beside it."""
-    write_atomically(out / "predictions.jsonl", rows.lines(scored))
-    write_atomically(out / "eval.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+def write_results(out: Path, report: Mapping[str, Any], scored: Sequence[rows.Row]) -> Path:
+    """Writes `eval.json` and `predictions.jsonl` to the folder `out`.
+
+    Returns:
+      the path of `eval.json`.
+    """
+    write_atomically(out / "predictions.jsonl", rows.to_json_lines(scored))
+    write_atomically(out / "eval.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     return out / "eval.json"

@@ -1,8 +1,9 @@
-"""Masks that completions write as a box and 16 codes, judged as big_vision judges RefCOCO.
+"""Reads, writes and scores masks that an answer writes as a box and 16 codes.
 
-Its evaluator is `evaluators/proj/paligemma/transfers/segmentation.py`, and `pp/proj/paligemma/segmentation.py` writes the answers
-it learns from. Gold masks are in the pixels of the original image; the frame that the model sees does not matter. Codes become
-masks of 64 x 64, and masks codes, by `pg_ground.models.vqvae`.
+Answers are scored as in big_vision's evaluator of RefCOCO masks,
+`evaluators/proj/paligemma/transfers/segmentation.py`. Its training answers come from
+`pp/proj/paligemma/segmentation.py`. Ground-truth masks have the resolution of the original image.
+`pg_ground.models.vqvae` turns codes into masks of 64 x 64, and masks into codes.
 """
 
 import re
@@ -15,65 +16,71 @@ from PIL import Image
 
 from pg_ground.boxes import host_boxes, iou
 from pg_ground.data import run_lengths
-from pg_ground.evals.rows import Row, column
+from pg_ground.evals.rows import Columns, Row, column
 from pg_ground.vocab import LOC_MAX, SEG_TOKENS
 
 CODES = 16
-"""Of a mask, behind the four loc tokens of its box."""
+"""Number of codes of a mask. They follow the four loc tokens of its box."""
 
 SIDE = 64
-"""Of a mask that codes stand for, in pixels."""
+"""Side in pixels of a mask that codes stand for."""
 
 BOX_THRESHOLDS = (0.5, 0.75)
+"""Thresholds of box IoU for accuracy."""
 
 _WRITTEN = re.compile("(?:<loc[0-9]{4}>){4}(?:<seg[0-9]{3}>){16}")
 
 
 class Segments(NamedTuple):
-    """What completions begin with; zeros where that is no box with a mask."""
+    """The boxes and mask codes at the beginning of N texts. A text without them has zeros."""
 
     bins: Int[np.ndarray, "N 4"]
-    """y1 x1 y2 x2 of the box, loc bins of 0..1023."""
+    """y1 x1 y2 x2 of the box as loc bins, 0 to 1023."""
     codes: Int[np.ndarray, "N 16"]
     valid: Bool[np.ndarray, " N"]
-    """There are the loc tokens of a proper box, and all seg tokens behind them."""
+    """The text begins with the loc tokens of a box with area and with all seg tokens."""
 
 
 def read(texts: Sequence[str]) -> Segments:
-    """Returns what completions begin with; like the evaluator, it leaves unread what follows the codes, such as a name."""
-    found = Segments(
+    """Returns the boxes and codes at the beginning of texts.
+
+    Text behind the codes, for example a name, is ignored, as in big_vision's evaluator.
+    """
+    segments = Segments(
         np.zeros((len(texts), 4), int),
         np.zeros((len(texts), CODES), int),
         np.zeros(len(texts), bool),
     )
-    for row, text in enumerate(texts):
+    for index, text in enumerate(texts):
         written = _WRITTEN.match(text)
-        numbers = (
-            [int(number) for number in re.findall("[0-9]+", written[0])]
-            if written
-            else [0] * (4 + CODES)
-        )
-        y1, x1, y2, x2, *codes = numbers
+        if written is None:
+            continue
+        y1, x1, y2, x2, *codes = map(int, re.findall("[0-9]+", written[0]))
         if y2 > y1 and x2 > x1 and max(y2, x2) <= LOC_MAX and max(codes) < SEG_TOKENS:
-            found.bins[row], found.codes[row], found.valid[row] = (y1, x1, y2, x2), codes, True
-    return found
+            segments.bins[index] = (y1, x1, y2, x2)
+            segments.codes[index] = codes
+            segments.valid[index] = True
+    return segments
 
 
 def write(yxyx: Float[np.ndarray, "4"], codes: Int[np.ndarray, "16"]) -> str:
-    """Returns the answer that a box (fractions) and the codes of its mask are written as, with neither name nor space."""
+    """Returns the answer for a box (fractions) and the codes of its mask, without name or space."""
     bins = np.clip(np.round(np.float32(yxyx) * LOC_MAX), 0, LOC_MAX).astype(int)
-    return "".join(f"<loc{place:04d}>" for place in bins) + "".join(
-        f"<seg{code:03d}>" for code in codes
-    )
+    locs = "".join(f"<loc{number:04d}>" for number in bins)
+    return locs + "".join(f"<seg{code:03d}>" for code in codes)
 
 
 def crop(mask: Bool[np.ndarray, "H W"], yxyx: Float[np.ndarray, "4"]) -> Float[np.ndarray, "64 64"]:
-    """Returns a mask's part in its box (fractions, rounded to pixels, at least one of them) for `vqvae.encode`, in [0, 1]."""
+    """Returns the part of a mask inside a box, resized for `vqvae.encode`. Values are in [0, 1].
+
+    Args:
+      yxyx: the box as fractions. It is rounded to pixels and has at least one pixel.
+    """
     height, width = mask.shape
-    y1, x1, y2, x2 = np.round(
-        np.array([height, width, height, width], np.float32) * np.float32(yxyx)
-    ).astype(int)
-    y1, x1 = min(max(y1, 0), height - 1), min(max(x1, 0), width - 1)
+    scale = np.array([height, width, height, width], np.float32)
+    y1, x1, y2, x2 = np.round(scale * np.float32(yxyx)).astype(int)
+    y1 = min(max(y1, 0), height - 1)
+    x1 = min(max(x1, 0), width - 1)
     part = Image.fromarray(mask[y1 : max(y2, y1 + 1), x1 : max(x2, x1 + 1)].astype(np.float32))
     return np.asarray(part.resize((SIDE, SIDE), Image.Resampling.BILINEAR))
 
@@ -84,64 +91,60 @@ def answer(
     decoded: Float[np.ndarray, "64 64"],
     size: tuple[int, int],
 ) -> dict[str, Any]:
-    """Returns the prediction of a row: the box in pixels of an image of `size` (width, height), and the mask as run lengths.
+    """Returns the prediction of a row: the box in pixels of the image, and the mask as run lengths.
 
-    The decoded mask is resized linearly into the box, whose corners are cut off to pixels, and is the object where it is above 0.
-    Without all its codes there is no box either. A box without a pixel of the image is a box, but has no mask: the evaluator
+    The decoded mask is resized linearly into the box. The corners of the box are truncated to
+    pixels. A pixel belongs to the object if its value is above 0. Without all codes there is no box
+    either. A box without a pixel has no mask but remains a box, because big_vision's evaluator
     compares boxes before it looks for pixels.
 
     Args:
-      decoded: what `vqvae.decode` makes of the codes.
+      bins: `Segments.bins` of one text.
+      valid: `Segments.valid` of one text.
+      decoded: `vqvae.decode` of the codes.
+      size: width and height of the image.
     """
     if not valid:
         return {"boxes": [], "points": [], "mask": None}
     width, height = size
     edges = np.asarray(bins, np.float64) / LOC_MAX * [height, width, height, width]
-    y1, x1, y2, x2 = edges.astype(int)
-    mask = np.zeros((height, width), bool)
-    if y2 > y1 and x2 > x1:
-        part = Image.fromarray(np.float32(decoded)).resize(
-            (x2 - x1, y2 - y1), Image.Resampling.BILINEAR
-        )
-        mask[y1:y2, x1:x2] = np.asarray(part) > 0
     box = {"label": "", "xyxy_px": edges[[1, 0, 3, 2]].tolist()}
-    return {
-        "boxes": [box],
-        "points": [],
-        "mask": run_lengths.encode(mask) if y2 > y1 and x2 > x1 else None,
-    }
+    y1, x1, y2, x2 = edges.astype(int)
+    if y2 <= y1 or x2 <= x1:
+        return {"boxes": [box], "points": [], "mask": None}
+    part = Image.fromarray(np.float32(decoded))
+    part = part.resize((x2 - x1, y2 - y1), Image.Resampling.BILINEAR)
+    mask = np.zeros((height, width), bool)
+    mask[y1:y2, x1:x2] = np.asarray(part) > 0
+    return {"boxes": [box], "points": [], "mask": run_lengths.encode(mask)}
 
 
 def _mask_iou(a: Bool[np.ndarray, "H W"], b: Bool[np.ndarray, "H W"]) -> float:
-    both = np.sum(a & b)
-    return float(both / max(a.sum() + b.sum() - both, 1))
+    intersection = np.sum(a & b)
+    return float(intersection / max(a.sum() + b.sum() - intersection, 1))
 
 
 def score(row: Row) -> dict[str, Any]:
-    """Returns `mask_iou` and `iou` (of the boxes) of an answer, and whether it is `valid`: it writes a mask."""
-    said, gold = row["prediction"], row["gold"]
-    overlap = (
-        0.0
-        if said["mask"] is None
-        else _mask_iou(run_lengths.decode(said["mask"]), run_lengths.decode(gold["mask"]))
-    )
-    box = said["boxes"][0]["xyxy_px"] if said["boxes"] else None
+    """Returns the IoU of the masks, the IoU of the boxes, and whether the answer has a mask."""
+    prediction, gold = row["prediction"], row["gold"]
+    mask_iou = 0.0
+    if prediction["mask"] is not None:
+        mask_iou = _mask_iou(
+            run_lengths.decode(prediction["mask"]), run_lengths.decode(gold["mask"])
+        )
+    box = prediction["boxes"][0]["xyxy_px"] if prediction["boxes"] else None
     box_iou = iou(*host_boxes([box, gold["boxes"][0]["xyxy_px"]]))
     return {
-        "mask_iou": overlap,
+        "mask_iou": mask_iou,
         "iou": float(box_iou),
-        "valid": int(said["mask"] is not None),
+        "valid": int(prediction["mask"] is not None),
     }
 
 
-def columns(rows: Sequence[Row]) -> dict[str, np.ndarray]:
-    overlap = column(rows, "iou")
-    found = {
-        f"boxacc{threshold * 100:.0f}": (overlap >= threshold).astype(np.float64)
-        for threshold in BOX_THRESHOLDS
-    }
-    return {
-        "miou": column(rows, "mask_iou"),
-        **found,
-        "invalid_fraction": 1 - column(rows, "valid"),
-    }
+def means(rows: Sequence[Row]) -> Columns:
+    """Returns mean IoU of masks, accuracy of boxes, and the share of answers without a mask."""
+    box_iou = column(rows, "iou")
+    columns = {"miou": column(rows, "mask_iou")}
+    for threshold in BOX_THRESHOLDS:
+        columns[f"boxacc{threshold * 100:.0f}"] = (box_iou >= threshold).astype(np.float64)
+    return columns | {"invalid_fraction": 1 - column(rows, "valid")}
