@@ -36,6 +36,7 @@ jaxtyping.install_import_hook("pg_ground", "shape_checks.checked")
 
 from pg_ground.config import Model, Text, Vision  # noqa: E402
 from pg_ground.models import PaliGemma  # noqa: E402
+from pg_ground.params import unflatten  # noqa: E402
 from pg_ground.types import BOXES, Batch, Boxes, Gold, Points  # noqa: E402
 from pg_ground.vocab import BOS, EOS, NEWLINE, PAD  # noqa: E402
 
@@ -75,7 +76,7 @@ def random_params(model: PaliGemma) -> Any:
     0.25 makes attention logits and vocabulary logits of a few units, so that softmax is neither flat nor saturated.
     """
     rng = np.random.default_rng(0)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    shapes = unflatten(model.abstract_params())
     return jax.tree.map(lambda s: jnp.asarray(0.25 * rng.normal(size=s.shape), s.dtype), shapes)
 
 

@@ -13,7 +13,6 @@ from pg_ground import config
 from pg_ground.config import Lora, Model, Optimizer, variant
 from pg_ground.models import PaliGemma
 from pg_ground.parallel import sharding
-from pg_ground.params import flatten
 from pg_ground.training.optimizers import make_optimizer
 from pg_ground.types import UserError
 
@@ -69,7 +68,7 @@ MESHES = (
 
 @pytest.mark.parametrize("name", sorted(config.DECODERS))
 def test_every_rule_matches_a_parameter_first_and_no_large_array_is_replicated(name):
-    shapes = flatten(jax.eval_shape(PaliGemma(variant(name, 896)).init, jax.random.key(0)))
+    shapes = PaliGemma(variant(name, 896)).abstract_params()
     sharding.check_rules(sharding.RULES, list(shapes))
     for settings in MESHES:
         mesh = sharding.make_mesh(settings)
@@ -82,7 +81,7 @@ def test_every_rule_matches_a_parameter_first_and_no_large_array_is_replicated(n
 
 def test_adapters_are_split_too():
     lora = replace(Model(), lora=Lora(rank=64))
-    shapes = flatten(jax.eval_shape(PaliGemma(lora).init, jax.random.key(0)))
+    shapes = PaliGemma(lora).abstract_params()
     shardings = sharding.infer_shardings(sharding.make_mesh(MESH), shapes)
     large = [
         name

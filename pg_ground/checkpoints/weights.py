@@ -369,10 +369,7 @@ def check_fit(
 
 
 def _shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    return {
-        name: leaf.shape
-        for name, leaf in flatten(jax.eval_shape(PaliGemma(model).init, jax.random.key(0))).items()
-    }
+    return {name: leaf.shape for name, leaf in PaliGemma(model).abstract_params().items()}
 
 
 def tokenizer_of(path: Path) -> str:

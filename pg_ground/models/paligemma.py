@@ -6,7 +6,7 @@ the prefix sees a completion. So the prefix is computed once per prompt, exactly
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from pg_ground.config import Model
 from pg_ground.models.blocks import in_blocks
 from pg_ground.models.gemma import Decoder, KeyValues, softcap
 from pg_ground.models.siglip import Tower
-from pg_ground.params import is_multiplied, map_named
+from pg_ground.params import AbstractParams, flatten, is_multiplied, map_named
 from pg_ground.types import ANYWHERE, Array, Places, PrefixCache, SuffixCache
 
 Params = Any
@@ -147,6 +147,10 @@ class PaliGemma:
         return Network(self.config, ANYWHERE).init(
             key, image, prompt, jnp.ones((1, 1), bool), prompt[:, None]
         )["params"]
+
+    def abstract_params(self) -> AbstractParams:
+        """Returns shape and dtype of the parameters that `init` returns, by slash-joined name."""
+        return dict(_abstract_params(self.config))
 
     def prefill(
         self,
@@ -296,3 +300,8 @@ def last_of(hidden: Float[Array, "B S D"], mask: Bool[Array, "B S"]) -> Float[Ar
     """Returns the states at the last slots where `mask` holds."""
     last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+
+
+@cache  # tracing `init` takes 0.3 s, and a checkpoint needs the shapes several times
+def _abstract_params(config: Model) -> AbstractParams:
+    return flatten(jax.eval_shape(PaliGemma(config).init, jax.random.key(0)))

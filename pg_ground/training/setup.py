@@ -92,7 +92,7 @@ def abstract_params(
     Raises:
       UserError: a pattern or a rule matches no parameter, or the mesh cannot split an array.
     """
-    shapes = flatten(jax.eval_shape(model.init, jax.random.key(0)))
+    shapes = model.abstract_params()
     sharding.check_rules(config.mesh.rules, list(shapes))
     if config.model.lora.rank and not any(map(is_adapter, shapes)):
         raise UserError(
