@@ -32,10 +32,10 @@ FLOATS = ("float32", "bfloat16")
 class Range(NamedTuple):
     """The values that a setting can have."""
 
-    minimum: float | None = None
-    above: float | None = None
-    maximum: float | None = None
-    below: float | None = None
+    minimum: int | float | None = None
+    above: int | float | None = None
+    maximum: int | float | None = None
+    below: int | float | None = None
     choices: tuple[str, ...] = ()
     regex: bool = False
 
@@ -75,10 +75,10 @@ def setting(
     default: Any,
     help: str,
     *,
-    minimum: float | None = None,
-    above: float | None = None,
-    maximum: float | None = None,
-    below: float | None = None,
+    minimum: int | float | None = None,
+    above: int | float | None = None,
+    maximum: int | float | None = None,
+    below: int | float | None = None,
     choices: tuple[str, ...] = (),
     regex: bool = False,
 ) -> Any:

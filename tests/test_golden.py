@@ -22,7 +22,7 @@ from pg_ground.models import PaliGemma
 from pg_ground.params import flatten
 from pg_ground.rl import update
 from pg_ground.rl.rollout import sample
-from pg_ground.types import Batch, TrainState, UserError
+from pg_ground.types import POLICY, Batch, TrainState, UserError
 from pg_ground.vocab import EOS, vocab_of_size
 
 LOGIT_TOLERANCE = 2e-3
@@ -90,7 +90,8 @@ def keep_gradient() -> optax.GradientTransformation:
 def sft(r: Reference, label_smoothing: float) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Returns the metrics and the gradient by name of one supervised step."""
     optimizer = keep_gradient()
-    state = TrainState(jnp.int32(0), r.params, optimizer.init(r.params))
+    trees = {POLICY: r.params}
+    state = TrainState(jnp.int32(0), trees, optimizer.init(trees))
 
     def step(state: TrainState, batch: Batch) -> Any:
         return update.sft_update(
@@ -106,7 +107,7 @@ def sft(r: Reference, label_smoothing: float) -> tuple[dict[str, jax.Array], dic
         )
 
     state, metrics = jax.jit(step)(state, r.batch)
-    return metrics, flatten(state.opt)
+    return metrics, flatten(state.opt_state[POLICY])
 
 
 def test_sizes_are_read_from_the_shapes(reference):

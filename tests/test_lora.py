@@ -15,7 +15,7 @@ from pg_ground.config import Lora, Model
 from pg_ground.models import PaliGemma, lora
 from pg_ground.params import MATRICES, flatten, is_adapter, join, matrix_axes, pick
 from pg_ground.rl import update
-from pg_ground.types import TrainState
+from pg_ground.types import POLICY, TrainState
 from pg_ground.vocab import vocab_of_size
 
 EVERYWHERE = Lora(rank=3, alpha=6.0, pattern=".*")
@@ -133,11 +133,11 @@ def compiled(model: PaliGemma) -> Any:
     def run(frozen: Any, params: Any, dropout_key: Any) -> tuple[Any, Any]:
         x = inputs(model)
         state, metrics = update.sft_update(
-            TrainState(jnp.int32(0), params, keep.init(params)), frozen, unlabelled(*x[:3], x.tokens[:, 0], x.mask[:, 0]),
+            TrainState(jnp.int32(0), {POLICY: params}, keep.init({POLICY: params})), frozen, unlabelled(*x[:3], x.tokens[:, 0], x.mask[:, 0]),
             model=model, optimizer=keep, vocab=vocab_of_size(model.config.text.vocab_size), grad_accum_steps=1,
             label_smoothing=0.0, loc_smoothing_bins=0.0, dropout_key=dropout_key,
         )  # fmt: skip
-        return state.opt, metrics
+        return state.opt_state[POLICY], metrics
 
     return jax.jit(run)
 

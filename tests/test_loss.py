@@ -4,6 +4,7 @@ Everything here runs in float64, so that a bound is that of the numbers compared
 both sides are ours a few hundred operations on values of order 1 leave 1e-12.
 """
 
+import dataclasses
 import json
 
 import jax
@@ -12,22 +13,13 @@ import numpy as np
 import pytest
 
 from pg_ground.config import Grpo
-from pg_ground.rl.loss import (
-    ALGORITHMS,
-    CHOICES,
-    Algorithm,
-    Tokens,
-    choose,
-    completion_kl,
-    k1,
-    k2,
-    k3,
-    policy_loss,
-    seq_mean_token_mean,
-    seq_mean_token_sum_norm,
-    target_logps,
-    token_mean,
-)
+from pg_ground.rl.algorithms import ALGORITHMS, CHOICES, Algorithm, make_algorithm
+from pg_ground.rl.kl import k1, k2, k3
+from pg_ground.rl.loss import completion_kl, policy_loss, target_logps
+from pg_ground.rl.objectives import seq_mean_token_mean, seq_mean_token_sum_norm, token_mean
+from pg_ground.rl.options import options_of
+from pg_ground.rl.token_selection import TokenStatistics
+from pg_ground.training.grpo import check_algorithm
 from pg_ground.types import UserError
 from pg_ground.vocab import LOC_TOKENS, vocab_of_size
 
@@ -65,17 +57,17 @@ def loss_and_gradient(given: dict, row: Algorithm, group_size: int, budget: int 
 
     logps, ref, mask = widened(given["logps"]), widened(given["ref"]), widened(given["mask"]) > 0
     old = logps if given["old"] is None else widened(given["old"])
-    advantage = groups(given["advantages"], group_size)
+    advantage = groups(given["advantages"], group_size)[..., None]
 
     entropies = widened(given["entropies"])
-    focus = row.focus and row.focus(
-        Tokens(logps, entropies, advantage, mask, jax.random.key(0)), row.token_selection_share
-    )
+    selection = select(row, logps, entropies, advantage, mask)
 
     def loss(logps):
-        terms = policy_loss(logps, old, ref if row.kl_coef else None, advantage, mask, row, focus)
+        terms = policy_loss(
+            logps, old, ref if row.kl_coef else None, advantage, mask, row, selection
+        )
         bonus = row.entropy_coef * jnp.sum(entropies * mask) / mask.sum()
-        return jnp.sum(terms.loss * row.average(mask)) - bonus, terms
+        return jnp.sum(terms.loss * row.loss_agg_mode(mask)) - bonus, terms
 
     (value, terms), gradient = jax.value_and_grad(loss, has_aux=True)(logps)
     assert gradient.dtype == jnp.float64
@@ -84,7 +76,22 @@ def loss_and_gradient(given: dict, row: Algorithm, group_size: int, budget: int 
 
 def made(row: str, **changes) -> Algorithm:
     """Returns a row without its KL term, as TRL's default has none, with `changes`."""
-    return ALGORITHMS[row]._replace(kl_coef=0.0)._replace(**changes)
+    return ALGORITHMS[row].override(**{"kl_coef": 0.0, **changes})
+
+
+def select(row: Algorithm, logps, entropies, advantage, mask):
+    """Returns the token selection of a row; None if it has none."""
+    if row.token_selection is None:
+        return None
+    tokens = TokenStatistics(logps, entropies, advantage, mask, jax.random.key(0))
+    return row.token_selection(tokens, **row.options_for("token_selection"))
+
+
+def choose(c: Grpo) -> Algorithm:
+    """Returns the algorithm of a config section, checked as the stage checks it."""
+    row = make_algorithm(c.algorithm, c.algorithm_overrides)
+    check_algorithm(row, c)
+    return row
 
 
 GOLDEN = [
@@ -98,7 +105,7 @@ GOLDEN = [
     ("grpo + k3 KL beta=.04, IS-weighted (TRL>=1.x default)", ALGORITHMS["grpo"]),
     (
         "grpo + k3 KL beta=.04, plain k3 (use_bias_correction_kl=False)",
-        ALGORITHMS["grpo"]._replace(kl=k3),
+        ALGORITHMS["grpo"]._replace(kl_estimator=k3),
     ),
     ("bnpo", made("dapo", clip_high=0.2)),
     ("dapo two-sided delta=4 (INTELLECT-2)", made("two_sided")),
@@ -131,7 +138,7 @@ def test_loss_and_gradient_equal_trl(trl, name, row, inputs):
     if (
         "clip_ratio/region_mean" in expected.get("metrics", {})
         and row.ratio is ALGORITHMS["grpo"].ratio
-        and row.focus is None
+        and row.token_selection is None
     ):
         mask = groups(given["mask"], group_size)
         share = jnp.sum(terms.clipped[..., : mask.shape[2]] * mask) / mask.sum()
@@ -155,7 +162,7 @@ def test_corrections_for_another_sampler_equal_trls(trl, name):
     row = made(
         "dapo",
         clip_high=0.2,
-        correction=CHOICES["correction"][name.split()[0]],
+        importance_sampling_mode=CHOICES["importance_sampling_mode"][name.split()[0]],
         importance_sampling_floor=0.5 * ("cmin" in name),
     )
     batch = trl["inputs"]["B"]
@@ -163,7 +170,7 @@ def test_corrections_for_another_sampler_equal_trls(trl, name):
         groups(batch["logps"], 2),
         old,
         None,
-        groups(batch["advantages"], 2),
+        groups(batch["advantages"], 2)[..., None],
         mask,
         row,
         None,
@@ -188,10 +195,13 @@ SEED = {
 SEED_ROWS = {
     "vanilla, token-mean": (made("dual_clip"), 0.259728),
     "vanilla, seq-mean-token-sum": (
-        made("dual_clip", average=CHOICES["average"]["seq_mean_token_sum"]),
+        made("dual_clip", loss_agg_mode=CHOICES["loss_agg_mode"]["seq_mean_token_sum"]),
         0.649320,
     ),
-    "vanilla, seq-mean-token-mean": (made("dual_clip", average=seq_mean_token_mean), 0.558538),
+    "vanilla, seq-mean-token-mean": (
+        made("dual_clip", loss_agg_mode=seq_mean_token_mean),
+        0.558538,
+    ),
     "clip .2/.28, c 10": (made("dapo", ratio_cap=10.0), 0.540066),
     "gspo": (made("gspo"), 0.645017),
     "gpg": (made("gpg"), 0.46),
@@ -215,14 +225,13 @@ def test_a_focus_leaves_nothing_to_learn_where_there_is_no_advantage(random_batc
     """The first update is at ratio 1, where |log-ratio| has a kink: its gradient there is 0, not the 1 of jnp.abs."""
     logps, _, _, advantage, mask = random_batch
     row = made(name, token_selection_share=1.0)
-    focus = row.focus(
-        Tokens(logps, -logps, advantage, mask, jax.random.key(0)), row.token_selection_share
-    )
+    selection = select(row, logps, -logps, advantage, mask)
 
     def loss(logps):
         old = jax.lax.stop_gradient(logps)
         return jnp.sum(
-            policy_loss(logps, old, None, 0 * advantage, mask, row, focus).loss * row.average(mask)
+            policy_loss(logps, old, None, 0 * advantage, mask, row, selection).loss
+            * row.loss_agg_mode(mask)
         )
 
     assert not jax.grad(loss)(logps).any()
@@ -230,17 +239,19 @@ def test_a_focus_leaves_nothing_to_learn_where_there_is_no_advantage(random_batc
 
 CANCELLING = {
     "kl_target steers kl_coef, which is 0": {"algorithm": "dapo", "kl_target": 0.01},
-    "kl is k1, whose gradient": {"kl": "k1"},
+    "kl_estimator is k1, whose gradient": {"kl_estimator": "k1"},
     "kl_in_reward has no effect": {"algorithm": "gdpo", "kl_coef": 0.1, "kl_in_reward": True},
-    "clip_high is 0.2, but objective = cispo": {"objective": "cispo"},
-    "correction multiplies": {"algorithm": "vespo", "correction": "token_mask"},
+    "clip_high is 0.5: cispo needs a value at least 1": {"objective": "cispo", "clip_high": 0.5},
+    "importance_sampling_mode multiplies": {
+        "algorithm": "vespo",
+        "importance_sampling_mode": "token_mask",
+    },
     "importance_sampling_floor is above": {
-        "correction": "token_mask",
+        "importance_sampling_mode": "token_mask",
         "importance_sampling_floor": 5.0,
     },
-    "ratio_cap is below 1": {"ratio_cap": 0.5},
-    "off_policy_kl is below 0": {"off_policy_kl": -1.0},
-    "resample looks at the spread": {"algorithm": "remax", "dynamic_sampling": 1},
+    "ratio_cap is 0.5: ppo_clip needs a value at least 1": {"ratio_cap": 0.5},
+    "dynamic_sampling looks at the spread": {"algorithm": "remax", "dynamic_sampling": 1},
     "kl_horizon is so short": {"kl_target": 0.1, "kl_horizon": 10},
 }
 
@@ -252,7 +263,7 @@ def test_choices_that_cancel_each_other_are_refused(said):
 
 
 UNREAD = {
-    "clip_high has no effect on sapo: it is read where objective is one of": {
+    "clip_high has no effect on sapo: it is read if objective is one of": {
         "algorithm": "sapo",
         "clip_high": 0.3,
     },
@@ -276,9 +287,10 @@ def test_clip_cov_drops_by_lot_among_the_tokens_of_high_covariance():
         jnp.asarray(rng.normal(size=(8, 8))),
     )
     mask = jnp.asarray(rng.uniform(size=logps.shape) < 0.8)
-    tokens = Tokens(logps, jnp.zeros_like(logps), advantage, mask, jax.random.key(0))
-    drop = CHOICES["focus"]["clip_cov"]
-    dropped = drop(tokens, 0.01).keep == 0
+    key = jax.random.key(0)
+    tokens = TokenStatistics(logps, jnp.zeros_like(logps), advantage[..., None], mask, key)
+    clip_cov = CHOICES["token_selection"]["clip_cov"]
+    dropped = clip_cov(tokens, token_selection_share=0.01).factor == 0
     a, b = (np.asarray(x) for x in (jnp.broadcast_to(advantage[..., None], logps.shape), logps))
     m = np.asarray(mask)
     covariance = (a - a[m].mean()) * (b - b[m].mean())
@@ -288,7 +300,8 @@ def test_clip_cov_drops_by_lot_among_the_tokens_of_high_covariance():
         and covariance[dropped].max() < 5
     )
     assert m[dropped].all()
-    other = drop(tokens._replace(key=jax.random.key(1)), 0.01).keep == 0
+    other_tokens = tokens._replace(key=jax.random.key(1))
+    other = clip_cov(other_tokens, token_selection_share=0.01).factor == 0
     assert (other != dropped).any() and other.sum() == dropped.sum()
 
 
@@ -319,7 +332,7 @@ def test_kl_estimates_equal_rllavas():
 @pytest.mark.parametrize("name", ["k1+", "k3+", "absolute+"])
 def test_straight_through_has_the_value_of_one_estimate_and_the_gradient_of_k2(name):
     gap = jnp.asarray([0.3, -0.5, 0.1, 1.5])
-    both, plain = CHOICES["kl"][name], CHOICES["kl"][name[:-1]]
+    both, plain = CHOICES["kl_estimator"][name], CHOICES["kl_estimator"][name[:-1]]
     np.testing.assert_allclose(
         both(gap, jnp.ones_like(gap)), plain(gap, jnp.ones_like(gap)), rtol=0, atol=ROUNDING
     )
@@ -333,7 +346,7 @@ def test_a_penalty_in_the_reward_is_the_summed_gap(random_batch):
     found = completion_kl(logps, ref, mask, ALGORITHMS["rloo"])
     np.testing.assert_allclose(found, jnp.sum((logps - ref) * mask, axis=-1), rtol=0, atol=ROUNDING)
     row = ALGORITHMS["rloo"]._replace(kl_coef=0.1)
-    given = (logps, logps, ref, jnp.zeros(mask.shape[:2]), mask)
+    given = (logps, logps, ref, jnp.zeros((*mask.shape[:2], 1)), mask)
     assert (
         not policy_loss(*given, row).loss.any()
         and policy_loss(*given, row._replace(kl_in_reward=False)).loss.any()
@@ -354,14 +367,16 @@ def random_batch():
     rng = np.random.default_rng(0)
     old = jnp.asarray(np.log(rng.uniform(0.05, 0.95, (3, 4, 5))))
     logps, ref = (old + 0.3 * jnp.asarray(rng.normal(size=old.shape)) for _ in range(2))
-    advantage = jnp.asarray(rng.normal(size=(3, 4)))
+    advantage = jnp.asarray(rng.normal(size=(3, 4, 1)))
     mask = jnp.arange(5) < jnp.asarray(rng.integers(1, 6, (3, 4)))[..., None]
     return logps, old, ref, advantage, mask
 
 
 def gradient_of(row: Algorithm, logps, old, ref, advantage, mask) -> jax.Array:
     def loss(logps):
-        return jnp.sum(policy_loss(logps, old, ref, advantage, mask, row).loss * row.average(mask))
+        return jnp.sum(
+            policy_loss(logps, old, ref, advantage, mask, row).loss * row.loss_agg_mode(mask)
+        )
 
     return jax.grad(loss)(logps)
 
@@ -383,27 +398,23 @@ def test_on_policy_gradient_is_reinforce(random_batch, row):
     logps, _, _, advantage, mask = random_batch
     row = made(row)
     gradient = gradient_of(row, logps, logps, None, advantage, mask)
-    weights = row.average(mask)
+    weights = row.loss_agg_mode(mask)
     if (
-        row.objective.__name__ == "clipped" and row.ratio is ALGORITHMS["rloo"].ratio
+        row.objective.__name__ == "ppo_clip" and row.ratio is ALGORITHMS["rloo"].ratio
     ):  # a completion is one action: each token moves all of its probability
         weights = mask * weights.sum(axis=-1, keepdims=True)
-    np.testing.assert_allclose(gradient, -advantage[..., None] * weights, rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(gradient, -advantage * weights, rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize(
     "row",
-    [
-        name
-        for name, row in ALGORITHMS.items()
-        if row.objective.__name__ in ("clipped", "geometric")
-    ],
+    [name for name, row in ALGORITHMS.items() if row.objective.__name__ in ("ppo_clip", "gmpo")],
 )
 def test_on_policy_loss_is_minus_the_averaged_advantage(random_batch, row):
     logps, _, _, advantage, mask = random_batch
     terms = policy_loss(logps, logps, None, advantage, mask, made(row))
     np.testing.assert_allclose(
-        terms.loss, jnp.broadcast_to(-advantage[..., None], terms.loss.shape), rtol=0, atol=ROUNDING
+        terms.loss, jnp.broadcast_to(-advantage, terms.loss.shape), rtol=0, atol=ROUNDING
     )
     assert not terms.clipped.any() and not terms.kl.any()
 
@@ -427,7 +438,7 @@ def test_completion_ratios_clip_whole_completions(random_batch, row, shared):
 def test_the_clip_binds_only_where_it_would_go_on(random_batch):
     """A ratio beyond the clip is held only if the advantage pushes it further out (PPO's pessimistic minimum)."""
     logps, old, _, advantage, mask = random_batch
-    ratio, a = jnp.exp(logps - old), advantage[..., None]
+    ratio, a = jnp.exp(logps - old), advantage
     clipped = policy_loss(logps, old, None, advantage, mask, made("grpo")).clipped
     np.testing.assert_array_equal(clipped, ((ratio > 1.2) & (a > 0)) | ((ratio < 0.8) & (a < 0)))
 
@@ -481,14 +492,14 @@ def test_corrected_k3_has_the_gradient_of_the_kl(corrected):
     """In expectation over tokens drawn on-policy, computed over a whole vocabulary of 7; plain k3 has another gradient."""
     rng = np.random.default_rng(1)
     z, q = jnp.asarray(rng.normal(size=7)), jax.nn.log_softmax(jnp.asarray(rng.normal(size=7)))
-    row = made("grpo", kl_coef=1.0, **({} if corrected else {"kl": k3}))
+    row = made("grpo", kl_coef=1.0, **({} if corrected else {"kl_estimator": k3}))
     drawn = jnp.exp(jax.nn.log_softmax(z))
 
     def expected_penalty(z):
         logps = jax.nn.log_softmax(z)[None, None]
         old = jax.lax.stop_gradient(logps)
         terms = policy_loss(
-            logps, old, q[None, None], jnp.zeros((1, 1)), jnp.ones((1, 1, 7), bool), row
+            logps, old, q[None, None], jnp.zeros((1, 1, 1)), jnp.ones((1, 1, 7), bool), row
         )
         return jnp.sum(drawn * terms.loss[0, 0])
 
@@ -518,11 +529,11 @@ def test_averages_weigh_as_they_say(random_batch):
 def test_choose_puts_the_users_numbers_over_the_rows():
     assert choose(Grpo(algorithm="dapo")) == ALGORITHMS["dapo"]
     changed = choose(Grpo(algorithm="dapo", clip_high=0.5, kl_coef=0.0))
-    assert changed == ALGORITHMS["dapo"]._replace(clip_high=0.5, kl_coef=0.0)
+    assert changed == ALGORITHMS["dapo"].override(clip_high=0.5, kl_coef=0.0)
     assert (
         choose(Grpo(algorithm="grpo", kl_coef=0.0)).kl_coef == 0.0
     )  # 0 is a value, not an absent one
-    assert choose(Grpo(algorithm="grpo", clip_low=0.1)).clip_low == 0.1
+    assert choose(Grpo(algorithm="grpo", clip_low=0.1)).option("clip_low") == 0.1
 
 
 def test_an_unknown_algorithm_is_refused_with_the_nearest():
@@ -535,10 +546,10 @@ def test_an_unknown_algorithm_is_refused_with_the_nearest():
 @ROWS
 def test_defect_13_every_token_of_the_policy_is_learned_from_and_none_of_its_surroundings(row):
     """A transcript's mask has holes where a tool's answer stands. RLLaVA trains its last turn alone."""
-    row = made(row, focus=None)
+    row = made(row, token_selection=None)
     key, _ = jax.random.split(jax.random.key(0))
     logps = -jax.random.uniform(key, (2, 2, 8), jnp.float64, 0.1, 3.0)
-    advantage = jnp.array([[1.0, -1.0], [0.5, -0.5]], jnp.float64)
+    advantage = jnp.array([[[1.0], [-1.0]], [[0.5], [-0.5]]], jnp.float64)
     of_policy = jnp.broadcast_to(jnp.array([1, 1, 0, 0, 1, 1, 0, 1]) > 0, logps.shape)
 
     def loss(logps, noise):
@@ -546,7 +557,7 @@ def test_defect_13_every_token_of_the_policy_is_learned_from_and_none_of_its_sur
         old = jax.lax.stop_gradient(shown)
         return jnp.sum(
             policy_loss(shown, old, None, advantage, of_policy, row, None).loss
-            * row.average(of_policy)
+            * row.loss_agg_mode(of_policy)
         )
 
     value, gradient = jax.value_and_grad(loss)(logps, -1.0)
@@ -567,13 +578,94 @@ def test_a_peers_defect_cispo_does_not_hold_every_ratio_below_a_clip_of_an_inter
     """TRL's default cap of 0.2 is that of an interval around 1: it scales every on-policy loss by a fifth. Ours caps at 5."""
     logps, _, _, advantage, mask = random_batch
     terms = policy_loss(logps, logps, None, advantage, mask, ALGORITHMS["cispo"])
-    np.testing.assert_allclose(terms.loss, -advantage[..., None] * logps, rtol=ROUNDING)
+    np.testing.assert_allclose(terms.loss, -advantage * logps, rtol=ROUNDING)
 
 
 def test_a_peers_defect_no_row_with_a_penalty_in_the_loss_uses_k1():
     """Tunix's k1 in the loss has an expected gradient of 0 on-policy; here it is in rewards only."""
     for name, row in ALGORITHMS.items():
-        assert row.kl is not k1 or row.kl_in_reward, name
+        assert row.kl_estimator is not k1 or row.kl_in_reward, name
+
+
+@ROWS
+def test_advantages_of_tokens_equal_advantages_of_completions_if_all_are_equal(random_batch, row):
+    """[B, G, T] advantages with one value per completion give the loss and the gradient of [B, G, 1]."""
+    logps, old, ref, advantage, mask = random_batch
+    per_token = jnp.broadcast_to(advantage, logps.shape)
+    row = ALGORITHMS[row]
+    np.testing.assert_allclose(
+        gradient_of(row, logps, old, ref, per_token, mask),
+        gradient_of(row, logps, old, ref, advantage, mask),
+        rtol=0,
+        atol=ROUNDING,
+    )
+
+
+def test_each_token_learns_from_its_own_advantage(random_batch):
+    logps, _, _, _, mask = random_batch
+    per_token = jnp.asarray(np.random.default_rng(1).normal(size=logps.shape))
+    gradient = gradient_of(made("grpo"), logps, logps, None, per_token, mask)
+    weights = seq_mean_token_mean(mask)
+    np.testing.assert_allclose(gradient, -per_token * weights, rtol=0, atol=ROUNDING)
+
+
+USERS_ALGORITHM = """
+import jax.numpy as jnp
+from pg_ground.rl.algorithms import ALGORITHMS
+from pg_ground.rl.objectives import token_mean
+
+def squared(log_ratio, logps, advantages, mask, *, pull: float = 2.0):
+    return pull * jnp.square(log_ratio) - advantages * logps, jnp.zeros_like(mask)
+
+mine = ALGORITHMS["grpo"]._replace(objective=squared, loss_agg_mode=token_mean, kl_coef=0.0, options={"pull": 3.0})
+short = ALGORITHMS["grpo"]._replace(objective=lambda log_ratio, logps: log_ratio)
+number = 3
+"""
+
+
+@pytest.fixture
+def users_file(tmp_path):
+    (tmp_path / "mine.py").write_text(USERS_ALGORITHM)
+    return tmp_path / "mine.py"
+
+
+def test_a_row_of_a_users_file_is_an_algorithm(users_file, random_batch):
+    logps, old, _, advantage, mask = random_batch
+    row = choose(Grpo(algorithm=f"{users_file}:mine"))
+    terms = policy_loss(logps, old, None, advantage, mask, row)
+    expected = 3.0 * jnp.square(logps - old) - advantage * logps
+    np.testing.assert_allclose(terms.loss, expected, rtol=0, atol=ROUNDING)
+    changed = choose(Grpo(algorithm=f"{users_file}:mine", loss_agg_mode="seq_mean_token_mean"))
+    assert changed.loss_agg_mode is seq_mean_token_mean and changed.options == {"pull": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mine.py:minne", "has no minne: did you mean mine"),
+        ("mine.py:number", "is a int: it must be a pg_ground.rl.algorithms.Algorithm"),
+        ("mine.py:short", "objective takes 2 positional arguments, but the loss passes 4"),
+        ("other.py:mine", "there is no file"),
+    ],
+)
+def test_a_users_row_that_cannot_be_used_is_refused(users_file, name, message):
+    with pytest.raises(UserError, match=message):
+        choose(Grpo(algorithm=f"{users_file.parent}/{name}"))
+
+
+def test_an_option_is_a_setting_with_the_range_of_its_component():
+    """A keyword-only parameter of a component is a setting of config.grpo: nothing else lists it."""
+    fields = {f.name: f for f in dataclasses.fields(Grpo)}
+    for components in CHOICES.values():
+        for component in components.values():
+            for name, declared in options_of(component).items():
+                assert fields[name].type == declared.type | None
+                assert declared.option.help in fields[name].metadata["help"]
+
+
+def test_an_old_name_of_a_component_names_the_new_one():
+    with pytest.raises(UserError, match="config.grpo.objective 'clipped' is now 'ppo_clip'"):
+        choose(Grpo(objective="clipped"))
 
 
 VOCAB = vocab_of_size(1200)

@@ -26,7 +26,7 @@ from pg_ground.config import Data, Source
 from pg_ground.data.pipeline import BadRecords, training_batches
 from pg_ground.parallel import multiprocess, sharding
 from pg_ground.training.recorder import own_part
-from pg_ground.types import TrainState, UserError
+from pg_ground.types import POLICY, TrainState, UserError
 
 RECIPE = """
 import runpy
@@ -359,13 +359,13 @@ def test_a_checkpoint_of_eight_devices_goes_on_with_fewer(tmp_path, after):
         step = jax.device_put(jnp.int32(7), sharding.replicated(mesh))
         return TrainState(
             step,
-            placed,
+            {POLICY: placed},
             {"mu": placed},
             jax.device_put(jnp.float32(0.5), sharding.replicated(mesh)),
         )
 
     whole, like = state(8), state(after)
-    assert len(whole.params["llm/layers/mlp/linear"].addressable_shards[0].data[0]) == 1024 // 8
+    assert len(whole.params[POLICY]["llm/layers/mlp/linear"].addressable_shards[0].data[0]) == 1024 // 8
     with manager.Checkpoints(tmp_path, keep=1) as saved:
         saved.save(7, whole, {"stage": "sft"})
     with manager.Checkpoints(tmp_path, keep=1) as saved:

@@ -43,7 +43,7 @@ def test_warm_up_rises_to_the_peak_and_the_schedule_ends_at_zero():
 def test_muon_takes_every_matrix_of_the_layers_and_nothing_else():
     params = tiny_params()
     specs = jax.tree.leaves(
-        optimizers.matrices(params),
+        optimizers.muon_dimensions(params),
         is_leaf=lambda x: x is None or isinstance(x, MuonDimensionNumbers),
     )
     names = {name for name, spec in zip(flatten(params), specs, strict=True) if spec is not None}
@@ -58,7 +58,7 @@ def test_muon_takes_every_matrix_of_the_layers_and_nothing_else():
 def test_a_muon_update_is_orthogonal_matrix_by_matrix():
     params = tiny_params()
     grads = jax.tree.map(lambda p: jax.random.normal(jax.random.key(p.size), p.shape), params)
-    chain = optimizers.optimizer(config.Optimizer(name="muon", lr=1.0, clip_norm=0.0), 10)
+    chain = optimizers.make_optimizer(config.Optimizer(name="muon", lr=1.0, clip_norm=0.0), 10)
     state = chain.init(params)
     updates, _ = chain.update(grads, state, params)
     flat = flatten(updates)
@@ -79,13 +79,13 @@ def test_clipping_is_optaxs(scale):
     grads = {"a": scale * jnp.linspace(-1, 1, 12).reshape(3, 4), "b": jnp.full(5, scale * 0.1)}
     found, expected = (
         clip.update(grads, clip.init(grads))[0]
-        for clip in (optimizers.clipped(1.5), optax.clip_by_global_norm(1.5))
+        for clip in (optimizers.clip_by_norm(1.5), optax.clip_by_global_norm(1.5))
     )
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
 
 
 def test_clipping_bounds_the_gradient_that_the_optimizer_sees():
-    chain = optimizers.optimizer(config.Optimizer(lr=1.0, clip_norm=1.0, b1=0.0), 10)
+    chain = optimizers.make_optimizer(config.Optimizer(lr=1.0, clip_norm=1.0, b1=0.0), 10)
     small = {"a": jnp.array([0.3, 0.4])}
     large = jax.tree.map(lambda x: 1e4 * x, small)
     updates = [chain.update(g, chain.init(small), small)[0]["a"] for g in (small, large)]

@@ -18,9 +18,11 @@ from pg_ground import config
 from pg_ground.checkpoints.manager import Checkpoints
 from pg_ground.config import Config
 from pg_ground.data.pipeline import BadRecords
-from pg_ground.training import loop, optimizers, recorder
-from pg_ground.training.loop import learning_rates, steps_between_measures
-from pg_ground.types import TrainState, UserError
+from pg_ground.training import loop, optimizers, recorder, timing
+from pg_ground.training.loop import steps_between_evals
+from pg_ground.training.setup import learning_rates
+from pg_ground.training.stage import StepOutput
+from pg_ground.types import POLICY, TrainState, UserError
 
 
 @pytest.fixture
@@ -31,26 +33,25 @@ def tiny() -> Config:
 def test_the_measure_of_the_best_is_named_with_or_without_its_number_of_questions():
     metrics = {"eval/boxes@512/acc50": 0.5, "eval/boxes@512/mae": math.nan}
     for name in ("eval/boxes/acc50", "eval/boxes@512/acc50"):
-        assert (recorder.goodness(name, metrics), recorder.goodness("-" + name, metrics)) == (
+        assert (recorder.metric_goodness(name, metrics), recorder.metric_goodness("-" + name, metrics)) == (
             0.5,
             -0.5,
         )
-    assert recorder.goodness("-eval/boxes/mae", metrics) == -math.inf
+    assert recorder.metric_goodness("-eval/boxes/mae", metrics) == -math.inf
     with pytest.raises(UserError, match="did you mean eval/boxes/acc50"):
-        recorder.goodness("eval/boxes/acc5", metrics)
+        recorder.metric_goodness("eval/boxes/acc5", metrics)
 
 
 def test_an_epoch_is_as_many_steps_as_all_questions_of_a_stage_take(tiny):
-    c = tiny
-    assert (
-        steps_between_measures(replace(c, eval=replace(c.eval, every_epochs=0.5)), "grpo", 160)
-        == 10
-    )  # 8 questions a step
-    assert (
-        steps_between_measures(replace(c, eval=replace(c.eval, every_epochs=0.001)), "sft", 160)
-        == 1
-    )
-    assert steps_between_measures(replace(c, eval=replace(c.eval, every=7)), "sft", 160) == 7
+    batches = SimpleNamespace(parts=[range(100), range(60)])
+
+    def steps(stage: str, **settings: float) -> int:
+        changed = replace(tiny, eval=replace(tiny.eval, **settings))
+        return steps_between_evals(changed, stage, batches)
+
+    assert steps("grpo", every_epochs=0.5) == 10  # 8 questions per step
+    assert steps("sft", every_epochs=0.001) == 1
+    assert steps("sft", every=7) == 7
 
 
 class Coming:
@@ -69,14 +70,14 @@ class Coming:
 def test_phases_add_up_to_the_time_between_the_ends_of_steps(monkeypatch):
     """The clock says how often it has been asked: once where a step begins after a pause, and at the end of each phase."""
     ticks = itertools.count()
-    monkeypatch.setattr(recorder, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
-    watch, results = recorder.Stopwatch(), [Coming() for _ in range(6)]
-    first = watch.step()
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    watch, results = timing.StepTimer(), [Coming() for _ in range(6)]
+    first = watch.start_step()
     assert [
         watch.lap(phase, result)
         for phase, result in zip(("data", "score", "score"), results, strict=False)
     ] == results[:3]
-    second = watch.step()  # before anything of the first is computed
+    second = watch.start_step()  # before anything of the first is computed
     watch.lap("update", results[3])
     for result in results:
         result.set()
@@ -84,7 +85,7 @@ def test_phases_add_up_to_the_time_between_the_ends_of_steps(monkeypatch):
         "time/update_s": 1.0
     }
     next(ticks)  # something that is no part of a step
-    third = watch.step()
+    third = watch.start_step()
     watch.lap("update", results[4])
     assert third() == {"time/update_s": 1.0} and next(ticks) == 8
 
@@ -93,8 +94,8 @@ def test_an_error_of_a_program_comes_where_its_step_is_read():
     def fail(_: jax.Array) -> jax.Array:
         raise ValueError("a fault of the device")
 
-    watch = recorder.Stopwatch()
-    seconds = watch.step()
+    watch = timing.StepTimer()
+    seconds = watch.start_step()
     with pytest.raises(jax.errors.JaxRuntimeError, match="a fault of the device"):
         watch.lap("rollout", jax.jit(lambda x: jax.pure_callback(fail, x, x))(jnp.ones(3)))
         seconds()
@@ -109,28 +110,29 @@ def test_a_step_is_read_behind_the_next_and_before_what_is_due_after_it(tiny, tm
             pass
 
         def save(self, step, state, record) -> None:
-            happened.append(f"save {step} {record['window']}")
+            happened.append(f"save {step} {record['window'].get('sft/loss')}")
 
     def measure(_: object) -> dict[str, float]:
         happened.append("measure")
         return {}
 
-    def metrics(step: int) -> dict[str, float]:
+    def read(step: int) -> dict[str, float]:
         happened.append(f"read {step}")
-        return {"sft/loss": float(step)}
+        return {"time/update_s": 1.0}
 
     c = replace(tiny, sft=replace(tiny.sft, steps=8), checkpoint=replace(tiny.checkpoint, every=5))
     kept = recorder.Recorder(c, tmp_path, None, Saved(), measure, {"sft": 3}, BadRecords(), None)
     state, batches = (
-        TrainState(jnp.int32(0), {}, {}, jnp.float32(0)),
+        TrainState(jnp.int32(0), {POLICY: {}}, {}, jnp.float32(0)),
         SimpleNamespace(get_state=dict),
     )
     for step in range(1, 9):
         happened.append(f"dispatch {step}")
-        kept.keep("sft", step, state, batches, lambda step=step: metrics(step))
+        output = StepOutput({"sft/loss": jnp.float32(step)})
+        kept.on_step_end("sft", step, state, batches, output, partial(read, step))
     assert happened == [
         *("dispatch 1", "dispatch 2", "read 1", "dispatch 3", "read 2", "read 3", "measure"),
-        *("dispatch 4", "dispatch 5", "read 4", "read 5", "save 5 {'sft/loss': [5.0]}"),
+        *("dispatch 4", "dispatch 5", "read 4", "read 5", "save 5 [5.0]"),
         *(
             "dispatch 6",
             "read 6",
@@ -140,7 +142,7 @@ def test_a_step_is_read_behind_the_next_and_before_what_is_due_after_it(tiny, tm
             "read 7",
             "read 8",
             "measure",
-            "save 8 {}",
+            "save 8 None",
         ),
     ]
 
@@ -165,7 +167,7 @@ def test_a_step_is_read_before_its_pictures_and_where_a_trace_begins_or_ends(
         c, tmp_path, None, saved, lambda _: {}, {"grpo": 0}, BadRecords(), None
     )  # pyright: ignore[reportArgumentType]
     state, batches = (
-        TrainState(jnp.int32(0), {}, {}, jnp.float32(0)),
+        TrainState(jnp.int32(0), {POLICY: {}}, {}, jnp.float32(0)),
         SimpleNamespace(get_state=dict),
     )
 
@@ -175,8 +177,10 @@ def test_a_step_is_read_before_its_pictures_and_where_a_trace_begins_or_ends(
 
     for step in range(1, 6):
         happened.append(f"dispatch {step}")
-        metrics = partial(note, f"read {step}", {"reward": 1.0})
-        kept.keep("grpo", step, state, batches, metrics, partial(note, f"draw {step}", None))  # pyright: ignore[reportArgumentType]
+        draw = partial(note, f"draw {step}", None)
+        read = partial(note, f"read {step}", {"time/update_s": 1.0})
+        output = StepOutput({"reward": jnp.float32(1)}, draw_samples=draw)
+        kept.on_step_end("grpo", step, state, batches, output, read)
     assert happened == [
         *(
             "dispatch 1",
@@ -196,18 +200,18 @@ def test_a_step_is_read_before_its_pictures_and_where_a_trace_begins_or_ends(
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_a_stage_dispatches_a_step_before_it_reads_the_last(stage, tiny, tmp_path, monkeypatch):
-    happened, lap, measured = [], recorder.Stopwatch.lap, loop.measured
+    happened, lap, read_metrics = [], timing.StepTimer.lap, recorder.read_metrics
 
     def noted_lap(self, phase, value):
         happened.append(phase)
         return lap(self, phase, value)
 
-    def noted_measured(*given):
+    def noted_read(*arguments):
         happened.append("read")
-        return measured(*given)
+        return read_metrics(*arguments)
 
-    monkeypatch.setattr(recorder.Stopwatch, "lap", noted_lap)
-    monkeypatch.setattr(loop, "measured", noted_measured)
+    monkeypatch.setattr(timing.StepTimer, "lap", noted_lap)
+    monkeypatch.setattr(recorder, "read_metrics", noted_read)
     short = {
         stage: replace(tiny.sft if stage == "sft" else tiny.grpo, steps=3),
         "mesh": replace(tiny.mesh, data=1),
@@ -220,14 +224,14 @@ def test_a_stage_dispatches_a_step_before_it_reads_the_last(stage, tiny, tmp_pat
         **short,
     )
     loop.train(c, tmp_path / "run")
-    step = ["data", "update"] if stage == "sft" else ["data", "rollout", "score", "score", "update"]
+    step = ["data", "update"] if stage == "sft" else ["data", "rollout", *["score"] * 3, "update"]
     assert happened == [*step, *step, "read", *step, "read", "read"]
 
 
-@pytest.mark.parametrize("stage", ["sft", "grpo"])
-def test_a_steps_learning_rate_is_that_of_its_last_update(stage, tiny):
+@pytest.mark.parametrize(("stage", "updates"), [("sft", 1), ("grpo", 4)])
+def test_the_learning_rate_of_a_step_is_the_rate_of_its_last_update(stage, updates, tiny):
     c = replace(tiny, grpo=replace(tiny.grpo, minibatches=2, num_iterations=2))
-    own, updates = (c.sft, 1) if stage == "sft" else (c.grpo, 4)
-    schedule = optimizers.schedule(own.optimizer, own.steps * updates)
-    expected = [float(schedule(updates * step - 1)) for step in range(1, own.steps + 1)]
-    np.testing.assert_array_equal(learning_rates(c, stage), np.float32(expected))
+    settings = c.stage_settings(stage)
+    schedule = optimizers.schedule(settings.optimizer, settings.steps * updates)
+    expected = [float(schedule(updates * step - 1)) for step in range(1, settings.steps + 1)]
+    np.testing.assert_array_equal(learning_rates(settings), np.float32(expected))

@@ -9,10 +9,10 @@ from conftest import unlabelled
 from pg_ground.config import Data, Grpo, Source
 from pg_ground.data.examples import to_batch_row, to_example
 from pg_ground.rewards.device_rewards import read_answer
-from pg_ground.rl.loss import ALGORITHMS
+from pg_ground.rl.algorithms import ALGORITHMS
 from pg_ground.rl.scored_rollouts import (
     ScoredRollouts,
-    compare,
+    compute_advantages,
     has_spread,
     refill,
     split_off_greedy,
@@ -20,20 +20,20 @@ from pg_ground.rl.scored_rollouts import (
 )
 from pg_ground.rl.update import split, unsplit
 from pg_ground.tokenizer import load
-from pg_ground.training.rollout_worker import (
+from pg_ground.training.reward_functions import (
+    load_device_rewards,
     make_reward_workers,
-    question_of,
-    texts_of,
-    weighted,
+    weighted_rewards,
 )
+from pg_ground.training.rollout_worker import text_question, texts_of
 from pg_ground.types import Rewards, Rollout, UserError
 
 
 @pytest.mark.parametrize("weights", [{}, {"iou": 0.0}, {"iou": (0.0, 0.0, 5), "format": 0.0}])
 def test_rewards_without_a_weight_are_refused(weights):
     with pytest.raises(UserError, match="at least one needs a weight other than 0"):
-        device_rewards(Grpo(rewards=weights))
-    assert weighted(Grpo(rewards=weights, text_rewards={"count_exact": -1.0})) == {"count_exact"}
+        load_device_rewards(Grpo(rewards=weights))
+    assert weighted_rewards(Grpo(rewards=weights, text_rewards={"count_exact": -1.0})) == {"count_exact"}
 
 
 def test_a_weight_may_move_evenly_from_one_value_to_another():
@@ -52,7 +52,7 @@ def test_rewards_of_a_users_file_are_told_apart_by_their_parameters(tmp_path):
         "def short(completion, example):\n    return -len(completion)\n"
     )
     c = Grpo(rewards={f"{file}:wide": 1.0, f"{file}:short": 0.5, "iou": 1.0})
-    assert set(device_rewards(c)) == {f"{file}:wide", "iou"} and make_reward_workers(c).names == (
+    assert set(load_device_rewards(c)) == {f"{file}:wide", "iou"} and make_reward_workers(c).names == (
         f"{file}:short",
     )
 
@@ -66,7 +66,7 @@ def test_a_users_device_reward_with_a_fault_is_named(tmp_path):
         "def infinite(answer, batch, settings):\n    return jnp.full(answer.finished.shape, jnp.inf)\n"
     )
     given = sampled([[0.0, 1.0]])
-    rewards = device_rewards(
+    rewards = load_device_rewards(
         Grpo(rewards={f"{file}:{name}": 1.0 for name in ("raises", "flat", "infinite")})
     )
     arguments = (given.answer, given.batch, Grpo().reward_settings)
@@ -92,7 +92,8 @@ def sampled(totals: list[list[float]], first: int = 0) -> ScoredRollouts:
     )
     batch = batch._replace(index=first + jnp.arange(b))
     tokens = jnp.broadcast_to((first + jnp.arange(b))[:, None, None], (b, g, 3))
-    rollout = Rollout(tokens, jnp.ones(tokens.shape, bool), jnp.zeros(tokens.shape))
+    mask = jnp.ones(tokens.shape, bool)
+    rollout = Rollout(tokens, mask, jnp.zeros(tokens.shape), mask)
     answer = read_answer(tokens, rollout.mask, batch.gold.target, batch.gold.names, load().vocab)
     return ScoredRollouts(batch, rollout, answer, Rewards(total, {"iou": total}), None)
 
@@ -124,14 +125,14 @@ def test_a_reward_is_named_once():
         UserError,
         match="count_graded is in config.grpo.rewards and in text_rewards: name it in one of them",
     ):
-        device_rewards(Grpo(rewards={"count_graded": 1.0}, text_rewards={"count_graded": 1.0}))
+        load_device_rewards(Grpo(rewards={"count_graded": 1.0}, text_rewards={"count_graded": 1.0}))
 
 
 def test_the_greedy_completion_is_taken_out_and_compared_with():
     given = sampled([[1, 0, 0.5], [0, 0, 0.25]])
     found = split_off_greedy(given.rollout, given.answer, given.rewards, given.batch)
     assert found.rollout.tokens.shape == (2, 2, 3) and found.baseline.tolist() == [0.5, 0.25]
-    advantages = compare(found, None, {"iou": 1.0}, 0.0, ALGORITHMS["remax"], 1e-4).advantages
+    advantages = compute_advantages(found, None, {"iou": 1.0}, 0.0, ALGORITHMS["remax"]).advantages[..., 0]
     np.testing.assert_allclose(advantages, [[0.5, -0.5], [-0.25, -0.25]])
 
 
@@ -141,7 +142,7 @@ def test_a_penalty_in_the_reward_moves_advantages():
         jnp.zeros(given.rollout.logps.shape).at[0, 0].set(-1.0)
     )  # the policy likes this one more than the reference: 3 nats
     row = ALGORITHMS["rloo"]
-    found = compare(given, ref, {"iou": 1.0}, 0.1, row, 1e-4).advantages
+    found = compute_advantages(given, ref, {"iou": 1.0}, 0.1, row).advantages[..., 0]
     np.testing.assert_allclose(found, [[0.7, -0.7], [-1, 1]], rtol=1e-6)
 
 
@@ -153,7 +154,7 @@ def test_a_text_reward_sees_the_question_in_pixels_and_words():
     data = Data(prompt_length=32, suffix_length=32, max_boxes=2)
     row = to_batch_row(to_example(record, source, "s", 7, 28, None), tokens, data, 3)
     batch = jax.tree.map(lambda leaf: np.asarray(leaf)[None], row)
-    question = question_of(batch, 0, tokens)
+    question = text_question(batch, 0, tokens)
     assert (
         question.prompt == "detect a cat"
         and question.target == "boxes"
@@ -171,7 +172,7 @@ def test_a_text_reward_sees_the_question_in_pixels_and_words():
     )
     ids = np.zeros((1, 2, 9), np.int32)
     ids[0, 0, :4] = [*tokens.text("<loc0001> x")[:3], 1]
-    completions, examples = texts_of(batch, Rollout(ids, ids > 0, np.zeros(ids.shape)), tokens)
+    completions, examples = texts_of(batch, Rollout(ids, ids > 0, np.zeros(ids.shape), ids > 0), tokens)
     assert (
         completions[0].startswith("<loc0001>")
         and completions[1] == ""

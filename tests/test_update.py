@@ -20,9 +20,10 @@ from pg_ground.models import PaliGemma
 from pg_ground.parallel import sharding
 from pg_ground.params import flatten, is_multiplied
 from pg_ground.rl import update
-from pg_ground.rl.loss import ALGORITHMS, Algorithm, policy_loss
+from pg_ground.rl.algorithms import ALGORITHMS, Algorithm
+from pg_ground.rl.loss import policy_loss
 from pg_ground.rl.scored_rollouts import PolicyBatch
-from pg_ground.types import Batch, Rollout, TrainState
+from pg_ground.types import POLICY, Batch, Rollout, TrainState
 from pg_ground.vocab import vocab_of_size
 
 
@@ -30,15 +31,14 @@ def batch_of(model: PaliGemma) -> tuple[Batch, Rollout, jax.Array]:
     """Returns a batch, a rollout and advantages. The suffix is the first completion of each prompt."""
     x = inputs(model)
     batch = unlabelled(*x[:3], x.tokens[:, 0], x.mask[:, 0])
-    advantages = jnp.asarray(np.random.default_rng(2).normal(size=(B, G)), jnp.float32)
-    return batch, Rollout(x.tokens, x.mask, jnp.where(x.mask, -1.0, 0.0)), advantages
+    advantages = jnp.asarray(np.random.default_rng(2).normal(size=(B, G, 1)), jnp.float32)
+    return batch, Rollout(x.tokens, x.mask, jnp.where(x.mask, -1.0, 0.0), x.mask), advantages
 
 
 def state_of(params: Any) -> tuple[TrainState, optax.GradientTransformation]:
     optimizer = optax.sgd(0.1, momentum=0.9)
-    return TrainState(
-        jnp.int32(0), jax.tree.map(jnp.copy, params), optimizer.init(params)
-    ), optimizer
+    trees = {POLICY: jax.tree.map(jnp.copy, params)}
+    return TrainState(jnp.int32(0), trees, optimizer.init(trees)), optimizer
 
 
 def sft_update(tiny: Any, grad_accum_steps: int) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -77,7 +77,7 @@ def grpo_update(
     def step(
         state: TrainState, ref_params: Any, batch: Batch, rollout: Rollout, advantages: jax.Array
     ) -> Any:
-        ref_logps = update.completion_logps_in_parts(
+        ref_logps = update.completion_logps(
             tiny.model, ref_params, batch, rollout, TEMPERATURE, grad_accum_steps * minibatches
         )[0]
         return update.grpo_update(
@@ -91,7 +91,7 @@ def grpo_update(
             temperature=TEMPERATURE,
             grad_accum_steps=grad_accum_steps,
             minibatches=minibatches,
-            updates=updates,
+            num_iterations=updates,
         )
 
     ref_params = jax.tree.map(lambda a: 1.01 * a, tiny.params)
@@ -116,7 +116,7 @@ def assert_same_step(
     (state, metrics), (expected_state, expected_metrics) = found, expected
     assert state.step == expected_state.step == 1
     assert_close_trees(state.params, expected_state.params)
-    assert_close_trees(state.opt, expected_state.opt)
+    assert_close_trees(state.opt_state, expected_state.opt_state)
     assert metrics.keys() == expected_metrics.keys()
     for name, value in metrics.items():
         np.testing.assert_allclose(
@@ -151,7 +151,7 @@ def test_minibatches_are_optimizer_steps_one_after_the_other(pg1):
     found = outcome(step, (state, ref_params, batch, rollout, advantages))[0]
     halves = [update.split(tree, 2) for tree in (batch, rollout, advantages)]
     one, _ = grpo_update(
-        pg1, 1, ALGORITHMS["grpo"]._replace(clip_low=9.0, clip_high=9.0), updates=1
+        pg1, 1, ALGORITHMS["grpo"].override(clip_low=9.0, clip_high=9.0), updates=1
     )
     first = outcome(
         one, (state, ref_params, *(jax.tree.map(lambda x: x[0], half) for half in halves))
@@ -172,13 +172,13 @@ def test_the_kl_coefficient_is_steered_to_its_target(pg1):
             rollout: Rollout,
             advantages: jax.Array,
         ) -> Any:
-            ref_logps = update.completion_logps_in_parts(
+            ref_logps = update.completion_logps(
                 pg1.model, ref_params, batch, rollout, TEMPERATURE, 1
             )[0]
             return update.grpo_update(
                 state, {}, PolicyBatch(batch, rollout, advantages, ref_logps), jax.random.key(0), model=pg1.model,
                 optimizer=state_of(pg1.params)[1], algorithm=ALGORITHMS["grpo"], temperature=TEMPERATURE, grad_accum_steps=1,
-                minibatches=1, updates=1, kl_target=target, kl_horizon=100,
+                minibatches=1, num_iterations=1, kl_target=target, kl_horizon=100,
             )  # fmt: skip
 
         return float(outcome(run, (state, *rest))[0].kl_coef)
@@ -192,7 +192,7 @@ def test_the_kl_coefficient_is_steered_to_its_target(pg1):
 def test_a_step_moves_the_parameters_and_the_second_update_is_off_policy(pg2, whole_steps):
     """The control of the comparisons: they are between numbers that a step changes."""
     state, metrics = whole_steps["grpo"]
-    moved = jax.tree.map(lambda a, b: a - np.asarray(b), state.params, pg2.params)
+    moved = jax.tree.map(lambda a, b: a - np.asarray(b), state.params[POLICY], pg2.params)
     assert float(optax.tree.norm(moved)) > 1e-2 and metrics["optim/grad_norm"] > 0.1
     assert metrics["policy/kl"] > 0 and metrics["policy/clip_fraction"] > 0
 
@@ -234,7 +234,7 @@ def test_defect_22_supervised_steps_learn_from_the_suffix_alone(pg1):
     _, metrics = outcome(step, (state, batch))
     suffix, mask = batch.suffix[:, None], batch.suffix_mask[:, None]
     logps = pg1.model.completion_logps(
-        state.params, batch.image, batch.prompt, batch.prompt_mask, suffix, mask
+        state.params[POLICY], batch.image, batch.prompt, batch.prompt_mask, suffix, mask
     )[0]
     expected = -jnp.mean(logps.sum(axis=-1)[:, 0] / batch.suffix_mask.sum(axis=-1))
     np.testing.assert_allclose(metrics["sft/nll"], expected, rtol=CLOSE)

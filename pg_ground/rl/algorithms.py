@@ -94,6 +94,12 @@ class Algorithm(NamedTuple):
     mask_truncated_completions: MaskTruncated = False
     """Truncated completions leave the loss, but stay in the statistics of their group (DAPO, arXiv 2503.14476)."""
 
+    def override(self, **changes: Any) -> "Algorithm":
+        """Returns the row with other components or options. Options of the row that are not named stay."""
+        fields = {name: value for name, value in changes.items() if name in self._fields}
+        options = {name: value for name, value in changes.items() if name not in self._fields}
+        return self._replace(**fields, options=dict(self.options) | options)
+
     def options_for(self, field: str) -> dict[str, Any]:
         """Returns the options of this row that the component in `field` reads, as keyword arguments."""
         readable = options_of(getattr(self, field))
@@ -185,8 +191,8 @@ class Setting(NamedTuple):
 
     type: type
     help: str
-    minimum: float = -math.inf
-    maximum: float = math.inf
+    minimum: int | float = -math.inf
+    maximum: int | float = math.inf
     choices: tuple[str, ...] = ()
 
 
@@ -269,7 +275,24 @@ def make_algorithm(name: str, overrides: Mapping[str, Any]) -> Algorithm:
     return row
 
 
+RENAMED_CHOICES: Mapping[str, str] = {
+    "over_greedy": "greedy_baseline",
+    "clipped": "ppo_clip",
+    "capped_weight": "cispo",
+    "soft_gate": "sapo",
+    "smooth_weight": "vespo",
+    "geometric": "gmpo",
+    "over_sequences": "seq_mean_token_mean",
+    "over_tokens": "token_mean",
+    "summed_sequences": "seq_mean_token_sum",
+    "over_budget": "seq_mean_token_sum_norm",
+}
+"""Old names of components and their new names, for one release."""
+
+
 def _lookup(setting: str, name: str, table: Mapping[str, Any]) -> Any:
+    if RENAMED_CHOICES.get(name) in table:
+        raise UserError(f"config.grpo.{setting} {name!r} is now {RENAMED_CHOICES[name]!r}")
     if name not in table:
         raise UserError(f"config.grpo.{setting} {name!r} does not exist: {nearest(name, table)}")
     return table[name]

@@ -22,8 +22,8 @@ class Option:
     """The help text and the closed range of an option."""
 
     help: str
-    minimum: float = -math.inf
-    maximum: float = math.inf
+    minimum: int | float = -math.inf
+    maximum: int | float = math.inf
 
 
 @dataclass(frozen=True)
