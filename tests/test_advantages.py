@@ -191,9 +191,7 @@ def test_estimators_equal_rllavas(name):
     lengths = jnp.asarray([[3, 2, 4, 1], [2, 2, 7, 9]])
     reads_epsilon = "advantage_epsilon" in options_of(ADVANTAGES[name])
     options = {"advantage_epsilon": 1e-6} if reads_epsilon else {}
-    found = ADVANTAGES[name](
-        Scores(total, lengths=lengths, baseline=jnp.full(2, 0.3)), **options
-    )
+    found = ADVANTAGES[name](Scores(total, lengths=lengths, baseline=jnp.full(2, 0.3)), **options)
     np.testing.assert_allclose(found[0], SEEDS[name][0], rtol=0, atol=1e-6)
     np.testing.assert_allclose(found[1, :2], SEEDS[name][1], rtol=0, atol=1e-6)
     assert not found[1, 2:].any()
@@ -229,7 +227,8 @@ def test_remax_needs_the_greedy_completion():
 def test_the_epsilon_is_a_setting():
     rewards = jnp.asarray([[0.0, 1e-4]])
     small, large = (
-        estimators.standardised(Scores(rewards), advantage_epsilon=epsilon) for epsilon in (1e-8, 1.0)
+        estimators.standardised(Scores(rewards), advantage_epsilon=epsilon)
+        for epsilon in (1e-8, 1.0)
     )
     assert small[0, 1] > 0.7 and large[0, 1] < 1e-4
 

@@ -12,7 +12,7 @@ import pytest
 
 from pg_ground import cli, compile, config
 from pg_ground.aot import compilation, tpu_specs
-from pg_ground.aot.jobs import estimate, job_of
+from pg_ground.aot.jobs import make_programs
 from pg_ground.aot.tpu_specs import CHIPS, GIB, TOPOLOGIES
 from pg_ground.parallel import sharding
 from pg_ground.types import UserError
@@ -95,7 +95,8 @@ def test_what_is_counted_exactly_is_what_a_device_holds():
     """Parameters and optimizer of PaliGemma 1: 2.92e9 float32 numbers and two more of each, over eight chips."""
     c = parsed()
     mesh = sharding.abstract_mesh(c.mesh, 8)
-    found = estimate(c, mesh, "update", CHIPS["v5e"].hbm_bytes)
+    programs = make_programs(c, mesh, CHIPS["v5e"].hbm_bytes)
+    found = programs["update"].memory.by_kind
     whole = 2_923_466_480 * 4  # by the count of the published checkpoint's numbers
     assert found["parameters"] == pytest.approx(
         whole / 8, rel=0.01
@@ -107,9 +108,11 @@ def test_sampling_reads_gathered_weights_where_they_fit():
     c = parsed("--config.grpo.batch_size=64")
     mesh = sharding.abstract_mesh(c.mesh, 8)
     for hbm, gathered in ((15.75 * GIB, True), (8.0 * GIB, False), (None, False)):
-        assert bool(job_of(c, mesh, "rollout", hbm).inside["rollout weights"]) == gathered
+        memory = make_programs(c, mesh, hbm)["rollout"].memory
+        assert bool(memory.inside["rollout weights"]) == gathered
     sharded = parsed("--config.grpo.rollout_weights=sharded")
-    assert job_of(sharded, mesh, "rollout", 95.0 * GIB).inside["rollout weights"] == 0
+    memory = make_programs(sharded, mesh, 95.0 * GIB)["rollout"].memory
+    assert memory.inside["rollout weights"] == 0
 
 
 def test_search_finds_the_largest_that_fits():

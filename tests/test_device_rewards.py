@@ -69,7 +69,9 @@ def rollout(*texts: str, unfinished: bool = False) -> Rollout:
     for row, text in enumerate(texts):
         ids = TOKENS.text(text) + [EOS] * (not unfinished)
         tokens[0, row, : len(ids)], mask[0, row, : len(ids)] = ids, True
-    return Rollout(jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros(tokens.shape), jnp.asarray(mask))
+    return Rollout(
+        jnp.asarray(tokens), jnp.asarray(mask), jnp.zeros(tokens.shape), jnp.asarray(mask)
+    )
 
 
 def name_ids(names: tuple[str, ...]) -> jax.Array:

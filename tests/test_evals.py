@@ -118,7 +118,10 @@ POINTS = {
 
 @pytest.mark.parametrize("form", POINTS)
 def test_points_are_read_in_any_form(form):
-    assert [place.numbers for place in locations.read_any(POINTS[form], 2)] == [(10.5, 20), (30, 40.5)]
+    assert [place.numbers for place in locations.read_any(POINTS[form], 2)] == [
+        (10.5, 20),
+        (30, 40.5),
+    ]
 
 
 FORMS = {

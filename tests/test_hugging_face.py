@@ -134,6 +134,7 @@ CAPPED = replace(PG2, text=replace(PG2.text, final_softcap=30.0, query_scale=144
 def test_transformers_computes_our_logits_from_our_directory(config, tmp_path):
     import torch
     import transformers
+
     model = PaliGemma(config)
     params = random_params(model)
     weights.save(tmp_path / "hf", params, config)

@@ -365,7 +365,10 @@ def test_a_checkpoint_of_eight_devices_goes_on_with_fewer(tmp_path, after):
         )
 
     whole, like = state(8), state(after)
-    assert len(whole.params[POLICY]["llm/layers/mlp/linear"].addressable_shards[0].data[0]) == 1024 // 8
+    assert (
+        len(whole.params[POLICY]["llm/layers/mlp/linear"].addressable_shards[0].data[0])
+        == 1024 // 8
+    )
     with manager.Checkpoints(tmp_path, keep=1) as saved:
         saved.save(7, whole, {"stage": "sft"})
     with manager.Checkpoints(tmp_path, keep=1) as saved:

@@ -33,7 +33,10 @@ def tiny() -> Config:
 def test_the_measure_of_the_best_is_named_with_or_without_its_number_of_questions():
     metrics = {"eval/boxes@512/acc50": 0.5, "eval/boxes@512/mae": math.nan}
     for name in ("eval/boxes/acc50", "eval/boxes@512/acc50"):
-        assert (recorder.metric_goodness(name, metrics), recorder.metric_goodness("-" + name, metrics)) == (
+        assert (
+            recorder.metric_goodness(name, metrics),
+            recorder.metric_goodness("-" + name, metrics),
+        ) == (
             0.5,
             -0.5,
         )

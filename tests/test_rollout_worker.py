@@ -33,7 +33,9 @@ from pg_ground.types import Rewards, Rollout, UserError
 def test_rewards_without_a_weight_are_refused(weights):
     with pytest.raises(UserError, match="at least one needs a weight other than 0"):
         load_device_rewards(Grpo(rewards=weights))
-    assert weighted_rewards(Grpo(rewards=weights, text_rewards={"count_exact": -1.0})) == {"count_exact"}
+    assert weighted_rewards(Grpo(rewards=weights, text_rewards={"count_exact": -1.0})) == {
+        "count_exact"
+    }
 
 
 def test_a_weight_may_move_evenly_from_one_value_to_another():
@@ -52,9 +54,9 @@ def test_rewards_of_a_users_file_are_told_apart_by_their_parameters(tmp_path):
         "def short(completion, example):\n    return -len(completion)\n"
     )
     c = Grpo(rewards={f"{file}:wide": 1.0, f"{file}:short": 0.5, "iou": 1.0})
-    assert set(load_device_rewards(c)) == {f"{file}:wide", "iou"} and make_reward_workers(c).names == (
-        f"{file}:short",
-    )
+    assert set(load_device_rewards(c)) == {f"{file}:wide", "iou"} and make_reward_workers(
+        c
+    ).names == (f"{file}:short",)
 
 
 def test_a_users_device_reward_with_a_fault_is_named(tmp_path):
@@ -132,7 +134,9 @@ def test_the_greedy_completion_is_taken_out_and_compared_with():
     given = sampled([[1, 0, 0.5], [0, 0, 0.25]])
     found = split_off_greedy(given.rollout, given.answer, given.rewards, given.batch)
     assert found.rollout.tokens.shape == (2, 2, 3) and found.baseline.tolist() == [0.5, 0.25]
-    advantages = compute_advantages(found, None, {"iou": 1.0}, 0.0, ALGORITHMS["remax"]).advantages[..., 0]
+    advantages = compute_advantages(found, None, {"iou": 1.0}, 0.0, ALGORITHMS["remax"]).advantages[
+        ..., 0
+    ]
     np.testing.assert_allclose(advantages, [[0.5, -0.5], [-0.25, -0.25]])
 
 
@@ -172,7 +176,9 @@ def test_a_text_reward_sees_the_question_in_pixels_and_words():
     )
     ids = np.zeros((1, 2, 9), np.int32)
     ids[0, 0, :4] = [*tokens.text("<loc0001> x")[:3], 1]
-    completions, examples = texts_of(batch, Rollout(ids, ids > 0, np.zeros(ids.shape), ids > 0), tokens)
+    completions, examples = texts_of(
+        batch, Rollout(ids, ids > 0, np.zeros(ids.shape), ids > 0), tokens
+    )
     assert (
         completions[0].startswith("<loc0001>")
         and completions[1] == ""

@@ -71,6 +71,7 @@ def test_masks_equal_big_visions(golden):
 def test_decoder_and_encoder_equal_torchs_layers(weights, tmp_path):
     """The published weights were trained in torch, whose names for layers are places in these stacks."""
     import torch
+
     np.savez(tmp_path / "vae.npz", **weights)
     params = vqvae_file.load(tmp_path / "vae.npz", encoder=True)
     given = {name: torch.from_numpy(value) for name, value in weights.items()}
