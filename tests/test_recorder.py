@@ -46,11 +46,9 @@ def test_the_measure_of_the_best_is_named_with_or_without_its_number_of_question
 
 
 def test_an_epoch_is_as_many_steps_as_all_questions_of_a_stage_take(tiny):
-    batches = SimpleNamespace(parts=[range(100), range(60)])
-
     def steps(stage: str, **settings: float) -> int:
         changed = replace(tiny, eval=replace(tiny.eval, **settings))
-        return steps_between_evals(changed, stage, batches)
+        return steps_between_evals(changed, stage, 160)
 
     assert steps("grpo", every_epochs=0.5) == 10  # 8 questions per step
     assert steps("sft", every_epochs=0.001) == 1
@@ -104,16 +102,32 @@ def test_an_error_of_a_program_comes_where_its_step_is_read():
         seconds()
 
 
+class Saved(Checkpoints):
+    """Checkpoints that are only noted."""
+
+    def __init__(self, happened: list[str]):
+        self._happened = happened
+
+    def save(self, step, state, record) -> None:
+        self._happened.append(f"save {step} {record['window'].get('sft/loss')}")
+
+
+class NoBatches:
+    """A batch iterator without batches."""
+
+    def __next__(self):
+        raise StopIteration
+
+    def prepare(self) -> None:
+        pass
+
+    def get_state(self) -> dict:
+        return {}
+
+
 def test_a_step_is_read_behind_the_next_and_before_what_is_due_after_it(tiny, tmp_path):
     """Eight steps, a line every second, a measurement after the third, a checkpoint after the fifth, and all at the end."""
     happened: list[str] = []
-
-    class Saved(Checkpoints):
-        def __init__(self) -> None:
-            pass
-
-        def save(self, step, state, record) -> None:
-            happened.append(f"save {step} {record['window'].get('sft/loss')}")
 
     def measure(_: object) -> dict[str, float]:
         happened.append("measure")
@@ -124,10 +138,10 @@ def test_a_step_is_read_behind_the_next_and_before_what_is_due_after_it(tiny, tm
         return {"time/update_s": 1.0}
 
     c = replace(tiny, sft=replace(tiny.sft, steps=8), checkpoint=replace(tiny.checkpoint, every=5))
-    kept = recorder.Recorder(c, tmp_path, None, Saved(), measure, {"sft": 3}, BadRecords(), None)
+    kept = recorder.Recorder(c, tmp_path, None, Saved(happened), measure, {"sft": 3}, BadRecords(), None)
     state, batches = (
         TrainState(jnp.int32(0), {POLICY: {}}, {}, jnp.float32(0)),
-        SimpleNamespace(get_state=dict),
+        NoBatches(),
     )
     for step in range(1, 9):
         happened.append(f"dispatch {step}")
@@ -165,13 +179,13 @@ def test_a_step_is_read_before_its_pictures_and_where_a_trace_begins_or_ends(
         log=log,
         checkpoint=replace(tiny.checkpoint, every=9),
     )
-    saved = SimpleNamespace(save=lambda *_: happened.append("save"))
+    saved = Saved(happened)
     kept = recorder.Recorder(
         c, tmp_path, None, saved, lambda _: {}, {"grpo": 0}, BadRecords(), None
     )  # pyright: ignore[reportArgumentType]
     state, batches = (
         TrainState(jnp.int32(0), {POLICY: {}}, {}, jnp.float32(0)),
-        SimpleNamespace(get_state=dict),
+        NoBatches(),
     )
 
     def note(what: str, value: object) -> object:
@@ -196,7 +210,7 @@ def test_a_step_is_read_before_its_pictures_and_where_a_trace_begins_or_ends(
             "draw 3",
             "traced",
         ),
-        *("dispatch 4", "dispatch 5", "read 4", "read 5", "draw 5", "save"),
+        *("dispatch 4", "dispatch 5", "read 4", "read 5", "draw 5", "save 5 None"),
     ]
 
 

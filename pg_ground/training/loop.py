@@ -82,7 +82,10 @@ def train(config: Config, workdir: Path) -> Path:
             make_evaluate(
                 inputs.setup, inputs.mesh, frozen, eval_sources, inputs.tokenizer, bad_records
             ),
-            {name: steps_between_evals(config, name, batches) for name, batches in streams.items()},
+            {
+                name: steps_between_evals(config, name, sum(map(len, batches.parts)))
+                for name, batches in streams.items()
+            },
             bad_records,
             resumed_step,
         )
@@ -213,11 +216,10 @@ def open_batches(
     )
 
 
-def steps_between_evals(config: Config, stage: str, batches: pipeline.Batches) -> int:
-    """Returns the steps of a stage between evaluations; 0 is only at its end. An epoch is one pass over the questions."""
+def steps_between_evals(config: Config, stage: str, questions: int) -> int:
+    """Returns the steps of a stage between evaluations; 0 is only at its end. An epoch is one pass over `questions`."""
     if not config.eval.every_epochs:
         return config.eval.every
-    questions = sum(map(len, batches.parts))
     steps = config.eval.every_epochs * questions / config.stage_settings(stage).batch_size
     return max(1, round(steps))
 
