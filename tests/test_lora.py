@@ -1,6 +1,7 @@
 """Laws of low-rank adapters: they start as nothing, they merge to what they compute, and they alone are trained."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -39,8 +40,13 @@ def filled(adapters: Any) -> Any:
     )
 
 
+@functools.cache
+def compiled_logps(model: PaliGemma) -> Callable[[Any], jax.Array]:
+    return jax.jit(lambda params: model.completion_logps(params, *inputs(model))[0])
+
+
 def logps(model: PaliGemma, params: Any) -> np.ndarray:
-    return np.asarray(jax.jit(lambda p: model.completion_logps(p, *inputs(model))[0])(params))
+    return np.asarray(compiled_logps(model)(params))
 
 
 def test_every_matrix_can_have_one_and_its_factors_have_its_axes():
