@@ -33,7 +33,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from pg_ground import cli, tokenizer
 from pg_ground.config import Data, Source
-from pg_ground.data import pipeline
+from pg_ground.data.bad_records import BadRecords
+from pg_ground.data.batches import training_batches
+from pg_ground.data.datasets import open_examples
+from pg_ground.data.mixture import Mixture
 from pg_ground.reporting.metric_writers import read_metrics
 from pg_ground.reporting.tables import Table, ascii_table
 from pg_ground.types import UserError
@@ -182,10 +185,10 @@ def measure(photos: Photos, side: int, repeats: int, batches: int) -> dict[str, 
     """
     data = Data(prompt_length=128, suffix_length=128)
     tokens, seed = tokenizer.load(data.tokenizer), 0
-    parts = [pipeline.open_examples("photos", photos.source, data, side, seed)]
-    mixture = pipeline.Mixture(parts, tokens, data, seed)
+    parts = [open_examples("photos", photos.source, data, side, seed)]
+    mixture = Mixture(parts, tokens, data, seed)
     order = [
-        int(mixture.question(place)[1])
+        int(mixture.locate(place)[1])
         for place in range((repeats * (WARM_UP + batches) + 1) * BATCH)
     ]
 
@@ -193,14 +196,14 @@ def measure(photos: Photos, side: int, repeats: int, batches: int) -> dict[str, 
         own = Data(
             prompt_length=128, suffix_length=128, read_threads=place.threads, workers=place.workers
         )
-        return pipeline.training_batches(
+        return training_batches(
             {"photos": photos.source},
             own,
             tokens,
             image_size=side,
             batch_size=BATCH,
             seed=seed,
-            bad=pipeline.BadRecords(),
+            bad_records=BadRecords(),
         )
 
     def theirs(place: Place) -> Iterator[Any]:

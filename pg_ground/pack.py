@@ -11,10 +11,9 @@ each source. A record without a usable image is left out and counted.
 import json
 from collections.abc import Sequence
 
-from etils import epath
-
 from pg_ground import cli
 from pg_ground.data.packing import pack
+from pg_ground.data.records import to_path
 from pg_ground.types import UserError
 
 
@@ -22,7 +21,9 @@ def main(argv: Sequence[str]) -> None:
     config, flags = cli.parse(argv, {"out": cli.REQUIRED, "num_shards": 16})
     if not 1 <= flags["num_shards"] <= 99_999:
         raise UserError(f"--num_shards={flags['num_shards']}: it must be from 1 to 99999")
-    print(json.dumps(pack(config, epath.Path(flags["out"]), flags["num_shards"]), indent=1))
+    sections = (config.sft.sources, config.grpo.sources, config.eval.sources)
+    packed = pack(sections, config.data.fetch, to_path(flags["out"]), flags["num_shards"])
+    print(json.dumps(packed, indent=1))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from pg_ground import cli
 from pg_ground.data import fetch
-from pg_ground.data.prefetching import urls_of
+from pg_ground.data.prefetching import image_urls
 from pg_ground.types import UserError
 
 
@@ -21,9 +21,14 @@ def main(argv: Sequence[str]) -> None:
     config, flags = cli.parse(argv, {"retry_failed": 0})
     if flags["retry_failed"] not in (0, 1):
         raise UserError(f"--retry_failed is {flags['retry_failed']}: it must be 0 or 1")
+    sections = (config.sft.sources, config.grpo.sources, config.eval.sources)
+    urls = image_urls(sections, config.data, config.seed)
     with tqdm(unit=" images", file=sys.stderr) as bar:
         outcomes = fetch.prefetch(
-            urls_of(config), config.data.fetch, lambda _: bar.update(), bool(flags["retry_failed"])
+            urls,
+            config.data.fetch,
+            lambda _: bar.update(),
+            bool(flags["retry_failed"]),
         )
     print(json.dumps(dict(sorted(outcomes.items()))))
 

@@ -9,7 +9,8 @@ from PIL import Image
 
 from pg_ground import tokenizer
 from pg_ground.config import Data, Source
-from pg_ground.data.pipeline import BadRecords, training_batches
+from pg_ground.data.bad_records import BadRecords
+from pg_ground.data.batches import training_batches
 from pg_ground.reporting import drawing
 from pg_ground.types import BOXES, POINTS, TEXT, Answer, Batch, Boxes, Gold, Points, Rewards
 
@@ -309,7 +310,7 @@ def test_rollout_shows_the_image_that_the_pipeline_gave(floats):
         image_size=side,
         batch_size=1,
         seed=0,
-        bad=BadRecords(),
+        bad_records=BadRecords(),
     )
     boxes, answer, rewards = rollout([0.0, 1.0])
     low, high = (

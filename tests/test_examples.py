@@ -11,18 +11,11 @@ from PIL import Image
 
 from pg_ground import tokenizer
 from pg_ground.config import Data, Source
-from pg_ground.data.examples import (
-    answer_text,
-    check_formats,
-    elements,
-    field_at,
-    fill,
-    listed_by,
-    resize,
-    to_batch_row,
-    to_example,
-)
-from pg_ground.data.records import BadRecord, load_image
+from pg_ground.data.batch_rows import to_batch_row
+from pg_ground.data.examples import check_formats, loc_text, to_example
+from pg_ground.data.images import load_image, resize
+from pg_ground.data.record_fields import count_elements, field_at, fill_template, list_path
+from pg_ground.data.records import BadRecord
 from pg_ground.data.sources import open_records
 from pg_ground.types import BOXES, POINTS, TEXT, Example, UserError
 from pg_ground.vocab import EOS, NEWLINE, PAD
@@ -131,10 +124,10 @@ def test_points_may_carry_the_boxes_they_lie_in():
 
 def test_loc_codes_round_half_to_even_and_stay_on_the_grid():
     fractions = np.array([[0.5, 1.5, 2.5, 1022.5]]) / 1023
-    assert answer_text(fractions, [""]) == "<loc0000><loc0002><loc0002><loc1022>"
-    assert answer_text(np.array([[0.0, 1.0]]), "x") == "<loc0000><loc1023> x"
+    assert loc_text(fractions, [""]) == "<loc0000><loc0002><loc0002><loc1022>"
+    assert loc_text(np.array([[0.0, 1.0]]), "x") == "<loc0000><loc1023> x"
     codes = np.arange(1024)
-    assert answer_text((codes / 1023).astype(np.float32)[None], [""]) == "".join(
+    assert loc_text((codes / 1023).astype(np.float32)[None], [""]) == "".join(
         f"<loc{i:04d}>" for i in codes
     )
 
@@ -174,7 +167,7 @@ def test_unusable_box_is_a_bad_box(box):
         ),
         (
             [84.25, 3, 95, 9],
-            "[84.25, 3, 95, 9] as xyxy_px lies outside an image of 80x40 pixels",
+            "[84.25, 3, 95, 9] as xyxy_px is outside an image of 80x40 pixels",
             {},
         ),
         (
@@ -200,7 +193,7 @@ def test_a_bad_point_is_told_in_the_sources_own_numbers():
     )
     assert (kind, text) == (
         "bad_point",
-        "[7.5, 66] (number 2 of 2) as xy_px lies outside an image of 80x40 pixels",
+        "[7.5, 66] (number 2 of 2) as xy_px is outside an image of 80x40 pixels",
     )
 
 
@@ -237,10 +230,13 @@ def test_missing_field_is_named_with_those_that_exist(path):
 def test_templates_are_filled_from_the_record_once_and_in_single_spaces():
     record = {"phrase": " a {b}\n cat ", "n": 3, "b": "dog", "meta": {"lang": "en"}}
     assert (
-        fill("answer {meta.lang}  {phrase} x{n}{b}", record, "phrase")
+        fill_template("answer {meta.lang}  {phrase} x{n}{b}", record, "phrase")
         == "answer en a {b} cat x3dog"
     )
-    assert fill("", record, "phrase") == "" and fill("detect {phrase}", record, "b") == "detect dog"
+    assert (
+        fill_template("", record, "phrase") == ""
+        and fill_template("detect {phrase}", record, "b") == "detect dog"
+    )
 
 
 @pytest.mark.parametrize(
@@ -537,13 +533,13 @@ SENTENCES = {"sentences": [{"raw": "left dog"}, {"raw": "brown one"}], "box": [0
 
 def test_a_path_goes_through_one_element_of_a_list():
     source = dataclasses.replace(SOURCE, phrase="sentences[].raw")
-    assert listed_by(source) == "sentences" and listed_by(SOURCE) == ""
-    assert elements(SENTENCES, "sentences") == 2
+    assert list_path(source) == "sentences" and list_path(SOURCE) == ""
+    assert count_elements(SENTENCES, "sentences") == 2
     record = {"image": BLANK} | SENTENCES
     made = [to_example(record, source, "toy", 7, 16, None, element=i) for i in (0, 1)]
     assert [m.prompt for m in made] == ["detect left dog", "detect brown one"]
     assert field_at({"a": {"b": [{"c": 1}, {"c": 2}]}}, "a.b[].c", 1) == 2
-    with pytest.raises(BadRecord, match="element 2 of"):
+    with pytest.raises(BadRecord, match="which has no element 2"):
         field_at(SENTENCES, "sentences[].raw", 2)
 
 
@@ -554,7 +550,7 @@ def test_two_lists_at_once_are_refused():
         {"prompt": "{a[].b} {c[].d}"},
     ):
         with pytest.raises(UserError, match=r"one list with \[\]"):
-            listed_by(dataclasses.replace(SOURCE, **entry))
+            list_path(dataclasses.replace(SOURCE, **entry))
 
 
 def test_a_jinja_file_is_a_template_in_a_sandbox(tmp_path):
@@ -572,7 +568,7 @@ def test_a_jinja_file_is_a_template_in_a_sandbox(tmp_path):
     ):
         with pytest.raises(BadRecord, match=said):
             prompt(text)
-    with pytest.raises(UserError, match="is no Jinja"):
+    with pytest.raises(UserError, match="is not valid Jinja"):
         prompt("{% for %}")
     with pytest.raises(UserError, match=r"prompt template nowhere\.jinja: No such file"):
         example({"box": [0, 0, 4, 4]}, prompt="nowhere.jinja")

@@ -665,7 +665,8 @@ def config(tmp_path, server, fetch) -> Config:
 
 
 def test_urls_of_a_config(config, server):
-    assert list(prefetching.urls_of(config)) == [
+    sections = [config.sft.sources, config.grpo.sources, config.eval.sources]
+    assert list(prefetching.image_urls(sections, config.data, config.seed)) == [
         (server.url(), None), (server.url("/b"), None), (server.url("/b"), OTHER), (server.url("/b"), "5")
     ]  # fmt: skip
 

@@ -52,6 +52,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
         "data",
         (
             "records",
+            "images",
             "sampling",
             "box_formats",
             "run_lengths",
@@ -65,8 +66,14 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "relations",
             "fetch",
             "sources",
+            "record_fields",
             "examples",
-            "pipeline",
+            "batch_rows",
+            "datasets",
+            "mixture",
+            "bad_records",
+            "batches",
+            "text_budgets",
             "packing",
             "prefetching",
         ),
@@ -384,9 +391,9 @@ def test_the_sources_were_read():
             "models.gemma imports __init__, which is not below it",
         ),
         (
-            "data.pipeline",
+            "data.batches",
             "import jax\njax.jit(len)",
-            "data.pipeline compiles, "
+            "data.batches compiles, "
             "but jax.jit is for training, evals, aot, reporting and commands",
         ),
         (

@@ -13,7 +13,8 @@ from pycocotools import mask as coco
 
 from pg_ground import tokenizer
 from pg_ground.config import Data, Source
-from pg_ground.data.examples import to_batch_row, to_example
+from pg_ground.data.batch_rows import to_batch_row
+from pg_ground.data.examples import to_example
 from pg_ground.data.masks import to_masks, whole_masks
 from pg_ground.data.records import BadRecord
 from pg_ground.types import Example

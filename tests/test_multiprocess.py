@@ -23,7 +23,8 @@ from commands import ROOT, arrays, assert_same_run, command, rows, write_recipe
 from pg_ground import config, tokenizer
 from pg_ground.checkpoints import manager
 from pg_ground.config import Data, Source
-from pg_ground.data.pipeline import BadRecords, training_batches
+from pg_ground.data.bad_records import BadRecords
+from pg_ground.data.batches import training_batches
 from pg_ground.parallel import multiprocess, sharding
 from pg_ground.training.recorder import own_part
 from pg_ground.types import POLICY, TrainState, UserError
@@ -398,7 +399,7 @@ def streams(
     }
     return [
         training_batches(
-            sources, DATA, tokenizer.load(), image_size=8, batch_size=8, seed=0, bad=bad or BadRecords(),
+            sources, DATA, tokenizer.load(), image_size=8, batch_size=8, seed=0, bad_records=bad or BadRecords(),
             rows=np.split(np.arange(8), count)[index],
         )
         for index in range(count)

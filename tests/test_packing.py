@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pg_ground.config import Config, Data, Eval, Grpo, Sft, Source
+from pg_ground.config import Data, Fetch, Source
+from pg_ground.data.datasets import open_examples
 from pg_ground.data.packing import pack
-from pg_ground.data.pipeline import open_examples
 from pg_ground.types import UserError
 
 
@@ -36,15 +36,9 @@ def photos(tmp_path):
     return Source(uri=f"jsonl:{folder}/a.jsonl", image="meta.image", boxes="box")
 
 
-def config_of(**sources: Source) -> Config:
-    return Config(
-        sft=replace(Sft(), sources=sources), grpo=replace(Grpo(), sources=sources), eval=Eval()
-    )
-
-
 def test_packed_sources_hold_the_same_questions(photos, tmp_path):
     before = open_examples("a", photos, Data(), 16)
-    done = pack(config_of(a=photos), tmp_path / "out", 3)
+    done = pack([{"a": photos}, {"a": photos}, {}], Fetch(), tmp_path / "out", 3)
     assert done["a"]["records"] == 6 and done["a"]["corrupt_image"] == 1
     after = open_examples("a", replace(photos, uri=done["a"]["uri"]), Data(), 16)
     mine = {after[i].prompt: after[i] for i in range(len(after))}
@@ -60,11 +54,9 @@ def test_packed_sources_hold_the_same_questions(photos, tmp_path):
 
 
 def test_nothing_is_overwritten_and_names_are_one_source_each(photos, tmp_path):
-    pack(config_of(a=photos), tmp_path / "out", 1)
+    pack([{"a": photos}], Fetch(), tmp_path / "out", 1)
     with pytest.raises(UserError, match="exists already"):
-        pack(config_of(a=photos), tmp_path / "out", 1)
-    both = replace(
-        config_of(a=photos), eval=Eval(sources={"a": Source(uri="synthetic:heldout", boxes="box")})
-    )
+        pack([{"a": photos}], Fetch(), tmp_path / "out", 1)
+    scenes = Source(uri="synthetic:heldout", boxes="box")
     with pytest.raises(UserError, match="two sources are called a"):
-        pack(both, tmp_path / "other", 1)
+        pack([{"a": photos}, {"a": scenes}], Fetch(), tmp_path / "other", 1)

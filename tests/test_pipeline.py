@@ -15,17 +15,12 @@ from PIL import Image
 
 from pg_ground import tokenizer
 from pg_ground.config import Data, Source
-from pg_ground.data.pipeline import (
-    Ahead,
-    BadRecords,
-    budget,
-    check_budgets,
-    mixing_pattern,
-    open_examples,
-    ordered_batches,
-    training_batches,
-)
+from pg_ground.data.bad_records import BadRecords
+from pg_ground.data.batches import PrefetchIterator, ordered_batches, training_batches
+from pg_ground.data.datasets import open_examples
+from pg_ground.data.mixture import mixing_pattern
 from pg_ground.data.records import BadRecord
+from pg_ground.data.text_budgets import check_budgets, measure_budget
 from pg_ground.types import Batch, UserError
 
 SIDE = 8
@@ -61,18 +56,20 @@ def rows_of(batch_size: int, process: tuple[int, int]) -> np.ndarray:
     return np.split(np.arange(batch_size), process[1])[process[0]]
 
 
-def train(sources, tokens, *, batch_size=4, seed=0, data=DATA, bad=None, process=(0, 1)):
+def train(sources, tokens, *, batch_size=4, seed=0, data=DATA, bad_records=None, process=(0, 1)):
     return training_batches(
         sources, data, tokens, image_size=SIDE, batch_size=batch_size, seed=seed,
-        bad=bad or BadRecords(), rows=rows_of(batch_size, process),
+        bad_records=bad_records or BadRecords(), rows=rows_of(batch_size, process),
     )  # fmt: skip
 
 
-def ordered(sources, tokens, *, examples, batch_size=4, data=DATA, bad=None, process=(0, 1)):
+def ordered(
+    sources, tokens, *, examples, batch_size=4, data=DATA, bad_records=None, process=(0, 1)
+):
     parts = [open_examples(name, source, data, SIDE) for name, source in sources.items()]
     return ordered_batches(
         parts, data, tokens, batch_size=batch_size, examples=examples,
-        bad=bad or BadRecords(), rows=rows_of(batch_size, process),
+        bad_records=bad_records or BadRecords(), rows=rows_of(batch_size, process),
     )  # fmt: skip
 
 
@@ -129,7 +126,7 @@ def test_restored_iterator_continues_the_same_batches(tmp_path, tokens, threads)
         "a": make_source(tmp_path, "a", 25, broken=(3, 9)),
         "b": make_source(tmp_path, "b", 7, weight=2.0),
     }
-    running = train(sources, tokens, data=data, bad=BadRecords())
+    running = train(sources, tokens, data=data, bad_records=BadRecords())
     for _ in range(5):
         next(running)
     state = json.loads(json.dumps(running.get_state()))
@@ -170,7 +167,7 @@ def test_corrupt_image_is_counted_once_and_skipped_deterministically(tmp_path, t
     runs = []
     for _ in range(2):
         bad = BadRecords()
-        runs.append(list(islice(train(source, tokens, bad=bad), 14)))
+        runs.append(list(islice(train(source, tokens, bad_records=bad), 14)))
         assert bad.counts() == {"corrupt_image": 2}
         assert [(e["source"], e["index"], e["kind"]) for e in bad.entries()] == [
             ("a", 7, "corrupt_image"),
@@ -254,7 +251,7 @@ def test_ordered_batches_skip_bad_records_and_read_no_more_than_needed(tmp_path,
     source = {"a": make_source(tmp_path, "a", 20, broken=(1, 2, 15))}
     bad = BadRecords()
     data = Data(prompt_length=8, suffix_length=8, bad_record_share=0.5)
-    batches = list(ordered(source, tokens, examples=5, bad=bad, data=data))
+    batches = list(ordered(source, tokens, examples=5, bad_records=bad, data=data))
     assert [i for b, mask in batches for (_, i), ok in zip(seen([b]), mask, strict=True) if ok] == [
         0,
         3,
@@ -378,12 +375,12 @@ def test_batches_are_the_same_again_with_workers_and_after_going_on(tmp_path, to
 def test_batches_placed_ahead_are_the_same_and_so_is_their_state(tmp_path, tokens):
     sources = three_sources(tmp_path)
     straight = digests(islice(train(sources, tokens), 8))
-    with Ahead(train(sources, tokens), lambda batch: batch) as ahead:
+    with PrefetchIterator(train(sources, tokens), lambda batch: batch) as ahead:
         assert digests([next(ahead) for _ in range(3)]) == straight[:3]
         state = ahead.get_state()
     again = train(sources, tokens)
     again.set_state(state)
-    with Ahead(again, lambda batch: batch) as ahead:
+    with PrefetchIterator(again, lambda batch: batch) as ahead:
         assert ahead.get_state() == state
         assert digests([next(ahead) for _ in range(5)]) == straight[3:]
 
@@ -417,7 +414,7 @@ def test_records_of_a_list_become_one_question_each_or_one_at_random(tmp_path, t
     assert [every[i].prompt for i in range(len(every))] == [
         f"detect {name}" for name in ("a0", "a1", "a2", "b0", "d0", "d1")
     ]
-    assert [every.place(i) for i in range(6)] == [(0, 0), (0, 1), (0, 2), (1, 0), (3, 0), (3, 1)]
+    assert [every.locate(i) for i in range(6)] == [(0, 0), (0, 1), (0, 2), (1, 0), (3, 0), (3, 1)]
     some = open_examples("s", replace(source, element="random"), DATA, SIDE)
     assert len(some) == 4
     drawn = {some.example(0, reading).prompt for reading in range(30)}
@@ -431,7 +428,7 @@ def test_a_source_is_sampled_before_anything_else(tmp_path, tokens):
     source = make_source(tmp_path, "a", 20)
     for sampling, expected in (("first:3", [0, 1, 2]), ("end:10%", [18, 19])):
         opened = open_examples("a", replace(source, sampling=sampling), DATA, SIDE)
-        assert [opened.place(i)[0] for i in range(len(opened))] == expected
+        assert [opened.locate(i)[0] for i in range(len(opened))] == expected
     some = open_examples("a", replace(source, sampling="random:25%"), DATA, SIDE, seed=3)
     assert len(some) == 5
     with pytest.raises(UserError, match="source a: sampling 'first:0' keeps none of 20 records"):
@@ -456,7 +453,7 @@ def test_budgets_are_measured_before_training_and_name_the_worst(tmp_path, token
     opened = open_examples(
         "a", Source(uri=uri, boxes="box"), replace(DATA, max_boxes=9, suffix_length=99), SIDE
     )
-    found = budget(opened, tokens, DATA)
+    found = measure_budget(opened, tokens, DATA)
     rows = [opened[i] for i in range(3)]
     assert found.prompt_tokens == max(len(tokens.prefix(row.prompt)) for row in rows)
     assert found.suffix_tokens == max(len(tokens.suffix(row.suffix)) for row in rows)
@@ -489,7 +486,7 @@ def test_a_wrong_path_is_told_before_training_with_the_fields_there_are(tmp_path
         UserError,
         match="none of 16 questions can be used; .*there is no box: the fields are image, phrase, bbox",
     ):
-        budget(open_examples("a", Source(uri=uri, boxes="box"), DATA, SIDE), tokens, DATA)
+        measure_budget(open_examples("a", Source(uri=uri, boxes="box"), DATA, SIDE), tokens, DATA)
 
 
 def test_a_folder_without_the_images_is_told_before_training(tmp_path, tokens):
@@ -499,13 +496,13 @@ def test_a_folder_without_the_images_is_told_before_training(tmp_path, tokens):
         UserError,
         match=r"^source a: none of 16 questions can be used; question 0: there is no file .*nowhere/i.jpg",
     ):
-        budget(lost, tokens, DATA)
+        measure_budget(lost, tokens, DATA)
     uri = write_lines(
         tmp_path,
         [{"phrase": "cat", "box": [0, 0, 4, 4], "image": "no.jpg"}] * 29
         + [{"phrase": "cat", "box": [0, 0, 4, 4]}],
     )
-    budget(
+    measure_budget(
         open_examples("a", Source(uri=uri, boxes="box"), DATA, SIDE), tokens, DATA
     )  # not all: bad_record_share is for that
 
@@ -525,13 +522,13 @@ def test_a_wrong_unit_that_puts_everything_in_one_corner_is_told_before_training
     ]
     uri = write_lines(tmp_path, records)
     right = {"boxes": "box", "box_format": "xyxy_percent"}
-    budget(open_examples("a", Source(uri=uri, **right), DATA, SIDE), tokens, DATA)
+    measure_budget(open_examples("a", Source(uri=uri, **right), DATA, SIDE), tokens, DATA)
     for wrong in ({"boxes": "box"}, {"target": "points", "points": "points"}):
         with pytest.raises(
             UserError,
             match=r"first 30% of both axes and no coordinate is above (100|99), so (box|point)_format = 'x.*_px' has",
         ):
-            budget(open_examples("a", Source(uri=uri, **wrong), DATA, SIDE), tokens, DATA)
+            measure_budget(open_examples("a", Source(uri=uri, **wrong), DATA, SIDE), tokens, DATA)
 
 
 def test_small_things_in_a_corner_are_no_wrong_unit(tmp_path, tokens):
@@ -550,7 +547,7 @@ def test_small_things_in_a_corner_are_no_wrong_unit(tmp_path, tokens):
             target=target,
             **{target: target if target == "points" else "box"},
         )
-        budget(open_examples("a", source, replace(DATA, max_boxes=9), SIDE), tokens, DATA)
+        measure_budget(open_examples("a", source, replace(DATA, max_boxes=9), SIDE), tokens, DATA)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -575,13 +572,14 @@ LEAVES_NOTHING = """
 import sys
 from pg_ground import tokenizer
 from pg_ground.config import Data, Source
-from pg_ground.data.pipeline import Ahead, BadRecords, training_batches
+from pg_ground.data.bad_records import BadRecords
+from pg_ground.data.batches import PrefetchIterator, training_batches
 
 if __name__ == "__main__":
     data = Data(prompt_length=8, suffix_length=8, workers=2)
     batches = training_batches({"a": Source(uri=sys.argv[1], boxes="box")}, data, tokenizer.load(),
-                               image_size=8, batch_size=4, seed=0, bad=BadRecords())
-    with Ahead(batches, lambda batch: batch) as ahead:
+                               image_size=8, batch_size=4, seed=0, bad_records=BadRecords())
+    with PrefetchIterator(batches, lambda batch: batch) as ahead:
         for _ in range(5):
             next(ahead)
 """
@@ -645,7 +643,7 @@ def test_ten_thousand_records_one_in_ten_of_them_mutated(tmp_path, tokens):
     source, bad = Source(uri=f"jsonl:{tmp_path}/f.jsonl", boxes="box"), BadRecords()
     data = replace(DATA, suffix_length=32, prompt_length=16, bad_record_share=0.3)
     found = list(
-        ordered({"f": source}, tokens, examples=10_000, batch_size=100, data=data, bad=bad)
+        ordered({"f": source}, tokens, examples=10_000, batch_size=100, data=data, bad_records=bad)
     )
     kept = [int(i) for batch, counts in found for i in batch.index[counts]]
     listed = {entry["index"] for entry in bad.entries()}

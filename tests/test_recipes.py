@@ -16,14 +16,11 @@ from PIL import Image
 
 from pg_ground import config, tokenizer
 from pg_ground.config import Data, Source
-from pg_ground.data.pipeline import (
-    BadRecords,
-    budget,
-    check_budgets,
-    open_examples,
-    training_batches,
-)
+from pg_ground.data.bad_records import BadRecords
+from pg_ground.data.batches import training_batches
+from pg_ground.data.datasets import open_examples
 from pg_ground.data.records import BadRecord
+from pg_ground.data.text_budgets import check_budgets, measure_budget
 from pg_ground.types import TEXT
 
 ROOT = Path(__file__).parents[1]
@@ -249,7 +246,7 @@ def test_the_two_entries_that_opentau_asked_for(tmp_path):
         assert len(part) == wanted
         for i in range(0, wanted, 1 if wanted < 10 else 30):
             assert grammatical(part[i].suffix, unit)
-        check_budgets([budget(part, tokens, DATA)], DATA)
+        check_budgets([measure_budget(part, tokens, DATA)], DATA)
 
 
 @needs_samples
@@ -268,7 +265,7 @@ def test_photographs_points_and_scenes_mix_two_to_one_to_one(tmp_path):
     }  # fmt: skip
     bad = BadRecords()
     batches = training_batches(
-        sources, DATA, tokenizer.load(), image_size=28, batch_size=4, seed=0, bad=bad
+        sources, DATA, tokenizer.load(), image_size=28, batch_size=4, seed=0, bad_records=bad
     )
     seen = [
         (int(s), int(i))

@@ -17,7 +17,7 @@ from commands import ROOT
 from pg_ground import config
 from pg_ground.checkpoints.manager import Checkpoints
 from pg_ground.config import Config
-from pg_ground.data.pipeline import BadRecords
+from pg_ground.data.bad_records import BadRecords
 from pg_ground.training import loop, optimizers, recorder, timing
 from pg_ground.training.loop import steps_between_evals
 from pg_ground.training.setup import learning_rates
@@ -138,7 +138,9 @@ def test_a_step_is_read_behind_the_next_and_before_what_is_due_after_it(tiny, tm
         return {"time/update_s": 1.0}
 
     c = replace(tiny, sft=replace(tiny.sft, steps=8), checkpoint=replace(tiny.checkpoint, every=5))
-    kept = recorder.Recorder(c, tmp_path, None, Saved(happened), measure, {"sft": 3}, BadRecords(), None)
+    kept = recorder.Recorder(
+        c, tmp_path, None, Saved(happened), measure, {"sft": 3}, BadRecords(), None
+    )
     state, batches = (
         TrainState(jnp.int32(0), {POLICY: {}}, {}, jnp.float32(0)),
         NoBatches(),

@@ -15,7 +15,9 @@ from test_tasks import TASKS as RECIPES
 from test_tasks import recipe
 
 from pg_ground import tokenizer
-from pg_ground.data.pipeline import Bad, open_examples, row_of, stack
+from pg_ground.data.batch_rows import stack_rows
+from pg_ground.data.datasets import open_examples
+from pg_ground.data.mixture import UnusableRow, prepare_row
 from pg_ground.data.records import Records
 from pg_ground.data.relations import (
     OBJECTS,
@@ -370,8 +372,8 @@ def test_a_recipe_reads_them_and_its_supervised_answer_earns_the_most(tmp_path):
     assert RECIPES["relations"].text_rewards == {"spatial": 1.0}
     for found in (drawn, read):
         for index in range(min(len(found), 20)):
-            row = row_of(found, index, tokens, c.data, 0, 0)
-            assert not isinstance(row, Bad)
-            asked = question_of(stack([row]), 0, tokens)
+            row = prepare_row(found, index, tokens, c.data, 0, 0)
+            assert not isinstance(row, UnusableRow)
+            asked = question_of(stack_rows([row]), 0, tokens)
             assert len(found[index].names) == len(asked.boxes) == 2
             assert TEXT_REWARDS["spatial"](found[index].suffix, asked) == 1.3

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pg_ground.data.sampling import sampled
+from pg_ground.data.sampling import sample_indices
 from pg_ground.types import UserError
 
 
@@ -29,7 +29,7 @@ from pg_ground.types import UserError
     ],
 )
 def test_ends_and_shares(count, strategy, kept):
-    np.testing.assert_array_equal(sampled(count, strategy, 0), list(kept))
+    np.testing.assert_array_equal(sample_indices(count, strategy, 0), list(kept))
 
 
 @pytest.mark.parametrize(
@@ -37,21 +37,21 @@ def test_ends_and_shares(count, strategy, kept):
     [(10, "50%", 5), (7, "50%", 4), (10, "4", 4), (9, "99", 9), (10, "0", 0)],
 )
 def test_random_records_are_different_ones_in_order(count, strategy, kept):
-    indices = sampled(count, f"random:{strategy}", 3)
+    indices = sample_indices(count, f"random:{strategy}", 3)
     assert (
         len(indices) == kept and (np.diff(indices) > 0).all() and set(indices) <= set(range(count))
     )
 
 
 def test_random_choice_is_the_seeds_and_grows_from_what_it_was():
-    choice = sampled(1000, "random:100", 1)
-    np.testing.assert_array_equal(choice, sampled(1000, "random:10%", 1))
-    assert set(choice) < set(sampled(1000, "random:200", 1)) and set(choice) != set(
-        sampled(1000, "random:100", 2)
+    choice = sample_indices(1000, "random:100", 1)
+    np.testing.assert_array_equal(choice, sample_indices(1000, "random:10%", 1))
+    assert set(choice) < set(sample_indices(1000, "random:200", 1)) and set(choice) != set(
+        sample_indices(1000, "random:100", 2)
     )
     drawn = np.zeros(10)
     for seed in range(1000):
-        drawn[sampled(10, "random:3", seed)] += 1
+        drawn[sample_indices(10, "random:3", seed)] += 1
     assert abs(drawn - 300).max() < 5 * np.sqrt(
         1000 * 0.3 * 0.7
     )  # five standard deviations of a fair draw
@@ -59,10 +59,12 @@ def test_random_choice_is_the_seeds_and_grows_from_what_it_was():
 
 def test_defect_07_nothing_is_nothing_a_lot_is_the_seeds_and_another_word_is_refused():
     """There, end:0 is everything, an unknown strategy is everything, and a random choice is another one every time."""
-    assert not len(sampled(10, "end:0", 0))
-    np.testing.assert_array_equal(sampled(10, "random:5", 3), sampled(10, "random:5", 3))
+    assert not len(sample_indices(10, "end:0", 0))
+    np.testing.assert_array_equal(
+        sample_indices(10, "random:5", 3), sample_indices(10, "random:5", 3)
+    )
     with pytest.raises(UserError, match="last:3"):
-        sampled(10, "last:3", 0)
+        sample_indices(10, "last:3", 0)
 
 
 @pytest.mark.parametrize(
@@ -97,5 +99,5 @@ def test_defect_07_nothing_is_nothing_a_lot_is_the_seeds_and_another_word_is_ref
 )
 def test_other_words_are_refused_by_name(strategy):
     with pytest.raises(UserError, match="first:N, end:N and random:N") as refused:
-        sampled(10, strategy, 0)
+        sample_indices(10, strategy, 0)
     assert repr(strategy) in str(refused.value) and "\n" not in str(refused.value)

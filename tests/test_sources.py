@@ -11,9 +11,10 @@ from PIL import Image
 from pg_ground.config import Data, Fetch, Source
 from pg_ground.data import tables
 from pg_ground.data.arrayrecord import write_array_record
+from pg_ground.data.datasets import open_examples
 from pg_ground.data.fetch import cached
-from pg_ground.data.pipeline import open_examples
-from pg_ground.data.records import BadRecord, load_image
+from pg_ground.data.images import load_image
+from pg_ground.data.records import BadRecord
 from pg_ground.data.sources import open_records
 from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.types import UserError, expand_path

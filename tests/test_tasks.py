@@ -12,16 +12,11 @@ from PIL import Image
 
 from configs.tasks import TASKS
 from pg_ground import cli, config, tokenizer
-from pg_ground.data.pipeline import (
-    Bad,
-    Examples,
-    budget,
-    check_budgets,
-    open_examples,
-    row_of,
-    stack,
-)
+from pg_ground.data.batch_rows import stack_rows
+from pg_ground.data.datasets import Examples, open_examples
+from pg_ground.data.mixture import UnusableRow, prepare_row
 from pg_ground.data.records import BadRecord
+from pg_ground.data.text_budgets import check_budgets, measure_budget
 from pg_ground.rewards.device_rewards import REWARDS
 from pg_ground.rewards.text_rewards import TEXT_REWARDS
 from pg_ground.rl.loss import ALGORITHMS, CHOICES, choose
@@ -53,7 +48,7 @@ def lines(path: Path, records: list[dict]) -> str:
 def questions(name: str, uri: str) -> Examples:
     c = recipe(name, f"--config.grpo.sources.questions.uri={uri}")
     found = open_examples("questions", c.grpo.sources["questions"], c.data, 28)
-    check_budgets([budget(found, tokenizer.load(), c.data)], c.data)
+    check_budgets([measure_budget(found, tokenizer.load(), c.data)], c.data)
     return found
 
 
@@ -145,10 +140,10 @@ def test_the_supervised_answer_earns_the_most_in_its_own_recipe(name, tmp_path):
         name, lines(tmp_path / "q.jsonl", [record | {TASKS[name].source.image: "1.png"}])
     )
     tokens, c = tokenizer.load(), recipe(name)
-    row = row_of(found, 0, tokens, c.data, 0, 0)
-    assert not isinstance(row, Bad)
+    row = prepare_row(found, 0, tokens, c.data, 0, 0)
+    assert not isinstance(row, UnusableRow)
     scores = {
-        reward: TEXT_REWARDS[reward](found[0].suffix, question_of(stack([row]), 0, tokens))
+        reward: TEXT_REWARDS[reward](found[0].suffix, question_of(stack_rows([row]), 0, tokens))
         for reward in c.grpo.text_rewards
     }
     assert scores == pytest.approx(expected)

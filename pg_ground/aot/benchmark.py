@@ -33,7 +33,8 @@ from jax.sharding import Mesh
 
 from pg_ground.aot import jobs, tpu_specs
 from pg_ground.config import Config
-from pg_ground.data import pipeline
+from pg_ground.data.bad_records import BadRecords
+from pg_ground.data.batches import PrefetchIterator
 from pg_ground.parallel import memory_model, sharding
 from pg_ground.params import AbstractParams
 from pg_ground.training.loop import Inputs, open_batches, prepare
@@ -264,8 +265,8 @@ def bench(config: Config, steps: int) -> dict[str, Any]:
     stage = inputs.stages[-1]
     timer = CompileTimer(compilations)
     with ExitStack() as stack:
-        stream = open_batches(inputs, stage, pipeline.BadRecords())
-        batches = stack.enter_context(pipeline.Ahead(stream, partial(sharding.put_batch, mesh)))
+        stream = open_batches(inputs, stage, BadRecords())
+        batches = stack.enter_context(PrefetchIterator(stream, partial(sharding.put_batch, mesh)))
         step = make_step(inputs, batches, stack.enter_context)
         compilations.take()
         timed = time_steps(step, range(WARM_UP + steps), timer)[WARM_UP:]

@@ -9,7 +9,8 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from pg_ground.data import run_lengths
-from pg_ground.data.records import BadRecord, load_image
+from pg_ground.data.images import load_image
+from pg_ground.data.records import BadRecord
 from pg_ground.types import FilePath
 
 

@@ -1,34 +1,37 @@
-"""Fetches every image of a config that is a url into the cache, so that a run needs no network: a count by outcome, as JSON.
+"""Lists the images of sources that are urls, so that they can be fetched before a run."""
 
-Run `python -m pg_ground.prefetch --config=configs/quickstart.py`. Stopped, it goes on where it was when it is run again.
-`--retry_failed=1` asks again for what failed finally before: a missing image, another content, one too large.
-"""
+from collections.abc import Iterator, Mapping, Sequence
 
-from collections.abc import Iterator
-
-from pg_ground.config import Config
-from pg_ground.data import fetch, pipeline
-from pg_ground.data.examples import field_at
+from pg_ground.config import Data, Source
+from pg_ground.data import fetch
+from pg_ground.data.datasets import open_examples
+from pg_ground.data.record_fields import field_at
 from pg_ground.data.records import BadRecord
 
 
-def urls_of(config: Config) -> Iterator[tuple[str, str | None]]:
-    """Yields the url and, where the source has it, the sha256 of every image that is a url, each source once.
+def image_urls(
+    sections: Sequence[Mapping[str, Source]], data: Data, seed: int
+) -> Iterator[tuple[str, str | None]]:
+    """Yields the url of every image that is a url, and its sha256 if the source has it.
 
-    What is no url is passed over, and so is a record that cannot be read: training counts it.
+    Equal sources in several sections are read once. A record that cannot be read is skipped:
+    training counts it.
+
+    Args:
+      sections: sources by name.
+      data: settings that all sources share.
+      seed: the run's seed, which decides the records that `sampling` chooses.
 
     Raises:
       UserError: a source cannot be opened.
     """
-    sections = (config.sft.sources, config.grpo.sources, config.eval.sources)
-    named = {source: name for section in sections for name, source in section.items()}
-    for source, name in named.items():
-        questions = pipeline.open_examples(
-            name, source, config.data, config.model.image_size, config.seed
-        )
-        for index in range(len(questions)):
+    names = {source: name for section in sections for name, source in section.items()}
+    for source, name in names.items():
+        # No image is opened here, so the image size does not matter.
+        dataset = open_examples(name, source, data, image_size=1, seed=seed)
+        for index in range(len(dataset)):
             try:
-                record, element = questions.record(index)
+                record, element = dataset.record(index)
                 url = field_at(record, source.image, element)
                 sha256 = (
                     field_at(record, source.image_sha256, element) if source.image_sha256 else None

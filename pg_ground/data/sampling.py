@@ -12,7 +12,7 @@ from pg_ground.types import UserError
 STRATEGY = re.compile(r"(first|end|random):([0-9]+)(\.[0-9]+)?(%)?", re.ASCII)
 
 
-def sampled(count: int, strategy: str, seed: int) -> Int[np.ndarray, " N"]:
+def sample_indices(count: int, strategy: str, seed: int) -> Int[np.ndarray, " N"]:
     """Returns the indices kept of `count` records, in increasing order.
 
     `all`; `first:N` and `end:N`, the ones at that end; `random:N`, by `seed`, where a larger N keeps what a smaller one does. N

@@ -16,7 +16,7 @@ from jaxtyping import Int
 
 from pg_ground.config import nearest
 from pg_ground.data.records import BadRecord, Records, to_path
-from pg_ground.data.sampling import sampled
+from pg_ground.data.sampling import sample_indices
 from pg_ground.types import FilePath, UserError, expand_path
 
 CANNOT_OPEN = (OSError, ImportError)
@@ -303,7 +303,9 @@ def open_yaml(rest: str) -> Records:
     for position, entry in enumerate(_datasets(path, uri)):
         try:
             opened = _open_listed(entry["json_path"], path.parent)
-            kept.append(sampled(len(opened), entry["sampling_strategy"], int(seed) + position))
+            kept.append(
+                sample_indices(len(opened), entry["sampling_strategy"], int(seed) + position)
+            )
         except UserError as e:
             raise UserError(f"source {uri}: dataset {position}: {e}") from e
         sources.append(opened)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pg_ground.checkpoints import weights
 from pg_ground.config import Config
-from pg_ground.data import pipeline
+from pg_ground.data.bad_records import BadRecords
 from pg_ground.evals.programs import make_eval_programs
 from pg_ground.evals.runner import EvalContext, Evaluation, evaluate_sources, open_eval_sources
 from pg_ground.models import PaliGemma
@@ -45,9 +45,7 @@ def evaluate(
         model, tokenizer.vocab, config.eval, config.grpo.rewards, config.grpo.reward_settings
     )
     sources = open_eval_sources(config.eval, config.data, config.model.image_size)
-    context = EvalContext(
-        config.eval, config.data, config.seed, tokenizer, mesh, pipeline.BadRecords()
-    )
+    context = EvalContext(config.eval, config.data, config.seed, tokenizer, mesh, BadRecords())
     return evaluate_sources(programs, loaded_params, sources, context)
 
 

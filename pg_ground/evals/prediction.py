@@ -11,8 +11,8 @@ from jaxtyping import Int, UInt8
 from PIL import Image, ImageOps
 
 from pg_ground.checkpoints import weights
-from pg_ground.data.examples import resize
-from pg_ground.data.records import BadRecord, load_image
+from pg_ground.data.images import load_image, resize
+from pg_ground.data.records import BadRecord
 from pg_ground.evals.answers import loc_answers
 from pg_ground.models import PaliGemma
 from pg_ground.rl.rollout import sample

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from pg_ground.data import pipeline, run_lengths
-from pg_ground.data.examples import field_at
+from pg_ground.data import run_lengths
+from pg_ground.data.datasets import Examples
+from pg_ground.data.record_fields import field_at
 from pg_ground.data.records import BadRecord
 from pg_ground.evals import answers, benchmarks, cv_bench
 from pg_ground.evals.rows import GREEDY
@@ -21,7 +22,7 @@ class EvalTask(NamedTuple):
 
     source: str
     """The reported name. It is `NAME@512` if the evaluation asks only 512 of the questions."""
-    examples: pipeline.Examples
+    examples: Examples
     benchmark: str
     is_configured: bool
     """True if `eval.benchmarks` names the benchmark. Otherwise it follows from the source."""

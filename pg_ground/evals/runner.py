@@ -12,7 +12,9 @@ from jaxtyping import PRNGKeyArray
 from tqdm import tqdm
 
 from pg_ground import config
-from pg_ground.data import pipeline
+from pg_ground.data.bad_records import BadRecords
+from pg_ground.data.batches import ordered_batches
+from pg_ground.data.datasets import Examples, open_examples
 from pg_ground.evals import benchmarks, segmentation
 from pg_ground.evals.programs import Completions, EvalPrograms
 from pg_ground.evals.questions import EvalTask, question_row, read_prediction, with_scores
@@ -30,7 +32,7 @@ class EvalContext(NamedTuple):
     seed: int
     tokenizer: Tokenizer
     mesh: Mesh
-    bad_records: pipeline.BadRecords
+    bad_records: BadRecords
     """Collects the records that cannot be used."""
 
 
@@ -65,7 +67,7 @@ class Decoding(NamedTuple):
 
 def open_eval_sources(
     settings: config.Eval, data: config.Data, image_size: int
-) -> dict[str, pipeline.Examples]:
+) -> dict[str, Examples]:
     """Returns the questions of every source in `settings.sources`, by name.
 
     Raises:
@@ -84,7 +86,7 @@ def open_eval_sources(
                 f"path of masks, config.eval.sources.{name}.mask"
             )
     return {
-        name: pipeline.open_examples(f"eval/{name}", source, data, image_size)
+        name: open_examples(f"eval/{name}", source, data, image_size)
         for name, source in settings.sources.items()
     }
 
@@ -92,7 +94,7 @@ def open_eval_sources(
 def evaluate_sources(
     programs: EvalPrograms,
     params: Params,
-    sources: Mapping[str, pipeline.Examples],
+    sources: Mapping[str, Examples],
     context: EvalContext,
 ) -> Evaluation:
     """Returns the metrics and predictions of `params` on held-out questions.
@@ -122,9 +124,7 @@ def evaluate_sources(
     return Evaluation(metrics, predictions, context.bad_records.counts())
 
 
-def make_tasks(
-    settings: config.Eval, sources: Mapping[str, pipeline.Examples]
-) -> Iterator[EvalTask]:
+def make_tasks(settings: config.Eval, sources: Mapping[str, Examples]) -> Iterator[EvalTask]:
     """Yields the task of each source."""
     for number, (name, examples) in enumerate(sources.items()):
         limit = settings.examples or len(examples)
@@ -180,13 +180,13 @@ def answered_rows(
     # 2**31 - 1 keeps these draws apart from the draws of training steps.
     seed_key = jax.random.fold_in(jax.random.key(context.seed), 2**31 - 1)
     task_key = jax.random.fold_in(seed_key, task.number)
-    batches = pipeline.ordered_batches(
+    batches = ordered_batches(
         [task.examples],
         context.data,
         context.tokenizer,
         batch_size=settings.batch_size,
         examples=task.limit,
-        bad=context.bad_records,
+        bad_records=context.bad_records,
         rows=batch_rows,
     )
     with progress_bar(task) as bar:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from pg_ground.config import Config, Source
-from pg_ground.data import pipeline
+from pg_ground.data.datasets import open_examples
 from pg_ground.data.records import BadRecord
 from pg_ground.reporting import drawing, html_page
 from pg_ground.reporting.files import write_atomically
@@ -67,7 +67,7 @@ def open_sources(config: Config) -> list[Look]:
             name,
             tuple(sections),
             source,
-            pipeline.open_examples(f"{sections[0]}/{name}", source, config.data, side),
+            open_examples(f"{sections[0]}/{name}", source, config.data, side),
         )
         for name, source, sections in found
     ]

@@ -10,7 +10,8 @@ import numpy as np
 
 from pg_ground.checkpoints import weights
 from pg_ground.config import Config
-from pg_ground.data import pipeline
+from pg_ground.data.bad_records import BadRecords
+from pg_ground.data.batches import TrainingBatches
 from pg_ground.models import PaliGemma
 from pg_ground.parallel import sharding
 from pg_ground.reporting.tables import Table, ascii_table
@@ -49,7 +50,7 @@ def dry_run(config: Config, workdir: Path | None) -> str:
         params = init_params(config, inputs.setup.model, abstract)
     else:
         inputs, stage, params = _with_checkpoint(inputs, workdir)
-    bad_records = pipeline.BadRecords()
+    bad_records = BadRecords()
     batches = open_batches(inputs, stage, bad_records)
     scored, errors = first_rollouts(inputs, stage, params, batches)
     reward_weights = weights_at(config.grpo.all_rewards, 0)
@@ -68,7 +69,7 @@ def _with_checkpoint(inputs: Inputs, workdir: Path) -> tuple[Inputs, GrpoStage, 
 
 
 def first_rollouts(
-    inputs: Inputs, stage: GrpoStage, params: Params, batches: pipeline.Batches
+    inputs: Inputs, stage: GrpoStage, params: Params, batches: TrainingBatches
 ) -> tuple[ScoredRollouts, dict[str, int]]:
     """Returns the scored rollouts of the first batch on the host, and the number of errors of each text reward."""
     runtime = Runtime(inputs.mesh, {}, inputs.tokenizer, None)

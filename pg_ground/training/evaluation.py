@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from pg_ground.data import pipeline
+from pg_ground.data.bad_records import BadRecords
+from pg_ground.data.datasets import Examples
 from pg_ground.evals.programs import EvalPrograms, make_eval_programs
 from pg_ground.evals.runner import EvalContext, evaluate_sources
 from pg_ground.parallel import memory_model, sharding
@@ -31,9 +32,9 @@ def make_evaluate(
     setup: Setup,
     mesh: Mesh,
     frozen: Params,
-    sources: dict[str, pipeline.Examples],
+    sources: dict[str, Examples],
     tokenizer: Tokenizer,
-    bad_records: pipeline.BadRecords,
+    bad_records: BadRecords,
 ) -> Callable[[Params], dict[str, float]]:
     """Returns the function from trained parameters to held-out metrics."""
     config = setup.config

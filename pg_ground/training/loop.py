@@ -16,7 +16,10 @@ from jax.sharding import Mesh
 
 from pg_ground.checkpoints import manager, run_directory
 from pg_ground.config import Config
-from pg_ground.data import pipeline
+from pg_ground.data.bad_records import BadRecords
+from pg_ground.data.batches import PrefetchIterator, TrainingBatches, training_batches
+from pg_ground.data.datasets import Examples
+from pg_ground.data.text_budgets import check_budgets, measure_budget
 from pg_ground.evals.runner import open_eval_sources
 from pg_ground.parallel import multiprocess, sharding
 from pg_ground.params import AbstractParams, pick, unflatten
@@ -54,7 +57,7 @@ def train(config: Config, workdir: Path) -> Path:
     is_new = not has_checkpoint(workdir)
     abstract = inputs.setup.trained | inputs.setup.frozen
     all_params = init_params(config, inputs.setup.model, abstract) if is_new else None
-    bad_records = pipeline.BadRecords()
+    bad_records = BadRecords()
     streams = {stage.name: open_batches(inputs, stage, bad_records) for stage in inputs.stages}
     eval_sources = open_eval_sources(config.eval, config.data, config.model.image_size)
     check_text_lengths(config, inputs.tokenizer, streams, eval_sources)
@@ -83,7 +86,7 @@ def train(config: Config, workdir: Path) -> Path:
                 inputs.setup, inputs.mesh, frozen, eval_sources, inputs.tokenizer, bad_records
             ),
             {
-                name: steps_between_evals(config, name, sum(map(len, batches.parts)))
+                name: steps_between_evals(config, name, sum(map(len, batches.datasets)))
                 for name, batches in streams.items()
             },
             bad_records,
@@ -98,7 +101,7 @@ def train(config: Config, workdir: Path) -> Path:
 def run_stages(
     inputs: Inputs,
     runtime: Runtime,
-    streams: Mapping[str, pipeline.Batches],
+    streams: Mapping[str, TrainingBatches],
     recorder: Recorder,
     checkpoints: manager.Checkpoints,
     params: Params | None,
@@ -130,13 +133,13 @@ def run_stage(
     stage: Stage,
     runtime: Runtime,
     state: TrainState,
-    stream: pipeline.Batches,
+    stream: TrainingBatches,
     recorder: Recorder,
 ) -> TrainState:
     """Returns the state at the end of a stage."""
     timer = StepTimer()
     place = partial(sharding.put_batch, runtime.mesh)
-    with pipeline.Ahead(stream, place) as batches, stage.open(runtime, state):
+    with PrefetchIterator(stream, place) as batches, stage.open(runtime, state):
         for number in range(int(state.step), stage.settings.steps):
             progress.set_step(stage.name, recorder.offset(stage.name) + number + 1)
             read_seconds = timer.start_step()
@@ -198,20 +201,18 @@ def store_frozen(workdir: Path, frozen: AbstractParams, all_params: Params | Non
     return params
 
 
-def open_batches(
-    inputs: Inputs, stage: Stage, bad_records: pipeline.BadRecords
-) -> pipeline.Batches:
+def open_batches(inputs: Inputs, stage: Stage, bad_records: BadRecords) -> TrainingBatches:
     """Returns the endless batches of a stage, with the rows that lie on this process's devices."""
     config = inputs.setup.config
     settings = stage.settings
-    return pipeline.training_batches(
+    return training_batches(
         {f"{stage.name}/{name}": source for name, source in settings.sources.items()},
         config.data,
         inputs.tokenizer,
         image_size=config.model.image_size,
         batch_size=settings.batch_size,
         seed=config.seed + stage.data_seed,
-        bad=bad_records,
+        bad_records=bad_records,
         rows=sharding.local_rows(inputs.mesh, settings.batch_size),
     )
 
@@ -227,23 +228,23 @@ def steps_between_evals(config: Config, stage: str, questions: int) -> int:
 def check_text_lengths(
     config: Config,
     tokenizer: Tokenizer,
-    streams: Mapping[str, pipeline.Batches],
-    eval_sources: Mapping[str, pipeline.Examples],
+    streams: Mapping[str, TrainingBatches],
+    eval_sources: Mapping[str, Examples],
 ) -> None:
     """Prints the longest texts of every source. Raises UserError if they exceed the configured lengths."""
     if not config.data.check_records:
         return
-    parts: Sequence[pipeline.Examples] = [
-        *(part for stream in streams.values() for part in stream.parts),
+    parts: Sequence[Examples] = [
+        *(part for stream in streams.values() for part in stream.datasets),
         *eval_sources.values(),
     ]
-    budgets = [pipeline.budget(part, tokenizer, config.data) for part in parts]
+    budgets = [measure_budget(part, tokenizer, config.data) for part in parts]
     rows = [[str(value) for value in budget[:-1]] for budget in budgets]
     heads = ["source", "questions", "measured", "prompt tokens", "suffix tokens", "objects"]
     data = config.data
     limits = f"limits: {data.prompt_length}, {data.suffix_length} and {data.max_boxes}"
     multiprocess.print_once(ascii_table(Table("longest texts", heads, rows, limits)))
-    pipeline.check_budgets(budgets, config.data)
+    check_budgets(budgets, config.data)
 
 
 def print_sizes(inputs: Inputs) -> None:

@@ -16,8 +16,8 @@ import jax
 from pg_ground.checkpoints import manager
 from pg_ground.checkpoints.manager import Checkpoints
 from pg_ground.config import Config
-from pg_ground.data import pipeline
-from pg_ground.data.pipeline import BadRecords
+from pg_ground.data.bad_records import BadRecords, merge_bad_records
+from pg_ground.data.batches import merge_batch_states
 from pg_ground.parallel import multiprocess
 from pg_ground.reporting import drawing, progress, provenance, report
 from pg_ground.reporting.files import write_atomically
@@ -309,8 +309,8 @@ def process_record(parts: Sequence[Mapping[str, Any]], index: int, count: int) -
         return parts[index]
     counted = parts if index == 0 else []
     record: dict[str, Any] = {
-        "batches": pipeline.furthest([part["batches"] for part in parts]),
-        "bad_records": pipeline.merged([part["bad_records"] for part in counted]),
+        "batches": merge_batch_states([part["batches"] for part in parts]),
+        "bad_records": merge_bad_records([part["bad_records"] for part in counted]),
     }
     if "reward_workers" in parts[0]:
         record["reward_workers"] = workers.merged([part["reward_workers"] for part in counted])

@@ -1,0 +1,99 @@
+"""Counts and lists the records that cannot be used."""
+
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pg_ground.types import UserError
+
+MIN_RECORDS = 100
+"""The smallest number of records that a share is taken of. One bad record of one read is not 100 %."""
+
+
+class BadRecords:
+    """The bad records of a run, by source, index and kind. Several threads may use it at once."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._size: dict[str, int] = {}
+        self._read: Counter[str] = Counter()
+        self._entries: dict[str, dict[int, dict[str, Any]]] = {}
+
+    def read(self, source: str, size: int, n: int = 1) -> None:
+        """Counts `n` records as read, good or bad. `size` is the number of records of the source."""
+        with self._lock:
+            self._size[source] = size
+            self._read[source] += n
+
+    def add(self, source: str, index: int, kind: str, message: str) -> None:
+        """Lists a record as bad. A record that is read again is listed once."""
+        entry = {"source": source, "index": index, "kind": kind, "message": message}
+        with self._lock:
+            self._entries.setdefault(source, {}).setdefault(index, entry)
+
+    def counts(self) -> dict[str, int]:
+        """Returns the number of different bad records of each kind."""
+        return dict(Counter(entry["kind"] for entry in self.entries()))
+
+    def entries(self) -> list[dict[str, Any]]:
+        """Returns source, index, kind and message of every bad record, by source and index."""
+        with self._lock:
+            return [
+                dict(entries[index])
+                for _, entries in sorted(self._entries.items())
+                for index in sorted(entries)
+            ]
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns all counts and entries as JSON."""
+        entries = self.entries()
+        with self._lock:
+            return {"size": dict(self._size), "read": dict(self._read), "entries": entries}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Restores what `get_state` returned."""
+        with self._lock:
+            self._size = dict(state["size"])
+            self._read = Counter(state["read"])
+        for entry in state["entries"]:
+            self.add(entry["source"], entry["index"], entry["kind"], entry["message"])
+
+    def check(self, max_share: float) -> None:
+        """Raises UserError if a source has more than `max_share` bad records, or only bad ones.
+
+        The share is taken of the records that were read, and of at least `MIN_RECORDS` records
+        (or of all records of a smaller source).
+        """
+        with self._lock:
+            source = next((s for s in sorted(self._entries) if self._exceeds(s, max_share)), None)
+            if source is None:
+                return
+            read = min(self._read[source], self._size[source])
+        entries = [entry for entry in self.entries() if entry["source"] == source]
+        kinds = Counter(entry["kind"] for entry in entries).most_common()
+        first = entries[0]
+        raise UserError(
+            f"source {source}: {len(entries)} of {read} records read cannot be used "
+            f"({', '.join(f'{count} {kind}' for kind, count in kinds)}), but "
+            f"data.bad_record_share allows {max_share:g}; "
+            f"record {first['index']}: {first['message']}"
+        )
+
+    def _exceeds(self, source: str, max_share: float) -> bool:
+        bad = len(self._entries[source])
+        size = self._size[source]
+        read = min(max(self._read[source], MIN_RECORDS), size)
+        return bad > max_share * read or bad == size
+
+
+def merge_bad_records(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the states of several `BadRecords` as one state."""
+    read: Counter[str] = Counter()
+    for state in states:
+        read.update(state["read"])
+    return {
+        "size": {source: size for state in states for source, size in state["size"].items()},
+        "read": dict(read),
+        "entries": [entry for state in states for entry in state["entries"]],
+    }

@@ -1,0 +1,90 @@
+"""`Example` → one row of a `Batch`: token ids and annotation slots of fixed lengths."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Int
+
+from pg_ground.config import Data
+from pg_ground.data.records import BadRecord
+from pg_ground.tokenizer import Tokenizer
+from pg_ground.types import Batch, Boxes, Example, Gold, Points
+from pg_ground.vocab import PAD
+
+
+def to_batch_row(example: Example, tokenizer: Tokenizer, data: Data, source_position: int) -> Batch:
+    """Returns one row of a `Batch` without the B axis, padded to the lengths in `data`.
+
+    Raises:
+      BadRecord: too_long or too_many_boxes, with the setting to raise.
+    """
+    check_box_count(example, data)
+    prompt, prompt_mask = _pad(
+        tokenizer.prefix(example.prompt), data.prompt_length, "prompt_length", example.prompt
+    )
+    suffix, suffix_mask = _pad(
+        tokenizer.suffix(example.suffix), data.suffix_length, "suffix_length", example.suffix
+    )
+    gold = Gold(
+        boxes=Boxes(*(_pad_slots(leaf, data.max_boxes) for leaf in example.boxes)),
+        points=Points(*(_pad_slots(leaf, data.max_boxes) for leaf in example.points)),
+        target=np.asarray(example.target, np.int32),
+        names=_name_ids(example.names, tokenizer, data),
+        masks=_pad_slots(example.masks, data.max_boxes),
+    )
+    return Batch(
+        image=example.image,
+        prompt=prompt,
+        prompt_mask=prompt_mask,
+        suffix=suffix,
+        suffix_mask=suffix_mask,
+        gold=gold,
+        size=np.array(example.size, np.int32),
+        source=np.asarray(source_position, np.int32),
+        index=np.asarray(example.index, np.int32),
+    )
+
+
+def check_box_count(example: Example, data: Data) -> None:
+    """Raises BadRecord (too_many_boxes) if the annotation needs more than `data.max_boxes` slots."""
+    for kind, count in (("boxes", len(example.boxes.yxyx)), ("points", len(example.points.yx))):
+        if count > data.max_boxes:
+            raise BadRecord(
+                "too_many_boxes", f"{count} {kind}, but data.max_boxes is {data.max_boxes}"
+            )
+
+
+def stack_rows(rows: Sequence[Batch]) -> Batch:
+    """Returns rows as one batch, with B as the first axis."""
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+
+
+def _pad(
+    ids: list[int], length: int, setting: str, text: str
+) -> tuple[Int[np.ndarray, " length"], Bool[np.ndarray, " length"]]:
+    """Returns token ids with PAD behind them, and a mask of the ids."""
+    if len(ids) > length:
+        raise BadRecord(
+            "too_long", f"{len(ids)} tokens, but data.{setting} is {length}: {text!r:.80}"
+        )
+    row = np.full(length, PAD, np.int32)
+    row[: len(ids)] = ids
+    return row, np.arange(length) < len(ids)
+
+
+def _pad_slots(values: Any, count: int) -> np.ndarray:
+    """Returns `values` with zeros behind them, `count` rows in all."""
+    slots = np.zeros((count, *values.shape[1:]), values.dtype)
+    slots[: len(values)] = values
+    return slots
+
+
+def _name_ids(names: Iterable[str], tokenizer: Tokenizer, data: Data) -> Int[np.ndarray, "C W"]:
+    """Returns the token ids of each name as it follows a loc token, with a space in front."""
+    rows = np.full((data.max_boxes, data.suffix_length), PAD, np.int32)
+    for row, name in zip(rows, names, strict=False):
+        ids = tokenizer.text(" " + name)
+        row[: len(ids)] = ids
+    return rows

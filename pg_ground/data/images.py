@@ -1,0 +1,153 @@
+"""Images: from bytes, files and arrays to RGB pixels, and to the square that the model sees."""
+
+import io
+import struct
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int, UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from pg_ground.data.records import BadRecord
+from pg_ground.types import FilePath
+
+CANNOT_DECODE = (
+    OSError,
+    EOFError,
+    SyntaxError,
+    ValueError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+"""Pillow raises these on a file that is no image, that is cut off, or that unpacks to too many pixels."""
+
+
+def load_image(value: object, root: FilePath | None) -> UInt8[np.ndarray, "H W 3"]:
+    """Returns the pixels of `open_image`."""
+    return np.asarray(open_image(value, root))
+
+
+def open_image(value: object, root: FilePath | None) -> Image.Image | UInt8[np.ndarray, "H W 3"]:
+    """Returns a decoded RGB image, turned upright by its EXIF orientation.
+
+    An alpha channel is dropped. It is not blended.
+
+    Args:
+      value: pixels, an encoded image, the name of an image file, or Hugging Face's {bytes, path}.
+      root: the folder that the file name is relative to.
+
+    Raises:
+      BadRecord: missing_image or corrupt_image.
+    """
+    if isinstance(value, Mapping) and value.keys() <= {"bytes", "path"}:
+        value = value["bytes"] if value.get("bytes") else value.get("path")
+    if isinstance(value, np.ndarray):
+        return _rgb_from_array(value)
+    if isinstance(value, bytes):
+        return _decode(io.BytesIO(value), f"{len(value)} bytes")
+    if isinstance(value, str) and value and "\0" not in value:
+        return _open_file((root or Path()) / value)
+    raise BadRecord(
+        "missing_image", f"the image is {value!r:.60}: it must be pixels, bytes or a file name"
+    )
+
+
+def _open_file(path: FilePath) -> Image.Image:
+    try:
+        with path.open("rb") as file:
+            return _decode(file, str(path))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise BadRecord("missing_image", f"there is no file {path}") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise BadRecord("missing_image", f"{path} cannot be read: {reason}") from None
+
+
+def _rgb_from_array(pixels: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
+    is_grey = pixels.ndim == 2
+    has_channels = is_grey or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))
+    if pixels.dtype != np.uint8 or not has_channels or 0 in pixels.shape:
+        shape = f"{pixels.dtype}{list(pixels.shape)}"
+        raise BadRecord("corrupt_image", f"pixels are {shape}, but they must be uint8[H, W, 3]")
+    return np.repeat(pixels[..., None], 3, axis=2) if is_grey else pixels[..., :3]
+
+
+def _decode(file: Any, name: str) -> Image.Image:
+    try:
+        with Image.open(file) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            image.load()  # now, while the file is open
+            # An image that is RGB already is not copied.
+            return image if image.mode == "RGB" else _to_eight_bits(image).convert("RGB")
+    except UnidentifiedImageError as error:
+        raise BadRecord("corrupt_image", f"{name}: no image format that Pillow knows") from error
+    except CANNOT_DECODE as error:
+        raise BadRecord("corrupt_image", f"{name}: {error}") from error
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Returns the upper byte of a 16-bit grey image, and other images unchanged.
+
+    Pillow's own conversion of 16 bits to RGB saturates instead of scaling.
+    """
+    if not image.mode.startswith("I;16"):
+        return image
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+
+
+def resize(
+    image: Image.Image | UInt8[np.ndarray, "H W 3"], side: int, method: str = "antialias"
+) -> UInt8[np.ndarray, "side side 3"]:
+    """Returns `image` as a square of `side` pixels. The aspect ratio changes.
+
+    Args:
+      image: RGB pixels.
+      side: pixels.
+      method: "antialias" is Pillow's bilinear filter. "hugging_face" is Pillow's bicubic filter,
+        as in the SigLIP processor. "big_vision" is bilinear without antialiasing and rounded down,
+        as in its RefCOCO recipe (tf.image.resize with half-pixel centres).
+    """
+    is_pillow = isinstance(image, Image.Image)
+    if (image.size if is_pillow else image.shape[:2]) == (side, side):
+        return np.asarray(image)
+    if method == "big_vision":
+        return _resize_without_antialias(np.asarray(image), side)
+    kernel = Image.Resampling.BICUBIC if method == "hugging_face" else Image.Resampling.BILINEAR
+    return np.asarray((image if is_pillow else Image.fromarray(image)).resize((side, side), kernel))
+
+
+class _Neighbours(NamedTuple):
+    """For each new pixel along an axis: the two old pixels beside its centre."""
+
+    first: Int[np.ndarray, " side"]
+    second: Int[np.ndarray, " side"]
+    weight: Float[np.ndarray, " side"]
+    """The weight of `second`, in [0, 1)."""
+
+
+def _resize_without_antialias(
+    image: UInt8[np.ndarray, "H W 3"], side: int
+) -> UInt8[np.ndarray, "side side 3"]:
+    rows, columns = (_neighbours(length, side) for length in image.shape[:2])
+    shrunk = _interpolate(image.astype(np.float32), rows, 0)
+    return np.clip(_interpolate(shrunk, columns, 1), 0, 255).astype(np.uint8)
+
+
+def _neighbours(length: int, side: int) -> _Neighbours:
+    centres = (np.arange(side, dtype=np.float32) + 0.5) * np.float32(length / side) - 0.5
+    low = np.floor(centres)
+    first, second = (np.clip(i, 0, length - 1).astype(np.int64) for i in (low, low + 1))
+    return _Neighbours(first, second, (centres - low).astype(np.float32))
+
+
+def _interpolate(
+    image: Float[np.ndarray, "H W 3"], neighbours: _Neighbours, axis: int
+) -> Float[np.ndarray, "h w 3"]:
+    low = image.take(neighbours.first, axis)
+    high = image.take(neighbours.second, axis)
+    weight = neighbours.weight
+    return low + (high - low) * (weight[:, None, None] if axis == 0 else weight[None, :, None])
