@@ -1,4 +1,7 @@
-"""Programs compiled for TPUs that are not there. Where libtpu is absent the arithmetic is left, and it is tested too."""
+"""Programs compiled for TPUs that this machine does not have, and the memory model.
+
+The memory model answers if libtpu is not installed.
+"""
 
 import importlib.util
 import json
@@ -7,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,14 +23,26 @@ from pg_ground.types import UserError
 
 ROOT = Path(__file__).parents[1]
 
-needs_libtpu = pytest.mark.needs("libtpu")
+PALIGEMMA_PARAMETERS = 2_923_466_480
+"""The numbers in the published checkpoint of PaliGemma 1 3B."""
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install .[tpu]"
+)
 
 
-def run(*flags: str, **env: str) -> subprocess.CompletedProcess[str]:
+def run(*flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pg_ground.compile", *flags]
     return subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True, timeout=600
+        command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=600
     )
+
+
+def compiled(out: Path, *flags: str) -> dict[str, Any]:
+    """Returns the programs in the JSON document of a compilation that fits."""
+    finished = run(*flags, f"--json={out}")
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return json.loads(out.read_text())["programs"]
 
 
 def parsed(*flags: str, recipe: str = "configs/tpu.py") -> config.Config:
@@ -34,23 +50,21 @@ def parsed(*flags: str, recipe: str = "configs/tpu.py") -> config.Config:
 
 
 @pytest.mark.parametrize("name", ["v5e:2x3", "v7:2x4", "v5e", "", "0*v5e:2x4", "x*v5e:2x4"])
-def test_a_topology_that_does_not_exist_is_told_those_that_do(name):
+def test_an_unknown_topology_is_refused_with_the_known_ones(name):
     with pytest.raises(UserError, match=r"does not exist: there are v4:\{1x1x1.*v5e:\{1x1\|2x2"):
         tpu_specs.parse_topology(name)
 
 
-def test_topologies_have_the_chips_their_shapes_multiply_to():
-    assert [
-        tpu_specs.device_count(name)
-        for name in ("v5e:2x4", "v5p:2x2x2", "2*v5e:16x16", "tpu7x:2x2x1")
-    ] == [8, 8, 512, 8]
-    assert set(TOPOLOGIES) == set(CHIPS) and set(tpu_specs.DEVICE_KINDS.values()) == set(CHIPS)
+def test_a_topology_has_as_many_devices_as_its_shape():
+    names = ("v5e:2x4", "v5p:2x2x2", "2*v5e:16x16", "tpu7x:2x2x1")
+    assert [tpu_specs.device_count(name) for name in names] == [8, 8, 512, 8]
+    assert set(TOPOLOGIES) == set(CHIPS) == set(tpu_specs.DEVICE_KINDS.values())
 
 
-WRONG = {
+WRONG_FLAGS = {
     "--topology=v5e:3x3 does not exist: there are": ("--topology=v5e:3x3",),
     "--topology is needed: one of v4:": (),
-    "batch_size (of a program) is 12: it must be a multiple of 8": (
+    "grpo.batch_size / grad_accum_steps / minibatches is 12: it must be a multiple of 8": (
         "--topology=v5e:2x4",
         "--config.grpo.batch_size=12",
     ),
@@ -64,70 +78,69 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("said", WRONG)
-def test_what_cannot_be_is_said_before_anything_is_compiled(said, capsys):
-    with pytest.raises(UserError, match=re.escape(said)):
-        compile.main(["--config=configs/tpu.py", *WRONG[said]])
+@pytest.mark.parametrize("message", WRONG_FLAGS)
+def test_wrong_settings_are_reported_before_anything_is_compiled(message, capsys):
+    with pytest.raises(UserError, match=re.escape(message)):
+        compile.main(["--config=configs/tpu.py", *WRONG_FLAGS[message]])
     assert capsys.readouterr().out == ""
 
 
-def test_bad_input_is_one_line():
-    done = run("--config=configs/tpu.py", "--topology=v5e:3x3")
-    assert (done.returncode, done.stdout) == (2, "") and len(done.stderr.strip().splitlines()) == 1
+def test_wrong_input_is_one_line():
+    finished = run("--config=configs/tpu.py", "--topology=v5e:3x3")
+    assert (finished.returncode, finished.stdout) == (2, "")
+    assert len(finished.stderr.strip().splitlines()) == 1
 
 
-def test_without_libtpu_arithmetic_answers(monkeypatch, capsys):
+@pytest.mark.parametrize(("prompts", "code"), [(64, 0), (1024, 3)])
+def test_without_libtpu_the_memory_model_answers(monkeypatch, capsys, prompts, code):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for prompts, code in ((64, 0), (1024, 3)):
-        flags = [
-            "--config=configs/tpu.py",
-            "--topology=v5e:2x4",
-            f"--config.grpo.batch_size={prompts}",
-        ]
-        with pytest.raises(SystemExit) as ended:
-            compile.main(flags)
-        assert ended.value.code == code
-        said = capsys.readouterr().out
-        assert "GiB a device, by arithmetic" in said and "pip install 'pg-ground[tpu]'" in said
+    flags = ["--topology=v5e:2x4", f"--config.grpo.batch_size={prompts}"]
+    with pytest.raises(SystemExit) as ended:
+        compile.main(["--config=configs/tpu.py", *flags])
+    assert ended.value.code == code
+    output = capsys.readouterr().out
+    assert "GiB per device, by arithmetic" in output
+    assert "pip install 'pg-ground[tpu]'" in output
 
 
-def test_what_is_counted_exactly_is_what_a_device_holds():
-    """Parameters and optimizer of PaliGemma 1: 2.92e9 float32 numbers and two more of each, over eight chips."""
+def test_parameters_and_optimizer_have_the_size_of_the_published_checkpoint():
+    """PaliGemma 1: one float32 per parameter, and two more for Adam, over eight chips."""
     c = parsed()
     mesh = sharding.abstract_mesh(c.mesh, 8)
-    programs = make_programs(c, mesh, CHIPS["v5e"].hbm_bytes)
-    found = programs["update"].memory.by_kind
-    whole = 2_923_466_480 * 4  # by the count of the published checkpoint's numbers
-    assert found["parameters"] == pytest.approx(
-        whole / 8, rel=0.01
-    )  # what is small is on every chip
-    assert found["optimizer"] == pytest.approx(2 * whole / 8, rel=0.01)
+    memory = make_programs(c, mesh, CHIPS["v5e"].hbm_bytes)["update"].memory.by_kind
+    bytes_per_chip = PALIGEMMA_PARAMETERS * 4 / 8
+    # Small arrays are on every chip, hence the tolerance.
+    assert memory["parameters"] == pytest.approx(bytes_per_chip, rel=0.01)
+    assert memory["optimizer"] == pytest.approx(2 * bytes_per_chip, rel=0.01)
 
 
-def test_sampling_reads_gathered_weights_where_they_fit():
+def test_sampling_reads_gathered_weights_if_they_fit():
     c = parsed("--config.grpo.batch_size=64")
     mesh = sharding.abstract_mesh(c.mesh, 8)
-    for hbm, gathered in ((15.75 * GIB, True), (8.0 * GIB, False), (None, False)):
-        memory = make_programs(c, mesh, hbm)["rollout"].memory
-        assert bool(memory.inside["rollout weights"]) == gathered
+
+    def gathered_bytes(settings: config.Config, hbm_bytes: float | None) -> float:
+        return make_programs(settings, mesh, hbm_bytes)["rollout"].memory.inside["rollout weights"]
+
+    assert gathered_bytes(c, 15.75 * GIB) > 0
+    assert gathered_bytes(c, 8.0 * GIB) == 0
+    assert gathered_bytes(c, None) == 0
     sharded = parsed("--config.grpo.rollout_weights=sharded")
-    memory = make_programs(sharded, mesh, 95.0 * GIB)["rollout"].memory
-    assert memory.inside["rollout weights"] == 0
+    assert gathered_bytes(sharded, 95.0 * GIB) == 0
 
 
-def test_search_finds_the_largest_that_fits():
-    tried: list[int] = []
+def test_the_search_finds_the_largest_multiple_that_fits():
+    trials: list[int] = []
 
-    def probe(batch: int) -> bool:
-        tried.append(batch)
-        return batch <= 200
+    def fits(batch_size: int) -> bool:
+        trials.append(batch_size)
+        return batch_size <= 200
 
-    assert compilation.largest_multiple(probe, 8, 64) == 200
-    assert len(tried) < 10
-    assert compilation.largest_multiple(lambda batch: False, 8, 64) == 0
+    assert compilation.largest_multiple(fits, 8, 64) == 200
+    assert len(trials) < 10
+    assert compilation.largest_multiple(lambda batch_size: False, 8, 64) == 0
 
 
-REPORT = """Memory Space: default (color=0)
+MEMORY_REPORT = """Memory Space: default (color=0)
 Total bytes: 8644457472 (8.05GiB)
   cumulative_size;       size;       offset; used_by_n_values; shapes_list
   ------------------------------------------------------------
@@ -136,63 +149,61 @@ Total bytes: 8644457472 (8.05GiB)
 """
 
 
-def test_the_largest_buffers_are_named():
-    assert [(round(size / 2**20), what) for size, what in compilation.largest_buffers(REPORT)] == [
+def test_the_memory_report_of_xla_is_read():
+    assert compilation.hbm_bytes_of(MEMORY_REPORT) == 8644457472
+    buffers = compilation.largest_buffers(MEMORY_REPORT)
+    assert [(round(size / 2**20), shapes) for size, shapes in buffers] == [
         (1147, "5×f32[18,2048,2048]"),
         (288, "f32[64,8,2,32144]"),
     ]
 
 
 @needs_libtpu
-def test_a_recipe_of_the_real_size_fits_and_says_what_binds(tmp_path):
-    """PaliGemma 1 3B, every parameter, 64 prompts on eight chips: a target of the project, here held."""
-    out = tmp_path / "o.json"
-    flags = (
-        "--config.grpo.batch_size=64",
-        "--programs=update",
-        f"--json={out}",
+def test_full_fine_tuning_of_paligemma_fits_eight_chips_and_is_bound_by_flops(tmp_path):
+    """PaliGemma 1 3B, every parameter, 64 prompts on eight v5e chips: a target of the project."""
+    update = compiled(
+        tmp_path / "o.json",
+        "--config=configs/tpu.py",
         "--topology=v5e:2x4",
-    )
-    done = run("--config=configs/tpu.py", *flags)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(out.read_text())["programs"]["update"]
-    assert found["hbm_bytes"] <= 7.9 * GIB
-    assert found["hbm_bytes_by_arithmetic"] == pytest.approx(found["hbm_bytes"], rel=0.15)
-    assert found["bound_by"] == "FLOPs" and found["mfu"] >= 0.55
-    assert set(found["collectives"]) >= {"all-gather", "reduce-scatter"}
-    gathered = found["collectives"]["all-gather"]["bytes"]
-    assert (
-        gathered <= 2.1 * 2_923_466_480 * 2
-    )  # every weight in bfloat16, forward and backward, and hardly more
+        "--programs=update",
+        "--config.grpo.batch_size=64",
+    )["update"]
+    assert update["hbm_bytes"] <= 7.9 * GIB
+    assert update["hbm_bytes_by_arithmetic"] == pytest.approx(update["hbm_bytes"], rel=0.15)
+    assert update["bound_by"] == "FLOPs" and update["mfu"] >= 0.55
+    assert set(update["collectives"]) >= {"all-gather", "reduce-scatter"}
+    # Every weight in bfloat16 is gathered in the forward and in the backward pass, and little else.
+    assert update["collectives"]["all-gather"]["bytes"] <= 2.1 * PALIGEMMA_PARAMETERS * 2
 
 
 @needs_libtpu
-def test_what_does_not_fit_ends_with_what_would_help(tmp_path):
+def test_a_program_that_does_not_fit_ends_with_advice(tmp_path):
     out = tmp_path / "o.json"
-    flags = (
-        "--config.grpo.batch_size=1024",
-        "--programs=update",
-        f"--json={out}",
+    finished = run(
+        "--config=configs/tpu.py",
         "--topology=v5e:2x4",
+        "--programs=update",
+        "--config.grpo.batch_size=1024",
+        f"--json={out}",
     )
-    done = run("--config=configs/tpu.py", *flags)
-    assert done.returncode == 3 and not json.loads(out.read_text())["fits"]
-    assert "Largest buffers:" in done.stdout and "grad_accum_steps" in done.stdout
+    assert finished.returncode == 3
+    assert not json.loads(out.read_text())["fits"]
+    assert "Largest buffers:" in finished.stdout and "grad_accum_steps" in finished.stdout
 
 
 @needs_libtpu
 @pytest.mark.slow
 def test_every_program_of_a_tiny_run_compiles_to_the_end(tmp_path):
-    out = tmp_path / "o.json"
-    flags = ("--config.grpo.kl_coef=0.05", "--topology=v5e:2x2", "--full", f"--json={out}")
-    done = run("--config=configs/tiny.py", *flags)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(out.read_text())["programs"]
-    assert list(found) == ["sft", "rollout", "reference", "update", "evaluation"]
-    assert all(
-        program["flops"] > 0 and program["hbm_bytes"] > 0 and program["step_s"] > 0
-        for program in found.values()
+    programs = compiled(
+        tmp_path / "o.json",
+        "--config=configs/tiny.py",
+        "--topology=v5e:2x2",
+        "--full",
+        "--config.grpo.kl_coef=0.05",
     )
+    assert list(programs) == ["sft", "rollout", "reference", "update", "evaluation"]
+    for program in programs.values():
+        assert program["flops"] > 0 and program["hbm_bytes"] > 0 and program["step_s"] > 0
 
 
 @needs_libtpu
@@ -207,15 +218,13 @@ def test_every_program_of_a_tiny_run_compiles_to_the_end(tmp_path):
         ("pg2_3b_224_lora_v5e_8", "v5e:2x4", ()),
     ],
 )
-def test_arithmetic_agrees_with_xla(tmp_path, recipe, topology, flags):
-    out = tmp_path / "o.json"
-    done = run(
+def test_the_memory_model_agrees_with_xla(tmp_path, recipe, topology, flags):
+    programs = compiled(
+        tmp_path / "o.json",
         f"--config=configs/tpu.py:{recipe}",
         f"--topology={topology}",
         "--programs=rollout,update",
-        f"--json={out}",
         *flags,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    for found in json.loads(out.read_text())["programs"].values():
-        assert found["hbm_bytes_by_arithmetic"] == pytest.approx(found["hbm_bytes"], rel=0.15)
+    for program in programs.values():
+        assert program["hbm_bytes_by_arithmetic"] == pytest.approx(program["hbm_bytes"], rel=0.15)

@@ -165,6 +165,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "jobs",
             "compile_worker",
             "compilation",
+            "roofline",
             "benchmark",
         ),
     ),

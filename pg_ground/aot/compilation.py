@@ -308,8 +308,8 @@ def search_batch_size(config: Config, topology: str) -> str:
     step = tpu_specs.device_count(topology) // config.mesh.model * stage.settings.parts_per_step
     batch_size = largest_multiple(fits, step, stage.settings.batch_size)
     return (
-        f"largest {stage.name}.batch_size that fits {chip.hbm_bytes / GIB:.2f} GiB a chip: {batch_size} "
-        f"(tried {', '.join(trials)})"
+        f"largest {stage.name}.batch_size that fits {chip.hbm_bytes / GIB:.2f} GiB a chip: "
+        f"{batch_size} (tried {', '.join(trials)})"
     )
 
 

@@ -1,4 +1,6 @@
-"""The programs of a run as ahead-of-time jobs: built for a mesh that need not exist, traced and compiled for a TPU topology."""
+"""The programs of a run as ahead-of-time jobs: built for a mesh that need not exist, traced and
+compiled for a TPU topology.
+"""
 
 import json
 import time
@@ -45,7 +47,9 @@ def trace(program: Program, config: Config, mesh: AnyMesh) -> Any:
 
 
 def compile_program(config: Config, topology: str, name: str, directory: Path) -> None:
-    """Compiles a program. Before that it writes `FACTS_FILE` into `directory`, and after it `DONE_FILE`.
+    """Compiles a program.
+
+    Before that it writes `FACTS_FILE` into `directory`, and after it `DONE_FILE`.
 
     Raises:
       UserError: there is no such topology or no libtpu, or the mesh does not divide a batch.
