@@ -1,13 +1,16 @@
-"""Real datasets as entries: look at one, train on it, or copy it into a recipe of your own. No class is behind any of them.
+"""Real datasets as entries: look at one, train on it, or copy it into your own recipe.
 
-python -m pg_ground.look --config=configs/data.py:refcoco_refer --config.sft.sources.refcoco_refer.uri=refer:DIR?… --out=look.html
+python -m pg_ground.look --config=configs/data.py:refcoco_refer --out=look.html \\
+    --config.sft.sources.refcoco_refer.uri=refer:DIR?…
 
-The argument names an entry of `ENTRIES`, or several joined by "+", which mixes them. Every uri is a flag; the ones below say what
-form they have. Images at addresses are fetched once into `data.fetch.cache_dir` (`python -m pg_ground.prefetch` does it before a
-run). Train on a published model by putting entries into configs/paligemma.py; the model here is PaliGemma-1-shaped and small.
+The argument names an entry of `ENTRIES`, or several entries joined by "+", which are mixed. The
+uris below show the form. A flag sets the uri of your files. Images at addresses are fetched once
+into `data.fetch.cache_dir`. `python -m pg_ground.prefetch` fetches them before a run. To train a
+published model, put the entries into configs/paligemma.py. The model here is small and has
+PaliGemma 1's shape.
 
-Hardware: any CPU. Time: a minute. Expected: nothing is learned in 20 steps from random weights; the page and the pictures show
-whether the entry fits the data.
+Hardware: any CPU. Time: a minute. Expected: the model learns nothing in 20 steps from random
+weights. The page and the pictures show whether the entry fits the data.
 """
 
 from ml_collections import ConfigDict
@@ -17,15 +20,17 @@ from pg_ground.config import Source
 from pg_ground.types import UserError
 
 ENTRIES: dict[str, Source] = {
-    # --- referring expressions: one question for each sentence ---
-    "refcoco_refer": Source(  # the UNC refer toolkit's files; refcoco, refcoco+, refcocog, or big_vision's combined
+    # ---- Referring expressions: one question for each sentence.
+    # Files of the UNC refer toolkit: refcoco, refcoco+, refcocog, or big_vision's combined set.
+    "refcoco_refer": Source(
         uri="refer:DIR?dataset=refcoco&split_by=unc&split=train&images=DIR/images/train2014",
         phrase="sentences[].raw",
         boxes="bbox",
         box_format="xywh_px",
         prompt="detect {phrase}",
     ),
-    "refcoco_tfds": Source(  # tensorflow_datasets' builder, prepared as array_record
+    # The builder of tensorflow_datasets, prepared as array_record.
+    "refcoco_tfds": Source(
         uri="tfds:ref_coco/refcoco_unc?split=train&data_dir=DIR",
         phrase="objects[].refexp.raw",
         boxes="objects[].bbox",
@@ -33,14 +38,16 @@ ENTRIES: dict[str, Source] = {
         element="random",
         prompt="detect {phrase}",
     ),
-    "refcoco_big_vision": Source(  # big_vision's builder, one row for each sentence
+    # The builder of big_vision: one row for each sentence.
+    "refcoco_big_vision": Source(
         uri="tfds:ref_coco_bv/refcocox_combined?split=train_flat&data_dir=DIR",
         phrase="objects.refs.sentence",
         boxes="objects.bbox",
         box_format="yxyx_frac",
         prompt="detect {phrase}",
     ),
-    "refcoco_jxu124": Source(  # has a train split; `bbox` is xyxy, images are COCO's files
+    # Has a train split. `bbox` is xyxy. The images are COCO's files.
+    "refcoco_jxu124": Source(
         uri="hf:jxu124/refcoco@train",
         image="image_path",
         image_root="coco",
@@ -49,15 +56,17 @@ ENTRIES: dict[str, Source] = {
         box_format="xyxy_px",
         prompt="detect {phrase}",
     ),
-    "refcoco_lmms": Source(  # val and tests only; the expressions are in `answer`
+    # Has val and test splits only. The expressions are in `answer`.
+    "refcoco_lmms": Source(
         uri="hf:lmms-lab/RefCOCO@val",
         phrase="answer[]",
         boxes="bbox",
         box_format="xywh_px",
         prompt="detect {phrase}",
     ),
-    # --- points and counts ---
-    "pixmo_points": Source(  # percent, whatever the card says; images by address with their hash
+    # ---- Points and counts.
+    # Points are percents, although the dataset card says otherwise. Images have addresses and hashes.
+    "pixmo_points": Source(
         uri="hf:allenai/pixmo-points@train",
         image="image_url",
         image_sha256="image_sha256",
@@ -85,7 +94,8 @@ ENTRIES: dict[str, Source] = {
         suffix="{ground_truth}",
         prompt="answer en how many {phrase} are there?",
     ),
-    "cv_bench": Source(  # the whole test split; c.eval.benchmarks = {"cv_bench": "cv_bench"}
+    # The whole test split. Set c.eval.benchmarks = {"cv_bench": "cv_bench"}.
+    "cv_bench": Source(
         uri="hf:nyu-visionx/CV-Bench@test",
         target="text",
         phrase="prompt",
@@ -93,8 +103,9 @@ ENTRIES: dict[str, Source] = {
         suffix="{answer}",
         name="",
     ),
-    # --- several objects ---
-    "coco_detection": Source(  # one question for each image and category
+    # ---- Several objects.
+    # One question for each image and category.
+    "coco_detection": Source(
         uri="coco:DIR/annotations/instances_train2017.json?ask=category&images=DIR/train2017",
         phrase="category",
         boxes="boxes",
@@ -102,7 +113,8 @@ ENTRIES: dict[str, Source] = {
         max_objects=10,
         prompt="detect {phrase}",
     ),
-    "coco_all_classes": Source(  # one question for each image
+    # One question for each image.
+    "coco_all_classes": Source(
         uri="coco:DIR/annotations/instances_train2017.json?ask=image&images=DIR/train2017",
         boxes="boxes",
         box_format="xywh_px",
@@ -111,7 +123,8 @@ ENTRIES: dict[str, Source] = {
         prompt="detect all classes",
         name="",
     ),
-    "easydistill_multi": Source(  # {"0": [[x1, y1, x2, y2]], "1": []}: the keys are the names
+    # {"0": [[x1, y1, x2, y2]], "1": []}: the keys are the names.
+    "easydistill_multi": Source(
         uri="json:multi_box.json",
         image="image_path",
         phrase="instruction",
@@ -127,7 +140,8 @@ ENTRIES: dict[str, Source] = {
         prompt="{phrase}",
         name="",
     ),
-    "easydistill_yaml": Source(  # its own list of datasets, each with its sampling
+    # EasyDistill's list of datasets: each dataset has its sampling.
+    "easydistill_yaml": Source(
         uri="yaml:datasets.yaml",
         image="image_path",
         phrase="instruction",
@@ -135,8 +149,9 @@ ENTRIES: dict[str, Source] = {
         empty="keep",
         prompt="{phrase}",
     ),
-    # --- interfaces ---
-    "gui_boxes": Source(  # one question for each element of a screenshot
+    # ---- Interfaces.
+    # One question for each element of a screenshot.
+    "gui_boxes": Source(
         uri="jsonl:gui.jsonl",
         image="image_filename",
         phrase="test_samples[].name",
@@ -161,10 +176,14 @@ ENTRIES: dict[str, Source] = {
         name="",
     ),
 }
-"""Every entry by its name. `grounding_synthetic`'s field of the target point is named after its card; look before you train."""
+"""The entries by name.
+
+The field names of `grounding_synthetic` come from its dataset card. Run `look` before you train.
+"""
 
 
 def get_config(argument: str = "refcoco_refer") -> ConfigDict:
+    """Returns the settings for one entry, or for several entries joined by "+"."""
     names = argument.split("+")
     unknown = [name for name in names if name not in ENTRIES]
     if unknown:
@@ -176,15 +195,7 @@ def get_config(argument: str = "refcoco_refer") -> ConfigDict:
 
     c.model.image_size = 224
     c.model.vision.update(width=64, depth=2, mlp_dim=128, num_heads=4, patch_size=14)
-    c.model.text.update(
-        width=64,
-        depth=2,
-        mlp_dim=256,
-        num_heads=4,
-        num_kv_heads=1,
-        head_dim=16,
-        query_scale=16**-0.5,
-    )
+    c.model.text.update(width=64, depth=2, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=16)
     c.model.text.vocab_size = 2048
     c.model.coordinate_init = "sinusoid"
     c.data.prompt_length = 96

@@ -1,16 +1,25 @@
-"""Published PaliGemma weights, made better by GRPO on your boxes: adapters on a frozen bfloat16 base, or everything.
+"""Improves published PaliGemma weights by GRPO on your boxes.
 
 python -m pg_ground.train --config=configs/paligemma.py:pg2_3b_448 --workdir=runs/pg2 \\
-    --config.init=paligemma2-3b-pt-448.b16.npz --config.data.tokenizer=paligemma_tokenizer.model \\
-    --config.grpo.sources.boxes.uri=jsonl:/data/train.jsonl --config.eval.sources.boxes.uri=jsonl:/data/val.jsonl
+    --config.init=paligemma2-3b-pt-448.b16.npz \\
+    --config.data.tokenizer=paligemma_tokenizer.model \\
+    --config.grpo.sources.boxes.uri=jsonl:/data/train.jsonl \\
+    --config.eval.sources.boxes.uri=jsonl:/data/val.jsonl
 
-The argument is VARIANT_PIXELS: pg1_3b, pg2_3b, pg2_10b or pg2_28b, at 224, 448 or 896; `:pg2_3b_448_full` trains every parameter.
-`init` is a big_vision .npz, a Hugging Face directory, or a run. The tokenizer is big_vision's paligemma_tokenizer.model, the
-tokenizer.model of a Hugging Face directory, or plain Gemma's. A line of the file: {"image": "1.jpg", "expression": "left dog",
-"bbox_xyxy": [12.0, 30.5, 200.0, 180.0]}, images in `images/` beside it; other names and formats go into `boxes()` below.
+The argument is VARIANT_PIXELS. VARIANT is pg1_3b, pg2_3b, pg2_10b or pg2_28b. PIXELS is 224, 448 or
+896. The recipe trains adapters on a frozen bfloat16 base. `:pg2_3b_448_full` trains every
+     parameter.
 
-Hardware: accelerators that hold what `python benchmarks/trained_bytes.py` prints, and activations: 6.1 GB for the adapters of
-pg1_3b. Time and results have not been measured: no published weights were at hand.
+- `init` is a big_vision `.npz`, a Hugging Face directory, or a run.
+- `data.tokenizer` is big_vision's paligemma_tokenizer.model, the tokenizer.model of a Hugging Face
+  directory, or the tokenizer of plain Gemma.
+- A line of the data is {"image": "1.jpg", "expression": "left dog",
+  "bbox_xyxy": [12.0, 30.5, 200.0, 180.0]}. The images are in `images/` beside the file. Other field
+  names and formats go into `boxes()` below.
+
+Hardware: `python benchmarks/trained_bytes.py` prints the memory of parameters and optimizer (6.1
+GB for the adapters of pg1_3b). Activations come on top. Time and results are not measured: no
+published weights were available.
 """
 
 from ml_collections import ConfigDict
@@ -20,18 +29,23 @@ from pg_ground.config import Source
 from pg_ground.types import UserError
 
 LEARNING_RATES = {"pg1_3b": 1e-6, "pg2_3b": 1e-6, "pg2_10b": 3e-7, "pg2_28b": 1e-7}
-"""Of full GRPO: a tenth of the best supervised transfer rates (arXiv 2412.03555: larger models want smaller ones)."""
+"""Learning rates of full GRPO: a tenth of the best supervised transfer rates (arXiv 2412.03555).
+
+Larger models need smaller rates.
+"""
 
 ADAPTER_FACTOR = 100
-"""Adapters take larger steps: they start at zero, and their rate is that of the usual LoRA recipes."""
+"""Adapters start at zero and need larger steps. The product is a usual rate of LoRA recipes."""
 
 
 def get_config(argument: str = "pg2_3b_448") -> ConfigDict:
+    """Returns the settings for VARIANT_PIXELS, or VARIANT_PIXELS_full."""
     c = config.template()
     name, _, pixels = argument.removesuffix("_full").rpartition("_")
     if pixels not in ("224", "448", "896"):
         raise UserError(
-            f"configs/paligemma.py:{argument}: the argument is VARIANT_PIXELS, such as pg2_3b_448 or pg2_3b_448_full"
+            f"configs/paligemma.py:{argument}: the argument is VARIANT_PIXELS, "
+            "for example pg2_3b_448 or pg2_3b_448_full"
         )
     c.model = config.section(config.variant(name, int(pixels)))
     c.model.dtype = "bfloat16"
@@ -63,7 +77,7 @@ def get_config(argument: str = "pg2_3b_448") -> ConfigDict:
 
 
 def boxes() -> ConfigDict:
-    """Returns an entry for photographs with one box and one expression a line."""
+    """Returns a source of photographs: a line of the file has one box and one expression."""
     source = Source(
         uri="jsonl:train.jsonl",
         image_root="images",

@@ -1,13 +1,16 @@
-"""GRPO on photographs with boxes in pixels, from a JSON-lines file; the policy is PaliGemma-1-shaped and small.
+"""Trains a small model by GRPO on photographs with boxes in pixels, from a JSON-lines file.
 
 python -m pg_ground.train --config=configs/photos.py --workdir=runs/photos \\
     --config.grpo.sources.photos.uri=jsonl:PATH/triples.jsonl
 
-A line of the file: {"image": "1.jpg", "expression": "left dog", "bbox_xyxy": [12.0, 30.5, 200.0, 180.0]}, images in `images/`
-beside it; other names and formats go into the entry below. configs/paligemma.py does the same from published weights.
+A line of the file is {"image": "1.jpg", "expression": "left dog", "bbox_xyxy": [12.0, 30.5,
+200.0, 180.0]}. The images are in `images/` beside the file. Other field names and formats go into
+the entry below. configs/paligemma.py does the same from published weights. The model here is
+small and has PaliGemma 1's shape.
 
-Hardware: any CPU. Time: about two minutes for 20 steps. Expected: from random weights nothing is learned in 20 steps; the
-pictures in `samples/` show the photographs, the gold boxes on their objects, and the policy's guesses.
+Hardware: any CPU. Time: about two minutes for 20 steps. Expected: the model learns nothing in 20
+steps from random weights. The pictures in `samples/` show the photographs, the annotated boxes
+and the model's guesses.
 """
 
 from ml_collections import ConfigDict
@@ -27,20 +30,13 @@ PHOTOS = Source(
 
 
 def get_config() -> ConfigDict:
+    """Returns the settings of the reinforced stage."""
     c = config.template()
     c.stages = ("grpo",)
 
     c.model.image_size = 224
     c.model.vision.update(width=64, depth=2, mlp_dim=128, num_heads=4, patch_size=14)
-    c.model.text.update(
-        width=64,
-        depth=2,
-        mlp_dim=256,
-        num_heads=4,
-        num_kv_heads=1,
-        head_dim=16,
-        query_scale=16**-0.5,
-    )
+    c.model.text.update(width=64, depth=2, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=16)
     c.model.text.vocab_size = 2048
     c.model.coordinate_init = "sinusoid"
     c.data.prompt_length = 64

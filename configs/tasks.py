@@ -1,34 +1,48 @@
-"""The reward recipes of four systems for reinforced grounding, in PaliGemma's own answers: SFT into the answer's form, then GRPO.
+"""The reward recipes of four other systems, with PaliGemma's form of the answers.
 
 python -m pg_ground.train --config=configs/tasks.py:grounding --workdir=runs/grounding \\
     --config.grpo.sources.questions.uri=jsonl:DIR/triples.jsonl
 
-The argument is a name in `TASKS`. One flag gives both stages their data, since they share the entry. Images lie beside the file
-unless it is said otherwise (`--config.grpo.sources.questions.image_root=DIR` is another folder, from the file's). By name: the
-system, a line of its data, and which of its defects (by number, as in `test_defect_NN_…`) cannot happen here:
+SFT teaches the form of the answer, then GRPO improves it. The argument is a name in `TASKS`. Both
+stages share one entry, so one flag gives both their data. Images lie beside the file by default.
+`--config.grpo.sources.questions.image_root=DIR` names another folder, relative to the file.
 
-point_environment   synthetic-grounding. {"image_filename": "a.png", "test_samples": [{"name": "Search", "bbox": [x1, y1, x2, y2],
-                    "point": [x, y]}]}. Gold moves with the resized image (23); a list of guesses is matched (24).
-grounding           RLLaVA. {"image": "1.jpg", "expression": "left dog", "bbox_xyxy": [x1, y1, x2, y2]}, images in `images/`.
-                    The format is a whole grammar (9), nothing is evaluated (5), loc tokens survive decoding (27), averages
-                    are over the batch (15).
-open_vocabulary     RLLaVA. {"image": "1.jpg", "problem": "Detect all dogs …", "solution": "<answer>[{'Position':
-                    [x1, y1, x2, y2], 'Confidence': 1}]</answer>"}. Junk of confidence 0 earns nothing beyond its form, and
-                    an empty answer where there is nothing earns 1 (10).
-counting            RLLaVA. {"image_path": "1.jpg", "question": "cows", "ground_truth": 8}. Several numbers are no answer (9).
-single_box          EasyDistill. Data as for grounding. Reversed boxes earn 0 (3), no reward exceeds 1 (4) or is rounded (6).
-multi_box           EasyDistill. [{"image_path": "1.jpg", "instruction": "…", "abs_box": {"0": [[x1, y1, x2, y2]], "1": []}}],
-                    one list of all, as published: its uri is json:FILE. All classes count (1), matched by the rewards
-                    themselves and not gated at IoU 0.5 (2).
-spatial             ReinforceSight. {"image_path": "1.jpg", "question": "…", "cot": "…", "answer": "left"}. Two relations, or
-                    none, are wrong (18); reasoning earns only with a right answer (19); SFT is on the answer alone (22).
-relations           Made from scenes: labels fit the question (20). Drawn ones, unless the uri is relations:jsonl:FILE,
-                    {"image": "1.jpg", "objects": [{"name": "vase", "box": [x1, y1, x2, y2], "depth": 1.2}, …]}.
+The list has the system of each task, a line of its data, and the defects of the system that cannot
+happen here. The numbers are those of the tests `test_defect_NN_…`.
 
-From published weights, with the sizes, rates and batches of configs/paligemma.py: `configs/tasks.py:grounding+pg2_3b_448` and
-`--config.init=… --config.data.tokenizer=…`. Where the weights know the form of the answer, skip SFT: `--config.stages=grpo,`.
+point_environment   synthetic-grounding. {"image_filename": "a.png", "test_samples": [
+                    {"name": "Search", "bbox": [x1, y1, x2, y2], "point": [x, y]}]}.
+                    The annotation is scaled with the image (23). A list of guesses is matched (24).
+grounding           RLLaVA. {"image": "1.jpg", "expression": "left dog",
+                    "bbox_xyxy": [x1, y1, x2, y2]}, images in `images/`.
+                    The format is a whole grammar (9). No answer is run by eval (5). Loc tokens
+                    survive decoding (27). Averages are over the batch (15).
+open_vocabulary     RLLaVA. {"image": "1.jpg", "problem": "Detect all dogs …",
+                    "solution": "<answer>[{'Position': [x1, y1, x2, y2],
+                    'Confidence': 1}]</answer>"}.
+                    Wrong boxes of confidence 0 earn only the reward for their form. An empty answer
+                    earns 1 if there is no object (10).
+counting            RLLaVA. {"image_path": "1.jpg", "question": "cows", "ground_truth": 8}.
+                    Several numbers are no answer (9).
+single_box          EasyDistill. The data is that of grounding. Reversed boxes earn 0 (3). No reward
+                    is above 1 (4) or rounded (6).
+multi_box           EasyDistill. [{"image_path": "1.jpg", "instruction": "…",
+                    "abs_box": {"0": [[x1, y1, x2, y2]], "1": []}}], one list of all records as
+                    published. Its uri is json:FILE. All classes count (1). The rewards themselves
+                    match boxes, without a gate at IoU 0.5 (2).
+spatial             ReinforceSight. {"image_path": "1.jpg", "question": "…", "cot": "…",
+                    "answer": "left"}. Two relations, or none, are wrong (18). Reasoning earns only
+                    with a right answer (19). SFT learns the answer alone (22).
+relations           Made from scenes, so labels fit the question (20). The scenes are drawn, or
+                    come from relations:jsonl:FILE with {"image": "1.jpg", "objects": [
+                    {"name": "vase", "box": [x1, y1, x2, y2], "depth": 1.2}, …]}.
 
-Hardware: any CPU. Time: two to six minutes on two busy cores. Expected: random weights learn the form of an answer, hardly more.
+To start from published weights, add a recipe of configs/paligemma.py to the argument, for example
+`configs/tasks.py:grounding+pg2_3b_448`, and set `--config.init=… --config.data.tokenizer=…`. If the
+weights know the form of the answer, skip SFT: `--config.stages=grpo,`.
+
+Hardware: any CPU. Time: two to six minutes on two busy cores. Expected: from random weights the
+model learns the form of an answer and little more.
 """
 
 from dataclasses import replace
@@ -46,7 +60,10 @@ from .photos import PHOTOS
 
 
 class Task(NamedTuple):
-    """A system's questions and rewards, and its settings of `config.grpo` but for rates and batches, which belong to a model."""
+    """The questions and rewards of a system, and its settings of `config.grpo`.
+
+    Learning rates and batch sizes are not part of it: they belong to a model.
+    """
 
     source: Source
     grpo: dict[str, Any]
@@ -80,7 +97,7 @@ SCENES = replace(
 )
 
 SYNTHETIC_GROUNDING = {"algorithm": "grpo", "group_size": 8}
-"""An environment: its trainer is the user's."""
+"""synthetic-grounding is an environment. It has no trainer, so these are GRPO's settings."""
 
 RLLAVA = {
     "algorithm": "dual_clip",
@@ -163,6 +180,7 @@ TASKS = {
 
 
 def get_config(argument: str = "grounding") -> ConfigDict:
+    """Returns the settings of a task, or of TASK+MODEL with a model of configs/paligemma.py."""
     name, _, variant = argument.partition("+")
     if name not in TASKS:
         raise UserError(f"configs/tasks.py:{name} does not exist: {config.nearest(name, TASKS)}")
@@ -178,25 +196,17 @@ def get_config(argument: str = "grounding") -> ConfigDict:
     c.grpo.text_rewards = task.text_rewards
     c.grpo.update(task.grpo)
     c.grpo.sources = {"questions": config.section(task.source)}
-    c.sft.sources = c.grpo.sources  # the same object: what a flag sets in one it sets in both
+    c.sft.sources = c.grpo.sources  # the same object, so a flag sets both
     c.eval.sources = {}
     return c.lock()
 
 
 def small() -> ConfigDict:
-    """Returns a model that trains on a laptop, with rates and batches for it."""
+    """Returns the settings of a model that trains on a laptop, with its rates and batch sizes."""
     c = config.template()
     c.model.image_size = 224
     c.model.vision.update(width=64, depth=2, mlp_dim=128, num_heads=4, patch_size=14)
-    c.model.text.update(
-        width=64,
-        depth=2,
-        mlp_dim=256,
-        num_heads=4,
-        num_kv_heads=1,
-        head_dim=16,
-        query_scale=16**-0.5,
-    )
+    c.model.text.update(width=64, depth=2, mlp_dim=256, num_heads=4, num_kv_heads=1, head_dim=16)
     c.model.text.vocab_size = 2048
     c.model.coordinate_init = "sinusoid"
     c.sft.steps = 200

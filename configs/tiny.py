@@ -1,8 +1,9 @@
-"""Both stages end to end, in about a minute: what the tests run, and a first look at what a run writes.
+"""Runs both stages in about a minute. The tests use this recipe, and it shows what a run writes.
 
 python -m pg_ground.train --config=configs/tiny.py --workdir=runs/tiny
 
-Hardware: any CPU. Time: about a minute, most of it compilation. Expected: nothing is learned in 6 + 6 steps.
+Hardware: any CPU. Time: about a minute, most of it compilation. Expected: the model learns nothing
+in 6 + 6 steps.
 """
 
 from ml_collections import ConfigDict
@@ -12,10 +13,13 @@ from pg_ground.config import Source
 
 
 def scenes(split: str, target: str, loose: float = 0.0) -> ConfigDict:
-    """Returns an entry of the embedded task: `detect red circle` for boxes, `point to red circle` for points."""
-    uri = f"synthetic:{split}?side=32&shapes=2&loose={loose}" + (
-        "&scenes=32" if split == "heldout" else ""
-    )
+    """Returns a source of drawn scenes with prompts such as "detect red circle".
+
+    `target` "points" asks "point to red circle" instead. `loose` is the largest share of a shape's
+    extent by which each side of a box is too far out.
+    """
+    limit = "&scenes=32" if split == "heldout" else ""
+    uri = f"synthetic:{split}?side=32&shapes=2&loose={loose}{limit}"
     if target == "boxes":
         return config.section(Source(uri=uri, boxes="box"))
     return config.section(
@@ -24,13 +28,12 @@ def scenes(split: str, target: str, loose: float = 0.0) -> ConfigDict:
 
 
 def get_config() -> ConfigDict:
+    """Returns the settings of both stages."""
     c = config.template()
 
     c.model.image_size = 32
     c.model.vision.update(width=16, depth=2, mlp_dim=32, num_heads=2, patch_size=8)
-    c.model.text.update(
-        width=16, depth=2, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8, query_scale=8**-0.5
-    )
+    c.model.text.update(width=16, depth=2, mlp_dim=32, num_heads=2, num_kv_heads=1, head_dim=8)
     c.model.text.vocab_size = 2048
     c.model.coordinate_init = "sinusoid"
     c.data.prompt_length = 8
