@@ -65,7 +65,7 @@ ENTRIES: dict[str, Source] = {
         prompt="detect {phrase}",
     ),
     # ---- Points and counts.
-    # Points are percents, although the dataset card says otherwise. Images have addresses and hashes.
+    # Points are percents, although the dataset card says otherwise. Images have an address and hash.
     "pixmo_points": Source(
         uri="hf:allenai/pixmo-points@train",
         image="image_url",
