@@ -1,109 +1,417 @@
-"""Command lines: `--config=FILE`, `--config.a.b=value`, a command's own flags; and errors as one line with exit code 2.
+"""The command line: flags, settings, help, errors of one line, and exit codes.
 
-A command that may run in several processes has the flag `--distributed`, and exit code 3 where another of them ended.
+Flags are absl flags. `--config=FILE` and `--config.a.b=VALUE` are config flags of ml_collections.
+Every call of `parse` makes its own `absl.flags.FlagValues`, so that one process can run several
+commands. `config.parse` decides which settings exist and which values they take.
+
+Exit codes: 0 done; 2 the user can mend the cause; 3 another process of the run ended; 1 any other
+error, with a traceback.
 """
 
 import ast
+import dataclasses
 import itertools
+import keyword
+import re
 import sys
+import textwrap
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import module_from_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from ml_collections import config_dict
+import jax
+from absl import flags
+from ml_collections import config_dict, config_flags
+from ml_collections.config_flags import tuple_parser
 
 from pg_ground import config
 from pg_ground.config import Config
-from pg_ground.parallel.multiprocess import ProcessGroup, is_lost_process, lost_process_line
-from pg_ground.types import UserError
-
-REQUIRED = None
-"""Default of a flag that must be given."""
-
-Flags = Mapping[str, str | int | bool | tuple[str, ...] | None]
-"""A command's own flags: name to default. One whose default is False is a switch: `--name` alone turns it on; one whose default
-is a tuple may be given several times, and has all its values."""
-
-
-def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
-    """Runs `main` on the command line and exits: 0, or 2 with one line on stderr for what the user can mend."""
-    try:
-        main(sys.argv[1:])
-    except (UserError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(0)
-
+from pg_ground.parallel import multiprocess
+from pg_ground.parallel.multiprocess import ProcessGroup
+from pg_ground.reporting import progress
+from pg_ground.types import UserError, expand_path
 
 DISTRIBUTED = "distributed"
-"""The flag that `run_together` reads: "" for one process, "auto" or HOST:PORT,INDEX/COUNT (see `multiprocess.initialize`)."""
+"""The flag that names the other processes of a run: see `multiprocess.initialize`."""
+
+MENDABLE = (
+    FileNotFoundError,
+    FileExistsError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
+"""Errors of the operating system that another flag or setting mends. A full disk is not among them."""
+
+COLUMNS = 100
+
+SETTINGS_HELP = """\
+--config=FILE names a Python file with a function get_config(), which returns all settings.
+--config=FILE:ARG passes ARG to that function. --config.a.b=VALUE then changes one setting; the last
+value counts. A setting that neither the file nor a flag changes keeps its default, which
+pg_ground/config.py holds. A tuple is written '("a", "b")' or a,b. --help together with --config=FILE
+prints every setting of that file with its value and its meaning.
+"""
 
 
-def run_together(main: Callable[[Sequence[str], ProcessGroup], None]) -> NoReturn:
-    """Runs `main` as `run` does, in each of the processes that `--distributed` tells of; 3 where another of them ended."""
-    argv, group = sys.argv[1:], None
+class Command(NamedTuple):
+    """What a command's line may hold, and what its help says."""
+
+    name: str
+    description: str
+    """The docstring of the command."""
+    needs: str
+    """The flags without which the command does not run: "--config=FILE and --out=FILE"."""
+    example: str
+    """Flags of one call that works."""
+    define_flags: Callable[[flags.FlagValues], None]
+    """Defines the command's own flags, besides --config and --help."""
+    required: tuple[str, ...] = ()
+    """Names of flags without which the command does not run."""
+    arguments: tuple[str, ...] = ()
+    """Names of the arguments that are not flags. "FILE…" stands for any number."""
+    takes_config: bool = True
+    default_config: str = ""
+    """The value of --config if the flag is absent."""
+    distributed: bool = False
+    """Whether several processes may run the command together."""
+
+    @property
+    def program(self) -> str:
+        return f"pg-ground {self.name}"
+
+
+class Arguments:
+    """The parsed command line of one command."""
+
+    def __init__(
+        self,
+        values: Any,
+        settings: Config | None = None,
+        positional: Sequence[str] = (),
+        group: ProcessGroup | None = None,
+    ):
+        self.flags = values
+        """Each flag is an attribute."""
+        self.positional = list(positional)
+        self.group = group or ProcessGroup("")
+        self._config = settings
+
+    @property
+    def has_config(self) -> bool:
+        return self._config is not None
+
+    @property
+    def config(self) -> Config:
+        """The settings.
+
+        Raises:
+          UserError: --config is absent.
+        """
+        if self._config is None:
+            raise UserError("--config=FILE is needed, for example --config=configs/quickstart.py")
+        return self._config
+
+
+    def start_processes(self, settings: Mapping[str, Any]) -> None:
+        """Connects the processes of a run, once each has set its devices up.
+
+        Args:
+          settings: values that must be the same in all processes, besides the config.
+
+        Raises:
+          UserError: the settings of two processes differ.
+        """
+        tree = {"config": dataclasses.asdict(self.config), **settings}
+        self.group.start(multiprocess.flatten_settings(tree))
+        progress.set_process(jax.process_index())
+
+
+# running a command
+
+
+def run(
+    command: Command, main: Callable[[Arguments], None], argv: Sequence[str] | None = None
+) -> NoReturn:
+    """Runs `main` with the parsed command line, and exits with the exit code of its end."""
+    argv = sys.argv[1:] if argv is None else argv
+    progress.start_logging()
+    group = None
     try:
-        group = ProcessGroup(_last(argv, DISTRIBUTED))
-        main(argv, group)
-    except (UserError, OSError) as error:
-        code, said = 2, f"error: {' '.join(str(error).split())}"
-    except BaseException as error:
-        if group is None or not group.joined:
+        # joining comes before the config file runs, because that file may ask jax for a device
+        group = ProcessGroup(_distributed(argv) if command.distributed else "")
+        main(parse(command, argv, group))
+    except (Exception, KeyboardInterrupt) as error:
+        joined = group is not None and group.joined
+        if isinstance(error, KeyboardInterrupt) and not joined:
             raise
-        code, said = (
-            (3, lost_process_line(str(error)))
-            if is_lost_process(error)
-            else (1, traceback.format_exc().rstrip())
-        )
+        code = report_error(error, joined)
     else:
-        code, said = 0, ""
-    if said:
-        print(said, file=sys.stderr)
+        code = 0
     if group is None:
         sys.exit(code)
     group.exit(code)
 
 
-def parse(argv: Sequence[str], own: Flags) -> tuple[Config, dict[str, Any]]:
-    """Returns the configuration and the values of a command's `own` flags.
+def report_error(error: BaseException, joined: bool = False) -> int:
+    """Prints why a command ended, and returns its exit code.
 
-    Raises:
-      UserError: a file that is missing or no config, a name that does not exist (with the nearest that does), a bad value.
+    The last line says the step, the stage and the phase of a run, if a step has begun.
+
+    Args:
+      joined: whether other processes belong to the run.
     """
-    given = _pairs(argv, own)
-    paths = [value for name, value in given if name == "config"]
-    if not paths:
-        raise UserError("--config is needed: a file such as configs/quickstart.py")
-    tree = load(paths[-1])
-    for name, value in given:
-        if name.startswith("config."):
-            override(tree, name, value)
-    return config.parse(tree), _own(
-        [pair for pair in given if pair[0].partition(".")[0] != "config"], own
+    progress.end_line()
+    position = str(progress.position())
+    if isinstance(error, (UserError, *MENDABLE)):
+        code, words = 2, [one_line(str(error))]
+    elif joined and multiprocess.is_lost_process(error):
+        code, words = 3, [multiprocess.lost_process_line(str(error)).removeprefix("error: ")]
+    else:
+        traceback.print_exception(error)
+        code, words = 1, [f"{type(error).__name__}: {one_line(str(error))}"]
+        words.append(f"process {progress.process()}")
+    if position:
+        words.append(f"at {position}")
+    details = f" ({', '.join(words[1:])})" if words[1:] else ""
+    print(f"error: {words[0]}{details}", file=sys.stderr)
+    return code
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _distributed(argv: Sequence[str]) -> str:
+    """Returns the value of --distributed before the other flags are parsed, "" if it is absent."""
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    flags.DEFINE_string(DISTRIBUTED, "", "", flag_values=values)
+    try:
+        values(["", *argv], known_only=True)
+    except flags.Error as error:
+        raise _user_error(error, values) from None
+    return values[DISTRIBUTED].value
+
+
+# parsing
+
+
+class _PathParser(flags.ArgumentParser):
+    """Expands a leading ~ of a path."""
+
+    def parse(self, argument: str) -> str:
+        return expand_path(argument)
+
+    def flag_type(self) -> str:
+        return "path"
+
+
+def define_path(
+    values: flags.FlagValues, name: str, help_text: str, default: str | None = ""
+) -> None:
+    """Defines a flag whose value is a path. A leading ~ is the home directory."""
+    flags.DEFINE(_PathParser(), name, default, help_text, flag_values=values)
+
+
+def define_distributed(values: flags.FlagValues) -> None:
+    """Defines --distributed, for a command that several processes may run together."""
+    flags.DEFINE_string(
+        DISTRIBUTED,
+        "",
+        "The processes of the run: auto for a TPU pod, Slurm or MPI, or HOST:PORT,INDEX/COUNT.",
+        flag_values=values,
     )
 
 
-def parse_own(argv: Sequence[str], own: Flags) -> dict[str, Any]:
-    """Returns the values of a command's `own` flags, for a command without a config."""
-    return _own(_pairs(argv, own), own)
+def parse(command: Command, argv: Sequence[str], group: ProcessGroup | None = None) -> Arguments:
+    """Returns the parsed command line. Prints the help and exits if --help is among the flags.
+
+    Raises:
+      UserError: a flag or a setting does not exist (with the nearest name that does), a value is
+        missing or has another type, a needed flag is absent, or the config file does not run.
+    """
+    if not argv and command.needs and not command.default_config:
+        raise UserError(f"{command.program} needs {command.needs}; see {command.program} --help")
+    values = flags.FlagValues()
+    values.set_gnu_getopt(True)
+    flags.DEFINE_boolean("help", False, "Print this text.", short_name="h", flag_values=values)
+    command.define_flags(values)
+    argv = [_with_underscores(argument, values) for argument in argv]
+    if command.takes_config:
+        argv = _config_first(argv, command.default_config)
+        _define_config(values, argv)
+    try:
+        positional = values([command.program, *argv])[1:]
+    except (flags.Error, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise _user_error(error, values) from None
+    tree = values["config"].value if command.takes_config else None
+    settings = None if tree is None else config.parse(tree)
+    if values["help"].value:
+        print(help_text(command, values, settings))
+        sys.exit(0)
+    _check_complete(command, values, positional)
+    return Arguments(values, settings, positional, group)
 
 
-def parse_places(argv: Sequence[str], own: Flags) -> tuple[list[str], dict[str, Any]]:
-    """Returns the arguments that are no flags, and the values of a command's `own` flags."""
-    places: list[str] = []
-    flags: list[str] = []
-    rest = list(argv)
-    while rest:
-        argument = rest.pop(0)
-        if argument.startswith("-"):
-            flags.append(argument if "=" in argument or not rest else f"{argument}={rest.pop(0)}")
+def parse_config(argv: Sequence[str]) -> Config:
+    """Returns the settings of a command line that holds only --config and --config.a.b."""
+    command = Command("", "", "--config=FILE", "", lambda _: None)
+    return parse(command, argv).config
+
+
+def _check_complete(command: Command, values: flags.FlagValues, positional: list[str]) -> None:
+    """Raises UserError if a flag or an argument is missing, or if there is one too many."""
+    for name in command.required:
+        if values[name].value is None:
+            raise UserError(f"--{name} is needed: {command.program} needs {command.needs}")
+    any_number = any(name.endswith("…") for name in command.arguments)
+    if positional and not command.arguments:
+        raise UserError(f"{positional[0]!r} is not a flag: flags look like --name=value")
+    if command.arguments and not any_number and len(positional) != len(command.arguments):
+        names = " ".join(command.arguments)
+        count = len(positional)
+        raise UserError(
+            f"{count} path{'s' * (count != 1)} given, but {command.program} {names} takes "
+            f"{len(command.arguments)}"
+        )
+
+
+def _with_underscores(argument: str, values: flags.FlagValues) -> str:
+    """Returns `--box-format=…` as `--box_format=…` if there is a flag of that name."""
+    name, equals, value = argument.partition("=")
+    flag = name.lstrip("-").replace("-", "_")
+    return f"--{flag}{equals}{value}" if name.startswith("--") and flag in values else argument
+
+
+def _user_error(error: Exception, values: flags.FlagValues) -> UserError:
+    """Returns an error of absl or of config_flags as one line."""
+    text = one_line(str(error))
+    if isinstance(error, flags.UnrecognizedFlagError):
+        name = error.flagname
+        if name.startswith("config."):
+            return UserError(f"--{name} needs --config=FILE beside it")
+        names = [flag for flag in values if "." not in flag and flag != "h"]
+        return UserError(f"--{name} does not exist: {config.nearest(name, names)}")
+    if isinstance(error, flags.IllegalFlagValueError) and error.__context__ is not None:
+        # absl's text is `flag --NAME=VALUE: REASON`
+        assignment = str(error).removeprefix("flag ").removesuffix(f": {error.__context__}")
+        kind = values[assignment.partition("=")[0].lstrip("-")].parser.flag_type()
+        return UserError(f"{one_line(assignment)}: it must be of type {kind}")
+    if text.startswith("Missing value for flag "):
+        flag = text.removeprefix("Missing value for flag ")
+        return UserError(f"{flag} has no value: flags look like --name=value")
+    return UserError(text.removeprefix("flag "))
+
+
+# settings
+
+
+class _ConfigFileParser(flags.ArgumentParser):
+    """Runs a config file, and checks the names of the settings that the command line changes.
+
+    ml_collections' own parser hides the cause of a failure behind several lines.
+    """
+
+    def __init__(self, overrides: Sequence[str]):
+        self._overrides = overrides
+
+    def parse(self, argument: str) -> config_dict.ConfigDict:
+        tree = load(argument)
+        for name in self._overrides:
+            check_setting(tree, name)
+        return tree
+
+    def flag_type(self) -> str:
+        return "file"
+
+
+class _TupleParser(tuple_parser.TupleParser):
+    """Reads `a,b` and `a,` as tuples of texts, besides Python's `("a", "b")`."""
+
+    def parse(self, argument: Any) -> tuple:
+        if isinstance(argument, str):
+            try:
+                ast.literal_eval(argument)
+            except (ValueError, SyntaxError):
+                if not argument.startswith("("):
+                    return tuple(argument.removesuffix(",").split(","))
+        return super().parse(argument)
+
+
+config_flags.register_flag_parser_for_type(tuple, _TupleParser())
+
+
+def _define_config(values: flags.FlagValues, argv: Sequence[str]) -> None:
+    """Defines --config and one flag for each `--config.a.b` in `argv`."""
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "A Python file with a function get_config(), or FILE:ARG to pass it an argument.",
+        flag_values=values,
+        lock_config=False,
+        sys_argv=["", *argv],
+    )
+    overrides = [name for name in map(_setting_name, argv) if name]
+    values["config"].parser = _ConfigFileParser(overrides)
+
+
+def _setting_name(argument: str) -> str:
+    """Returns `a.b` for `--config.a.b=VALUE`, and "" for any other argument."""
+    match = re.match(r"--?(?:no)?config\.([^=]*)", argument)
+    return match[1] if match else ""
+
+
+def _config_first(argv: Sequence[str], default: str) -> list[str]:
+    """Returns the arguments with `--config=FILE` first, as config_flags needs them.
+
+    Of several values of --config, or of one setting, only the last stays.
+
+    Args:
+      default: the file if `argv` names none.
+    """
+    file = default
+    others: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name not in ("--config", "-config"):
+            others.append(_quoted(argument))
+        elif equals:
+            file = value
         else:
-            places.append(argument)
-    return places, parse_own(flags, own)
+            file = next(arguments, "")
+            if not file:
+                raise UserError(f"{name} has no value: flags look like --name=value")
+    last_index = {argument.partition("=")[0]: i for i, argument in enumerate(others)}
+    others = [
+        argument
+        for i, argument in enumerate(others)
+        if not _setting_name(argument)
+        or "=" not in argument
+        or i == last_index[argument.partition("=")[0]]
+    ]
+    return [f"--config={file}", *others] if file else others
+
+
+def _quoted(argument: str) -> str:
+    """Returns `--config.sft.sources.my-data.uri=…` as `--config.sft.sources["my-data"].uri=…`.
+
+    config_flags reads a path as Python does: only a name of Python may stand behind a dot.
+    """
+    name = _setting_name(argument)
+    if not name or "[" in name:
+        return argument
+    parts = name.split(".")
+    path = parts[0] + "".join(
+        f".{part}" if part.isidentifier() and not keyword.iskeyword(part) else f'["{part}"]'
+        for part in parts[1:]
+    )
+    return argument.replace(name, path, 1)
 
 
 PACKAGE = Path(__file__).parent
@@ -166,88 +474,81 @@ def run_recipe(file: Path) -> ModuleType:
     return module
 
 
-def override(tree: config_dict.ConfigDict, path: str, text: str) -> None:
-    """Sets the value at `path` (`config.a.b`) to what `text` spells, in the type it has.
-
-    Raises:
-      UserError: no such path, or a text of another type.
-    """
-    *parents, name = path.split(".")[1:]
+def check_setting(tree: config_dict.ConfigDict, name: str) -> None:
+    """Raises UserError if `name` (`a.b`) is not a setting of `tree` that a flag can change."""
+    parts = [part for part in re.split(r'\.|\["|"\]', name) if part]
     node: Any = tree
-    for depth, part in enumerate([*parents, name]):
-        place = ".".join(["config", *parents[:depth]])
+    for depth, part in enumerate(parts):
+        path = ".".join(["config", *parts[:depth]])
+        flag = f"--config.{'.'.join(parts)}"
         if not isinstance(node, config_dict.ConfigDict):
-            raise UserError(f"--{path}: {place} is a value, not a section")
+            raise UserError(f"{flag}: {path} is a value, not a section")
         if not node:
             raise UserError(
-                f"--{path}: {place} is empty, and is filled in the config file: c.{place[7:]} = {{'{part}': …}}"
+                f"{flag}: {path} is empty, and is filled in the config file: "
+                f"c.{path.removeprefix('config.')} = {{'{part}': …}}"
             )
         if part not in node:
-            raise UserError(f"{place}.{part} does not exist: {config.nearest(part, node)}")
-        if depth < len(parents):
-            node = node[part]
-    value = node[name]
-    if isinstance(value, config_dict.ConfigDict):
-        found = ", ".join(sorted(value.keys()))
-        raise UserError(
-            f"--{path} is a section: "
-            + (f"set one of {found}" if found else "it is filled in the config file")
+            raise UserError(f"{path}.{part} does not exist: {config.nearest(part, node)}")
+        node = node[part]
+    if isinstance(node, config_dict.ConfigDict):
+        names = ", ".join(sorted(node.keys()))
+        mend = f"set one of {names}" if names else "it is filled in the config file"
+        raise UserError(f"--config.{'.'.join(parts)} is a section: {mend}")
+
+
+# help
+
+
+def help_text(command: Command, values: flags.FlagValues, settings: Config | None = None) -> str:
+    """Returns the help of a command: purpose, flags, one example, and how settings are found.
+
+    Args:
+      settings: if given, every setting is listed with its value and its meaning.
+    """
+    usage = " ".join([command.program, *command.arguments, "[--flag=value …]"])
+    parts = [
+        f"Usage: {usage}",
+        command.description.strip(),
+        f"Needed: {command.needs}." if command.needs else "",
+        "Flags:\n" + "\n".join(_flag_lines(command, values)),
+        f"Example:\n  {command.program} {command.example}",
+    ]
+    if command.takes_config:
+        parts.append("How settings are found:\n" + textwrap.indent(SETTINGS_HELP, "  ").rstrip())
+    if settings is not None:
+        parts.append("Settings:\n" + "\n".join(_setting_lines(settings)))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _flag_lines(command: Command, values: flags.FlagValues) -> Iterator[str]:
+    types = {"string": "TEXT", "int": "NUMBER", "float": "NUMBER", "path": "PATH", "file": "FILE"}
+    for name in values:
+        flag = values[name]
+        if name == flag.short_name or "." in name:
+            continue
+        head = f"--{name}" if flag.boolean else f"--{name}={types.get(flag.parser.flag_type(), 'TEXT')}"
+        head = f"-h, {head}" if name == "help" else head
+        default = "" if flag.boolean or not flag.default else f" Default: {flag.default}."
+        if name == "config" and command.default_config:
+            default = f" Default: {command.default_config}."
+        yield textwrap.fill(
+            f"{flag.help}{default}",
+            COLUMNS,
+            initial_indent=f"  {head:<22} ",
+            subsequent_indent=" " * 25,
         )
-    node[name] = _spelled(text, node.get_type(name), path)
 
 
-def _spelled(text: str, kind: type, path: str) -> Any:
-    if kind is str:
-        return text
-    try:
-        value = ast.literal_eval(text.capitalize() if kind is bool else text)
-        value = float(value) if kind is float and type(value) is int else value
-    except (ValueError, SyntaxError, TypeError):
-        value = text
-    if kind is tuple and isinstance(value, (str, list)):
-        value = tuple(text.removesuffix(",").split(",")) if isinstance(value, str) else tuple(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"--{path}={text}: it must be of type {kind.__name__}")
-    return value
-
-
-def _pairs(argv: Sequence[str], own: Flags) -> list[tuple[str, str]]:
-    """Returns the flags in order: `--name=value` and `--name value` alike."""
-    found, rest = [], list(argv)
-    while rest:
-        argument = rest.pop(0)
-        name, equals, value = argument.partition("=")
-        if not name.startswith("-") or not name.strip("-"):
-            raise UserError(f"{argument!r} is not a flag: flags look like --name=value")
-        if not equals and own.get(name.lstrip("-")) is False:
-            value = "true"
-        elif not equals:
-            if not rest:
-                raise UserError(f"{argument} has no value: flags look like --name=value")
-            value = rest.pop(0)
-        found.append((name.lstrip("-"), value))
-    return found
-
-
-def _last(argv: Sequence[str], name: str) -> str:
-    """Returns the last value of a flag, before anything else is known of the command line; "" without one."""
-    value = ""
-    for argument, following in zip(argv, [*argv[1:], ""], strict=True):
-        found, equals, own = argument.lstrip("-").partition("=")
-        if argument.startswith("-") and found == name:
-            value = own if equals else following
-    return value
-
-
-def _own(given: Sequence[tuple[str, str]], own: Flags) -> dict[str, Any]:
-    values: dict[str, Any] = dict(own)
-    for name, text in given:
-        if name not in own:
-            raise UserError(f"--{name} does not exist: {config.nearest(name, own)}")
-        kind = type(own[name]) if isinstance(own[name], int) else str
-        value = _spelled(text, kind, name)
-        values[name] = (*values[name], value) if isinstance(own[name], tuple) else value
-    lacking = [name for name, value in values.items() if value is REQUIRED]
-    if lacking:
-        raise UserError(f"--{lacking[0]} is needed")
-    return values
+def _setting_lines(settings: Config) -> Iterator[str]:
+    for setting in config.describe(settings):
+        line = f"  config.{setting.name} = {setting.value!r}"
+        if not setting.help:
+            yield line
+        elif len(line) + len(setting.help) + 4 <= COLUMNS:
+            yield f"{line}  # {setting.help}"
+        else:
+            yield textwrap.fill(
+                setting.help, COLUMNS, initial_indent="  # ", subsequent_indent="  # "
+            )
+            yield line

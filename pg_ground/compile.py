@@ -1,42 +1,61 @@
-"""Compiles a run's programs for TPUs: do they fit, and how long do they take at best?
+"""Compiles the programs of a run for TPUs that this machine does not have: do they fit, how fast?
 
-python -m pg_ground.compile --config=configs/tpu.py:pg1_3b_224 --topology=v5e:2x4 [--json=O]
-    [--full] [--search] [--programs=rollout,update]
+Prints the memory, the time at the roofline and the collectives of each program. It needs no TPU, but
+libtpu: pip install 'pg-ground[tpu]'. Without libtpu the memory model answers.
 
-Needs `pip install 'pg-ground[tpu]'` and no TPU. Without libtpu the memory model answers. Without
-`--full` a compilation is stopped once XLA has assigned memory. This answers whether the programs
-fit, and takes seconds; generating the code would take minutes. Exit code 0: the programs fit; 3:
-they do not.
+Without --full a compilation is stopped once XLA has assigned memory. That answers whether the
+programs fit, and takes seconds; generating the code would take minutes. Exit code 0: the programs
+fit; 3: they do not fit.
 """
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+from absl import flags
 
 from pg_ground import cli
-from pg_ground.aot import compilation, tpu_specs
-from pg_ground.types import UserError
+from pg_ground.aot import compilation
+from pg_ground.reporting.files import write_atomically
 
 
-def main(argv: Sequence[str]) -> None:
-    flags = {"topology": "", "json": "", "programs": "", "full": False, "search": False}
-    config, values = cli.parse(argv, flags)
-    if not values["topology"]:
-        raise UserError(f"--topology is needed: one of {tpu_specs.topology_names()}")
+def define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "topology", None, "Slice of TPUs: v5e:2x4, v5p:2x2x1, …", flag_values=values
+    )
+    cli.define_path(values, "json", "File for all numbers as JSON.")
+    flags.DEFINE_list(
+        "programs", [], "Programs, separated by commas. All if absent.", flag_values=values
+    )
+    flags.DEFINE_boolean("full", False, "Compile to the end.", flag_values=values)
+    flags.DEFINE_boolean(
+        "search", False, "Find the largest batch size that fits.", flag_values=values
+    )
+
+
+COMMAND = cli.Command(
+    name="compile",
+    description=__doc__,
+    needs="--config=FILE and --topology=NAME",
+    example="--config=configs/tpu.py:pg1_3b_224_v5e_8 --topology=v5e:2x4",
+    define_flags=define_flags,
+    required=("config", "topology"),
+)
+
+
+def main(args: cli.Arguments) -> None:
+    topology = args.flags.topology
     jax.config.update("jax_platforms", "cpu")  # with libtpu installed, jax would look for a TPU
-    names = [name for name in values["programs"].split(",") if name]
-    if values["search"]:
-        print(compilation.search_batch_size(config, values["topology"]))
+    if args.flags.search:
+        print(compilation.search_batch_size(args.config, topology))
         return
-    result = compilation.compile_run(config, values["topology"], names, values["full"])
+    result = compilation.compile_run(args.config, topology, args.flags.programs, args.flags.full)
     print(result.text)
-    if values["json"] and result.document:
-        Path(values["json"]).write_text(json.dumps(result.document, indent=1) + "\n")
+    if args.flags.json and result.document:
+        write_atomically(Path(args.flags.json), json.dumps(result.document, indent=1) + "\n")
     sys.exit(0 if result.fits else 3)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(COMMAND, main)

@@ -1,33 +1,48 @@
-"""A checkpoint in another format: big_vision's `.npz`, a Hugging Face directory, or an orbax directory.
+"""Converts a checkpoint between big_vision .npz, Hugging Face directory, and orbax directory.
 
-python -m pg_ground.convert SRC DST [--dtype=bfloat16]
+SRC is a checkpoint that `pg_ground.load` reads: an .npz, a Hugging Face directory, the working
+directory of a run, one checkpoint of a run, or an orbax directory. LoRA adapters are merged.
 
-SRC is any checkpoint that `pg_ground.load` reads: an `.npz`, a Hugging Face directory, a run's working directory or one of its
-checkpoints (adapters are merged), or an orbax directory. DST says what is written: NAME.npz, NAME.orbax, or else a Hugging Face
-directory, which also gets the tokenizer's files where SRC has any. `--dtype` is float32, bfloat16 or float16; without it every
-tensor keeps its own. It is written beside DST and moved there when whole.
+DST selects the format: NAME.npz, NAME.orbax, or else a Hugging Face directory, which also gets the
+tokenizer files of SRC. DST is written under another name and renamed when it is complete.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
+
+from absl import flags
 
 from pg_ground import cli
 from pg_ground.checkpoints.conversion import DTYPES, convert
-from pg_ground.types import UserError
+from pg_ground.types import UserError, expand_path
 
 
-def main(argv: Sequence[str]) -> None:
-    places, flags = cli.parse_places(argv, {"dtype": ""})
-    if len(places) != 2:
-        raise UserError(
-            f"{len(places)} paths are given, but python -m pg_ground.convert SRC DST takes two"
-        )
-    if flags["dtype"] not in ("", *DTYPES):
-        raise UserError(f"--dtype={flags['dtype']}: it must be one of {', '.join(DTYPES)}")
-    source, target = map(Path, places)
-    convert(source, target, flags["dtype"])
+def define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_string(
+        "dtype",
+        "",
+        f"{', '.join(DTYPES)}. Every tensor keeps its dtype if the flag is absent.",
+        flag_values=values,
+    )
+
+
+COMMAND = cli.Command(
+    name="convert",
+    description=__doc__,
+    needs="two paths: SRC and DST",
+    example="runs/quickstart quickstart.npz --dtype=bfloat16",
+    define_flags=define_flags,
+    arguments=("SRC", "DST"),
+    takes_config=False,
+)
+
+
+def main(args: cli.Arguments) -> None:
+    if args.flags.dtype not in ("", *DTYPES):
+        raise UserError(f"--dtype={args.flags.dtype}: it must be one of {', '.join(DTYPES)}")
+    source, target = (Path(expand_path(path)) for path in args.positional)
+    convert(source, target, args.flags.dtype)
     print(target)
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(COMMAND, main)

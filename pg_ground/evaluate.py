@@ -1,18 +1,21 @@
-"""A policy, or somebody's file of predictions, measured on benchmarks with published protocols.
+"""Measures a policy, or a file of predictions, on benchmarks with published protocols.
 
-python -m pg_ground.evaluate --config=configs/quickstart.py (--workdir=D | --params=P) [--out=D] [--distributed=auto]
-python -m pg_ground.evaluate --predictions=FILE --benchmark=rec --fields=pred=extracted_answer,gold=ground_truth \\
-    [--box-format=xyxy_px] [--point-format=xy_px] [--gold-format=…] --out=D
+A policy is a run (--workdir) or a checkpoint (--params). It answers the sources of config.eval.
 
-Both write `eval.json` and `predictions.jsonl`; the second takes any JSON list, JSON lines, or object with `results`, and for a
-`predictions.jsonl` of ours neither --benchmark nor --fields. Benchmarks and their protocols: docs/evaluation.md.
+A file of predictions needs no model and no config: --predictions=FILE --benchmark=NAME --fields=….
+The file is a JSON list, JSON lines, or an object with `results`. For a predictions.jsonl that this
+command has written, neither --benchmark nor --fields is needed. --fields=pred=a.b,gold=c says which
+fields of a record hold the prediction and the ground truth.
+
+Both ways write eval.json and predictions.jsonl to --out. For a policy, --out is the directory of the
+run or of the checkpoint if the flag is absent; for a file of predictions nothing is written then.
+docs/evaluation.md describes the benchmarks and their protocols.
 """
 
-import dataclasses
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+
+from absl import flags
 
 from pg_ground import cli
 from pg_ground.evals import benchmarks, prediction_files
@@ -22,89 +25,90 @@ from pg_ground.reporting.tables import Table, ascii_table, results_table
 from pg_ground.types import UserError
 
 
-def score_file(flags: Mapping[str, Any]) -> None:
-    """Prints the measures of a file of predictions, and writes them where --out says."""
-    formats = prediction_files.Formats(
-        flags["box_format"], flags["point_format"], flags["gold_format"]
-    )
-    path = Path(flags["predictions"])
-    found, scored = rescore(
-        path, flags["benchmark"], prediction_files.parse_fields(flags["fields"]), formats
-    )
-    if "benchmark" in found:
-        table = Table(
-            f"{found['benchmark']}: {path}, n = {found['n']}",
-            ["metric", "", "95 %"],
-            benchmarks.table_rows(found),
-            found["protocol"],
-        )
+def define_flags(values: flags.FlagValues) -> None:
+    cli.define_path(values, "workdir", "A run. Its newest checkpoint is evaluated.")
+    cli.define_path(values, "params", "A checkpoint: .npz, Hugging Face directory, or RUN/best.")
+    cli.define_path(values, "out", "Directory for eval.json and predictions.jsonl.")
+    cli.define_path(values, "predictions", "A file of predictions, instead of a policy.")
+    texts = {
+        "benchmark": ("", "Benchmark of --predictions: rec, pointing, counting, detection, …"),
+        "fields": ("", "Fields of a prediction record: pred=PATH,gold=PATH,id=PATH,…"),
+        "box_format": ("xyxy_px", "How the predicted boxes are written."),
+        "point_format": ("xy_px", "How the predicted points are written."),
+        "gold_format": ("", "How the ground truth is written, if it differs."),
+    }
+    for name, (default, help_text) in texts.items():
+        flags.DEFINE_string(name, default, help_text, flag_values=values)
+    cli.define_distributed(values)
+
+
+COMMAND = cli.Command(
+    name="evaluate",
+    description=__doc__,
+    needs="--config=FILE and --workdir=DIR or --params=PATH; or --predictions=FILE",
+    example="--config=configs/quickstart.py --workdir=runs/quickstart",
+    define_flags=define_flags,
+    distributed=True,
+)
+
+
+def main(args: cli.Arguments) -> None:
+    if args.flags.predictions:
+        _score_predictions(args)
     else:
-        table = results_table("held out", {str(path): found})
+        _evaluate_policy(args)
+
+
+def _score_predictions(args: cli.Arguments) -> None:
+    """Prints the metrics of a file of predictions, and writes them if --out is set."""
+    path = Path(args.flags.predictions)
+    formats = prediction_files.Formats(
+        args.flags.box_format, args.flags.point_format, args.flags.gold_format
+    )
+    fields = prediction_files.parse_fields(args.flags.fields)
+    document, rows = rescore(path, args.flags.benchmark, fields, formats)
+    if "benchmark" in document:
+        title = f"{document['benchmark']}: {path}, n = {document['n']}"
+        columns = ["metric", "", "95 %"]
+        table = Table(title, columns, benchmarks.table_rows(document), document["protocol"])
+    else:
+        table = results_table("held out", {str(path): document})
     print(ascii_table(table))
-    if "file_says" in found:
-        print(f"the file itself says: {json.dumps(found['file_says'])}")
-    if flags["out"]:
-        print(write_results(Path(flags["out"]), found, scored))
+    if "file_says" in document:
+        print(f"the file itself says: {json.dumps(document['file_says'])}")
+    if args.flags.out:
+        print(write_results(Path(args.flags.out), document, rows))
 
 
-OF_FILES = {
-    "predictions": "",
-    "benchmark": "",
-    "fields": "",
-    "box_format": "xyxy_px",
-    "point_format": "xy_px",
-    "gold_format": "",
-    "out": "",
-}
-
-
-def main(argv: Sequence[str], group: multiprocess.ProcessGroup) -> None:
-    argv = [_with_underscores(argument) for argument in argv]
-    if any(argument.partition("=")[0] == "--predictions" for argument in argv):
-        score_file(cli.parse_own(argv, OF_FILES))
-        return
+def _evaluate_policy(args: cli.Arguments) -> None:
+    """Prints the metrics of a run or a checkpoint, and writes them."""
     # These import the model and the data, which a file of predictions does not need.
     from pg_ground.evals.evaluation import evaluate
     from pg_ground.parallel import sharding
 
-    config, own = cli.parse(argv, {"workdir": "", "params": "", "out": "", cli.DISTRIBUTED: ""})
-    if bool(own["workdir"]) == bool(own["params"]):
+    workdir, params = args.flags.workdir, args.flags.params
+    if bool(workdir) == bool(params):
         raise UserError(
             "one of --workdir=RUN, --params=CHECKPOINT and --predictions=FILE is needed"
         )
-    if not config.eval.sources:
+    if not args.config.eval.sources:
         raise UserError("config.eval.sources is empty: there is nothing to measure on")
-    place = Path(own["workdir"] or own["params"])
-    out = Path(own["out"] or (place if place.is_dir() else place.parent))
-    told = multiprocess.flatten_settings(
-        {
-            "config": dataclasses.asdict(config),
-            "--params": own["params"],
-            "--workdir": own["workdir"],
-        }
+    path = Path(workdir or params)
+    out = Path(args.flags.out or (path if path.is_dir() else path.parent))
+    sharding.set_cpu_devices(args.config.mesh)
+    sharding.enable_compilation_cache(args.config.mesh)
+    args.start_processes({"--params": params, "--workdir": workdir})
+    evaluation = evaluate(args.config, workdir=workdir, params=params)
+    if multiprocess.is_main_process():
+        # every process has read every record, so process 0 knows all bad records
+        run = {"params": str(path), "bad_records": evaluation.bad_records}
+        document = benchmarks.make_report(evaluation.predictions) | {"run": run}
+        write_results(out, document, evaluation.predictions)
+    multiprocess.print_once(
+        ascii_table(results_table("held out", {str(path): evaluation.metrics}))
     )
-    sharding.set_cpu_devices(config.mesh)
-    sharding.enable_compilation_cache(config.mesh)
-    group.start(told)
-    found = evaluate(config, workdir=own["workdir"], params=own["params"])
-    if (
-        multiprocess.is_main_process()
-    ):  # each process has read every record, and so has found all that are bad
-        document = benchmarks.make_report(found.predictions) | {
-            "run": {"params": str(place), "bad_records": found.bad_records}
-        }
-        write_results(out, document, found.predictions)
-    multiprocess.print_once(ascii_table(results_table("held out", {str(place): found.metrics})))
     multiprocess.print_once(str(out / "eval.json"))
 
 
-def _with_underscores(argument: str) -> str:
-    """Returns `--box-format=…` as `--box_format=…`; what is behind the sign, and paths of the config, stay."""
-    name, equals, value = argument.partition("=")
-    if not name.startswith("--") or name.startswith("--config"):
-        return argument
-    return "--" + name[2:].replace("-", "_") + equals + value
-
-
 if __name__ == "__main__":
-    cli.run_together(main)
+    cli.run(COMMAND, main)

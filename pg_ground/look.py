@@ -1,23 +1,37 @@
-"""The first examples of every source of a config, gold boxes and points drawn: one self-contained page.
+"""Draws the first examples of every source of a config on one HTML page, with the ground truth.
 
-Run `python -m pg_ground.look --config=configs/quickstart.py --n=16 --out=look.html`.
+Use it to check the paths and the box format of a source before a run. The page needs no other file.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
+
+from absl import flags
 
 from pg_ground import cli
 from pg_ground.reporting.gallery import look
 from pg_ground.types import UserError
 
 
-def main(argv: Sequence[str]) -> None:
-    """Writes the page and prints where it is."""
-    config, flags = cli.parse(argv, {"n": 16, "out": cli.REQUIRED})
-    if flags["n"] < 1:
-        raise UserError(f"--n is {flags['n']}: it must be above 0")
-    print(look(config, n=flags["n"], out=Path(flags["out"])))
+def define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_integer("n", 16, "Examples of each source.", flag_values=values)
+    cli.define_path(values, "out", "The page.", None)
+
+
+COMMAND = cli.Command(
+    name="look",
+    description=__doc__,
+    needs="--config=FILE and --out=FILE",
+    example="--config=configs/quickstart.py --n=16 --out=look.html",
+    define_flags=define_flags,
+    required=("config", "out"),
+)
+
+
+def main(args: cli.Arguments) -> None:
+    if args.flags.n < 1:
+        raise UserError(f"--n is {args.flags.n}: it must be above 0")
+    print(look(args.config, n=args.flags.n, out=Path(args.flags.out)))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(COMMAND, main)

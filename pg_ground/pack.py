@@ -1,15 +1,16 @@
-"""The records of every source of a config in array_record files, images within: what a pod streams fast.
+"""Packs the records of every source of a config into array_record files, with the images inside.
 
-python -m pg_ground.pack --config=F --out=DIR [--num_shards=16]
+Pods read these files fast. Each source becomes OUT/NAME-00000-of-00016.array_record and so on. The
+records keep their fields. The encoded bytes of the image replace its file name or its URL.
 
-Writes DIR/NAME-00000-of-00016.array_record and so on for each source, with its records as they are, but for the image, whose
-encoded bytes take the place of a file name or an address. In the config the source is then
-uri="arrayrecord:DIR/NAME@16.array_record", with the same paths. Prints one JSON object: the new uri and the number of records of
-each source. A record without a usable image is left out and counted.
+In a config, the source is then uri="arrayrecord:OUT/NAME@16.array_record", with the same paths. The
+command prints one JSON object with the new uri and the number of records of each source. A record
+without a usable image is left out and counted.
 """
 
 import json
-from collections.abc import Sequence
+
+from absl import flags
 
 from pg_ground import cli
 from pg_ground.data.packing import pack
@@ -17,14 +18,30 @@ from pg_ground.data.records import to_path
 from pg_ground.types import UserError
 
 
-def main(argv: Sequence[str]) -> None:
-    config, flags = cli.parse(argv, {"out": cli.REQUIRED, "num_shards": 16})
-    if not 1 <= flags["num_shards"] <= 99_999:
-        raise UserError(f"--num_shards={flags['num_shards']}: it must be from 1 to 99999")
+def define_flags(values: flags.FlagValues) -> None:
+    cli.define_path(values, "out", "Directory for the files: a path or a gs:// address.", None)
+    flags.DEFINE_integer("num_shards", 16, "Files of each source.", flag_values=values)
+
+
+COMMAND = cli.Command(
+    name="pack",
+    description=__doc__,
+    needs="--config=FILE and --out=DIR",
+    example="--config=configs/photos.py --out=gs://bucket/photos --num_shards=16",
+    define_flags=define_flags,
+    required=("config", "out"),
+)
+
+
+def main(args: cli.Arguments) -> None:
+    if not 1 <= args.flags.num_shards <= 99_999:
+        raise UserError(f"--num_shards={args.flags.num_shards}: it must be from 1 to 99999")
+    config = args.config
     sections = (config.sft.sources, config.grpo.sources, config.eval.sources)
-    packed = pack(sections, config.data.fetch, to_path(flags["out"]), flags["num_shards"])
+    directory = to_path(args.flags.out)
+    packed = pack(sections, config.data.fetch, directory, args.flags.num_shards)
     print(json.dumps(packed, indent=1))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(COMMAND, main)

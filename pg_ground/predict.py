@@ -1,14 +1,14 @@
-"""One image and one prompt to boxes and points: JSON on stdout, and the picture.
+"""Answers one prompt about one image: JSON with text, boxes and points on stdout, and the picture.
 
-python -m pg_ground.predict --params=P --image=I --prompt="detect red circle" [--out=O.png] [--tokenizer=M] [--max_new_tokens=64]
-
-P is a big_vision .npz, a Hugging Face directory, or a run. M is found in the latter two where they have one. One prompt may ask
-for several things: --prompt="detect cat ; dog".
+--params is a big_vision .npz, a Hugging Face directory, or a run. The tokenizer is read from the
+directory or the run if it has one. One prompt may name several things: --prompt="detect cat ; dog".
+Boxes and points are in pixels of the image.
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
+
+from absl import flags
 
 from pg_ground import cli
 from pg_ground.evals.prediction import predict_file
@@ -17,33 +17,42 @@ from pg_ground.reporting.files import write_atomically
 from pg_ground.types import UserError
 
 
-def main(argv: Sequence[str]) -> None:
-    required = cli.REQUIRED
-    own = {
-        "params": required,
-        "image": required,
-        "prompt": required,
-        "out": "",
-        "tokenizer": "",
-        "max_new_tokens": 64,
-    }
-    flags = cli.parse_own(argv, own)
-    if flags["max_new_tokens"] < 1:
-        raise UserError(f"--max_new_tokens={flags['max_new_tokens']}: it must be above 0")
-    found, image = predict_file(
-        Path(flags["params"]),
-        Path(flags["image"]),
-        flags["prompt"],
-        flags["tokenizer"],
-        flags["max_new_tokens"],
+def define_flags(values: flags.FlagValues) -> None:
+    cli.define_path(values, "params", "The policy: .npz, Hugging Face directory, or run.", None)
+    cli.define_path(values, "image", "The image: a file that PIL reads.", None)
+    flags.DEFINE_string("prompt", None, 'The prompt: "detect red circle".', flag_values=values)
+    cli.define_path(values, "out", "File for the picture with the answer drawn on it.")
+    cli.define_path(values, "tokenizer", "A sentencepiece model, if --params has none.")
+    flags.DEFINE_integer("max_new_tokens", 64, "Longest answer.", flag_values=values)
+
+
+COMMAND = cli.Command(
+    name="predict",
+    description=__doc__,
+    needs="--params=PATH, --image=FILE and --prompt=TEXT",
+    example='--params=runs/quickstart --image=a.jpg --prompt="detect red circle" --out=drawn.png',
+    define_flags=define_flags,
+    required=("params", "image", "prompt"),
+    takes_config=False,
+)
+
+
+def main(args: cli.Arguments) -> None:
+    if args.flags.max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens={args.flags.max_new_tokens}: it must be above 0")
+    answer, image = predict_file(
+        Path(args.flags.params),
+        Path(args.flags.image),
+        args.flags.prompt,
+        args.flags.tokenizer,
+        args.flags.max_new_tokens,
     )
-    print(json.dumps(found), flush=True)
-    if flags["out"]:
-        picture = drawing.draw_answer(
-            image, (image.shape[1], image.shape[0]), found["boxes"], found["points"]
-        )
-        write_atomically(Path(flags["out"]), drawing.png_bytes(picture))
+    print(json.dumps(answer), flush=True)
+    if args.flags.out:
+        size = (image.shape[1], image.shape[0])
+        picture = drawing.draw_answer(image, size, answer["boxes"], answer["points"])
+        write_atomically(Path(args.flags.out), drawing.png_bytes(picture))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(COMMAND, main)

@@ -1,40 +1,48 @@
-"""A run as one page that needs nothing else: results, curves, a gallery of rollouts, settings, hardware, times.
+"""Writes a run as one HTML page: results, curves, a gallery of rollouts, settings, hardware, times.
 
-python -m pg_ground.report --workdir=D [--workdir=E …] [--out=O.html]
-
-The page is a function of the files of a run (`config.json`, `metrics.jsonl`, `hardware.json`, `samples/`), and is written anew as
-often as the run is measured or draws its rollouts. Of several runs it is a comparison: curves over one another, results side by
-side, the settings that differ, a gallery of each.
+The page is made from the files of a run (config.json, metrics.jsonl, hardware.json, samples/). It
+needs no other file. Several runs share one page: their curves lie over one another, their results
+stand side by side, the settings that differ are listed, and each run has its gallery.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
+from absl import flags
+
 from pg_ground import cli
-from pg_ground.reporting.files import write_atomically
-from pg_ground.reporting.report import FILE, SAMPLES_BYTES, distinct_names, read_run, report_html
-from pg_ground.types import UserError
+from pg_ground.reporting.report import FILE, write_page
+from pg_ground.types import UserError, expand_path
 
 
-def main(argv: Sequence[str]) -> None:
-    """Writes the page and prints where it is."""
-    places, flags = cli.parse_places(argv, {"workdir": (), "out": ""})
-    workdirs = [Path(place) for place in (*flags["workdir"], *places)]
+def define_flags(values: flags.FlagValues) -> None:
+    flags.DEFINE_multi_string(
+        "workdir", [], "Working directory of a run. May be given several times.", flag_values=values
+    )
+    cli.define_path(values, "out", f"The page. For one run it is DIR/{FILE} if the flag is absent.")
+
+
+COMMAND = cli.Command(
+    name="report",
+    description=__doc__,
+    needs="--workdir=DIR: the directory of a run, or of several runs",
+    example="--workdir=runs/a --workdir=runs/b --out=both.html",
+    define_flags=define_flags,
+    arguments=("[DIR …]",),
+    takes_config=False,
+)
+
+
+def main(args: cli.Arguments) -> None:
+    workdirs = [Path(expand_path(path)) for path in (*args.flags.workdir, *args.positional)]
     if not workdirs:
-        raise UserError("--workdir is needed: the directory of a run, or of several")
-    if len(workdirs) > 1 and not flags["out"]:
+        raise UserError("--workdir=DIR is needed: the directory of a run, or of several runs")
+    if len(workdirs) > 1 and not args.flags.out:
         raise UserError(
-            f"--out is needed: {len(workdirs)} runs share a page, which has no directory of its own"
+            f"--out=FILE is needed: {len(workdirs)} runs share one page, which belongs to no run"
         )
-    out = Path(flags["out"]) if flags["out"] else workdirs[0] / FILE
-    budget = SAMPLES_BYTES // len(workdirs)
-    runs = [
-        read_run(workdir, name, budget)
-        for workdir, name in zip(workdirs, distinct_names(workdirs), strict=True)
-    ]
-    write_atomically(out, report_html(runs))
-    print(out)
+    out = Path(args.flags.out) if args.flags.out else workdirs[0] / FILE
+    print(write_page(workdirs, out))
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(COMMAND, main)

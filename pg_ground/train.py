@@ -1,15 +1,17 @@
-"""Teaches a PaliGemma to ground phrases: supervised fine-tuning, then GRPO, in one working directory.
+"""Trains PaliGemma: supervised fine-tuning, then GRPO, in one working directory.
 
-python -m pg_ground.train --config=configs/quickstart.py --workdir=runs/quickstart [--config.grpo.steps=500 …]
-python -m pg_ground.train --config=configs/quickstart.py --dry_run [--workdir=runs/quickstart]
-python -m pg_ground.train --config=configs/quickstart.py --workdir=runs/quickstart --distributed=auto    (on every host of a pod)
+The working directory gets config.json, metrics.jsonl, checkpoints/, tb/, samples/ and report.html.
+The same command on the same directory continues from the newest checkpoint, bit for bit.
 
-Started again on the same directory, it goes on where its newest checkpoint is, bit for bit.
+--dry_run trains nothing and writes nothing. It samples one batch from the policy in --workdir, or
+from the initial policy, and prints every completion with its rewards.
+
+On a TPU pod, or on several machines, start the same command with --distributed on every host.
 """
 
-import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
+
+from absl import flags
 
 from pg_ground import cli
 from pg_ground.parallel import multiprocess, sharding
@@ -18,24 +20,39 @@ from pg_ground.training.loop import train
 from pg_ground.types import UserError
 
 
-def main(argv: Sequence[str], group: multiprocess.ProcessGroup) -> None:
-    config, own = cli.parse(argv, {"workdir": "", "dry_run": False, cli.DISTRIBUTED: ""})
-    if own["dry_run"] and own[cli.DISTRIBUTED]:
-        raise UserError("--dry_run is for one process: leave out --distributed")
-    sharding.set_cpu_devices(config.mesh)
-    sharding.enable_compilation_cache(config.mesh)
-    group.start(
-        multiprocess.flatten_settings(
-            {"config": dataclasses.asdict(config), "--workdir": own["workdir"]}
-        )
+def define_flags(values: flags.FlagValues) -> None:
+    cli.define_path(values, "workdir", "Working directory of the run. It is made if needed.")
+    flags.DEFINE_boolean(
+        "dry_run", False, "Show the rewards of one batch, and train nothing.", flag_values=values
     )
-    if own["dry_run"]:
-        print(dry_run(config, Path(own["workdir"]) if own["workdir"] else None))
-    elif own["workdir"]:
-        multiprocess.print_once(str(train(config, Path(own["workdir"]))))
+    cli.define_distributed(values)
+
+
+COMMAND = cli.Command(
+    name="train",
+    description=__doc__,
+    needs="--config=FILE and --workdir=DIR (or --dry_run)",
+    example="--config=configs/quickstart.py --workdir=runs/quickstart --config.grpo.steps=500",
+    define_flags=define_flags,
+    required=("config",),
+    distributed=True,
+)
+
+
+def main(args: cli.Arguments) -> None:
+    workdir = args.flags.workdir
+    if args.flags.dry_run and args.flags.distributed:
+        raise UserError("--dry_run is for one process: remove --distributed")
+    if not workdir and not args.flags.dry_run:
+        raise UserError("--workdir=DIR is needed, or --dry_run")
+    sharding.set_cpu_devices(args.config.mesh)
+    sharding.enable_compilation_cache(args.config.mesh)
+    args.start_processes({"--workdir": workdir})
+    if args.flags.dry_run:
+        print(dry_run(args.config, Path(workdir) if workdir else None))
     else:
-        raise UserError("--workdir is needed, or --dry_run")
+        multiprocess.print_once(str(train(args.config, Path(workdir))))
 
 
 if __name__ == "__main__":
-    cli.run_together(main)
+    cli.run(COMMAND, main)

@@ -102,9 +102,20 @@ class Curve(NamedTuple):
 
 
 def write_report(workdir: Path) -> Path:
-    """Returns the path of `report.html`, written whole; equal files of a run give equal bytes."""
-    path = workdir / FILE
-    write_atomically(path, report_html([read_run(workdir)]))
+    """Writes `report.html` of a run, and returns its path. Equal files of a run give equal bytes."""
+    return write_page([workdir], workdir / FILE)
+
+
+def write_page(workdirs: Sequence[Path], path: Path) -> Path:
+    """Writes the page of one run, or the comparison of several runs, and returns its path.
+
+    Raises:
+      UserError: a directory holds no run, or a file of a run is broken.
+    """
+    samples_bytes = SAMPLES_BYTES // len(workdirs)
+    names = distinct_names(workdirs)
+    runs = [read_run(*run, samples_bytes) for run in zip(workdirs, names, strict=True)]
+    write_atomically(path, report_html(runs))
     return path
 
 
