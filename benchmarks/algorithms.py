@@ -90,7 +90,7 @@ def run(name: str, steps: int, start: Path, out: Path) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str]) -> None:
-    own = cli.parse_own(argv, {"algorithms": ROWS, "steps": 30, "out": "runs/algorithms"})
+    own = cli.parse_script_flags(argv, {"algorithms": ROWS, "steps": 30, "out": "runs/algorithms"})
     out = Path(own["out"])
     first = get("grpo", 1)
     first.stages = ("sft",)
@@ -120,4 +120,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

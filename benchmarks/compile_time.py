@@ -23,14 +23,25 @@ from pg_ground.reporting.tables import Table, ascii_table
 from pg_ground.training import programs
 from pg_ground.types import UserError
 
+COMMAND = cli.Command(
+    name="benchmarks/compile_time.py",
+    description=__doc__,
+    needs="",
+    example="--config=configs/quickstart.py",
+    define_flags=lambda values: cli.define_path(values, "cache", "Folder of compiled programs."),
+    default_config="configs/quickstart.py",
+    is_script=True,
+)
+
 PARTS = ("trace", "lower", "compile")
 
 
 def seconds_of(argv: Sequence[str]) -> dict[str, list[float]]:
     """Returns the seconds of tracing, lowering and compiling of each program."""
-    config, own = cli.parse(argv, {"cache": ""})
+    args = cli.parse(COMMAND, argv)
+    config = args.config
     sharding.set_cpu_devices(config.mesh)
-    jax.config.update("jax_compilation_cache_dir", own["cache"])
+    jax.config.update("jax_compilation_cache_dir", args.flags.cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     mesh, found = sharding.make_mesh(config.mesh), {}
     for name in programs.names(config):
@@ -49,8 +60,6 @@ def main(argv: Sequence[str]) -> None:
     if any(argument.startswith("--cache=") for argument in argv):
         print(json.dumps(seconds_of(argv)))
         return
-    if not any(argument.split("=")[0] == "--config" for argument in argv):
-        argv = ["--config=configs/quickstart.py", *argv]
     with tempfile.TemporaryDirectory() as cache:
         starts = []
         for _ in range(2):
@@ -80,4 +89,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

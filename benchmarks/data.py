@@ -342,7 +342,7 @@ def main(argv: Sequence[str]) -> None:
         "phrase": "phrase",
         "boxes": "box",
     }
-    own = cli.parse_own(argv, defaults | {"repeats": 7, "batches": 12, "workdir": ""})
+    own = cli.parse_script_flags(argv, defaults | {"repeats": 7, "batches": 12, "workdir": ""})
     if own["workdir"]:
         print(json.dumps(waiting(Path(own["workdir"])), indent=1))
         return
@@ -378,4 +378,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

@@ -19,7 +19,7 @@ from pg_ground.parallel import sharding
 
 
 def main(argv: Sequence[str]) -> None:
-    flags = cli.parse_own(argv, {"params": cli.REQUIRED, "dtype": "", "devices": 8})
+    flags = cli.parse_script_flags(argv, {"params": cli.REQUIRED, "dtype": "", "devices": 8})
     mesh_settings = config.Mesh(cpu_devices=flags["devices"])
     sharding.set_cpu_devices(mesh_settings)
     path = Path(flags["params"])
@@ -52,4 +52,4 @@ def _peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

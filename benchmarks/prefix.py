@@ -31,7 +31,7 @@ PROMPTS, GROUP, TOKENS = 4, 8, 16
 
 
 def main(argv: Sequence[str]) -> None:
-    own = cli.parse_own(argv, {"repeats": 5})
+    own = cli.parse_script_flags(argv, {"repeats": 5})
     w = Work("tiny", PROMPTS, GROUP, TOKENS, 16, "float32", True, "cpu", 0, 1, "")
     model = PaliGemma(config.parse(ours.recipe(w)).model)
     params = jax.jit(model.init)(jax.random.key(0))
@@ -67,4 +67,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

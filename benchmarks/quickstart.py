@@ -76,7 +76,7 @@ def table(results: Sequence[dict[str, Any]]) -> Table:
 
 
 def main(argv: Sequence[str]) -> None:
-    own = cli.parse_own(
+    own = cli.parse_script_flags(
         argv, {"seeds": "0,1,2", "arms": "grpo,sft_loose,sft_exact", "workdir": "runs/arms"}
     )
     workdir = Path(own["workdir"])
@@ -90,4 +90,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

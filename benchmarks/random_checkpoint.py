@@ -31,7 +31,7 @@ def random_tensor(name: str, shape: tuple[int, ...], dtype: str, seed: int) -> S
 
 
 def main(argv: Sequence[str]) -> None:
-    flags = cli.parse_own(
+    flags = cli.parse_script_flags(
         argv, {"variant": "pg1_3b", "image_size": 224, "dtype": "bfloat16", "out": cli.REQUIRED}
     )
     model = PaliGemma(config.variant(flags["variant"], flags["image_size"]))
@@ -45,4 +45,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

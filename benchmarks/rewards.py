@@ -146,7 +146,9 @@ def programs(b: int, g: int, length: int, objects: int) -> dict[str, Callable[[]
 
 
 def main(argv: Sequence[str]) -> None:
-    own = cli.parse_own(argv, {"batch": 32, "group": 8, "tokens": 64, "objects": 16, "repeats": 7})
+    own = cli.parse_script_flags(
+        argv, {"batch": 32, "group": 8, "tokens": 64, "objects": 16, "repeats": 7}
+    )
     phases = programs(own["batch"], own["group"], own["tokens"], own["objects"])
     seconds: dict[str, list[float]] = {name: [] for name in phases}
     for turn in range(own["repeats"] + 1):
@@ -178,4 +180,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

@@ -104,7 +104,7 @@ def exponent(values: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def main(argv: Sequence[str]) -> None:
-    own = cli.parse_own(
+    own = cli.parse_script_flags(
         argv, {"axes": ",".join(AXES), "repeats": 3, "attention_block": 0, "json": ""}
     )
     axes = own["axes"].split(",")
@@ -149,4 +149,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

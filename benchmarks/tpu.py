@@ -144,7 +144,7 @@ HEADS = [
 
 
 def main() -> None:
-    own = cli.parse_own(sys.argv[1:], {"only": "", "json": ""})
+    own = cli.parse_script_flags(sys.argv[1:], {"only": "", "json": ""})
     recipes = cli.run_recipe(ROOT / "configs" / "tpu.py").RECIPES
     tables = {
         "recipes": [

@@ -39,7 +39,9 @@ def row(name: str, model: config.Model, frozen_dtype: str) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> None:
-    flags = cli.parse_own(argv, {"rank": 16, "pattern": "llm/layers/.*", "image_size": 224})
+    flags = cli.parse_script_flags(
+        argv, {"rank": 16, "pattern": "llm/layers/.*", "image_size": 224}
+    )
     rows = []
     for name in DECODERS:
         model = config.variant(name, flags["image_size"])
@@ -73,4 +75,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

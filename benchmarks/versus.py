@@ -272,7 +272,7 @@ FLAGS = {
 
 
 def main(argv: Sequence[str]) -> None:
-    own = cli.parse_own(argv, FLAGS)
+    own = cli.parse_script_flags(argv, FLAGS)
     for flag, names in (("size", [own["size"]]), ("peers", own["peers"].split(","))):
         for name in names:
             if name not in (there := SIZES if flag == "size" else PEERS):
@@ -323,4 +323,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run_script(main)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from pg_ground.config import nearest
+from pg_ground.types import nearest
 
 COMMANDS = (
     "train",

@@ -26,14 +26,14 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 from absl import flags
 from ml_collections import config_dict, config_flags
-from ml_collections.config_flags import tuple_parser
+from ml_collections.config_flags import config_path, tuple_parser
 
 from pg_ground import config
 from pg_ground.config import Config
 from pg_ground.parallel import multiprocess
 from pg_ground.parallel.multiprocess import ProcessGroup
 from pg_ground.reporting import progress
-from pg_ground.types import UserError, expand_path
+from pg_ground.types import UserError, expand_path, nearest
 
 DISTRIBUTED = "distributed"
 """The flag that names the other processes of a run: see `multiprocess.initialize`."""
@@ -51,10 +51,11 @@ COLUMNS = 100
 
 SETTINGS_HELP = """\
 --config=FILE names a Python file with a function get_config(), which returns all settings.
---config=FILE:ARG passes ARG to that function. --config.a.b=VALUE then changes one setting; the last
-value counts. A setting that neither the file nor a flag changes keeps its default, which
-pg_ground/config.py holds. A tuple is written '("a", "b")' or a,b. --help together with --config=FILE
-prints every setting of that file with its value and its meaning.
+--config=FILE:ARG passes ARG to that function. configs/NAME.py is also found in the package.
+--config.a.b=VALUE then changes one setting; the last value counts. A setting that neither the
+file nor a flag changes keeps its default, which pg_ground/config.py holds. A tuple is written
+'("a", "b")' or a,b. --help together with --config=FILE prints every setting of that file with
+its value and its meaning.
 """
 
 
@@ -62,7 +63,7 @@ class Command(NamedTuple):
     """What a command's line may hold, and what its help says."""
 
     name: str
-    description: str
+    description: str | None
     """The docstring of the command."""
     needs: str
     """The flags without which the command does not run: "--config=FILE and --out=FILE"."""
@@ -73,16 +74,19 @@ class Command(NamedTuple):
     required: tuple[str, ...] = ()
     """Names of flags without which the command does not run."""
     arguments: tuple[str, ...] = ()
-    """Names of the arguments that are not flags. "FILE…" stands for any number."""
+    """Names of the arguments that are not flags. "[DIR …]" stands for any number."""
     takes_config: bool = True
     default_config: str = ""
     """The value of --config if the flag is absent."""
     distributed: bool = False
     """Whether several processes may run the command together."""
 
+    is_script: bool = False
+    """Whether the command is a file outside the package."""
+
     @property
     def program(self) -> str:
-        return f"pg-ground {self.name}"
+        return f"python {self.name}" if self.is_script else f"pg-ground {self.name}"
 
 
 class Arguments:
@@ -116,7 +120,6 @@ class Arguments:
             raise UserError("--config=FILE is needed, for example --config=configs/quickstart.py")
         return self._config
 
-
     def start_processes(self, settings: Mapping[str, Any]) -> None:
         """Connects the processes of a run, once each has set its devices up.
 
@@ -142,7 +145,7 @@ def run(
     progress.start_logging()
     group = None
     try:
-        # joining comes before the config file runs, because that file may ask jax for a device
+        # Joining comes before the config file runs, because that file may ask jax for a device.
         group = ProcessGroup(_distributed(argv) if command.distributed else "")
         main(parse(command, argv, group))
     except (Exception, KeyboardInterrupt) as error:
@@ -155,6 +158,16 @@ def run(
     if group is None:
         sys.exit(code)
     group.exit(code)
+
+
+def run_script(main: Callable[[Sequence[str]], None]) -> NoReturn:
+    """Runs the `main` of a script with the arguments of the process, and exits as `run` does."""
+    progress.start_logging()
+    try:
+        main(sys.argv[1:])
+    except Exception as error:
+        sys.exit(report_error(error))
+    sys.exit(0)
 
 
 def report_error(error: BaseException, joined: bool = False) -> int:
@@ -195,7 +208,7 @@ def _distributed(argv: Sequence[str]) -> str:
         values(["", *argv], known_only=True)
     except flags.Error as error:
         raise _user_error(error, values) from None
-    return values[DISTRIBUTED].value
+    return values[DISTRIBUTED].value or ""
 
 
 # parsing
@@ -264,12 +277,50 @@ def parse_config(argv: Sequence[str]) -> Config:
     return parse(command, argv).config
 
 
+REQUIRED = None
+"""Default of a flag of `parse_script_flags` that must be set."""
+
+
+def parse_script_flags(
+    argv: Sequence[str], defaults: Mapping[str, str | int | float | bool | None]
+) -> dict[str, Any]:
+    """Returns the flags of a script by name. The type of a flag is the type of its default.
+
+    Raises:
+      UserError: as `parse`.
+    """
+
+    def define_flags(values: flags.FlagValues) -> None:
+        define = {
+            bool: flags.DEFINE_boolean,
+            int: flags.DEFINE_integer,
+            float: flags.DEFINE_float,
+        }
+        for name, default in defaults.items():
+            define.get(type(default), flags.DEFINE_string)(name, default, "", flag_values=values)
+
+    required = tuple(name for name, default in defaults.items() if default is REQUIRED)
+    script = sys.modules["__main__"]
+    command = Command(
+        name=Path(sys.argv[0]).name,
+        description=script.__doc__,
+        needs=" and ".join(f"--{name}" for name in required),
+        example="",
+        define_flags=define_flags,
+        required=required,
+        takes_config=False,
+        is_script=True,
+    )
+    values = parse(command, argv).flags
+    return {name: values[name].value for name in defaults}
+
+
 def _check_complete(command: Command, values: flags.FlagValues, positional: list[str]) -> None:
     """Raises UserError if a flag or an argument is missing, or if there is one too many."""
     for name in command.required:
         if values[name].value is None:
             raise UserError(f"--{name} is needed: {command.program} needs {command.needs}")
-    any_number = any(name.endswith("…") for name in command.arguments)
+    any_number = any("…" in name for name in command.arguments)
     if positional and not command.arguments:
         raise UserError(f"{positional[0]!r} is not a flag: flags look like --name=value")
     if command.arguments and not any_number and len(positional) != len(command.arguments):
@@ -296,7 +347,7 @@ def _user_error(error: Exception, values: flags.FlagValues) -> UserError:
         if name.startswith("config."):
             return UserError(f"--{name} needs --config=FILE beside it")
         names = [flag for flag in values if "." not in flag and flag != "h"]
-        return UserError(f"--{name} does not exist: {config.nearest(name, names)}")
+        return UserError(f"--{name} does not exist: {nearest(name, names)}")
     if isinstance(error, flags.IllegalFlagValueError) and error.__context__ is not None:
         # absl's text is `flag --NAME=VALUE: REASON`
         assignment = str(error).removeprefix("flag ").removesuffix(f": {error.__context__}")
@@ -443,7 +494,8 @@ def load(path: str) -> config_dict.ConfigDict:
         raise
     # A config file is a user's program. Whatever it raises is reported in one line.
     except (Exception, SystemExit) as error:
-        raise UserError(f"--config={path} does not run: {type(error).__name__}: {error}") from None
+        text = one_line(str(error))
+        raise UserError(f"--config={path} does not run: {type(error).__name__}: {text}") from None
 
 
 def recipe_file(name: str) -> Path | None:
@@ -476,11 +528,11 @@ def run_recipe(file: Path) -> ModuleType:
 
 def check_setting(tree: config_dict.ConfigDict, name: str) -> None:
     """Raises UserError if `name` (`a.b`) is not a setting of `tree` that a flag can change."""
-    parts = [part for part in re.split(r'\.|\["|"\]', name) if part]
+    flag = f"--config.{name}"
+    parts = config_path.split(name)
     node: Any = tree
     for depth, part in enumerate(parts):
         path = ".".join(["config", *parts[:depth]])
-        flag = f"--config.{'.'.join(parts)}"
         if not isinstance(node, config_dict.ConfigDict):
             raise UserError(f"{flag}: {path} is a value, not a section")
         if not node:
@@ -489,12 +541,15 @@ def check_setting(tree: config_dict.ConfigDict, name: str) -> None:
                 f"c.{path.removeprefix('config.')} = {{'{part}': …}}"
             )
         if part not in node:
-            raise UserError(f"{path}.{part} does not exist: {config.nearest(part, node)}")
+            new_name = config.renamed_setting(".".join(map(str, parts)))
+            if new_name is not None:
+                raise UserError(f"config.{'.'.join(map(str, parts))} is now config.{new_name}")
+            raise UserError(config.unknown_setting(f"{path}.{part}", node))
         node = node[part]
     if isinstance(node, config_dict.ConfigDict):
         names = ", ".join(sorted(node.keys()))
         mend = f"set one of {names}" if names else "it is filled in the config file"
-        raise UserError(f"--config.{'.'.join(parts)} is a section: {mend}")
+        raise UserError(f"{flag} is a section: {mend}")
 
 
 # help
@@ -509,10 +564,10 @@ def help_text(command: Command, values: flags.FlagValues, settings: Config | Non
     usage = " ".join([command.program, *command.arguments, "[--flag=value …]"])
     parts = [
         f"Usage: {usage}",
-        command.description.strip(),
+        (command.description or "").strip(),
         f"Needed: {command.needs}." if command.needs else "",
         "Flags:\n" + "\n".join(_flag_lines(command, values)),
-        f"Example:\n  {command.program} {command.example}",
+        f"Example:\n  {command.program} {command.example}" if command.example else "",
     ]
     if command.takes_config:
         parts.append("How settings are found:\n" + textwrap.indent(SETTINGS_HELP, "  ").rstrip())
@@ -527,7 +582,11 @@ def _flag_lines(command: Command, values: flags.FlagValues) -> Iterator[str]:
         flag = values[name]
         if name == flag.short_name or "." in name:
             continue
-        head = f"--{name}" if flag.boolean else f"--{name}={types.get(flag.parser.flag_type(), 'TEXT')}"
+        head = (
+            f"--{name}"
+            if flag.boolean
+            else f"--{name}={types.get(flag.parser.flag_type(), 'TEXT')}"
+        )
         head = f"-h, {head}" if name == "help" else head
         default = "" if flag.boolean or not flag.default else f" Default: {flag.default}."
         if name == "config" and command.default_config:

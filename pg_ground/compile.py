@@ -1,6 +1,7 @@
-"""Compiles the programs of a run for TPUs that this machine does not have: do they fit, how fast?
+"""Compiles the programs of a run for TPUs that this machine does not have.
 
-Prints the memory, the time at the roofline and the collectives of each program. It needs no TPU, but
+The command answers whether the programs fit, and how long they take at best. It prints the memory,
+the time at the roofline and the collectives of each program. It needs no TPU, but
 libtpu: pip install 'pg-ground[tpu]'. Without libtpu the memory model answers.
 
 Without --full a compilation is stopped once XLA has assigned memory. That answers whether the
@@ -16,14 +17,13 @@ import jax
 from absl import flags
 
 from pg_ground import cli
-from pg_ground.aot import compilation
+from pg_ground.aot import compilation, tpu_specs
 from pg_ground.reporting.files import write_atomically
+from pg_ground.types import UserError
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    flags.DEFINE_string(
-        "topology", None, "Slice of TPUs: v5e:2x4, v5p:2x2x1, …", flag_values=values
-    )
+    flags.DEFINE_string("topology", "", "Slice of TPUs: v5e:2x4, v5p:2x2x1, …", flag_values=values)
     cli.define_path(values, "json", "File for all numbers as JSON.")
     flags.DEFINE_list(
         "programs", [], "Programs, separated by commas. All if absent.", flag_values=values
@@ -40,12 +40,14 @@ COMMAND = cli.Command(
     needs="--config=FILE and --topology=NAME",
     example="--config=configs/tpu.py:pg1_3b_224_v5e_8 --topology=v5e:2x4",
     define_flags=define_flags,
-    required=("config", "topology"),
+    required=("config",),
 )
 
 
 def main(args: cli.Arguments) -> None:
     topology = args.flags.topology
+    if not topology:
+        raise UserError(f"--topology is needed: one of {tpu_specs.topology_names()}")
     jax.config.update("jax_platforms", "cpu")  # with libtpu installed, jax would look for a TPU
     if args.flags.search:
         print(compilation.search_batch_size(args.config, topology))

@@ -772,38 +772,6 @@ def section(value: Any) -> config_dict.ConfigDict:
     return _to_config_dict(value)
 
 
-class Setting(NamedTuple):
-    """One setting of a config."""
-
-    name: str
-    """Dotted: `grpo.optimizer.lr`."""
-    type: str
-    value: Any
-    help: str
-    """The meaning of the setting, "" for an entry of a mapping."""
-
-
-def describe(section: Any, prefix: str = "") -> Iterator[Setting]:
-    """Yields every setting of a `Config`, or of one of its sections, in the order of the fields.
-
-    Args:
-      prefix: dotted name of the section, with a dot at its end; "" for the root.
-    """
-    for f in dataclasses.fields(section):
-        name, value = f"{prefix}{f.name}", getattr(section, f.name)
-        meaning = f.metadata.get("help", "")
-        if dataclasses.is_dataclass(value):
-            yield from describe(value, f"{name}.")
-        elif isinstance(value, Mapping) and value:
-            for key, entry in value.items():
-                if dataclasses.is_dataclass(entry):
-                    yield from describe(entry, f"{name}.{key}.")
-                else:
-                    yield Setting(f"{name}.{key}", type(entry).__name__, entry, meaning)
-        else:
-            yield Setting(name, getattr(f.type, "__name__", str(f.type)), value, meaning)
-
-
 def parse(config: Mapping[str, Any] | config_dict.ConfigDict) -> Config:
     """Returns the `Config` that `config` describes.
 

@@ -1,4 +1,4 @@
-"""Converts a checkpoint between big_vision .npz, Hugging Face directory, and orbax directory.
+"""Converts a checkpoint: big_vision .npz, Hugging Face directory, orbax directory.
 
 SRC is a checkpoint that `pg_ground.load` reads: an .npz, a Hugging Face directory, the working
 directory of a run, one checkpoint of a run, or an orbax directory. LoRA adapters are merged.

@@ -2,14 +2,14 @@
 
 A policy is a run (--workdir) or a checkpoint (--params). It answers the sources of config.eval.
 
-A file of predictions needs no model and no config: --predictions=FILE --benchmark=NAME --fields=….
+A file of predictions needs no model and no config: --predictions=FILE --benchmark=NAME --fields=F.
 The file is a JSON list, JSON lines, or an object with `results`. For a predictions.jsonl that this
 command has written, neither --benchmark nor --fields is needed. --fields=pred=a.b,gold=c says which
 fields of a record hold the prediction and the ground truth.
 
-Both ways write eval.json and predictions.jsonl to --out. For a policy, --out is the directory of the
-run or of the checkpoint if the flag is absent; for a file of predictions nothing is written then.
-docs/evaluation.md describes the benchmarks and their protocols.
+Both ways write eval.json and predictions.jsonl to --out. For a policy, --out is the directory of
+the run or of the checkpoint if the flag is absent; for a file of predictions nothing is written
+then. docs/evaluation.md describes the benchmarks and their protocols.
 """
 
 import json
@@ -104,9 +104,7 @@ def _evaluate_policy(args: cli.Arguments) -> None:
         run = {"params": str(path), "bad_records": evaluation.bad_records}
         document = benchmarks.make_report(evaluation.predictions) | {"run": run}
         write_results(out, document, evaluation.predictions)
-    multiprocess.print_once(
-        ascii_table(results_table("held out", {str(path): evaluation.metrics}))
-    )
+    multiprocess.print_once(ascii_table(results_table("held out", {str(path): evaluation.metrics})))
     multiprocess.print_once(str(out / "eval.json"))
 
 

@@ -1,6 +1,7 @@
-"""Draws the first examples of every source of a config on one HTML page, with the ground truth.
+"""Draws the first examples of every source of a config on one HTML page.
 
-Use it to check the paths and the box format of a source before a run. The page needs no other file.
+The ground truth is drawn too. Use the page to check the paths and the box format of a source before
+a run. The page needs no other file.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Packs the records of every source of a config into array_record files, with the images inside.
+"""Packs the records of a config into array_record files, with the images inside.
 
 Pods read these files fast. Each source becomes OUT/NAME-00000-of-00016.array_record and so on. The
 records keep their fields. The encoded bytes of the image replace its file name or its URL.

@@ -1,8 +1,8 @@
-"""Answers one prompt about one image: JSON with text, boxes and points on stdout, and the picture.
+"""Answers one prompt about one image, as JSON and as a picture.
 
 --params is a big_vision .npz, a Hugging Face directory, or a run. The tokenizer is read from the
 directory or the run if it has one. One prompt may name several things: --prompt="detect cat ; dog".
-Boxes and points are in pixels of the image.
+The JSON on stdout has text, boxes and points, in pixels of the image.
 """
 
 import json
@@ -30,7 +30,7 @@ COMMAND = cli.Command(
     name="predict",
     description=__doc__,
     needs="--params=PATH, --image=FILE and --prompt=TEXT",
-    example='--params=runs/quickstart --image=a.jpg --prompt="detect red circle" --out=drawn.png',
+    example='--params=runs/quickstart --image=a.jpg --prompt="detect circle" --out=out.png',
     define_flags=define_flags,
     required=("params", "image", "prompt"),
     takes_config=False,

@@ -1,7 +1,8 @@
-"""Downloads every image of a config that is a URL into the cache, so that a run needs no network.
+"""Downloads the images of a config into the cache, so that a run needs no network.
 
-Prints the number of URLs by outcome as JSON. The same command continues after an interruption. A URL
-that fails is counted and is no error, because training skips its records.
+An image is downloaded if its record names it by a URL. The command prints the number of URLs by
+outcome as JSON. The same command continues after an interruption. A URL that fails is counted and
+is no error, because training skips its records.
 """
 
 import json

@@ -1,7 +1,8 @@
-"""Writes a run as one HTML page: results, curves, a gallery of rollouts, settings, hardware, times.
+"""Writes one HTML page about a run, or about several runs.
 
-The page is made from the files of a run (config.json, metrics.jsonl, hardware.json, samples/). It
-needs no other file. Several runs share one page: their curves lie over one another, their results
+The page has results, curves, a gallery of rollouts, settings, hardware and times. It is made from
+the files of a run (config.json, metrics.jsonl, hardware.json, samples/), and a browser needs no
+other file to show it. Several runs share one page: their curves lie over one another, their results
 stand side by side, the settings that differ are listed, and each run has its gallery.
 """
 

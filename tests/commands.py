@@ -8,11 +8,13 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from pg_ground import cli
 from pg_ground.checkpoints.run_directory import newest
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +29,11 @@ def write_recipe(folder: Path, mine: str, recipe: str) -> str:
 
 def command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"pg_ground.{module}", *arguments]
+
+
+def call(module: ModuleType, *arguments: str) -> None:
+    """Runs the `main` of a command in this process, with a command line."""
+    module.main(cli.parse(module.COMMAND, arguments))
 
 
 def run(

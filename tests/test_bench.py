@@ -18,7 +18,7 @@ TINY = str(Path(__file__).parents[1] / "configs" / "tiny.py")
 
 @pytest.fixture(scope="module")
 def config() -> Config:
-    return cli.parse([f"--config={TINY}"], {})[0]
+    return cli.parse_config([f"--config={TINY}"])
 
 
 def minimum_work(config: Config, program: str, decode_steps: int) -> roofline.MinimumWork:

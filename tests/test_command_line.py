@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import assert_same_run, killed_and_resumed, rows, run, train_tiny
+from commands import ROOT, assert_same_run, killed_and_resumed, rows, run, train_tiny
 from PIL import Image
+
+from pg_ground.__main__ import COMMANDS
 
 STEPS = 12
 
@@ -139,27 +141,25 @@ def test_predict_answers_in_pixels_and_draws(straight, environment, tmp_path):
         assert picture.size[0] >= 90
 
 
-def test_the_package_lists_its_commands(environment):
+@pytest.mark.parametrize("command", [["-m", "pg_ground"], ["-m", "pg_ground", "--help"]])
+def test_the_package_lists_its_commands(environment, command):
     done = subprocess.run(
-        [sys.executable, "-m", "pg_ground"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, *command], env=environment, capture_output=True, text=True, check=True
     )
-    commands = [
-        "train",
-        "evaluate",
-        "report",
-        "predict",
-        "look",
-        "prefetch",
-        "pack",
-        "convert",
-        "compile",
-        "bench",
-    ]
-    assert [line.split(".")[-1] for line in done.stdout.splitlines()[::2]] == commands
+    names = re.findall(r"^  (\w+) ", done.stdout, re.M)
+    assert tuple(names) == COMMANDS
+
+
+def test_a_command_is_a_module_and_an_argument_of_the_package(environment):
+    outputs = [
+        subprocess.run(
+            [sys.executable, "-m", *program, "--help"],
+            env=environment, cwd=ROOT, capture_output=True, text=True, check=True,
+        ).stdout
+        for program in (["pg_ground.report"], ["pg_ground", "report"])
+    ]  # fmt: skip
+    assert outputs[0] == outputs[1]
+    assert outputs[0].startswith("Usage: pg-ground report ")
 
 
 ERRORS = {
@@ -200,7 +200,7 @@ ERRORS = {
     ),
     "an entry of an empty section": (
         ["--config=configs/tiny.py", "--config.eval.benchmarks.boxes=rec"],
-        r"config\.eval\.benchmarks is empty, and is filled in the config file: c\.eval\.benchmarks = \{'boxes': …\}",
+        r"config\.eval\.benchmarks is empty, and is filled in the config file: c\.eval\.bench",
     ),
     "a missing checkpoint": (
         ["--config=configs/tiny.py", "--config.init=none.npz"],

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import call
 
 from pg_ground import cli, compile, config
 from pg_ground.aot import compilation, tpu_specs
@@ -46,7 +47,7 @@ def compiled(out: Path, *flags: str) -> dict[str, Any]:
 
 
 def parsed(*flags: str, recipe: str = "configs/tpu.py") -> config.Config:
-    return cli.parse([f"--config={recipe}", *flags], {})[0]
+    return cli.parse_config([f"--config={recipe}", *flags])
 
 
 @pytest.mark.parametrize("name", ["v5e:2x3", "v7:2x4", "v5e", "", "0*v5e:2x4", "x*v5e:2x4"])
@@ -81,7 +82,7 @@ WRONG_FLAGS = {
 @pytest.mark.parametrize("message", WRONG_FLAGS)
 def test_wrong_settings_are_reported_before_anything_is_compiled(message, capsys):
     with pytest.raises(UserError, match=re.escape(message)):
-        compile.main(["--config=configs/tpu.py", *WRONG_FLAGS[message]])
+        call(compile, "--config=configs/tpu.py", *WRONG_FLAGS[message])
     assert capsys.readouterr().out == ""
 
 

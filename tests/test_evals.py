@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import call
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from pg_ground import evaluate as evaluate_command
 from pg_ground.boxes import host_boxes, iou
 from pg_ground.config import Source
 from pg_ground.data import run_lengths
@@ -24,8 +26,6 @@ from pg_ground.evals import (
     scoring,
 )
 from pg_ground.evals.intervals import intervals
-from pg_ground.evaluate import main as evaluate_command
-from pg_ground.parallel.multiprocess import ProcessGroup
 from pg_ground.rewards import locations, parsers
 from pg_ground.types import UserError
 
@@ -633,16 +633,14 @@ def test_flags_of_files_have_either_spelling(data, capsys, tmp_path):
             "--fields=pred=extracted_answer,gold=ground_truth",
             flag,
         ]
-        evaluate_command([*argv, f"--out={tmp_path}"], ProcessGroup(""))
+        call(evaluate_command, *argv, f"--out={tmp_path}")
         assert "acc50                 86.60 %" in capsys.readouterr().out
     assert json.loads((tmp_path / "eval.json").read_text())["acc50"] == 0.866
     with pytest.raises(UserError, match="did you mean xyxy_px"):
-        evaluate_command(
-            [
-                f"--predictions={path}",
-                "--benchmark=rec",
-                "--fields=pred=a,gold=b",
-                "--box-format=xyxy_pixel",
-            ],
-            ProcessGroup(""),
+        call(
+            evaluate_command,
+            f"--predictions={path}",
+            "--benchmark=rec",
+            "--fields=pred=a,gold=b",
+            "--box-format=xyxy_pixel",
         )

@@ -17,9 +17,9 @@ def test_a_file_is_written_in_one_step_and_leaves_no_temporary_file(tmp_path):
 
 def test_an_error_without_a_file_name_gets_one(tmp_path):
     path = tmp_path / "a.txt"
-    with pytest.raises(OSError, match=r"No space left on device: '.*a\.txt'") as caught:
-        with files.naming(path):
-            raise OSError(errno.ENOSPC, "No space left on device")
+    match = r"No space left on device: '.*a\.txt'"
+    with pytest.raises(OSError, match=match) as caught, files.naming(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
     assert caught.value.filename == str(path)
 
 

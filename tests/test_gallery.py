@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+from commands import call
 from PIL import Image
 
 from pg_ground import cli, config, look, tokenizer
@@ -137,5 +138,5 @@ def test_flags_that_cannot_be_used_end_in_one_line(tmp_path, flags):
         '    c.stages = ("sft",)\n    return c\n'
     )
     with pytest.raises(UserError, match=r"^--n is 0|^--out is"):
-        look.main([f"--config={recipe}", *flags])
-    assert cli.parse([f"--config={recipe}"], {})[0].sft.sources["toy"].boxes == "box"
+        call(look, f"--config={recipe}", *flags)
+    assert cli.parse_config([f"--config={recipe}"]).sft.sources["toy"].boxes == "box"

@@ -1,6 +1,7 @@
 """configs/tasks.py parses, reads the samples and trains; docs/ names every reward and algorithm, and its examples run."""
 
 import ast
+import importlib
 import json
 import re
 from pathlib import Path
@@ -31,7 +32,7 @@ REWARD_PAGE, ALGORITHM_PAGE = (
 
 
 def recipe(name: str, *flags: str) -> config.Config:
-    return cli.parse([f"--config={ROOT}/configs/tasks.py:{name}", *flags], {})[0]
+    return cli.parse_config([f"--config={ROOT}/configs/tasks.py:{name}", *flags])
 
 
 def picture(path: Path) -> str:
@@ -187,7 +188,7 @@ def printed() -> list[str]:
 @pytest.mark.parametrize("command", printed())
 def test_a_printed_command_names_settings_that_exist_and_the_data_it_needs(command):
     module, *flags = command.replace("=configs/", f"={ROOT}/configs/").split()
-    c, _ = cli.parse([flag for flag in flags if flag.startswith("--config")], {})
+    c = cli.parse_config([flag for flag in flags if flag.startswith("--config")])
     sections = {"sft": c.sft.sources, "grpo": c.grpo.sources, "eval": c.eval.sources}
     given = {flag.partition(".sources.")[2].partition("=")[0] for flag in flags}
     for section in {"look": sections, "train": (*c.stages, "eval"), "compile": ()}[module]:
@@ -202,17 +203,20 @@ def test_there_are_printed_commands():
     assert {command.split()[0] for command in printed()} >= {"train", "look"} and len(printed()) > 9
 
 
-def test_a_setting_in_a_sentence_has_a_name_and_a_value_that_exist():
+def test_a_setting_in_a_sentence_has_a_name_and_a_value_that_exist(tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        "from pg_ground import config\n\ndef get_config():\n    c = config.template()\n"
+        '    source = config.section(config.Source(uri="synthetic:train", boxes="box"))\n'
+        '    c.sft.sources = c.grpo.sources = c.eval.sources = {"boxes": source}\n    return c\n'
+    )
     found = re.findall(
         r"--(config\.(?!\w+\.sources)[\w.]+)=('[^']*'|[^\s`…]+)", "\n".join([*PAGES, *DOCSTRINGS])
     )
     assert len(found) > 12
     for name, value in found:
-        tree = config.template()
-        source = config.section(config.Source(uri="synthetic:train", boxes="box"))
-        tree.sft.sources = tree.grpo.sources = tree.eval.sources = {"boxes": source}
-        cli.override(tree, name, value.strip("'"))
-        config.parse(tree)
+        quote = "'"
+        cli.parse_config([f"--config={recipe}", f"--{name}={value.strip(quote)}"])
 
 
 def test_a_command_in_a_sentence_has_the_flags_without_which_it_does_not_run():
@@ -221,8 +225,10 @@ def test_a_command_in_a_sentence_has_the_flags_without_which_it_does_not_run():
     for program, flags in found:
         if program.startswith("-m") and not flags:
             continue  # the name of a program, not how it is called
-        path = f"pg_ground/{program.partition('.')[2]}.py" if program.startswith("-m") else program
-        required = re.findall(r'"(\w+)": (?:cli\.REQUIRED|required)', (ROOT / path).read_text())
+        if program.startswith("-m"):
+            required = importlib.import_module(program.split()[1]).COMMAND.required
+        else:
+            required = re.findall(r'"(\w+)": cli\.REQUIRED', (ROOT / program).read_text())
         assert not [name for name in required if f"--{name}=" not in flags], f"{program}{flags}"
 
 

@@ -1,0 +1,414 @@
+"""Laws of the command line: flags, settings, help, errors of one line, and exit codes."""
+
+import errno
+import importlib
+import re
+import sys
+
+import pytest
+from absl import flags
+from commands import ROOT, call
+
+from pg_ground import __main__ as program
+from pg_ground import cli, train
+from pg_ground.config import Source
+from pg_ground.reporting import progress
+from pg_ground.types import UserError
+
+TINY = f"--config={ROOT}/configs/tiny.py"
+
+RECIPE = """
+from pg_ground import config
+
+def get_config(argument="none"):
+    c = config.template()
+    source = config.section(config.Source(uri="synthetic:train", boxes="box"))
+    c.stages = ("grpo",)
+    c.grpo.sources = {"my-data": source}
+    c.grpo.rewards = {"iou": 1.0, "mine.py:centred": 0.5}
+    c.log.wandb = argument
+    return c
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_position():
+    progress.reset()
+    yield
+    progress.reset()
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """The flag of a recipe with keys that are not names of Python."""
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    return f"--config={tmp_path / 'recipe.py'}"
+
+
+def error_of(*argv: str) -> str:
+    """Returns the error of a command line of `train`."""
+    with pytest.raises(UserError) as caught:
+        cli.parse(train.COMMAND, argv)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# flags
+
+
+def test_a_value_stands_behind_an_equals_sign_or_a_space():
+    for argv in (
+        [TINY, "--workdir=a"],
+        ["--workdir", "a", *TINY.split("=")],
+        [TINY.replace("--", "-"), "-workdir", "a"],
+    ):
+        args = cli.parse(train.COMMAND, argv)
+        assert args.flags.workdir == "a"
+        assert args.config.sft.steps == 6
+
+
+def test_a_switch_needs_no_value():
+    for argv, value in (([], False), (["--dry_run"], True), (["--dry_run=false"], False)):
+        assert cli.parse(train.COMMAND, [TINY, *argv]).flags.dry_run is value
+
+
+def test_two_calls_share_nothing():
+    assert cli.parse(train.COMMAND, [TINY, "--workdir=a"]).flags.workdir == "a"
+    assert cli.parse(train.COMMAND, [TINY]).flags.workdir == ""
+    assert "workdir" not in flags.FLAGS
+
+
+def test_a_dash_in_a_flag_is_an_underscore():
+    from pg_ground import evaluate
+
+    for flag in ("--box-format=yxyx_px", "--box_format=yxyx_px"):
+        assert cli.parse(evaluate.COMMAND, [flag]).flags.box_format == "yxyx_px"
+
+
+def test_a_path_starts_at_the_home_directory(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.parse(train.COMMAND, [TINY, "--workdir=~/run"]).flags.workdir == f"{tmp_path}/run"
+    (tmp_path / "mine.py").write_text(RECIPE)
+    assert cli.parse_config(["--config=~/mine.py"]).stages == ("grpo",)
+
+
+def test_flags_of_a_script_have_the_types_of_their_defaults():
+    defaults = {"name": "a", "count": 3, "share": 0.5, "fast": False, "out": cli.REQUIRED}
+    values = cli.parse_script_flags(["--count=4", "--fast", "--out=b", "--share=1"], defaults)
+    assert values == {"name": "a", "count": 4, "share": 1.0, "fast": True, "out": "b"}
+    with pytest.raises(UserError, match="--out is needed"):
+        cli.parse_script_flags(["--count=4"], defaults)
+
+
+# settings
+
+
+def test_a_setting_may_stand_before_the_file_and_its_last_value_counts():
+    argv = ["--config.grpo.steps=3", TINY, "--config.grpo.steps=4", "--config.stages=sft,"]
+    settings = cli.parse_config([*argv, "--config.stages=grpo,"])
+    assert settings.grpo.steps == 4
+    assert settings.stages == ("grpo",)
+
+
+def test_the_last_file_counts(recipe):
+    assert cli.parse_config([TINY, recipe]).stages == ("grpo",)
+
+
+@pytest.mark.parametrize(
+    ("flag", "path", "value"),
+    [
+        ("grpo.temperature=2", "grpo.temperature", 2.0),
+        ("grpo.clip_low=0.1", "grpo.clip_low", 0.1),
+        ("eval.at_start=False", "eval.at_start", False),
+        ("eval.at_start=0", "eval.at_start", False),
+        ('stages=("sft",)', "stages", ("sft",)),
+        ("stages=sft,grpo", "stages", ("sft", "grpo")),
+        ("grpo.suppress_tokens=7", "grpo.suppress_tokens", (7,)),
+        ("log.profile_steps=(5, 6)", "log.profile_steps", (5, 6)),
+        ("mesh.compiler_options=a=1,b=2", "mesh.compiler_options", ("a=1", "b=2")),
+        ("lr_factors=(('.*', 0.5),)", "lr_factors", ((".*", 0.5),)),
+        ("checkpoint.best=-eval/boxes/acc50", "checkpoint.best", "-eval/boxes/acc50"),
+        ("init=", "init", ""),
+    ],
+)
+def test_a_value_has_the_type_of_its_setting(flag, path, value):
+    node = cli.parse_config([TINY, f"--config.{flag}"])
+    for name in path.split("."):
+        node = getattr(node, name)
+    assert node == value
+    assert type(node) is type(value)
+
+
+def test_a_key_may_be_any_text(recipe):
+    settings = cli.parse_config([recipe, "--config.grpo.sources.my-data.weight=2.0"])
+    source = Source(uri="synthetic:train", boxes="box", weight=2.0)
+    assert settings.grpo.sources == {"my-data": source}
+    assert settings.grpo.rewards == {"iou": 1.0, "mine.py:centred": 0.5}
+    settings = cli.parse_config([recipe, '--config.grpo.rewards["mine.py:centred"]=0.25'])
+    assert settings.grpo.rewards["mine.py:centred"] == 0.25
+
+
+def test_a_file_gets_its_argument(recipe):
+    assert cli.parse_config([f"{recipe}:project"]).log.wandb == "project"
+
+
+def test_a_file_that_changes_is_read_again(tmp_path, recipe):
+    assert cli.parse_config([recipe]).stages == ("grpo",)
+    (tmp_path / "recipe.py").write_text(RECIPE.replace("0.5", "0.7"))
+    assert cli.parse_config([recipe]).grpo.rewards["mine.py:centred"] == 0.7
+
+
+# errors
+
+ERRORS = {
+    "unknown flag": ([TINY, "--wrokdir=x"], "--wrokdir does not exist: did you mean workdir?"),
+    "no value": ([TINY, "--workdir"], "--workdir has no value: flags look like --name=value"),
+    "no file": (["--config"], "--config has no value: flags look like --name=value"),
+    "no value of a setting": (
+        [TINY, "--config.grpo.steps"],
+        "--config.grpo.steps has no value: flags look like --name=value",
+    ),
+    "misspelt setting": (
+        [TINY, "--config.grpo.group_sise=4"],
+        "config.grpo.group_sise does not exist: did you mean group_size?",
+    ),
+    "misspelt section": (
+        [TINY, "--config.gpro.group_size=4"],
+        "config.gpro does not exist: did you mean grpo?",
+    ),
+    "a word for a whole number": (
+        [TINY, "--config.grpo.steps=many"],
+        "--config.grpo.steps=many: it must be of type int",
+    ),
+    "a fraction for a whole number": (
+        [TINY, "--config.grpo.steps=4.5"],
+        "--config.grpo.steps=4.5: it must be of type int",
+    ),
+    "a word for a fraction": (
+        [TINY, "--config.grpo.temperature=a: b"],
+        "--config.grpo.temperature=a: b: it must be of type float",
+    ),
+    "a word for a switch": ([TINY, "--dry_run=mabye"], "--dry_run=mabye: it must be of type bool"),
+    "a word for a switch among the settings": (
+        [TINY, "--config.eval.at_start=mabye"],
+        "--config.eval.at_start=mabye: it must be of type bool",
+    ),
+    "a section": (
+        [TINY, "--config.checkpoint=4"],
+        "--config.checkpoint is a section: set one of best, every, keep",
+    ),
+    "a value as a section": (
+        [TINY, "--config.seed.a=4"],
+        "--config.seed.a: config.seed is a value, not a section",
+    ),
+    "an entry of an empty section": (
+        [TINY, "--config.eval.benchmarks.boxes=rec"],
+        "--config.eval.benchmarks.boxes: config.eval.benchmarks is empty, and is filled in the "
+        "config file: c.eval.benchmarks = {'boxes': …}",
+    ),
+    "no such file": (
+        ["--config=configs/nowhere.py"],
+        "--config=configs/nowhere.py: there is no file configs/nowhere.py",
+    ),
+    "a setting without a file": (
+        ["--config.seed=1"],
+        "--config.seed needs --config=FILE beside it",
+    ),
+    "no config": (
+        ["--workdir=x"],
+        "--config is needed: pg-ground train needs --config=FILE and --workdir=DIR (or --dry_run)",
+    ),
+    "no flag": ([TINY, "runs/x"], "'runs/x' is not a flag: flags look like --name=value"),
+    "a value that no run could use": (
+        [TINY, "--config.grpo.group_size=1"],
+        "config.grpo.group_size is 1: it must be at least 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_an_error_is_one_line_that_names_the_flag(name):
+    argv, text = ERRORS[name]
+    assert error_of(*argv).startswith(text)
+
+
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("1 +", r"does not run: SyntaxError: invalid syntax"),
+        ("import nowhere", r"does not run: ModuleNotFoundError: No module named 'nowhere'"),
+        ("def get_config():\n    raise ValueError('a\\nb')", r"does not run: ValueError: a b$"),
+        ("raise SystemExit(4)", r"does not run: SystemExit: 4"),
+        ("x = 1", r"has no function get_config"),
+        ("def get_config(a):\n    return a", r"does not run: TypeError: get_config\(\) missing"),
+    ],
+)
+def test_a_config_file_that_does_not_run_is_one_line(tmp_path, source, text):
+    file = tmp_path / "broken.py"
+    file.write_text(source)
+    assert re.search(rf"^--config={re.escape(str(file))}.*{text}", error_of(f"--config={file}"))
+
+
+@pytest.mark.parametrize("name", program.COMMANDS)
+def test_a_command_without_arguments_says_what_it_needs(name):
+    command = importlib.import_module(f"pg_ground.{name}").COMMAND
+    if name == "bench":
+        assert cli.parse(command, []).config.stages == ("sft", "grpo")
+        return
+    with pytest.raises(UserError) as caught:
+        cli.parse(command, [])
+    text = str(caught.value)
+    assert text.startswith(f"pg-ground {name} needs ")
+    assert text.endswith(f"; see pg-ground {name} --help")
+
+
+def test_paths_are_counted():
+    from pg_ground import convert
+
+    with pytest.raises(UserError, match="1 path given, but pg-ground convert SRC DST takes 2"):
+        call(convert, "a.npz")
+
+
+# help
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+@pytest.mark.parametrize("name", program.COMMANDS)
+def test_help_has_purpose_flags_example_and_settings(name, flag, capsys):
+    module = importlib.import_module(f"pg_ground.{name}")
+    with pytest.raises(SystemExit) as ended:
+        cli.parse(module.COMMAND, [flag])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert text.startswith(f"Usage: pg-ground {name} ")
+    assert module.__doc__.splitlines()[0] in text
+    assert "\n  -h, --help " in text
+    assert f"\nExample:\n  pg-ground {name} " in text
+    assert ("How settings are found:" in text) == module.COMMAND.takes_config
+    assert max(map(len, text.splitlines())) <= 100
+    own = flags.FlagValues()
+    module.define_flags(own)
+    for flag_name in own:
+        assert f"\n  --{flag_name}" in text
+        assert own[flag_name].help
+
+
+@pytest.mark.parametrize("name", program.COMMANDS)
+def test_the_example_of_a_help_can_be_parsed(name, monkeypatch):
+    module = importlib.import_module(f"pg_ground.{name}")
+    example = module.COMMAND.example.replace('"detect circle"', "detect")
+    monkeypatch.chdir(ROOT)
+    cli.parse(module.COMMAND, example.split())
+
+
+def test_help_with_a_config_lists_its_settings(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(train.COMMAND, ["--help", TINY, "--config.grpo.steps=77"])
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert any(line.startswith("config.grpo.steps = 77") for line in lines)
+    assert any(line.startswith("config.grpo.sources.boxes.boxes = 'box'") for line in lines)
+    assert any(line.startswith("config.grpo.rewards.iou = 1.0") for line in lines)
+
+
+def test_the_program_lists_its_commands(capsys):
+    for argv in ([], ["--help"], ["-h"]):
+        with pytest.raises(SystemExit) as ended:
+            program.main(argv)
+        assert ended.value.code == 0
+        text = capsys.readouterr().out
+        assert re.findall(r"^  (\w+) ", text, re.M) == list(program.COMMANDS)
+        assert max(map(len, text.splitlines())) <= 100
+
+
+def test_an_unknown_command_is_one_line(capsys):
+    with pytest.raises(SystemExit) as ended:
+        program.main(["trian"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: there is no command 'trian': did you mean train?\n"
+
+
+# ends
+
+
+def end_of(error: BaseException | None, capsys) -> tuple[int, list[str]]:
+    """Returns the exit code and the lines of stderr of a command that ends with `error`."""
+
+    def main(args: cli.Arguments) -> None:
+        if error is not None:
+            raise error
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run(train.COMMAND, main, [TINY])
+    return ended.value.code, capsys.readouterr().err.splitlines()
+
+
+def test_a_command_that_succeeds_ends_with_0(capsys):
+    assert end_of(None, capsys) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("config.a is\n  wrong"), "error: config.a is wrong"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "a.png"),
+            "error: [Errno 2] No such file or directory: 'a.png'",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/root/run"),
+            "error: [Errno 13] Permission denied: '/root/run'",
+        ),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_ends_with_2(error, line, capsys):
+    assert end_of(error, capsys) == (2, [line])
+
+
+def test_the_line_names_the_position_of_a_run(capsys):
+    progress.set_step("grpo", 141)
+    with progress.phase("score"):
+        code, lines = end_of(UserError("a reward fails"), capsys)
+    assert (code, lines) == (2, ["error: a reward fails (at step 141 of grpo, phase score)"])
+
+
+def test_a_full_disk_ends_with_1_and_names_the_file(capsys):
+    error = OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl")
+    code, lines = end_of(error, capsys)
+    assert code == 1
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == (
+        "error: OSError: [Errno 28] No space left on device: 'runs/a/metrics.jsonl' (process 0)"
+    )
+
+
+def test_a_fault_of_the_program_ends_with_1_a_traceback_and_the_position(capsys):
+    progress.set_step("sft", 3)
+    with pytest.raises(ZeroDivisionError), progress.phase("update"):
+        raise ZeroDivisionError
+    code, lines = end_of(ValueError("shapes\ndiffer"), capsys)
+    assert code == 1
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1] == (
+        "error: ValueError: shapes differ (process 0, at step 3 of sft, phase update)"
+    )
+
+
+def test_an_interrupt_is_raised(capsys):
+    with pytest.raises(KeyboardInterrupt):
+        cli.run(train.COMMAND, interrupted, [TINY])
+
+
+def interrupted(_: cli.Arguments) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_script_ends_as_a_command_does(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["versus.py", "--a=1"])
+
+    def main(argv):
+        cli.parse_script_flags(argv, {"b": 0})
+
+    with pytest.raises(SystemExit) as ended:
+        cli.run_script(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: --a does not exist: there are b, help\n"
