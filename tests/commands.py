@@ -1,5 +1,6 @@
 """The commands as a user starts them, and what two runs are compared by."""
 
+import importlib
 import json
 import signal
 import subprocess
@@ -8,7 +9,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 
 import jax
 import numpy as np
@@ -31,8 +31,9 @@ def command(module: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", f"pg_ground.{module}", *arguments]
 
 
-def call(module: ModuleType, *arguments: str) -> None:
+def call(name: str, *arguments: str) -> None:
     """Runs the `main` of a command in this process, with a command line."""
+    module = importlib.import_module(f"pg_ground.{name}")
     module.main(cli.parse(module.COMMAND, arguments))
 
 

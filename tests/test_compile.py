@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from commands import call
 
-from pg_ground import cli, compile, config
+from pg_ground import cli, config
 from pg_ground.aot import compilation, tpu_specs
 from pg_ground.aot.jobs import make_programs
 from pg_ground.aot.tpu_specs import CHIPS, GIB, TOPOLOGIES
@@ -82,7 +82,7 @@ WRONG_FLAGS = {
 @pytest.mark.parametrize("message", WRONG_FLAGS)
 def test_wrong_settings_are_reported_before_anything_is_compiled(message, capsys):
     with pytest.raises(UserError, match=re.escape(message)):
-        call(compile, "--config=configs/tpu.py", *WRONG_FLAGS[message])
+        call("compile", "--config=configs/tpu.py", *WRONG_FLAGS[message])
     assert capsys.readouterr().out == ""
 
 

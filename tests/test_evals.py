@@ -10,7 +10,6 @@ from commands import call
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pg_ground import evaluate as evaluate_command
 from pg_ground.boxes import host_boxes, iou
 from pg_ground.config import Source
 from pg_ground.data import run_lengths
@@ -633,12 +632,12 @@ def test_flags_of_files_have_either_spelling(data, capsys, tmp_path):
             "--fields=pred=extracted_answer,gold=ground_truth",
             flag,
         ]
-        call(evaluate_command, *argv, f"--out={tmp_path}")
+        call("evaluate", *argv, f"--out={tmp_path}")
         assert "acc50                 86.60 %" in capsys.readouterr().out
     assert json.loads((tmp_path / "eval.json").read_text())["acc50"] == 0.866
     with pytest.raises(UserError, match="did you mean xyxy_px"):
         call(
-            evaluate_command,
+            "evaluate",
             f"--predictions={path}",
             "--benchmark=rec",
             "--fields=pred=a,gold=b",

@@ -8,7 +8,7 @@ import pytest
 from commands import call
 from PIL import Image
 
-from pg_ground import cli, config, look, tokenizer
+from pg_ground import cli, config, tokenizer
 from pg_ground.data.records import BadRecord
 from pg_ground.reporting import drawing, gallery
 from pg_ground.types import BOXES, POINTS, Boxes, Example, Points, UserError
@@ -138,5 +138,5 @@ def test_flags_that_cannot_be_used_end_in_one_line(tmp_path, flags):
         '    c.stages = ("sft",)\n    return c\n'
     )
     with pytest.raises(UserError, match=r"^--n is 0|^--out is"):
-        call(look, f"--config={recipe}", *flags)
+        call("look", f"--config={recipe}", *flags)
     assert cli.parse_config([f"--config={recipe}"]).sft.sources["toy"].boxes == "box"

@@ -16,7 +16,6 @@ import pytest
 from commands import call, killed_and_resumed, train_tiny
 from PIL import Image
 
-from pg_ground import report as report_command
 from pg_ground.reporting import drawing, metric_writers, report
 from pg_ground.types import UserError
 
@@ -319,7 +318,7 @@ def test_samples_later_than_a_checkpoint_are_forgotten(tmp_path):
 def test_several_runs_are_compared(tmp_path, capsys):
     runs = [write_run(tmp_path / "a" / "run"), write_run(tmp_path / "b" / "run", seed=1)]
     out = tmp_path / "both.html"
-    call(report_command, f"--workdir={runs[0]}", "--workdir", str(runs[1]), f"--out={out}")
+    call("report", f"--workdir={runs[0]}", "--workdir", str(runs[1]), f"--out={out}")
     assert capsys.readouterr().out == f"{out}\n"
     text = out.read_text(encoding="utf-8")
     data = embedded(text)
@@ -332,13 +331,13 @@ def test_several_runs_are_compared(tmp_path, capsys):
     differs = re.search(r"<h3>What differs</h3>.*?</table>", text, re.S)
     assert differs and re.findall(r"<td[^>]*>([^<]*)", differs[0]) == ["seed", "0", "1"]
     assert "a/run, after grpo" in html.unescape(text)
-    call(report_command, str(runs[0]), str(runs[1]), f"--out={tmp_path / 'again.html'}")
+    call("report", str(runs[0]), str(runs[1]), f"--out={tmp_path / 'again.html'}")
     assert (tmp_path / "again.html").read_text(encoding="utf-8") == text
 
 
 def test_the_command_rebuilds_the_page_of_a_run(workdir, page, capsys):
     (workdir / "report.html").unlink()
-    call(report_command, f"--workdir={workdir}")
+    call("report", f"--workdir={workdir}")
     assert capsys.readouterr().out == f"{workdir / 'report.html'}\n"
     assert (workdir / "report.html").read_text(encoding="utf-8") == page
 
@@ -352,10 +351,10 @@ def test_what_cannot_be_reported_ends_in_one_line(tmp_path):
         ([str(run), str(tmp_path)], "--out=FILE is needed"),
     ):
         with pytest.raises(UserError, match=said):
-            call(report_command, *flags)
+            call("report", *flags)
     (run / "samples" / "grpo_00000150.json").write_text("{torn")
     with pytest.raises(UserError, match=r"grpo_00000150\.json is not JSON"):
-        call(report_command, str(run))
+        call("report", str(run))
 
 
 # --- with a run ---
@@ -649,7 +648,7 @@ def test_the_page_fits_its_screen(browser, workdir, page, viewport, scheme):
 @pytest.mark.needs("playwright")
 def test_a_comparison_overlays_curves_and_has_a_gallery_for_each_run(browser, tmp_path):
     runs = [write_run(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "two"))]
-    call(report_command, *map(str, runs), f"--out={tmp_path / 'both.html'}")
+    call("report", *map(str, runs), f"--out={tmp_path / 'both.html'}")
     with Opened(browser, tmp_path / "both.html", PHONE) as opened:
         plot = opened.get_by_role("slider", name="Reward: total")
         assert plot.get_attribute("aria-valuetext") == "step 200: one 1, two 1"
