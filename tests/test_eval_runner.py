@@ -1,0 +1,158 @@
+"""The evaluation of a policy on held-out sources, from questions to metrics."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import PG1
+
+from pg_ground import config
+from pg_ground.config import Source
+from pg_ground.data.pipeline import BadRecords
+from pg_ground.evals import runner, scoring
+from pg_ground.evals.prediction_files import Formats
+from pg_ground.evals.programs import Completions, EvalPrograms, make_eval_programs
+from pg_ground.evals.runner import EvalContext, Evaluation
+from pg_ground.models import PaliGemma
+from pg_ground.parallel import sharding
+from pg_ground.rewards import device_rewards
+from pg_ground.tokenizer import Tokenizer
+from pg_ground.tokenizer import load as load_tokenizer
+from pg_ground.types import Batch, Rollout, UserError
+
+SCENES = "synthetic:heldout?side=32&shapes=2&scenes=10"
+BOXES = Source(uri=SCENES, boxes="box")
+SOURCES = {
+    "boxes": BOXES,
+    "points": Source(uri=SCENES, target="points", boxes="box", points="point"),
+    "count": dataclasses.replace(BOXES, suffix="count"),
+    "json": dataclasses.replace(BOXES, suffix="json"),
+    "text": Source(uri=SCENES, target="text", suffix="{phrase}"),
+    "detected": BOXES,
+    "environment": BOXES,
+}
+BENCHMARKS = {"detected": "detection", "environment": "environment"}
+DATA = config.Data(prompt_length=12, suffix_length=48)
+SETTINGS = config.Eval(
+    sources=SOURCES, benchmarks=BENCHMARKS, examples=6, batch_size=4, rollouts=2, perplexity=True
+)
+PERFECT = {
+    "boxes@6/acc95": 1,
+    "points@6/f1": 1,
+    "count@6/accuracy": 1,
+    "json@6/acc75": 1,
+    "text@6/accuracy": 1,
+    "detected@6/ap75": 1,
+    "environment@6/pass@1": 1,
+}
+"""Metrics of a policy that writes the ground truth."""
+
+
+def copying_programs(tokenizer: Tokenizer, settings: config.Eval) -> EvalPrograms:
+    """Returns the programs of a policy that writes the ground-truth suffix of every question."""
+    sizes = dataclasses.replace(PG1.text, vocab_size=tokenizer.vocab.size)
+    model = PaliGemma(dataclasses.replace(PG1, text=sizes))
+    programs = make_eval_programs(
+        model, tokenizer.vocab, settings, {"iou": 1.0}, config.RewardSettings()
+    )
+
+    def answer(_: Any, batch: Batch, temperature: Any, key: Any, group_size: int) -> Completions:
+        def repeat(x: Any) -> Any:
+            return jnp.repeat(jnp.asarray(x)[:, None], group_size, axis=1)
+
+        tokens, mask = repeat(batch.suffix), repeat(batch.suffix_mask)
+        parsed = device_rewards.read_answer(
+            tokens, mask, batch.gold.target, batch.gold.names, tokenizer.vocab
+        )
+        logps = jnp.where(mask, -1.0, 0.0)
+        confidence = device_rewards.confidence(tokens, mask, logps, tokenizer.vocab)
+        rollout = Rollout(tokens, mask, logps, loss_mask=mask)
+        return Completions(rollout, ~parsed.grammatical, ~parsed.finished, confidence)
+
+    def suffix_nll(_: Any, batch: Batch) -> Any:
+        return jnp.asarray(batch.suffix_mask).sum(axis=-1).astype(jnp.float32)
+
+    return programs._replace(
+        answer=jax.jit(answer, static_argnames="group_size"), suffix_nll=jax.jit(suffix_nll)
+    )
+
+
+@pytest.fixture(scope="module")
+def evaluation() -> Evaluation:
+    tokenizer = load_tokenizer()
+    mesh = sharding.make_mesh(config.Mesh(data=2))
+    context = EvalContext(SETTINGS, DATA, 0, tokenizer, mesh, BadRecords())
+    sources = runner.open_eval_sources(SETTINGS, DATA, PG1.image_size)
+    return runner.evaluate_sources(copying_programs(tokenizer, SETTINGS), {}, sources, context)
+
+
+@pytest.mark.parametrize("name", PERFECT)
+def test_a_policy_that_writes_the_ground_truth_is_perfect(evaluation, name):
+    source, metric = name.split("/")
+    for prefix in ("", "sampled_"):
+        assert evaluation.metrics[f"eval/{source}/{prefix}{metric}"] == PERFECT[name]
+
+
+def test_every_question_has_one_row_for_each_answer(evaluation):
+    assert len(evaluation.predictions) == len(SOURCES) * 6 * (1 + SETTINGS.rollouts)
+    keys = {
+        (row["source"], row["id"], row["mode"], row["rollout"]) for row in evaluation.predictions
+    }
+    assert len(keys) == len(evaluation.predictions)
+    modes = [row["mode"] for row in evaluation.predictions]
+    assert modes.count("greedy") == len(SOURCES) * 6
+    assert evaluation.bad_records == {}
+
+
+def test_optional_fields_of_rows(evaluation):
+    for row in evaluation.predictions:
+        assert ("reward" in row) == (row["benchmark"] == "environment")
+        assert ("suffix_nll" in row) == (row["mode"] == "greedy")
+        for box in row["prediction"].get("boxes", []):
+            assert ("score" in box) == (row["benchmark"] == "detection")
+    # one nat for each token
+    assert evaluation.metrics["eval/boxes@6/suffix_perplexity"] == pytest.approx(np.e)
+
+
+def test_metrics_follow_from_the_written_rows(evaluation, tmp_path):
+    scoring.write_results(tmp_path, {}, evaluation.predictions)
+    report, scored = scoring.rescore(tmp_path / "predictions.jsonl", "", {}, Formats())
+    assert scored == evaluation.predictions
+    assert report.items() >= evaluation.metrics.items()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"benchmarks": {"box": "rec"}}, "there is no source box in config.eval: boxes, points"),
+        ({"benchmarks": {"boxes": "recc"}}, "eval.benchmarks.boxes 'recc' does not exist"),
+        ({"benchmarks": {"boxes": "segmentation"}}, "needs config.eval.vqvae=vae-oid.npz"),
+    ],
+)
+def test_a_wrong_benchmark_is_refused(settings: Mapping[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        runner.open_eval_sources(dataclasses.replace(SETTINGS, **settings), DATA, PG1.image_size)
+
+
+def test_the_default_benchmark_follows_from_the_source():
+    for source, name in (
+        (Source(), "rec"),
+        (Source(target="points"), "pointing"),
+        (Source(suffix="count"), "counting"),
+        (Source(target="text", suffix="{answer}"), "text"),
+        (Source(suffix="json"), "rec"),
+    ):
+        assert runner.default_benchmark(source) == name
+
+
+def test_rows_carry_the_name_of_a_whole_benchmark_only():
+    row = {"benchmark": "refcoco_val", "mode": "greedy", "id": 0, "gold": {"boxes": [0]}}
+    renamed = runner.with_benchmark_name([row], is_configured=True)
+    assert renamed[0]["benchmark"] == "refcoco_val@1"
+    row |= {"benchmark": "rec", "gold": {"boxes": []}}
+    renamed = runner.with_benchmark_name([row], is_configured=False)
+    assert renamed[0]["benchmark"] == "objects"
