@@ -20,7 +20,7 @@ from pg_ground.config import Source
 from pg_ground.types import UserError
 
 ENTRIES: dict[str, Source] = {
-    # ---- Referring expressions: one question for each sentence.
+    # ---- Referring expressions: one question for each sentence ----
     # Files of the UNC refer toolkit: refcoco, refcoco+, refcocog, or big_vision's combined set.
     "refcoco_refer": Source(
         uri="refer:DIR?dataset=refcoco&split_by=unc&split=train&images=DIR/images/train2014",
@@ -64,8 +64,8 @@ ENTRIES: dict[str, Source] = {
         box_format="xywh_px",
         prompt="detect {phrase}",
     ),
-    # ---- Points and counts.
-    # Points are percents, although the dataset card says otherwise. Images have an address and hash.
+    # ---- Points and counts ----
+    # Points are percents, although the dataset card says otherwise.
     "pixmo_points": Source(
         uri="hf:allenai/pixmo-points@train",
         image="image_url",
@@ -103,7 +103,7 @@ ENTRIES: dict[str, Source] = {
         suffix="{answer}",
         name="",
     ),
-    # ---- Several objects.
+    # ---- Several objects ----
     # One question for each image and category.
     "coco_detection": Source(
         uri="coco:DIR/annotations/instances_train2017.json?ask=category&images=DIR/train2017",
@@ -149,7 +149,7 @@ ENTRIES: dict[str, Source] = {
         empty="keep",
         prompt="{phrase}",
     ),
-    # ---- Interfaces.
+    # ---- Interfaces ----
     # One question for each element of a screenshot.
     "gui_boxes": Source(
         uri="jsonl:gui.jsonl",

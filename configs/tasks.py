@@ -38,8 +38,8 @@ relations           Made from scenes, so labels fit the question (20). The scene
                     {"name": "vase", "box": [x1, y1, x2, y2], "depth": 1.2}, …]}.
 
 To start from published weights, add a recipe of configs/paligemma.py to the argument, for example
-`configs/tasks.py:grounding+pg2_3b_448`, and set `--config.init=… --config.data.tokenizer=…`. If the
-weights know the form of the answer, skip SFT: `--config.stages=grpo,`.
+`configs/tasks.py:grounding+pg2_3b_448`, and set `--config.init=… --config.data.tokenizer=…`.
+If the weights know the form of the answer, skip SFT: `--config.stages=grpo,`.
 
 Hardware: any CPU. Time: two to six minutes on two busy cores. Expected: from random weights the
 model learns the form of an answer and little more.
@@ -101,7 +101,7 @@ SYNTHETIC_GROUNDING = {"algorithm": "grpo", "group_size": 8}
 
 RLLAVA = {
     "algorithm": "dual_clip",
-    "kl": "k3",
+    "kl_estimator": "k3",
     "kl_coef": 0.01,
     "advantage_epsilon": 1e-6,
     "minibatches": 4,
@@ -111,7 +111,7 @@ RLLAVA = {
 
 EASYDISTILL = {
     "algorithm": "grpo",
-    "kl": "k3",
+    "kl_estimator": "k3",
     "kl_coef": 0.04,
     "advantage_epsilon": 1e-4,
     "group_size": 8,
@@ -119,7 +119,7 @@ EASYDISTILL = {
 
 REINFORCESIGHT = {
     "algorithm": "grpo",
-    "kl": "k3",
+    "kl_estimator": "k3",
     "kl_coef": 0.12,
     "group_size": 8,
     "optimizer": {"weight_decay": 0.01, "clip_norm": 0.5},
