@@ -97,7 +97,7 @@ def test_without_libtpu_the_memory_model_answers(monkeypatch, capsys, prompts, c
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     flags = ["--topology=v5e:2x4", f"--config.grpo.batch_size={prompts}"]
     with pytest.raises(SystemExit) as ended:
-        compile.main(["--config=configs/tpu.py", *flags])
+        call("compile", "--config=configs/tpu.py", *flags)
     assert ended.value.code == code
     output = capsys.readouterr().out
     assert "GiB per device, by arithmetic" in output
