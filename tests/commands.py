@@ -1,6 +1,7 @@
 """The commands as a user starts them, and what two runs are compared by."""
 
 import importlib
+import io
 import json
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import jax
@@ -35,6 +37,18 @@ def call(name: str, *arguments: str) -> None:
     """Runs the `main` of a command in this process, with a command line."""
     module = importlib.import_module(f"pg_ground.{name}")
     module.main(cli.parse(module.COMMAND, arguments))
+
+
+def run_here(name: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Runs a command in this process, to its exit code. A new process imports the package for 2 s."""
+    module = importlib.import_module(f"pg_ground.{name}")
+    stdout, stderr = io.StringIO(), io.StringIO()
+    try:
+        with redirect_stdout(stdout), redirect_stderr(stderr), chdir(cwd):
+            cli.run(module.COMMAND, module.main, arguments)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    return subprocess.CompletedProcess(list(arguments), code, stdout.getvalue(), stderr.getvalue())
 
 
 def run(

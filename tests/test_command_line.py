@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ROOT, assert_same_run, killed_and_resumed, rows, run, train_tiny
+from commands import ROOT, assert_same_run, killed_and_resumed, rows, run, run_here, train_tiny
 from PIL import Image
 
 from pg_ground.__main__ import COMMANDS
@@ -210,9 +210,9 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_bad_input_ends_in_one_line_and_exit_code_2(name, environment, tmp_path):
+def test_bad_input_ends_in_one_line_and_exit_code_2(name, tmp_path):
     arguments, message = ERRORS[name]
-    done = run(environment, "train", *arguments, f"--workdir={tmp_path / 'run'}")
+    done = run_here("train", *arguments, f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert re.search(message, done.stderr), done.stderr

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import ROOT, arrays, assert_same_run, killed_and_resumed, rows, run
+from commands import ROOT, arrays, assert_same_run, killed_and_resumed, rows, run, run_here
 from conftest import random_params
 
 from pg_ground import config
@@ -250,11 +250,8 @@ def test_parts_can_be_frozen_and_slowed_by_pattern(environment, base, tmp_path):
         ),
     ],
 )
-def test_settings_that_do_not_fit_the_checkpoint_end_in_one_line(
-    environment, base, tmp_path, flags, said
-):
-    done = run(
-        environment,
+def test_settings_that_do_not_fit_the_checkpoint_end_in_one_line(base, tmp_path, flags, said):
+    done = run_here(
         "train",
         "--config=configs/tiny.py",
         f"--config.init={base[0]}",

@@ -5,7 +5,15 @@ import re
 from pathlib import Path
 
 import pytest
-from commands import assert_same_run, killed_and_resumed, rows, run, train_tiny, write_recipe
+from commands import (
+    assert_same_run,
+    killed_and_resumed,
+    rows,
+    run,
+    run_here,
+    train_tiny,
+    write_recipe,
+)
 
 RECIPE = """
 import runpy
@@ -114,14 +122,14 @@ def test_a_reward_that_always_fails_ends_the_run(environment, tmp_path):
     )
 
 
-def test_an_unknown_text_reward_is_refused_before_anything_is_written(environment, tmp_path):
+def test_an_unknown_text_reward_is_refused_before_anything_is_written(tmp_path):
     (tmp_path / "recipe.py").write_text(
         "import runpy\n\ndef get_config():\n"
         '    c = runpy.run_path("configs/tiny.py")["get_config"]().unlock()\n'
         '    c.grpo.text_rewards = {"count_exactly": 1.0}\n'
         "    return c.lock()\n"
     )
-    done = train_tiny(environment, tmp_path / "run", f"--config={tmp_path / 'recipe.py'}")
+    done = run_here("train", f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 2 and "did you mean count_exact?" in done.stderr, done.stderr
     assert not (tmp_path / "run").exists()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import run
+from commands import run, run_here
 from conftest import PG1, random_params
 from PIL import ExifTags, Image
 
@@ -123,7 +123,7 @@ def test_the_command_prints_json_and_draws_a_picture_that_opens(params, tmp_path
         picture.load()
 
 
-def test_what_cannot_be_used_ends_in_one_line(params, tmp_path, environment):
+def test_what_cannot_be_used_ends_in_one_line(params, tmp_path):
     photograph(tmp_path / "a.jpg")
     data = (tmp_path / "a.jpg").read_bytes()
     (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
@@ -136,7 +136,7 @@ def test_what_cannot_be_used_ends_in_one_line(params, tmp_path, environment):
         ({"params": tmp_path / "none"}, "no such file or directory"),
     ):
         flags = [f"--{name}={value}" for name, value in (good | flags).items()]
-        done = run(environment, "predict", *flags, f"--out={tmp_path / 'o.png'}")
+        done = run_here("predict", *flags, f"--out={tmp_path / 'o.png'}")
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, (
             done.stderr
         )

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from commands import run_here
 from conftest import PG1, PG2, random_params
 from jax.sharding import PartitionSpec
 from scipy import ndimage
@@ -480,7 +481,7 @@ def test_nothing_is_overwritten_and_nothing_left_half_written(saved, tmp_path, m
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["only"], "1 paths are given, but python -m pg_ground.convert SRC DST takes two"),
+        (["only"], "1 path given, but pg-ground convert SRC DST takes 2"),
         (["nowhere.npz", "b"], "nowhere.npz: no such file"),
         (
             ["nowhere.npz", "b", "--dtype=int8"],
@@ -490,10 +491,7 @@ def test_nothing_is_overwritten_and_nothing_left_half_written(saved, tmp_path, m
     ],
 )
 def test_the_command_ends_in_one_line(tmp_path, arguments, said):
-    done = subprocess.run(
-        [sys.executable, "-m", "pg_ground.convert", *arguments],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}, cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
+    done = run_here("convert", *arguments, cwd=tmp_path)
     assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, (
         done.stderr
     )
