@@ -1,10 +1,11 @@
-"""What sharing the prefix is worth: sampling and a gradient with it once per prompt, against once per completion.
+"""Measures what the shared prefix saves: sampling and a gradient with and without it.
 
 python benchmarks/prefix.py [--repeats=5]
 
-The same functions of the same tiny PaliGemma (96 px, 144 image tokens, 4 + 4 layers of width 128), given 4 prompts x 8
-completions or 32 prompts x 1. Needs nothing that pg_ground does not, so CI prints it at each change; it never fails there. A
-minute on two CPU cores.
+The same functions of the same tiny PaliGemma (96 px, 144 image tokens, 4 + 4 layers of width 128)
+compute 4 prompts x 8 completions, or 32 prompts x 1 completion. The first computes each prefix once
+per prompt, the second once per completion. This needs no other package, so CI prints it at each
+change, without a limit. It takes a minute on two CPU cores.
 """
 
 import statistics
@@ -21,48 +22,59 @@ from pg_ground import cli, config
 from pg_ground.models import PaliGemma
 from pg_ground.rl.rollout import sample
 
-sys.path.insert(
-    0, str(Path(__file__).parent / "peers")
-)  # they are programs, and import one another as such
+# The peers are programs, and import one another as top-level modules.
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
 import ours
 from work import Work
 
-PROMPTS, GROUP, TOKENS = 4, 8, 16
+PROMPTS, GROUP, TOKENS, PROMPT_TOKENS = 4, 8, 16, 16
+
+WORK = Work(
+    size="tiny",
+    prompts=PROMPTS,
+    group=GROUP,
+    tokens=TOKENS,
+    prompt_tokens=PROMPT_TOKENS,
+    dtype="float32",
+    checkpointing=True,
+    device="cpu",
+    threads=0,
+    grad_accum_steps=1,
+    variant="",
+)
 
 
 def main(argv: Sequence[str]) -> None:
-    own = cli.parse_script_flags(argv, {"repeats": 5})
-    w = Work("tiny", PROMPTS, GROUP, TOKENS, 16, "float32", True, "cpu", 0, 1, "")
-    model = PaliGemma(config.parse(ours.recipe(w)).model)
+    flags = cli.parse_script_flags(argv, {"repeats": 5})
+    model = PaliGemma(config.parse(ours.recipe(WORK)).model)
     params = jax.jit(model.init)(jax.random.key(0))
     image = jax.random.uniform(jax.random.key(1), (PROMPTS, 96, 96, 3), minval=-1)
-    prompt = jax.random.randint(jax.random.key(2), (PROMPTS, 16), 109, 900)
-    once = (image, prompt, jnp.ones(prompt.shape, bool))
-    each = jax.tree.map(lambda leaf: jnp.repeat(leaf, GROUP, axis=0), once)
+    prompt = jax.random.randint(jax.random.key(2), (PROMPTS, PROMPT_TOKENS), 109, 900)
+    shared = (image, prompt, jnp.ones(prompt.shape, bool))
+    repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf, GROUP, axis=0), shared)
 
-    def loss(params: Any, given: Any, tokens: jax.Array) -> jax.Array:
-        image, prompt, mask = given
-        return model.completion_logps(
-            params, image, prompt, mask, tokens, jnp.ones(tokens.shape, bool)
-        )[0].mean()
+    def loss(params: Any, inputs: Any, tokens: jax.Array) -> jax.Array:
+        mask = jnp.ones(tokens.shape, bool)
+        return model.completion_logps(params, *inputs, tokens, mask)[0].mean()
 
-    def draw(params: Any, given: Any, key: jax.Array, group: int) -> Any:
-        image, prompt, mask = given
-        return sample(model, params, image, prompt, mask, key, group, TOKENS)
+    def rollout(params: Any, inputs: Any, key: jax.Array, group: int) -> Any:
+        return sample(model, params, *inputs, key, group, TOKENS)
 
-    gradient, roll = jax.jit(jax.grad(loss)), jax.jit(draw, static_argnums=3)
-    times: dict[str, list[float]] = {"once": [], "each": []}
-    ways = {"once": (once, GROUP), "each": (each, 1)}
-    for turn in range(own["repeats"] + 1):
-        for name, (given, group) in ways.items():
+    gradient = jax.jit(jax.grad(loss))
+    rollout = jax.jit(rollout, static_argnums=3)
+    variants = {"shared": (shared, GROUP), "repeated": (repeated, 1)}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(flags["repeats"] + 1):
+        for name, (inputs, group) in variants.items():
             start = time.process_time()
-            rollout = roll(params, given, jax.random.key(turn), group)
-            jax.block_until_ready(gradient(params, given, rollout.tokens))
-            if turn:  # the first compiles
-                times[name].append(time.process_time() - start)
-    shared, repeated = (statistics.median(times[name]) for name in ways)
+            completions = rollout(params, inputs, jax.random.key(number), group)
+            jax.block_until_ready(gradient(params, inputs, completions.tokens))
+            if number:  # the first run compiles
+                seconds[name].append(time.process_time() - start)
+    once, each = (statistics.median(seconds[name]) for name in variants)
     print(
-        f"prefix once per prompt {shared:.3f} CPU s, once per completion {repeated:.3f}: {repeated / shared:.1f} times"
+        f"prefix once per prompt {once:.3f} CPU s, once per completion {each:.3f}: "
+        f"{each / once:.1f} times"
     )
 
 

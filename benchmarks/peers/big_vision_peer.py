@@ -1,11 +1,14 @@
-"""A GRPO step of big_vision's own parts: its PaliGemma, its decode loop, and an update such as its trainer's.
+"""A GRPO step of big_vision's own parts: its PaliGemma, its decode loop, and its trainer's update.
 
-`variant` is empty for a whole step, or decode for sampling alone. What its configs choose for PaliGemma is chosen here too:
-layers scanned, a cache as long as prompt and completion. Its trainer's update is a function inside of `main` that nobody can
-call, so the loss is written here in the same way: log_softmax and one-hot, on one row for each completion. big_vision has no
-groups: an image and its prompt are repeated for each completion (`best_of_n` of its decode loop repeats the cache instead, but
-hands back only the likeliest). Its decoder's activations are float32 whatever the work says; its cache, bfloat16 unless told, is
-as the work says.
+`variant` is empty for a whole step, or decode for sampling alone. The choices of big_vision's
+PaliGemma configs are made here too: layers are scanned, and the cache is as long as prompt and
+completion. The update of its trainer is a function inside `main` that nobody can call. Therefore the
+loss is written here in the same way: log_softmax and one-hot, on one row for each completion.
+
+big_vision has no groups, so an image and its prompt are repeated for each completion. (`best_of_n`
+of its decode loop repeats the cache instead, but returns only the likeliest completion.) Its
+decoder's activations are always float32. Its cache has the dtype of the work; big_vision's default
+is bfloat16.
 """
 
 import sys
@@ -22,167 +25,203 @@ from work import (
     KL_COEF,
     LOC,
     LR,
-    Laps,
+    PhaseTimer,
     Work,
-    asked,
     peak_rss,
+    read_work,
     reset_peak_rss,
-    say,
+    send,
     versions,
-    work,
+    wait_for_request,
 )
 
-BOS, NEWLINE, NO_TOKEN = 2, 108, -1
-HOW = (
-    "git clone https://github.com/google-research/big_vision; git -C big_vision checkout 0127fb6; pip install tensorflow; "
-    "then --big_vision=big_vision"
+BOS, NEWLINE = 2, 108
+
+NO_TOKEN = -1
+"""The decode loop's end token: no completion ends early."""
+
+INSTALL = (
+    "git clone https://github.com/google-research/big_vision; "
+    "git -C big_vision checkout 0127fb6; pip install tensorflow; then --big_vision=big_vision"
 )
 
 
-def model_of(w: Work) -> Any:
+def make_model(work: Work) -> Any:
+    """Returns big_vision's PaliGemma of the work's size."""
     gemma = import_module("big_vision.models.ppp.gemma")
-    published, s = gemma.get_config, w.of
+    size, published = work.model_size, gemma.get_config
 
-    def sized(variant: str) -> Any:
+    def get_config(variant: str) -> Any:
         config = published(variant)
         config.update(
-            width=s.width,
-            depth=s.depth,
-            mlp_dim=s.mlp,
-            num_heads=s.heads,
+            width=size.width,
+            depth=size.depth,
+            mlp_dim=size.mlp,
+            num_heads=size.heads,
             num_kv_heads=1,
-            head_dim=s.head_dim,
+            head_dim=size.head_dim,
         )
         return config
 
-    gemma.get_config = sized  # pyright: ignore[reportAttributeAccessIssue]: it takes a decoder's sizes by name only
+    # The model takes the sizes of its decoder only by the name of a variant.
+    gemma.get_config = get_config  # pyright: ignore[reportAttributeAccessIssue]
     img = {
-        "width": s.vision_width, "depth": s.vision_depth, "mlp_dim": s.vision_mlp, "num_heads": s.vision_heads,
-        "patch_size": (s.patch, s.patch), "pool_type": "none", "scan": True, "head_zeroinit": False, "dtype_mm": w.dtype,
-        "remat_policy": "nothing_saveable" if w.checkpointing else "everything_saveable"}  # fmt: skip
-    llm = {
-        "vocab_size": s.vocab,
-        "cache_dtype": w.dtype,
-        "remat_policy": "nothing_saveable" if w.checkpointing else "none",
+        "width": size.vision_width,
+        "depth": size.vision_depth,
+        "mlp_dim": size.vision_mlp,
+        "num_heads": size.vision_heads,
+        "patch_size": (size.patch, size.patch),
+        "pool_type": "none",
+        "scan": True,
+        "head_zeroinit": False,
+        "dtype_mm": work.dtype,
+        "remat_policy": "nothing_saveable" if work.checkpointing else "everything_saveable",
     }
-    return import_module("big_vision.models.proj.paligemma.paligemma").Model(
-        img=FrozenConfigDict(img), llm=FrozenConfigDict(llm)
-    )
+    llm = {
+        "vocab_size": size.vocab,
+        "cache_dtype": work.dtype,
+        "remat_policy": "nothing_saveable" if work.checkpointing else "none",
+    }
+    paligemma = import_module("big_vision.models.proj.paligemma.paligemma")
+    return paligemma.Model(img=FrozenConfigDict(img), llm=FrozenConfigDict(llm))
 
 
-def batch_of(w: Work, place: Any, seed: int) -> dict[str, jax.Array]:
-    """Returns prompts and images of noise, each of them once per completion."""
+def import_big_vision(work: Work) -> tuple[Any, Any]:
+    """Returns the model and the decode function; ends the program if big_vision is not installed."""
+    try:
+        model = make_model(work)
+        predict_fns = import_module("big_vision.trainers.proj.paligemma.predict_fns")
+        return model, predict_fns.get_all(model)["decode"]
+    except ImportError as error:
+        sys.exit(f"{error}: {INSTALL}")
+
+
+def random_batch(work: Work, sharding: Any, seed: int) -> dict[str, jax.Array]:
+    """Returns prompts and images of noise, each once per completion."""
     random = np.random.default_rng(seed)
-    prompt = random.integers(NEWLINE + 1, 900, (w.prompts, w.prompt_tokens), np.int32)
+    side = work.model_size.image
+    prompt = random.integers(NEWLINE + 1, 900, (work.prompts, work.prompt_tokens), np.int32)
     prompt[:, 0], prompt[:, -1] = BOS, NEWLINE
-    image = random.uniform(-1, 1, (w.prompts, w.of.image, w.of.image, 3)).astype(np.float32)
-    text = prompt.repeat(w.group, 0)
-    made = {
-        "image": image.repeat(w.group, 0),
+    image = random.uniform(-1, 1, (work.prompts, side, side, 3)).astype(np.float32)
+    text = prompt.repeat(work.group, 0)
+    batch = {
+        "image": image.repeat(work.group, 0),
         "text": text,
         "mask_ar": np.zeros_like(text),
         "mask_input": text >= 0,
+        "_mask": np.ones(work.completions, bool),
     }
-    return jax.block_until_ready(jax.device_put({**made, "_mask": np.ones(w.rows, bool)}, place))
+    return jax.block_until_ready(jax.device_put(batch, sharding))
+
+
+class Steps:
+    """The functions of a GRPO step."""
+
+    def __init__(self, work: Work, model: Any):
+        self._work = work
+        self._model = model
+        self._optimizer = optax.chain(optax.clip_by_global_norm(CLIP_NORM), optax.adam(LR))
+
+    def init(self, batch: dict[str, jax.Array]) -> dict[str, Any]:
+        """Returns random parameters, and the optimizer's state if the step has an update."""
+        inputs = (batch["image"], batch["text"], batch["mask_ar"])
+        params = self._model.init(jax.random.key(0), *inputs)["params"]
+        has_update = not self._work.variant
+        return {"params": params, "opt": self._optimizer.init(params) if has_update else None}
+
+    def logps(self, params: Any, batch: dict[str, jax.Array], completions: jax.Array) -> jax.Array:
+        """Returns the log-probabilities of the completions' tokens, [rows, tokens]."""
+        text = jnp.concatenate([batch["text"], completions], 1)[:, :-1]
+        is_causal = jnp.concatenate([batch["mask_ar"], jnp.ones_like(completions)], 1)[:, :-1]
+        inputs = (batch["image"], text, is_causal)
+        logits, _ = self._model.apply({"params": params}, *inputs, train=True)
+        logp = jax.nn.log_softmax(logits[:, self._work.prompt_tokens - 1 :])
+        return (logp * jax.nn.one_hot(completions, self._work.model_size.vocab)).sum(-1)
+
+    def score(
+        self, reference: Any, batch: dict[str, jax.Array], completions: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the advantages [rows, 1] and the reference policy's log-probabilities."""
+        first_loc = self._work.model_size.text_vocab
+        is_loc = (completions >= first_loc) & (completions < first_loc + LOC)
+        rewards = is_loc.sum(-1).reshape(self._work.prompts, self._work.group) / 16
+        centred = rewards - rewards.mean(1, keepdims=True)
+        advantages = centred / (rewards.std(1, keepdims=True, ddof=1) + 1e-4)
+        return advantages.reshape(-1, 1), self.logps(reference, batch, completions)
+
+    def update(
+        self,
+        state: dict[str, Any],
+        batch: dict[str, jax.Array],
+        completions: jax.Array,
+        advantages: jax.Array,
+        ref_logps: jax.Array,
+    ) -> tuple[dict[str, Any], jax.Array]:
+        """Returns the new state and the norm of the gradient."""
+
+        def loss(params: Any) -> jax.Array:
+            logps = self.logps(params, batch, completions)
+            ratio = jnp.exp(logps - jax.lax.stop_gradient(logps))
+            log_ratio = ref_logps - logps
+            policy_loss = -jnp.minimum(ratio * advantages, ratio.clip(0.8, 1.2) * advantages)
+            return (policy_loss + KL_COEF * (jnp.exp(log_ratio) - log_ratio - 1)).mean()
+
+        grads = jax.grad(loss)(state["params"])
+        updates, opt = self._optimizer.update(grads, state["opt"])
+        params = optax.apply_updates(state["params"], updates)
+        return {"params": params, "opt": opt}, optax.global_norm(grads)
+
+
+def final_norm(state: dict[str, Any]) -> np.ndarray:
+    """Returns a copy of a parameter that every update changes."""
+    return np.asarray(state["params"]["llm"]["final_norm"]["scale"]).copy()
 
 
 def main() -> None:
-    w = work()
-    try:
-        model = model_of(w)
-        decode = import_module("big_vision.trainers.proj.paligemma.predict_fns").get_all(model)[
-            "decode"
-        ]
-    except ImportError as error:
-        sys.exit(f"{error}: {HOW}")
-    if w.grad_accum_steps > 1:
+    work = read_work()
+    model, decode = import_big_vision(work)
+    if work.grad_accum_steps > 1:
         sys.exit(
-            "big_vision's trainer of PaliGemma takes a batch whole: only --grad_accum_steps=1 is equal work"
+            "big_vision's trainer of PaliGemma takes a batch whole: "
+            "only --grad_accum_steps=1 is equal work"
         )
-    tx = optax.chain(optax.clip_by_global_norm(CLIP_NORM), optax.adam(LR))
-
-    @jax.jit
-    def logps(params: Any, batch: dict[str, jax.Array], chosen: jax.Array) -> jax.Array:
-        """Returns log-probabilities of the chosen tokens [rows, tokens]."""
-        text = jnp.concatenate([batch["text"], chosen], 1)[:, :-1]
-        causal = jnp.concatenate([batch["mask_ar"], jnp.ones_like(chosen)], 1)[:, :-1]
-        logits, _ = model.apply({"params": params}, batch["image"], text, causal, train=True)
-        logp = jax.nn.log_softmax(logits[:, w.prompt_tokens - 1 :])
-        return (logp * jax.nn.one_hot(chosen, w.of.vocab)).sum(-1)
-
-    @jax.jit
-    def score(
-        reference: Any, batch: dict[str, jax.Array], chosen: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Returns advantages [rows, 1] and the reference policy's log-probabilities."""
-        is_loc = (chosen >= w.of.text_vocab) & (chosen < w.of.text_vocab + LOC)
-        rewards = is_loc.sum(-1).reshape(w.prompts, w.group) / 16
-        advantages = (rewards - rewards.mean(1, keepdims=True)) / (
-            rewards.std(1, keepdims=True, ddof=1) + 1e-4
-        )
-        return advantages.reshape(-1, 1), logps(reference, batch, chosen)
-
-    def update(
-        state: dict[str, Any],
-        batch: dict[str, jax.Array],
-        chosen: jax.Array,
-        adv: jax.Array,
-        ref: jax.Array,
-    ) -> Any:
-        def loss(params: Any) -> jax.Array:
-            own = logps(params, batch, chosen)
-            ratio, apart = jnp.exp(own - jax.lax.stop_gradient(own)), ref - own
-            kept = -jnp.minimum(ratio * adv, ratio.clip(0.8, 1.2) * adv)
-            return (kept + KL_COEF * (jnp.exp(apart) - apart - 1)).mean()
-
-        grads = jax.grad(loss)(state["params"])
-        updates, opt = tx.update(grads, state["opt"])
-        return {
-            "params": optax.apply_updates(state["params"], updates),
-            "opt": opt,
-        }, optax.global_norm(grads)
-
-    def init(batch: dict[str, jax.Array]) -> dict[str, Any]:
-        params = model.init(jax.random.key(0), batch["image"], batch["text"], batch["mask_ar"])[
-            "params"
-        ]
-        return {"params": params, "opt": tx.init(params) if whole else None}
-
-    devices, cuda, whole, seed = np.array(jax.devices()), w.device == "cuda", not w.variant, 0
-    place = jax.NamedSharding(jax.sharding.Mesh(devices, ("data",)), jax.P())
-    update = jax.jit(update, donate_argnums=0, out_shardings=place)
-    state = jax.jit(init, out_shardings=place)(batch_of(w, place, seed))
-    reference = jax.tree.map(jnp.copy, state["params"]) if whole else None
-    count = sum(leaf.size for leaf in jax.tree.leaves(state["params"]))
-    say(
+    devices = np.array(jax.devices())
+    is_cuda, has_update, seed = work.device == "cuda", not work.variant, 0
+    sharding = jax.NamedSharding(jax.sharding.Mesh(devices, ("data",)), jax.P())
+    steps = Steps(work, model)
+    score = jax.jit(steps.score)
+    update = jax.jit(steps.update, donate_argnums=0, out_shardings=sharding)
+    state = jax.jit(steps.init, out_shardings=sharding)(random_batch(work, sharding, seed))
+    reference = jax.tree.map(jnp.copy, state["params"]) if has_update else None
+    send(
         versions=versions("jax", "jaxlib", "flax", "optax"),
-        parameters=count,
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(state["params"])),
         platform=jax.default_backend(),
     )
-    while asked():
-        batch, seed = batch_of(w, place, seed), seed + 1
-        before = np.asarray(state["params"]["llm"]["final_norm"]["scale"]).copy()
-        laps = Laps(lambda: None, (lambda: None) if cuda else reset_peak_rss)
-        chosen = decode(
+    while wait_for_request():
+        batch, seed = random_batch(work, sharding, seed), seed + 1
+        before = final_norm(state)
+        timer = PhaseTimer(lambda: None, (lambda: None) if is_cuda else reset_peak_rss)
+        completions = decode(
             state,
             batch,
             devices=devices,
-            max_decode_len=w.tokens,
+            max_decode_len=work.tokens,
             eos_token=NO_TOKEN,
             sampler="temperature(t=1.0)",
         )
-        jax.block_until_ready(chosen)
-        laps.lap("rollout")
-        checks = {"turns": chosen.shape[1], "completions": chosen.shape[0]}
-        if whole:
-            scored = jax.block_until_ready(score(reference, batch, chosen))
-            laps.lap("score")
-            state, norm = jax.block_until_ready(update(state, batch, chosen, *scored))
-            laps.lap("update")
-            moved = np.abs(np.asarray(state["params"]["llm"]["final_norm"]["scale"]) - before).max()
-            checks |= {"grad_norm": float(norm), "moved": float(moved)}
-        peak = (jax.devices()[0].memory_stats() or {})["peak_bytes_in_use"] if cuda else peak_rss()
-        laps.report(peak, **checks)
+        jax.block_until_ready(completions)
+        timer.end_phase("rollout")
+        checks = {"decode_steps": completions.shape[1], "completions": completions.shape[0]}
+        if has_update:
+            scores = jax.block_until_ready(score(reference, batch, completions))
+            timer.end_phase("score")
+            state, norm = jax.block_until_ready(update(state, batch, completions, *scores))
+            timer.end_phase("update")
+            change = float(np.abs(final_norm(state) - before).max())
+            checks |= {"grad_norm": float(norm), "parameter_change": change}
+        stats = jax.devices()[0].memory_stats() or {}
+        timer.send(stats["peak_bytes_in_use"] if is_cuda else peak_rss(), **checks)
 
 
 if __name__ == "__main__":

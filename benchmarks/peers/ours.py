@@ -1,158 +1,178 @@
-"""pg_ground's own step: the sampler, the programs and their order are those of `pg_ground.train`."""
+"""pg_ground's own step: the GRPO stage of `pg_ground.train`, on random prompts."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from work import CLIP_NORM, LR, Laps, Work, asked, peak_rss, reset_peak_rss, say, versions, work
+from work import (
+    CLIP_NORM,
+    LR,
+    PhaseTimer,
+    Work,
+    peak_rss,
+    read_work,
+    reset_peak_rss,
+    send,
+    versions,
+    wait_for_request,
+)
 
 from pg_ground import config
-from pg_ground.aot.jobs import batch_like
-from pg_ground.config import Config, Source
-from pg_ground.models import PaliGemma
+from pg_ground.config import Source
 from pg_ground.parallel import sharding
 from pg_ground.params import flatten, unflatten
-from pg_ground.rl.scored_rollouts import weights_at
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.tokenizer import load as load_tokenizer
-from pg_ground.training import programs
-from pg_ground.training.loop import Run, begin, fresh_state
-from pg_ground.training.recorder import Stopwatch
-from pg_ground.training.rollout_worker import LOTS, RolloutWorker, make_reward_workers
-from pg_ground.types import BOXES, Batch
-from pg_ground.vocab import BOS, NEWLINE, vocab_of_size
+from pg_ground.training.setup import Setup, abstract_batch, init_params, make_setup
+from pg_ground.training.stage import Runtime, Stage
+from pg_ground.training.stages import make_stages
+from pg_ground.training.timing import StepTimer
+from pg_ground.types import BOXES, POLICY, Answer, Array, Batch, TrainState
+from pg_ground.vocab import BOS, NEWLINE
+
+T = TypeVar("T")
 
 
-class Watch(Stopwatch):
-    """A stopwatch of CPU seconds too: it waits for every phase before the next is dispatched."""
+class BlockingTimer(StepTimer):
+    """Also measures CPU seconds: it waits for each phase before the next one is dispatched."""
 
-    def __init__(self, laps: Laps):
+    def __init__(self, phase_timer: PhaseTimer):
         super().__init__()
-        self.laps = laps
+        self._phase_timer = phase_timer
 
-    def lap(self, phase: str, value: Any) -> Any:
+    def lap(self, phase: str, value: T) -> T:
         jax.block_until_ready(value)
-        self.laps.lap(phase)
+        self._phase_timer.end_phase(phase)
         return value
 
 
-def stray_share(answer: Any, batch: Any, settings: Any) -> Any:
-    """Returns a reward that random answers differ in: loc tokens that belong to no box, per 16."""
+class OneBatch:
+    """A batch iterator with one batch."""
+
+    def __init__(self, batch: Batch):
+        self._batch = batch
+
+    def __next__(self) -> Batch:
+        return self._batch
+
+    def prepare(self) -> None:
+        pass
+
+    def get_state(self) -> dict[str, Any]:
+        return {}
+
+
+def stray_share(answer: Answer, batch: Batch, settings: Any) -> Array:
+    """Returns a reward that differs between random answers: loc tokens in no box, per 16."""
     return answer.stray / 16
 
 
-def recipe(w: Work) -> ConfigDict:
+def recipe(work: Work) -> ConfigDict:
     """Returns the work as a config that `config.parse` reads."""
-    s, c = w.of, config.template()
-    c.model.image_size = s.image
+    size, c = work.model_size, config.template()
+    c.model.image_size = size.image
     c.model.vision.update(
-        width=s.vision_width,
-        depth=s.vision_depth,
-        mlp_dim=s.vision_mlp,
-        num_heads=s.vision_heads,
-        patch_size=s.patch,
+        width=size.vision_width,
+        depth=size.vision_depth,
+        mlp_dim=size.vision_mlp,
+        num_heads=size.vision_heads,
+        patch_size=size.patch,
     )
     c.model.text.update(
-        width=s.width,
-        depth=s.depth,
-        mlp_dim=s.mlp,
-        num_heads=s.heads,
+        width=size.width,
+        depth=size.depth,
+        mlp_dim=size.mlp,
+        num_heads=size.heads,
         num_kv_heads=1,
-        head_dim=s.head_dim,
+        head_dim=size.head_dim,
+        query_scale=size.head_dim**-0.5,
+        vocab_size=size.vocab,
     )
-    c.model.text.update(query_scale=s.head_dim**-0.5, vocab_size=s.vocab)
-    c.model.dtype = w.dtype
-    c.model.remat = "nothing_saveable" if w.checkpointing else "none"
-    c.data.prompt_length, c.data.suffix_length = w.prompt_tokens, w.tokens
+    c.model.dtype = work.dtype
+    c.model.remat = "nothing_saveable" if work.checkpointing else "none"
+    c.data.update(prompt_length=work.prompt_tokens, suffix_length=work.tokens)
     c.stages = ("grpo",)
     c.grpo.update(
-        batch_size=w.prompts,
-        group_size=w.group,
-        max_new_tokens=w.tokens,
-        grad_accum_steps=w.grad_accum_steps,
+        batch_size=work.prompts,
+        group_size=work.group,
+        max_new_tokens=work.tokens,
+        grad_accum_steps=work.grad_accum_steps,
+        algorithm="grpo",  # its KL coefficient is 0.04
+        rewards={f"{__file__}:stray_share": 1.0},
+        sources={"none": config.section(Source(uri="synthetic:train", boxes="box"))},
     )
-    c.grpo.rewards = {f"{__file__}:stray_share": 1.0}
-    c.grpo.algorithm = "grpo"  # KL to the reference policy: 0.04
     c.grpo.optimizer.update(name="adamw", lr=LR, weight_decay=0.0, clip_norm=CLIP_NORM)
-    c.grpo.sources = {"none": config.section(Source(uri="synthetic:train", boxes="box"))}
     return c
 
 
-def random_batch(c: Config, mesh: Any, seed: int) -> Batch:
-    """Returns prompts and images of noise, and a gold box each."""
+def random_batch(setup: Setup, mesh: Mesh, seed: int) -> Batch:
+    """Returns prompts and images of noise, each with ground-truth boxes."""
     random = np.random.default_rng(seed)
-    batch = jax.tree.map(
-        lambda like: np.zeros(like.shape, like.dtype), batch_like(c, mesh, c.grpo.batch_size)
-    )
+    abstract = abstract_batch(setup, setup.config.grpo.batch_size)
+    batch = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
     prompt = random.integers(NEWLINE + 1, 900, batch.prompt.shape, np.int32)
     prompt[:, 0], prompt[:, -1] = BOS, NEWLINE
-    low = random.uniform(0, 0.6, batch.gold.boxes.yxyx[..., :2].shape)
-    boxes = batch.gold.boxes._replace(yxyx=np.concatenate([low, low + 0.3], -1, dtype=np.float32))
-    gold = batch.gold._replace(
-        boxes=boxes._replace(valid=boxes.valid | True), target=batch.gold.target + BOXES
+    corners = random.uniform(0, 0.6, batch.gold.boxes.yxyx[..., :2].shape)
+    yxyx = np.concatenate([corners, corners + 0.3], -1, dtype=np.float32)
+    boxes = batch.gold.boxes._replace(yxyx=yxyx, valid=batch.gold.boxes.valid | True)
+    rows = batch._replace(
+        image=random.integers(0, 256, batch.image.shape, np.uint8),
+        prompt=prompt,
+        prompt_mask=batch.prompt_mask | True,
+        gold=batch.gold._replace(boxes=boxes, target=batch.gold.target + BOXES),
     )
-    image = random.integers(0, 256, batch.image.shape, np.uint8)
-    made = batch._replace(
-        image=image, prompt=prompt, prompt_mask=batch.prompt_mask | True, gold=gold
+    return sharding.put_batch(mesh, rows)
+
+
+def final_norm(state: TrainState) -> np.ndarray:
+    """Returns a copy of a parameter that every update changes."""
+    return np.asarray(state.params[POLICY]["llm"]["final_norm"]["scale"]).copy()
+
+
+def measured_step(
+    stage: Stage, state: TrainState, batch: Batch, number: int, is_cuda: bool
+) -> TrainState:
+    """Does one step and sends its measurements."""
+    before = final_norm(state)
+    phase_timer = PhaseTimer(lambda: None, (lambda: None) if is_cuda else reset_peak_rss)
+    timer = BlockingTimer(phase_timer)
+    state, output = stage.step(state, OneBatch(batch), number, timer)
+    jax.block_until_ready(state)
+    stats = jax.devices()[0].memory_stats() or {}
+    mask = output.sampled_mask
+    assert mask is not None
+    phase_timer.send(
+        stats["peak_bytes_in_use"] if is_cuda else peak_rss(),
+        decode_steps=float(mask.any(axis=(0, 1)).sum()),
+        completions=float(mask.shape[0] * mask.shape[1]),
+        grad_norm=float(output.metrics["optim/grad_norm"]),
+        parameter_change=float(np.abs(final_norm(state) - before).max()),
     )
-    return sharding.put_batch(mesh, made)
+    return state
 
 
 def main() -> None:
-    w = work()
-    c = config.parse(recipe(w))
+    work = read_work()
+    c = config.parse(recipe(work))
     mesh = sharding.make_mesh(c.mesh)
-    model = PaliGemma(c.model, sharding.activation_sharding(mesh))
-    trained, frozen = programs.layout(c, model, mesh)
-    factors = programs.factors_of(c, trained | frozen)
-    tokenizer = Tokenizer(load_tokenizer().pieces, vocab_of_size(c.model.text.vocab_size))
-    params, nothing = begin(c, model, trained | frozen), unflatten(frozen)
-    run = Run(c, None, model, nothing, factors, tokenizer, mesh, None, None)  # pyright: ignore[reportArgumentType]: no files
-    state = fresh_state(run, "grpo", params)
-    ref_params = jax.tree.map(lambda leaf: leaf.copy(), state.params)
-    compare = programs.compiled(programs.grpo_compare(c, model), c, mesh)
-    learn = programs.compiled(programs.grpo_update(c, model, mesh, factors, state), c, mesh)
-    read = programs.reader(c, mesh, state.params)
-    key, weights, step = jax.random.key(c.seed), weights_at(c.grpo.all_rewards, 0), 0
-    cuda = w.device == "cuda"
-    count = sum(leaf.size for leaf in flatten(state.params).values())
-    say(
+    setup = make_setup(c, mesh, sharding.hbm_bytes(mesh))
+    stage = make_stages(setup)[-1]
+    tokenizer = Tokenizer(load_tokenizer().pieces, setup.vocab)
+    params = init_params(c, setup.model, setup.trained)
+    send(
         versions=versions("pg-ground", "jax", "jaxlib", "flax", "optax"),
-        parameters=count,
+        parameters=sum(leaf.size for leaf in flatten(params).values()),
         platform=jax.default_backend(),
     )
-    with make_reward_workers(c.grpo) as workers:
-        sampler = RolloutWorker(c, model, mesh, nothing, tokenizer, workers)
-        while asked():
-            batch = jax.block_until_ready(random_batch(c, mesh, step))
-            before = np.asarray(state.params["llm"]["final_norm"]["scale"]).copy()
-            laps = Laps(lambda: None, (lambda: None) if cuda else reset_peak_rss)
-            watch, own_key = Watch(laps), jax.random.fold_in(key, step)
-            sampled, _ = sampler(
-                read(state.params), lambda batch=batch: batch, own_key, weights, watch
-            )
-            learned_from, _ = watch.lap(
-                "score", compare(sampled, nothing, ref_params, weights, state.kl_coef)
-            )
-            state, updated = watch.lap(
-                "update", learn(state, nothing, learned_from, jax.random.fold_in(own_key, LOTS))
-            )
-            peak = (
-                (jax.devices()[0].memory_stats() or {})["peak_bytes_in_use"] if cuda else peak_rss()
-            )
-            laps.report(
-                peak,
-                turns=float(sampled.rollout.mask.any(axis=(0, 1)).sum()),
-                completions=float(
-                    sampled.rollout.tokens.shape[0] * sampled.rollout.tokens.shape[1]
-                ),
-                grad_norm=float(updated["optim/grad_norm"]),
-                moved=float(
-                    np.abs(np.asarray(state.params["llm"]["final_norm"]["scale"]) - before).max()
-                ),
-            )
-            step += 1
+    state = stage.init(params)
+    number = 0
+    with stage.open(Runtime(mesh, unflatten({}), tokenizer, None), state):
+        while wait_for_request():
+            batch = jax.block_until_ready(random_batch(setup, mesh, number))
+            state = measured_step(stage, state, batch, number, work.device == "cuda")
+            number += 1
 
 
 if __name__ == "__main__":

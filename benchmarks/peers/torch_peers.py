@@ -1,7 +1,8 @@
-"""What a torch user would run: TRL's GRPOTrainer, a loop written by hand, or Hugging Face's generate alone.
+"""What a torch user would run: TRL's GRPOTrainer, a loop written by hand, or generate alone.
 
-`variant` is trl, hand, or generate with one of dynamic, static and compiled behind a colon.
-pip install torch==2.13.0 transformers==5.23.0 trl==1.16.0 accelerate datasets peft sentencepiece pillow
+`variant` is trl, hand, or generate:CACHE with CACHE dynamic, static or compiled.
+pip install torch==2.13.0 transformers==5.23.0 trl==1.16.0 accelerate datasets peft sentencepiece
+    pillow
 """
 
 import copy
@@ -27,85 +28,116 @@ from work import (
     LOC,
     LR,
     SEG,
-    Laps,
+    PhaseTimer,
     Work,
-    asked,
     peak_rss,
+    read_work,
     reset_peak_rss,
-    say,
+    send,
     versions,
-    work,
+    wait_for_request,
 )
 
 NEWLINE = 108
-IMAGE_FIRST = (
-    "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
-    "{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}{% endif %}{% endfor %}"
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}"
+    "{% else %}{% for c in m['content'] %}"
+    "{{ '<image>' if c['type'] == 'image' else c['text'] }}"
+    "{% endfor %}{% endif %}{% endfor %}"
 )
-"""A chat template: PaliGemma's processor has none, and TRL takes images in conversations only."""
+"""PaliGemma's processor has no chat template, but TRL takes images only in conversations."""
 
 
 class Processor(PaliGemmaProcessor):
-    """PaliGemma's, without the labels that it adds: TRL would pass them to a function that does not know them."""
+    """PaliGemma's processor without the labels that it adds.
+
+    TRL would pass the labels to a function that does not take them.
+    """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        out = super().__call__(*args, **kwargs)
-        out.pop("labels", None)
-        return out
+        inputs = super().__call__(*args, **kwargs)
+        inputs.pop("labels", None)
+        return inputs
 
 
-def model_of(w: Work) -> Any:
-    s = w.of
+def make_model(work: Work) -> Any:
+    """Returns a PaliGemma of the work's size with random parameters."""
+    size = work.model_size
     vision = {
-        "model_type": "siglip_vision_model", "hidden_size": s.vision_width, "intermediate_size": s.vision_mlp,
-        "num_hidden_layers": s.vision_depth, "num_attention_heads": s.vision_heads, "patch_size": s.patch,
-        "image_size": s.image, "vision_use_head": False}  # fmt: skip
+        "model_type": "siglip_vision_model",
+        "hidden_size": size.vision_width,
+        "intermediate_size": size.vision_mlp,
+        "num_hidden_layers": size.vision_depth,
+        "num_attention_heads": size.vision_heads,
+        "patch_size": size.patch,
+        "image_size": size.image,
+        "vision_use_head": False,
+    }
     text = {
-        "model_type": "gemma", "hidden_size": s.width, "intermediate_size": s.mlp, "num_hidden_layers": s.depth,
-        "num_attention_heads": s.heads, "num_key_value_heads": 1, "head_dim": s.head_dim, "vocab_size": s.vocab,
-        "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}  # fmt: skip
-    ids = {
-        "image_token_index": image_id(w),
+        "model_type": "gemma",
+        "hidden_size": size.width,
+        "intermediate_size": size.mlp,
+        "num_hidden_layers": size.depth,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": 1,
+        "head_dim": size.head_dim,
+        "vocab_size": size.vocab,
         "pad_token_id": 0,
         "eos_token_id": 1,
         "bos_token_id": 2,
     }
     config = PaliGemmaConfig(
-        vision_config=vision, text_config=text, projection_dim=s.width, hidden_size=s.width, **ids
+        vision_config=vision,
+        text_config=text,
+        projection_dim=size.width,
+        hidden_size=size.width,
+        image_token_index=image_token_id(work),
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
     )
     torch.manual_seed(0)
-    with torch.device(w.device):
+    with torch.device(work.device):
         return PaliGemmaForConditionalGeneration(config)
 
 
-def image_id(w: Work) -> int:
-    return w.of.text_vocab + LOC + SEG
+def image_token_id(work: Work) -> int:
+    """Returns the first id after the loc and seg tokens."""
+    return work.model_size.text_vocab + LOC + SEG
 
 
-def processor_of(w: Work) -> Processor:
-    """Returns a processor whose text is words, one id each."""
-    s = w.of
+def make_processor(work: Work) -> Processor:
+    """Returns a processor with one id per word."""
+    size = work.model_size
     words = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "\n": NEWLINE}
-    words |= {f"w{i}": i for i in range(4, s.text_vocab) if i != NEWLINE}
-    text = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    apart = pre_tokenizers.Split(Regex("\n"), "isolated"), pre_tokenizers.Split(" ", "removed")
-    text.pre_tokenizer = pre_tokenizers.Sequence(list(apart))  # pyright: ignore[reportAttributeAccessIssue]
-    text.decoder = decoders.Fuse()  # pyright: ignore[reportAttributeAccessIssue]
-    named = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
-    tokens = PreTrainedTokenizerFast(tokenizer_object=text, padding_side="left", **named)
-    tokens.add_tokens([f"<loc{i:04d}>" for i in range(LOC)] + [f"<seg{i:03d}>" for i in range(SEG)])
-    images = SiglipImageProcessorPil(size={"height": s.image, "width": s.image})
-    images.image_seq_length = s.image_tokens
-    made = Processor(image_processor=images, tokenizer=tokens, chat_template=IMAGE_FIRST)
-    assert made.tokenizer.convert_tokens_to_ids("<image>") == image_id(w)
-    return made
+    words |= {f"w{i}": i for i in range(4, size.text_vocab) if i != NEWLINE}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    splits = pre_tokenizers.Split(Regex("\n"), "isolated"), pre_tokenizers.Split(" ", "removed")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(list(splits))  # pyright: ignore[reportAttributeAccessIssue]
+    backend.decoder = decoders.Fuse()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        padding_side="left",
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+    )
+    loc_tokens = [f"<loc{i:04d}>" for i in range(LOC)]
+    tokenizer.add_tokens(loc_tokens + [f"<seg{i:03d}>" for i in range(SEG)])
+    images = SiglipImageProcessorPil(size={"height": size.image, "width": size.image})
+    images.image_seq_length = size.image_tokens
+    processor = Processor(image_processor=images, tokenizer=tokenizer, chat_template=CHAT_TEMPLATE)
+    assert processor.tokenizer.convert_tokens_to_ids("<image>") == image_token_id(work)
+    return processor
 
 
-def questions(w: Work, seed: int, count: int) -> tuple[list[str], list[Image.Image]]:
+def random_questions(work: Work, seed: int, count: int) -> tuple[list[str], list[Image.Image]]:
     """Returns prompts that become `prompt_tokens` ids each, and images of noise."""
     random = np.random.default_rng(seed)
-    ids = random.integers(NEWLINE + 1, 900, (count, w.prompt_tokens - 2))
-    side = w.of.image
+    ids = random.integers(NEWLINE + 1, 900, (count, work.prompt_tokens - 2))
+    side = work.model_size.image
     images = [
         Image.fromarray(random.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(count)
     ]
@@ -113,240 +145,310 @@ def questions(w: Work, seed: int, count: int) -> tuple[list[str], list[Image.Ima
 
 
 def loc_share(completions: list[Any], **_: Any) -> list[float]:
-    """Returns the share of loc tokens in each text: a reward that random answers differ in."""
+    """Returns the share of loc tokens in each text: a reward that differs between answers."""
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
     return [len(re.findall(r"<loc\d{4}>", text)) / 16 for text in texts]
 
 
-class Memory:
-    """Waiting for, and the peak memory of, the device."""
+class Device:
+    """Synchronisation and peak memory of the device."""
 
     def __init__(self, device: str):
-        cuda = device == "cuda"
-        self.wait: Callable[[], Any] = torch.cuda.synchronize if cuda else lambda: None
-        self.reset: Callable[[], Any] = (
-            torch.cuda.reset_peak_memory_stats if cuda else reset_peak_rss
+        is_cuda = device == "cuda"
+        self.wait: Callable[[], Any] = torch.cuda.synchronize if is_cuda else lambda: None
+        self.reset_peak: Callable[[], Any] = (
+            torch.cuda.reset_peak_memory_stats if is_cuda else reset_peak_rss
         )
-        self.peak: Callable[[], float] = torch.cuda.max_memory_allocated if cuda else peak_rss
+        self.peak: Callable[[], float] = torch.cuda.max_memory_allocated if is_cuda else peak_rss
+
+    def timer(self) -> PhaseTimer:
+        """Starts a step."""
+        return PhaseTimer(self.wait, self.reset_peak)
 
 
-def tell(w: Work, model: Any) -> None:
-    torch.set_num_threads(w.threads)
-    names = ("torch", "transformers") + (("trl", "accelerate") if w.variant == "trl" else ())
-    say(
-        versions=versions(*names),
+def send_facts(work: Work, model: Any) -> None:
+    """Sends versions and the number of parameters."""
+    torch.set_num_threads(work.threads)
+    packages = ("torch", "transformers")
+    if work.variant == "trl":
+        packages += ("trl", "accelerate")
+    send(
+        versions=versions(*packages),
         parameters=sum(p.numel() for p in model.parameters()),
-        platform=w.device,
+        platform=work.device,
     )
 
 
-def changed(model: Any) -> torch.Tensor:
-    """Returns a copy of a parameter that every update moves."""
+def final_norm(model: Any) -> torch.Tensor:
+    """Returns a copy of a parameter that every update changes."""
     return model.model.language_model.norm.weight.detach().clone()
 
 
-def run_trl(w: Work) -> None:
-    """TRL's trainer, whose own loop waits before each step until it is asked for.
+def trl_arguments(work: Work) -> dict[str, Any]:
+    """Returns the arguments of TRL's GRPOConfig."""
+    return {
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": work.completions // work.grad_accum_steps,
+        "gradient_accumulation_steps": work.grad_accum_steps,
+        "num_generations": work.group,
+        "max_completion_length": work.tokens,
+        "max_steps": 1000,
+        "beta": KL_COEF,
+        "learning_rate": LR,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": CLIP_NORM,
+        "weight_decay": 0.0,
+        "loss_type": "grpo",
+        "generation_kwargs": {"min_new_tokens": work.tokens},
+        "gradient_checkpointing": work.checkpointing,
+        "use_cpu": work.device == "cpu",
+        "bf16": work.dtype == "bfloat16",
+        "report_to": "none",
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_num_workers": 0,
+        "shuffle_dataset": False,
+    }
 
-    As released, TRL scores PaliGemma's completions with a mask that lets them see ahead: wrong, but as much work.
+
+def run_trl(work: Work) -> None:
+    """Runs TRL's trainer. Its own loop waits before each step for a request.
+
+    The released TRL scores PaliGemma's completions with a mask that lets tokens see later tokens.
+    That is wrong, but the same amount of work.
     """
     import trl
-    import trl.trainer.grpo_trainer as module
+    import trl.trainer.grpo_trainer as grpo_trainer
     from datasets import Dataset
     from transformers import TrainerCallback
 
-    model, memory = model_of(w), Memory(w.device)
-    processor, steps = processor_of(w), 1000
-    prompts, images = questions(w, 0, w.prompts * 8)
+    model, device = make_model(work), Device(work.device)
+    prompts, images = random_questions(work, 0, work.prompts * 8)
     rows = [
-        {"prompt": [{"role": "user", "content": p}], "image": i}
-        for p, i in zip(prompts, images, strict=True)
+        {"prompt": [{"role": "user", "content": prompt}], "image": image}
+        for prompt, image in zip(prompts, images, strict=True)
     ]
-    module.create_model_from_path = lambda *args, **kwargs: copy.deepcopy(
-        model
-    )  # the reference: TRL would read it from disk
-    arguments = trl.GRPOConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=w.rows // w.grad_accum_steps,
-        gradient_accumulation_steps=w.grad_accum_steps, num_generations=w.group, max_completion_length=w.tokens, max_steps=steps,
-        beta=KL_COEF, learning_rate=LR, lr_scheduler_type="constant", max_grad_norm=CLIP_NORM, weight_decay=0.0,
-        loss_type="grpo", generation_kwargs={"min_new_tokens": w.tokens}, gradient_checkpointing=w.checkpointing,
-        use_cpu=w.device == "cpu", bf16=w.dtype == "bfloat16", report_to="none", logging_strategy="no", save_strategy="no",
-        disable_tqdm=True, dataloader_num_workers=0, shuffle_dataset=False)  # fmt: skip
-    laps: list[Laps] = []
-    seen: dict[str, float] = {}
+    # TRL would read the reference policy from disk.
+    grpo_trainer.create_model_from_path = lambda *args, **kwargs: copy.deepcopy(model)
+    timers: list[PhaseTimer] = []
+    checks: dict[str, float] = {}
 
-    class Timed(trl.GRPOTrainer):
-        preparing = False
-
+    class TimedTrainer(trl.GRPOTrainer):
         def _prepare_inputs(self, inputs: Any) -> Any:
-            laps[-1].lap(
-                "update" if w.grad_accum_steps > 1 and "rollout" in laps[-1].seconds else "data"
-            )
-            self.preparing = True
+            accumulates = work.grad_accum_steps > 1 and "rollout" in timers[-1].seconds
+            timers[-1].end_phase("update" if accumulates else "data")
             try:
                 return super()._prepare_inputs(inputs)
             finally:
-                self.preparing = False
-                laps[-1].lap("score" if "update" not in laps[-1].seconds else "update")
+                timers[-1].end_phase("score" if "update" not in timers[-1].seconds else "update")
 
         def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-            laps[-1].lap("score")
-            made = super()._generate_single_turn(*args, **kwargs)
-            laps[-1].lap("rollout")
-            seen["turns"], seen["completions"] = min(map(len, made[0])), len(made[0])
-            assert {len(ids) for ids in args[0]} == {w.of.image_tokens + w.prompt_tokens}
-            return made
+            timers[-1].end_phase("score")
+            generated = super()._generate_single_turn(*args, **kwargs)
+            timers[-1].end_phase("rollout")
+            completions = generated[0]
+            checks["decode_steps"] = min(map(len, completions))
+            checks["completions"] = len(completions)
+            prefix = work.model_size.image_tokens + work.prompt_tokens
+            assert {len(ids) for ids in args[0]} == {prefix}
+            return generated
 
-    class Turns(TrainerCallback):
+    class StepCallback(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            laps[-1].lap("update")
-            moved = float((changed(model) - self.before).abs().max())
-            laps[-1].report(memory.peak(), grad_norm=float("nan"), moved=moved, **seen)
+            timers[-1].end_phase("update")
+            change = float((final_norm(model) - self.before).abs().max())
+            timers[-1].send(
+                device.peak(), grad_norm=float("nan"), parameter_change=change, **checks
+            )
             control.should_training_stop = not self.wait()
 
         def wait(self) -> bool:
-            wanted = asked()
-            self.before = changed(model)
-            laps.append(Laps(memory.wait, memory.reset))
-            return wanted
+            is_requested = wait_for_request()
+            self.before = final_norm(model)
+            timers.append(device.timer())
+            return is_requested
 
-    turns = Turns()
-    data = Dataset.from_list(rows)
-    trainer = Timed(model=model, reward_funcs=[loc_share], args=arguments, train_dataset=data, processing_class=processor,
-                    callbacks=[turns])  # fmt: skip
-    tell(w, model)
-    if turns.wait():
+    callback = StepCallback()
+    trainer = TimedTrainer(
+        model=model,
+        reward_funcs=[loc_share],
+        args=trl.GRPOConfig(**trl_arguments(work)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=make_processor(work),
+        callbacks=[callback],
+    )
+    send_facts(work, model)
+    if callback.wait():
         trainer.train()
 
 
-def generate_of(
-    w: Work, model: Any, mode: str
+def make_generate(
+    work: Work, model: Any, cache: str
 ) -> Callable[[dict[str, torch.Tensor]], torch.Tensor]:
-    """Returns the sampling of a group for each prompt, by Hugging Face's generate with the named cache."""
-    kinds = {"dynamic": {}, "static": {"cache_implementation": "static", "disable_compile": True}}
-    kinds["compiled"] = {
-        "cache_implementation": "static",
-        "disable_compile": w.device == "cpu",
-    }  # generate compiles on cuda only
-    if mode == "compiled" and w.device == "cpu":
+    """Returns the function that samples a group for each prompt with Hugging Face's generate."""
+    on_cpu = work.device == "cpu"
+    cache_options: dict[str, Any] = {
+        "dynamic": {},
+        "static": {"cache_implementation": "static", "disable_compile": True},
+        # generate compiles only on cuda.
+        "compiled": {"cache_implementation": "static", "disable_compile": on_cpu},
+    }[cache]
+    if cache == "compiled" and on_cpu:
         decoder = model.model.language_model
         decoder.forward = torch.compile(decoder.forward, dynamic=False)
 
     def generate(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        uses_bfloat16 = work.dtype == "bfloat16"
         with (
             torch.no_grad(),
-            torch.autocast(w.device, torch.bfloat16, enabled=w.dtype == "bfloat16"),
+            torch.autocast(work.device, torch.bfloat16, enabled=uses_bfloat16),
         ):
             return model.generate(
-                **inputs, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=w.tokens,
-                min_new_tokens=w.tokens, suppress_tokens=[image_id(w)], num_return_sequences=w.group, pad_token_id=0,
-                **kinds[mode])  # fmt: skip
+                **inputs,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+                max_new_tokens=work.tokens,
+                min_new_tokens=work.tokens,
+                suppress_tokens=[image_token_id(work)],
+                num_return_sequences=work.group,
+                pad_token_id=0,
+                **cache_options,
+            )
 
     return generate
 
 
-def inputs_of(w: Work, processor: Processor, seed: int) -> dict[str, torch.Tensor]:
-    prompts, images = questions(w, seed, w.prompts)
-    texts = ["<image>" + prompt for prompt in prompts]
-    made = processor(
-        images=[[image] for image in images], text=texts, padding=True, return_tensors="pt"
+def make_inputs(work: Work, processor: Processor, seed: int) -> dict[str, torch.Tensor]:
+    """Returns the processed prompts and images of one step."""
+    prompts, images = random_questions(work, seed, work.prompts)
+    inputs = processor(
+        images=[[image] for image in images],
+        text=["<image>" + prompt for prompt in prompts],
+        padding=True,
+        return_tensors="pt",
     )
-    assert made["input_ids"].shape[1] == w.of.image_tokens + w.prompt_tokens, made[
-        "input_ids"
-    ].shape
-    return {name: value.to(w.device) for name, value in made.items()}
+    length = inputs["input_ids"].shape[1]
+    assert length == work.model_size.image_tokens + work.prompt_tokens, length
+    return {name: value.to(work.device) for name, value in inputs.items()}
 
 
-def run_generate(w: Work, mode: str) -> None:
-    model, processor, memory = model_of(w).eval(), processor_of(w), Memory(w.device)
-    generate, seed = generate_of(w, model, mode), 0
-    tell(w, model)
-    while asked():
-        inputs, seed = inputs_of(w, processor, seed), seed + 1
-        laps = Laps(memory.wait, memory.reset)
-        found = generate(inputs)
-        laps.lap("rollout")
-        laps.report(
-            memory.peak(),
-            turns=found.shape[1] - inputs["input_ids"].shape[1],
-            completions=found.shape[0],
+def run_generate(work: Work, cache: str) -> None:
+    """Runs sampling alone."""
+    model, processor, device = make_model(work).eval(), make_processor(work), Device(work.device)
+    generate, seed = make_generate(work, model, cache), 0
+    send_facts(work, model)
+    while wait_for_request():
+        inputs, seed = make_inputs(work, processor, seed), seed + 1
+        timer = device.timer()
+        sequences = generate(inputs)
+        timer.end_phase("rollout")
+        timer.send(
+            device.peak(),
+            decode_steps=sequences.shape[1] - inputs["input_ids"].shape[1],
+            completions=sequences.shape[0],
         )
 
 
-def run_hand(w: Work) -> None:
-    """generate, a pass of the reference policy, and TRL's loss on the completion's logits."""
-    model, processor, memory = model_of(w), processor_of(w), Memory(w.device)
+def completion_logps(
+    work: Work, policy: Any, inputs: dict[str, torch.Tensor], completions: torch.Tensor
+) -> torch.Tensor:
+    """Returns the log-probabilities of the completions' tokens, [rows, tokens]."""
+    with torch.autocast(work.device, torch.bfloat16, enabled=work.dtype == "bfloat16"):
+        output = policy(**inputs, logits_to_keep=work.tokens + 1, use_cache=False)
+    logits = output.logits[:, :-1].float()
+    return logits.gather(-1, completions[..., None])[..., 0] - logits.logsumexp(-1)
+
+
+def grpo_loss(logps: torch.Tensor, ref_logps: torch.Tensor, advantages: Any) -> torch.Tensor:
+    """Returns TRL's GRPO loss of each token: the clipped ratio and the k3 estimate of the KL."""
+    ratio = torch.exp(logps - logps.detach())
+    log_ratio = ref_logps - logps
+    policy_loss = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    return policy_loss + KL_COEF * (torch.exp(log_ratio) - log_ratio - 1)
+
+
+def group_advantages(work: Work, completions: torch.Tensor, processor: Processor) -> torch.Tensor:
+    """Returns the advantages of the completions, [rows, 1]."""
+    texts = processor.tokenizer.batch_decode(completions.cpu())
+    rewards = torch.tensor(loc_share(texts), device=work.device).view(work.prompts, work.group)
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return (centred / (rewards.std(1, keepdim=True) + 1e-4)).view(-1, 1)
+
+
+def model_inputs(
+    work: Work, inputs: dict[str, torch.Tensor], sequences: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Returns the inputs of a pass over prompts and completions."""
+    token_types = torch.zeros_like(sequences)
+    token_types[:, inputs["input_ids"].shape[1] :] = 1
+    return {
+        "input_ids": sequences,
+        # Hugging Face's model needs an image for every row.
+        "pixel_values": inputs["pixel_values"].repeat_interleave(work.group, 0),
+        "token_type_ids": token_types,
+        "attention_mask": torch.ones_like(sequences),
+    }
+
+
+def run_hand(work: Work) -> None:
+    """Runs generate, a pass of the reference policy, and TRL's loss on the completion's logits."""
+    model, processor, device = make_model(work), make_processor(work), Device(work.device)
     reference = copy.deepcopy(model).eval().requires_grad_(False)
-    if w.checkpointing:
+    if work.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
-    generate, seed = generate_of(w, model, "dynamic"), 0
-    part = w.rows // w.grad_accum_steps
-    parts = [slice(start, start + part) for start in range(0, w.rows, part)]
-
-    def logps(policy: Any, inputs: dict[str, torch.Tensor], chosen: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(w.device, torch.bfloat16, enabled=w.dtype == "bfloat16"):
-            out = policy(**inputs, logits_to_keep=w.tokens + 1, use_cache=False)
-        logits = out.logits[:, :-1].float()
-        return logits.gather(-1, chosen[..., None])[..., 0] - logits.logsumexp(-1)
-
-    tell(w, model)
-    while asked():
-        inputs, seed = inputs_of(w, processor, seed), seed + 1
-        before = changed(model)
-        laps = Laps(memory.wait, memory.reset)
+    generate, seed = make_generate(work, model, "dynamic"), 0
+    part_size = work.completions // work.grad_accum_steps
+    parts = [slice(i, i + part_size) for i in range(0, work.completions, part_size)]
+    send_facts(work, model)
+    while wait_for_request():
+        inputs, seed = make_inputs(work, processor, seed), seed + 1
+        before = final_norm(model)
+        timer = device.timer()
         model.eval()
-        found = generate(inputs)
-        laps.lap("rollout")
-        start = inputs["input_ids"].shape[1]
-        chosen = found[:, start:]
-        texts = processor.tokenizer.batch_decode(chosen.cpu())
-        rewards = torch.tensor(loc_share(texts), device=w.device).view(w.prompts, w.group)
-        centred = rewards - rewards.mean(1, keepdim=True)
-        advantages = (centred / (rewards.std(1, keepdim=True) + 1e-4)).view(-1, 1)
-        pixels = inputs["pixel_values"].repeat_interleave(
-            w.group, 0
-        )  # Hugging Face's model wants an image for every row
-        kinds = torch.zeros_like(found)
-        kinds[:, start:] = 1
-        full = {
-            "input_ids": found,
-            "pixel_values": pixels,
-            "token_type_ids": kinds,
-            "attention_mask": torch.ones_like(found),
-        }
-        rows = [{name: value[part] for name, value in full.items()} for part in parts]
+        sequences = generate(inputs)
+        timer.end_phase("rollout")
+        completions = sequences[:, inputs["input_ids"].shape[1] :]
+        advantages = group_advantages(work, completions, processor)
+        all_inputs = model_inputs(work, inputs, sequences)
+        part_inputs = [{name: value[part] for name, value in all_inputs.items()} for part in parts]
         with torch.no_grad():
-            references = [
-                logps(reference, row, chosen[part]) for row, part in zip(rows, parts, strict=True)
+            ref_logps = [
+                completion_logps(work, reference, rows, completions[part])
+                for rows, part in zip(part_inputs, parts, strict=True)
             ]
-        laps.lap("score")
+        timer.end_phase("score")
         model.train()
-        for row, part, ref in zip(rows, parts, references, strict=True):
-            own, adv = logps(model, row, chosen[part]), advantages[part]
-            ratio, apart = torch.exp(own - own.detach()), ref - own
-            kept = -torch.min(ratio * adv, ratio.clamp(0.8, 1.2) * adv)
-            loss = kept + KL_COEF * (torch.exp(apart) - apart - 1)
-            (loss.mean() * len(adv) / w.rows).backward()
+        for rows, part, ref in zip(part_inputs, parts, ref_logps, strict=True):
+            logps = completion_logps(work, model, rows, completions[part])
+            loss = grpo_loss(logps, ref, advantages[part])
+            (loss.mean() * len(loss) / work.completions).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        laps.lap("update")
-        moved = float((changed(model) - before).abs().max())
-        done = {"turns": chosen.shape[1], "completions": len(chosen)}
-        laps.report(memory.peak(), grad_norm=float(norm), moved=moved, **done)
+        timer.end_phase("update")
+        timer.send(
+            device.peak(),
+            grad_norm=float(norm),
+            parameter_change=float((final_norm(model) - before).abs().max()),
+            decode_steps=completions.shape[1],
+            completions=len(completions),
+        )
 
 
 def main() -> None:
-    w = work()
-    torch.set_num_threads(w.threads)
-    kind, _, mode = w.variant.partition(":")
+    work = read_work()
+    torch.set_num_threads(work.threads)
+    kind, _, cache = work.variant.partition(":")
     if kind == "trl":
-        run_trl(w)
+        run_trl(work)
     elif kind == "hand":
-        run_hand(w)
+        run_hand(work)
     else:
-        run_generate(w, mode)
+        run_generate(work, cache)
 
 
 if __name__ == "__main__":

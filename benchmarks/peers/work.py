@@ -1,7 +1,8 @@
-"""The work that every peer does, and how each is timed: one JSON line a step, asked for by a line on its input.
+"""The work that every peer does, and the protocol by which `benchmarks/versus.py` drives the peers.
 
-A peer is a program: `python benchmarks/peers/NAME.py JSON` with a `Work` in JSON. It says what it is in its first line, then does
-one step for each line it reads, `benchmarks/versus.py` having the peers take turns.
+A peer is a program: `python benchmarks/peers/NAME.py JSON`, with the fields of a `Work` as JSON. It
+prints one JSON line with its versions and its number of parameters. Then it does one step for each
+line on its input, and prints one JSON line with the measurements of the step.
 """
 
 import json
@@ -13,13 +14,21 @@ from importlib import metadata
 from typing import Any, NamedTuple
 
 LOC, SEG, FILLER = 1024, 128, 64
-"""Entries behind the text vocabulary: Hugging Face's PaliGemma has 64 filler rows after big_vision's, all models here too."""
+"""Vocabulary entries after the text entries.
+
+Hugging Face's PaliGemma has 64 filler rows after big_vision's entries. All models here have them.
+"""
+
+KL_COEF = 0.04
+LR = 1e-6
+CLIP_NORM = 1.0
 
 
 class Size(NamedTuple):
-    """An architecture."""
+    """An architecture, and the default sizes of a step."""
 
     image: int
+    """Side in pixels."""
     patch: int
     vision_width: int
     vision_depth: int
@@ -37,10 +46,12 @@ class Size(NamedTuple):
 
     @property
     def vocab(self) -> int:
+        """All vocabulary entries."""
         return self.text_vocab + LOC + SEG + FILLER
 
     @property
     def image_tokens(self) -> int:
+        """Number of image tokens of a prompt."""
         return (self.image // self.patch) ** 2
 
 
@@ -52,21 +63,21 @@ SIZES = {
     "3b_224": _3b,
     "3b_448": _3b._replace(image=448),
 }
-"""PaliGemma's architecture with one head of keys and values; the last three are prompts, group and forced completion tokens."""
+"""PaliGemma's architecture with one key-value head."""
 
 
 class Work(NamedTuple):
-    """What a step consists of."""
+    """One step: its sizes and its device."""
 
     size: str
     prompts: int
     group: int
     tokens: int
-    """Of every completion: none ends early."""
+    """Length of every completion: none ends early."""
     prompt_tokens: int
     """BOS and newline included."""
     dtype: str
-    """Of activations, float32 or bfloat16; parameters and Adam are float32."""
+    """Of activations, float32 or bfloat16. Parameters and Adam are float32."""
     checkpointing: bool
     """Whether layers are computed again in the backward pass."""
     device: str
@@ -74,76 +85,92 @@ class Work(NamedTuple):
     threads: int
     grad_accum_steps: int
     variant: str
-    """What a peer is to do, of several things it can."""
+    """Chooses between the things that a peer can do."""
 
     @property
-    def of(self) -> Size:
+    def model_size(self) -> Size:
+        """The architecture."""
         return SIZES[self.size]
 
     @property
-    def rows(self) -> int:
+    def completions(self) -> int:
+        """Number of completions of a step."""
         return self.prompts * self.group
 
 
-KL_COEF, LR, CLIP_NORM = 0.04, 1e-6, 1.0
+_messages = sys.stdout
+"""The stream of the JSON lines."""
 
 
-def work() -> Work:
-    """Returns the work this program was started for; what it prints to stdout goes to stderr from here on."""
-    global _out
-    _out = os.fdopen(os.dup(1), "w")
+def read_work() -> Work:
+    """Returns the work of this program's first argument.
+
+    From here on, everything else that is printed to stdout goes to stderr.
+    """
+    global _messages
+    _messages = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return Work(**json.loads(sys.argv[1]))
 
 
-_out = sys.stdout
+def send(**message: Any) -> None:
+    """Prints one JSON line for `benchmarks/versus.py`."""
+    print(json.dumps(message), file=_messages, flush=True)
 
 
-def say(**line: Any) -> None:
-    print(json.dumps(line), file=_out, flush=True)
+def wait_for_request() -> bool:
+    """Waits for a line on the input. Returns whether another step is requested."""
+    return bool(sys.stdin.readline().strip())
 
 
-def versions(*names: str) -> dict[str, str]:
-    return {name: metadata.version(name) for name in names}
+def versions(*packages: str) -> dict[str, str]:
+    """Returns the versions of installed packages."""
+    return {package: metadata.version(package) for package in packages}
 
 
-class Laps:
-    """Wall and CPU seconds (of all threads) of the phases of one step, and the step's peak memory."""
+class PhaseTimer:
+    """Measures wall and CPU seconds (of all threads) of the phases of one step."""
 
     def __init__(self, wait: Callable[[], Any], reset_peak: Callable[[], Any]):
+        """Starts the first phase.
+
+        Args:
+          wait: waits until the device has finished.
+          reset_peak: resets the counter of peak memory.
+        """
         self.seconds: dict[str, float] = {}
         self.cpu_seconds: dict[str, float] = {}
         self._wait = wait
         wait()
         reset_peak()
-        self._last = time.perf_counter(), time.process_time()
+        self._wall_start = time.perf_counter()
+        self._cpu_start = time.process_time()
 
-    def lap(self, phase: str) -> None:
-        """Adds what has passed since the last lap to `phase`."""
+    def end_phase(self, phase: str) -> None:
+        """Adds the time since the last call to `phase`."""
         self._wait()
-        now = time.perf_counter(), time.process_time()
-        for found, before, after in zip(
-            (self.seconds, self.cpu_seconds), self._last, now, strict=True
-        ):
-            found[phase] = found.get(phase, 0.0) + after - before
-        self._last = now
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + wall - self._wall_start
+        self.cpu_seconds[phase] = self.cpu_seconds.get(phase, 0.0) + cpu - self._cpu_start
+        self._wall_start, self._cpu_start = wall, cpu
 
-    def report(self, peak_bytes: float, **checks: float) -> None:
-        say(
-            seconds=self.seconds, cpu_seconds=self.cpu_seconds, peak_bytes=peak_bytes, checks=checks
+    def send(self, peak_bytes: float, **checks: float) -> None:
+        """Sends the measurements of the step, with numbers that show that the work was done."""
+        send(
+            seconds=self.seconds,
+            cpu_seconds=self.cpu_seconds,
+            peak_bytes=peak_bytes,
+            checks=checks,
         )
 
 
-def asked() -> bool:
-    """Returns True once another step is asked for, False when there are no more."""
-    return bool(sys.stdin.readline().strip())
-
-
 def reset_peak_rss() -> None:
+    """Resets Linux's counter of this process's peak memory."""
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 
 
 def peak_rss() -> float:
+    """Returns this process's peak resident memory in bytes."""
     with open("/proc/self/status") as file:
         return next(1024.0 * int(line.split()[1]) for line in file if line.startswith("VmHWM"))
