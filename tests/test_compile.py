@@ -129,6 +129,15 @@ def test_sampling_reads_gathered_weights_if_they_fit():
     assert gathered_bytes(sharded, 95.0 * GIB) == 0
 
 
+def test_frozen_weights_that_need_no_cast_are_not_copied():
+    """LoRA on one chip: sampling copies only the adapters, to bfloat16."""
+    c = parsed(recipe="configs/tpu.py:pg1_3b_224_lora_v5e_1")
+    programs = make_programs(c, sharding.abstract_mesh(c.mesh, 1), CHIPS["v5e"].hbm_bytes)
+    adapters = programs["rollout"].memory.by_kind["rollout weights"]
+    assert 0 < adapters < 0.01 * programs["rollout"].memory.by_kind["parameters"]
+    assert programs["update"].memory.by_kind["rollout weights"] == 0
+
+
 def test_the_search_finds_the_largest_multiple_that_fits():
     trials: list[int] = []
 

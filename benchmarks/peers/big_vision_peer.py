@@ -2,8 +2,8 @@
 
 `variant` is empty for a whole step, or decode for sampling alone. The choices of big_vision's
 PaliGemma configs are made here too: layers are scanned, and the cache is as long as prompt and
-completion. The update of its trainer is a function inside `main` that nobody can call. Therefore the
-loss is written here in the same way: log_softmax and one-hot, on one row for each completion.
+completion. The update of its trainer is a function inside `main` that nobody can call. Therefore
+the loss is written here in the same way: log_softmax and one-hot, on one row for each completion.
 
 big_vision has no groups, so an image and its prompt are repeated for each completion. (`best_of_n`
 of its decode loop repeats the cache instead, but returns only the likeliest completion.) Its
@@ -87,7 +87,7 @@ def make_model(work: Work) -> Any:
 
 
 def import_big_vision(work: Work) -> tuple[Any, Any]:
-    """Returns the model and the decode function; ends the program if big_vision is not installed."""
+    """Returns the model and the decode function. Without big_vision it ends the program."""
     try:
         model = make_model(work)
         predict_fns = import_module("big_vision.trainers.proj.paligemma.predict_fns")

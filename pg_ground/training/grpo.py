@@ -249,7 +249,7 @@ class GrpoStage:
             settings.rollout_parts,
         )  # fmt: skip
         trees = ((weights.trained, setup.trained_tree), (weights.frozen, setup.frozen_tree))
-        copies = [read for read, stored in trees if weights.gathered and read is not stored]
+        copies = [read for read, stored in trees if weights.gathered and read != stored]
         copied = sum(map(sharding.bytes_per_device, copies), 0.0)
         read = sharding.bytes_per_device((weights.trained, weights.frozen)) - copied
         state = self.abstract_state()
@@ -356,7 +356,7 @@ class GrpoStage:
 
     def _copied_memory(self, weights: AbstractRolloutWeights) -> dict[str, float]:
         """Returns the bytes of the gathered copy of the frozen parameters, which stays in memory for all steps."""
-        if not weights.gathered or weights.frozen is self.setup.frozen_tree:
+        if not weights.gathered or weights.frozen == self.setup.frozen_tree:
             return {}
         return {"rollout weights": sharding.bytes_per_device(weights.frozen)}
 
