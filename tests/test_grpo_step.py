@@ -23,7 +23,7 @@ def get_config():
     c.grpo.rewards = {"iou": 1.0, "gaussian_point": 1.0, "format": (0.5, 0.1, 4), "FOLDER/mine.py:wide": 0.1}
     c.grpo.text_rewards = {"FOLDER/mine.py:vowels": 0.3, "FOLDER/mine.py:grumpy": 0.0}
     c.grpo.update(dynamic_sampling=2, rollout_parts=2, minibatches=2, num_iterations=2, kl_target=0.01, kl_horizon=100, kl_coef=0.05,
-                  algorithm="dapo", entropy_coef=0.01, focus="top_entropy", token_selection_share=0.5, correction="token_truncate",
+                  algorithm="dapo", entropy_coef=0.01, token_selection="top_entropy", token_selection_share=0.5, importance_sampling_mode="token_truncate",
                   mask_truncated_completions=False, top_k=500, suppress_tokens=(5, 6))
     c.grpo.kl_in_reward = False
     c.grpo.reward_workers.update(error_share=1.0, count=1)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import ROOT
+from PIL import Image
 
 from pg_ground import config
 from pg_ground.checkpoints.manager import Checkpoints
@@ -21,7 +22,7 @@ from pg_ground.data.bad_records import BadRecords
 from pg_ground.training import loop, optimizers, recorder, timing
 from pg_ground.training.loop import steps_between_evals
 from pg_ground.training.setup import learning_rates
-from pg_ground.training.stage import StepOutput
+from pg_ground.training.stage import RolloutSamples, StepOutput
 from pg_ground.types import POLICY, TrainState, UserError
 
 
@@ -196,7 +197,8 @@ def test_a_step_is_read_before_its_pictures_and_where_a_trace_begins_or_ends(
 
     for step in range(1, 6):
         happened.append(f"dispatch {step}")
-        draw = partial(note, f"draw {step}", None)
+        samples = RolloutSamples(Image.new("RGB", (1, 1)), [])
+        draw = partial(note, f"draw {step}", samples)
         read = partial(note, f"read {step}", {"time/update_s": 1.0})
         output = StepOutput({"reward": jnp.float32(1)}, draw_samples=draw)
         kept.on_step_end("grpo", step, state, batches, output, read)

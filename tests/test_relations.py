@@ -34,7 +34,7 @@ from pg_ground.data.sources import open_records
 from pg_ground.data.tables import Listed
 from pg_ground.rewards import parsers
 from pg_ground.rewards.text_rewards import TEXT_REWARDS, TextExample
-from pg_ground.training.rollout_worker import question_of
+from pg_ground.training.rollout_worker import text_question
 from pg_ground.types import UserError
 
 NAMES = ("chair", "parking meter", "t-shirt", "dog", "hot dog", "man in black")
@@ -374,6 +374,6 @@ def test_a_recipe_reads_them_and_its_supervised_answer_earns_the_most(tmp_path):
         for index in range(min(len(found), 20)):
             row = prepare_row(found, index, tokens, c.data, 0, 0)
             assert not isinstance(row, UnusableRow)
-            asked = question_of(stack_rows([row]), 0, tokens)
+            asked = text_question(stack_rows([row]), 0, tokens)
             assert len(found[index].names) == len(asked.boxes) == 2
             assert TEXT_REWARDS["spatial"](found[index].suffix, asked) == 1.3

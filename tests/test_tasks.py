@@ -20,8 +20,9 @@ from pg_ground.data.records import BadRecord
 from pg_ground.data.text_budgets import check_budgets, measure_budget
 from pg_ground.rewards.device_rewards import REWARDS
 from pg_ground.rewards.text_rewards import TEXT_REWARDS
-from pg_ground.rl.loss import ALGORITHMS, CHOICES, choose
-from pg_ground.training.rollout_worker import question_of, weighted
+from pg_ground.rl.algorithms import ALGORITHMS, CHOICES, make_algorithm
+from pg_ground.training.reward_functions import weighted_rewards
+from pg_ground.training.rollout_worker import text_question
 from pg_ground.types import UserError
 
 SAMPLES = ROOT.parent / "shared" / "data"
@@ -59,8 +60,8 @@ def test_a_recipe_names_what_exists_and_one_flag_gives_both_stages_their_data(na
         c = recipe(name + weights, "--config.grpo.sources.questions.uri=jsonl:mine")
         assert set(c.grpo.rewards) <= set(REWARDS) and set(c.grpo.text_rewards) <= set(TEXT_REWARDS)
         assert (
-            weighted(c.grpo)
-            and choose(c.grpo) is not None
+            weighted_rewards(c.grpo)
+            and make_algorithm(c.grpo.algorithm, c.grpo.algorithm_overrides) is not None
             and c.grpo.batch_size % c.grpo.minibatches == 0
         )
         assert c.sft.sources == c.grpo.sources and c.sft.sources["questions"].uri == "jsonl:mine"
@@ -144,7 +145,7 @@ def test_the_supervised_answer_earns_the_most_in_its_own_recipe(name, tmp_path):
     row = prepare_row(found, 0, tokens, c.data, 0, 0)
     assert not isinstance(row, UnusableRow)
     scores = {
-        reward: TEXT_REWARDS[reward](found[0].suffix, question_of(stack_rows([row]), 0, tokens))
+        reward: TEXT_REWARDS[reward](found[0].suffix, text_question(stack_rows([row]), 0, tokens))
         for reward in c.grpo.text_rewards
     }
     assert scores == pytest.approx(expected)
@@ -278,31 +279,30 @@ def test_a_table_of_the_docs_has_every_name_and_no_other(names, text):
     assert sorted(re.findall(r"`(\w+)`", "".join(listed))) == sorted(names)
 
 
-def test_the_table_of_algorithms_says_what_the_rows_are():
+RATIO_WORDS = {
+    "token": "per_token",
+    "sequence mean": "per_sequence",
+    "sequence": "whole_sequence",
+    "–": "per_token",
+}
+
+
+def test_the_table_of_algorithms_describes_the_rows():
     for line in table(ALGORITHM_PAGE, "row").splitlines()[2:]:
-        name, _, advantage, ratio, objective, average, clip, kl = (
-            cell.strip(" `") for cell in line.strip("|").split("|")
-        )
+        cells = [cell.strip(" `") for cell in line.strip("|").split("|")]
+        name, _, advantage, ratio, objective, loss_agg_mode, clip, kl = cells
         row = ALGORITHMS[name]
-        assert (advantage, objective, average) == tuple(
-            f.__name__ for f in (row.advantage, row.objective, row.average)
-        )
-        written = {
-            "token": "per_token",
-            "sequence mean": "per_sequence",
-            "sequence": "whole_sequence",
-            "–": "per_token",
-        }
-        assert written[ratio] == row.ratio.__name__
-        numbers = [float(n) for n in re.findall(r"[\d.]+(?:e-\d)?", clip)]
-        known = {"clipped": (row.clip_low, row.clip_high), "geometric": (row.clip_low, row.clip_high),
-                 "cispo": (row.clip_high,)}.get(objective, ())  # fmt: skip
-        assert numbers == [n for n in (*known, row.ratio_cap) if np.isfinite(n)], name
-        assert (
-            float(kl.split()[0].strip(",")) == row.kl_coef
-            and ("in the reward" in kl) == row.kl_in_reward
-        )
-        assert (re.search(r"`(\w+)", kl) or ["", "k3_corrected"])[1] == row.kl.__name__
+        assert advantage == row.advantage.__name__
+        assert RATIO_WORDS[ratio] == row.ratio.__name__
+        assert objective == row.objective.__name__
+        assert loss_agg_mode == row.loss_agg_mode.__name__
+        numbers = [float(number) for number in re.findall(r"[\d.]+(?:e-\d)?", clip)]
+        options = [row.option(option) for option in ("clip_low", "clip_high", "ratio_cap")]
+        assert numbers == [n for n in options if n is not None and np.isfinite(n)], name
+        assert float(kl.split()[0].strip(",")) == row.kl_coef
+        assert ("in the reward" in kl) == row.kl_in_reward
+        estimator = re.search(r"`(\w+)", kl)
+        assert (estimator[1] if estimator else "k3_corrected") == row.kl_estimator.__name__
 
 
 def test_the_docs_name_every_choice_and_setting():
