@@ -1,7 +1,7 @@
 """Trees of parameters by name: big_vision's names joined by slashes, which of them are matrices, and which are trained."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,6 +30,10 @@ MATRICES: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = (
 
 DOWN, UP = "_lora_a", "_lora_b"
 """What the names of a LoRA adapter's two factors add to the name of the matrix they adapt."""
+
+
+SCALE = "_scale"
+"""Added to the name of a frozen int8 matrix to name its scales: see `pg_ground.models.quantization`."""
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -86,12 +90,17 @@ def is_adapter(name: str) -> bool:
     return name.endswith((DOWN, UP))
 
 
+def is_scale(name: str) -> bool:
+    """Returns whether the named parameter holds the scales of an int8 matrix."""
+    return name.endswith(SCALE)
+
+
 def is_multiplied(name: str) -> bool:
     """Returns whether the named parameter is a matrix, or a factor of one."""
     return is_adapter(name) or matrix_axes(name) is not None
 
 
-def lr_factors(names: Iterable[str], table: Sequence[tuple[str, float]]) -> dict[str, float]:
+def lr_factors(names: Collection[str], table: Sequence[tuple[str, float]]) -> dict[str, float]:
     """Returns what each named parameter's learning rate is multiplied by; 0 is frozen.
 
     `table` pairs patterns (of whole names) with factors, and the first that matches counts, as in big_vision's `schedule`.
@@ -100,10 +109,11 @@ def lr_factors(names: Iterable[str], table: Sequence[tuple[str, float]]) -> dict
     Raises:
       UserError: a parameter that no pattern matches, a pattern that no parameter is left for, or nothing to train.
     """
-    names = list(names)
+    scales = {name: 0.0 for name in names if is_scale(name)}
+    names = [name for name in names if not is_scale(name)]
     if not table:
         adapters = any(map(is_adapter, names))
-        return {name: float(is_adapter(name) or not adapters) for name in names}
+        return {name: float(is_adapter(name) or not adapters) for name in names} | scales
     try:
         patterns = [re.compile(pattern) for pattern, _ in table]
     except re.error as error:
@@ -126,4 +136,4 @@ def lr_factors(names: Iterable[str], table: Sequence[tuple[str, float]]) -> dict
     factors = {name: float(table[i][1]) for name, i in first.items() if i is not None}
     if not any(factors.values()):
         raise UserError("config.lr_factors freezes every parameter: nothing is left to train")
-    return factors
+    return factors | scales

@@ -58,7 +58,7 @@ def test_every_matrix_can_have_one_and_its_factors_have_its_axes():
     flat = flatten(fresh)
     assert len(flat) == 2 * len(matrices)
     for name, leaf in matrices.items():
-        product = lora.product(name, flat[name + "_lora_a"], flat[name + "_lora_b"])
+        product = lora.low_rank_matrix(name, flat[name + "_lora_a"], flat[name + "_lora_b"])
         assert product.shape == leaf.shape and flat[name + "_lora_a"].shape[-1] == 3
         assert not flat[name + "_lora_b"].any() and flat[name + "_lora_a"].all()
 

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 from pg_ground.config import Lora, Text
 from pg_ground.models.blocks import in_blocks
 from pg_ground.models.lora import low_rank
+from pg_ground.models.quantization import Matrix, matrix_param, product
 from pg_ground.models.siglip import rematerialised, sinusoids
 from pg_ground.types import Array, Places
 from pg_ground.vocab import LOC_MAX, LOC_TOKENS, vocab_of_size
@@ -73,8 +74,8 @@ class Einsum(nn.Module):
 
     @nn.compact
     def __call__(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
-        w = self.param("w", normal_by_fan_in(self.fan_in_axes), self.shape)
-        y = jnp.einsum(equation, x, w.astype(x.dtype))
+        w = matrix_param(self, "w", normal_by_fan_in(self.fan_in_axes), self.shape)
+        y = product(equation, x, w)
         more = low_rank(self, "w", equation, x, self.shape, self.lora)
         return y if more is None else y + more
 
@@ -189,32 +190,37 @@ class FeedForward(nn.Module):
             (2, self.config.width, self.config.mlp_dim),
             (self.config.mlp_dim, self.config.width),
         )
-        gating = self.param("gating_einsum", normal_by_fan_in((1,)), up).astype(x.dtype)
-        linear = self.param("linear", normal_by_fan_in((0,)), down).astype(x.dtype)
+        gating = matrix_param(self, "gating_einsum", normal_by_fan_in((1,)), up)
+        linear = matrix_param(self, "linear", normal_by_fan_in((0,)), down)
         gate, value = both_products(x, gating)
         more = low_rank(self, "gating_einsum", "BGtD,cDF->cBGtF", x, up, self.lora)
         if more is not None:
             gate, value = gate + more[0], value + more[1]
         hidden = nn.gelu(gate, approximate=True) * value
+        y = product("BGtF,FD->BGtD", hidden, linear)
         more = low_rank(self, "linear", "BGtF,FD->BGtD", hidden, down, self.lora)
-        return hidden @ linear if more is None else hidden @ linear + more
+        return y if more is None else y + more
 
 
-def both_products(x: Float[Array, "B G t D"], w: Float[Array, "2 D F"]) -> tuple[Array, Array]:
-    """Returns x W0 and x W1.
+def both_products(x: Float[Array, "B G t D"], matrix: Matrix) -> tuple[Array, Array]:
+    """Returns x W0 and x W1, where `matrix` holds W0 and W1, `[2, D, F]`.
 
-    A decoder's step is a reading of weights. A TPU, given two products, first copies a layer's two matrices out of the stack of
-    layers: three times the bytes of one product (PG1 3B, v5e-8, 64 tokens: 634 GB a rollout against 325). A CPU is slower so.
+    One decoding step is a reading of weights. If a TPU is given two products, it first copies a layer's two matrices out of the
+    stack of layers: three times the bytes of one product (PG1 3B, v5e-8, 64 tokens: 634 GB per rollout against 325). On a CPU
+    one product is slower than two.
     """
 
-    def two(x: Array, w: Array) -> tuple[Array, Array]:
-        return x @ w[0], x @ w[1]
+    def two_products(x: Array, matrix: Matrix) -> tuple[Array, Array]:
+        first, second = (jax.tree.map(lambda leaf, i=i: leaf[i], matrix) for i in range(2))
+        return product("BGtD,DF->BGtF", x, first), product("BGtD,DF->BGtF", x, second)
 
-    def one(x: Array, w: Array) -> tuple[Array, Array]:
-        gate, value = jnp.einsum("BGtD,cDF->cBGtF", x, w)
+    def one_product(x: Array, matrix: Matrix) -> tuple[Array, Array]:
+        gate, value = product("BGtD,cDF->cBGtF", x, matrix)
         return gate, value
 
-    return jax.lax.platform_dependent(x, w, tpu=one, default=two) if x.shape[2] == 1 else two(x, w)
+    if x.shape[2] > 1:
+        return two_products(x, matrix)
+    return jax.lax.platform_dependent(x, matrix, tpu=one_product, default=two_products)
 
 
 class Block(nn.Module):

@@ -14,7 +14,8 @@ from flax import linen as nn
 from jaxtyping import Float
 
 from pg_ground.config import Lora
-from pg_ground.params import DOWN, UP, flatten, is_adapter, matrix_axes, unflatten
+from pg_ground.models.quantization import QuantizedMatrix, dequantize, stored
+from pg_ground.params import DOWN, UP, flatten, is_adapter, is_scale, matrix_axes, unflatten
 from pg_ground.types import Array
 
 
@@ -68,28 +69,32 @@ def merge(params: Any, lora: Lora) -> dict[str, Any]:
     finer than bfloat16.
     """
     flat = flatten(params)
-    return unflatten({name: merged(flat, name, lora) for name in flat if not is_adapter(name)})
+    names = [name for name in flat if not is_adapter(name) and not is_scale(name)]
+    return unflatten({name: merged(flat, name, lora) for name in names})
 
 
 def merged(flat: Mapping[str, Any], name: str, lora: Lora, dtype: Any = None) -> Array:
     """Returns the named parameter with its adapter, if it has one, in `dtype` (None: the wider one of the two)."""
-    w = flat[name]
+    matrix = stored(flat, name)
+    base = dequantize(matrix) if isinstance(matrix, QuantizedMatrix) else matrix
     if name + DOWN not in flat:
-        return w if dtype is None else w.astype(dtype)
+        return base if dtype is None else base.astype(dtype)
     down, up = flat[name + DOWN], flat[name + UP]
-    kind = jnp.result_type(w, down) if dtype is None else dtype
+    result_dtype = jnp.result_type(base, down) if dtype is None else dtype
 
-    def one(parts: tuple[Array, Array, Array]) -> Array:
-        w, down, up = parts
-        return (w.astype(jnp.float32) + product(name, down, up) * (lora.alpha / lora.rank)).astype(
-            kind
-        )
+    def merge_layer(parts: tuple[Array, Array, Array]) -> Array:
+        base, down, up = parts
+        change = low_rank_matrix(name, down, up) * (lora.alpha / lora.rank)
+        return (base.astype(jnp.float32) + change).astype(result_dtype)
 
     stacked = "/layers/" in name or "/encoderblock/" in name
-    return jax.lax.map(one, (w, down, up)) if stacked else one((w, down, up))
+    parts = (base, down, up)
+    return jax.lax.map(merge_layer, parts) if stacked else merge_layer(parts)
 
 
-def product(name: str, down: Float[Array, "..."], up: Float[Array, "..."]) -> Float[Array, "..."]:
+def low_rank_matrix(
+    name: str, down: Float[Array, "..."], up: Float[Array, "..."]
+) -> Float[Array, "..."]:
     """Returns A B in the shape of the named matrix, float32."""
     axes = matrix_axes(name)
     assert axes is not None, name

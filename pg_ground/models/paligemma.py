@@ -260,9 +260,12 @@ class PaliGemma:
         of that dtype too, as its products are, and half as large (PG2 10B, eight chips of v5p, 64 prompts: 23.7 GiB, now 21.8).
         """
         dtype = jnp.dtype(self.config.dtype)
-        return map_named(
-            lambda name, leaf: leaf.astype(dtype) if is_multiplied(name) else leaf, params
-        )
+
+        def cast(name: str, leaf: Array) -> Array:
+            # an int8 matrix is cast by its layer: all of them cast would be a bfloat16 copy of the base
+            return leaf.astype(dtype) if is_multiplied(name) and leaf.dtype != jnp.int8 else leaf
+
+        return map_named(cast, params)
 
     def _vocabulary(self, params: Params) -> Float[Array, "V D"]:
         return self._apply(params, "vocabulary")
@@ -293,7 +296,7 @@ def write_slots(
     b, g, size = cache.shape[1:4]
     rows, completions = jnp.arange(b)[:, None, None], jnp.arange(g)[:, None]
     slots = slots if mask is None else jnp.where(mask, slots, size)  # beyond the last slot: dropped
-    return cache.at[:, rows, completions, slots].set(new, mode="drop")
+    return jnp.asarray(cache).at[:, rows, completions, slots].set(new, mode="drop")
 
 
 def last_of(hidden: Float[Array, "B S D"], mask: Bool[Array, "B S"]) -> Float[Array, "B D"]:

@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 from pg_ground.config import Lora, Vision
 from pg_ground.models.blocks import in_blocks
 from pg_ground.models.lora import low_rank
+from pg_ground.models.quantization import matrix_param, product
 from pg_ground.types import Array, Places
 
 
@@ -28,9 +29,9 @@ class Dense(nn.Module):
         of_x, of_w, of_y = re.split(",|->", self.equation)
         inner = [axis for axis, letter in enumerate(of_w) if letter in of_x]
         outer = [axis for axis, letter in enumerate(of_w) if letter in of_y]
-        kernel = self.param("kernel", self.init(inner, outer), self.shape)
+        kernel = matrix_param(self, "kernel", self.init(inner, outer), self.shape)
         bias = self.param("bias", nn.initializers.zeros, tuple(self.shape[axis] for axis in outer))
-        y = jnp.einsum(self.equation, x, kernel.astype(x.dtype))
+        y = product(self.equation, x, kernel)
         more = low_rank(self, "kernel", self.equation, x, self.shape, self.lora)
         return (y if more is None else y + more) + bias.astype(x.dtype)
 
