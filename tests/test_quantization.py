@@ -15,6 +15,7 @@ from pg_ground import config
 from pg_ground.config import Lora, Model
 from pg_ground.models import PaliGemma, lora, quantization
 from pg_ground.params import (
+    MATRICES,
     SCALE,
     flatten,
     is_adapter,
