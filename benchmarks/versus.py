@@ -1,27 +1,39 @@
-"""Our GRPO step beside what users would run instead, on equal work: one table of ratios.
+"""Compares our GRPO step with the steps that users would run instead, on equal work.
 
-python benchmarks/versus.py [--size=tiny|small|3b_224|3b_448] [--peers=ours,hand,trl,…] [--rounds=5] [--threads=1]
-    [--device=cpu|cuda] [--dtype=float32|bfloat16] [--checkpointing=true|false] [--prompts=N --group=N --tokens=N]
-    [--grad_accum_steps=1] [--python=PEERS_PYTHON] [--big_vision=CLONE] [--json=O] [--out=O.md]
+python benchmarks/versus.py [--size=tiny|small|3b_224|3b_448] [--peers=ours,hand,trl,…] [--rounds=5]
+    [--threads=1] [--device=cpu|cuda] [--dtype=float32|bfloat16] [--checkpointing=true|false]
+    [--prompts=N] [--group=N] [--tokens=N] [--prompt_tokens=16] [--grad_accum_steps=1]
+    [--python=PEERS_PYTHON] [--big_vision=CLONE] [--together=true|false] [--logs=FOLDER]
+    [--json=O] [--out=O.md]
 
-Peers: ours; hand, the loop a torch user writes (Hugging Face's generate with its cache, then TRL's loss); trl, TRL's GRPOTrainer;
-generate_dynamic, generate_static and generate_compiled, sampling alone; big_vision, a step of its model, its decode loop and its
-trainer's loss, and big_vision_decode, that loop alone. A peer that is not installed is said to be so and left out:
+Peers:
+- ours
+- hand: a loop of a torch user, with Hugging Face's generate and its cache, then TRL's loss
+- trl: TRL's GRPOTrainer
+- generate_dynamic, generate_static, generate_compiled: sampling alone
+- big_vision: a step of its model, its decode loop and its trainer's loss
+- big_vision_decode: that decode loop alone
+
+A peer that is not installed is reported and left out:
 
     pip install 'pg-ground[peers]'    (torch 2.13.0, transformers 5.23.0, trl 1.16.0)
-    git clone https://github.com/google-research/big_vision; git -C big_vision checkout 0127fb6; pip install tensorflow
-                                      (which it imports; then --big_vision=big_vision)
+    git clone https://github.com/google-research/big_vision
+    git -C big_vision checkout 0127fb6; pip install tensorflow    (which big_vision imports)
+    and then --big_vision=big_vision
 
-Equal work: an architecture of the same sizes with random float32 parameters, all trained by Adam with the gradient clipped; the
-same numbers of prompts (an image and `prompt_tokens` tokens each), completions and tokens, none of which ends early; a KL to a
-reference policy. Each peer is a process of its own and does one step in its turn, so that all of them see the machine in the same
-state; the first step, which compiles, is not counted. On a GPU, where they do not fit beside one another, each is started afresh
-in every round (`--together=false`).
+Equal work: an architecture of the same sizes with random float32 parameters. Adam trains all of
+them, with the gradient clipped. The numbers of prompts (an image and `prompt_tokens` tokens each),
+completions and tokens are the same, and no completion ends early. There is a KL to a reference
+policy. Each peer is a process of its own, and the peers do one step in turn, so that all of them
+see the machine in the same state. The first step compiles and is not counted. On a GPU the peers
+may not fit beside one another: there each peer is started again in every round
+(`--together=false`).
 
-What is timed: rollout, from prompts and pixels to tokens; score, rewards and the reference policy's pass; update, loss, gradient,
-clip and Adam. Turning records into pixels and ids is not. CPU-seconds are those of all threads of a process; `--threads` cores
-are given to each. What was done is checked: numbers of completions and tokens, equal numbers of parameters, that the gradient is
-not zero and that parameters move.
+Three phases are timed: rollout (from prompts and pixels to tokens), score (rewards and the
+reference policy's pass) and update (loss, gradient, clip and Adam). Turning records into pixels and
+ids is not timed. CPU seconds are the seconds of all threads of a process; each process gets
+`--threads` cores. The work is checked: the numbers of completions, tokens and parameters are equal,
+the gradient is not zero, and parameters change.
 """
 
 import json
@@ -29,7 +41,7 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +53,7 @@ from pg_ground.config import nearest
 from pg_ground.reporting.tables import Table, ascii_table
 from pg_ground.types import UserError
 
-HERE = Path(__file__).parent / "peers"
+PROGRAMS = Path(__file__).parent / "peers"
 
 PEERS: dict[str, tuple[str, str]] = {
     "ours": ("ours.py", ""),
@@ -53,48 +65,88 @@ PEERS: dict[str, tuple[str, str]] = {
     "big_vision": ("big_vision_peer.py", ""),
     "big_vision_decode": ("big_vision_peer.py", "decode"),
 }
-"""Program and what it is to do."""
+"""The program of each peer, and its variant."""
 
 PHASES = ("rollout", "score", "update")
 
+COLUMNS = [
+    "peer",
+    "rollout",
+    "score",
+    "update",
+    "step",
+    "rollout / ours",
+    "step / ours",
+    "spread",
+    "tokens/s",
+    "peak GiB",
+]
+
+FLAGS = {
+    "size": "tiny",
+    "peers": ",".join(PEERS),
+    "rounds": 5,
+    "threads": 1,
+    "device": "cpu",
+    "dtype": "",
+    "checkpointing": "true",
+    "prompts": 0,
+    "group": 0,
+    "tokens": 0,
+    "prompt_tokens": 16,
+    "grad_accum_steps": 1,
+    "python": sys.executable,
+    "big_vision": "",
+    "together": "",
+    "logs": "",
+    "json": "",
+    "out": "",
+}
+
 
 class Peer:
-    """A running program that does a step when asked to."""
+    """A running peer program."""
 
-    def __init__(self, name: str, w: Work, python: str, log: Path):
+    def __init__(self, name: str, work: Work, python: str, log: Path):
         program, variant = PEERS[name]
-        threads = {key: str(w.threads) for key in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        offline = {
-            key: "1" for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
-        }
-        platform = (
-            {"JAX_PLATFORMS": w.device}
-            if w.device == "cpu"
-            else {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        )
         self._process = subprocess.Popen(
-            [python, str(HERE / program), json.dumps(w._replace(variant=variant)._asdict())],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True,
-            env={**os.environ, **threads, **offline, **platform})  # fmt: skip
-        self.log = log
+            [
+                python,
+                str(PROGRAMS / program),
+                json.dumps(work._replace(variant=variant)._asdict()),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("w"),
+            text=True,
+            env=peer_environment(work),
+        )
+        self._log = log
         self.facts = self._read()
 
     def _read(self) -> dict[str, Any]:
+        """Returns the next message of the program.
+
+        Raises:
+          UserError: the program ended; the text is the last line of its log.
+        """
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             self._process.wait()
-            said = self.log.read_text().strip().splitlines()
-            raise UserError(said[-1][:300] if said else "the process ended without a word")
+            log = self._log.read_text().strip().splitlines()
+            raise UserError(log[-1][:300] if log else "the process ended without a message")
         return json.loads(line)
 
     def step(self) -> dict[str, Any]:
+        """Requests a step and returns its measurements."""
         assert self._process.stdin is not None
         self._process.stdin.write("step\n")
         self._process.stdin.flush()
         return self._read()
 
     def end(self) -> None:
+        """Ends the program."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
@@ -104,222 +156,239 @@ class Peer:
             self._process.wait()
 
 
+def peer_environment(work: Work) -> dict[str, str]:
+    """Returns the environment of a peer: its threads, and no downloads."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(work.threads),
+        "MKL_NUM_THREADS": str(work.threads),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+    }
+    if work.device == "cpu":
+        return environment | {"JAX_PLATFORMS": "cpu"}
+    return environment | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
 class Result(NamedTuple):
-    """What a peer was measured to do, step by step."""
+    """The measurements of a peer."""
 
     facts: dict[str, Any]
     warm_up: dict[str, Any]
     steps: list[dict[str, Any]]
 
     def median(self, clock: str, phase: str) -> float | None:
-        """Returns seconds (by `seconds` or `cpu_seconds`) of a phase, or of all three as `step`; None if it has no such phase."""
+        """Returns the median time of a phase. None means that the peer does not have the phase.
+
+        Args:
+          clock: "seconds" or "cpu_seconds".
+          phase: one of `PHASES`, or "step" for all of them.
+        """
         phases = PHASES if phase == "step" else (phase,)
         if any(name not in step[clock] for step in self.steps for name in phases):
             return None
         return statistics.median(sum(step[clock][name] for name in phases) for step in self.steps)
 
     def spread(self, clock: str) -> float:
-        """Returns (largest - smallest) / median of the steps' sums."""
-        sums = [sum(step[clock].get(name, 0.0) for name in PHASES) for step in self.steps]
-        return (max(sums) - min(sums)) / statistics.median(sums)
+        """Returns (largest - smallest) / median of the step times."""
+        times = [sum(step[clock].get(name, 0.0) for name in PHASES) for step in self.steps]
+        return (max(times) - min(times)) / statistics.median(times)
+
+    @property
+    def peak_gib(self) -> float:
+        """Peak memory of all steps."""
+        return max(step["peak_bytes"] for step in self.steps) / 2**30
 
 
 def measure(
-    names: Sequence[str], w: Work, rounds: int, together: bool, python: str, logs: Path
+    names: Sequence[str], work: Work, rounds: int, together: bool, python: str, logs: Path
 ) -> dict[str, Result | str]:
-    """Returns what each peer did, or why it could not."""
-    found: dict[str, Result | str] = {}
+    """Returns the result of each peer, or the reason why it has none."""
+    results: dict[str, Result | str] = {}
     running: dict[str, Peer] = {}
-    for turn in range(rounds):
+    for number in range(rounds):
         for name in names:
-            if isinstance(found.get(name), str):
+            if isinstance(results.get(name), str):
                 continue
             try:
                 if name not in running:
-                    running[name] = Peer(name, w, python, logs / f"{name}.log")
-                    warm_up = running[name].step()
-                    found.setdefault(name, Result(running[name].facts, warm_up, []))
-                result = found[name]
-                assert isinstance(result, Result)
+                    peer = running[name] = Peer(name, work, python, logs / f"{name}.log")
+                    results.setdefault(name, Result(peer.facts, peer.step(), []))
                 step = running[name].step()
-                check(name, w, step["checks"])
-                result.steps.append(step)
-                print(
-                    f"round {turn + 1}: {name} {sum(step['cpu_seconds'].values()):.2f} CPU s",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                if not together:
-                    running.pop(name).end()
+                check_work(name, work, step["checks"])
             except UserError as error:
-                found[name] = str(error)
+                results[name] = str(error)
                 running.pop(name, None)
+                continue
+            result = results[name]
+            assert isinstance(result, Result)
+            result.steps.append(step)
+            cpu_s = sum(step["cpu_seconds"].values())
+            print(f"round {number + 1}: {name} {cpu_s:.2f} CPU s", file=sys.stderr, flush=True)
+            if not together:
+                running.pop(name).end()
     for peer in running.values():
         peer.end()
-    return found
+    return results
 
 
-def check(name: str, w: Work, checks: dict[str, float]) -> None:
-    """Raises UserError where a peer has not done the work."""
-    if (checks["turns"], checks["completions"]) != (w.tokens, w.rows):
+def check_work(name: str, work: Work, checks: dict[str, float]) -> None:
+    """Raises UserError if a peer has not done the work."""
+    if (checks["decode_steps"], checks["completions"]) != (work.tokens, work.completions):
         raise UserError(
-            f"{name} made {checks['completions']} completions of {checks['turns']} tokens, not {w.rows} of {w.tokens}"
+            f"{name} made {checks['completions']} completions of {checks['decode_steps']} tokens, "
+            f"not {work.completions} of {work.tokens}"
         )
-    if not checks.get("moved", 1.0) or checks.get("grad_norm") == 0:
-        raise UserError(f"{name} did not move its parameters: {checks}")
+    if not checks.get("parameter_change", 1.0) or checks.get("grad_norm") == 0:
+        raise UserError(f"{name} did not change its parameters: {checks}")
 
 
-def tables(found: dict[str, Result | str], w: Work) -> list[Table]:
-    """Returns CPU seconds and wall seconds a step, each with its ratio to ours."""
-    measured = {name: result for name, result in found.items() if isinstance(result, Result)}
-    out: list[Table] = []
-    for clock, label in (
-        (("cpu_seconds", "CPU seconds"), ("seconds", "seconds")) if measured else ()
-    ):
-        heads = [
-            "peer",
-            "rollout",
-            "score",
-            "update",
-            "step",
-            "rollout / ours",
-            "step / ours",
-            "spread",
-            "tokens/s",
-            "peak GiB",
-        ]
-        rows = []
-        for name, result in measured.items():
-            values = {phase: result.median(clock, phase) for phase in (*PHASES, "step")}
-            ours = (
-                {p: measured["ours"].median(clock, p) for p in ("rollout", "step")}
-                if "ours" in measured
-                else {}
-            )
-            ratios = [_ratio(values[phase], ours.get(phase)) for phase in ("rollout", "step")]
-            sampled = w.rows * w.tokens / (values["rollout"] or 1.0)
-            peak = max(step["peak_bytes"] for step in result.steps) / 2**30
-            cells = [f"{v:.3g}" if v is not None else "" for v in values.values()]
-            rows.append(
-                [
-                    name,
-                    *cells,
-                    *ratios,
-                    f"{result.spread(clock):.0%}",
-                    f"{sampled:.0f}",
-                    f"{peak:.2f}",
-                ]
-            )
-        out.append(
-            Table(
-                f"{label} a step, median of {max(len(r.steps) for r in measured.values())}",
-                heads,
-                rows,
-                "",
-            )
+def result_tables(results: Mapping[str, Result | str], work: Work) -> list[Table]:
+    """Returns CPU seconds and wall seconds per step, each with its ratio to ours."""
+    measured = {name: result for name, result in results.items() if isinstance(result, Result)}
+    if not measured:
+        return []
+    rounds = max(len(result.steps) for result in measured.values())
+    return [
+        Table(
+            f"{label} a step, median of {rounds}",
+            COLUMNS,
+            [table_row(name, measured, work, clock) for name in measured],
+            "",
         )
-    return out
+        for clock, label in (("cpu_seconds", "CPU seconds"), ("seconds", "seconds"))
+    ]
 
 
-def _ratio(theirs: float | None, ours: float | None) -> str:
-    return f"{theirs / ours:.1f}x" if theirs is not None and ours else ""
+def table_row(name: str, results: Mapping[str, Result], work: Work, clock: str) -> list[str]:
+    """Returns the cells of one peer."""
+    result, ours = results[name], results.get("ours")
+    times = {phase: result.median(clock, phase) for phase in (*PHASES, "step")}
+    ratios = [
+        ratio_text(times[phase], ours.median(clock, phase) if ours else None)
+        for phase in ("rollout", "step")
+    ]
+    tokens_per_s = work.completions * work.tokens / (times["rollout"] or 1.0)
+    return [
+        name,
+        *("" if seconds is None else f"{seconds:.3g}" for seconds in times.values()),
+        *ratios,
+        f"{result.spread(clock):.0%}",
+        f"{tokens_per_s:.0f}",
+        f"{result.peak_gib:.2f}",
+    ]
 
 
-def markdown(found: dict[str, Result | str], w: Work, argv: Sequence[str]) -> str:
-    """Returns the result as a section of a page."""
+def ratio_text(seconds: float | None, our_seconds: float | None) -> str:
+    """Returns a ratio such as 7.7x, "" if one of the times is missing."""
+    return f"{seconds / our_seconds:.1f}x" if seconds is not None and our_seconds else ""
+
+
+def markdown(results: Mapping[str, Result | str], work: Work, argv: Sequence[str]) -> str:
+    """Returns the results as a section of a Markdown page."""
+    size = work.model_size
+    plural = "s" if work.threads > 1 else ""
     lines = [
-        f"## {w.size}: {w.of.image} px, {w.of.image_tokens} + {w.prompt_tokens} prefix tokens, {w.prompts} prompts x {w.group} x "
-        f"{w.tokens} tokens, {w.dtype}, {w.device}, {w.threads} thread{'s' * (w.threads > 1)}",
+        f"## {work.size}: {size.image} px, {size.image_tokens} + {work.prompt_tokens} prefix "
+        f"tokens, {work.prompts} prompts x {work.group} x {work.tokens} tokens, {work.dtype}, "
+        f"{work.device}, {work.threads} thread{plural}",
         "",
         f"{date.today()}, commit {commit()}: `python benchmarks/versus.py {' '.join(argv)}`",
     ]
-    for table in tables(found, w):
-        lines += [
-            "",
-            table.title + ":",
-            "",
-            "| " + " | ".join(table.columns) + " |",
-            "|---" * len(table.columns) + "|",
-        ]
+    for table in result_tables(results, work):
+        lines += ["", f"{table.title}:", "", "| " + " | ".join(table.columns) + " |"]
+        lines.append("|---" * len(table.columns) + "|")
         lines += ["| " + " | ".join(row) + " |" for row in table.rows]
     lines.append("")
-    for name, result in found.items():
+    for name, result in results.items():
         if isinstance(result, str):
             lines.append(f"- {name}: {result}")
         else:
-            said = ", ".join(f"{k} {v}" for k, v in result.facts["versions"].items())
-            lines.append(f"- {name}: {result.facts['parameters']:,} parameters; {said}")
+            packages = ", ".join(f"{k} {v}" for k, v in result.facts["versions"].items())
+            lines.append(f"- {name}: {result.facts['parameters']:,} parameters; {packages}")
     return "\n".join(lines) + "\n"
 
 
 def commit() -> str:
     """Returns the commit that is checked out, and whether files differ from it."""
+    revision = _git("rev-parse", "--short", "HEAD")
+    has_changes = _git("status", "--porcelain", "-uno")
+    return f"{revision} and changes" if has_changes else revision
 
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=HERE, capture_output=True, text=True, check=False
-        ).stdout.strip()
 
-    return git("rev-parse", "--short", "HEAD") + (
-        " and changes" if git("status", "--porcelain", "-uno") else ""
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    finished = subprocess.run(command, cwd=PROGRAMS, capture_output=True, text=True, check=False)
+    return finished.stdout.strip()
+
+
+def make_work(flags: Mapping[str, Any]) -> Work:
+    """Returns the work that the flags describe.
+
+    Raises:
+      UserError: there is no such size or peer.
+    """
+    for flag, names, choices in (
+        ("size", [flags["size"]], SIZES),
+        ("peers", flags["peers"].split(","), PEERS),
+    ):
+        for name in names:
+            if name not in choices:
+                raise UserError(f"--{flag}={name} does not exist: {nearest(name, choices)}")
+    size = SIZES[flags["size"]]
+    default_dtype = "float32" if flags["device"] == "cpu" else "bfloat16"
+    return Work(
+        size=flags["size"],
+        prompts=flags["prompts"] or size.prompts,
+        group=flags["group"] or size.group,
+        tokens=flags["tokens"] or size.tokens,
+        prompt_tokens=flags["prompt_tokens"],
+        dtype=flags["dtype"] or default_dtype,
+        checkpointing=flags["checkpointing"] == "true",
+        device=flags["device"],
+        threads=flags["threads"],
+        grad_accum_steps=flags["grad_accum_steps"],
+        variant="",
     )
-
-
-FLAGS = {
-    "size": "tiny", "peers": ",".join(PEERS), "rounds": 5, "threads": 1, "device": "cpu", "dtype": "", "checkpointing": "true",
-    "prompts": 0, "group": 0, "tokens": 0, "prompt_tokens": 16, "grad_accum_steps": 1, "python": sys.executable,
-    "big_vision": "", "together": "", "logs": "", "json": "", "out": ""}  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> None:
-    own = cli.parse_script_flags(argv, FLAGS)
-    for flag, names in (("size", [own["size"]]), ("peers", own["peers"].split(","))):
-        for name in names:
-            if name not in (there := SIZES if flag == "size" else PEERS):
-                raise UserError(f"--{flag}={name} does not exist: {nearest(name, there)}")
-    size, cpu = SIZES[own["size"]], own["device"] == "cpu"
-    w = Work(
-        size=own["size"],
-        prompts=own["prompts"] or size.prompts,
-        group=own["group"] or size.group,
-        tokens=own["tokens"] or size.tokens,
-        prompt_tokens=own["prompt_tokens"],
-        dtype=own["dtype"] or ("float32" if cpu else "bfloat16"),
-        checkpointing=own["checkpointing"] == "true",
-        device=own["device"],
-        threads=own["threads"],
-        grad_accum_steps=own["grad_accum_steps"],
-        variant="",
-    )
-    if cpu:
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-w.threads :])
-    if own["big_vision"]:
-        paths = [str(Path(own["big_vision"]).resolve()), os.environ.get("PYTHONPATH", "")]
+    flags = cli.parse_script_flags(argv, FLAGS)
+    work = make_work(flags)
+    is_cpu = work.device == "cpu"
+    if is_cpu:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-work.threads :])
+    if flags["big_vision"]:
+        paths = [str(Path(flags["big_vision"]).resolve()), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    logs = Path(own["logs"] or "/tmp") / f"versus-{os.getpid()}"
+    logs = Path(flags["logs"] or "/tmp") / f"versus-{os.getpid()}"
     logs.mkdir(parents=True)
-    together = own["together"] == "true" or (not own["together"] and cpu)
-    found = measure(own["peers"].split(","), w, own["rounds"], together, own["python"], logs)
-    for name, result in found.items():
+    together = flags["together"] == "true" or (not flags["together"] and is_cpu)
+    peers = flags["peers"].split(",")
+    results = measure(peers, work, flags["rounds"], together, flags["python"], logs)
+    for name, result in results.items():
         if isinstance(result, str):
             print(f"{name}: {result} ({logs / name}.log)")
-    for table in tables(found, w):
+    for table in result_tables(results, work):
         print(ascii_table(table))
-    counts = {result.facts["parameters"] for result in found.values() if isinstance(result, Result)}
+    measured = [result for result in results.values() if isinstance(result, Result)]
+    counts = {result.facts["parameters"] for result in measured}
     if len(counts) > 1:
         raise UserError(f"the peers have {counts} parameters: they are not the same model")
-    if own["out"]:
-        with open(own["out"], "a") as file:
-            file.write(markdown(found, w, argv) + "\n")
-    if own["json"]:
-        everything = {
-            name: result._asdict() if isinstance(result, Result) else result
-            for name, result in found.items()
+    if flags["out"]:
+        with open(flags["out"], "a") as file:
+            file.write(markdown(results, work, argv) + "\n")
+    if flags["json"]:
+        document = {
+            "work": work._asdict(),
+            "commit": commit(),
+            "peers": {
+                name: result._asdict() if isinstance(result, Result) else result
+                for name, result in results.items()
+            },
         }
-        Path(own["json"]).write_text(
-            json.dumps({"work": w._asdict(), "commit": commit(), "peers": everything}, indent=1)
-            + "\n"
-        )
+        Path(flags["json"]).write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
