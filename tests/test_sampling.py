@@ -98,6 +98,6 @@ def test_defect_07_nothing_is_nothing_a_lot_is_the_seeds_and_another_word_is_ref
     ],
 )
 def test_other_words_are_refused_by_name(strategy):
-    with pytest.raises(UserError, match="first:N, end:N and random:N") as refused:
+    with pytest.raises(UserError, match="first:N, end:N or random:N") as refused:
         sample_indices(10, strategy, 0)
     assert repr(strategy) in str(refused.value) and "\n" not in str(refused.value)

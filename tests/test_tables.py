@@ -377,7 +377,7 @@ def test_yaml_that_cannot_be_opened_is_refused(tmp_path):
         ),
         (
             [good | {"sampling_strategy": "foo:3"}],
-            "dataset 0: sampling 'foo:3': there are all, first:N",
+            "dataset 0: sampling 'foo:3' does not exist: write all, first:N",
         ),
         ([good | {"sampling_strategy": "first:-2"}], "dataset 0: sampling 'first:-2'"),
         ([good | {"sampling_strategy": 3}], "the form is datasets: [{json_path"),

@@ -8,7 +8,7 @@ from typing import Any
 from pg_ground.types import UserError
 
 MIN_RECORDS = 100
-"""The smallest number of records that a share is taken of. One bad record of one read is not 100 %."""
+"""The smallest number of records that a share is taken of: one bad record of one is not 100 %."""
 
 
 class BadRecords:
@@ -21,7 +21,7 @@ class BadRecords:
         self._entries: dict[str, dict[int, dict[str, Any]]] = {}
 
     def read(self, source: str, size: int, n: int = 1) -> None:
-        """Counts `n` records as read, good or bad. `size` is the number of records of the source."""
+        """Counts `n` records as read, good or bad. `size` is the number of the source's records."""
         with self._lock:
             self._size[source] = size
             self._read[source] += n

@@ -48,7 +48,7 @@ def to_batch_row(example: Example, tokenizer: Tokenizer, data: Data, source_posi
 
 
 def check_box_count(example: Example, data: Data) -> None:
-    """Raises BadRecord (too_many_boxes) if the annotation needs more than `data.max_boxes` slots."""
+    """Raises BadRecord (too_many_boxes) if an example needs more than `data.max_boxes` slots."""
     for kind, count in (("boxes", len(example.boxes.yxyx)), ("points", len(example.points.yx))):
         if count > data.max_boxes:
             raise BadRecord(

@@ -1,6 +1,7 @@
 """Formats of boxes and points: the order of their numbers, and the unit of their coordinates.
 
-A format is `ORDER_UNIT`. `xywh_px` is left, top, width and height in pixels; `yx_bin` is y before x in loc bins 0..1023.
+A format is `ORDER_UNIT`. `xywh_px` is left, top, width and height in pixels. `yx_bin` is y before x in
+loc bins 0..1023.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -23,9 +24,9 @@ UNITS: dict[str, float | None] = {
     "permille": 1000.0,
     "bin": float(LOC_MAX),
 }
-"""The coordinate of the right or lower edge of an image, by unit. In pixels this is the image's own width or height.
+"""The coordinate of the right or lower edge of an image, by unit.
 
-Qwen-VL and InternVL write thousandths (permille).
+For pixels this is None: the edge is the image's width or height. Qwen-VL and InternVL write thousandths (permille).
 """
 
 
@@ -47,7 +48,7 @@ def split_format(name: str) -> tuple[str, str]:
 
 
 def image_extent(unit: str, size: Sequence[float | int]) -> tuple[float | int, float | int]:
-    """Returns the width and the height of an image in `unit`. `size` is (width, height) in pixels."""
+    """Returns the width and height of an image in `unit`. `size` is (width, height) in pixels."""
     extent = UNITS[unit]
     return (size[0], size[1]) if extent is None else (extent, extent)
 
@@ -55,7 +56,13 @@ def image_extent(unit: str, size: Sequence[float | int]) -> tuple[float | int, f
 def to_pixels(
     numbers: Sequence[float | int], format_name: str, size: Sequence[float | int]
 ) -> list[float]:
-    """Returns one box as x1, y1, x2, y2, or one point as x, y, in pixels of an image of `size` (width, height)."""
+    """Returns one box as x1, y1, x2, y2, or one point as x, y, in pixels.
+
+    Args:
+      numbers: the box or point in the format.
+      format_name: `ORDER_UNIT`.
+      size: width and height of the image in pixels.
+    """
     order, unit = split_format(format_name)
     width, height = image_extent(unit, size)
     x_scale, y_scale = size[0] / width, size[1] / height
@@ -69,7 +76,13 @@ def to_pixels(
 def to_fractions(
     rows: Float[np.ndarray, "K N"], format_name: str, size: tuple[int, int]
 ) -> Float[np.ndarray, "K N"]:
-    """Returns boxes as `yxyx`, or points as `yx`, in fractions of an image of `size` (width, height). Nothing is clipped."""
+    """Returns boxes as `yxyx`, or points as `yx`, in fractions of the image. Nothing is clipped.
+
+    Args:
+      rows: boxes or points in the format.
+      format_name: `ORDER_UNIT`.
+      size: width and height of the image in pixels.
+    """
     order, unit = split_format(format_name)
     width, height = image_extent(unit, size)
     if order in POINT_ORDERS:

@@ -332,7 +332,7 @@ def _take(objects: Objects, indices: Int[np.ndarray, " n"]) -> Objects:
 def _name_indices(
     labels: Sequence[str], names: Sequence[str], count: int
 ) -> Int[np.ndarray, " count"]:
-    """Returns the index of each object's name in `names`; zeros if the labels are of other objects."""
+    """Returns the index of each object's name in `names`; zeros if the counts differ."""
     if len(labels) != count:
         return np.zeros(count, np.int32)
     return np.array([names.index(label) if label else 0 for label in labels], np.int32)

@@ -1,11 +1,13 @@
-"""Images by url, fetched once into a folder that is addressed by content.
+"""Images at urls, each fetched once into a folder that is addressed by content.
 
-`CACHE/blobs/ab/<sha256>` holds contents. `CACHE/urls/<sha256 of the url>.json` says what a url held, or why it never will
-hold an image: a final failure is remembered, so that a resumed run skips the same records. Any number of threads and
-processes may share a folder: files appear whole, and a content that is not what its name says counts as missing.
+`CACHE/blobs/ab/<sha256>` holds contents. `CACHE/urls/<sha256 of the url>.json` says which content a
+url had, or why it never gives an image. Such a final failure is remembered, so that a resumed run
+skips the same records. Any number of threads and processes may share the folder: a file appears
+whole or not at all, and a content that does not match its name counts as missing.
 
-A url comes from a data set, and so from a stranger. It is asked only if every address that its name resolves to is public,
-again after each redirect; the connection goes to the address that was checked, and the name is not resolved a second time.
+A url comes from a dataset, and so from a stranger. A host is asked only if every address of its
+name is public, and the check is repeated after each redirect. The connection goes to the address
+that was checked: the name is not resolved a second time.
 """
 
 import contextlib
@@ -40,57 +42,68 @@ from pg_ground.types import UserError, expand_path
 
 MAX_REDIRECTS = 5
 
-REDIRECTS = (301, 302, 303, 307, 308)
+REDIRECT_STATUSES = (301, 302, 303, 307, 308)
 
-TRY_AGAIN = (408, 425, 429)
-"""Statuses below 500 that say nothing final."""
+RETRY_STATUSES = (408, 425, 429)
+"""HTTP statuses below 500 after which another try may succeed."""
 
 HEADERS = {"User-Agent": "pg_ground", "Accept": "image/*, */*;q=0.5"}
 
 CHUNK_BYTES = 2**16
 
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-"""Stands for an IPv4 address, in its last 32 bits, where a network has IPv6 only (RFC 6052)."""
+"""Addresses of IPv4 hosts, in the last 32 bits, on networks that have IPv6 only (RFC 6052)."""
+
+UrlAndHash = tuple[str, str | None]
+"""A url and the sha256 of its content, or None if the hash is unknown."""
 
 
 class _Unreachable(Exception):
-    """What another try may mend: no connection, no whole answer in time, a server that is busy or broken."""
+    """A failure after which another try may succeed.
+
+    There was no connection, no whole answer in time, or the server was busy or broken.
+    """
 
 
 def is_url(value: object) -> TypeGuard[str]:
-    """Returns whether an image is named by a url, of whatever scheme, rather than by a file name."""
+    """Returns whether an image value is a url of any scheme. Otherwise it may be a file name."""
     return isinstance(value, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value) is not None
 
 
 def cached(url: str, sha256: str | None, fetch: Fetch, retry_failed: bool = False) -> bytes:
-    """Returns what `url` holds: from the cache, or fetched now and kept.
+    """Returns the content of `url` from the cache. If it is not there, fetches and stores it.
 
     Args:
-      sha256: what the content is known to have, in hexadecimal; None takes what comes.
-      retry_failed: ask again for what failed finally before.
+      url: address of the image.
+      sha256: the hash that the content must have, in hexadecimal; None accepts any content.
+      fetch: the settings.
+      retry_failed: fetches again what failed finally before.
 
     Raises:
-      BadRecord: refused_url, wrong_sha256, too_large, fetch_failed or not_fetched (it is missing, and `fetch` is offline).
+      BadRecord: refused_url, wrong_sha256, too_large, fetch_failed; or not_fetched, if the content
+        is not in the cache and `fetch` is offline.
       UserError: `fetch` names no folder.
     """
-    content = _kept(url, sha256, fetch, retry_failed)
-    return _fetched(url, sha256, fetch) if content is None else content
+    content = _from_cache(url, sha256, fetch, retry_failed)
+    return _fetch_and_store(url, sha256, fetch) if content is None else content
 
 
 def prefetch(
-    urls: Iterable[tuple[str, str | None]],
+    urls: Iterable[UrlAndHash],
     fetch: Fetch,
     progress: Callable[[str], object],
     retry_failed: bool = False,
 ) -> Counter[str]:
-    """Returns how many urls came out how: "fetched" now, "cached" before, or the kind of a `BadRecord`.
+    """Returns how many urls had each outcome: "fetched", "cached", or the kind of a `BadRecord`.
 
-    A url that fails stops no other. What is cached is not asked for again, so that a call goes on where the last ended.
+    A url that fails stops no other url. What is in the cache is not fetched again, so a new call
+    continues where the last call ended.
 
     Args:
-      urls: each with the sha256 of its content, if known. They are read as they are worked through.
-      progress: called with each outcome, from the calling thread.
-      retry_failed: ask again for what failed finally before.
+      urls: are read while the fetching goes on, so that the iterator may be long.
+      fetch: the settings.
+      progress: is called with each outcome, from the calling thread.
+      retry_failed: fetches again what failed finally before.
 
     Raises:
       UserError: `fetch` names no folder.
@@ -103,121 +116,131 @@ def prefetch(
 
 
 def is_public(address: str) -> bool:
-    """Returns whether an IP address is one of the open internet: no machine's own, no private network's, no group's."""
+    """Returns whether an IP address is on the open internet.
+
+    Addresses of this machine, of private networks and of multicast groups are not.
+    """
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        inner = (
-            ip.ipv4_mapped
-            or ip.sixtofour
-            or (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else None)
-        )
-        if inner is not None:
-            return is_public(str(inner))
+        embedded = ip.ipv4_mapped or ip.sixtofour
+        if embedded is None and ip in NAT64:
+            embedded = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if embedded is not None:
+            return is_public(str(embedded))
         if ip.is_site_local:
             return False
     return ip.is_global and not (ip.is_multicast or ip.is_reserved)
 
 
-def _outcomes(
-    urls: Iterable[tuple[str, str | None]], fetch: Fetch, retry_failed: bool
-) -> Iterator[str]:
-    """Yields an outcome for every url, in the order in which they come."""
-    running: dict[tuple[str, str | None], Future[str]] = {}
-    times: Counter[tuple[str, str | None]] = (
-        Counter()
-    )  # records side by side often share an image: it is asked for once
+def _outcomes(urls: Iterable[UrlAndHash], fetch: Fetch, retry_failed: bool) -> Iterator[str]:
+    """Yields an outcome for every url, as they finish."""
+    running: dict[UrlAndHash, Future[str]] = {}
+    # Neighbouring records often share an image. It is fetched once and counted for each of them.
+    repeats: Counter[UrlAndHash] = Counter()
     pool = ThreadPoolExecutor(fetch.concurrency)
     try:
         for pair in urls:
-            times[pair] += 1
+            repeats[pair] += 1
             if pair not in running:
                 running[pair] = pool.submit(_outcome, *pair, fetch, retry_failed)
             if len(running) >= 2 * fetch.concurrency:
-                yield from _settled(running, times)
+                yield from _finished(running, repeats)
         while running:
-            yield from _settled(running, times)
+            yield from _finished(running, repeats)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _settled(
-    running: dict[tuple[str, str | None], Future[str]], times: Counter[tuple[str, str | None]]
+def _finished(
+    running: dict[UrlAndHash, Future[str]], repeats: Counter[UrlAndHash]
 ) -> Iterator[str]:
-    """Waits for one of `running` at least, removes what is done, and yields its outcomes."""
+    """Waits for at least one of `running`, removes what is done, and yields its outcomes."""
     wait(running.values(), return_when=FIRST_COMPLETED)
     for pair in [pair for pair, future in running.items() if future.done()]:
         outcome = running.pop(pair).result()
         yield outcome
-        yield from ["cached" if outcome == "fetched" else outcome] * (times.pop(pair) - 1)
+        repeated = "cached" if outcome == "fetched" else outcome
+        for _ in range(repeats.pop(pair) - 1):
+            yield repeated
 
 
 def _outcome(url: str, sha256: str | None, fetch: Fetch, retry_failed: bool) -> str:
     try:
-        if _kept(url, sha256, fetch, retry_failed) is not None:
+        if _from_cache(url, sha256, fetch, retry_failed) is not None:
             return "cached"
-        _fetched(url, sha256, fetch)
+        _fetch_and_store(url, sha256, fetch)
         return "fetched"
-    except BadRecord as e:
-        return e.kind
+    except BadRecord as bad:
+        return bad.kind
 
 
-def _kept(url: str, sha256: str | None, fetch: Fetch, retry_failed: bool) -> bytes | None:
-    """Returns the content from the cache, or None where the url is to be asked. Raises BadRecord as it is remembered."""
+def _from_cache(url: str, sha256: str | None, fetch: Fetch, retry_failed: bool) -> bytes | None:
+    """Returns the content from the cache, or None if it has to be fetched.
+
+    Raises:
+      BadRecord: a remembered failure.
+    """
     if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
         raise BadRecord(
             "wrong_sha256",
             f"{url!r:.200}: {sha256!r:.80} is no sha256, which has 64 hexadecimal digits",
         )
-    known = _recall(url, fetch)
-    digest = sha256.lower() if sha256 else known.get("sha256")
+    memo = _read_memo(url, fetch)
+    digest = sha256.lower() if sha256 else memo.get("sha256")
     content = _read_blob(digest, fetch) if digest else None
     if content is not None or retry_failed:
         return content
-    if "kind" in known and fetch.max_bytes <= known.get("max_bytes", fetch.max_bytes):
-        raise BadRecord(known["kind"], known["message"])
-    if "sha256" in known and known["sha256"] != digest:
-        raise _wrong_sha256(url, known["sha256"], digest)
+    # A larger limit than at the time of the failure may let the content pass.
+    if "kind" in memo and fetch.max_bytes <= memo.get("max_bytes", fetch.max_bytes):
+        raise BadRecord(memo["kind"], memo["message"])
+    if "sha256" in memo and memo["sha256"] != digest:
+        raise _wrong_sha256(url, memo["sha256"], digest)
     return None
 
 
-def _fetched(url: str, sha256: str | None, fetch: Fetch) -> bytes:
-    """Returns what `url` holds now, and keeps it; what fails finally is remembered. Raises BadRecord."""
+def _fetch_and_store(url: str, sha256: str | None, fetch: Fetch) -> bytes:
+    """Returns the content of `url` and stores it. Remembers a final failure.
+
+    Raises:
+      BadRecord: the url gives no image.
+    """
     if fetch.offline:
         raise BadRecord(
             "not_fetched",
             f"{url!r:.200} is not in {fetch.cache_dir}, and nothing is fetched offline",
         )
     try:
-        content = _download_patiently(url, fetch)
-    except _Unreachable as e:
+        content = _download_with_retries(url, fetch)
+    except _Unreachable as error:
         raise BadRecord(
-            "fetch_failed", f"{url!r:.200}: {e}, after {fetch.retries + 1} tries"
-        ) from e
-    except BadRecord as e:
-        limit = {"max_bytes": fetch.max_bytes} if e.kind == "too_large" else {}
-        if e.kind != "refused_url":  # depends on a setting and on what names resolve to today
-            _remember(url, fetch, {"kind": e.kind, "message": str(e), **limit})
+            "fetch_failed", f"{url!r:.200}: {error}, after {fetch.retries + 1} tries"
+        ) from error
+    except BadRecord as bad:
+        limit = {"max_bytes": fetch.max_bytes} if bad.kind == "too_large" else {}
+        # A refusal is not final: it depends on a setting and on today's addresses of the name.
+        if bad.kind != "refused_url":
+            _write_memo(url, fetch, {"kind": bad.kind, "message": str(bad), **limit})
         raise
-    found = hashlib.sha256(content).hexdigest()
-    right = sha256 is None or sha256.lower() == found
-    if right:
-        _write_whole(_blob_path(found, fetch), content)
-    _remember(url, fetch, {"sha256": found})
-    if not right:
-        raise _wrong_sha256(url, found, sha256)
+    digest = hashlib.sha256(content).hexdigest()
+    is_right = sha256 is None or sha256.lower() == digest
+    if is_right:
+        _write_atomically(_blob_path(digest, fetch), content)
+    _write_memo(url, fetch, {"sha256": digest})
+    if not is_right:
+        raise _wrong_sha256(url, digest, sha256)
     return content
 
 
-def _wrong_sha256(url: str, found: str, expected: str | None) -> BadRecord:
+def _wrong_sha256(url: str, digest: str, expected: str | None) -> BadRecord:
     return BadRecord(
-        "wrong_sha256", f"{url!r:.200}: its content has sha256 {found}, not {expected}"
+        "wrong_sha256", f"{url!r:.200}: its content has sha256 {digest}, not {expected}"
     )
 
 
 def _folder(fetch: Fetch) -> Path:
     if not fetch.cache_dir:
         raise UserError(
-            "config.data.fetch.cache_dir is '': images that are urls need a folder to be kept in"
+            "config.data.fetch.cache_dir is '': it must name a folder for the images at urls"
         )
     return Path(expand_path(fetch.cache_dir))
 
@@ -227,15 +250,15 @@ def _blob_path(digest: str, fetch: Fetch) -> Path:
 
 
 def _memo_path(url: str, fetch: Fetch) -> Path:
-    return _folder(fetch) / "urls" / f"{_address(url)}.json"
+    return _folder(fetch) / "urls" / f"{_url_digest(url)}.json"
 
 
-def _address(url: str) -> str:
+def _url_digest(url: str) -> str:
     return hashlib.sha256(url.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _read_blob(digest: str, fetch: Fetch) -> bytes | None:
-    """Returns the content, or None where it is missing or a broken disk or a lost machine left something else."""
+    """Returns the content, or None if it is missing or damaged, for example by a full disk."""
     try:
         content = _blob_path(digest, fetch).read_bytes()
     except FileNotFoundError:
@@ -243,20 +266,20 @@ def _read_blob(digest: str, fetch: Fetch) -> bytes | None:
     return content if hashlib.sha256(content).hexdigest() == digest else None
 
 
-def _recall(url: str, fetch: Fetch) -> dict[str, Any]:
-    """Returns what is known of `url`: its "sha256", or "kind" and "message" of its failure, or nothing."""
+def _read_memo(url: str, fetch: Fetch) -> dict[str, Any]:
+    """Returns what is remembered of `url`: its sha256, or kind and message of a failure, or {}."""
     try:
         return json.loads(_memo_path(url, fetch).read_bytes())
     except (FileNotFoundError, ValueError):
         return {}
 
 
-def _remember(url: str, fetch: Fetch, what: dict[str, Any]) -> None:
-    _write_whole(_memo_path(url, fetch), json.dumps({"url": url, **what}).encode())
+def _write_memo(url: str, fetch: Fetch, fields: dict[str, Any]) -> None:
+    _write_atomically(_memo_path(url, fetch), json.dumps({"url": url, **fields}).encode())
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    """Puts `content` at `path` at once, whoever else does the same."""
+def _write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file that appears whole, also if other processes write the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{uuid.uuid4().hex}")
     try:
@@ -266,9 +289,14 @@ def _write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _download_patiently(url: str, fetch: Fetch) -> bytes:
-    """Returns the content, trying again after a growing pause. Raises BadRecord, or _Unreachable after the last try."""
-    rng = random.Random(_address(url))
+def _download_with_retries(url: str, fetch: Fetch) -> bytes:
+    """Returns the content. Tries again after growing pauses.
+
+    Raises:
+      BadRecord: the failure is final.
+      _Unreachable: the last try failed.
+    """
+    rng = random.Random(_url_digest(url))
     for attempt in range(fetch.retries):
         try:
             return _download(url, fetch)
@@ -278,31 +306,37 @@ def _download_patiently(url: str, fetch: Fetch) -> bytes:
 
 
 def _download(url: str, fetch: Fetch) -> bytes:
-    """Returns what `url` holds, through redirects. Raises BadRecord for what is final, _Unreachable for what is not."""
-    place = url
+    """Returns the content of `url` and follows redirects.
+
+    Raises:
+      BadRecord: the failure is final.
+      _Unreachable: another try may succeed.
+    """
+    location = url
     for _ in range(MAX_REDIRECTS + 1):
-        with _answer(place, fetch) as response:
+        with _get(location, fetch) as response:
             status = response.status
             if status == 200:
-                return _body(response, url, fetch.max_bytes)
-            if status in TRY_AGAIN or status >= 500:
+                return _read_body(response, url, fetch.max_bytes)
+            if status in RETRY_STATUSES or status >= 500:
                 raise _Unreachable(f"HTTP status {status}")
-            if status not in REDIRECTS or "location" not in response.headers:
+            if status not in REDIRECT_STATUSES or "location" not in response.headers:
                 raise BadRecord("fetch_failed", f"{url!r:.200}: HTTP status {status}")
-            place = _joined(place, response.headers["location"])
+            location = _redirect_url(location, response.headers["location"])
     raise BadRecord("fetch_failed", f"{url!r:.200}: more than {MAX_REDIRECTS} redirects")
 
 
-def _joined(place: str, location: str) -> str:
+def _redirect_url(url: str, location: str) -> str:
     try:
-        return urljoin(place, location)
-    except ValueError as e:
+        return urljoin(url, location)
+    except ValueError as error:
         raise BadRecord(
-            "refused_url", f"{place!r:.200} redirects to {location!r:.80}, which is no url"
-        ) from e
+            "refused_url", f"{url!r:.200} redirects to {location!r:.80}, which is no url"
+        ) from error
 
 
-def _body(response: HTTPResponse, url: str, max_bytes: int) -> bytes:
+def _read_body(response: HTTPResponse, url: str, max_bytes: int) -> bytes:
+    """Returns the body. Raises BadRecord (too_large) without reading more than `max_bytes`."""
     content = bytearray()
     announced = response.length_remaining or 0
     if announced <= max_bytes:
@@ -319,13 +353,18 @@ def _body(response: HTTPResponse, url: str, max_bytes: int) -> bytes:
 
 
 @contextlib.contextmanager
-def _answer(url: str, fetch: Fetch) -> Iterator[HTTPResponse]:
-    """Gives the answer to one request, body unread. Raises BadRecord (refused_url), or _Unreachable also out of its body."""
-    parts = _parts(url)
+def _get(url: str, fetch: Fetch) -> Iterator[HTTPResponse]:
+    """Yields the answer to one request, with its body unread.
+
+    Raises:
+      BadRecord: refused_url.
+      _Unreachable: another try may succeed. A failure while the caller reads the body is included.
+    """
+    parts = _parse(url)
     try:
         with (
             contextlib.closing(_connect(parts, fetch)) as connection,
-            _ended_after(fetch.timeout_s, connection.sock),
+            _deadline(fetch.timeout_s, connection.sock),
         ):
             connection.request(
                 "GET",
@@ -335,15 +374,15 @@ def _answer(url: str, fetch: Fetch) -> Iterator[HTTPResponse]:
             )
             with connection.getresponse() as response:
                 yield response
-    except (OSError, HTTPError, HTTPException) as e:
-        raise _Unreachable(f"{type(e).__name__}: {e}") from e
+    except (OSError, HTTPError, HTTPException) as error:
+        raise _Unreachable(f"{type(error).__name__}: {error}") from error
 
 
-def _parts(url: str) -> Url:
+def _parse(url: str) -> Url:
     try:
         parts = parse_url(url)
-    except LocationParseError as e:
-        raise BadRecord("refused_url", f"{url!r:.200} is no url that can be read") from e
+    except LocationParseError as error:
+        raise BadRecord("refused_url", f"{url!r:.200} does not parse as a url") from error
     if parts.scheme not in ("http", "https") or not parts.host:
         raise BadRecord(
             "refused_url", f"{url!r:.200}: only http and https urls with a host are fetched"
@@ -352,7 +391,12 @@ def _parts(url: str) -> Url:
 
 
 def _connect(parts: Url, fetch: Fetch) -> HTTPConnection:
-    """Returns a connection to the first address that takes one. Raises BadRecord (refused_url), OSError or HTTPError."""
+    """Returns a connection to the first address of the host that accepts one.
+
+    Raises:
+      BadRecord: refused_url.
+      OSError, HTTPError: no address accepts a connection.
+    """
     host = (parts.host or "").strip("[]")
     port = parts.port or (443 if parts.scheme == "https" else 80)
     failure: Exception = OSError(f"{host} has no address")
@@ -370,19 +414,24 @@ def _connect(parts: Url, fetch: Fetch) -> HTTPConnection:
         try:
             connection.connect()
             return connection
-        except (OSError, HTTPError) as e:
+        except (OSError, HTTPError) as error:
             connection.close()
-            failure = e
+            failure = error
     raise failure
 
 
 def _addresses(host: str, port: int, allow_private: bool) -> list[str]:
-    """Returns every IP address of `host`. Raises BadRecord (refused_url) if one is not public, OSError if there is none."""
+    """Returns every IP address of `host`.
+
+    Raises:
+      BadRecord: refused_url, if an address is not public.
+      OSError: the name has no address.
+    """
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except ValueError as e:  # a label that is too long, which Python finds before it asks
-        raise BadRecord("refused_url", f"{host!r:.200} is no host name") from e
-    addresses = list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found))
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except ValueError as error:  # Python itself rejects a label that is too long
+        raise BadRecord("refused_url", f"{host!r:.200} is no host name") from error
+    addresses = list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in infos))
     private = [address for address in addresses if not is_public(address)]
     if private and not allow_private:
         raise BadRecord(
@@ -394,27 +443,29 @@ def _addresses(host: str, port: int, allow_private: bool) -> list[str]:
 
 @functools.cache
 def _certificates() -> ssl.SSLContext:
-    """Returns the certificates that this machine trusts; reading them takes longer than a connection."""
+    """Returns the certificates that this machine trusts. Reading them is slower than connecting."""
     return ssl.create_default_context()
 
 
 @contextlib.contextmanager
-def _ended_after(timeout_s: float, sock: socket.socket) -> Iterator[None]:
-    """Ends what is read from `sock` after `timeout_s`: a byte now and then keeps within the timeouts of single reads.
+def _deadline(timeout_s: float, sock: socket.socket) -> Iterator[None]:
+    """Shuts `sock` down after `timeout_s`.
+
+    The timeout of single reads is not enough: a server that sends a byte now and then never
+    exceeds it.
 
     Raises:
-      TimeoutError: it had to.
+      TimeoutError: the socket was shut down.
     """
-    late = threading.Event()
+    is_late = threading.Event()
 
-    def end() -> None:
-        late.set()
+    def shut_down() -> None:
+        is_late.set()
         with contextlib.suppress(OSError):
-            socket.socket.shutdown(
-                sock, socket.SHUT_RDWR
-            )  # an SSLSocket's own would go on in plain text
+            # Not SSLSocket.shutdown: it would go on in plain text.
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
-    timer = threading.Timer(timeout_s, end)
+    timer = threading.Timer(timeout_s, shut_down)
     timer.daemon = True
     timer.start()
     try:
@@ -422,5 +473,5 @@ def _ended_after(timeout_s: float, sock: socket.socket) -> Iterator[None]:
     finally:
         timer.cancel()
         timer.join()
-        if late.is_set():
+        if is_late.is_set():
             raise TimeoutError(f"no whole answer within {timeout_s:g} s")

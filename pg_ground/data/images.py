@@ -23,7 +23,7 @@ CANNOT_DECODE = (
     zlib.error,
     Image.DecompressionBombError,
 )
-"""Pillow raises these on a file that is no image, that is cut off, or that unpacks to too many pixels."""
+"""Pillow raises these if a file is no image, is cut off, or unpacks to too many pixels."""
 
 
 def load_image(value: object, root: FilePath | None) -> UInt8[np.ndarray, "H W 3"]:

@@ -1,4 +1,4 @@
-"""Masks of objects, as annotations give them: polygons, run lengths or images → cells of a square grid over the whole image."""
+"""Masks of objects: from polygons, run lengths or images to a square grid over the image."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,66 +17,68 @@ from pg_ground.types import FilePath
 def to_masks(
     value: Any, count: int, size: tuple[int, int], cells: int, root: FilePath | None
 ) -> Bool[np.ndarray, "K M M"]:
-    """Returns the masks of `count` objects: `cells` along each side of the whole image, True where half of a cell is covered.
+    """Returns the masks of `count` objects as `cells` x `cells` grids over the whole image.
 
-    An object that covers half of no cell has all those that it touches. What `value`, `size` and `root` are says `whole_masks`.
+    A cell is True if the object covers half of it. If the object covers half of no cell, all cells
+    that it touches are True. `whole_masks` describes `value`, `size` and `root`.
 
     Raises:
       BadRecord: bad_mask.
     """
-    pixels = whole_masks(value, count, size, root)
-    return np.array([_cells(one, cells) for one in pixels], bool).reshape(count, cells, cells)
+    masks = whole_masks(value, count, size, root)
+    return np.array([_to_cells(mask, cells) for mask in masks], bool).reshape(count, cells, cells)
 
 
 def whole_masks(
     value: Any, count: int, size: tuple[int, int], root: FilePath | None
 ) -> list[Bool[np.ndarray, "H W"]]:
-    """Returns the masks of `count` objects in pixels of the annotation, each covering some.
-
-    `value` is a mask or a list of them, each one of COCO's polygons [x1, y1, x2, y2, …] in pixels or a list of such, filled as by
-    COCO's own tools; COCO's run lengths {counts, size}, compressed or not; or what `open_image` takes, where everything but black
-    is the object. For one object, a list of polygons is its own.
+    """Returns the masks of `count` objects in pixels of the annotation. No mask is empty.
 
     Args:
+      value: one mask, or a list with a mask for each object. A mask is one of these:
+        a COCO polygon [x1, y1, x2, y2, …] in pixels, or a list of polygons, which are filled as
+        COCO's own tools fill them;
+        COCO's run lengths {counts, size}, compressed or not;
+        an image, as `open_image` takes it, in which every pixel that is not black is the object.
+        With `count` 1, a list of polygons is the mask of the one object.
+      count: number of objects.
       size: width and height of the image in pixels.
-      root: folder that names of image files are relative to.
+      root: the folder that names of image files are relative to.
 
     Raises:
       BadRecord: bad_mask.
     """
-    each = value if _is_one_for_each(value, count) else [value]
-    if len(each) != count:
-        raise BadRecord("bad_mask", f"{len(each)} masks for {count} objects")
-    masks = [_pixels(one, size, root) for one in each]
-    if not all(one.any() for one in masks):
-        raise BadRecord("bad_mask", "the mask covers nothing of the image")
+    values = value if _has_one_mask_per_object(value, count) else [value]
+    if len(values) != count:
+        raise BadRecord("bad_mask", f"{len(values)} masks for {count} objects")
+    masks = [_to_pixels(item, size, root) for item in values]
+    if not all(mask.any() for mask in masks):
+        raise BadRecord("bad_mask", "the mask covers no pixel of the image")
     return masks
 
 
-def _is_one_for_each(value: Any, count: int) -> bool:
+def _has_one_mask_per_object(value: Any, count: int) -> bool:
     if not isinstance(value, list) or _is_polygon(value):
         return False
     return count != 1 or not value or not all(map(_is_polygon, value))
 
 
 def _is_polygon(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and not any(isinstance(x, list | Mapping | bytes | str) for x in value)
-    )
+    if not isinstance(value, list) or not value:
+        return False
+    return not any(isinstance(item, list | Mapping | bytes | str) for item in value)
 
 
-def _cells(pixels: Bool[np.ndarray, "H W"], cells: int) -> Bool[np.ndarray, "M M"]:
-    covered = np.asarray(
-        Image.fromarray(pixels.astype(np.float32)).resize((cells, cells), Image.Resampling.BOX)
-    )
-    return covered >= 0.5 if (covered >= 0.5).any() else covered > 0
+def _to_cells(mask: Bool[np.ndarray, "H W"], cells: int) -> Bool[np.ndarray, "M M"]:
+    image = Image.fromarray(mask.astype(np.float32))
+    coverage = np.asarray(image.resize((cells, cells), Image.Resampling.BOX))
+    is_half_covered = coverage >= 0.5
+    return is_half_covered if is_half_covered.any() else coverage > 0
 
 
-def _pixels(value: Any, size: tuple[int, int], root: FilePath | None) -> Bool[np.ndarray, "H W"]:
+def _to_pixels(value: Any, size: tuple[int, int], root: FilePath | None) -> Bool[np.ndarray, "H W"]:
     if isinstance(value, list):
-        return _filled([value] if _is_polygon(value) else value, size)
+        return _fill_polygons([value] if _is_polygon(value) else value, size)
     if isinstance(value, Mapping) and "counts" in value:
         return run_lengths.decode(value)
     try:
@@ -85,8 +87,11 @@ def _pixels(value: Any, size: tuple[int, int], root: FilePath | None) -> Bool[np
         raise BadRecord("bad_mask", f"the mask is no image: {bad}") from None
 
 
-def _filled(polygons: Sequence[Any], size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
-    """Returns the pixels that COCO's own tools fill: Pillow draws the outlines too, 4 % of the usual object."""
+def _fill_polygons(polygons: Sequence[Any], size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
+    """Returns the pixels inside the polygons, as COCO's own tools fill them.
+
+    Pillow would draw the outlines too, which adds 4 % to the usual object.
+    """
     rings = []
     for polygon in polygons:
         try:
@@ -96,12 +101,10 @@ def _filled(polygons: Sequence[Any], size: tuple[int, int]) -> Bool[np.ndarray, 
         if len(corners) < 3 or not np.isfinite(corners).all():
             raise BadRecord(
                 "bad_mask",
-                f"{polygon!r:.60} is no polygon [x1, y1, x2, y2, …] of three corners or more",
+                f"{polygon!r:.60} is no polygon [x1, y1, x2, y2, …] of at least three corners",
             )
         rings.append(np.clip(corners, 0, size).ravel().tolist())
     width, height = size
-    return (
-        run_lengths.decode(coco.merge(coco.frPyObjects(rings, height, width)))
-        if rings
-        else np.zeros((height, width), bool)
-    )
+    if not rings:
+        return np.zeros((height, width), bool)
+    return run_lengths.decode(coco.merge(coco.frPyObjects(rings, height, width)))

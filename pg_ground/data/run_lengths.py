@@ -56,8 +56,9 @@ def decode(run_lengths: Mapping[str, Any]) -> Bool[np.ndarray, "H W"]:
 def _decompressed(text: str | bytes) -> list[int]:
     """Returns the run lengths of COCO's compressed string.
 
-    Each character holds five bits, and the lowest bits come first. Bit 5 says that the number goes on in the next character.
-    From the third number on, a number is the difference from the run two places before.
+    Each character holds five bits of a number, and the lowest bits come first. The sixth bit says
+    that the number continues in the next character. From the third number on, a number is the
+    difference from the run two positions before.
     """
     runs: list[int] = []
     value = 0

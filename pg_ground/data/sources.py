@@ -1,6 +1,7 @@
-"""Records by uri: `open_records("jsonl:PATH")`, `open_records("synthetic:SPLIT?side=48")`, and so on through `SCHEMES`.
+"""Opens the records of a source by uri, such as `jsonl:PATH` or `synthetic:SPLIT?side=48`.
 
-A record is a dict of whatever its dataset has; `examples.py` knows what a config entry calls its fields.
+The part before the colon is a scheme of `SCHEMES`. A record is a dict with the fields of its
+dataset. A config entry says what the fields mean, and `examples.py` reads them.
 """
 
 from collections.abc import Callable
@@ -19,36 +20,38 @@ from pg_ground.types import UserError
 
 
 def open_records(uri: str, entry: str = "") -> Records:
-    """Returns the records that `uri` names.
+    """Returns the records of `uri`.
 
     Args:
-      entry: where the config has it, as `grpo/photos`, or the name alone: errors say which setting it is.
+      uri: SCHEME:LOCATION.
+      entry: the config entry, as `grpo/photos` or `photos`. An error names its setting.
 
     Raises:
-      UserError: the scheme is unknown, the file is missing or holds no records.
+      UserError: the scheme does not exist, or the file is missing or has no records.
     """
-    scheme, separator, rest = uri.partition(":")
+    scheme, separator, location = uri.partition(":")
     try:
         if not separator or scheme not in SCHEMES:
             raise UserError(
                 f"source {uri}: no scheme {scheme!r}; {nearest(scheme, SCHEMES)} (as in jsonl:PATH)"
             )
-        return SCHEMES[scheme](rest)
-    except UserError as e:
+        return SCHEMES[scheme](location)
+    except UserError as error:
         if not entry:
             raise
         section, slash, name = entry.rpartition("/")
         setting = f"config.{section}.sources.{name}.uri" if slash else f"sources.{name}.uri"
-        raise UserError(f"{setting} ({uri}): {str(e).removeprefix(f'source {uri}: ')}") from e
+        reason = str(error).removeprefix(f"source {uri}: ")
+        raise UserError(f"{setting} ({uri}): {reason}") from error
 
 
-def _open_synthetic(rest: str) -> Records:
-    split, _, options = rest.partition("?")
+def _open_synthetic(location: str) -> Records:
+    split, _, options = location.partition("?")
     return synthetic.open_scenes(split, dict(parse_qsl(options, keep_blank_values=True)))
 
 
-def _open_relations(rest: str) -> Records:
-    return open_relations(rest, open_records)
+def _open_relations(location: str) -> Records:
+    return open_relations(location, open_records)
 
 
 SCHEMES: dict[str, Callable[[str], Records]] = {

@@ -1,4 +1,4 @@
-"""Checks of a source before training: do its texts fit, and are its coordinates in the right unit?"""
+"""Checks of a source before training: the lengths of its texts, and the unit of its coordinates."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
