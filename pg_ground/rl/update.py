@@ -49,6 +49,7 @@ class Scorer(Protocol):
     ) -> Any: ...
 
 
+@jax.named_scope("update")
 def sft_update(
     state: TrainState,
     frozen: Params,
@@ -110,6 +111,80 @@ class _Part(NamedTuple):
     selection: TokenSelection | None
 
 
+class _PolicyUpdate(NamedTuple):
+    """The parts of a policy-gradient update that do not change during a step."""
+
+    model: Scorer
+    frozen: Params
+    optimizer: optax.GradientTransformation
+    algorithm: Algorithm
+    temperature: float
+    grad_accum_steps: int
+
+    def logps_and_entropy(
+        self, trees: Mapping[str, Params], policy_batch: PolicyBatch, parts: int
+    ) -> tuple[Float[Array, "B G T"], Float[Array, "B G T"]]:
+        """Returns log-probabilities and entropies of the completions under the policy in `trees`."""
+        params = join(self.frozen, trees[POLICY])
+        batch = policy_batch.batch
+        rollout = policy_batch.rollout
+        return completion_logps(self.model, params, batch, rollout, self.temperature, parts)
+
+    def loss(
+        self, trees: Mapping[str, Params], part: _Part
+    ) -> tuple[Float[Array, ""], tuple[Metrics, Metrics]]:
+        """Returns the loss of a part of a minibatch, and its metrics."""
+        batch = part.policy_batch
+        rollout = batch.rollout
+        logps, entropy = self.logps_and_entropy(trees, batch, 1)
+        old_logps = jax.lax.stop_gradient(logps) if part.old_logps is None else part.old_logps
+        terms = policy_loss(
+            logps, old_logps, batch.ref_logps, batch.advantages, part.mask, self.algorithm,
+            part.selection, rollout.logps,
+        )  # fmt: skip
+        bonus = self.algorithm.entropy_coef * jnp.sum(entropy * part.entropy_weights)
+        value = jnp.sum(terms.loss * part.loss_weights) - bonus
+        means = {
+            "policy/loss": value,
+            "policy/kl": jnp.sum(terms.kl * part.metric_weights),
+            "policy/entropy": jnp.sum(entropy * part.metric_weights),
+            "policy/clip_fraction": jnp.sum(terms.clipped * part.metric_weights),
+            "policy/correction": jnp.sum(terms.weight * part.metric_weights),
+        }
+        difference = jnp.abs(logps - rollout.logps) * rollout.loss_mask
+        return value, (means, {"policy/logp_diff_max": jnp.max(difference)})
+
+    def select_tokens(
+        self, state: TrainState, policy_batch: PolicyBatch, mask: Array, key: PRNGKeyArray
+    ) -> TokenSelection | None:
+        """Returns the token selection of a minibatch; None if the algorithm has none."""
+        selection = self.algorithm.token_selection
+        if selection is None:
+            return None
+        parts = self.grad_accum_steps
+        logps, entropy = self.logps_and_entropy(state.params, policy_batch, parts)
+        tokens = TokenStatistics(logps, entropy, policy_batch.advantages, mask, key)
+        return selection(tokens, **self.algorithm.options_for("token_selection"))
+
+    def on_minibatch(
+        self, state: TrainState, minibatch: tuple[PolicyBatch, Array | None, PRNGKeyArray]
+    ) -> tuple[TrainState, Metrics]:
+        """Returns the state after one optimizer step on a minibatch, and the metrics."""
+        policy_batch, old_logps, key = minibatch
+        rollout = policy_batch.rollout
+        mask = rollout.loss_mask
+        if self.algorithm.mask_truncated_completions:
+            mask = mask & is_finished(rollout)[..., None]
+        part = _Part(
+            policy_batch, mask, self.algorithm.loss_agg_mode(mask), _shares(rollout.loss_mask),
+            _shares(mask), old_logps, self.select_tokens(state, policy_batch, mask, key),
+        )  # fmt: skip
+        grads, metrics = accumulate_gradients(self.loss, state.params, part, self.grad_accum_steps)
+        metrics = metrics | {"optim/grad_norm": optax.tree.norm(grads)}
+        return apply_gradients(state, grads, self.optimizer), metrics
+
+
+@jax.named_scope("update")
 def grpo_update(
     state: TrainState,
     frozen: Params,
@@ -139,64 +214,19 @@ def grpo_update(
     """
     if kl_target:
         algorithm = algorithm._replace(kl_coef=state.kl_coef)
-
-    def logps_and_entropy(
-        trees: Mapping[str, Params], part: PolicyBatch, parts: int
-    ) -> tuple[Array, Array]:
-        params = join(frozen, trees[POLICY])
-        return completion_logps(model, params, part.batch, part.rollout, temperature, parts)
-
-    def loss(trees: Mapping[str, Params], part: _Part) -> tuple[Array, tuple[Metrics, Metrics]]:
-        rollout = part.policy_batch.rollout
-        logps, entropy = logps_and_entropy(trees, part.policy_batch, 1)
-        old_logps = jax.lax.stop_gradient(logps) if part.old_logps is None else part.old_logps
-        terms = policy_loss(
-            logps, old_logps, part.policy_batch.ref_logps, part.policy_batch.advantages,
-            part.mask, algorithm, part.selection, rollout.logps,
-        )  # fmt: skip
-        bonus = algorithm.entropy_coef * jnp.sum(entropy * part.entropy_weights)
-        value = jnp.sum(terms.loss * part.loss_weights) - bonus
-        means = {
-            "policy/loss": value,
-            "policy/kl": jnp.sum(terms.kl * part.metric_weights),
-            "policy/entropy": jnp.sum(entropy * part.metric_weights),
-            "policy/clip_fraction": jnp.sum(terms.clipped * part.metric_weights),
-            "policy/correction": jnp.sum(terms.weight * part.metric_weights),
-        }
-        difference = jnp.abs(logps - rollout.logps) * rollout.loss_mask
-        return value, (means, {"policy/logp_diff_max": jnp.max(difference)})
-
-    def one_update(
-        state: TrainState, minibatch: tuple[PolicyBatch, Array | None, PRNGKeyArray]
-    ) -> tuple[TrainState, Metrics]:
-        policy_batch, old_logps, key = minibatch
-        rollout = policy_batch.rollout
-        mask = rollout.loss_mask
-        if algorithm.mask_truncated_completions:
-            mask = mask & is_finished(rollout)[..., None]
-        selection = None
-        if algorithm.token_selection is not None:
-            logps, entropy = logps_and_entropy(state.params, policy_batch, grad_accum_steps)
-            tokens = TokenStatistics(logps, entropy, policy_batch.advantages, mask, key)
-            options = algorithm.options_for("token_selection")
-            selection = algorithm.token_selection(tokens, **options)
-        part = _Part(
-            policy_batch, mask, algorithm.loss_agg_mode(mask), _shares(rollout.loss_mask),
-            _shares(mask), old_logps, selection,
-        )  # fmt: skip
-        grads, metrics = accumulate_gradients(loss, state.params, part, grad_accum_steps)
-        metrics = metrics | {"optim/grad_norm": optax.tree.norm(grads)}
-        return apply_gradients(state, grads, optimizer), metrics
-
-    def one_iteration(state: TrainState, key: PRNGKeyArray) -> tuple[TrainState, Metrics]:
-        return jax.lax.scan(one_update, state, (*parts, jax.random.split(key, minibatches)))
-
+    update = _PolicyUpdate(model, frozen, optimizer, algorithm, temperature, grad_accum_steps)
     old_logps = None
     if num_iterations * minibatches > 1:
-        old_logps = logps_and_entropy(state.params, policy_batch, grad_accum_steps * minibatches)[0]
+        all_parts = grad_accum_steps * minibatches
+        old_logps = update.logps_and_entropy(state.params, policy_batch, all_parts)[0]
     parts = split((policy_batch, old_logps), minibatches)
+
+    def iterate(state: TrainState, key: PRNGKeyArray) -> tuple[TrainState, Metrics]:
+        keys = jax.random.split(key, minibatches)
+        return jax.lax.scan(update.on_minibatch, state, (*parts, keys))
+
     step = state.step
-    state, metrics = jax.lax.scan(one_iteration, state, jax.random.split(key, num_iterations))
+    state, metrics = jax.lax.scan(iterate, state, jax.random.split(key, num_iterations))
     first_difference = metrics["policy/logp_diff_max"][0, 0]
     metrics = {name: values.mean() for name, values in metrics.items()}
     metrics["policy/logp_diff_max"] = first_difference

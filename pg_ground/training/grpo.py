@@ -236,6 +236,7 @@ class GrpoStage:
         setup = self.setup
         temperatures = self.temperatures
 
+        @jax.named_scope("rollout")
         def rollout(params: Params, frozen: Params, batch: Batch, key: jax.Array) -> Rollout:
             return sample(
                 setup.model, join(frozen, params), batch.image, batch.prompt, batch.prompt_mask,
@@ -279,6 +280,7 @@ class GrpoStage:
         setup = self.setup
         parts = settings.grad_accum_steps * settings.minibatches
 
+        @jax.named_scope("reference")
         def reference(ref_params: Params, frozen: Params, batch: Batch, rollout: Rollout) -> Array:
             params = join(frozen, ref_params)
             temperature = settings.temperature

@@ -180,6 +180,7 @@ def make_score(
     rewards = load_device_rewards(settings)
     weighted = weighted_rewards(settings)
 
+    @jax.named_scope("score")
     def score(
         rollout: Rollout,
         batch: Batch,
