@@ -261,12 +261,12 @@ def test_files_that_cannot_be_opened_are_refused_by_name(tmp_path):
     (tmp_path / "prepared" / "dataset_info.json").write_text("{}")
     for name, found in (
         ("missing.array_record", "missing.array_record is no array_record file.*No such file"),
-        ("empty.array_record", "holds no records"),
+        ("empty.array_record", "empty.array_record has no records"),
         ("cut.array_record", "cut.array_record is no array_record file, or not all of one"),
         ("text.array_record", "text.array_record is no array_record file"),
         ("*.array_record", "(cut|text).array_record is no array_record file"),
-        ("*.arrayrecord", "no file fits"),
-        ("none", "no file fits"),
+        ("*.arrayrecord", "no file matches"),
+        ("none", "no file matches"),
         ("s@2", "s-00000-of-00002 is no array_record file"),
         ("s@*", "files of 2 sets"),
         ("t@*", "files of 0 sets"),

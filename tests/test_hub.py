@@ -247,7 +247,7 @@ def test_what_is_not_cached_is_refused_offline(cache):
         "org/ds@train?offline=1"
     )
     (folder / "data" / "train-00001-of-00003.parquet").resolve().unlink()  # the link is left
-    assert "there is no parquet; the Hub may have it converted" in refusal("org/ds@train?offline=1")
+    assert "it has no parquet; the Hub may have it converted" in refusal("org/ds@train?offline=1")
 
 
 def test_list_of_files_in_the_cache_tells_what_is_missing(cache):
@@ -274,7 +274,7 @@ def test_uri_of_another_form_is_refused(cache):
     put(cache, {"train.parquet": table(1)})
     assert "no split ''; there are @train" in refusal("org/ds?offline=1")
     assert "no option 'confg'; did you mean config?" in refusal("org/ds@train?confg=x")
-    assert "offline is 0 or 1" in refusal("org/ds@train?offline=yes")
+    assert "offline is yes, but it must be 0 or 1" in refusal("org/ds@train?offline=yes")
     assert "the form is hf:ORG/NAME@SPLIT" in refusal("a/b/c@train?offline=1")
     assert "the form is hf:ORG/NAME@SPLIT" in refusal("@train?offline=1")
 
@@ -329,11 +329,11 @@ def test_names_that_look_like_patterns_are_names(cache, monkeypatch):
     ("error", "found"),
     [
         ("GatedRepoError", "accept its terms at https://huggingface.co/datasets/org/ds"),
-        ("RepositoryNotFoundError", "the Hub has no data set 'org/ds'"),
+        ("RepositoryNotFoundError", "the Hub has no dataset 'org/ds'"),
         ("RevisionNotFoundError", "org/ds has no revision 'v1'"),
         (
             "HfHubHTTPError",
-            "(503 Server Error Request ID: 1); what is in the cache is read with offline=1",
+            "(503 Server Error Request ID: 1); offline=1 reads what is in the cache",
         ),
     ],
 )
@@ -360,4 +360,4 @@ def test_no_network_is_told_in_a_line(cache, monkeypatch, error):
         raise error
 
     monkeypatch.setattr(hub.HfApi, "list_repo_files", refuse)
-    assert "what is in the cache is read with offline=1" in refusal("org/ds@train")
+    assert "offline=1 reads what is in the cache" in refusal("org/ds@train")

@@ -331,7 +331,7 @@ def test_what_cannot_be_opened_is_refused_by_name(tmp_path):
         ),
         (
             uri(folder, "refcoco_google", "train"),
-            r"refs\(google\).p: No such file .*the files there: refs\(unc\).p",
+            r"refs\(google\).p: No such file .*the refs files in the folder: refs\(unc\).p",
         ),
         (uri(folder, "refcoco+_unc", "train"), r"refcoco\+/refs\(unc\).p: No such file"),
         (uri(folder, "combined", "train"), r"refcoco\+/refs\(unc\).p: No such file"),
@@ -339,7 +339,7 @@ def test_what_cannot_be_opened_is_refused_by_name(tmp_path):
         (uri(folder, "refcoco_unc", "train") + "&coco=none.json", "No such file .*none.json"),
         (uri(folder, "refcoc_unc", "train"), "no dataset 'refcoc'; did you mean refcoco"),
         (uri(folder, "refcoco", "train"), "split_by"),
-        (uri(folder, "combined", "train") + "&split_by=unc", "combined takes none"),
+        (uri(folder, "combined", "train") + "&split_by=unc", "combined takes no split_by"),
         (
             uri(folder, "refcoco_unc", "train") + "&splitby=unc",
             "no option 'splitby'; did you mean split_by",
@@ -358,7 +358,7 @@ def test_what_cannot_be_opened_is_refused_by_name(tmp_path):
         "\xff",
     ):
         (folder / "refcoco" / "instances.json").write_text(text, encoding="latin1")
-        with pytest.raises(UserError, match="instances.json is not COCO's"):
+        with pytest.raises(UserError, match="instances.json does not hold COCO's"):
             open_refer(uri(folder, "refcoco_unc", "train"))
 
 

@@ -20,18 +20,18 @@ from pg_ground.data.datasets import open_examples
 from pg_ground.data.mixture import UnusableRow, prepare_row
 from pg_ground.data.records import Records
 from pg_ground.data.relations import (
-    OBJECTS,
+    MAX_OBJECTS,
     RELATIONS,
     TASKS,
     TEMPLATES,
     Questions,
-    ask,
-    is_name,
+    is_object_name,
     open_relations,
     side,
+    write_question,
 )
 from pg_ground.data.sources import open_records
-from pg_ground.data.tables import Listed
+from pg_ground.data.tables import RecordList
 from pg_ground.rewards import parsers
 from pg_ground.rewards.text_rewards import TEXT_REWARDS, TextExample
 from pg_ground.training.rollout_worker import text_question
@@ -41,7 +41,7 @@ NAMES = ("chair", "parking meter", "t-shirt", "dog", "hot dog", "man in black")
 
 
 def questions(scenes: list[dict], options: str = "") -> Questions:
-    return open_relations(f"scenes{options}", lambda _: Listed(scenes, "scenes", None))
+    return open_relations(f"scenes{options}", lambda _: RecordList(scenes, "scenes", None))
 
 
 def scene(**boxes: list[float]) -> dict:
@@ -203,7 +203,7 @@ def test_what_is_too_close_to_call_is_not_asked():
         {"name": name, "box": [0, 0, 9, 9], "depth": depth}
         for name, depth in (("cup", 1.0), ("jug", 1.25))
     )
-    with pytest.raises(UserError, match="too close to call"):
+    with pytest.raises(UserError, match="no relation is clear for"):
         questions([{"image": "1.png", "objects": [near, far]}])
     assert (
         questions([{"image": "1.png", "objects": [near, far]}], "?margin_m=0.2")[0]["task"]
@@ -271,7 +271,7 @@ def test_questions_are_the_same_in_any_order_and_in_a_copy():
 def test_a_crowded_scene_is_asked_about_no_more_than_its_share():
     names = [first + last for first, last in itertools.product("bcdfg", ("at", "ot", "ut"))]
     found = questions([scene(**{name: [90 * i, 0, 90 * i + 9, 9] for i, name in enumerate(names)})])
-    assert len({one["name"] for i in range(len(found)) for one in found[i]["objects"]}) == OBJECTS
+    assert len({one["name"] for i in range(len(found)) for one in found[i]["objects"]}) == MAX_OBJECTS
 
 
 def earned(record: dict[str, str], answer: str, cot: str) -> float:
@@ -292,7 +292,7 @@ def test_the_reasoning_earns_all_that_its_reward_gives(template, names):
     for relation, about in RELATIONS.items():
         if about.task != template.task or template.asked not in ("", relation, about.opposite):
             continue
-        right, wrong = ask(template, relation, wanted), ask(template, about.opposite, wanted)
+        right, wrong = write_question(template, relation, wanted), write_question(template, about.opposite, wanted)
         assert right["question"] == wrong["question"] and right["answer"] != wrong["answer"]
         assert earned(right, right["answer"], right["cot"]) == 1.3
         assert (
@@ -306,10 +306,10 @@ def test_the_reasoning_earns_all_that_its_reward_gives(template, names):
 
 def test_a_name_that_the_reward_would_take_for_an_answer_is_not_asked_about():
     for phrase in (*itertools.chain(*parsers.RELATIONS.values()), "yes", "no"):
-        assert not is_name(phrase) and not is_name(f"the {phrase} dog")
+        assert not is_object_name(phrase) and not is_object_name(f"the {phrase} dog")
     for name in NAMES:
-        assert is_name(name) and parsers.choice(name).kind == ""
-    assert not is_name("A") and parsers.choice("A").kind == "option"
+        assert is_object_name(name) and parsers.choice(name).kind == ""
+    assert not is_object_name("A") and parsers.choice("A").kind == "option"
 
 
 CHAIR = {"name": "chair", "box": [1, 2, 3, 4]}
@@ -341,12 +341,12 @@ def test_a_scene_of_another_form_is_refused_by_its_number(line, message, tmp_pat
     ("relations:scenes.jsonl", "jsonl:PATH"),
     ("relations:synthetic:train?scenes=9&tasks=3d", "no task '3d'"),
     ("relations:synthetic:train?scenes=9&tasks=dept", "did you mean depth"),
-    ("relations:synthetic:train?scenes=9&tasks=2d,depth", r"nothing to ask about depth \(needs depth\)"),
-    ("relations:synthetic:train?scenes=9&margin=wide", "margin=wide, where a number from 0 is wanted"),
+    ("relations:synthetic:train?scenes=9&tasks=2d,depth", r"no relation is clear for depth \(needs depth\)"),
+    ("relations:synthetic:train?scenes=9&margin=wide", "margin=wide, but it must be a number from 0"),
     ("relations:synthetic:train?scenes=9&margin_m=-1", "margin_m=-1"),
-    ("relations:synthetic:train?scenes=0", "scenes=0, where a whole number from 1"),
+    ("relations:synthetic:train?scenes=0", "scenes=0, but it must be a whole number from 1"),
     ("relations:synthetic:train?scenes=9&marign=1", "no option marign"),
-    ("relations:synthetic:train", "say how many"),
+    ("relations:synthetic:train", "set how many to use"),
 ])  # fmt: skip
 def test_a_wrong_uri_says_what_would_be_right(uri, message):
     with pytest.raises(UserError, match=message):

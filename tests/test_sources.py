@@ -105,7 +105,7 @@ def test_a_json_list_is_not_read_as_lines(tmp_path, monkeypatch, indent, held):
     path = tmp_path / "list.json"
     path.write_text(json.dumps([{"n": 0}, {"n": 1}], indent=indent) + "\n")
     if not held:
-        monkeypatch.setattr(tables, "HELD_BYTES", 0)
+        monkeypatch.setattr(tables, "MAX_BYTES_IN_MEMORY", 0)
     with pytest.raises(UserError, match=f"a JSON list does: use json:{path}$"):
         open_records(f"jsonl:{path}")
     assert len(open_records(f"json:{path}")) == 2

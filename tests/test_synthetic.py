@@ -69,10 +69,10 @@ def test_every_shape_is_an_object_by_its_name_and_box():
 
 
 def test_a_phrase_fits_one_shape_and_a_distractor_shares_its_colour_or_form():
-    from pg_ground.data.synthetic import _kinds
+    from pg_ground.data.synthetic import _draw_kinds
 
     for seed in range(300):
-        kinds = _kinds(np.random.default_rng(seed), 3, 4, 3)
+        kinds = _draw_kinds(np.random.default_rng(seed), 3, 4, 3)
         assert len(set(kinds)) == 3
         assert any(a == kinds[0][0] or b == kinds[0][1] for a, b in kinds[1:])
 
@@ -82,7 +82,7 @@ def test_a_phrase_fits_one_shape_and_a_distractor_shares_its_colour_or_form():
     [
         ("trian", {}, "did you mean train"),
         ("train", {"sied": "48"}, "did you mean side"),
-        ("train", {"side": "big"}, "a number is wanted"),
+        ("train", {"side": "big"}, "the value must be a number"),
         ("train", {"shapes": "1"}, "it must be from 2 to 6"),
     ],
 )

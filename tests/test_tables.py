@@ -165,7 +165,8 @@ def test_json_that_cannot_be_opened_is_refused(tmp_path):
         ("deep.json", "not one JSON value"),
         (
             "object.json",
-            "an object with the keys info, results, by_id, where a list of objects is read, or one at a key",
+            "this is an object with the keys info, results, by_id, but it must be a list of objects, "
+            "or have one at a key",
         ),
         ("object.json#result", "no 'result' in an object with the keys info, results, by_id"),
         ("object.json#by_id", "an object with the keys 1"),
@@ -241,13 +242,13 @@ def test_row_groups_are_read_on_demand_and_few_are_kept(tmp_path, monkeypatch):
         return original(self, group)
 
     monkeypatch.setattr(tables.Parquet, "_read", counting)
-    monkeypatch.setattr(tables, "KEPT_BYTES", 3 * max(records._bytes))
+    monkeypatch.setattr(tables, "MAX_DECODED_BYTES", 3 * max(records._bytes))
     assert read == [] and records[55]["n"] == 55 and records[59]["n"] == 59 and read == [5]
     assert [records[n]["n"] for n in (0, 15, 50, 25, 3)] == [0, 15, 50, 25, 3]
     # Groups 5, 0, 1, then 5 again, so that 2 takes the place of 0, which is read anew.
-    assert read == [5, 0, 1, 2, 0] and len(records._kept) == 3
-    monkeypatch.setattr(tables, "KEPT_BYTES", 1)
-    assert records[99]["n"] == 99 and list(records._kept) == [9]
+    assert read == [5, 0, 1, 2, 0] and len(records._decoded) == 3
+    monkeypatch.setattr(tables, "MAX_DECODED_BYTES", 1)
+    assert records[99]["n"] == 99 and list(records._decoded) == [9]
 
 
 def test_threads_read_the_same_as_one_and_each_group_once(tmp_path, monkeypatch):
@@ -282,9 +283,9 @@ def test_parquet_that_cannot_be_opened_is_refused(tmp_path):
     pq.write_table(pa.table({"n": pa.array([], pa.int64())}), tmp_path / "rows.parquet")
     for rest, found in (
         ("missing.parquet", "No such file"),
-        ("missing/*.parquet", "no files there"),
-        ("none", "no files there"),
-        ("odd/*.pq", "no files there"),
+        ("missing/*.parquet", "no file matches"),
+        ("none", "no file matches"),
+        ("odd/*.pq", "no file matches"),
         ("empty.parquet", "empty.parquet is no whole parquet file"),
         ("cut.parquet", "cut.parquet is no whole parquet file"),
         ("text.parquet", "text.parquet is no whole parquet file"),
@@ -383,30 +384,30 @@ def test_yaml_that_cannot_be_opened_is_refused(tmp_path):
         ([good | {"sampling_strategy": 3}], "the form is datasets: [{json_path"),
         (
             [good | {"sampling_stategy": "all"}],
-            "dataset 0 is {'json_path': 'a.json', 'sampling_stategy': 'all'}, where the form is",
+            "dataset 0 is {'json_path': 'a.json', 'sampling_stategy': 'all'}, but the form is",
         ),
-        ([{"sampling_strategy": "all"}], "where the form is"),
-        (["a.json"], "dataset 0 is a.json, where the form is"),
-        ([], "where the form is"),
-        ("a.json", "where the form is"),
+        ([{"sampling_strategy": "all"}], "but the form is"),
+        (["a.json"], "dataset 0 is a.json, but the form is"),
+        ([], "but the form is"),
+        ("a.json", "but the form is"),
         ([good | {"sampling_strategy": "end:0"}], "leave no record"),
     ):
         assert found in refusal(f"yaml:{easy_distill(tmp_path, datasets)}")
     for text, found in (
-        ("", "None, where the form is"),
+        ("", "None, but the form is"),
         ("- a\n- b\n", "a list of 2"),
         ("datasets: [\n", "not YAML: "),
         ("datasets: {a: b: c}\n", "not YAML: "),
         ("\0", "not YAML: "),
-        ("data: []\n", "an object with the keys data, where the form is"),
-        ("datasets: [a]\nsampling: all\n", "an object with the keys datasets, sampling, where"),
+        ("data: []\n", "an object with the keys data, but the form is"),
+        ("datasets: [a]\nsampling: all\n", "an object with the keys datasets, sampling, but"),
         ("a: !!python/object/apply:os.getcwd []\n", "not YAML: "),
     ):
         (tmp_path / "data.yaml").write_text(text)
         assert found in refusal(f"yaml:{tmp_path}/data.yaml")
     assert "No such file" in refusal(f"yaml:{tmp_path}/none.yaml")
     assert "no option 'sed'; did you mean seed?" in refusal(f"yaml:{tmp_path}/data.yaml?sed=1")
-    assert "seed=-1 is no whole number" in refusal(f"yaml:{tmp_path}/data.yaml?seed=-1")
+    assert "seed=-1 must be a whole number" in refusal(f"yaml:{tmp_path}/data.yaml?seed=-1")
 
 
 def instances() -> dict[str, Any]:
@@ -505,7 +506,7 @@ def test_coco_that_cannot_be_opened_is_refused(tmp_path):
     for change, found in (
         (
             {"categories": None},
-            "an object with the keys info, categories, images, annotations, where COCO's instances have",
+            "an object with the keys info, categories, images, annotations, but COCO's instances have",
         ),
         ({"images": []}, "the entry with id 1 of annotations has no 5, or it is in no other list"),
         (
@@ -517,7 +518,7 @@ def test_coco_that_cannot_be_opened_is_refused(tmp_path):
             {"annotations": [{"id": 77, "image_id": 5, "category_id": 1}]},
             "the entry with id 77 of annotations has no 'bbox'",
         ),
-        ({"annotations": ["x"]}, "the entry x of annotations is not of COCO's form"),
+        ({"annotations": ["x"]}, "the entry x of annotations has not COCO's form"),
         (
             {"images": [{"id": 3, "width": 5, "height": 5}]},
             "the entry with id 3 of images has no 'file_name'",
@@ -528,11 +529,11 @@ def test_coco_that_cannot_be_opened_is_refused(tmp_path):
         assert found in refusal(f"coco:{path}")
     write(path, instances() | {"annotations": []})
     assert "there are no objects in it" in refusal(f"coco:{path}?ask=category")
-    assert "ask is one of image, category, list" in refusal(f"coco:{path}?ask=boxes")
-    assert "crowd is 0 or 1" in refusal(f"coco:{path}?crowd=yes")
+    assert "ask must be one of image, category, list" in refusal(f"coco:{path}?ask=boxes")
+    assert "crowd 0 or 1" in refusal(f"coco:{path}?crowd=yes")
     assert "no option 'image'; did you mean images?" in refusal(f"coco:{path}?image=x")
     assert "option images has no value" in refusal(f"coco:{path}?images=")
-    assert "an empty list, where COCO's" in refusal(f"coco:{write(path, [])}")
+    assert "an empty list, but COCO's" in refusal(f"coco:{write(path, [])}")
     path.write_text("{")
     assert "not one JSON value" in refusal(f"coco:{path}")
     path.write_text("")

@@ -25,7 +25,8 @@ from tensorflow_datasets.datasets.ref_coco import ref_coco_dataset_builder  # no
 
 from pg_ground.data import tfds as ours  # noqa: E402
 from pg_ground.data.arrayrecord import open_array_record  # noqa: E402
-from pg_ground.data.records import BadRecord, load_image  # noqa: E402
+from pg_ground.data.images import load_image  # noqa: E402
+from pg_ground.data.records import BadRecord  # noqa: E402
 from pg_ground.data.refer import open_refer  # noqa: E402
 from pg_ground.data.tfds import open_tfds  # noqa: E402
 from pg_ground.types import UserError  # noqa: E402
@@ -417,10 +418,10 @@ def test_what_is_not_there_is_refused_by_name(prepared, monkeypatch):
             "not prepared in .*ref_coco_bv/refcocox_combined:1.4.0",
         ),
         (f"ref_coco/refcoco_unc?split=train&data_dir={prepared}/none", "not prepared in .*none"),
-        (f"?split=train&data_dir={prepared}", "name is like ref_coco/refcoco_unc:1.1.0"),
+        (f"?split=train&data_dir={prepared}", "name looks like ref_coco/refcoco_unc:1.1.0"),
         (
             f"ref_coco/refcoco_unc:new?split=train&data_dir={prepared}",
-            "name is like ref_coco/refcoco_unc:1.1.0",
+            "name looks like ref_coco/refcoco_unc:1.1.0",
         ),
     ):
         with pytest.raises(UserError, match=found) as refused:
@@ -435,7 +436,7 @@ def test_what_is_not_there_is_refused_by_name(prepared, monkeypatch):
 
     for name in ("read_only_builder", "registered", "example_parser", "tfds"):
         monkeypatch.setattr(ours, name, Missing())
-    with pytest.raises(UserError, match="it takes the package tensorflow-datasets"):
+    with pytest.raises(UserError, match="install the package tensorflow-datasets"):
         open_tfds(f"ref_coco/refcoco_unc?split=train&data_dir={prepared}")
 
 

@@ -1,6 +1,6 @@
-"""Records in array_record files, which grain reads at random: `arrayrecord:PATH`.
+"""Records in array_record files, which grain reads in random order: `arrayrecord:PATH`.
 
-A file holds records of our own form, `encode` and `decode` below, or `tf.train.Example` protos. The first byte tells them apart.
+A record is the bytes of `encode` below, or a `tf.train.Example` proto. Its first byte tells which.
 """
 
 import functools
@@ -23,37 +23,66 @@ from pg_ground.types import FilePath, UserError, expand_path
 
 EXAMPLE_PROTO = """
 name: "example.proto" package: "pg_ground" syntax: "proto3"
-message_type { name: "Bytes" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES } }
-message_type { name: "Floats" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_FLOAT } }
-message_type { name: "Ints" field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 } }
 message_type {
-  name: "Feature" oneof_decl { name: "kind" }
-  field { name: "bytes" number: 1 type: TYPE_MESSAGE type_name: ".pg_ground.Bytes" oneof_index: 0 }
-  field { name: "floats" number: 2 type: TYPE_MESSAGE type_name: ".pg_ground.Floats" oneof_index: 0 }
-  field { name: "ints" number: 3 type: TYPE_MESSAGE type_name: ".pg_ground.Ints" oneof_index: 0 }
+  name: "Bytes"
+  field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_BYTES }
 }
 message_type {
-  name: "Entry" field { name: "key" number: 1 type: TYPE_STRING }
+  name: "Floats"
+  field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_FLOAT }
+}
+message_type {
+  name: "Ints"
+  field { name: "value" number: 1 label: LABEL_REPEATED type: TYPE_INT64 }
+}
+message_type {
+  name: "Feature"
+  oneof_decl { name: "kind" }
+  field {
+    name: "bytes" number: 1 type: TYPE_MESSAGE type_name: ".pg_ground.Bytes" oneof_index: 0
+  }
+  field {
+    name: "floats" number: 2 type: TYPE_MESSAGE type_name: ".pg_ground.Floats" oneof_index: 0
+  }
+  field {
+    name: "ints" number: 3 type: TYPE_MESSAGE type_name: ".pg_ground.Ints" oneof_index: 0
+  }
+}
+message_type {
+  name: "Entry"
+  field { name: "key" number: 1 type: TYPE_STRING }
   field { name: "value" number: 2 type: TYPE_MESSAGE type_name: ".pg_ground.Feature" }
 }
 message_type {
-  name: "Features" field { name: "feature" number: 1 label: LABEL_REPEATED type: TYPE_MESSAGE type_name: ".pg_ground.Entry" }
+  name: "Features"
+  field {
+    name: "feature" number: 1 label: LABEL_REPEATED type: TYPE_MESSAGE type_name: ".pg_ground.Entry"
+  }
 }
-message_type { name: "Example" field { name: "features" number: 1 type: TYPE_MESSAGE type_name: ".pg_ground.Features" } }
+message_type {
+  name: "Example"
+  field { name: "features" number: 1 type: TYPE_MESSAGE type_name: ".pg_ground.Features" }
+}
 """
-"""`tf.train.Example` as it is on the wire (tensorflow/core/example/{example,feature}.proto), so that no TensorFlow is needed."""
+"""The wire format of `tf.train.Example` (tensorflow/core/example/{example,feature}.proto).
 
-EXAMPLE_STARTS = b"\n"
-"""The tag of an Example's only field. A msgpack of a dict starts with 0x80 to 0x8f, 0xde or 0xdf."""
+It is repeated here so that no TensorFlow is needed.
+"""
+
+EXAMPLE_TAG = b"\n"
+"""The first byte of an Example: the tag of its only field.
+
+The msgpack of a dict starts with 0x80 to 0x8f, 0xde or 0xdf.
+"""
 
 FILE_NAME = r"\.array_?record(-\d+-of-\d+)?$|-\d+-of-\d+\.array_?record$"
-"""What a folder's array_record files are called: one by itself, and both ways to name a shard."""
+"""The end of an array_record file's name: a single file, and both ways to name a shard."""
 
-ARRAY = 1
-"""msgpack extension type of a numpy array: [dtype, shape, bytes in C order]."""
+ARRAY_TYPE = 1
+"""The msgpack extension type of a numpy array: [dtype, shape, bytes in C order]."""
 
-PLAIN_NUMBERS = "biuf"
-"""Kinds of dtype that `encode` takes: bool, signed and unsigned integers, floats."""
+NUMERIC_KINDS = "biuf"
+"""The kinds of dtype that `encode` takes: bool, signed and unsigned integers, floats."""
 
 
 class ArrayRecords:
@@ -79,48 +108,51 @@ class ArrayRecords:
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             data = self._source[range(len(self))[index]]
-        except RuntimeError as e:  # all that array_record raises
-            raise BadRecord("corrupt_record", str(e)) from e
+        except RuntimeError as error:  # array_record raises nothing else
+            raise BadRecord("corrupt_record", str(error)) from error
         return self._decode(data)
 
 
-def open_array_record(rest: str) -> Records:
-    """Returns the records of a file, of all array_record files in a folder, of a glob, or of a sharded name, by file name.
+def open_array_record(location: str) -> Records:
+    """Returns the records of array_record files, file by file in the order of their names.
 
-    `train.array_record@8` is the shards `train.array_record-00000-of-00008` and so on, `@*` however many there are. File
-    names are relative to the folder of the first.
+    Args:
+      location: a file, a folder with array_record files, a glob, or a sharded name.
+        `train.array_record@8` is `train.array_record-00000-of-00008` and so on. `@*` stands for
+        any number of shards. File names in the records are relative to the first file's folder.
 
     Raises:
-      UserError: there is no such file, or one is no array_record file, or they hold no records, or a shard is missing.
+      UserError: a file or a shard is missing, a file is no array_record file, or there are no
+        records.
     """
+    uri = f"arrayrecord:{location}"
     try:
-        files = _files(expand_path(rest))
-    except (OSError, ImportError) as e:
-        raise UserError(f"source arrayrecord:{rest}: {e}") from e
-    counts = count_records(files, f"source arrayrecord:{rest}")
+        files = _find_files(expand_path(location))
+    except (OSError, ImportError) as error:
+        raise UserError(f"source {uri}: {error}") from error
+    counts = count_records(files, f"source {uri}")
     if not sum(counts):
-        raise UserError(
-            f"source arrayrecord:{rest}: {files[0]}{' and the rest hold' if files[1:] else ' holds'} no records"
-        )
+        names = f"{files[0]} and the other files have" if files[1:] else f"{files[0]} has"
+        raise UserError(f"source {uri}: {names} no records")
     spans = [f"{file}[0:{count}]" for file, count in zip(files, counts, strict=True)]
-    return ArrayRecords(ArrayRecordDataSource(spans), decode_either, to_path(files[0]).parent)
+    return ArrayRecords(ArrayRecordDataSource(spans), decode_any, to_path(files[0]).parent)
 
 
 def write_array_record(path: str | os.PathLike[str], records: Iterable[dict[str, Any]]) -> int:
-    """Returns the number of records written to `path`. Until the last one is, the file is called `path`.partial.
+    """Writes records to `path`, and returns their number.
+
+    Until the last record is written, the file has the name `path`.partial.
 
     Raises:
-      TypeError: a record holds what `encode` does not take.
+      TypeError: a record holds a value that `encode` does not take.
       UserError: the file cannot be written.
     """
     target = to_path(os.fspath(path))
     partial = target.with_name(target.name + ".partial")
-    writer = ArrayRecordWriter(
-        os.fspath(partial), "group_size:1"
-    )  # grain reads one record at a time
+    writer = ArrayRecordWriter(os.fspath(partial), "group_size:1")  # grain reads single records
     if not writer.ok():
         raise UserError(
-            f"{path} cannot be written: is {target.parent} a folder, and may one write there?"
+            f"{path} cannot be written: check that {target.parent} is a folder and writable"
         )
     count = 0
     try:
@@ -136,12 +168,14 @@ def write_array_record(path: str | os.PathLike[str], records: Iterable[dict[str,
 
 
 def encode(record: dict[str, Any]) -> bytes:
-    """Returns nested dicts and lists of None, numbers, text, bytes and numeric numpy arrays as bytes that `decode` reads.
+    """Returns a record as bytes that `decode` reads.
+
+    A record is made of dicts, lists, None, numbers, texts, bytes and numeric numpy arrays.
 
     Raises:
-      TypeError: there is something else in it, such as a tuple, which would not come back as one.
+      TypeError: the record holds something else. A tuple, for example, would come back as a list.
     """
-    # JSON may hold half a surrogate pair, which strict UTF-8 has no bytes for
+    # JSON may hold half a surrogate pair, which strict UTF-8 cannot encode.
     data: Any = msgpack.packb(
         record, default=_pack_array, strict_types=True, unicode_errors="surrogatepass"
     )
@@ -149,17 +183,21 @@ def encode(record: dict[str, Any]) -> bytes:
 
 
 def decode(data: bytes) -> dict[str, Any]:
-    """Returns the record that `encode` was given. Arrays share the memory of `data` and are read-only.
+    """Returns the record that `encode` turned into `data`.
+
+    Its arrays share the memory of `data` and are read-only.
 
     Raises:
-      BadRecord: bad_record if `data` is nothing that `encode` returns.
+      BadRecord: bad_record, if `encode` does not return such bytes.
     """
     try:
         record = msgpack.unpackb(
             data, ext_hook=_unpack_array, strict_map_key=False, unicode_errors="surrogatepass"
         )
-    except (ValueError, TypeError) as e:
-        raise BadRecord("bad_record", f"{data[:20]!r}… is no msgpack of a record: {e}") from e
+    except (ValueError, TypeError) as error:
+        raise BadRecord(
+            "bad_record", f"{data[:20]!r}… is no msgpack of a record: {error}"
+        ) from error
     if not isinstance(record, dict):
         raise BadRecord(
             "bad_record", f"{data[:20]!r}… is the msgpack of {record!r:.60}, not of a dict"
@@ -167,32 +205,34 @@ def decode(data: bytes) -> dict[str, Any]:
     return record
 
 
-def decode_either(data: bytes) -> dict[str, Any]:
-    """Returns the record of a `tf.train.Example` or of `encode`'s bytes.
+def decode_any(data: bytes) -> dict[str, Any]:
+    """Returns the record of a `tf.train.Example`, or of the bytes of `encode`.
 
     Raises:
-      BadRecord: bad_record if `data` is neither.
+      BadRecord: bad_record, if `data` is neither.
     """
-    return decode_example(data) if data.startswith(EXAMPLE_STARTS) else decode(data)
+    return decode_example(data) if data.startswith(EXAMPLE_TAG) else decode(data)
 
 
 def decode_example(data: bytes) -> dict[str, Any]:
-    """Returns the features of a `tf.train.Example` under their own names (`objects/bbox`): one value as itself, others as a list.
+    """Returns the features of a `tf.train.Example` by their own names, such as `objects/bbox`.
 
-    Bytes that are text come as str. An Example does not say which lists are lists of lists; `tfds:` reads that from the dataset.
+    A feature with one value is that value; other features are lists. Bytes that are text become
+    str. An Example does not say which lists are lists of lists; `tfds:` takes that from the
+    dataset's description.
 
     Raises:
-      BadRecord: bad_record if `data` is no Example.
+      BadRecord: bad_record, if `data` is no Example.
     """
     try:
         example = _example_class().FromString(data)
-    except DecodeError as e:
-        raise BadRecord("bad_record", f"{data[:20]!r}… is no tf.train.Example: {e}") from e
-    return {entry.key: _feature(entry.value) for entry in example.features.feature}
+    except DecodeError as error:
+        raise BadRecord("bad_record", f"{data[:20]!r}… is no tf.train.Example: {error}") from error
+    return {entry.key: _feature_value(entry.value) for entry in example.features.feature}
 
 
 def text_or_bytes(value: bytes) -> str | bytes:
-    """Returns `value` as text if it is UTF-8 without NUL, as every text is and no encoded image."""
+    """Returns `value` as text if it is UTF-8 without NUL. No encoded image is."""
     try:
         return value if b"\0" in value else value.decode()
     except UnicodeDecodeError:
@@ -200,85 +240,89 @@ def text_or_bytes(value: bytes) -> str | bytes:
 
 
 def count_records(files: Sequence[str], source: str) -> list[int]:
-    """Returns the number of records in each of the array_record `files`, looked up side by side.
+    """Returns the number of records of each file. The files are read side by side.
+
+    Args:
+      files: names of array_record files.
+      source: the beginning of the error's text.
 
     Raises:
-      UserError: one is missing or no whole array_record file; its text begins with `source`.
+      UserError: a file is missing, or is not a whole array_record file.
     """
 
     def count(file: str) -> int:
         reader = ArrayRecordReader(file)
         if not reader.ok():
             try:
-                reader.read([0])  # says why
-            except RuntimeError as e:
+                reader.read([0])  # raises the reason
+            except RuntimeError as error:
                 raise UserError(
-                    f"{source}: {file} is no array_record file, or not all of one: {e}"
-                ) from e
+                    f"{source}: {file} is no array_record file, or not all of one: {error}"
+                ) from error
         return reader.num_records()
 
     with ThreadPoolExecutor(16) as pool:
         return list(pool.map(count, files))
 
 
-def _files(path: str) -> list[str]:
-    """Returns the names of the files that `path` stands for, in order."""
-    sharded = re.fullmatch(r"(.+)@([1-9]\d{0,4}|\*)(\.\w+)?", path)
+def _find_files(name: str) -> list[str]:
+    """Returns the names of the files that `name` stands for, in order."""
+    sharded = re.fullmatch(r"(.+)@([1-9]\d{0,4}|\*)(\.\w+)?", name)
     if sharded:
-        return _shards(path, *sharded.groups(default=""))
-    place = to_path(path)
-    if place.is_dir():
-        if (place / "dataset_info.json").exists():
+        return _shard_names(name, *sharded.groups(default=""))
+    path = to_path(name)
+    if path.is_dir():
+        if (path / "dataset_info.json").exists():
             raise UserError(
-                f"source arrayrecord:{path}: a dataset of tfds, all splits together: tfds:NAME?split=SPLIT&data_dir=DIR reads one"
+                f"source arrayrecord:{name}: this is a dataset of tfds, with all splits together; "
+                f"tfds:NAME?split=SPLIT&data_dir=DIR reads one split"
             )
-        found = [
-            file
-            for file in _matching(f"{glob.escape(path.rstrip('/'))}/*")
-            if re.search(FILE_NAME, file)
-        ]
-    elif glob.has_magic(path) and not place.exists():
-        found = _matching(path)
+        files = _glob(f"{glob.escape(name.rstrip('/'))}/*")
+        files = [file for file in files if re.search(FILE_NAME, file)]
+    elif glob.has_magic(name) and not path.exists():
+        files = _glob(name)
     else:
-        found = [path]
-    if not found:
+        files = [name]
+    if not files:
         raise UserError(
-            f"source arrayrecord:{path}: no file fits; a folder's files are called NAME.array_record"
+            f"source arrayrecord:{name}: no file matches; "
+            f"the files in a folder must be called NAME.array_record"
         )
-    return found
+    return files
 
 
-def _shards(path: str, stem: str, count: str, suffix: str) -> list[str]:
+def _shard_names(name: str, stem: str, count: str, suffix: str) -> list[str]:
     """Returns the names of all shards of a set."""
     if count == "*":
-        found = _matching(f"{glob.escape(stem)}-[0-9]*-of-[0-9]*{suffix}")
-        counts = {name.removesuffix(suffix).rpartition("-of-")[2] for name in found}
+        files = _glob(f"{glob.escape(stem)}-[0-9]*-of-[0-9]*{suffix}")
+        counts = {file.removesuffix(suffix).rpartition("-of-")[2] for file in files}
         if len(counts) != 1:
             raise UserError(
-                f"source arrayrecord:{path}: files of {len(counts)} sets fit, where those of one are wanted"
+                f"source arrayrecord:{name}: it must match the files of one set of shards, "
+                f"but it matches files of {len(counts)} sets"
             )
         count = counts.pop()
     return [f"{stem}-{shard:05d}-of-{int(count):05d}{suffix}" for shard in range(int(count))]
 
 
-def _matching(pattern: str) -> list[str]:
-    """Returns the names of the files that fit `pattern`, sorted."""
-    names = pattern.split("/")
-    fixed = next(i for i, name in enumerate(names) if glob.has_magic(name))
-    folder = to_path("/".join(names[:fixed]) + "/" if fixed else ".")
-    return sorted(
-        os.fspath(file) for file in folder.glob("/".join(names[fixed:])) if file.is_file()
-    )
+def _glob(pattern: str) -> list[str]:
+    """Returns the names of the files that match `pattern`, sorted."""
+    parts = pattern.split("/")
+    fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    folder = to_path("/".join(parts[:fixed]) + "/" if fixed else ".")
+    files = folder.glob("/".join(parts[fixed:]))
+    return sorted(os.fspath(file) for file in files if file.is_file())
 
 
 def _pack_array(value: object) -> msgpack.ExtType:
-    if not isinstance(value, np.ndarray) or value.dtype.kind not in PLAIN_NUMBERS:
+    if not isinstance(value, np.ndarray) or value.dtype.kind not in NUMERIC_KINDS:
         raise TypeError(f"a record cannot hold {type(value).__name__} {value!r:.60}")
-    return msgpack.ExtType(ARRAY, msgpack.packb([value.dtype.str, value.shape, value.tobytes()]))
+    packed = msgpack.packb([value.dtype.str, value.shape, value.tobytes()])
+    return msgpack.ExtType(ARRAY_TYPE, packed)
 
 
 def _unpack_array(code: int, data: bytes) -> np.ndarray:
-    if code != ARRAY:
+    if code != ARRAY_TYPE:
         raise ValueError(f"extension type {code} is unknown")
     dtype, shape, values = msgpack.unpackb(data)
     return np.frombuffer(values, dtype).reshape(shape)
@@ -286,16 +330,15 @@ def _unpack_array(code: int, data: bytes) -> np.ndarray:
 
 @functools.cache
 def _example_class() -> Any:
-    """Returns the class of messages that `EXAMPLE_PROTO` describes."""
+    """Returns the class of the messages that `EXAMPLE_PROTO` describes."""
     file = text_format.Parse(EXAMPLE_PROTO, descriptor_pb2.FileDescriptorProto())
-    pool = (
-        descriptor_pool.DescriptorPool()
-    )  # of its own: TensorFlow's, where it is loaded, stays out of the way
+    # A separate pool does not clash with the protos of TensorFlow, if that is loaded.
+    pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("pg_ground.Example"))
 
 
-def _feature(feature: Any) -> Any:
+def _feature_value(feature: Any) -> Any:
     kind = feature.WhichOneof("kind")
     values = list(getattr(feature, kind).value) if kind else []
     values = [text_or_bytes(value) for value in values] if kind == "bytes" else values

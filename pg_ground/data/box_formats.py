@@ -1,7 +1,7 @@
 """Formats of boxes and points: the order of their numbers, and the unit of their coordinates.
 
-A format is `ORDER_UNIT`. `xywh_px` is left, top, width and height in pixels. `yx_bin` is y before x in
-loc bins 0..1023.
+A format is `ORDER_UNIT`. `xywh_px` is left, top, width and height in pixels. `yx_bin` is y
+before x in loc bins 0..1023.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -26,7 +26,8 @@ UNITS: dict[str, float | None] = {
 }
 """The coordinate of the right or lower edge of an image, by unit.
 
-For pixels this is None: the edge is the image's width or height. Qwen-VL and InternVL write thousandths (permille).
+For pixels this is None: the edge is the image's width or height. Qwen-VL and InternVL write
+thousandths (permille).
 """
 
 

@@ -1,12 +1,15 @@
-"""Questions about how objects lie to one another, made from scenes.
+"""Questions about the positions of objects relative to each other, made from scenes.
 
-`relations:URI?tasks=2d,depth,distance&margin=0.25&margin_m=0.3&scenes=N`, where URI is any source of scenes, options and all:
-`relations:jsonl:scenes.jsonl`, `relations:synthetic:train?side=64&scenes=4096`. A scene is a record
+`relations:URI?tasks=2d,depth,distance&margin=0.25&margin_m=0.3&scenes=N`. URI is any source of
+scenes with its options, such as `jsonl:scenes.jsonl` or `synthetic:train?side=64&scenes=4096`.
+A scene is a record
 
-    {"image": "1.jpg", "objects": [{"name": "red chair", "box": [x1, y1, x2, y2], "depth": 2.5, "xyz": [0.1, 0.4, 2.5]}, …]}
+    {"image": "1.jpg", "objects": [{"name": "red chair", "box": [x1, y1, x2, y2],
+                                    "depth": 2.5, "xyz": [0.1, 0.4, 2.5]}, …]}
 
-with boxes in pixels and, where they are known, distance from the camera and place, in metres. A template says what kind of answer
-it wants, and the answer follows from the geometry by that kind; what is too close to call is not asked.
+Boxes are in pixels. `depth` is the distance from the camera and `xyz` the position, both in metres;
+both may be missing. The answer to a question follows from the geometry, and a template decides
+which kind of answer it asks for. A relation that is not clear, within a margin, is not asked about.
 """
 
 import itertools
@@ -22,36 +25,55 @@ from jaxtyping import Int
 
 from pg_ground.config import nearest
 from pg_ground.data.records import BadRecord, Records
-from pg_ground.types import UserError
+from pg_ground.types import FilePath, UserError
 
 TASKS = {"2d": "box", "depth": "depth", "distance": "xyz"}
-"""What can be asked about, and what objects need for it."""
+"""The field of an object that each task needs."""
 
-FORMS = {"box": (4, "x1 < x2 and y1 < y2 in pixels"), "depth": (1, "metres"), "xyz": (3, "metres")}
-"""How many numbers each of these is, and of what."""
+FIELDS = {
+    "box": (4, "x1 < x2 and y1 < y2 in pixels"),
+    "depth": (1, "metres"),
+    "xyz": (3, "metres"),
+}
+"""How many numbers each field of an object has, and their meaning."""
 
-OBJECTS = 6
-"""Objects of a scene that are asked about: a crowded one has thousands of triples, and should not outweigh the others."""
+MAX_OBJECTS = 6
+"""Objects of a scene that questions are about.
 
-MOST_SCENES = 2**17
-"""Scenes that are read without being told how many; each is looked at once when the source is opened."""
+A crowded scene has thousands of triples of objects, and would outweigh the other scenes.
+"""
+
+MAX_SCENES = 2**17
+"""The largest number of scenes without the option `scenes`. Opening a source reads all of them."""
+
+OPTIONS = ("tasks", "margin", "margin_m", "scenes")
+"""The options of `relations:`. The other options of the uri belong to the source of the scenes."""
 
 
 class Relation(NamedTuple):
-    """How the first object lies to the second."""
+    """The position of a first object relative to a second object."""
 
     task: str
     opposite: str
-    """That of the second to the first."""
-    seen: str
-    stated: str
+    """The relation of the second object to the first."""
+    observation: str
+    """The sentence of the chain of thought that says what can be seen."""
+    statement: str
+    """The sentence that states the relation."""
 
 
-SIDEWAYS = "They differ more from side to side than in height: going from left to right, the {} comes first and then the {}."
-UPRIGHT = "They differ more in height than from side to side: going from the top down, the {} comes first and then the {}."
+SIDEWAYS = (
+    "They differ more from side to side than in height: "
+    "going from left to right, the {} comes first and then the {}."
+)
+UPRIGHT = (
+    "They differ more in height than from side to side: "
+    "going from the top down, the {} comes first and then the {}."
+)
 INWARDS = "Going from the camera into the scene, the {} comes first and then the {}."
 AROUND = "Going outwards from the {{ref}}, the {} comes first and then the {}."
-FORWARD, BACKWARD = ("{a}", "{b}"), ("{b}", "{a}")
+FORWARD = ("{a}", "{b}")
+BACKWARD = ("{b}", "{a}")
 
 RELATIONS = {
     "left": Relation("2d", "right", SIDEWAYS.format(*FORWARD), "the {a} is to the left of the {b}"),
@@ -80,31 +102,32 @@ RELATIONS = {
     ),
 }
 
-NEEDED = {
+NEEDS = {
     "2d": "I need to compare where the {a} and the {b} are in the image.",
     "depth": "I need to compare how far back in the scene the {a} and the {b} are.",
     "distance": "I need to compare how far in space the {a} and the {b} are from the {ref}.",
 }
+"""The first sentence of the chain of thought of each task."""
 
 
-class Placed(NamedTuple):
-    """An object as far as questions need it."""
+class SceneObject(NamedTuple):
+    """The name and the geometry of an object."""
 
     name: str
     box: tuple[float, ...]
     depth: tuple[float, ...]
-    """One number; NaN where it is not known, here and below."""
+    """One number. Unknown numbers are NaN, here and in `xyz`."""
     xyz: tuple[float, ...]
 
 
 class Template(NamedTuple):
-    """A way to ask."""
+    """The text of a question, with the kind of its answer."""
 
     task: str
     kind: str
-    """Of answer: "relation" (that of a to b), "yes/no", or "object" (the name of a or of b)."""
+    """The answer is the "relation" of a to b, "yes/no", or the "object" a or b."""
     asked: str
-    """The relation that the question names; "" where it is the answer."""
+    """The relation that the question names; "" if the relation is the answer."""
     text: str
 
 
@@ -141,118 +164,140 @@ TEMPLATES = (
     ),
 )
 
-CODES = tuple(RELATIONS)
-"""A relation as a number is its place here."""
+RELATION_NAMES = tuple(RELATIONS)
+"""The code of a relation is its index here."""
 
 _NAME = re.compile(r"(?=..)[A-Za-z]+(?:[ '-][A-Za-z]+)*")
-_PLACES = re.compile(
-    r"\b(?:(?:left|right)(?:wards?)?|above|over|below|under(?:neath)?|beneath|before|behind|after|(?:clos|near|f[au]rth)er"
-    r"|on top of|in (?:front|back)|(?:high|low)er than|(?:up|down) from|ahead of|(?:more|less) (?:distant|proximate)"
-    r"|camera|viewer|yes|no)\b"
+_POSITION_WORDS = re.compile(
+    r"\b(?:(?:left|right)(?:wards?)?|above|over|below|under(?:neath)?|beneath|before|behind|after"
+    r"|(?:clos|near|f[au]rth)er|on top of|in (?:front|back)|(?:high|low)er than"
+    r"|(?:up|down) from|ahead of|(?:more|less) (?:distant|proximate)|camera|viewer|yes|no)\b"
 )
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Questions by index: `image`, `question`, `answer`, `cot`, `task`, and `objects`, those it names, as the scene has them."""
+    """Questions by index: `image`, `question`, `answer`, `cot` (chain of thought) and `task`.
+
+    `objects` are the objects that the question names, as the scene has them.
+    """
 
     scenes: Records
     rows: Int[np.ndarray, "N 6"]
-    """Scene, a, b and reference (-1 for none) among its objects, relation, template."""
+    """The scene; the objects a, b and the reference (-1 for none); the relation; the template."""
 
     @property
-    def root(self) -> Any:
+    def root(self) -> FilePath | None:
         return self.scenes.root
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        number, *places, relation, template = self.rows[index].tolist()
+        number, *object_indices, relation, template = self.rows[index].tolist()
         scene = self.scenes[number]
-        objects = [scene["objects"][place] for place in places if place >= 0]
-        names = [one["name"] for one in objects]
-        return {"image": scene["image"], "objects": objects} | ask(
-            TEMPLATES[template], CODES[relation], names
-        )
+        objects = [scene["objects"][i] for i in object_indices if i >= 0]
+        names = [item["name"] for item in objects]
+        question = write_question(TEMPLATES[template], RELATION_NAMES[relation], names)
+        return {"image": scene["image"], "objects": objects} | question
 
 
-def open_relations(rest: str, open_scenes: Callable[[str], Records]) -> Questions:
-    """Returns questions, each answer to each task equally often and none twice, in an order that is random and always the same.
+def open_relations(location: str, open_scenes: Callable[[str], Records]) -> Questions:
+    """Returns questions about scenes. No question comes twice.
 
-    Answers by name count as "the first" and "the second". Asked about are objects (up to `OBJECTS` of a scene) with names that
-    nothing else there has, that consist of letters, and that do not say where something is, as "left dog" does.
+    Within a task, each answer is equally frequent. An answer that is an object's name counts as
+    "the first" or "the second" object of the question. The order is random and always the same.
+    Questions are about at most `MAX_OBJECTS` objects of a scene. The name of such an object is
+    unique in its scene, consists of letters, and names no position, unlike "left dog".
 
     Args:
+      location: `URI?options`.
       open_scenes: opens a source by its uri.
 
     Raises:
-      UserError: an option does not exist or a scene is not of the form above, or there is nothing to ask.
+      UserError: an option does not exist, a scene has another form, or no relation is clear.
     """
-    where, (uri, _, query) = f"source relations:{rest}", rest.partition("?")
-    options = {
-        name: value
-        for name, _, value in (option.partition("=") for option in query.split("&"))
-        if name
-    }
-    own = {
-        name: options.pop(name)
-        for name in ("tasks", "margin", "margin_m", "scenes")
-        if name in options
-    }
-    scenes = open_scenes(
-        uri + "?" * bool(options) + "&".join(f"{name}={value}" for name, value in options.items())
-    )
-    tasks = own.get("tasks", ",".join(TASKS)).split(",")
+    source = f"source relations:{location}"
+    uri, options = _split_location(location)
+    scenes = open_scenes(uri)
+    tasks = options.get("tasks", ",".join(TASKS)).split(",")
     for task in tasks:
         if task not in TASKS:
-            raise UserError(f"{where}: no task {task!r}; {nearest(task, TASKS)}")
-    margin, margin_m = (
-        _option(own, "margin", 0.25, 0, where),
-        _option(own, "margin_m", 0.3, 0, where),
-    )
-    count = min(int(_option(own, "scenes", len(scenes), 1, where)), len(scenes))
-    if count > MOST_SCENES and "scenes" not in own:
+            raise UserError(f"{source}: no task {task!r}; {nearest(task, TASKS)}")
+    margin = _number_option(options, "margin", 0.25, 0, source)
+    margin_m = _number_option(options, "margin_m", 0.3, 0, source)
+    count = min(int(_number_option(options, "scenes", len(scenes), 1, source)), len(scenes))
+    if count > MAX_SCENES and "scenes" not in options:
         raise UserError(
-            f"{where}: there are {count} scenes, which are all read first; say how many to use, as in scenes=4096"
+            f"{source}: there are {count} scenes, which are all read first; "
+            f"set how many to use, as in scenes=4096"
         )
     facts = [
         (number, *fact)
         for number in range(count)
-        for fact in _facts(_objects(scenes, number, where), margin, margin_m)
+        for fact in _facts(_scene_objects(scenes, number, source), margin, margin_m)
         if RELATIONS[fact[-1]].task in tasks
     ]
-    found = {RELATIONS[fact[-1]].task for fact in facts}
-    if missing := [task for task in tasks if task not in found and ("tasks" in own or not found)]:
-        lacks = ", ".join(f"{task} (needs {TASKS[task]})" for task in missing)
-        raise UserError(
-            f"{where}: in {count} scenes there is nothing to ask about {lacks} that is not too close to call"
-        )
-    groups = _by_answer(
-        np.array([(*places, CODES.index(relation)) for *places, relation in facts], np.int32)
-    )
-    rng, least = np.random.default_rng(0), min(map(len, groups.values()))
-    return Questions(
-        scenes,
-        rng.permutation(
-            np.concatenate([rng.permutation(rows)[:least] for rows in groups.values()])
-        ),
-    )
+    _check_tasks(tasks, {RELATIONS[fact[-1]].task for fact in facts}, options, count, source)
+    coded = [(*indices, RELATION_NAMES.index(relation)) for *indices, relation in facts]
+    return Questions(scenes, _balanced(_questions_by_answer(np.array(coded, np.int32))))
 
 
-def ask(template: Template, relation: str, names: Sequence[str]) -> dict[str, str]:
-    """Returns question, answer, chain of thought and task, where `relation` is that of the first name to the second.
+def _split_location(location: str) -> tuple[str, dict[str, str]]:
+    """Returns the uri of the scenes with its own options, and the options of `relations:`."""
+    uri, _, query = location.partition("?")
+    options: dict[str, str] = {}
+    scene_options: list[str] = []
+    for option in query.split("&"):
+        name, _, value = option.partition("=")
+        if name in OPTIONS:
+            options[name] = value
+        elif name:
+            scene_options.append(f"{name}={value}")
+    return (f"{uri}?{'&'.join(scene_options)}" if scene_options else uri), options
 
-    The chain of thought says what has to be known, what is seen and what follows from it, in words.
+
+def _check_tasks(
+    tasks: Sequence[str],
+    possible: set[str],
+    options: Mapping[str, str],
+    count: int,
+    source: str,
+) -> None:
+    """Raises UserError if a task that the uri names, or every task, gives no question."""
+    missing = [task for task in tasks if task not in possible]
+    if missing and ("tasks" in options or not possible):
+        needs = ", ".join(f"{task} (needs {TASKS[task]})" for task in missing)
+        raise UserError(f"{source}: in {count} scenes no relation is clear for {needs}")
+
+
+def _balanced(groups: Mapping[Any, Int[np.ndarray, "N 6"]]) -> Int[np.ndarray, "M 6"]:
+    """Returns the same number of rows of each group, in random order."""
+    rng = np.random.default_rng(0)
+    size = min(map(len, groups.values()))
+    chosen = [rng.permutation(rows)[:size] for rows in groups.values()]
+    return rng.permutation(np.concatenate(chosen))
+
+
+def write_question(template: Template, relation: str, names: Sequence[str]) -> dict[str, str]:
+    """Returns question, answer, chain of thought (`cot`) and task.
+
+    The chain of thought says what must be known, what can be seen, and what follows.
+
+    Args:
+      template: the text of the question.
+      relation: the relation of the first name to the second.
+      names: of a, b and, for the task distance, the reference.
     """
     fields: dict[str, str] = dict(zip(("a", "b", "ref"), names, strict=False))
-    answer, about = answer_to(template, relation, *names[:2]), RELATIONS[relation]
-    follows = {
-        "relation": about.stated,
-        "yes/no": f"{answer}, {about.stated}",
+    answer = write_answer(template, relation, *names[:2])
+    fact = RELATIONS[relation]
+    conclusion = {
+        "relation": fact.statement,
+        "yes/no": f"{answer}, {fact.statement}",
         "object": f"it is the {answer}",
     }[template.kind]
-    thought = f"{NEEDED[template.task]} {about.seen} So {follows}."
+    thought = f"{NEEDS[template.task]} {fact.observation} So {conclusion}."
     return {
         "question": template.text.format(**fields),
         "answer": answer,
@@ -261,18 +306,21 @@ def ask(template: Template, relation: str, names: Sequence[str]) -> dict[str, st
     }
 
 
-def answer_to(template: Template, relation: str, a: str, b: str) -> str:
-    """Returns the answer to a question about a and b, where `relation` is that of a to b: of the kind that the template wants."""
+def write_answer(template: Template, relation: str, a: str, b: str) -> str:
+    """Returns the answer to a question about a and b, whose relation (of a to b) is `relation`."""
     if template.kind == "relation":
         return relation
-    holds = relation == template.asked
-    return ("yes" if holds else "no") if template.kind == "yes/no" else a if holds else b
+    is_true = relation == template.asked
+    if template.kind == "yes/no":
+        return "yes" if is_true else "no"
+    return a if is_true else b
 
 
 def side(a: Sequence[float], b: Sequence[float], margin: float) -> str:
-    """Returns where box a lies to box b, by their centres: left, right, above or below.
+    """Returns the side of box b on which the centre of box a is: left, right, above, below, or "".
 
-    "" where neither axis leads: the longer way must be longer by more than `margin` of the larger extent along it.
+    The result is "" if neither axis is clear. On a clear axis the centres are farther apart than on
+    the other axis, by more than `margin` of the larger extent along it.
     """
     across, down = ((a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1))
     width, height = (max(a[i + 2] - a[i], b[i + 2] - b[i]) for i in (0, 1))
@@ -284,102 +332,123 @@ def side(a: Sequence[float], b: Sequence[float], margin: float) -> str:
 
 
 def _facts(
-    objects: Mapping[int, Placed], margin: float, margin_m: float
+    objects: Mapping[int, SceneObject], margin: float, margin_m: float
 ) -> Iterator[tuple[int, int, int, str]]:
-    """Yields a, b, the reference (-1 for none) and the relation of a to b wherever it is clear, both ways round."""
+    """Yields a, b, the reference (-1 for none) and the relation of a to b, if it is clear.
 
-    def ordered(first: float, second: float, relation: str) -> str:
-        if not abs(first - second) > margin_m:  # nor where one is NaN
+    Each pair of objects comes in both orders.
+    """
+
+    def compare(first: float, second: float, relation: str) -> str:
+        if not abs(first - second) > margin_m:  # also if a distance is NaN
             return ""
         return relation if first < second else RELATIONS[relation].opposite
 
     for a, b in itertools.permutations(objects, 2):
-        one, other = objects[a], objects[b]
-        found = [
-            (-1, side(one.box, other.box, margin)),
-            (-1, ordered(one.depth[0], other.depth[0], "in front of")),
+        first = objects[a]
+        second = objects[b]
+        relations = [
+            (-1, side(first.box, second.box, margin)),
+            (-1, compare(first.depth[0], second.depth[0], "in front of")),
         ]
         for ref in objects.keys() - {a, b}:
-            near, far = (math.dist(objects[ref].xyz, it.xyz) for it in (one, other))
-            found.append((ref, ordered(near, far, "closer")))
-        yield from ((a, b, ref, relation) for ref, relation in found if relation)
+            distance_a, distance_b = (
+                math.dist(objects[ref].xyz, item.xyz) for item in (first, second)
+            )
+            relations.append((ref, compare(distance_a, distance_b, "closer")))
+        yield from ((a, b, ref, relation) for ref, relation in relations if relation)
 
 
-def _objects(scenes: Records, number: int, where: str) -> dict[int, Placed]:
-    """Returns the objects of a scene that can be asked about, by their places among all of them."""
+def _scene_objects(scenes: Records, number: int, source: str) -> dict[int, SceneObject]:
+    """Returns the objects of a scene that questions may be about, by their index in the scene."""
     try:
         scene = scenes[number]
     except BadRecord as bad:
-        raise UserError(f"{where}: scene {number}: {bad}") from bad
-    objects = scene.get("objects")
-    if "image" not in scene or not isinstance(objects, list):
+        raise UserError(f"{source}: scene {number}: {bad}") from bad
+    values = scene.get("objects")
+    if "image" not in scene or not isinstance(values, list):
         raise UserError(
-            f"{where}: scene {number} has {', '.join(map(str, scene))}; it needs an image and a list of objects"
+            f"{source}: scene {number} has {', '.join(map(str, scene))}; "
+            f"it needs an image and a list of objects"
         )
-    placed = [
-        _placed(one, f"{where}: scene {number}, object {place}")
-        for place, one in enumerate(objects)
+    objects = [
+        _scene_object(value, f"{source}: scene {number}, object {i}")
+        for i, value in enumerate(values)
     ]
-    names = Counter(one.name.lower() for one in placed)
-    fit = [i for i, one in enumerate(placed) if names[one.name.lower()] == 1 and is_name(one.name)]
-    return {i: placed[i] for i in np.random.default_rng(number).permutation(fit)[:OBJECTS].tolist()}
+    counts = Counter(item.name.lower() for item in objects)
+    usable = [
+        i
+        for i, item in enumerate(objects)
+        if counts[item.name.lower()] == 1 and is_object_name(item.name)
+    ]
+    chosen = np.random.default_rng(number).permutation(usable)[:MAX_OBJECTS]
+    return {i: objects[i] for i in chosen.tolist()}
 
 
-def is_name(text: str) -> bool:
-    """Returns whether a text names a thing, and could not be taken for an answer of another kind."""
-    return bool(_NAME.fullmatch(text)) and not _PLACES.search(text.lower())
+def is_object_name(text: str) -> bool:
+    """Returns whether a text names a thing and cannot be mistaken for a position or yes or no."""
+    return bool(_NAME.fullmatch(text)) and not _POSITION_WORDS.search(text.lower())
 
 
-def _placed(one: object, where: str) -> Placed:
-    if not isinstance(one, Mapping) or not isinstance(one.get("name"), str):
-        raise UserError(f"{where} is {one!r:.60}; it needs a name")
-    numbers = {}
-    for field, (count, form) in FORMS.items():
-        value = one.get(field)
-        given = [value] if count == 1 and value is not None else value
-        if given is None and field != "box":
-            given = [math.nan] * count
-        elif not isinstance(given, list) or len(given) != count or not all(map(_is_number, given)):
-            raise UserError(
-                f"{where}: {field} is {value!r:.60}, not {count} number{'s' * (count > 1)}, {form}"
-            )
-        numbers[field] = tuple(map(float, given))
-    x1, y1, x2, y2 = numbers["box"]
+def _scene_object(value: object, where: str) -> SceneObject:
+    """Returns an object of a scene. Raises UserError, which begins with `where`."""
+    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+        raise UserError(f"{where} is {value!r:.60}; it needs a name")
+    geometry = {
+        field: _field_numbers(value.get(field), field, count, meaning, where)
+        for field, (count, meaning) in FIELDS.items()
+    }
+    x1, y1, x2, y2 = geometry["box"]
     if not (x1 < x2 and y1 < y2):
-        raise UserError(f"{where}: box is {one['box']}, not {FORMS['box'][1]}")
-    return Placed(one["name"], **numbers)
+        raise UserError(f"{where}: box is {value['box']}, not {FIELDS['box'][1]}")
+    return SceneObject(value["name"], **geometry)
 
 
-def _is_number(value: object) -> bool:
+def _field_numbers(
+    value: Any, field: str, count: int, meaning: str, where: str
+) -> tuple[float, ...]:
+    """Returns the numbers of an object's field. A missing depth or xyz is NaN."""
+    numbers = [value] if count == 1 and value is not None else value
+    if numbers is None and field != "box":
+        return (math.nan,) * count
+    if (
+        not isinstance(numbers, list)
+        or len(numbers) != count
+        or not all(map(_is_finite_number, numbers))
+    ):
+        unit = "number" if count == 1 else "numbers"
+        raise UserError(f"{where}: {field} is {value!r:.60}, not {count} {unit}, {meaning}")
+    return tuple(map(float, numbers))
+
+
+def _is_finite_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _by_answer(facts: Int[np.ndarray, "F 5"]) -> dict[tuple[str, str], Int[np.ndarray, "N 6"]]:
-    """Returns every question that can be asked about the facts, by task and answer."""
+def _questions_by_answer(
+    facts: Int[np.ndarray, "F 5"],
+) -> dict[tuple[str, str], Int[np.ndarray, "N 6"]]:
+    """Returns every question about the facts, by task and answer."""
     groups = defaultdict(list)
     for number, template in enumerate(TEMPLATES):
         for code, (name, relation) in enumerate(RELATIONS.items()):
             rows = facts[facts[:, -1] == code]
-            if (
-                relation.task == template.task
-                and template.asked in ("", name, relation.opposite)
-                and len(rows)
-            ):
-                groups[template.task, answer_to(template, name, "a", "b")].append(
-                    np.insert(rows, 5, number, axis=1)
-                )
+            is_askable = template.asked in ("", name, relation.opposite)
+            if relation.task == template.task and is_askable and len(rows):
+                answer = write_answer(template, name, "a", "b")
+                groups[template.task, answer].append(np.insert(rows, 5, number, axis=1))
     return {key: np.concatenate(rows) for key, rows in groups.items()}
 
 
-def _option(
-    options: Mapping[str, str], name: str, default: float | int, least: int, where: str
+def _number_option(
+    options: Mapping[str, str], name: str, default: float | int, minimum: int, source: str
 ) -> float:
-    """Returns an option's value, a whole number if its least is 1."""
+    """Returns an option's value. It must be a whole number if `minimum` is 1."""
     try:
         value = float(options.get(name, default))
     except ValueError:
         value = math.nan
-    if not least <= value < math.inf or (least and value % 1):
-        kind = "whole number" if least else "number"
-        raise UserError(f"{where}: {name}={options[name]}, where a {kind} from {least} is wanted")
+    if not minimum <= value < math.inf or (minimum and value % 1):
+        kind = "whole number" if minimum else "number"
+        raise UserError(f"{source}: {name}={options[name]}, but it must be a {kind} from {minimum}")
     return value

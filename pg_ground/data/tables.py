@@ -1,4 +1,4 @@
-"""Records in files: lines of JSON, lists in JSON, parquet, COCO's instances, and lists of JSON files in YAML."""
+"""Records in files: JSON lines, JSON lists, parquet, COCO's instances, and YAML lists of files."""
 
 import json
 import threading
@@ -20,33 +20,39 @@ from pg_ground.data.sampling import sample_indices
 from pg_ground.types import FilePath, UserError, expand_path
 
 CANNOT_OPEN = (OSError, ImportError)
-"""What opening a path raises; ImportError is etils' word that the client of a remote file system is not installed."""
+"""Opening a path raises these. etils raises ImportError if a remote file system has no client."""
 
 CANNOT_PARSE = (pa.ArrowException, OSError, ValueError)
-"""What pyarrow raises on a file that is no parquet, is cut off, or has other bytes than its footer says."""
+"""pyarrow raises these if a file is no parquet, is cut off, or does not match its footer."""
 
-HELD_BYTES = 2**26
-"""Lines of JSON up to which a file is held in memory: some 200,000 questions."""
+MAX_BYTES_IN_MEMORY = 2**26
+"""The size of a JSON lines file up to which it is read into memory: some 200,000 questions."""
 
-KEPT_BYTES = 2**28
-"""Row groups of one source that are kept decoded. A photograph takes some 100 KB, so that this is a few groups of 100 to 1000."""
+MAX_DECODED_BYTES = 2**28
+"""The size of the row groups of one source that stay decoded.
 
-TARGET_NAMES = ("image", "category", "list")
+A photograph takes some 100 KB, so this is a few groups of 100 to 1000 photographs.
+"""
+
+COCO_RECORDS = ("image", "category", "list")
+"""The values of the option `ask` of `coco:`."""
 
 
 class JsonLines:
-    """The lines of a file, each one JSON object; blank lines do not count. A long file is read again for each of them."""
+    """The lines of a file, each one JSON object. Blank lines are skipped.
+
+    A file above `MAX_BYTES_IN_MEMORY` is opened again for each record.
+    """
 
     def __init__(self, path: FilePath, uri: str):
         try:
             with path.open("rb") as file:
                 self._spans = _line_spans(file)
+                is_small = bool(self._spans) and sum(self._spans[-1]) <= MAX_BYTES_IN_MEMORY
                 file.seek(0)
-                self._held = (
-                    file.read() if self._spans and sum(self._spans[-1]) <= HELD_BYTES else b""
-                )
-        except CANNOT_OPEN as e:
-            raise _unopened(uri, e) from e
+                self._content = file.read() if is_small else b""
+        except CANNOT_OPEN as error:
+            raise _cannot_open(uri, error) from error
         if not self._spans:
             raise UserError(
                 f"source {uri}: the file has no lines; each record is one JSON object on a line"
@@ -54,45 +60,43 @@ class JsonLines:
         self._path = path
         if self._line(0).lstrip().startswith(b"[") and self._line(-1).rstrip().endswith(b"]"):
             raise UserError(
-                f"source {uri}: the file begins with [ and ends with ], as a JSON list does: use json:{path}"
+                f"source {uri}: the file begins with [ and ends with ], as a JSON list does: "
+                f"use json:{path}"
             )
 
     @property
-    def root(self) -> Any:
+    def root(self) -> FilePath:
         return self._path.parent
 
     def __len__(self) -> int:
         return len(self._spans)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        start, _ = self._spans[index]
+        where = f"byte {self._spans[index][0]} of {self._path.name}"
         try:
             record = json.loads(self._line(index))
-        except (ValueError, RecursionError) as e:
-            raise BadRecord("bad_json", f"byte {start} of {self._path.name}: {e}") from e
+        except (ValueError, RecursionError) as error:
+            raise BadRecord("bad_json", f"{where}: {error}") from error
         if not isinstance(record, dict):
-            raise BadRecord(
-                "bad_json",
-                f"byte {start} of {self._path.name}: {record!r:.60} is not a JSON object",
-            )
+            raise BadRecord("bad_json", f"{where}: {record!r:.60} is not a JSON object")
         return record
 
     def _line(self, index: int) -> bytes:
         start, length = self._spans[index]
-        if self._held:
-            return self._held[start : start + length]
+        if self._content:
+            return self._content[start : start + length]
         with self._path.open("rb") as file:
             file.seek(start)
             return file.read(length)
 
 
 @dataclass(frozen=True)
-class Listed:
-    """Records that are in memory as they came out of one JSON file, `name`."""
+class RecordList:
+    """Records in memory, as they came out of one JSON file with the name `name`."""
 
     entries: Sequence[Any]
     name: str
-    root: Any
+    root: FilePath | None
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -109,15 +113,17 @@ class Listed:
 class Parquet:
     """The rows of parquet files, one file after the other, as plain Python: dicts, lists, bytes.
 
-    Parquet has no single rows to read: the row group around a row is decoded and kept until others need its room. Rows in order
-    cost their own bytes, then, and rows in a random order a group each. Nothing is held open, and a copy starts with none kept.
+    Parquet cannot read a single row. The row group around a row is decoded, and it stays decoded
+    until other groups need the memory. So rows in order cost their own bytes, and rows in random
+    order cost a group each. No file stays open. A pickled copy starts with no decoded groups.
     """
 
     def __init__(
         self, paths: Sequence[FilePath], footers: Sequence[pq.FileMetaData], root: FilePath
     ):
-        self.root: Any = root
-        self._paths, self._footers = paths, footers
+        self.root = root
+        self._paths = paths
+        self._footers = footers
         self._groups = [
             (file, group)
             for file, footer in enumerate(footers)
@@ -126,7 +132,7 @@ class Parquet:
         groups = [footers[file].row_group(group) for file, group in self._groups]
         self._starts = np.cumsum([0] + [group.num_rows for group in groups])
         self._bytes = [group.total_byte_size for group in groups]
-        self._kept: OrderedDict[int, Future[pa.Table]] = OrderedDict()
+        self._decoded: OrderedDict[int, Future[pa.Table]] = OrderedDict()
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -140,51 +146,52 @@ class Parquet:
         group = int(np.searchsorted(self._starts, row, "right")) - 1
         try:
             return self._row_group(group).slice(row - int(self._starts[group]), 1).to_pylist()[0]
-        except CANNOT_PARSE as e:
+        except CANNOT_PARSE as error:
             file, number = self._groups[group]
-            raise BadRecord(
-                "bad_parquet", f"row group {number} of {self._paths[file].name}: {one_line(e)}"
-            ) from e
+            where = f"row group {number} of {self._paths[file].name}"
+            raise BadRecord("bad_parquet", f"{where}: {one_line(error)}") from error
 
     def _row_group(self, group: int) -> pa.Table:
-        """Returns a row group; several threads that ask for the same one wait for one reading of it."""
+        """Returns a row group. Threads that ask for the same group wait for one reading of it."""
         with self._lock:
-            table = self._kept.pop(group, None)
-            first = table is None
+            table = self._decoded.pop(group, None)
+            must_read = table is None
             table = table or Future()
-            self._kept[group] = table  # the last is the one used last
-            while (
-                first
-                and len(self._kept) > 1
-                and sum(self._bytes[g] for g in self._kept) > KEPT_BYTES
-            ):
-                self._kept.popitem(last=False)
-        if first:
+            self._decoded[group] = table  # the last entry is the one used last
+            if must_read:
+                self._drop_oldest()
+        if must_read:
             try:
                 table.set_result(self._read(group))
-            except BaseException as e:
-                table.set_exception(e)
+            except BaseException as error:
+                table.set_exception(error)
                 with self._lock:
-                    self._kept.pop(group, None)
+                    self._decoded.pop(group, None)
         return table.result()
+
+    def _drop_oldest(self) -> None:
+        """Forgets groups until the others fit `MAX_DECODED_BYTES`. Keeps at least one group."""
+        while len(self._decoded) > 1:
+            if sum(self._bytes[group] for group in self._decoded) <= MAX_DECODED_BYTES:
+                return
+            self._decoded.popitem(last=False)
 
     def _read(self, group: int) -> pa.Table:
         file, number = self._groups[group]
-        # A handle of its own for each reading: those of pyarrow are not safe to share between threads.
+        # A new handle for each reading: pyarrow's handles are not safe to share between threads.
         with self._paths[file].open("rb") as handle:
-            return pq.ParquetFile(
-                handle, metadata=self._footers[file], pre_buffer=True
-            ).read_row_group(number)
+            parquet = pq.ParquetFile(handle, metadata=self._footers[file], pre_buffer=True)
+            return parquet.read_row_group(number)
 
 
 @dataclass(frozen=True)
 class Joined:
-    """Records picked from several sources: the i-th is record `index[i]` of source `source[i]`."""
+    """Records from several sources: record i is record `index[i]` of source `source[i]`."""
 
     sources: Sequence[Records]
     source: Int[np.ndarray, " N"]
     index: Int[np.ndarray, " N"]
-    root: Any
+    root: FilePath
 
     def __len__(self) -> int:
         return len(self.index)
@@ -193,186 +200,213 @@ class Joined:
         return self.sources[self.source[index]][int(self.index[index])]
 
 
-def open_json_lines(rest: str) -> Records:
+def open_json_lines(location: str) -> Records:
     """Returns the objects on the lines of a file.
 
     Raises:
       UserError: there is no such file, or it has no lines.
     """
-    return JsonLines(to_path(rest), f"jsonl:{rest}")
+    return JsonLines(to_path(location), f"jsonl:{location}")
 
 
-def open_json(rest: str) -> Records:
-    """Returns the objects of the JSON list in a file, or of the one at a dotted key there: `PATH#results.val`.
+def open_json(location: str) -> Records:
+    """Returns the objects of a JSON list.
+
+    Args:
+      location: `PATH` if the file is the list, or `PATH#results.val` if it is at a dotted key.
 
     Raises:
-      UserError: there is no such file or key, or what is there is no JSON, or no list of objects.
+      UserError: there is no such file or key, the file is no JSON, or the value is no list of
+        objects.
     """
-    uri = f"json:{rest}"
-    path, key = _path_and_key(rest, uri)
+    uri = f"json:{location}"
+    path, key = _split_key(location, uri)
     value = _load_json(path, uri)
     for part in key.split(".") if key else ():
         if not isinstance(value, dict) or part not in value:
-            raise UserError(f"source {uri}: no {part!r} in {_kind(value)}")
+            raise UserError(f"source {uri}: no {part!r} in {_describe(value)}")
         value = value[part]
     if not isinstance(value, list) or not any(isinstance(entry, dict) for entry in value):
         raise UserError(
-            f"source {uri}: {_kind(value)}, where a list of objects is read, or one at a key (json:PATH#key)"
+            f"source {uri}: this is {_describe(value)}, but it must be a list of objects, "
+            f"or have one at a key (json:PATH#key)"
         )
-    return Listed(value, path.name, path.parent)
+    return RecordList(value, path.name, path.parent)
 
 
-def open_parquet(rest: str) -> Records:
-    """Returns the rows of a parquet file, of all `*.parquet` in a folder, or of all files that a pattern fits, sorted by name.
+def open_parquet(location: str) -> Records:
+    """Returns the rows of parquet files, sorted by file name.
+
+    Args:
+      location: a file, a folder with `*.parquet`, or a glob pattern.
 
     Raises:
-      UserError: there is no such file, one of them is no parquet or has other columns than the rest, or there are no rows.
+      UserError: there is no such file, a file is no parquet or has other columns than the first
+        file, or there are no rows.
     """
-    uri = f"parquet:{rest}"
-    path = to_path(rest)
+    uri = f"parquet:{location}"
+    path = to_path(location)
     fixed = next((i for i, part in enumerate(path.parts) if set(part) & set("*?[")), None)
     try:
         if path.is_dir():
-            root, shards = path, path.glob("*.parquet")
+            root = path
+            files = path.glob("*.parquet")
         elif fixed is None or path.exists():
-            root, shards = path.parent, [path]
+            root = path.parent
+            files = [path]
         else:
             root = type(path)(*path.parts[:fixed])
-            shards = root.glob("/".join(path.parts[fixed:]))
-        paths = sorted(shards)
-    except CANNOT_OPEN as e:
-        raise _unopened(uri, e) from e
+            files = root.glob("/".join(path.parts[fixed:]))
+        paths = sorted(files)
+    except CANNOT_OPEN as error:
+        raise _cannot_open(uri, error) from error
     if not paths:
         raise UserError(
-            f"source {uri}: no files there; parquet:PATH is a file, a folder with *.parquet, or a pattern"
+            f"source {uri}: no file matches; "
+            f"parquet:PATH is a file, a folder with *.parquet, or a pattern"
         )
-    return parquet_of(paths, root, uri)
+    return open_parquet_files(paths, root, uri)
 
 
-def parquet_of(paths: Sequence[FilePath], root: FilePath, uri: str) -> Parquet:
-    """Returns the rows of parquet files; only their footers are read now.
+def open_parquet_files(paths: Sequence[FilePath], root: FilePath, uri: str) -> Parquet:
+    """Returns the rows of parquet files. Only the footers of the files are read now.
 
     Args:
-      uri: what errors call the source.
+      paths: the files, in the order of their rows.
+      root: the folder that file names in the rows are relative to.
+      uri: the name of the source in errors.
 
     Raises:
-      UserError: one of the files is missing, no parquet, or has other columns than the first, or there are no rows.
+      UserError: a file is missing, is no parquet, or has other columns than the first file; or
+        there are no rows.
     """
 
     def footer(path: FilePath) -> pq.FileMetaData:
         try:
             with path.open("rb") as file:
                 return pq.read_metadata(file)
-        except (FileNotFoundError, IsADirectoryError, ImportError) as e:
-            raise _unopened(uri, e) from e
-        except CANNOT_PARSE as e:
+        except (FileNotFoundError, IsADirectoryError, ImportError) as error:
+            raise _cannot_open(uri, error) from error
+        except CANNOT_PARSE as error:
             raise UserError(
-                f"source {uri}: {path.name} is no whole parquet file: {one_line(e)}"
-            ) from e
+                f"source {uri}: {path.name} is no whole parquet file: {one_line(error)}"
+            ) from error
 
     with ThreadPoolExecutor(16) as pool:
         footers = list(pool.map(footer, paths))
     columns = set(footers[0].schema.to_arrow_schema().names)
     for path, other in zip(paths, footers, strict=True):
-        if odd := sorted(columns ^ set(other.schema.to_arrow_schema().names)):
+        different = sorted(columns ^ set(other.schema.to_arrow_schema().names))
+        if different:
             raise UserError(
-                f"source {uri}: only one of {paths[0].name} and {path.name} has {', '.join(odd)}; all files need it"
+                f"source {uri}: only one of {paths[0].name} and {path.name} has "
+                f"{', '.join(different)}; all files need the same columns"
             )
     rows = Parquet(paths, footers, root)
     if not len(rows):
-        raise UserError(
-            f"source {uri}: there are no rows in {listed([path.name for path in paths])}"
-        )
+        names = list_names([path.name for path in paths])
+        raise UserError(f"source {uri}: there are no rows in {names}")
     return rows
 
 
-def open_yaml(rest: str) -> Records:
-    """Returns the records that a list of JSON files names, each file sampled, one after the other: `FILE?seed=0`.
+def open_yaml(location: str) -> Records:
+    """Returns the records of several JSON files, one file after the other, each file sampled.
 
-    EasyDistill's form, `datasets: [{json_path: a.json, sampling_strategy: "random:50%"}]`; what the strategies are, `sampling.py`
-    says, and without one all are kept. File names, those in the records too, are relative to the YAML file.
+    The file has EasyDistill's form `datasets: [{json_path: a.json, sampling_strategy:
+    "random:50%"}]`. Without a strategy all records are used. `sampling.py` lists the strategies.
+    File names, also those in the records, are relative to the YAML file.
+
+    Args:
+      location: `FILE?seed=0`.
 
     Raises:
-      UserError: a file cannot be opened, is of another form, or names a strategy that does not exist; or no record is left.
+      UserError: a file cannot be opened or has another form, a strategy does not exist, or no
+        record is left.
     """
-    name, options = with_options("yaml", rest, ("seed",))
-    uri, path, seed = f"yaml:{rest}", to_path(name), options.get("seed", "0")
+    uri = f"yaml:{location}"
+    name, options = split_options("yaml", location, ("seed",))
+    path = to_path(name)
+    seed = options.get("seed", "0")
     if not seed.isdecimal():
-        raise UserError(f"source {uri}: seed={seed} is no whole number from 0")
-    sources, kept = [], []
-    for position, entry in enumerate(_datasets(path, uri)):
+        raise UserError(f"source {uri}: seed={seed} must be a whole number from 0")
+    sources: list[Records] = []
+    indices: list[np.ndarray] = []
+    for position, entry in enumerate(_yaml_entries(path, uri)):
         try:
-            opened = _open_listed(entry["json_path"], path.parent)
-            kept.append(
-                sample_indices(len(opened), entry["sampling_strategy"], int(seed) + position)
-            )
-        except UserError as e:
-            raise UserError(f"source {uri}: dataset {position}: {e}") from e
-        sources.append(opened)
-    if not sum(map(len, kept)):
+            records = _open_json_file(entry["json_path"], path.parent)
+            strategy = entry["sampling_strategy"]
+            indices.append(sample_indices(len(records), strategy, int(seed) + position))
+        except UserError as error:
+            raise UserError(f"source {uri}: dataset {position}: {error}") from error
+        sources.append(records)
+    if not sum(map(len, indices)):
         raise UserError(f"source {uri}: its sampling strategies leave no record")
-    return Joined(
-        sources,
-        np.repeat(np.arange(len(kept)), [len(k) for k in kept]),
-        np.concatenate(kept),
-        path.parent,
-    )
+    source = np.repeat(np.arange(len(indices)), [len(chosen) for chosen in indices])
+    return Joined(sources, source, np.concatenate(indices), path.parent)
 
 
-def open_coco(rest: str) -> Records:
-    """Returns the objects of COCO's instances as records: `FILE?ask=image&images=DIR&crowd=0`.
+def open_coco(location: str) -> Records:
+    """Returns the objects of COCO's instances as records.
 
-    `ask=image`: one record for each image, with `image` (its file name), `width`, `height`, and of each object `categories`,
-    `boxes` (x, y, w, h in pixels) and `iscrowd`. `ask=category`: one for each category that an image has objects of, with
-    `category` instead of `categories`. `ask=list`: as `image`, and `classes`, the different categories in the order they come,
-    "cat ; dog". An image without objects stays. Regions that stand for a crowd of objects are left out unless `crowd=1`.
-    `images` is the folder of the images, without it that of FILE.
+    With `ask=image` there is one record for each image: `image` (its file name), `width`, `height`,
+    and for each object an entry of `categories`, `boxes` (x, y, w, h in pixels) and `iscrowd`.
+    With `ask=category` there is one record for each category of which an image has objects, with
+    `category` instead of `categories`. With `ask=list`, a record of `ask=image` also has `classes`:
+    the different categories in their order, "cat ; dog". An image without objects stays. Regions
+    that stand for a crowd of objects are left out, unless `crowd=1`.
+
+    Args:
+      location: `FILE?ask=image&images=DIR&crowd=0`. `images` is the folder of the images, by
+        default the folder of FILE.
 
     Raises:
-      UserError: there is no such file or option, the file is no JSON or not of COCO's form, or there are no records in it.
+      UserError: the file or an option does not exist, the file is no JSON or has not COCO's form,
+        or there are no records in it.
     """
-    name, options = with_options("coco", rest, ("ask", "images", "crowd"))
-    uri, path, ask, crowd = (
-        f"coco:{rest}",
-        to_path(name),
-        options.get("ask", "image"),
-        options.get("crowd", "0"),
-    )
-    if ask not in TARGET_NAMES or crowd not in ("0", "1"):
-        raise UserError(f"source {uri}: ask is one of {', '.join(TARGET_NAMES)}, crowd is 0 or 1")
-    images = _coco_images(_load_json(path, uri), crowd == "1", uri)
-    if ask == "category":
-        images = [part for image in images for part in _by_category(image)]
-    elif ask == "list":
-        images = [
-            image | {"classes": " ; ".join(dict.fromkeys(image["categories"]))} for image in images
-        ]
-    if not images:
+    uri = f"coco:{location}"
+    name, options = split_options("coco", location, ("ask", "images", "crowd"))
+    path = to_path(name)
+    ask = options.get("ask", "image")
+    crowd = options.get("crowd", "0")
+    if ask not in COCO_RECORDS or crowd not in ("0", "1"):
         raise UserError(
-            f"source {uri}: there are no {'objects' if ask == 'category' else 'images'} in it"
+            f"source {uri}: ask must be one of {', '.join(COCO_RECORDS)}, and crowd 0 or 1"
         )
-    return Listed(
-        images, path.name, to_path(options["images"]) if "images" in options else path.parent
-    )
+    records = _coco_images(_load_json(path, uri), crowd == "1", uri)
+    if ask == "category":
+        records = [part for image in records for part in _split_by_category(image)]
+    elif ask == "list":
+        records = [
+            image | {"classes": " ; ".join(dict.fromkeys(image["categories"]))} for image in records
+        ]
+    if not records:
+        kind = "objects" if ask == "category" else "images"
+        raise UserError(f"source {uri}: there are no {kind} in it")
+    root = to_path(options["images"]) if "images" in options else path.parent
+    return RecordList(records, path.name, root)
 
 
-def with_options(scheme: str, rest: str, known: Collection[str]) -> tuple[str, dict[str, str]]:
-    """Returns what stands before `?`, and the options `a=1&b=2` after it, as they are written (+ and % are themselves).
+def split_options(scheme: str, location: str, names: Collection[str]) -> tuple[str, dict[str, str]]:
+    """Returns the part before `?`, and the options `a=1&b=2` after it.
+
+    Values are taken as they are written: + and % have no special meaning.
+
+    Args:
+      scheme: of the uri, for errors.
+      location: the uri without its scheme.
+      names: the options that exist.
 
     Raises:
-      UserError: an option is not among `known`, or has no value.
+      UserError: an option does not exist, or has no value.
     """
-    name, _, text = rest.partition("?")
+    name, _, text = location.partition("?")
     options = {}
     for option in text.split("&") if text else ():
         key, _, value = option.partition("=")
-        if key not in known or not value:
-            wrong = (
-                f"no option {key!r}; {nearest(key, known)}"
-                if key not in known
-                else f"option {key} has no value"
-            )
-            raise UserError(f"source {scheme}:{rest}: {wrong}")
+        if key not in names:
+            raise UserError(f"source {scheme}:{location}: no option {key!r}; {nearest(key, names)}")
+        if not value:
+            raise UserError(f"source {scheme}:{location}: option {key} has no value")
         options[key] = value
     return name, options
 
@@ -388,13 +422,15 @@ def _line_spans(file: Iterable[bytes]) -> list[tuple[int, int]]:
     return spans
 
 
-def _path_and_key(rest: str, uri: str) -> tuple[FilePath, str]:
-    """Returns a path and what follows `#`, or nothing where the file has `#` in its name."""
+def _split_key(location: str, uri: str) -> tuple[FilePath, str]:
+    """Returns a path and the key after `#`. The key is "" if a file has `#` in its name."""
     try:
-        whole = "#" not in rest or to_path(rest).is_file()
-    except CANNOT_OPEN as e:
-        raise _unopened(uri, e) from e
-    name, _, key = (rest, "", "") if whole else rest.rpartition("#")
+        is_file = "#" not in location or to_path(location).is_file()
+    except CANNOT_OPEN as error:
+        raise _cannot_open(uri, error) from error
+    if is_file:
+        return to_path(location), ""
+    name, _, key = location.rpartition("#")
     return to_path(name), key
 
 
@@ -402,101 +438,101 @@ def _load_json(path: FilePath, uri: str) -> Any:
     try:
         with path.open("rb") as file:
             return json.load(file)
-    except CANNOT_OPEN as e:
-        raise _unopened(uri, e) from e
-    except (ValueError, RecursionError) as e:
+    except CANNOT_OPEN as error:
+        raise _cannot_open(uri, error) from error
+    except (ValueError, RecursionError) as error:
         raise UserError(
-            f"source {uri}: not one JSON value: {e} (lines of JSON are jsonl:PATH)"
-        ) from e
+            f"source {uri}: not one JSON value: {error} (lines of JSON are jsonl:PATH)"
+        ) from error
 
 
-def _datasets(path: FilePath, uri: str) -> list[dict[str, str]]:
+def _yaml_entries(path: FilePath, uri: str) -> list[dict[str, str]]:
     """Returns the entries of `datasets`, each with a `json_path` and a `sampling_strategy`."""
     try:
         with path.open("rb") as file:
             value = yaml.safe_load(file)
-    except CANNOT_OPEN as e:
-        raise _unopened(uri, e) from e
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
-        raise UserError(f"source {uri}: not YAML: {one_line(e)}") from e
+    except CANNOT_OPEN as error:
+        raise _cannot_open(uri, error) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"source {uri}: not YAML: {one_line(error)}") from error
     form = 'datasets: [{json_path: a.json, sampling_strategy: "random:50%"}]'
     datasets = (
         value.get("datasets") if isinstance(value, dict) and set(value) == {"datasets"} else None
     )
     if not isinstance(datasets, list) or not datasets:
-        raise UserError(f"source {uri}: {_kind(value)}, where the form is {form}")
+        raise UserError(f"source {uri}: this is {_describe(value)}, but the form is {form}")
+    entries = []
     for position, entry in enumerate(datasets):
         fields = {"sampling_strategy": "all"} | entry if isinstance(entry, dict) else {}
-        if set(fields) != {"json_path", "sampling_strategy"} or not all(
-            isinstance(value, str) for value in fields.values()
-        ):
+        has_names = set(fields) == {"json_path", "sampling_strategy"}
+        if not has_names or not all(isinstance(value, str) for value in fields.values()):
             raise UserError(
-                f"source {uri}: dataset {position} is {entry!s:.120}, where the form is {form}"
+                f"source {uri}: dataset {position} is {entry!s:.120}, but the form is {form}"
             )
-        datasets[position] = fields
-    return datasets
+        entries.append(fields)
+    return entries
 
 
-def _open_listed(name: str, folder: FilePath) -> Records:
-    full = name if "://" in name else str(folder / expand_path(name))
-    return open_json_lines(full) if full.endswith(".jsonl") else open_json(full)
+def _open_json_file(name: str, folder: FilePath) -> Records:
+    location = name if "://" in name else str(folder / expand_path(name))
+    return open_json_lines(location) if location.endswith(".jsonl") else open_json(location)
 
 
 def _coco_images(value: Any, with_crowd: bool, uri: str) -> list[dict[str, Any]]:
     """Returns one record for each image of COCO's instances."""
-    parts = ("images", "annotations", "categories")
-    if not isinstance(value, dict) or not all(isinstance(value.get(part), list) for part in parts):
+    lists = ("images", "annotations", "categories")
+    if not isinstance(value, dict) or not all(isinstance(value.get(name), list) for name in lists):
         raise UserError(
-            f"source {uri}: {_kind(value)}, where COCO's instances have the lists {', '.join(parts)}"
+            f"source {uri}: this is {_describe(value)}, "
+            f"but COCO's instances have the lists {', '.join(lists)}"
         )
-    part, entry = "", None
+    list_name = ""
+    entry = None
     try:
-        names, records = {}, {}
-        part = "categories"
-        for entry in value[part]:
+        names = {}
+        records = {}
+        list_name = "categories"
+        for entry in value[list_name]:
             names[entry["id"]] = entry["name"]
-        part = "images"
-        for entry in value[part]:
-            size = {"width": entry["width"], "height": entry["height"]}
+        list_name = "images"
+        for entry in value[list_name]:
             records[entry["id"]] = {
                 "image": entry["file_name"],
-                **size,
+                "width": entry["width"],
+                "height": entry["height"],
                 "categories": [],
                 "boxes": [],
                 "iscrowd": [],
             }
-        part = "annotations"
-        for entry in value[part]:
-            record, name, box = (
-                records[entry["image_id"]],
-                names[entry["category_id"]],
-                entry["bbox"],
-            )
-            crowd = entry.get("iscrowd", 0)  # not every file of this form has it
+        list_name = "annotations"
+        for entry in value[list_name]:
+            record = records[entry["image_id"]]
+            name = names[entry["category_id"]]
+            box = entry["bbox"]
+            crowd = entry.get("iscrowd", 0)  # some files of this form do not have it
             if with_crowd or not crowd:
                 record["categories"].append(name)
                 record["boxes"].append(box)
                 record["iscrowd"].append(crowd)
-    except (KeyError, TypeError) as e:
-        which = (
-            f"with id {entry['id']}"
-            if isinstance(entry, dict) and "id" in entry
-            else f"{entry!s:.60}"
-        )
-        lack = (
-            f"has no {e}, or it is in no other list"
-            if isinstance(e, KeyError)
-            else "is not of COCO's form"
-        )
-        raise UserError(f"source {uri}: the entry {which} of {part} {lack}") from e
+    except (KeyError, TypeError) as error:
+        raise _bad_coco_entry(list_name, entry, error, uri) from error
     return list(records.values())
 
 
-def _by_category(image: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _bad_coco_entry(list_name: str, entry: Any, error: Exception, uri: str) -> UserError:
+    has_id = isinstance(entry, dict) and "id" in entry
+    which = f"with id {entry['id']}" if has_id else f"{entry!s:.60}"
+    fault = "has not COCO's form"
+    if isinstance(error, KeyError):
+        fault = f"has no {error}, or it is in no other list"
+    return UserError(f"source {uri}: the entry {which} of {list_name} {fault}")
+
+
+def _split_by_category(image: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns an image's record in parts, one for each of its categories."""
-    whole = {key: image[key] for key in ("image", "width", "height")}
+    common = {key: image[key] for key in ("image", "width", "height")}
     parts = {
-        name: {**whole, "category": name, "boxes": [], "iscrowd": []}
+        name: {**common, "category": name, "boxes": [], "iscrowd": []}
         for name in image["categories"]
     }
     for name, box, crowd in zip(image["categories"], image["boxes"], image["iscrowd"], strict=True):
@@ -505,27 +541,26 @@ def _by_category(image: Mapping[str, Any]) -> list[dict[str, Any]]:
     return list(parts.values())
 
 
-def _unopened(uri: str, e: OSError | ImportError) -> UserError:
-    reason = e.strerror if isinstance(e, OSError) and e.strerror else one_line(e)
-    return UserError(f"source {uri}: {reason}")
+def _cannot_open(uri: str, error: OSError | ImportError) -> UserError:
+    text = error.strerror if isinstance(error, OSError) else None
+    return UserError(f"source {uri}: {text or one_line(error)}")
 
 
-def one_line(e: Exception) -> str:
-    return " ".join(str(e).split())
+def one_line(error: Exception) -> str:
+    """Returns the text of an error on one line."""
+    return " ".join(str(error).split())
 
 
-def _kind(value: object) -> str:
-    """Returns what a value read from JSON or YAML is, in a few words."""
+def _describe(value: object) -> str:
+    """Returns the kind of a value that was read from JSON or YAML, in a few words."""
     if isinstance(value, dict):
-        return (
-            f"an object with the keys {listed(list(map(str, value)))}"
-            if value
-            else "an empty object"
-        )
+        keys = list_names(list(map(str, value)))
+        return f"an object with the keys {keys}" if value else "an empty object"
     if isinstance(value, list):
         return f"a list of {len(value)} that are not all objects" if value else "an empty list"
     return f"{value!r:.60}"
 
 
-def listed(names: Sequence[str]) -> str:
+def list_names(names: Sequence[str]) -> str:
+    """Returns at most ten names with commas, and the number of the other names."""
     return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
