@@ -112,7 +112,7 @@ def dict_boxes(text: str) -> Reading:
     whole = _load(cut.answer)
     ok = cut.form != "broken" and isinstance(whole, dict)
     if not isinstance(whole, dict):
-        whole = _load(cut.answer[cut.answer.find("{") : cut.answer.rfind("}") + 1])
+        whole = _outer_dict(cut.answer)
     locations = []
     for key, entries in whole.items() if isinstance(whole, dict) else ():
         label = key if isinstance(key, str) else f"{json_number(key, strict=True):.0f}"
@@ -303,9 +303,17 @@ _OBJECT = re.compile(r"\{[^{}]*\}")
 
 
 def _read_prose(text: str, width: int) -> list[Location]:
-    """Returns the locations of objects with a key of `_KEYS` and of bare numbers between them, in
-    the order of the text.
+    """Returns the locations of objects and of bare numbers between them, in the order of the text.
+
+    An object is `{label: boxes}` from the first "{" to the last "}", else each `{…}` with a key of
+    `_KEYS`.
     """
+    outer = _outer_dict(text)
+    if isinstance(outer, dict) and not any(key in outer for key in _KEYS):
+        named = _read_object(outer, width)
+        if named:
+            before, after = text[: text.find("{")], text[text.rfind("}") + 1 :]
+            return [*_read_bare(before, width), *named, *_read_bare(after, width)]
     locations: list[Location] = []
     end = 0
     for match in _OBJECT.finditer(text):
@@ -354,6 +362,11 @@ def _objects_in_prose(text: str, key: str) -> list[Any]:
     that breaks off.
     """
     return [_load(part) for part in _OBJECT.findall(text) if key in part]
+
+
+def _outer_dict(text: str) -> Any:
+    """Returns the value from the first "{" of a text to its last "}"; None if it cannot be read."""
+    return _load(text[text.find("{") : text.rfind("}") + 1])
 
 
 def _load_json(text: str) -> Any:
