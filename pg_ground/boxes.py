@@ -245,6 +245,48 @@ def covers(mask: Bool[Array, "... M M"], yx: Float[Array, "... P 2"]) -> Bool[Ar
     return xp.take_along_axis(flat, cell[..., 0] * side + cell[..., 1], axis=-1)
 
 
+def paste_masks(
+    decoded: Float[Array, "... h w"], yxyx: Float[Array, "... 4"], mask_size: int
+) -> Bool[Array, "... M M"]:
+    """Returns masks over the whole image from masks inside their boxes. It runs inside `jit` only.
+
+    A decoded mask is resized linearly into its box. A cell is set if its centre lies in the box and
+    the value there is above 0. Boxes that are not proper give empty masks.
+
+    Args:
+      decoded: values inside each box; above 0 is the object.
+      mask_size: cells along each side of the result.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    side = jnp.array(decoded.shape[-2:])
+
+    def paste(values: Array, box: Array) -> Array:
+        proper = is_proper(box)
+        scale = jnp.where(proper, sides(box), 1) * mask_size / side
+        resized = jax.image.scale_and_translate(
+            values, (mask_size, mask_size), (0, 1), scale, box[:2] * mask_size, "linear"
+        )  # 0 outside the box
+        return proper & (resized > 0)
+
+    flat = jax.vmap(paste)(decoded.reshape(-1, *decoded.shape[-2:]), yxyx.reshape(-1, 4))
+    return flat.reshape(*yxyx.shape[:-1], mask_size, mask_size)
+
+
+def pairwise_mask_iou(
+    a: Bool[Array, "... P M M"], b: Bool[Array, "... K M M"]
+) -> Float[Array, "... P K"]:
+    """Returns the IoU in [0, 1] of each mask of `a` with each mask of `b`; 0 if both are empty."""
+    xp = _namespace(a, b)
+    cells = a.shape[-1] * a.shape[-2]
+    a = a.reshape(*a.shape[:-2], cells).astype(np.float32)
+    b = b.reshape(*b.shape[:-2], cells).astype(np.float32)
+    overlap = a @ xp.swapaxes(b, -1, -2)  # counts of cells, exact in float32
+    union = a.sum(axis=-1)[..., :, None] + b.sum(axis=-1)[..., None, :] - overlap
+    return overlap / xp.maximum(union, 1)
+
+
 def match(similarity: Float[Array, "P K"]) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
     """Returns the rows and columns of the one-to-one matching with the largest total similarity; n
     = min(P, K).

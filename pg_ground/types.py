@@ -208,26 +208,33 @@ class Rollout(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What B×G completions say, read from their token ids."""
+    """Locations that B×G completions write, read from their token ids."""
 
     boxes: Boxes
     points: Points
+    masks: Bool[Array, "B G K M M"]
+    """Cells of the whole image that the mask of each box covers, like `Gold.masks`. All False for a
+    box without a mask; M = 0 if masks are not decoded."""
     stray: Int[Array, "B G"]
     """Number of loc tokens that belong to no box and no point."""
     finished: Bool[Array, "B G"]
     """The completion ends in EOS."""
     grammatical: Bool[Array, "B G"]
-    """The whole completion is an answer of the asked kind: `<loc>x4 name ; …` or `<loc>x2 name ; …`, then EOS."""
+    """The whole completion is an answer of the asked kind: `<loc>x4 name ; …` or
+    `<loc>x2 name ; …`, then EOS."""
     tokens: Int[Array, "B G T"]
     """The completion itself, as in `Rollout`."""
     mask: Bool[Array, "B G T"]
+    """Real tokens of the completion, as in `Rollout`."""
 
 
 class Rewards(NamedTuple):
-    """How good each completion is. NaN marks a completion that a reward cannot judge."""
+    """Scores of completions. NaN means that no reward, or not this reward, applies."""
 
     total: Float[Array, "B G"]
+    """Weighted sum of the rewards that apply."""
     parts: dict[str, Float[Array, "B G"]]
+    """The rewards by name, without weights."""
 
 
 class TrainState(NamedTuple):

@@ -1,19 +1,19 @@
-"""Completions read from their token ids, and judged, inside `jit`.
+"""Rewards on token ids, computed inside `jit`.
 
-A reward is a function `(Answer, Batch, RewardSettings) -> f32[B,G]`, NaN at questions it does not
-apply to. Sets of answers are matched one to one, within names, for the largest total similarity and
-score 2·Σ / (n_predicted + n_gold): a missing, a spurious and a duplicate answer all cost, an
-improper box counts as a prediction with similarity 0, and nothing where nothing is scores 1.
+A reward is a function `(Answer, Batch, RewardSettings) -> f32[B, G]`. It is NaN at a question to
+which it does not apply. Sets of locations are matched one to one within names, for the largest
+total similarity Σ, and score 2·Σ / (n_predicted + n_gold). So missing, spurious and duplicate
+predictions lower the score. An improper box is a prediction with similarity 0. An empty answer
+scores 1 if there is nothing to find.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from pg_ground import boxes
-from pg_ground.config import RewardSettings, nearest
+from pg_ground.config import RewardSettings
 from pg_ground.rl.advantages import group_std, has_spread
 from pg_ground.types import (
     BOXES,
@@ -27,234 +27,71 @@ from pg_ground.types import (
     Rewards,
     Rollout,
     UserError,
+    nearest,
 )
-from pg_ground.vocab import EOS, LOC_TOKENS, PAD, SEG_TOKENS, Vocab
 
 Reward = Callable[[Answer, Batch, RewardSettings], Float[Array, "B G"]]
 
 DETECTION_THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+"""Thresholds of IoU of `detection`."""
+
 DUPLICATE_WEIGHT = 0.3
-"""Of arXiv 2302.08242, as its released settings."""
+"""Cost of a duplicate detection, as in the released settings of arXiv 2302.08242."""
 
 RELEASED_SHARES = (0.1, 0, 0.2, 0, 0.2, 0, 0, 0.3, 0, 0.2)
-"""Of the thresholds in big_vision's mean: it keeps results under the threshold's first decimal,
-where the last writer wins.
-"""
-
-
-def read_answer(
-    tokens: Int[Array, "B G T"],
-    mask: Bool[Array, "B G T"],
-    target: Int[Array, " B"],
-    names: Int[Array, "B C W"],
-    vocab: Vocab,
-) -> Answer:
-    """Returns the boxes and points that completions write as loc tokens.
-
-    A completion is cut into segments at its separators (";"). A segment with exactly four loc
-    tokens is a box (y1 x1 y2 x2), with exactly two a point (y x); the loc tokens of any other
-    segment are stray. What else a segment holds is its name, looked up among `names`; where a
-    question has at most one name, every answer bears it.
-    """
-    length = tokens.shape[-1]
-    loc, text, segment, within = cut = _cut(tokens, mask, vocab)
-    locs, words, rank = (
-        _per_segment(cut, loc),
-        _per_segment(cut, text),
-        _before_in_segment(cut, loc),
-    )
-
-    bins = jnp.where(loc, tokens - vocab.loc0, 0)
-    place = within & loc[..., None]
-    corners = jnp.stack(
-        [
-            jnp.sum(jnp.where(place & (rank == r)[..., None], bins[..., None], 0), -2)
-            for r in range(4)
-        ],
-        -1,
-    )
-    fractions = boxes.decode_loc(corners)  # [B, G, segment, 4]
-
-    word = jnp.clip(_before_in_segment(cut, text), 0, names.shape[-1] - 1)
-    spelled = jnp.take_along_axis(names[:, None, None], word[:, :, :, None, None], axis=-1)[
-        ..., 0
-    ]  # [B, G, T, C]
-    correct = (spelled == tokens[..., None]).astype(jnp.int32)
-    agree = jnp.einsum("BGTs,BGTC->BGsC", (within & text[..., None]).astype(jnp.int32), correct)
-    lengths = jnp.sum(names != PAD, axis=-1)
-    matches = (
-        (agree == words[..., None])
-        & (words[..., None] == lengths[:, None, None])
-        & (lengths > 0)[:, None, None]
-    )
-    label = jnp.where(matches.any(-1), jnp.argmax(matches, axis=-1), -1)
-    named = jnp.sum(lengths > 0, axis=-1)[:, None]
-    label = jnp.where(named[..., None] <= 1, 0, label)
-
-    is_box, is_point = locs == 4, locs == 2
-    wanted = jnp.where(target == BOXES, 4, 2)[:, None]
-    segments = segment[..., -1] + 1
-    real = jnp.arange(length) < segments[..., None]
-    complete = (locs == wanted[..., None]) & ((words > 0) == (named[..., None] > 0))
-    in_order = jnp.all(complete | ~real, axis=-1) & ~jnp.any(
-        loc & (_before_in_segment(cut, text) > 0), axis=-1
-    )
-    finished = jnp.any(mask & (tokens == EOS), axis=-1)
-    return Answer(
-        boxes=Boxes(*_first(is_box, (length + 1) // 5, fractions, label)),
-        points=Points(*_first(is_point, (length + 1) // 3, fractions[..., :2], label)),
-        stray=jnp.sum(jnp.where(is_box | is_point, 0, locs), axis=-1),
-        finished=finished,
-        grammatical=finished & (in_order | (target == TEXT)[:, None]),
-        tokens=tokens,
-        mask=mask,
-    )
-
-
-def confidence(
-    tokens: Int[Array, "B G T"],
-    mask: Bool[Array, "B G T"],
-    logps: Float[Array, "B G T"],
-    vocab: Vocab,
-) -> Float[Array, "B G K"]:
-    """Returns how likely each box's name is behind it, in [0, 1], for the slots of `read_answer`'s
-    boxes; 0 for an unused one.
-
-    Detections are ranked by it (pix2seq, arXiv 2109.10852; PaliGemma 2, arXiv 2412.03555, appendix
-    C), and not by the likelihood of the box, which is shared out among the bins next to it; that is
-    taken for a box without a name. It is the geometric mean over the name's tokens, so that long
-    names are not unlikely ones; boxes of one name would rank alike by their product.
-
-    Args:
-      logps: as in `Rollout`; those of a greedy rollout are the model's own, at temperature 1.
-    """
-    cut = _cut(tokens, mask, vocab)
-    name = cut.text & ~(
-        (tokens >= vocab.seg0) & (tokens < vocab.seg0 + SEG_TOKENS)
-    )  # what shape it has is not its name
-    named = _per_segment(cut, name) > 0
-
-    def total(of: Array) -> Array:
-        by_name, by_place = (
-            jnp.sum(jnp.where(cut.within & flags[..., None], of[..., None], 0), -2)
-            for flags in (name, cut.loc)
-        )
-        return jnp.where(named, by_name, by_place)
-
-    likelihood = jnp.exp(total(logps) / jnp.maximum(total(mask), 1))
-    is_box = _per_segment(cut, cut.loc) == 4
-    return _first(
-        is_box,
-        (tokens.shape[-1] + 1) // 5,
-        likelihood[..., None],
-        jnp.zeros(is_box.shape, jnp.int32),
-    )[0][..., 0]
-
-
-class _Cut(NamedTuple):
-    """Completions cut into segments at their separators."""
-
-    loc: Bool[Array, "B G T"]
-    text: Bool[Array, "B G T"]
-    """What else a segment holds."""
-    segment: Int[Array, "B G T"]
-    """The number of it that each token is in."""
-    within: Bool[Array, "B G T s"]
-
-
-def _cut(tokens: Int[Array, "B G T"], mask: Bool[Array, "B G T"], vocab: Vocab) -> _Cut:
-    loc = mask & (tokens >= vocab.loc0) & (tokens < vocab.loc0 + LOC_TOKENS)
-    separator = mask & _among(tokens, vocab.separators)
-    segment = jnp.cumsum(separator, axis=-1)
-    within = (segment[..., None] == jnp.arange(tokens.shape[-1])) & mask[..., None]
-    cut = _Cut(loc, mask & ~loc & ~separator & (tokens != EOS), segment, within)
-    lead = _among(tokens, vocab.spaces) & (_before_in_segment(cut, loc) == 0)
-    return cut._replace(
-        text=cut.text & ~lead
-    )  # without the lone space that sentencepiece leaves before a later box
-
-
-def _per_segment(cut: _Cut, flags: Bool[Array, "B G T"]) -> Int[Array, "B G s"]:
-    return jnp.sum(cut.within & flags[..., None], axis=-2)
-
-
-def _before_in_segment(cut: _Cut, flags: Bool[Array, "B G T"]) -> Int[Array, "B G T"]:
-    totals = _per_segment(cut, flags)
-    earlier = jnp.take_along_axis(
-        jnp.cumsum(totals, axis=-1) - totals, cut.segment.clip(max=flags.shape[-1] - 1), axis=-1
-    )
-    return jnp.cumsum(flags, axis=-1) - flags - earlier
-
-
-def _among(tokens: Int[Array, "..."], ids: tuple[int, ...]) -> Bool[Array, "..."]:
-    return jnp.isin(tokens, jnp.array(ids, jnp.int32))
-
-
-def _first(
-    used: Bool[Array, "B G s"],
-    slots: int,
-    place: Float[Array, "B G s c"],
-    label: Int[Array, "B G s"],
-) -> tuple[Float[Array, "B G K c"], Int[Array, "B G K"], Bool[Array, "B G K"]]:
-    """Returns the used entries in order, in at least one and at most `slots` slots."""
-    order = jnp.argsort(~used, axis=-1, stable=True)[..., : max(slots, 1)]
-    taken = jnp.take_along_axis(used, order, axis=-1)
-    place = jnp.take_along_axis(place, order[..., None], axis=-2)
-    return (
-        jnp.where(taken[..., None], place, 0),
-        jnp.where(taken, jnp.take_along_axis(label, order, axis=-1), 0),
-        taken,
-    )
+"""Shares of the thresholds in big_vision's mean. Its code stores results under the threshold's
+first decimal, so that a later threshold with the same decimal overwrites an earlier one."""
 
 
 def iou(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
     """Returns the matched IoU of predicted and gold boxes, in [0, 1]."""
-    return _boxes_alike(answer, batch, boxes.iou)
+    return _matched_boxes(answer, batch, boxes.iou)
 
 
 def iou_squared(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
-    """Returns the matched squared IoU of predicted and gold boxes, in [0, 1]: RLLaVA's grounding
-    reward.
-    """
-    return _boxes_alike(answer, batch, lambda a, b: jnp.square(boxes.iou(a, b)))
+    """Returns the matched IoU² of predicted and gold boxes, in [0, 1]: RLLaVA's reward."""
+    return _matched_boxes(answer, batch, lambda a, b: jnp.square(boxes.iou(a, b)))
 
 
 def giou(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
-    """Returns the matched generalised IoU as (1 + GIoU) / 2, in [0, 1]: boxes that miss each other
-    still rank by distance.
+    """Returns the matched generalised IoU as (1 + GIoU) / 2, in [0, 1].
+
+    Boxes that do not overlap still rank by their distance.
     """
-    return _boxes_alike(answer, batch, lambda a, b: (1 + boxes.giou(a, b)) / 2)
+    return _matched_boxes(answer, batch, lambda a, b: (1 + boxes.giou(a, b)) / 2)
 
 
 def gaussian_coverage(
     answer: Answer, batch: Batch, settings: RewardSettings
 ) -> Float[Array, "B G"]:
     """Returns the matched overlap of predicted and gold boxes as Gaussians, in [0, 1]."""
-    return _boxes_alike(
-        answer, batch, lambda a, b: boxes.gaussian_coverage(a, b, settings.gaussian_alpha)
-    )
+    alpha = settings.gaussian_alpha
+    return _matched_boxes(answer, batch, lambda a, b: boxes.gaussian_coverage(a, b, alpha))
 
 
 def gaussian_point(answer: Answer, batch: Batch, settings: RewardSettings) -> Float[Array, "B G"]:
-    """Returns how near answers are to the centres of gold boxes, in units of the boxes, in [0, 1].
+    """Returns the nearness of answers to the centres of gold boxes, in units of the boxes' sides,
+    in [0, 1].
 
-    For a question about boxes the answers' centres are judged; for one about points the points,
-    against the boxes of the objects they should lie on (NaN where the annotation has none).
+    A question about boxes compares the centres of the predicted boxes. A question about points
+    compares the points with the boxes of their objects; it is NaN if the annotation has none.
     """
     gold = batch.gold.boxes
 
-    def alike(yx: Float[Array, "B G P 2"], proper: Bool[Array, "B G P"]) -> Float[Array, "B G P K"]:
-        nearness = boxes.gaussian_point(
+    def nearness(
+        yx: Float[Array, "B G P 2"], valid: Bool[Array, "B G P"]
+    ) -> Float[Array, "B G P K"]:
+        similarity = boxes.gaussian_point(
             yx[..., None, :], gold.yxyx[:, None, None], settings.gaussian_alpha
         )
-        return jnp.where(proper[..., None], nearness, 0)
+        return jnp.where(valid[..., None], similarity, 0)
 
     predicted, points = answer.boxes, answer.points
-    by_box = _matched(
-        alike(boxes.centre(predicted.yxyx), boxes.is_proper(predicted.yxyx)), predicted, gold
-    )
-    by_point = _where_located(batch, _matched(alike(points.yx, points.valid), points, gold))
-    return jnp.where((batch.gold.target == BOXES)[:, None], by_box, _only(POINTS, batch, by_point))
+    centres = nearness(boxes.centre(predicted.yxyx), boxes.is_proper(predicted.yxyx))
+    of_boxes = _set_similarity(centres, predicted, gold)
+    of_points = _set_similarity(nearness(points.yx, points.valid), points, gold)
+    of_points = _only(POINTS, batch, _if_points_have_boxes(batch, of_points))
+    return jnp.where((batch.gold.target == BOXES)[:, None], of_boxes, of_points)
 
 
 def distance_gaussian(
@@ -262,49 +99,54 @@ def distance_gaussian(
 ) -> Float[Array, "B G"]:
     """Returns the matched nearness of predicted and gold points, in [0, 1].
 
-    synthetic-grounding's reward, where sigma is in pixels of the scaled image. A share of the
-    image's diagonal is the same for all sizes of images; a share of the gold box's diagonal (NaN
-    where the annotation has none) for all sizes of objects.
+    This is synthetic-grounding's reward, with sigma in pixels of the scaled image. Other units:
+    a share of the image's diagonal, which is the same for all sizes of images, or a share of the
+    gold box's diagonal, which is the same for all sizes of objects. The latter is NaN if the
+    annotation has no boxes.
     """
-    predicted, gold, longer_px = answer.points, batch.gold.points, settings.distance_max_size_px
+    predicted, gold = answer.points, batch.gold.points
+    longer_px = settings.distance_max_size_px
     size = batch.size[:, None, None, None]
-    if settings.distance_unit == "px":
-        sigma_px = settings.distance_sigma_px
-    else:
-        by_box = settings.distance_unit == "box"
-        sides = (
-            jnp.maximum(boxes.sides(batch.gold.boxes.yxyx), boxes.ONE_BIN)
-            if by_box
-            else jnp.ones((1, 1, 2))
-        )
-        sigma_px = settings.distance_sigma_share * boxes.distance_px(
-            sides[:, None, None], size, longer_px
-        )
     similarity = boxes.distance_gaussian(
-        predicted.yx[..., None, :], gold.yx[:, None, None], size, sigma_px, longer_px
+        predicted.yx[..., None, :],
+        gold.yx[:, None, None],
+        size,
+        _sigma_px(batch, size, settings),
+        longer_px,
     )
-    reward = _only(POINTS, batch, _matched(similarity, predicted, gold))
-    return _where_located(batch, reward) if settings.distance_unit == "box" else reward
+    reward = _only(POINTS, batch, _set_similarity(similarity, predicted, gold))
+    by_box = settings.distance_unit == "box"
+    return _if_points_have_boxes(batch, reward) if by_box else reward
+
+
+def _sigma_px(
+    batch: Batch, size: Int[Array, "B 1 1 1 2"], settings: RewardSettings
+) -> float | Float[Array, "B 1 1 K"]:
+    """Returns sigma of `distance_gaussian`, in pixels of the scaled image."""
+    if settings.distance_unit == "px":
+        return settings.distance_sigma_px
+    sides = jnp.ones((1, 1, 2))
+    if settings.distance_unit == "box":
+        sides = jnp.maximum(boxes.sides(batch.gold.boxes.yxyx), boxes.ONE_BIN)
+    diagonal_px = boxes.distance_px(sides[:, None, None], size, settings.distance_max_size_px)
+    return settings.distance_sigma_share * diagonal_px
 
 
 def point_in_box(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
-    """Returns the matched share of points that lie in the boxes of their objects, edges included,
-    in [0, 1].
+    """Returns the matched share of points in the boxes of their objects, edges included, in [0, 1].
 
-    NaN where the annotation has no box for each point.
+    The value is NaN if the annotation has no box for each point.
     """
     predicted, gold = answer.points, batch.gold.boxes
-    inside = boxes.contains(gold.yxyx[:, None, None], predicted.yx[..., None, :]).astype(
-        jnp.float32
-    )
-    return _only(POINTS, batch, _where_located(batch, _matched(inside, predicted, gold)))
+    inside = boxes.contains(gold.yxyx[:, None, None], predicted.yx[..., None, :])
+    reward = _set_similarity(inside.astype(jnp.float32), predicted, gold)
+    return _only(POINTS, batch, _if_points_have_boxes(batch, reward))
 
 
 def point_in_mask(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
-    """Returns the matched share of points that lie in a set cell of the masks of their objects, in
-    [0, 1].
+    """Returns the matched share of points in a set cell of the masks of their objects, in [0, 1].
 
-    NaN where a point has no mask, and everywhere if `data.mask_size` is 0.
+    The value is NaN if a gold point has no mask, and everywhere if `data.mask_size` is 0.
     """
     predicted, gold = answer.points, batch.gold
     b, g, p = predicted.valid.shape
@@ -312,125 +154,128 @@ def point_in_mask(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Arra
         return jnp.full((b, g), jnp.nan)
     inside = boxes.covers(gold.masks, predicted.yx.reshape(b, 1, g * p, 2)).astype(jnp.float32)
     similarity = jnp.moveaxis(inside.reshape(b, -1, g, p), 1, -1)
-    drawn = jnp.all(gold.masks.any(axis=(-1, -2)) | ~gold.points.valid, axis=-1)
-    return _only(
-        POINTS,
-        batch,
-        jnp.where(drawn[:, None], _matched(similarity, predicted, gold.points), jnp.nan),
-    )
+    reward = _set_similarity(similarity, predicted, gold.points)
+    return _only(POINTS, batch, _if_all_have_masks(batch, gold.points.valid, reward))
+
+
+def mask_iou(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
+    """Returns the matched IoU of predicted and gold masks, in [0, 1], in cells of `data.mask_size`.
+
+    A box without a mask is a prediction with similarity 0. The value is NaN if a gold box has no
+    mask, and everywhere if `data.mask_size` is 0 or masks are not decoded.
+    """
+    if not (answer.masks.size and batch.gold.masks.size):
+        return jnp.full(answer.finished.shape, jnp.nan)
+    similarity = boxes.pairwise_mask_iou(answer.masks, batch.gold.masks[:, None])
+    reward = _set_similarity(similarity, answer.boxes, batch.gold.boxes)
+    return _only(BOXES, batch, _if_all_have_masks(batch, batch.gold.boxes.valid, reward))
 
 
 def detection(answer: Answer, batch: Batch, settings: RewardSettings) -> Float[Array, "B G"]:
-    """Returns the boxes found, less 0.3 for each duplicate of one, over the number of boxes; in
-    (-0.3, 1].
+    """Returns (detected boxes − 0.3 · duplicates) / number of boxes, in (-0.3, 1].
 
-    Mean over the IoU thresholds 0.5 to 0.95, after "Tuning computer vision models with task
-    rewards" (arXiv 2302.08242), with one weight for all names. The paper does not normalise: then
-    it is in (-0.3·n_predicted, n_gold], and predictions that match nothing cost nothing. Here the
-    number of boxes is the larger of gold and predicted, so that these cost too.
+    The value is the mean over the IoU thresholds 0.5 to 0.95, after "Tuning computer vision models
+    with task rewards" (arXiv 2302.08242), with the same weight for all names. The number of boxes
+    is the larger of gold and predicted, so that predictions that match nothing lower the value.
+    The paper does not divide: then the value is in (-0.3·n_predicted, n_gold], and predictions that
+    match nothing cost nothing.
     """
     predicted, gold = answer.boxes, batch.gold.boxes
     may_match = _same_name(predicted, gold) & predicted.valid[..., None] & gold.valid[:, None, None]
-    overlap = boxes.iou(predicted.yxyx[..., None, :], gold.yxyx[:, None, None])
-    seen = boxes.detect(
-        overlap, may_match, jnp.ones(gold.valid.shape)[:, None], DETECTION_THRESHOLDS
-    )
-    shares = (
-        RELEASED_SHARES if settings.detection_as_released else (0.1,) * len(DETECTION_THRESHOLDS)
-    )
-    total = (seen.weight - DUPLICATE_WEIGHT * seen.duplicate_weight) @ jnp.array(shares)
-    most = jnp.maximum(predicted.valid.sum(axis=-1), gold.valid.sum(axis=-1)[:, None])
-    worth = total / jnp.maximum(most, 1) if settings.detection_normalise else total
-    return _only(BOXES, batch, jnp.where(most == 0, 1.0, worth))
+    overlap = boxes.pairwise_iou(predicted.yxyx, gold.yxyx[:, None])
+    weight = jnp.ones(gold.valid.shape)[:, None]
+    detections = boxes.detect(overlap, may_match, weight, DETECTION_THRESHOLDS)
+    even_shares = (0.1,) * len(DETECTION_THRESHOLDS)
+    shares = jnp.array(RELEASED_SHARES if settings.detection_as_released else even_shares)
+    total = (detections.weight - DUPLICATE_WEIGHT * detections.duplicate_weight) @ shares
+    number = jnp.maximum(predicted.valid.sum(axis=-1), gold.valid.sum(axis=-1)[:, None])
+    reward = total / jnp.maximum(number, 1) if settings.detection_normalise else total
+    return _only(BOXES, batch, jnp.where(number == 0, 1.0, reward))
 
 
 def label(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
-    """Returns the set similarity of the names alone, 2·Σ min(n_predicted, n_gold) / (n_predicted +
-    n_gold), in [0, 1].
+    """Returns the similarity of the sets of names, in [0, 1].
 
-    Σ is over names. Where a question has one name or none, every answer bears it, and this compares
-    the numbers of answers.
+    It is 2·Σ min(n_predicted, n_gold) / (n_predicted + n_gold), with Σ over names. If a question
+    has at most one name, all locations have that name, and the value compares their numbers.
     """
     names = jnp.arange(batch.gold.names.shape[1])
 
-    def alike(
+    def similarity(
         predicted: Boxes | Points, proper: Bool[Array, "B G P"], gold: Boxes | Points
     ) -> Float[Array, "B G"]:
-        mine = jnp.sum(
-            (predicted.label[..., None] == names) & (predicted.valid & proper)[..., None], axis=-2
-        )
-        theirs = jnp.sum((gold.label[..., None] == names) & gold.valid[..., None], axis=-2)
-        total = predicted.valid.sum(axis=-1) + gold.valid.sum(axis=-1)[:, None]
-        return jnp.where(
-            total == 0,
-            1.0,
-            2 * jnp.minimum(mine, theirs[:, None]).sum(axis=-1) / jnp.maximum(total, 1),
-        )
+        is_named = (predicted.label[..., None] == names) & (predicted.valid & proper)[..., None]
+        is_named_gold = (gold.label[..., None] == names) & gold.valid[..., None]
+        common = jnp.minimum(is_named.sum(axis=-2), is_named_gold.sum(axis=-2)[:, None])
+        sizes = predicted.valid.sum(axis=-1), gold.valid.sum(axis=-1)[:, None]
+        return boxes.f_measure(common.sum(axis=-1), *sizes)
 
-    by_box = alike(answer.boxes, boxes.is_proper(answer.boxes.yxyx), batch.gold.boxes)
-    by_point = alike(answer.points, answer.points.valid, batch.gold.points)
-    return jnp.where((batch.gold.target == BOXES)[:, None], by_box, _only(POINTS, batch, by_point))
+    of_boxes = similarity(answer.boxes, boxes.is_proper(answer.boxes.yxyx), batch.gold.boxes)
+    of_points = similarity(answer.points, answer.points.valid, batch.gold.points)
+    return jnp.where(
+        (batch.gold.target == BOXES)[:, None], of_boxes, _only(POINTS, batch, of_points)
+    )
 
 
 def format(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
-    """Returns 1 for a completion that is an answer of the asked kind from its first token to EOS,
-    its boxes proper, else 0.
+    """Returns 1 for a completion that follows the grammar and whose boxes are proper, else 0.
 
-    Where there is nothing to find, the right answer is EOS alone.
+    The whole completion must be an answer of the asked kind that ends in EOS. If there is nothing
+    to find, EOS alone is the right answer.
     """
-    silent = answer.finished & (answer.stray == 0) & (_count(answer, batch) == 0)
+    silent = answer.finished & (answer.stray == 0) & (_predicted_count(answer, batch) == 0)
     proper = jnp.all(boxes.is_proper(answer.boxes.yxyx) | ~answer.boxes.valid, axis=-1)
-    right = jnp.where(
-        (_gold_count(batch) == 0)[:, None], silent, answer.grammatical & proper
-    ).astype(jnp.float32)
-    return jnp.where((batch.gold.target == TEXT)[:, None], jnp.nan, right)
+    nothing_to_find = (_gold_count(batch) == 0)[:, None]
+    right = jnp.where(nothing_to_find, silent, answer.grammatical & proper)
+    return _unless_text(batch, right.astype(jnp.float32))
 
 
 def count(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
-    """Returns 1 for as many answers of the asked kind as there are gold ones, else 0."""
-    right = (_count(answer, batch) == _gold_count(batch)[:, None]).astype(jnp.float32)
-    return jnp.where((batch.gold.target == TEXT)[:, None], jnp.nan, right)
+    """Returns 1 if the number of predictions of the asked kind is the gold number, else 0."""
+    right = _predicted_count(answer, batch) == _gold_count(batch)[:, None]
+    return _unless_text(batch, right.astype(jnp.float32))
 
 
 def count_graded(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
-    """Returns 1 / (1 + |n_predicted - n_gold|), in (0, 1], for answers of the asked kind."""
-    off = jnp.abs(_count(answer, batch) - _gold_count(batch)[:, None])
-    return jnp.where((batch.gold.target == TEXT)[:, None], jnp.nan, 1 / (1 + off))
+    """Returns 1 / (1 + |n_predicted - n_gold|), in (0, 1], for predictions of the asked kind."""
+    difference = jnp.abs(_predicted_count(answer, batch) - _gold_count(batch)[:, None])
+    return _unless_text(batch, 1 / (1 + difference))
 
 
 def length(answer: Answer, _: Batch, __: RewardSettings) -> Float[Array, "B G"]:
-    """Returns the share of a completion's room that it leaves, 1 - tokens / T, in [0, 1]. EOS is a
-    token.
+    """Returns the unused share of the longest completion, 1 - tokens / T, in [0, 1].
+
+    EOS is a token.
     """
     return 1 - answer.mask.mean(axis=-1)
 
 
 def repetition(answer: Answer, _: Batch, settings: RewardSettings) -> Float[Array, "B G"]:
-    """Returns minus the share of the completion's n-grams of tokens that occur earlier in it, in
-    (-1, 0]; 0 if there are none.
+    """Returns minus the share of the completion's n-grams of tokens that occur earlier in it.
+
+    The value is in (-1, 0], and 0 if there are no n-grams.
     """
-    n, room = settings.repetition_ngram, answer.tokens.shape[-1]
-    starts = max(room - n + 1, 0)
-    equal = answer.tokens[..., :, None] == answer.tokens[..., None, :]
-    alike = jnp.ones((*answer.tokens.shape[:2], starts, starts), bool)
-    for k in range(min(n, room)):
-        alike &= equal[..., k : k + starts, k : k + starts]
-    again = jnp.any(alike & (jnp.arange(starts) < jnp.arange(starts)[:, None]), axis=-1)
-    whole = answer.mask[..., n - 1 :]
-    return 0 - jnp.sum(again & whole, axis=-1) / jnp.maximum(whole.sum(axis=-1), 1)
+    n, tokens = settings.repetition_ngram, answer.tokens
+    starts = max(tokens.shape[-1] - n + 1, 0)
+    same_token = tokens[..., :, None] == tokens[..., None, :]
+    same = jnp.ones((*tokens.shape[:2], starts, starts), bool)
+    for offset in range(min(n, tokens.shape[-1])):
+        same &= same_token[..., offset : offset + starts, offset : offset + starts]
+    is_earlier = jnp.arange(starts) < jnp.arange(starts)[:, None]
+    repeated = jnp.any(same & is_earlier, axis=-1)
+    complete = answer.mask[..., n - 1 :]  # the last token of the n-gram is in the completion
+    number = jnp.maximum(complete.sum(axis=-1), 1)
+    return 0 - jnp.sum(repeated & complete, axis=-1) / number
 
 
 def overlong(answer: Answer, _: Batch, settings: RewardSettings) -> Float[Array, "B G"]:
-    """Returns DAPO's soft overlong punishment in tokens (arXiv 2503.14476, equation 13), in [-1,
-    0].
+    """Returns DAPO's soft overlong punishment in tokens, in [-1, 0].
 
-    It falls from 0 to -1 over the last `overlong_cache_tokens` before the longest length that is
-    wanted.
+    It falls from 0 to -1 over the last `overlong_cache_tokens` tokens before
+    `overlong_max_tokens` (arXiv 2503.14476, equation 13).
     """
-    longest, cache = (
-        settings.overlong_max_tokens or answer.tokens.shape[-1],
-        settings.overlong_cache_tokens,
-    )
+    longest = settings.overlong_max_tokens or answer.tokens.shape[-1]
+    cache = settings.overlong_cache_tokens
     return jnp.clip((longest - cache - answer.mask.sum(axis=-1)) / cache, -1, 0)
 
 
@@ -443,6 +288,7 @@ REWARDS: dict[str, Reward] = {
     "distance_gaussian": distance_gaussian,
     "point_in_box": point_in_box,
     "point_in_mask": point_in_mask,
+    "mask_iou": mask_iou,
     "detection": detection,
     "label": label,
     "format": format,
@@ -454,11 +300,11 @@ REWARDS: dict[str, Reward] = {
 }
 
 
-def by_name(name: str) -> Reward:
-    """Returns a reward of the package.
+def get_reward(name: str) -> Reward:
+    """Returns a reward of `REWARDS`.
 
     Raises:
-      UserError: no such reward.
+      UserError: there is no reward of this name.
     """
     if name not in REWARDS:
         raise UserError(f"config.grpo.rewards.{name} does not exist: {nearest(name, REWARDS)}")
@@ -471,41 +317,42 @@ def score(
     weights: Mapping[str, float | Float[Array, ""]],
     settings: RewardSettings,
     rewards: Mapping[str, Reward] = REWARDS,
-    told: Mapping[str, Float[Array, "B G"]] = {},
-    counted: frozenset[str] | None = None,
+    precomputed: Mapping[str, Float[Array, "B G"]] = {},
+    active: frozenset[str] | None = None,
 ) -> Rewards:
-    """Returns every reward named in `weights`, and their weighted sum over those that apply (NaN
-    where none does).
+    """Returns every reward of `weights`, and the weighted sum of those that apply.
+
+    The sum is NaN for a completion to which no active reward applies.
 
     Args:
       rewards: functions by name.
-      told: rewards that were computed elsewhere.
-      counted: names of those that make a completion judged, and are not only measured; None is
-        those with a weight.
+      precomputed: scores by name that were computed elsewhere, such as text rewards.
+      active: names of the rewards that training uses; the others are only measured. None means
+        the rewards whose weight is not 0.
 
     Raises:
-      KeyError: a name that is neither in `rewards` nor told.
+      KeyError: a name of `weights` is in neither `rewards` nor `precomputed`.
     """
     parts = {
-        name: told[name] if name in told else rewards[name](answer, batch, settings)
+        name: precomputed[name] if name in precomputed else rewards[name](answer, batch, settings)
         for name in weights
     }
-    counted = frozenset(name for name in weights if weights[name]) if counted is None else counted
-    judged = jnp.stack([~jnp.isnan(part) for name, part in parts.items() if name in counted])
-    total = jnp.stack([weights[name] * jnp.nan_to_num(part) for name, part in parts.items()]).sum(
-        axis=0
-    )
-    return Rewards(jnp.where(judged.any(axis=0), total, jnp.nan), parts)
+    if active is None:
+        active = frozenset(name for name in weights if weights[name])
+    applies = jnp.stack([~jnp.isnan(part) for name, part in parts.items() if name in active])
+    weighted = jnp.stack([weights[name] * jnp.nan_to_num(part) for name, part in parts.items()])
+    return Rewards(jnp.where(applies.any(axis=0), weighted.sum(axis=0), jnp.nan), parts)
 
 
-def measures(
+def reward_metrics(
     rollout: Rollout,
     answer: Answer,
     rewards: Rewards,
     weights: Mapping[str, float | Float[Array, ""]],
 ) -> dict[str, Float[Array, ""]]:
-    """Returns means over the completions that each reward could judge, raw and weighted, and what
-    the completions look like.
+    """Returns the means of rewards, raw and weighted, and statistics of the completions.
+
+    A mean is over the completions to which the reward applies.
     """
     parts = {name: jnp.nanmean(part) for name, part in rewards.parts.items()}
     return {
@@ -520,46 +367,59 @@ def measures(
     }
 
 
-def _boxes_alike(
+def _matched_boxes(
     answer: Answer, batch: Batch, similarity: Callable[[Array, Array], Array]
 ) -> Float[Array, "B G"]:
+    """Returns the set similarity of predicted and gold boxes, NaN at other questions."""
     predicted, gold = answer.boxes, batch.gold.boxes
-    alike = similarity(predicted.yxyx[..., None, :], gold.yxyx[:, None, None])
-    return _only(
-        BOXES,
-        batch,
-        _matched(jnp.where(boxes.is_proper(predicted.yxyx)[..., None], alike, 0), predicted, gold),
-    )
+    table = similarity(predicted.yxyx[..., None, :], gold.yxyx[:, None, None])
+    table = jnp.where(boxes.is_proper(predicted.yxyx)[..., None], table, 0)
+    return _only(BOXES, batch, _set_similarity(table, predicted, gold))
+
+
+def _set_similarity(
+    similarity: Float[Array, "B G P K"], predicted: Boxes | Points, gold: Boxes | Points
+) -> Float[Array, "B G"]:
+    """Returns `boxes.set_similarity` with matches only between equal names."""
+    within_name = jnp.where(_same_name(predicted, gold), similarity, 0)
+    return boxes.set_similarity(within_name, predicted.valid, gold.valid[:, None])
 
 
 def _same_name(predicted: Boxes | Points, gold: Boxes | Points) -> Bool[Array, "B G P K"]:
     return predicted.label[..., None] == gold.label[:, None, None]
 
 
-def _matched(
-    similarity: Float[Array, "B G P K"], predicted: Boxes | Points, gold: Boxes | Points
+def _if_points_have_boxes(batch: Batch, reward: Float[Array, "B G"]) -> Float[Array, "B G"]:
+    """Returns `reward`, NaN at questions whose gold points do not all have the box of an object."""
+    gold = batch.gold
+    have_boxes = gold.boxes.valid.sum(axis=-1) == gold.points.valid.sum(axis=-1)
+    return jnp.where(have_boxes[:, None], reward, jnp.nan)
+
+
+def _if_all_have_masks(
+    batch: Batch, valid: Bool[Array, "B K"], reward: Float[Array, "B G"]
 ) -> Float[Array, "B G"]:
-    within_name = jnp.where(_same_name(predicted, gold), similarity, 0)
-    return boxes.set_similarity(within_name, predicted.valid, gold.valid[:, None])
+    """Returns `reward`, NaN at questions with a valid gold slot that has no mask."""
+    have_masks = jnp.all(batch.gold.masks.any(axis=(-1, -2)) | ~valid, axis=-1)
+    return jnp.where(have_masks[:, None], reward, jnp.nan)
 
 
-def _where_located(batch: Batch, reward: Float[Array, "B G"]) -> Float[Array, "B G"]:
-    """Returns `reward`, NaN where the points have no boxes of the objects they lie on."""
-    located = batch.gold.boxes.valid.sum(axis=-1) == batch.gold.points.valid.sum(axis=-1)
-    return jnp.where(located[:, None], reward, jnp.nan)
+def _only(target: int, batch: Batch, reward: Float[Array, "B G"]) -> Float[Array, "B G"]:
+    """Returns `reward`, NaN at questions that ask for another target."""
+    return jnp.where((batch.gold.target == target)[:, None], reward, jnp.nan)
 
 
-def _only(kind: int, batch: Batch, reward: Float[Array, "B G"]) -> Float[Array, "B G"]:
-    return jnp.where((batch.gold.target == kind)[:, None], reward, jnp.nan)
+def _unless_text(batch: Batch, reward: Float[Array, "B G"]) -> Float[Array, "B G"]:
+    """Returns `reward`, NaN at questions that ask for text."""
+    return jnp.where((batch.gold.target == TEXT)[:, None], jnp.nan, reward)
 
 
-def _count(answer: Answer, batch: Batch) -> Int[Array, "B G"]:
+def _predicted_count(answer: Answer, batch: Batch) -> Int[Array, "B G"]:
     asks_boxes = (batch.gold.target == BOXES)[:, None]
     return jnp.where(asks_boxes, answer.boxes.valid.sum(axis=-1), answer.points.valid.sum(axis=-1))
 
 
 def _gold_count(batch: Batch) -> Int[Array, " B"]:
     gold = batch.gold
-    return jnp.where(
-        gold.target == BOXES, gold.boxes.valid.sum(axis=-1), gold.points.valid.sum(axis=-1)
-    )
+    asks_boxes = gold.target == BOXES
+    return jnp.where(asks_boxes, gold.boxes.valid.sum(axis=-1), gold.points.valid.sum(axis=-1))
