@@ -23,7 +23,7 @@ from pg_ground import cli, tokenizer
 from pg_ground.config import Model, RewardSettings, Text, Vision
 from pg_ground.models import PaliGemma
 from pg_ground.reporting.tables import Table, ascii_table
-from pg_ground.rewards import device_rewards
+from pg_ground.rewards import answer_reader, device_rewards
 from pg_ground.rl import loss, rollout, scored_rollouts, update
 from pg_ground.rl.scored_rollouts import PolicyBatch, ScoredRollouts
 from pg_ground.types import Batch, Boxes, Gold, Points, Rollout, TrainState
@@ -113,7 +113,7 @@ def programs(b: int, g: int, length: int, objects: int) -> dict[str, Callable[[]
     @jax.jit
     def judge(drawn: Any) -> Any:
         gold = batch.gold
-        answer = device_rewards.read_answer(
+        answer = answer_reader.read_answer(
             drawn.tokens, drawn.mask, gold.target, gold.names, vocab
         )
         return ScoredRollouts(

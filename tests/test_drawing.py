@@ -39,6 +39,7 @@ def rollout(rewards, gold=(0.2, 0.2, 0.8, 0.8), target=BOXES, sampled=None):
     answer = Answer(
         boxes=Boxes(boxes, slot, ~as_points),
         points=Points((boxes[..., :2] + boxes[..., 2:]) / 2, slot, as_points),
+        masks=np.zeros((1, g, 1, 0, 0), bool),
         stray=np.zeros((1, g), np.int32),
         finished=np.ones((1, g), bool),
         grammatical=np.ones((1, g), bool),

@@ -91,6 +91,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "text_rewards",
             "worker_process",
             "workers",
+            "answer_reader",
             "device_rewards",
         ),
     ),

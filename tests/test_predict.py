@@ -16,7 +16,7 @@ from pg_ground.checkpoints import weights
 from pg_ground.evals.answers import loc_answers
 from pg_ground.evals.prediction import predict, predict_file, read_image
 from pg_ground.models import PaliGemma
-from pg_ground.rewards.device_rewards import read_answer
+from pg_ground.rewards.answer_reader import read_answer
 from pg_ground.types import BOXES, UserError
 from pg_ground.vocab import EOS, PAD
 

@@ -1,18 +1,20 @@
-"""What holds of every reward on token ids: the seeds' defects stay away, properties, a million random answers, and adversaries.
+"""Laws of all rewards on token ids: known defects stay away, properties, random answers and
+adversaries.
 
-Defects carry their number in the register of `../shared/reference/seeds.md`; those of text and training are elsewhere.
+A test with a number in its name is about the defect of that number in the register of
+`../shared/reference/seeds.md`. Defects of text rewards and of training have their tests in other
+files.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_device_rewards import (
+from completions import (
     BOX,
     FAR,
     FOR_BOXES,
+    FOR_MASKS,
     FOR_POINTS,
     LENGTH,
     ONE_BOX,
@@ -21,18 +23,22 @@ from test_device_rewards import (
     SHAPING,
     TOKENS,
     TWO,
-    gold_batch,
-    judge,
-    judge_jitted,
+    TWO_POINTS,
+    all_rewards,
     loc,
-    rollout,
+    make_batch,
+    make_rollout,
+    score_texts,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pg_ground import boxes
-from pg_ground.config import DISTANCE_UNITS, RewardSettings
+from pg_ground.config import RewardSettings
 from pg_ground.data.examples import to_yxyx
 from pg_ground.data.records import BadRecord
-from pg_ground.rewards.device_rewards import REWARDS, read_answer
+from pg_ground.rewards.answer_reader import read_answer
+from pg_ground.rewards.device_rewards import REWARDS
 from pg_ground.types import BOXES, POINTS, TEXT, Batch
 from pg_ground.vocab import EOS, LOC_MAX, LOC_TOKENS, PAD, UNK
 
@@ -44,7 +50,7 @@ GAUSSIANS = ("gaussian_point", "gaussian_coverage")
 
 @pytest.mark.parametrize("reward", ["iou", "iou_squared", *DENSE, "detection", "label"])
 def test_defect_01_all_classes_are_scored(reward):
-    first_only, both = judge(
+    first_only, both = score_texts(
         reward, TWO, f"{loc(*BOX)} cat", f"{loc(*BOX)} cat ; {loc(*OTHER)} dog"
     )
     assert first_only < 0.7 and both > 0.999
@@ -54,8 +60,8 @@ def test_defect_01_all_classes_are_scored(reward):
 def test_defect_02_boxes_of_little_overlap_still_get_a_signal(reward):
     y1, x1, y2, x2 = BOX
     lower = [f"{loc(y1 + by, x1, y2 + by, x2)} cat" for by in (250, 450)]
-    assert max(judge("iou", ONE_BOX, *lower)) < 0.3
-    near, far = judge(reward, ONE_BOX, *lower)
+    assert max(score_texts("iou", ONE_BOX, *lower)) < 0.3
+    near, far = score_texts(reward, ONE_BOX, *lower)
     assert near > far > 0
 
 
@@ -63,7 +69,7 @@ def test_defect_02_boxes_of_little_overlap_still_get_a_signal(reward):
 def test_defect_03_a_reversed_box_is_worth_nothing(reward):
     flat = f"{loc(300, 200, 300, 900)} cat"
     for text in (f"{loc(*BOX[2:], *BOX[:2])} cat", flat):
-        assert judge(reward, ONE_BOX, text) == [1.0 if reward.startswith("count") else 0.0]
+        assert score_texts(reward, ONE_BOX, text) == [1.0 if reward.startswith("count") else 0.0]
 
 
 @pytest.mark.parametrize("side", [1 / LOC_MAX, 0.05, 0.1, 1.0, 100.0, 2000.0])
@@ -75,10 +81,10 @@ def test_defect_04_coverage_is_at_most_1_in_any_frame(side):
 
 
 def test_defect_06_nothing_is_rounded():
-    found = judge(
+    scores = score_texts(
         "gaussian_point", ONE_BOX, *(f"{loc(100 + d, 200, 500 + d, 900)} cat" for d in range(1, 6))
     )
-    assert all(abs(value - round(value, 3)) > 1e-6 for value in found) and len(set(found)) == 5
+    assert all(abs(value - round(value, 3)) > 1e-6 for value in scores) and len(set(scores)) == 5
 
 
 @pytest.mark.parametrize(
@@ -89,20 +95,20 @@ def test_defect_06_nothing_is_rounded():
     ],
 )  # fmt: skip
 def test_defect_09_format_is_a_grammar_of_the_whole_answer(text):
-    assert judge("format", ONE_BOX, text) == [0.0]
-    assert judge("format", ONE_BOX, f"{loc(*BOX)} cat") == [1.0]
+    assert score_texts("format", ONE_BOX, text) == [0.0]
+    assert score_texts("format", ONE_BOX, f"{loc(*BOX)} cat") == [1.0]
 
 
 def test_defect_10_abstention_is_right_where_nothing_is_and_junk_is_not():
-    nothing = gold_batch([])
+    nothing = make_batch([])
     for reward in ("iou", "detection", "label", "count", "format"):
-        assert judge(reward, nothing, "", f"{loc(*BOX)} cat") == [1.0, 0.0]
+        assert score_texts(reward, nothing, "", f"{loc(*BOX)} cat") == [1.0, 0.0]
 
 
 def test_defect_23_the_size_that_an_image_is_resized_to_does_not_matter():
     texts = [f"{loc(300 + d, 550 - d)} cat" for d in (0, 30, 90)]
     large, small = (
-        judge("distance_gaussian", ONE_POINT._replace(size=ONE_POINT.size * k), *texts)
+        score_texts("distance_gaussian", ONE_POINT._replace(size=ONE_POINT.size * k), *texts)
         for k in (3, 1)
     )
     np.testing.assert_allclose(large, small, rtol=1e-6)
@@ -113,7 +119,7 @@ def test_defect_23_the_size_that_an_image_is_resized_to_does_not_matter():
 )
 def test_defect_24_more_points_are_not_the_best_of_them(reward):
     right, wrong = f"{loc(300, 550)} cat", f"{loc(900, 30)} cat"
-    found = judge(
+    scores = score_texts(
         reward,
         ONE_POINT,
         right,
@@ -121,15 +127,15 @@ def test_defect_24_more_points_are_not_the_best_of_them(reward):
         f"{wrong} ; {right}",
         f"{right} ; {wrong} ; {wrong}",
     )
-    np.testing.assert_allclose(found, [1, 2 / 3, 2 / 3, 1 / 2], atol=1e-5)
+    np.testing.assert_allclose(scores, [1, 2 / 3, 2 / 3, 1 / 2], atol=1e-5)
 
 
 def test_defect_25_only_1024_codes_are_places():
     first = TOKENS.vocab.loc0
     ids = jnp.array([first, first + 1, first + LOC_MAX, first + LOC_TOKENS, first - 1])[None, None]
     names = jnp.full((1, 1, 2), PAD)
-    found = read_answer(ids, jnp.ones(ids.shape, bool), jnp.array([BOXES]), names, TOKENS.vocab)
-    assert found.stray.tolist() == [[3]] and not found.boxes.valid.any(), (
+    answer = read_answer(ids, jnp.ones(ids.shape, bool), jnp.array([BOXES]), names, TOKENS.vocab)
+    assert answer.stray.tolist() == [[3]] and not answer.boxes.valid.any(), (
         "<seg000> follows <loc1023>"
     )
     for bad in (np.nan, np.inf):
@@ -157,16 +163,13 @@ ANSWERS = st.lists(st.tuples(BINS, st.sampled_from(["cat", "dog", "cow"])), min_
 @given(answers=ANSWERS, data=st.data())
 def test_the_order_of_answers_does_not_matter(answers, data):
     shuffled = data.draw(st.permutations(answers))
-    points = gold_batch(
-        [(BOX, 0), (OTHER, 1)], [((300, 550), 0), ((800, 175), 1)], POINTS, ("cat", "dog")
-    )
-    for batch, width in ((TWO, 4), (points, 2)):
+    for batch, width in ((TWO, 4), (TWO_POINTS, 2)):
         texts = [
             " ; ".join(f"{loc(*bins[:width])} {name}" for bins, name in order)
             for order in (answers, shuffled)
         ]
-        r = rollout(*texts, *[""] * 6)
-        for name, value in judge_jitted(r, batch).items():
+        r = make_rollout(*texts, *[""] * 6)
+        for name, value in all_rewards(r, batch).items():
             if name != "repetition":  # of a text, not of a set
                 np.testing.assert_allclose(
                     value[0, 1], value[0, 0], rtol=0, atol=1e-6, err_msg=name
@@ -175,17 +178,19 @@ def test_the_order_of_answers_does_not_matter(answers, data):
 
 @settings(deadline=None)
 @given(
-    mine=FRACTIONS, gold=FRACTIONS, scale=st.tuples(st.floats(0.01, 3000), st.floats(0.01, 3000))
+    predicted=FRACTIONS, gold=FRACTIONS, scale=st.tuples(st.floats(0.01, 3000), st.floats(0.01, 3000))
 )
-def test_gaussians_do_not_see_the_scale_of_an_axis(mine, gold, scale):
-    """Gold sides of less than a bin are widened: it is the scale of proper boxes that does not matter."""
-    mine, gold = proper(*mine), proper(*gold)
+def test_gaussians_do_not_see_the_scale_of_an_axis(predicted, gold, scale):
+    """Gold sides of less than a bin are widened: it is the scale of proper boxes that does not
+    matter.
+    """
+    predicted, gold = proper(*predicted), proper(*gold)
     factor = jnp.array(scale * 2) * 100
     for f in (
         lambda a, g: boxes.gaussian_point(boxes.centre(a), g, 0.5),
         lambda a, g: boxes.gaussian_coverage(a, g, 0.5),
     ):
-        plain, scaled = f(mine, gold), f(mine * factor, gold * factor)
+        plain, scaled = f(predicted, gold), f(predicted * factor, gold * factor)
         assert 0 <= plain <= 1
         # exponents up to 88, beyond which it is 0, are known to a few 1e-6 of their size: sides are differences of fractions
         np.testing.assert_allclose(scaled, plain, rtol=1e-3, atol=1e-6)
@@ -200,13 +205,14 @@ def test_gaussians_do_not_see_the_scale_of_an_axis(mine, gold, scale):
 def test_nearness_falls_with_distance(gold, angle, steps):
     gold = proper(*gold)
     away = jnp.sort(jnp.array(steps))[:, None] * jnp.array([np.sin(angle), np.cos(angle)])
-    moved, at = gold + jnp.tile(away, 2), boxes.centre(gold) + away
+    moved = gold + jnp.tile(away, 2)
+    points = boxes.centre(gold) + away
     for values in (
         boxes.iou(moved, gold),
         boxes.gaussian_point(boxes.centre(moved), gold, 0.5),
         boxes.gaussian_coverage(moved, gold, 0.5),
-        boxes.distance_gaussian(at, boxes.centre(gold), jnp.array([640, 480]), 100.0, 640.0),
-        boxes.contains(gold, at).astype(jnp.float32),
+        boxes.distance_gaussian(points, boxes.centre(gold), jnp.array([640, 480]), 100.0, 640.0),
+        boxes.contains(gold, points).astype(jnp.float32),
     ):
         assert (jnp.diff(values) <= 1e-5).all()
 
@@ -218,57 +224,53 @@ RANGES = {name: (0, 1) for name in REWARDS} | {
     "repetition": (-1, 0),
     "overlong": (-1, 0),
 }
-"""Of every reward's docstring."""
+"""Range of each reward, as in its docstring."""
 
-ROOM, AT_ONCE = 16, 512
+MAX_TOKENS = 16
+ANSWERS_AT_ONCE = 512
 
 QUESTIONS = {
     "one box": (ONE_BOX, FOR_BOXES),
     "two boxes": (TWO, FOR_BOXES),
-    "no box": (gold_batch([]), FOR_BOXES),
+    "no box": (make_batch([]), FOR_BOXES),
     "one point": (ONE_POINT, FOR_POINTS),
-    "two points": (
-        gold_batch(
-            [(BOX, 0), (OTHER, 1)], [((300, 550), 0), ((800, 175), 1)], POINTS, ("cat", "dog")
-        ),
-        FOR_POINTS,
-    ),
-    "no point": (gold_batch([], [], POINTS), FOR_POINTS),
+    "two points": (TWO_POINTS, FOR_POINTS),
+    "no point": (make_batch([], [], POINTS), FOR_POINTS),
     "points without boxes": (
-        gold_batch([], [((300, 550), 0), ((0, 0), 0)], POINTS),
+        make_batch([], [((300, 550), 0), ((0, 0), 0)], POINTS),
         tuple(
             name
             for name in FOR_POINTS
             if name not in ("gaussian_point", "point_in_box", "point_in_mask")
         ),
     ),
-    "text": (gold_batch([], [], TEXT), ()),
+    "text": (make_batch([], [], TEXT), ()),
 }
 
 OTHERS = {
     **{
         f"distance {unit}": ("distance_gaussian", {"distance_unit": unit})
-        for unit in DISTANCE_UNITS
+        for unit in ("px", "diagonal", "box")
     },
     "detection as released": ("detection", {"detection_as_released": True}),
     "repetition of one": ("repetition", {"repetition_ngram": 1}),
     "overlong at 8": ("overlong", {"overlong_max_tokens": 8, "overlong_cache_tokens": 8}),
 }
-"""Rewards under other settings than the defaults."""
+"""Rewards with settings other than the defaults."""
 
 
 @jax.jit
-def judge_ids(tokens: jax.Array, mask: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+def random_rewards(tokens: jax.Array, mask: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     answer = read_answer(tokens, mask, batch.gold.target, batch.gold.names, TOKENS.vocab)
-    found = {name: reward(answer, batch, RewardSettings()) for name, reward in REWARDS.items()}
-    return found | {
-        name: REWARDS[reward](answer, batch, RewardSettings(**of))
-        for name, (reward, of) in OTHERS.items()
+    scores = {name: reward(answer, batch, RewardSettings()) for name, reward in REWARDS.items()}
+    return scores | {
+        name: REWARDS[reward](answer, batch, RewardSettings(**settings))
+        for name, (reward, settings) in OTHERS.items()
     }
 
 
 def random_ids(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns sequences of loc tokens for the most part, some bins more often than others, and what else a policy may sample."""
+    """Returns random sequences. Most tokens are loc tokens, and some bins are more frequent."""
     vocab = TOKENS.vocab
     words = [
         *TOKENS.text(" cat"),
@@ -301,23 +303,23 @@ def check_random_tokens(count: int) -> None:
     applies |= {name: applies[reward] for name, (reward, _) in OTHERS.items()}
     applies["distance box"] = applies["distance box"] & applies["point_in_box"]
     rng = np.random.default_rng(0)
-    for _ in range(-(-count // (len(QUESTIONS) * AT_ONCE))):
-        tokens, mask = random_ids(rng, (len(QUESTIONS), AT_ONCE, ROOM))
-        for name, found in judge_ids(tokens, mask, batch).items():
-            found = np.asarray(found)
+    for _ in range(-(-count // (len(QUESTIONS) * ANSWERS_AT_ONCE))):
+        tokens, mask = random_ids(rng, (len(QUESTIONS), ANSWERS_AT_ONCE, MAX_TOKENS))
+        for name, scores in random_rewards(tokens, mask, batch).items():
+            scores = np.asarray(scores)
             low, high = RANGES[OTHERS[name][0] if name in OTHERS else name]
             np.testing.assert_array_equal(
-                ~np.isnan(found), np.broadcast_to(applies[name][:, None], found.shape), err_msg=name
+                ~np.isnan(scores), np.broadcast_to(applies[name][:, None], scores.shape), err_msg=name
             )
-            assert np.nanmin(found) >= low and np.nanmax(found) <= high, name
+            assert np.nanmin(scores) >= low and np.nanmax(scores) <= high, name
 
 
-def test_a_hundred_thousand_random_answers_are_judged_within_range():
+def test_a_hundred_thousand_random_answers_are_scored_within_range():
     check_random_tokens(100_000)
 
 
 @pytest.mark.slow
-def test_a_million_random_answers_are_judged_within_range():
+def test_a_million_random_answers_are_scored_within_range():
     check_random_tokens(1_000_000)
 
 
@@ -351,7 +353,9 @@ def shifted(gold: tuple[int, ...], share: float) -> tuple[int, ...]:
 
 
 def honest_and_adversaries(gold: tuple[int, ...], target: int) -> tuple[str, dict[str, str]]:
-    """Returns a near miss (IoU 0.64; a point an eighth of the width off), and what tries to earn more without looking."""
+    """Returns a near miss (IoU 0.64; a point an eighth of the width off), and what tries to earn
+    more without looking.
+    """
 
     def listed(*places: tuple[int, ...]) -> str:
         return " ; ".join(f"{loc(*place)} cat" for place in places)
@@ -391,10 +395,12 @@ def honest_and_adversaries(gold: tuple[int, ...], target: int) -> tuple[str, dic
 def test_no_adversary_earns_as_much_as_an_honest_near_miss(recipe, target):
     for gold in GOLDS:
         middle = ((gold[0] + gold[2]) // 2, (gold[1] + gold[3]) // 2)
-        batch = gold_batch([(gold, 0)], [(middle, 0)] if target == POINTS else [], target)
+        batch = make_batch([(gold, 0)], [(middle, 0)] if target == POINTS else [], target)
         honest, adversaries = honest_and_adversaries(gold, target)
         texts = [honest, *adversaries.values()]
-        parts = [np.array(judge(name, batch, *texts)) * weight for name, weight in recipe.items()]
+        parts = [
+            np.array(score_texts(name, batch, *texts)) * weight for name, weight in recipe.items()
+        ]
         total = np.sum(parts, axis=0)
         assert not np.isnan(total).any()
         for name, earned in zip(adversaries, total[1:], strict=True):
@@ -407,7 +413,7 @@ def test_the_near_miss_is_one():
     for gold in GOLDS:
         assert (
             0.6
-            < judge("iou", gold_batch([(gold, 0)]), honest_and_adversaries(gold, BOXES)[0])[0]
+            < score_texts("iou", make_batch([(gold, 0)]), honest_and_adversaries(gold, BOXES)[0])[0]
             < 0.7
         )
         assert (

@@ -9,7 +9,7 @@ from conftest import unlabelled
 from pg_ground.config import Data, Grpo, Source
 from pg_ground.data.batch_rows import to_batch_row
 from pg_ground.data.examples import to_example
-from pg_ground.rewards.device_rewards import read_answer
+from pg_ground.rewards.answer_reader import read_answer
 from pg_ground.rl.algorithms import ALGORITHMS
 from pg_ground.rl.scored_rollouts import (
     ScoredRollouts,

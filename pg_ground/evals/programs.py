@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, PRNGKeyArray
 from pg_ground import config
 from pg_ground.checkpoints import vqvae_file
 from pg_ground.models import PaliGemma, vqvae
-from pg_ground.rewards import device_rewards
+from pg_ground.rewards import answer_reader, device_rewards
 from pg_ground.rl.rollout import sample
 from pg_ground.types import Answer, Array, Batch, Params, Rollout
 from pg_ground.vocab import Vocab
@@ -58,7 +58,7 @@ def make_eval_programs(
 
     def read(rollout: Rollout, batch: Batch) -> Answer:
         gold = batch.gold
-        return device_rewards.read_answer(
+        return answer_reader.read_answer(
             rollout.tokens, rollout.mask, gold.target, gold.names, vocab
         )
 
@@ -74,7 +74,7 @@ def make_eval_programs(
             model, params, *inputs, key, group_size, settings.max_new_tokens, temperature
         )
         parsed = read(rollout, batch)
-        confidence = device_rewards.confidence(rollout.tokens, rollout.mask, rollout.logps, vocab)
+        confidence = answer_reader.confidence(rollout.tokens, rollout.mask, rollout.logps, vocab)
         return Completions(rollout, ~parsed.grammatical, ~parsed.finished, confidence)
 
     def suffix_nll(params: Params, batch: Batch) -> Float[Array, " B"]:
@@ -85,7 +85,7 @@ def make_eval_programs(
     weights = {name: _final_weight(weight) for name, weight in rewards.items()}
 
     def reward(batch: Batch, rollout: Rollout) -> Float[Array, "1 G"]:
-        functions = {name: device_rewards.by_name(name) for name in weights}
+        functions = {name: device_rewards.get_reward(name) for name in weights}
         parsed = read(rollout, batch)
         return device_rewards.score(parsed, batch, weights, reward_settings, functions).total
 

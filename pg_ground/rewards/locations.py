@@ -181,7 +181,7 @@ def loc_segments(text: str) -> list[Location]:
     label.
 
     A segment with four bins is a box, one with two is a point, as in
-    `pg_ground.rewards.device_rewards.read_answer`.
+    `pg_ground.rewards.answer_reader.read_answer`.
     """
     return [_loc_segment(_LOC.findall(part), _SPECIAL.sub("", part)) for part in text.split(";")]
 
@@ -286,7 +286,8 @@ def _read_object(value: Mapping[Any, Any], width: int) -> list[Location]:
 
 
 def _read_text(text: str, width: int) -> list[Location]:
-    """Returns the locations of loc tokens, else of a JSON value or Python literal, else of prose."""
+    """Returns the locations of loc tokens, else of a JSON value or Python literal, else of prose.
+    """
     answer = answer_text(text, strict=False)
     if _LOC.search(answer):
         return [segment for segment in loc_segments(answer) if len(segment.numbers or ()) == width]

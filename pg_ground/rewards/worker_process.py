@@ -1,10 +1,13 @@
-"""The process in which text rewards run, and how a reward is found: the standard library and the rewards, nothing else.
+"""The process in which text rewards run, and how a reward is found: the standard library and the
+rewards, nothing else.
 
-It imports no jax (half a second, and memory) and is started by `judges` with a plain `exec`, not by `multiprocessing`, whose
-children import the run's own program again: 3 s and all of jax for each worker of `python -m pg_ground.train`.
+It imports no jax (half a second, and memory) and is started by `judges` with a plain `exec`, not by
+`multiprocessing`, whose children import the run's own program again: 3 s and all of jax for each
+worker of `python -m pg_ground.train`.
 
-On the wire, pickled: first `Setup`; then for each `(name, [Call, …])` an acknowledgement, once everything is imported, and a list
-of outcomes as each call returns, so that the other side always knows which call a silent or dead worker is in.
+On the wire, pickled: first `Setup`; then for each `(name, [Call, …])` an acknowledgement, once
+everything is imported, and a list of outcomes as each call returns, so that the other side always
+knows which call a silent or dead worker is in.
 """
 
 import asyncio
@@ -24,7 +27,9 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 OUT_OF_MEMORY = 86
-"""Exit code of a worker that has reached its limit: what it holds is then unknown, and a fresh one follows."""
+"""Exit code of a worker that has reached its limit: what it holds is then unknown, and a fresh one
+follows.
+"""
 
 FLOAT32_MAX = 3.4028235e38
 
@@ -62,7 +67,8 @@ def load(spec: str) -> Any:
 
 
 def module(path: str) -> ModuleType:
-    """Returns a file as a module. It runs once in a process, and its folder need not be importable."""
+    """Returns a file as a module. It runs once in a process, and its folder need not be importable.
+    """
     key = os.path.abspath(path)
     if key not in sys.modules:
         found = importlib.util.spec_from_file_location(key, path)
@@ -122,7 +128,9 @@ def _loaded(source: str | bytes) -> Callable[..., Any] | BaseException:
 def judged(
     reward: Callable[..., Any] | BaseException, call: Call, runner: asyncio.Runner
 ) -> list[Outcome]:
-    """Returns one outcome per completion of a call; what a reward raises, `SystemExit` too, is an error of all of them."""
+    """Returns one outcome per completion of a call; what a reward raises, `SystemExit` too, is an
+    error of all of them.
+    """
     try:
         if isinstance(reward, BaseException):
             raise reward

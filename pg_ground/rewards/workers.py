@@ -1,12 +1,15 @@
-"""Completions judged as text, by the package's rewards or a user's own, in processes that cannot hurt the run.
+"""Completions judged as text, by the package's rewards or a user's own, in processes that cannot
+hurt the run.
 
-A text reward is `(completion, example) -> float`, or, with parameters of these names, `(completions, examples) -> floats`; either
-may be `async`. None and NaN say that it does not apply. Whatever else goes wrong, an exception, a crash, a call that takes too
-long, too much memory, no finite number, scores 0 and is counted, and the first time said on stderr with its completion.
+A text reward is `(completion, example) -> float`, or, with parameters of these names,
+`(completions, examples) -> floats`; either may be `async`. None and NaN say that it does not apply.
+Whatever else goes wrong, an exception, a crash, a call that takes too long, too much memory, no
+finite number, scores 0 and is counted, and the first time said on stderr with its completion.
 
-A worker is an own process behind a pipe. It answers call by call, so a silent or dead one costs exactly the call it was in: it is
-killed with what it started, a fresh one goes on with the next call. No call is made twice and none depends on which worker makes
-it, so scores and counts are the same with any number of workers.
+A worker is an own process behind a pipe. It answers call by call, so a silent or dead one costs
+exactly the call it was in: it is killed with what it started, a fresh one goes on with the next
+call. No call is made twice and none depends on which worker makes it, so scores and counts are the
+same with any number of workers.
 """
 
 import collections
@@ -41,7 +44,9 @@ SIGNATURES: dict[tuple[str, ...], tuple[Literal["device", "text"], bool]] = {
 """Parameters of a user's reward: its kind, and whether one call judges many completions."""
 
 CHUNK = 16
-"""Calls handed to a worker at once: a message of a few kilobytes, and work for every worker from a small batch."""
+"""Calls handed to a worker at once: a message of a few kilobytes, and work for every worker from a
+small batch.
+"""
 
 START_S = 120.0
 """Seconds in which a worker must have imported its rewards."""
@@ -68,7 +73,8 @@ class Judgement(NamedTuple):
 
 
 def load_reward(spec: str) -> UserReward:
-    """Returns the reward that `path/to/file.py:function` names; its parameters say of which kind it is.
+    """Returns the reward that `path/to/file.py:function` names; its parameters say of which kind it
+    is.
 
     Raises:
       UserError: no such file or function, a file that does not run, other parameters.
@@ -136,7 +142,9 @@ class Pending:
 
 
 class RewardWorkers:
-    """Text rewards at work: `with RewardWorkers(…) as judges: judges.submit(completions, examples).result()`."""
+    """Text rewards at work: `with RewardWorkers(…) as judges: judges.submit(completions,
+    examples).result()`.
+    """
 
     def __init__(
         self,
@@ -188,7 +196,9 @@ class RewardWorkers:
         self._threads.shutdown()
 
     def submit(self, completions: Sequence[str], examples: Sequence[Any]) -> Pending:
-        """Returns at once; the scores of each completion, under the example beside it, come with `result()`."""
+        """Returns at once; the scores of each completion, under the example beside it, come with
+        `result()`.
+        """
         pairs = list(zip(completions, examples, strict=True))
         jobs = {}
         for name, batched in self._batched.items():
@@ -224,7 +234,9 @@ class RewardWorkers:
                 )
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the counts as JSON, for an exact resume. What is submitted and not asked for is not in them."""
+        """Returns the counts as JSON, for an exact resume. What is submitted and not asked for is
+        not in them.
+        """
         return {
             "calls": dict(self._calls),
             "errors": dict(self._errors),
@@ -284,10 +296,12 @@ class _Worker:
     def judge(
         self, name: str, calls: Sequence[Call], lost: list[Outcome], allowed: float
     ) -> list[Outcome]:
-        """Returns the outcomes of some calls; those that did not come back are added to `lost`, which a whole batch shares.
+        """Returns the outcomes of some calls; those that did not come back are added to `lost`,
+        which a whole batch shares.
 
-        Once these are more than `allowed`, `RewardWorkers.check` is bound to fail: what is left is not called, so that a reward that
-        always hangs ends the run after a few calls and not after a batch of them.
+        Once these are more than `allowed`, `RewardWorkers.check` is bound to fail: what is left is
+        not called, so that a reward that always hangs ends the run after a few calls and not after
+        a batch of them.
         """
         outcomes: list[Outcome] = []
         waiting = collections.deque(calls)
@@ -317,7 +331,9 @@ class _Worker:
             self._kill()
 
     def _hand_over(self, name: str, calls: list[Call]) -> None:
-        """Sends calls and waits until they are read, by a fresh process if this one has died since its last call."""
+        """Sends calls and waits until they are read, by a fresh process if this one has died since
+        its last call.
+        """
         for _ in range(2):
             with contextlib.suppress(EOFError, OSError):
                 self._connection.send((name, calls))

@@ -207,7 +207,7 @@ class GrpoStage:
         batch = scored_rollouts.compute_advantages(
             scored, ref_logps, weights, coefficient, self.algorithm
         )
-        metrics = device_rewards.measures(scored.rollout, scored.answer, scored.rewards, weights)
+        metrics = device_rewards.reward_metrics(scored.rollout, scored.answer, scored.rewards, weights)
         return batch, metrics
 
     def _draw_samples(self, scored: ScoredRollouts, advantages: Array) -> Any:

@@ -40,7 +40,7 @@ def load_device_rewards(settings: Grpo) -> dict[str, device_rewards.Reward]:
     rewards = {}
     for name in settings.rewards:
         if ".py:" not in name:
-            rewards[name] = device_rewards.by_name(name)
+            rewards[name] = device_rewards.get_reward(name)
             continue
         from_file = load_reward(name)
         if from_file.kind == "device":

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from pg_ground.config import Grpo
 from pg_ground.parallel import sharding
-from pg_ground.rewards import device_rewards
+from pg_ground.rewards import answer_reader, device_rewards
 from pg_ground.rewards.text_rewards import TextExample
 from pg_ground.rewards.workers import Pending, RewardWorkers
 from pg_ground.rl import scored_rollouts
@@ -188,7 +188,7 @@ def make_score(
         weights: Mapping[str, Array],
     ) -> ScoredRollouts:
         gold = batch.gold
-        answer = device_rewards.read_answer(
+        answer = answer_reader.read_answer(
             rollout.tokens, rollout.mask, gold.target, gold.names, tokenizer.vocab
         )
         scores = device_rewards.score(
