@@ -1,8 +1,10 @@
-"""The whole configuration as one tree of frozen dataclasses, and its strict conversion from `ml_collections`.
+"""The whole configuration as one tree of frozen dataclasses, and its strict conversion from
+`ml_collections`.
 
-A recipe in `configs/` starts from `template()`, a `ConfigDict` with every default. It changes what it needs and returns it locked. Flags
-change it further. `parse` makes a `Config` of the result, and refuses a wrong name with its full path. Each setting declares its
-help text and its range where it is defined. Library functions take their own section, not the root.
+A recipe in `configs/` starts from `template()`, a `ConfigDict` with every default. It changes what
+it needs and returns it locked. Flags change it further. `parse` makes a `Config` of the result, and
+refuses a wrong name with its full path. Each setting declares its help text and its range where it
+is defined. Library functions take their own section, not the root.
 """
 
 import dataclasses
@@ -22,8 +24,12 @@ from pg_ground.types import UserError, nearest
 from pg_ground.vocab import EOS
 
 REMAT = (
-    "none", "nothing_saveable", "dots_saveable", "dots_with_no_batch_dims_saveable", "everything_saveable",
-)  # fmt: skip
+    "none",
+    "nothing_saveable",
+    "dots_saveable",
+    "dots_with_no_batch_dims_saveable",
+    "everything_saveable",
+)
 """Values of `model.remat`: "none", or names of jax.checkpoint_policies."""
 
 FLOATS = ("float32", "bfloat16")
@@ -82,7 +88,10 @@ def setting(
     choices: tuple[str, ...] = (),
     regex: bool = False,
 ) -> Any:
-    """Returns a dataclass field with a help text and a range. Sections and mappings are made anew for every instance."""
+    """Returns a dataclass field with a help text and a range.
+
+    Sections and mappings are made anew for every instance.
+    """
     bounds = Range(minimum, above, maximum, below, choices, regex)
     metadata = {"help": help, "range": None if bounds == Range() else bounds}
     if isinstance(default, dict) or dataclasses.is_dataclass(default):
@@ -141,14 +150,19 @@ class Text:
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters (arXiv 2106.09685). `lr_factors` selects the parameters that are trained."""
+    """Low-rank adapters (arXiv 2106.09685).
+
+    `lr_factors` selects the parameters that are trained.
+    """
 
     rank: int = setting(0, "rank of the adapters; 0 is off", minimum=0)
     alpha: float = setting(16.0, "adapters are scaled by alpha / rank", above=0)
     dropout: float = setting(
-        0.0, "share of an adapter's inputs dropped in supervised steps; sampling and GRPO drop nothing",
-        minimum=0, below=1,
-    )  # fmt: skip
+        0.0,
+        "share of an adapter's inputs dropped in supervised steps; sampling and GRPO drop nothing",
+        minimum=0,
+        below=1,
+    )
     pattern: str = setting(
         "llm/layers/.*",
         "regular expression: full names of the matrices that get an adapter",
@@ -169,9 +183,10 @@ class Model:
         "float32", "dtype of trained parameters, and so of the optimizer's state", choices=FLOATS
     )
     frozen_dtype: str = setting(
-        "float32", "dtype of frozen parameters; bfloat16 loses nothing if the checkpoint is bfloat16",
+        "float32",
+        "dtype of frozen parameters; bfloat16 loses nothing if the checkpoint is bfloat16",
         choices=FLOATS,
-    )  # fmt: skip
+    )
     remat: str = setting(
         "nothing_saveable",
         "activations that are kept for the backward pass; none keeps all",
@@ -189,9 +204,10 @@ class Model:
         0, "prompt queries whose attention logits are in memory at a time; 0 is all", minimum=0
     )
     coordinate_init: str = setting(
-        "normal", "random initialisation of <locNNNN> embeddings and patch positions",
+        "normal",
+        "random initialisation of <locNNNN> embeddings and patch positions",
         choices=("normal", "sinusoid"),
-    )  # fmt: skip
+    )
 
 
 DECODERS: dict[str, Text] = {
@@ -200,21 +216,36 @@ DECODERS: dict[str, Text] = {
         width=2304, depth=26, mlp_dim=9216, num_kv_heads=4, post_norms=True, attn_softcap=50.0
     ),
     "pg2_10b": Text(
-        width=3584, depth=42, mlp_dim=14336, num_heads=16, num_kv_heads=8,
-        post_norms=True, attn_softcap=50.0,
+        width=3584,
+        depth=42,
+        mlp_dim=14336,
+        num_heads=16,
+        num_kv_heads=8,
+        post_norms=True,
+        attn_softcap=50.0,
     ),
     "pg2_28b": Text(
-        width=4608, depth=46, mlp_dim=36864, num_heads=32, num_kv_heads=16, head_dim=128,
-        query_scale=144**-0.5, post_norms=True, attn_softcap=50.0,
+        width=4608,
+        depth=46,
+        mlp_dim=36864,
+        num_heads=32,
+        num_kv_heads=16,
+        head_dim=128,
+        query_scale=144**-0.5,
+        post_norms=True,
+        attn_softcap=50.0,
     ),
-}  # fmt: skip
+}
 """The decoders of PaliGemma 1 (arXiv 2407.07726) and 2 (arXiv 2412.03555).
 
-The final soft cap of Gemma 2's pretraining (30) is off: PaliGemma 2 was transferred without it. Sampler and loss agree either way."""
+The final soft cap of Gemma 2's pretraining (30) is off: PaliGemma 2 was transferred without it.
+Sampler and loss agree either way.
+"""
 
 
 def variant(name: str, image_size: int = 224) -> Model:
-    """Returns the sizes of a published model: pg1_3b, pg2_3b, pg2_10b or pg2_28b, at 224, 448 or 896 pixels.
+    """Returns the sizes of a published model: pg1_3b, pg2_3b, pg2_10b or pg2_28b, at 224, 448 or
+    896 pixels.
 
     Raises:
       UserError: there is no such model.
@@ -250,7 +281,8 @@ class Source:
     point_format: str = setting("xy_px", "{xy,yx}_{px,frac,percent,bin}")
     mask: str = setting(
         "",
-        "path of the mask of each box or point: COCO polygons (px), RLE or an image; needs data.mask_size",
+        "path of the mask of each box or point: COCO polygons (px), RLE or an image; needs "
+        "data.mask_size",
     )
     label: str = setting(
         "", 'path of the name of each box or point, one or a list; "" is name for all'
@@ -264,13 +296,15 @@ class Source:
         "loc", 'form of the answer: loc, json (pixels), count, or a template such as "{answer}"'
     )
     element: str = setting(
-        "all", "if a path goes through list[]: all makes one example per element, random one per reading",
+        "all",
+        "if a path goes through list[]: all makes one example per element, random one per reading",
         choices=("all", "random"),
-    )  # fmt: skip
+    )
     empty: str = setting(
-        "drop", "records without boxes or points: drop, or keep as questions with an empty answer",
+        "drop",
+        "records without boxes or points: drop, or keep as questions with an empty answer",
         choices=("drop", "keep"),
-    )  # fmt: skip
+    )
     max_objects: int = setting(
         0,
         "boxes or points that a record keeps, a random choice in their order; 0 is all",
@@ -330,9 +364,11 @@ class Data:
         0.1, "a run stops if more than this share of the records read are bad", minimum=0, maximum=1
     )
     resize: str = setting(
-        "antialias", "antialias (bilinear), big_vision (bilinear without antialiasing) or hugging_face (bicubic)",
+        "antialias",
+        "antialias (bilinear), big_vision (bilinear without antialiasing) or "
+        "hugging_face (bicubic)",
         choices=("antialias", "big_vision", "hugging_face"),
-    )  # fmt: skip
+    )
     fetch: Fetch = setting(Fetch(), "how images at addresses are fetched")
     read_threads: int = setting(
         2,
@@ -360,9 +396,10 @@ class Optimizer:
     )
     lr: float = setting(1e-5, "learning rate after warm-up")
     schedule: str = setting(
-        "constant", "after warm-up: constant, or cosine or linear down to 0 at the end of the stage",
+        "constant",
+        "after warm-up: constant, or cosine or linear down to 0 at the end of the stage",
         choices=("constant", "cosine", "linear"),
-    )  # fmt: skip
+    )
     warmup_steps: int = setting(0, "updates of the linear warm-up", minimum=0)
     b1: float = setting(0.9, "decay of the first moment")
     b2: float = setting(0.999, "decay of the second moment")
@@ -415,7 +452,8 @@ class RewardSettings:
     )
     distance_sigma_share: float = setting(
         0.125,
-        'units "diagonal" and "box": sigma as a share of the diagonal of the image or of the gold box',
+        'units "diagonal" and "box": sigma as a share of the diagonal of the image or of the gold '
+        "box",
         above=0,
     )
     repetition_ngram: int = setting(
@@ -434,7 +472,8 @@ class RewardSettings:
     )
     detection_as_released: bool = setting(
         False,
-        "whether detection averages its thresholds as big_vision's released code does (keys collide)",
+        "whether detection averages its thresholds as big_vision's released code does (keys "
+        "collide)",
     )
 
 
@@ -476,7 +515,10 @@ AlgorithmSettings = dataclasses.make_dataclass(
     ],
     frozen=True,
 )
-"""Settings that replace a choice of the algorithm's row. They are derived from the components in `pg_ground.rl`."""
+"""Settings that replace a choice of the algorithm's row.
+
+They are derived from the components in `pg_ground.rl`.
+"""
 
 
 @dataclass(frozen=True)
@@ -508,7 +550,8 @@ class Grpo(AlgorithmSettings):
     )
     kl_target: float = setting(
         0.0,
-        "nats per token that kl_coef is steered to (Ziegler et al. 2019, section 2.2); 0 leaves it fixed",
+        "nats per token that kl_coef is steered to (Ziegler et al. 2019, section 2.2); 0 leaves it "
+        "fixed",
         minimum=0,
     )
     kl_horizon: int = setting(10_000, "completions over which kl_coef is steered", above=0)
@@ -520,12 +563,14 @@ class Grpo(AlgorithmSettings):
         {}, "rewards on text, on the host: names, or file.py:function"
     )
     rollout_weights: str = setting(
-        "auto", "weights for sampling: gathered on every device, sharded as trained, or auto (what fits)",
+        "auto",
+        "weights for sampling: gathered on every device, sharded as trained, or auto (what fits)",
         choices=("auto", "gathered", "sharded"),
-    )  # fmt: skip
+    )
     rollout_parts: int = setting(
         1,
-        "parts of a batch that are sampled one after the other, so that text rewards overlap with sampling",
+        "parts of a batch that are sampled one after the other, so that text rewards overlap with "
+        "sampling",
         above=0,
     )
     reward_workers: RewardWorkerSettings = setting(
@@ -589,7 +634,8 @@ class Eval:
     )
     vqvae: str = setting(
         "",
-        "file of the published VQ-VAE of masks (vae-oid.npz), for benchmarks and rewards of segmentation",
+        "file of the published VQ-VAE of masks (vae-oid.npz), for benchmarks and rewards of "
+        "segmentation",
     )
 
 
@@ -618,7 +664,8 @@ class Checkpoint:
     keep: int = setting(2, "newest checkpoints that are kept", above=0)
     best: str = setting(
         "",
-        'held-out metric whose best parameters stay in best/: "eval/boxes/acc50", "-eval/…" for the least; "" is none',
+        'held-out metric whose best parameters stay in best/: "eval/boxes/acc50", "-eval/…" for '
+        'the least; "" is none',
     )
 
 
@@ -722,7 +769,10 @@ class Description(NamedTuple):
 
 
 def describe(config: Any, prefix: str = "") -> Iterator[Description]:
-    """Yields every setting of a config or of a section, in order. Entries of mappings are named by their keys."""
+    """Yields every setting of a config or of a section, in order.
+
+    Entries of mappings are named by their keys.
+    """
     hints = typing.get_type_hints(type(config))
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -755,7 +805,8 @@ def renamed_setting(path: str) -> str | None:
 
 
 def unknown_setting(path: str, names: Any) -> str:
-    """Returns the error line for a setting that does not exist among `names`, the settings beside it."""
+    """Returns the error line for a setting that does not exist among `names`, the settings
+    beside it."""
     new = renamed_setting(path.removeprefix("config."))
     if new is not None:
         return f"{path} is now config.{new}"
@@ -768,7 +819,8 @@ def template() -> config_dict.ConfigDict:
 
 
 def section(value: Any) -> config_dict.ConfigDict:
-    """Returns a dataclass of this file (for example a `Source`) as a `ConfigDict`, so that flags can set its fields."""
+    """Returns a dataclass of this file (for example a `Source`) as a `ConfigDict`, so that flags
+    can set its fields."""
     return _to_config_dict(value)
 
 
@@ -776,7 +828,8 @@ def parse(config: Mapping[str, Any] | config_dict.ConfigDict) -> Config:
     """Returns the `Config` that `config` describes.
 
     Raises:
-      UserError: a name does not exist (the error names the nearest one), a value has another type or is out of range.
+      UserError: a name does not exist (the error names the nearest one), a value has another type
+        or is out of range.
     """
     tree = config.to_dict() if isinstance(config, config_dict.ConfigDict) else config
     parsed = _build(Config, tree, "config")
@@ -795,7 +848,8 @@ def parse_model(tree: Any, path: str) -> Model:
 
 
 class _Section(config_dict.ConfigDict):
-    """A `ConfigDict` whose keys can contain dots, because names of a user's rewards do (`mine.py:centred`)."""
+    """A `ConfigDict` whose keys can contain dots, because names of a user's rewards do
+    (`mine.py:centred`)."""
 
     def __init__(
         self,
@@ -883,7 +937,8 @@ def _convert_tuple(kinds: tuple[Any, ...], value: Any, path: str) -> tuple[Any, 
 
 
 def _check_ranges(value: Any, path: str) -> None:
-    """Raises UserError for a setting outside the range that its field declares, in `value` and all sections below it."""
+    """Raises UserError for a setting outside the range that its field declares, in `value` and
+    all sections below it."""
     for f in dataclasses.fields(value):
         child = getattr(value, f.name)
         child_path = f"{path}.{f.name}"
@@ -906,9 +961,15 @@ def _need(ok: bool, path: str, value: Any, right: str) -> None:
 def _check_relations(c: Config) -> None:
     """Raises UserError for settings that do not fit together."""
     checks: tuple[Callable[[Config], None], ...] = (
-        _check_stages, _check_model, _check_sampling, _check_mesh, _check_rewards, _check_batches,
-        _check_sources, _check_eval,
-    )  # fmt: skip
+        _check_stages,
+        _check_model,
+        _check_sampling,
+        _check_mesh,
+        _check_rewards,
+        _check_batches,
+        _check_sources,
+        _check_eval,
+    )
     for check in checks:
         check(c)
 

@@ -2,29 +2,28 @@
 
 Glossary:
 
-    source       one dataset as an entry of a config: a uri and the paths of its fields
-    record       one entry of a source, as it is stored
-    question     a prompt about one image, made from a record; a record can make several
-    prefix       image and prompt: computed once per question
-    completion   the tokens that the policy samples after a prefix; also called the suffix
-    group        the G completions of one question
-    rollout      the groups of a batch with their log-probabilities
-    answer       boxes, points and masks that are read from a completion
-    gold         the annotation of a question: the right answer
-    reward       how good a completion is; NaN if the reward does not apply to it
-    advantage    how much better a completion (or a token) is than what it is compared with
-    stage        one phase of a run with its own optimizer state: "sft" or "grpo"
-    policy       the model that is trained; the reference policy is its state at the start of the stage
-    trained, frozen   parameters that the optimizer changes, and parameters that it does not
+    source       one dataset as an entry of a config: a uri and the paths of its fields record
+    one entry of a source, as it is stored question     a prompt about one image, made from a
+    record; a record can make several prefix       image and prompt: computed once per question
+    completion   the tokens that the policy samples after a prefix; also called the suffix group
+    the G completions of one question rollout      the groups of a batch with their
+    log-probabilities answer       boxes, points and masks that are read from a completion gold
+    the annotation of a question: the right answer reward       how good a completion is; NaN if the
+    reward does not apply to it advantage    how much better a completion (or a token) is than what
+    it is compared with stage        one phase of a run with its own optimizer state: "sft" or
+    "grpo" policy       the model that is trained; the reference policy is its state at the start of
+    the stage trained, frozen   parameters that the optimizer changes, and parameters that it does
+    not
 
 Axes, in every signature of the package:
 
-    B prompts (one image each)    G completions of one prompt     L prompt tokens          T completion tokens
-    K boxes or points             C names in a question           W tokens of a name       S prefix length (image + text)
-    H W pixels                    D width                         N heads                  V vocabulary
-    M cells along a mask's side
+    B prompts (one image each)    G completions of one prompt     L prompt tokens          T
+    completion tokens K boxes or points             C names in a question           W tokens of a
+    name       S prefix length (image + text) H W pixels                    D width
+    N heads                  V vocabulary M cells along a mask's side
 
-Coordinates: `yxyx` and `yx` are fractions of the original image in [0, 1]. A name that ends in `_px` is in pixels.
+Coordinates: `yxyx` and `yx` are fractions of the original image in [0, 1]. A name that ends in
+`_px` is in pixels.
 """
 
 import difflib
@@ -42,43 +41,62 @@ Array = jax.Array | np.ndarray
 """An array on a device, or on the host before it is placed or after it is fetched."""
 
 Params = Mapping[str, Any]
-"""A tree of parameters: nested dicts by big_vision's names. Leaves are arrays, or `jax.ShapeDtypeStruct` if abstract."""
+"""A tree of parameters:
+
+nested dicts by big_vision's names. Leaves are arrays, or `jax.ShapeDtypeStruct` if abstract.
+"""
 
 Metrics = dict[str, Any]
 """Numbers by name: float32 scalars on the device, floats on the host."""
 
 BOXES, POINTS, TEXT = 0, 1, 2
-"""What a question asks for: the values of `Gold.target`. Rewards on token ids cannot read a TEXT answer."""
+"""What a question asks for:
+
+the values of `Gold.target`. Rewards on token ids cannot read a TEXT answer.
+"""
 
 POLICY = "policy"
 """The name of the policy's tree among the trainable trees of a `TrainState`."""
 
 
 FilePath = Path | epath.Path
-"""A local path, or a path of etils for a remote file system such as gs://. Both have the same methods."""
+"""A local path, or a path of etils for a remote file system such as gs://.
+
+Both have the same methods.
+"""
 
 
 def expand_path(path: str) -> str:
-    """Returns `path` with a leading `~` or `~user` replaced by the home directory. Other paths stay as they are.
+    """Returns `path` with a leading `~` or `~user` replaced by the home directory.
 
-    A shell does not expand `~` inside `--workdir=~/run` or inside a uri, so every opener calls this function.
+    Other paths stay as they are.
+
+    A shell does not expand `~` inside `--workdir=~/run` or inside a uri, so every opener calls this
+    function.
     """
     return os.path.expanduser(path)
 
 
 class UserError(Exception):
-    """An input of the user cannot be used. The text is one line: what is wrong, where, and what would be right."""
+    """An input of the user cannot be used.
+
+    The text is one line: what is wrong, where, and what would be right.
+    """
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """Returns the nearest of `names` as a question to the user, or the list of `names` if none is near."""
+    """Returns the nearest of `names` as a question to the user, or the list of `names` if none
+    is near."""
     names = sorted(names)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else f"there are {', '.join(names) or 'none'}"
 
 
 class Boxes(NamedTuple):
-    """K slots for boxes. `valid` is False for an unused slot. A used box can still be degenerate (y2 <= y1)."""
+    """K slots for boxes.
+
+    `valid` is False for an unused slot. A used box can still be degenerate (y2 <= y1).
+    """
 
     yxyx: Float[Array, "... K 4"]
     label: Int[Array, "... K"]
@@ -105,13 +123,20 @@ class Gold(NamedTuple):
     target: Int[Array, " B"]
     """BOXES, POINTS or TEXT: the kind of answer that the question asks for."""
     names: Int[Array, "B C W"]
-    """Token ids of the names that an answer can use, padded with PAD; all PAD if answers have no names."""
+    """Token ids of the names that an answer can use, padded with PAD; all PAD if answers have no
+    names."""
     masks: Bool[Array, "B K M M"]
-    """Cells of the whole image that each object covers. All False for an object without a mask; M = 0 without masks."""
+    """Cells of the whole image that each object covers.
+
+    All False for an object without a mask; M = 0 without masks.
+    """
 
 
 class Example(NamedTuple):
-    """One question on the host: an image of the model's size, its text and its annotation. K is not padded."""
+    """One question on the host:
+
+    an image of the model's size, its text and its annotation. K is not padded.
+    """
 
     image: UInt8[np.ndarray, "H W 3"]
     size: tuple[int, int]
@@ -164,7 +189,10 @@ class Places(NamedTuple):
     rows: Callable[[Array], Array] = same
     """For activations, `[B, …]`: B stays split over devices, and weights come to it."""
     lookup: Callable[[Array, Array], Array] = take
-    """(table `[V, D]`, tokens) to rows of it: D stays split as it is in the table, for gradients too, until rows are whole."""
+    """(table `[V, D]`, tokens) to rows of it:
+
+    D stays split as it is in the table, for gradients too, until rows are whole.
+    """
     vocabulary: Callable[[Array], Array] = same
     """For the table that makes logits, `[V, D]`: V is split, so that its rows are not gathered."""
 
@@ -174,7 +202,8 @@ ANYWHERE = Places()
 
 
 class PrefixCache(NamedTuple):
-    """Keys and values of image and prompt, computed once per prompt and read by all its completions."""
+    """Keys and values of image and prompt, computed once per prompt and read by all its
+    completions."""
 
     k: Float[Array, "layers B S K H"]
     v: Float[Array, "layers B S K H"]
@@ -183,14 +212,20 @@ class PrefixCache(NamedTuple):
 
 
 class SuffixCache(NamedTuple):
-    """Keys and values of the completion tokens so far. Of the T slots of a row, the first `length` are filled."""
+    """Keys and values of the completion tokens so far.
+
+    Of the T slots of a row, the first `length` are filled.
+    """
 
     k: Float[Array, "layers B G T K H"]
     v: Float[Array, "layers B G T K H"]
     length: Int[Array, "#B #G"]
-    """Filled slots of each row. The shape `[1, 1]` means that all rows have the same length, as in the sampler's loop.
+    """Filled slots of each row.
 
-    The shape is known when a program is compiled: with `[1, 1]`, `extend` writes one slice for all rows instead of scattering.
+    The shape `[1, 1]` means that all rows have the same length, as in the sampler's loop.
+
+    The shape is known when a program is compiled: with `[1, 1]`, `extend` writes one slice for all
+    rows instead of scattering.
     """
 
 
@@ -202,9 +237,13 @@ class Rollout(NamedTuple):
     mask: Bool[Array, "B G T"]
     """True for real tokens, up to and including EOS. The model attends to them."""
     logps: Float[Array, "B G T"]
-    """Log-probabilities (nats) under the policy that sampled, at the sampling temperature; 0 after EOS."""
+    """Log-probabilities (nats) under the policy that sampled, at the sampling temperature; 0
+    after EOS."""
     loss_mask: Bool[Array, "B G T"]
-    """True for tokens that the policy wrote and is trained on. It is part of `mask`: a tool's output is in `mask` alone."""
+    """True for tokens that the policy wrote and is trained on.
+
+    It is part of `mask`: a tool's output is in `mask` alone.
+    """
 
 
 class Answer(NamedTuple):
@@ -238,7 +277,10 @@ class Rewards(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """The values that a step changes. Exact resume needs this state, the data iterator's state and the config's seed."""
+    """The values that a step changes.
+
+    Exact resume needs this state, the data iterator's state and the config's seed.
+    """
 
     step: Int[Array, ""]
     """Number of finished steps in this stage."""

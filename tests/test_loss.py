@@ -1,7 +1,9 @@
-"""Each row of `ALGORITHMS` against TRL's losses and gradients, and the laws of the policy loss and of the supervised target.
+"""Each row of `ALGORITHMS` against TRL's losses and gradients, and the laws of the policy loss and
+of the supervised target.
 
-Everything here runs in float64, so that a bound is that of the numbers compared with: TRL's are printed to 8 decimals, and where
-both sides are ours a few hundred operations on values of order 1 leave 1e-12.
+Everything here runs in float64, so that a bound is that of the numbers compared with: TRL's are
+printed to 8 decimals, and where both sides are ours a few hundred operations on values of order 1
+leave 1e-12.
 """
 
 import dataclasses
@@ -47,7 +49,8 @@ def groups(rows, group_size: int) -> jax.Array:
 
 
 def loss_and_gradient(given: dict, row: Algorithm, group_size: int, budget: int = 0):
-    """Returns the loss, its gradient by log-probability (flat rows) and the terms; `budget` is the slots of a completion."""
+    """Returns the loss, its gradient by log-probability (flat rows) and the terms; `budget` is
+    the slots of a completion."""
     width = budget or len(given["mask"][0])
 
     def widened(rows) -> jax.Array:
@@ -222,7 +225,10 @@ def test_losses_equal_rllavas(name):
 
 @pytest.mark.parametrize("name", ["top_entropy", "clip_cov", "kl_cov"])
 def test_a_focus_leaves_nothing_to_learn_where_there_is_no_advantage(random_batch, name):
-    """The first update is at ratio 1, where |log-ratio| has a kink: its gradient there is 0, not the 1 of jnp.abs."""
+    """The first update is at ratio 1, where |log-ratio| has a kink:
+
+    its gradient there is 0, not the 1 of jnp.abs.
+    """
     logps, _, _, advantage, mask = random_batch
     row = made(name, token_selection_share=1.0)
     selection = select(row, logps, -logps, advantage, mask)
@@ -252,7 +258,7 @@ CANCELLING = {
     },
     "ratio_cap is 0.5: ppo_clip needs a value at least 1": {"ratio_cap": 0.5},
     "dynamic_sampling looks at the spread": {"algorithm": "remax", "dynamic_sampling": 1},
-    "kl_horizon is so short": {"kl_target": 0.1, "kl_horizon": 10},
+    "kl_horizon is too short": {"kl_target": 0.1, "kl_horizon": 10},
 }
 
 
@@ -363,7 +369,10 @@ def test_kl_estimate_equals_trls_k3(trl):
 
 @pytest.fixture
 def random_batch():
-    """Log-probabilities of three policies near one another, advantages and ragged masks: 3 prompts × 4 × 5 tokens."""
+    """Log-probabilities of three policies near one another, advantages and ragged masks:
+
+    3 prompts × 4 × 5 tokens.
+    """
     rng = np.random.default_rng(0)
     old = jnp.asarray(np.log(rng.uniform(0.05, 0.95, (3, 4, 5))))
     logps, ref = (old + 0.3 * jnp.asarray(rng.normal(size=old.shape)) for _ in range(2))
@@ -394,7 +403,10 @@ def test_masked_tokens_have_no_gradient_and_no_say(random_batch, row):
 
 @ROWS
 def test_on_policy_gradient_is_reinforce(random_batch, row):
-    """−A·∇logp, averaged as the row averages: over a token's own weight, or over its whole completion's."""
+    """−A·∇logp, averaged as the row averages:
+
+    over a token's own weight, or over its whole completion's.
+    """
     logps, _, _, advantage, mask = random_batch
     row = made(row)
     gradient = gradient_of(row, logps, logps, None, advantage, mask)
@@ -436,7 +448,8 @@ def test_completion_ratios_clip_whole_completions(random_batch, row, shared):
 
 
 def test_the_clip_binds_only_where_it_would_go_on(random_batch):
-    """A ratio beyond the clip is held only if the advantage pushes it further out (PPO's pessimistic minimum)."""
+    """A ratio beyond the clip is held only if the advantage pushes it further out (PPO's
+    pessimistic minimum)."""
     logps, old, _, advantage, mask = random_batch
     ratio, a = jnp.exp(logps - old), advantage
     clipped = policy_loss(logps, old, None, advantage, mask, made("grpo")).clipped
@@ -489,7 +502,8 @@ def test_k3_is_positive_and_0_only_at_the_reference(random_batch):
 
 @pytest.mark.parametrize("corrected", [True, False])
 def test_corrected_k3_has_the_gradient_of_the_kl(corrected):
-    """In expectation over tokens drawn on-policy, computed over a whole vocabulary of 7; plain k3 has another gradient."""
+    """In expectation over tokens drawn on-policy, computed over a whole vocabulary of 7; plain
+    k3 has another gradient."""
     rng = np.random.default_rng(1)
     z, q = jnp.asarray(rng.normal(size=7)), jax.nn.log_softmax(jnp.asarray(rng.normal(size=7)))
     row = made("grpo", kl_coef=1.0, **({} if corrected else {"kl_estimator": k3}))
@@ -545,7 +559,10 @@ def test_an_unknown_algorithm_is_refused_with_the_nearest():
 
 @ROWS
 def test_defect_13_every_token_of_the_policy_is_learned_from_and_none_of_its_surroundings(row):
-    """A transcript's mask has holes where a tool's answer stands. RLLaVA trains its last turn alone."""
+    """A transcript's mask has holes where a tool's answer stands.
+
+    RLLaVA trains its last turn alone.
+    """
     row = made(row, token_selection=None)
     key, _ = jax.random.split(jax.random.key(0))
     logps = -jax.random.uniform(key, (2, 2, 8), jnp.float64, 0.1, 3.0)
@@ -575,21 +592,26 @@ def test_defect_14_an_estimator_that_is_not_there_is_refused():
 
 
 def test_a_peers_defect_cispo_does_not_hold_every_ratio_below_a_clip_of_an_interval(random_batch):
-    """TRL's default cap of 0.2 is that of an interval around 1: it scales every on-policy loss by a fifth. Ours caps at 5."""
+    """TRL's default cap of 0.2 is that of an interval around 1:
+
+    it scales every on-policy loss by a fifth. Ours caps at 5.
+    """
     logps, _, _, advantage, mask = random_batch
     terms = policy_loss(logps, logps, None, advantage, mask, ALGORITHMS["cispo"])
     np.testing.assert_allclose(terms.loss, -advantage * logps, rtol=ROUNDING)
 
 
 def test_a_peers_defect_no_row_with_a_penalty_in_the_loss_uses_k1():
-    """Tunix's k1 in the loss has an expected gradient of 0 on-policy; here it is in rewards only."""
+    """Tunix's k1 in the loss has an expected gradient of 0 on-policy; here it is in rewards
+    only."""
     for name, row in ALGORITHMS.items():
         assert row.kl_estimator is not k1 or row.kl_in_reward, name
 
 
 @ROWS
 def test_advantages_of_tokens_equal_advantages_of_completions_if_all_are_equal(random_batch, row):
-    """[B, G, T] advantages with one value per completion give the loss and the gradient of [B, G, 1]."""
+    """[B, G, T] advantages with one value per completion give the loss and the gradient of [B,
+    G, 1]."""
     logps, old, ref, advantage, mask = random_batch
     per_token = jnp.broadcast_to(advantage, logps.shape)
     row = ALGORITHMS[row]
@@ -617,7 +639,8 @@ from pg_ground.rl.objectives import token_mean
 def squared(log_ratio, logps, advantages, mask, *, pull: float = 2.0):
     return pull * jnp.square(log_ratio) - advantages * logps, jnp.zeros_like(mask)
 
-mine = ALGORITHMS["grpo"]._replace(objective=squared, loss_agg_mode=token_mean, kl_coef=0.0, options={"pull": 3.0})
+mine = ALGORITHMS["grpo"]._replace(objective=squared, loss_agg_mode=token_mean)
+mine = mine._replace(kl_coef=0.0, options={"pull": 3.0})
 short = ALGORITHMS["grpo"]._replace(objective=lambda log_ratio, logps: log_ratio)
 number = 3
 """
@@ -654,7 +677,10 @@ def test_a_users_row_that_cannot_be_used_is_refused(users_file, name, message):
 
 
 def test_an_option_is_a_setting_with_the_range_of_its_component():
-    """A keyword-only parameter of a component is a setting of config.grpo: nothing else lists it."""
+    """A keyword-only parameter of a component is a setting of config.grpo:
+
+    nothing else lists it.
+    """
     fields = {f.name: f for f in dataclasses.fields(Grpo)}
     for components in CHOICES.values():
         for component in components.values():
@@ -673,7 +699,8 @@ VOCAB = vocab_of_size(1200)
 
 @pytest.fixture
 def targets():
-    """Random logits, and tokens of which one is text and the others loc tokens, two of them at the ends of the grid."""
+    """Random logits, and tokens of which one is text and the others loc tokens, two of them at
+    the ends of the grid."""
     logits = jnp.asarray(np.random.default_rng(2).normal(size=(1, 2, 3, VOCAB.size)))
     tokens = VOCAB.loc0 + jnp.asarray([[[0, 500, LOC_TOKENS - 1], [7, -3, 300]]])
     return logits, tokens
@@ -720,7 +747,8 @@ def test_label_smoothing_takes_its_share_for_all_other_tokens(targets):
 
 @pytest.mark.parametrize(("smoothing", "sigma"), [(0.0, 0.0), (0.3, 0.0), (0.0, 5.0), (0.3, 5.0)])
 def test_every_target_is_a_distribution(targets, smoothing, sigma):
-    """d/dlogits of Σ target·log_softmax sums to 0 over the vocabulary if the target sums to 1, as does each softmax."""
+    """d/dlogits of Σ target·log_softmax sums to 0 over the vocabulary if the target sums to 1,
+    as does each softmax."""
     logits, tokens = targets
     shift = 3.0
     a, b = (target_logps(logits + s, tokens, VOCAB, smoothing, sigma) for s in (0.0, shift))

@@ -1,4 +1,5 @@
-"""Types that features of the future need: critics with advantages per token, tool observations, trees beside the policy.
+"""Types that features of the future need: critics with advantages per token, tool observations,
+trees beside the policy.
 
 Each test uses a seam on a tiny real model, as a stage with that feature would use it.
 """
@@ -26,7 +27,10 @@ DAPO = ALGORITHMS["dapo"]
 
 @pytest.fixture(scope="module")
 def rollout(pg1) -> tuple[Batch, Rollout]:
-    """A batch and its completions. Two tokens in the middle are a tool's output: real, but not trained."""
+    """A batch and its completions.
+
+    Two tokens in the middle are a tool's output: real, but not trained.
+    """
     x = inputs(pg1.model)
     batch = unlabelled(*x[:3], x.tokens[:, 0], x.mask[:, 0])
     observation = (jnp.arange(T) >= 2) & (jnp.arange(T) < 4)
@@ -35,14 +39,18 @@ def rollout(pg1) -> tuple[Batch, Rollout]:
 
 
 def grpo_step(pg1: Any, policy_batch: PolicyBatch, num_iterations: int = 1) -> Any:
-    """Returns the train state and the metrics after one step of plain gradient descent. The momentum is the gradient."""
+    """Returns the train state and the metrics after one step of plain gradient descent.
+
+    The momentum is the gradient.
+    """
     optimizer = optax.sgd(0.1, momentum=0.9)
     trees = {POLICY: pg1.params}
     state = TrainState(jnp.int32(0), trees, optimizer.init(trees))
 
     def step(state: TrainState, policy_batch: PolicyBatch) -> Any:
         return grpo_update(
-            state, {}, policy_batch, jax.random.key(0), model=pg1.model, optimizer=optimizer, algorithm=DAPO,
+            state, {}, policy_batch, jax.random.key(0),
+            model=pg1.model, optimizer=optimizer, algorithm=DAPO,
             temperature=1.0, grad_accum_steps=2, minibatches=1, num_iterations=num_iterations,
         )  # fmt: skip
 
@@ -75,7 +83,10 @@ def test_advantages_of_tokens_go_through_the_whole_update(pg1, rollout):
 
 
 def test_tokens_outside_the_loss_mask_have_no_gradient(pg1, rollout):
-    """Only a tool's output has an advantage here. The gradient is exactly 0, and the metrics do not count those tokens."""
+    """Only a tool's output has an advantage here.
+
+    The gradient is exactly 0, and the metrics do not count those tokens.
+    """
     batch, completions = rollout
     is_observation = completions.mask & ~completions.loss_mask
     advantages = jnp.where(is_observation, 1.0, 0.0)
@@ -88,7 +99,10 @@ def test_tokens_outside_the_loss_mask_have_no_gradient(pg1, rollout):
 
 
 def test_tokens_outside_the_loss_mask_are_read(pg1, rollout):
-    """The model attends to a tool's output: other observations give other gradients of the policy's own tokens."""
+    """The model attends to a tool's output:
+
+    other observations give other gradients of the policy's own tokens.
+    """
     batch, completions = rollout
     advantages = random_advantages(B, G, 1)
     state, _ = grpo_step(pg1, PolicyBatch(batch, completions, advantages, None))
@@ -100,7 +114,10 @@ def test_tokens_outside_the_loss_mask_are_read(pg1, rollout):
 
 
 def test_a_critic_is_trained_beside_the_policy(pg1, rollout):
-    """A value head on hidden states: its tree has a name, its loss reaches it, and its values make advantages per token."""
+    """A value head on hidden states:
+
+    its tree has a name, its loss reaches it, and its values make advantages per token.
+    """
     batch, completions = rollout
     width = pg1.model.config.text.width
     optimizer = optax.adam(1e-2)

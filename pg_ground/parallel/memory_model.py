@@ -1,7 +1,9 @@
-"""Device memory of a program by arithmetic: activations, gradients, gathered weights and caches, in bytes per device.
+"""Device memory of a program by arithmetic: activations, gradients, gathered weights and caches, in
+bytes per device.
 
-No compiler is needed, so the numbers are there at once and for any device. Each term is one kind of buffer that XLA's memory
-reports show at the peak. The number of live copies of each buffer was counted in these reports (benchmarks/results compares them).
+No compiler is needed, so the numbers are there at once and for any device. Each term is one kind of
+buffer that XLA's memory reports show at the peak. The number of live copies of each buffer was
+counted in these reports (benchmarks/results compares them).
 """
 
 from typing import NamedTuple
@@ -14,7 +16,10 @@ from pg_ground.parallel.sharding import AnyMesh
 KINDS = (
     "parameters", "optimizer", "reference", "rollout weights", "batch", "cache", "activations",
 )  # fmt: skip
-"""The kinds of memory that a device holds while a program runs. Gradients and temporaries count as activations."""
+"""The kinds of memory that a device holds while a program runs.
+
+Gradients and temporaries count as activations.
+"""
 
 
 class Architecture(NamedTuple):
@@ -69,7 +74,10 @@ def cache_bytes(architecture: Architecture, mesh: AnyMesh, work: DeviceWork) -> 
 
 
 def forward_bytes(architecture: Architecture, mesh: AnyMesh, work: DeviceWork) -> float:
-    """Returns the bytes of a forward pass without gradients: the largest layer, its weights, and logits."""
+    """Returns the bytes of a forward pass without gradients:
+
+    the largest layer, its weights, and logits.
+    """
     text, vision = _layer_bytes(architecture, mesh, work, copies=2)
     block = min(work.tokens, architecture.model.logits_block)
     logits = _logits_bytes(architecture, work, block, copies=2)
@@ -79,7 +87,10 @@ def forward_bytes(architecture: Architecture, mesh: AnyMesh, work: DeviceWork) -
 def sampling_bytes(
     architecture: Architecture, mesh: AnyMesh, work: DeviceWork, gathered: bool
 ) -> float:
-    """Returns the bytes of sampling without its caches: the larger of the prefix pass and the logits of one token."""
+    """Returns the bytes of sampling without its caches:
+
+    the larger of the prefix pass and the logits of one token.
+    """
     prefix = max(_layer_bytes(architecture, mesh, work._replace(group=0), copies=2))
     logits = _logits_bytes(architecture, work, 1, copies=4)
     weights = 0.0 if gathered else _gathered_layer_bytes(architecture, mesh)
@@ -145,7 +156,10 @@ def _layer_bytes(
 
 
 def _gathered_layer_bytes(architecture: Architecture, mesh: AnyMesh) -> float:
-    """Returns the bytes of one layer's gathered matrices, twice: in use, and either in transfer or as gradients."""
+    """Returns the bytes of one layer's gathered matrices, twice:
+
+    in use, and either in transfer or as gradients.
+    """
     text = architecture.model.text
     if mesh.shape["data"] == 1:
         return 0.0

@@ -1,1 +1,4 @@
-"""Reinforcement: rollout, rewards, advantages, loss, update. Models and data are handed in, never imported."""
+"""Reinforcement:
+
+rollout, rewards, advantages, loss, update. Models and data are handed in, never imported.
+"""

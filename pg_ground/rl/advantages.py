@@ -1,10 +1,12 @@
 """Advantage estimators: from the rewards of a batch (`Scores`) to `f32[B, G]` advantages.
 
-A completion without a reward is NaN. It is left out of all statistics, and its advantage is 0. Statistics over the batch include all
-devices. If all rewards of a group are equal, the group's advantages are exactly 0. Three estimators are exceptions, because they
-compare with something outside the group: `greedy_baseline`, `whitened` and `centred_and_whitened`.
+A completion without a reward is NaN. It is left out of all statistics, and its advantage is 0.
+Statistics over the batch include all devices. If all rewards of a group are equal, the group's
+advantages are exactly 0. Three estimators are exceptions, because they compare with something
+outside the group: `greedy_baseline`, `whitened` and `centred_and_whitened`.
 
-The loss accepts advantages that broadcast to `[B, G, T]`, so an estimator with one value per token (a critic) fits too.
+The loss accepts advantages that broadcast to `[B, G, T]`, so an estimator with one value per token
+(a critic) fits too.
 """
 
 from collections.abc import Callable, Mapping
@@ -50,7 +52,8 @@ def group_mean(rewards: Float[Array, "B G"]) -> Float[Array, "B 1"]:
 
 
 def group_std(rewards: Float[Array, "B G"]) -> Float[Array, "B 1"]:
-    """Returns the standard deviation of each group with Bessel's correction; 0 for fewer than two rewards."""
+    """Returns the standard deviation of each group with Bessel's correction; 0 for fewer than
+    two rewards."""
     return _std(rewards, group_mean(rewards), axis=1)
 
 
@@ -67,19 +70,22 @@ def centred(scores: Scores) -> Float[Array, "B G"]:
 def standardised(
     scores: Scores, *, advantage_epsilon: AdvantageEpsilon = 1e-4
 ) -> Float[Array, "B G"]:
-    """Returns (reward − mean) / (std + ε) within the group (GRPO, arXiv 2402.03300, section 4.1.2)."""
+    """Returns (reward − mean) / (std + ε) within the group (GRPO, arXiv 2402.03300, section
+    4.1.2)."""
     return centred(scores) / (group_std(scores.total) + advantage_epsilon)
 
 
 def batch_scaled(
     scores: Scores, *, advantage_epsilon: AdvantageEpsilon = 1e-4
 ) -> Float[Array, "B G"]:
-    """Returns (reward − group's mean) / (std of the whole batch + ε) (TRL's scale_rewards="batch")."""
+    """Returns (reward − group's mean) / (std of the whole batch + ε) (TRL's
+    scale_rewards="batch")."""
     return centred(scores) / (_batch_std(scores.total) + advantage_epsilon)
 
 
 def leave_one_out(scores: Scores) -> Float[Array, "B G"]:
-    """Returns the reward minus the mean of the group's other rewards (RLOO, arXiv 2402.14740, section 3)."""
+    """Returns the reward minus the mean of the group's other rewards (RLOO, arXiv 2402.14740,
+    section 3)."""
     count = (~jnp.isnan(scores.total)).sum(axis=1, keepdims=True)
     return centred(scores) * count / jnp.maximum(count - 1, 1)
 
@@ -87,7 +93,8 @@ def leave_one_out(scores: Scores) -> Float[Array, "B G"]:
 def leave_one_out_normalised(
     scores: Scores, *, advantage_epsilon: AdvantageEpsilon = 1e-4
 ) -> Float[Array, "B G"]:
-    """Returns leave-one-out advantages, standardised over the batch (TRL's normalize_advantages)."""
+    """Returns leave-one-out advantages, standardised over the batch (TRL's
+    normalize_advantages)."""
     advantages = scores.total * 0 + leave_one_out(scores)  # NaN stays NaN for the statistics
     standard = (advantages - _batch_mean(advantages)) / (_batch_std(advantages) + advantage_epsilon)
     return has_spread(scores.total)[:, None] * _zero_if_nan(standard)
@@ -96,7 +103,8 @@ def leave_one_out_normalised(
 def best_of_group(
     scores: Scores, *, advantage_epsilon: AdvantageEpsilon = 1e-4
 ) -> Float[Array, "B G"]:
-    """Returns (best − second best) / (std + ε) for the best completion, else 0 (pass@k, arXiv 2503.19595)."""
+    """Returns (best − second best) / (std + ε) for the best completion, else 0 (pass@k, arXiv
+    2503.19595)."""
     rewards = jnp.where(jnp.isnan(scores.total), -jnp.inf, scores.total)
     top_two = jnp.sort(rewards, axis=1, descending=True)[:, :2]
     lead = jnp.where(jnp.isfinite(top_two[:, 1]), top_two[:, 0] - top_two[:, 1], 0)[:, None]
@@ -105,19 +113,22 @@ def best_of_group(
 
 
 def greedy_baseline(scores: Scores) -> Float[Array, "B G"]:
-    """Returns the reward minus the reward of the greedy completion (ReMax, arXiv 2310.10505, eq. 6)."""
+    """Returns the reward minus the reward of the greedy completion (ReMax, arXiv 2310.10505, eq.
+    6)."""
     if scores.baseline is None:
         raise ValueError("ReMax compares with a greedy completion, but its reward is missing")
     return _zero_if_nan(scores.total - scores.baseline[:, None])
 
 
 def whitened(scores: Scores) -> Float[Array, "B G"]:
-    """Returns rewards with mean 0 and variance 1 over all tokens (REINFORCE++, arXiv 2501.03262, discount 1)."""
+    """Returns rewards with mean 0 and variance 1 over all tokens (REINFORCE++, arXiv 2501.03262,
+    discount 1)."""
     return _whiten(scores.total, scores.lengths)
 
 
 def centred_and_whitened(scores: Scores) -> Float[Array, "B G"]:
-    """Returns the reward minus the group's mean, whitened over all tokens (REINFORCE++-baseline, arXiv 2501.03262)."""
+    """Returns the reward minus the group's mean, whitened over all tokens (REINFORCE++-baseline,
+    arXiv 2501.03262)."""
     return _whiten(_above_group_mean(scores.total), scores.lengths)
 
 
@@ -133,7 +144,8 @@ def length_weighted(scores: Scores) -> Float[Array, "B G"]:
 
 
 def upweighted(scores: Scores) -> Float[Array, "B G"]:
-    """Returns the centred reward × completions / completions with a reward other than 0 (GPG, arXiv 2504.02546)."""
+    """Returns the centred reward × completions / completions with a reward other than 0 (GPG,
+    arXiv 2504.02546)."""
     valid = ~jnp.isnan(scores.total)
     nonzero = jnp.sum(valid & (scores.total != 0))
     return centred(scores) * valid.sum() / jnp.maximum(nonzero, 1)
@@ -142,7 +154,8 @@ def upweighted(scores: Scores) -> Float[Array, "B G"]:
 def normalised_then_summed(
     scores: Scores, *, advantage_epsilon: AdvantageEpsilon = 1e-4
 ) -> Float[Array, "B G"]:
-    """Returns the weighted sum of rewards that are standardised one by one (GDPO, arXiv 2601.05242).
+    """Returns the weighted sum of rewards that are standardised one by one (GDPO, arXiv
+    2601.05242).
 
     The sum is standardised over the batch.
     """
@@ -163,13 +176,17 @@ ADVANTAGES: dict[str, Advantage] = {
     estimator.__name__: estimator
     for estimator in (
         centred, standardised, batch_scaled, leave_one_out, leave_one_out_normalised, best_of_group,
-        greedy_baseline, whitened, centred_and_whitened, length_weighted, upweighted, normalised_then_summed,
+        greedy_baseline, whitened, centred_and_whitened, length_weighted, upweighted,
+        normalised_then_summed,
     )
 }  # fmt: skip
 
 
 def _above_group_mean(rewards: Float[Array, "B G"]) -> Float[Array, "B G"]:
-    """Returns the reward minus the group's mean. Equal rewards give exactly 0, and NaN stays NaN."""
+    """Returns the reward minus the group's mean.
+
+    Equal rewards give exactly 0, and NaN stays NaN.
+    """
     return jnp.where(has_spread(rewards)[:, None], rewards - group_mean(rewards), rewards * 0)
 
 

@@ -1,7 +1,9 @@
-"""Algorithms as rows: advantage × ratio × objective × loss aggregation × KL, each row with its paper.
+"""Algorithms as rows: advantage × ratio × objective × loss aggregation × KL, each row with its
+paper.
 
-`config.grpo.algorithm` names a row of `ALGORITHMS`, or a row of a user's file (`path/to/file.py:row`). The other settings of
-`config.grpo` that `SETTINGS` lists replace one choice of the row.
+`config.grpo.algorithm` names a row of `ALGORITHMS`, or a row of a user's file
+(`path/to/file.py:row`). The other settings of `config.grpo` that `SETTINGS` lists replace one
+choice of the row.
 """
 
 import inspect
@@ -90,18 +92,24 @@ class Algorithm(NamedTuple):
     token_selection: Selection | None = None
     importance_sampling_mode: Correction | None = None
     off_policy_kl: OffPolicyKl = math.inf
-    """Bound on the mean of log π_old − log π for completions with a negative advantage (arXiv 2512.02556)."""
+    """Bound on the mean of log π_old − log π for completions with a negative advantage (arXiv
+    2512.02556)."""
     mask_truncated_completions: MaskTruncated = False
-    """Truncated completions leave the loss, but stay in the statistics of their group (DAPO, arXiv 2503.14476)."""
+    """Truncated completions leave the loss, but stay in the statistics of their group (DAPO,
+    arXiv 2503.14476)."""
 
     def override(self, **changes: Any) -> "Algorithm":
-        """Returns the row with other components or options. Options of the row that are not named stay."""
+        """Returns the row with other components or options.
+
+        Options of the row that are not named stay.
+        """
         fields = {name: value for name, value in changes.items() if name in self._fields}
         options = {name: value for name, value in changes.items() if name not in self._fields}
         return self._replace(**fields, options=dict(self.options) | options)
 
     def options_for(self, field: str) -> dict[str, Any]:
-        """Returns the options of this row that the component in `field` reads, as keyword arguments."""
+        """Returns the options of this row that the component in `field` reads, as keyword
+        arguments."""
         readable = options_of(getattr(self, field))
         return {name: value for name, value in self.options.items() if name in readable}
 
@@ -119,7 +127,8 @@ GRPO = Algorithm()
 ALGORITHMS: dict[str, Algorithm] = {
     # Shao et al., "DeepSeekMath", arXiv 2402.03300
     "grpo": GRPO._replace(kl_coef=0.04),
-    # Liu et al., "Understanding R1-Zero-Like Training", arXiv 2503.20783: no std, no length in the average
+    # Liu et al., "Understanding R1-Zero-Like Training", arXiv 2503.20783: no std, no length in the
+    # average
     "dr_grpo": GRPO._replace(advantage=advantages.centred, loss_agg_mode=seq_mean_token_sum_norm),
     # Yu et al., "DAPO", arXiv 2503.14476: clip-higher and token average.
     # Its other parts are grpo.dynamic_sampling and the reward "overlong".
@@ -128,7 +137,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "lite_ppo": GRPO._replace(advantage=advantages.batch_scaled, loss_agg_mode=token_mean),
     # "INTELLECT-2", arXiv 2505.07291: two-sided clip
     "two_sided": GRPO._replace(loss_agg_mode=token_mean, options={"ratio_cap": 4.0}),
-    # Ye et al., "Mastering Complex Control in MOBA Games", arXiv 1912.09729: dual clip with RLLaVA's cap
+    # Ye et al., "Mastering Complex Control in MOBA Games", arXiv 1912.09729: dual clip with
+    # RLLaVA's cap
     "dual_clip": GRPO._replace(loss_agg_mode=token_mean, options={"ratio_cap": 3.0}),
     # Zheng et al., "GSPO", arXiv 2507.18071
     "gspo": GRPO._replace(ratio=per_sequence, options={"clip_low": 3e-4, "clip_high": 4e-4}),
@@ -151,7 +161,8 @@ ALGORITHMS: dict[str, Algorithm] = {
         advantage=advantages.greedy_baseline, loss_agg_mode=token_mean,
         kl_in_reward=True, kl_estimator=k1,
     ),
-    # Hu, "REINFORCE++", arXiv 2501.03262. The KL of the whole completion is subtracted, not of the remaining tokens.
+    # Hu, "REINFORCE++", arXiv 2501.03262. The KL of the whole completion is subtracted, not of the
+    # remaining tokens.
     "reinforce_plus_plus": GRPO._replace(
         advantage=advantages.whitened, loss_agg_mode=token_mean, kl_in_reward=True, kl_estimator=k1
     ),
@@ -166,7 +177,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "gpg": GRPO._replace(
         advantage=advantages.upweighted, objective=policy_gradient, loss_agg_mode=token_mean
     ),
-    # "Optimizing Language Models for Inference Time Objectives", arXiv 2503.19595: the group's best completion counts
+    # "Optimizing Language Models for Inference Time Objectives", arXiv 2503.19595: the group's best
+    # completion counts
     "pass_at_k": GRPO._replace(advantage=advantages.best_of_group),
     # "GDPO", arXiv 2601.05242: rewards are normalised one by one
     "gdpo": GRPO._replace(advantage=advantages.normalised_then_summed),
@@ -218,7 +230,8 @@ def readers() -> dict[str, dict[str, list[str]]]:
 
 
 def make_settings() -> dict[str, Setting]:
-    """Returns the settings that `config.grpo` has for an algorithm's choices and options, by name."""
+    """Returns the settings that `config.grpo` has for an algorithm's choices and options, by
+    name."""
     settings = {}
     for field, components in CHOICES.items():
         settings[field] = Setting(str, f"{field} of the algorithm", choices=tuple(components))
@@ -241,7 +254,10 @@ def make_settings() -> dict[str, Setting]:
 
 
 SETTINGS: Mapping[str, Setting] = make_settings()
-"""Derived from the declarations of the components. None in `config.grpo` means the row's own choice."""
+"""Derived from the declarations of the components.
+
+None in `config.grpo` means the row's own choice.
+"""
 
 
 def make_algorithm(name: str, overrides: Mapping[str, Any]) -> Algorithm:
@@ -252,7 +268,8 @@ def make_algorithm(name: str, overrides: Mapping[str, Any]) -> Algorithm:
       overrides: values of `SETTINGS` by name.
 
     Raises:
-      UserError: there is no such row or choice, an option is out of range, or no component of the row reads it.
+      UserError: there is no such row or choice, an option is out of range, or no component of the
+        row reads it.
     """
     row = load_algorithm(name) if ".py:" in name else _lookup("algorithm", name, ALGORITHMS)
     in_row = row_options()
@@ -335,7 +352,8 @@ def _check_choices(row: Algorithm) -> None:
     floor = row.option("importance_sampling_floor")
     if row.importance_sampling_mode is not None and row.objective is vespo:
         raise UserError(
-            "config.grpo.importance_sampling_mode multiplies the loss, but the objective vespo has its own weight: "
+            "config.grpo.importance_sampling_mode multiplies the loss, but the objective vespo has "
+            "its own weight: "
             "choose one of the two"
         )
     if floor is not None and floor > row.option("importance_sampling_cap"):
@@ -346,7 +364,8 @@ def load_algorithm(spec: str) -> Algorithm:
     """Returns the row that `path/to/file.py:row` names.
 
     Raises:
-      UserError: there is no such file or name, the file does not run, or the value is not an `Algorithm`.
+      UserError: there is no such file or name, the file does not run, or the value is not an
+        `Algorithm`.
     """
     path, _, name = spec.rpartition(":")
     file = Path(path).expanduser()
@@ -386,7 +405,8 @@ PARAMETERS: dict[str, int] = {
 
 
 def _check_functions(spec: str, row: Algorithm) -> None:
-    """Raises UserError if a component of a user's row takes another number of arguments than its field needs."""
+    """Raises UserError if a component of a user's row takes another number of arguments than its
+    field needs."""
     for field, count in PARAMETERS.items():
         component: Callable[..., Any] | None = getattr(row, field)
         if component is None:
@@ -396,6 +416,7 @@ def _check_functions(spec: str, row: Algorithm) -> None:
         positional = [parameter for parameter in parameters if parameter.kind in kinds]
         if len(positional) != count:
             raise UserError(
-                f"config.grpo.algorithm {spec}: {field} takes {len(positional)} positional arguments, "
+                f"config.grpo.algorithm {spec}: {field} takes {len(positional)} positional "
+                "arguments, "
                 f"but the loss passes {count}"
             )

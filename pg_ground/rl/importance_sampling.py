@@ -1,4 +1,5 @@
-"""Importance-sampling correction: token weights for a sampler whose probabilities differ from the trainer's.
+"""Importance-sampling correction: token weights for a sampler whose probabilities differ from the
+trainer's.
 
 TIS truncates the weight, MIS masks it. Modes have TRL's names (vllm_importance_sampling_mode).
 """
@@ -24,7 +25,8 @@ def token_truncate(
     log_ratio: Array, mask: Array, *,
     importance_sampling_floor: Floor = 0.0, importance_sampling_cap: Cap = 3.0,
 ) -> Array:  # fmt: skip
-    """Returns π_old / π_sampler of each token, clipped to [floor, cap] (truncated importance sampling)."""
+    """Returns π_old / π_sampler of each token, clipped to [floor, cap] (truncated importance
+    sampling)."""
     return jnp.clip(jnp.exp(log_ratio), importance_sampling_floor, importance_sampling_cap)
 
 
@@ -32,7 +34,8 @@ def token_mask(
     log_ratio: Array, mask: Array, *,
     importance_sampling_floor: Floor = 0.0, importance_sampling_cap: Cap = 3.0,
 ) -> Array:  # fmt: skip
-    """Returns π_old / π_sampler of each token; 0 if it lies outside [floor, cap] (masked importance sampling)."""
+    """Returns π_old / π_sampler of each token; 0 if it lies outside [floor, cap] (masked
+    importance sampling)."""
     ratio = jnp.exp(log_ratio)
     inside = (ratio >= importance_sampling_floor) & (ratio <= importance_sampling_cap)
     return jnp.where(inside, ratio, 0)
@@ -45,7 +48,8 @@ def sequence_truncate(
     """Returns `token_truncate` of the probability of the whole completion."""
     return token_truncate(
         whole_sequence(log_ratio, mask), mask,
-        importance_sampling_floor=importance_sampling_floor, importance_sampling_cap=importance_sampling_cap,
+        importance_sampling_floor=importance_sampling_floor,
+        importance_sampling_cap=importance_sampling_cap,
     )  # fmt: skip
 
 
@@ -56,7 +60,8 @@ def sequence_mask(
     """Returns `token_mask` of the probability of the whole completion."""
     return token_mask(
         whole_sequence(log_ratio, mask), mask,
-        importance_sampling_floor=importance_sampling_floor, importance_sampling_cap=importance_sampling_cap,
+        importance_sampling_floor=importance_sampling_floor,
+        importance_sampling_cap=importance_sampling_cap,
     )  # fmt: skip
 
 

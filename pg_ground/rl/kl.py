@@ -1,6 +1,7 @@
 """Estimators of KL(policy || reference policy) from sampled tokens, in nats per token.
 
-Each takes `gap` = log π − log π_ref and `ratio` = π / π_old of each token (joschu.net/blog/kl-approx.html).
+Each takes `gap` = log π − log π_ref and `ratio` = π / π_old of each token
+(joschu.net/blog/kl-approx.html).
 """
 
 from collections.abc import Callable
@@ -16,7 +17,10 @@ KlEstimator = Callable[[Float[Array, "B G T"], Float[Array, "B G T"]], Float[Arr
 
 
 def k1(gap: Array, ratio: Array) -> Array:
-    """Returns the gap. It is unbiased, but its expected gradient on-policy is 0: use it in the reward, not in the loss."""
+    """Returns the gap.
+
+    It is unbiased, but its expected gradient on-policy is 0: use it in the reward, not in the loss.
+    """
     return gap
 
 
@@ -31,7 +35,10 @@ def k3(gap: Array, ratio: Array) -> Array:
 
 
 def k3_corrected(gap: Array, ratio: Array) -> Array:
-    """Returns k3 × ratio. Its gradient is the gradient of the KL, also off-policy (arXiv 2512.02556)."""
+    """Returns k3 × ratio.
+
+    Its gradient is the gradient of the KL, also off-policy (arXiv 2512.02556).
+    """
     return k3(gap, ratio) * ratio
 
 
@@ -41,7 +48,10 @@ def absolute(gap: Array, ratio: Array) -> Array:
 
 
 def absolute_value(values: Array) -> Array:
-    """Returns absolute values whose gradient at 0 is 0. `jnp.abs` has gradient 1 there, and a ratio starts at 0 gap."""
+    """Returns absolute values whose gradient at 0 is 0.
+
+    `jnp.abs` has gradient 1 there, and a ratio starts at 0 gap.
+    """
     return values * jnp.sign(values)
 
 

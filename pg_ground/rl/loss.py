@@ -15,7 +15,10 @@ from pg_ground.types import Array
 from pg_ground.vocab import LOC_MAX, LOC_TOKENS, Vocab
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are clipped to ± this value before exp: a sum over a long completion would overflow float32."""
+"""Log-ratios are clipped to ± this value before exp:
+
+a sum over a long completion would overflow float32.
+"""
 
 
 class PolicyTerms(NamedTuple):
@@ -23,9 +26,13 @@ class PolicyTerms(NamedTuple):
 
     loss: Float[Array, "B G T"]
     kl: Float[Array, "B G T"]
-    """k3 estimate of KL(policy || reference policy) in nats, never negative; 0 without a reference policy."""
+    """k3 estimate of KL(policy || reference policy) in nats, never negative; 0 without a
+    reference policy."""
     clipped: Bool[Array, "B G T"]
-    """True if the clip limits the token. Its gradient is then 0, or smaller for `cispo` and `gmpo`."""
+    """True if the clip limits the token.
+
+    Its gradient is then 0, or smaller for `cispo` and `gmpo`.
+    """
     weight: Float[Array, "B G T"]
     """Importance-sampling correction; 1 without one."""
 
@@ -44,12 +51,13 @@ def policy_loss(
 
     Args:
       logps: log-probabilities under the policy that is trained.
-      old_logps: log-probabilities under the policy that sampled, computed by the trainer. On the first update they equal
-        `logps`: the ratio is 1, and the gradient is the policy gradient.
+      old_logps: log-probabilities under the policy that sampled, computed by the trainer. On the
+        first update they equal `logps`: the ratio is 1, and the gradient is the policy gradient.
       ref_logps: log-probabilities under the reference policy; None without a KL.
       advantages: one value per completion, or one per token.
       mask: True for tokens that are trained.
-      sampler_logps: log-probabilities that the sampler computed, for the importance-sampling correction.
+      sampler_logps: log-probabilities that the sampler computed, for the importance-sampling
+        correction.
     """
     token_log_ratios = jnp.clip(logps - old_logps, -MAX_LOG_RATIO, MAX_LOG_RATIO)
     log_ratio = jnp.clip(algorithm.ratio(token_log_ratios, mask), -MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -82,7 +90,8 @@ def completion_kl(
     mask: Bool[Array, "B G T"],
     algorithm: Algorithm,
 ) -> Float[Array, "B G"]:
-    """Returns KL(policy || reference policy) in nats, estimated over the tokens of each completion."""
+    """Returns KL(policy || reference policy) in nats, estimated over the tokens of each
+    completion."""
     gap = jnp.clip(logps - ref_logps, -MAX_LOG_RATIO, MAX_LOG_RATIO)
     return jnp.sum(algorithm.kl_estimator(gap, jnp.ones_like(gap)) * mask, axis=-1)
 
@@ -94,11 +103,14 @@ def target_logps(
     label_smoothing: float,
     loc_smoothing_bins: float,
 ) -> Float[Array, "B G t"]:
-    """Returns the log-likelihood in nats of each target token under its smoothed target distribution.
+    """Returns the log-likelihood in nats of each target token under its smoothed target
+    distribution.
 
     Args:
-      label_smoothing: share of every target that is spread evenly over all other tokens, as in big_vision's `softmax_xent`.
-      loc_smoothing_bins: standard deviation of a Gaussian that spreads the target of a loc token over neighbouring bins.
+      label_smoothing: share of every target that is spread evenly over all other tokens, as in
+        big_vision's `softmax_xent`.
+      loc_smoothing_bins: standard deviation of a Gaussian that spreads the target of a loc token
+        over neighbouring bins.
     """
     logps = jax.nn.log_softmax(logits)
     target = jnp.take_along_axis(logps, tokens[..., None], axis=-1)[..., 0]

@@ -1,6 +1,8 @@
-"""Policy objectives: importance ratios, the loss of each token, and the weights that average token losses.
+"""Policy objectives: importance ratios, the loss of each token, and the weights that average token
+losses.
 
-A log-ratio is log π − log π_old of the policy that is trained over the policy that sampled, in nats.
+A log-ratio is log π − log π_old of the policy that is trained over the policy that sampled, in
+nats.
 """
 
 import math
@@ -28,7 +30,8 @@ Ratio = Callable[[Float[Array, "B G T"], Bool[Array, "B G T"]], Float[Array, "B 
 """`(log-ratio of each token, mask)` to the log-ratio that weights each token."""
 
 Objective = Callable[..., tuple[Float[Array, "B G T"], Bool[Array, "B G T"]]]
-"""`(log_ratio, logps, advantages, mask, **options)` to the loss of each token, and True if the clip limits it."""
+"""`(log_ratio, logps, advantages, mask, **options)` to the loss of each token, and True if the
+clip limits it."""
 
 LossAggregation = Callable[[Bool[Array, "B G T"]], Float[Array, "B G T"]]
 """`mask` to the weight of each token in the loss of a batch."""
@@ -53,14 +56,16 @@ def per_token(
 def per_sequence(
     log_ratios: Float[Array, "B G T"], mask: Bool[Array, "B G T"]
 ) -> Float[Array, "B G T"]:
-    """Returns the mean log-ratio of the completion at each of its tokens (GSPO, arXiv 2507.18071, eq. 7)."""
+    """Returns the mean log-ratio of the completion at each of its tokens (GSPO, arXiv
+    2507.18071, eq. 7)."""
     return jnp.broadcast_to(masked_mean(log_ratios, mask), log_ratios.shape)
 
 
 def whole_sequence(
     log_ratios: Float[Array, "B G T"], mask: Bool[Array, "B G T"]
 ) -> Float[Array, "B G T"]:
-    """Returns the summed log-ratio of the completion at each of its tokens (RLOO, arXiv 2402.14740).
+    """Returns the summed log-ratio of the completion at each of its tokens (RLOO, arXiv
+    2402.14740).
 
     The completion is one action.
     """
@@ -93,14 +98,16 @@ def cispo(
     log_ratio: Array, logps: Array, advantages: Array, mask: Array, *,
     clip_high: WeightCap = 5.0,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """Returns −sg[min(r, clip_high)]·A·logp, so that every token keeps a gradient (CISPO, arXiv 2506.13585, eq. 4)."""
+    """Returns −sg[min(r, clip_high)]·A·logp, so that every token keeps a gradient (CISPO, arXiv
+    2506.13585, eq. 4)."""
     ratio = jnp.exp(log_ratio)
     weight = jax.lax.stop_gradient(jnp.minimum(ratio, clip_high))
     return -weight * advantages * logps, (ratio > clip_high) & (advantages > 0)
 
 
 def sapo(log_ratio: Array, logps: Array, advantages: Array, mask: Array) -> tuple[Array, Array]:
-    """Returns −4/τ·σ(τ(r − 1))·A with τ = 1 for A > 0, else 1.05 (SAPO, arXiv 2511.20347, eq. 6)."""
+    """Returns −4/τ·σ(τ(r − 1))·A with τ = 1 for A > 0, else 1.05 (SAPO, arXiv 2511.20347, eq.
+    6)."""
     tau = jnp.where(advantages > 0, 1.0, 1.05)
     gate = jax.nn.sigmoid(tau * (jnp.exp(log_ratio) - 1))
     return -4 / tau * gate * advantages, jnp.zeros_like(mask)
@@ -122,7 +129,8 @@ def gmpo(
     log_ratio: Array, logps: Array, advantages: Array, mask: Array, *,
     clip_low: LogClipLow = 0.4, clip_high: LogClipHigh = 0.4,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """Returns −exp(mean of clipped log-ratios)·A at each token of a completion (GMPO, arXiv 2507.20673, eq. 4)."""
+    """Returns −exp(mean of clipped log-ratios)·A at each token of a completion (GMPO, arXiv
+    2507.20673, eq. 4)."""
     limited = jnp.clip(log_ratio, -clip_low, clip_high)
     pessimistic = jnp.where(
         advantages > 0, jnp.minimum(log_ratio, limited), jnp.maximum(log_ratio, limited)
@@ -148,17 +156,24 @@ def seq_mean_token_mean(mask: Bool[Array, "B G T"]) -> Float[Array, "B G T"]:
 
 
 def token_mean(mask: Bool[Array, "B G T"]) -> Float[Array, "B G T"]:
-    """Returns weights that average over all tokens of the batch (DAPO, arXiv 2503.14476). Long completions weigh more."""
+    """Returns weights that average over all tokens of the batch (DAPO, arXiv 2503.14476).
+
+    Long completions weigh more.
+    """
     return mask / jnp.maximum(mask.sum(), 1)
 
 
 def seq_mean_token_sum(mask: Bool[Array, "B G T"]) -> Float[Array, "B G T"]:
-    """Returns weights that sum over the tokens of a completion and average over completions (LUSPO, arXiv 2602.05261)."""
+    """Returns weights that sum over the tokens of a completion and average over completions
+    (LUSPO, arXiv 2602.05261)."""
     return mask / (mask.shape[0] * mask.shape[1])
 
 
 def seq_mean_token_sum_norm(mask: Bool[Array, "B G T"]) -> Float[Array, "B G T"]:
-    """Returns weights that sum over tokens and divide by the token budget B·G·T (Dr. GRPO, arXiv 2503.20783)."""
+    """Returns weights that sum over tokens and divide by the token budget B·G·T (Dr.
+
+    GRPO, arXiv 2503.20783).
+    """
     return mask / mask.size
 
 

@@ -1,11 +1,14 @@
-"""Options of the algorithm's components, declared once: as keyword-only parameters of the component that reads them.
+"""Options of the algorithm's components, declared once: as keyword-only parameters of the component
+that reads them.
 
-A component is a function such as `objectives.ppo_clip`. Its keyword-only parameters are its options:
+A component is a function such as `objectives.ppo_clip`. Its keyword-only parameters are its
+options:
 
     def ppo_clip(log_ratio, logps, advantages, mask, *, clip_low: ClipLow = 0.2, ...)
 
-The annotation carries an `Option`: the help text and the range. `pg_ground.config` derives the settings of `config.grpo` from
-these declarations, and `algorithms.make_algorithm` refuses an option that no component of the chosen algorithm reads.
+The annotation carries an `Option`: the help text and the range. `pg_ground.config` derives the
+settings of `config.grpo` from these declarations, and `algorithms.make_algorithm` refuses an option
+that no component of the chosen algorithm reads.
 """
 
 import functools
@@ -43,9 +46,12 @@ def declaration(annotation: Any, default: Any) -> Declaration:
 
 @functools.cache
 def options_of(component: Callable[..., Any] | None) -> dict[str, Declaration]:
-    """Returns the options of a component by name. Returns an empty dict for None, the absent component.
+    """Returns the options of a component by name.
 
-    A keyword-only parameter without an `Option` (of a user's own component) is an option with a default and no setting.
+    Returns an empty dict for None, the absent component.
+
+    A keyword-only parameter without an `Option` (of a user's own component) is an option with a
+    default and no setting.
     """
     if component is None:
         return {}

@@ -54,13 +54,15 @@ def sample(
 ) -> Rollout:
     """Returns `group_size` completions of each prompt. The same key gives the same completions.
 
-    The prefix (image and prompt) is computed once per prompt. A completion ends with EOS, and its row is PAD after EOS. The loop ends
-    when all completions have ended. `Rollout.logps` are log-probabilities of the whole softmax at `temperature` (at 1 if greedy),
-    before `top_k`, `top_p` and `suppress_tokens`: `completion_logps` gives the same for the same tokens.
+    The prefix (image and prompt) is computed once per prompt. A completion ends with EOS, and its
+    row is PAD after EOS. The loop ends when all completions have ended. `Rollout.logps` are
+    log-probabilities of the whole softmax at `temperature` (at 1 if greedy), before `top_k`,
+    `top_p` and `suppress_tokens`: `completion_logps` gives the same for the same tokens.
 
     Args:
       temperature: 0 is greedy. It can differ for each completion of a group.
-      top_p: keeps the smallest set of tokens with at least this probability (nucleus, arXiv 1904.09751); 1 keeps all.
+      top_p: keeps the smallest set of tokens with at least this probability (nucleus, arXiv
+        1904.09751); 1 keeps all.
       top_k: keeps this many of the most likely tokens; 0 keeps all.
       suppress_tokens: ids that are never drawn.
     """
@@ -117,12 +119,15 @@ def sample(
 
 
 def categorical(key: PRNGKeyArray, logits: Float[Array, "... V"]) -> Int[Array, "..."]:
-    """Returns ids drawn with the probabilities softmax(logits). An id of probability 0 is never drawn.
+    """Returns ids drawn with the probabilities softmax(logits).
 
-    The cumulative distribution is inverted in two stages: first over blocks of ids, then within one block. This takes two random
-    numbers per row. `jax.random.categorical` takes one per id, which was a third of a small model's rollout on a CPU. On a TPU
-    `jax.random.categorical` is better: it generates the numbers inside the argmax, and blocks would copy the logits. The number of
-    blocks divides the vocabulary, so a vocabulary that is sharded over up to 64 devices stays sharded.
+    An id of probability 0 is never drawn.
+
+    The cumulative distribution is inverted in two stages: first over blocks of ids, then within one
+    block. This takes two random numbers per row. `jax.random.categorical` takes one per id, which
+    was a third of a small model's rollout on a CPU. On a TPU `jax.random.categorical` is better: it
+    generates the numbers inside the argmax, and blocks would copy the logits. The number of blocks
+    divides the vocabulary, so a vocabulary that is sharded over up to 64 devices stays sharded.
     """
     blocks = logits.reshape(*logits.shape[:-1], math.gcd(logits.shape[-1], 64), -1)
     highest = logits.max(axis=-1)[..., None, None]
@@ -136,14 +141,16 @@ def categorical(key: PRNGKeyArray, logits: Float[Array, "... V"]) -> Int[Array, 
 def _first_beyond(
     share: Float[Array, "... 1"], weights: Float[Array, "... n"]
 ) -> Int[Array, "..."]:
-    """Returns the first index with a weight whose running sum is above `share`, in (0, 1), of the total."""
+    """Returns the first index with a weight whose running sum is above `share`, in (0, 1), of
+    the total."""
     # The maximum of the running sums is the total. The last sum can differ from it by rounding.
     reached = jnp.where(weights > 0, jnp.cumsum(weights, axis=-1), 0)
     return jnp.argmax(reached > share * reached.max(axis=-1, keepdims=True), axis=-1)
 
 
 def nucleus(logps: Float[Array, "... V"], top_p: float) -> Float[Array, "... V"]:
-    """Returns `logps` with -inf outside the smallest set of likely tokens whose probabilities reach `top_p`."""
+    """Returns `logps` with -inf outside the smallest set of likely tokens whose probabilities
+    reach `top_p`."""
     ordered = jnp.sort(logps, axis=-1, descending=True)
     probabilities = jnp.exp(ordered)
     before = jnp.cumsum(probabilities, axis=-1) - probabilities

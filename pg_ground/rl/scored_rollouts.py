@@ -1,4 +1,7 @@
-"""Scored rollouts: completions with their rewards, refilled by dynamic sampling, then turned into a policy batch."""
+"""Scored rollouts:
+
+completions with their rewards, refilled by dynamic sampling, then turned into a policy batch.
+"""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -54,7 +57,10 @@ def weights_at(weights: Mapping[str, Weight], step: int) -> dict[str, float]:
 def split_off_greedy(
     rollout: Rollout, answer: Answer, rewards: Rewards, batch: Batch
 ) -> ScoredRollouts:
-    """Returns the rollouts without the last completion of each group. It is greedy, and its reward is the baseline."""
+    """Returns the rollouts without the last completion of each group.
+
+    It is greedy, and its reward is the baseline.
+    """
     sampled_rollout, sampled_answer, sampled_rewards = jax.tree.map(
         lambda leaf: leaf[:, :-1], (rollout, answer, rewards)
     )
@@ -68,7 +74,8 @@ def has_spread(scored: ScoredRollouts) -> Bool[Array, " B"]:
 
 
 def refill(scored: ScoredRollouts, fresh: ScoredRollouts) -> ScoredRollouts:
-    """Returns `scored` with groups of `fresh` that have spread in place of groups without spread, in order.
+    """Returns `scored` with groups of `fresh` that have spread in place of groups without spread,
+    in order.
 
     This is DAPO's dynamic sampling (arXiv 2503.14476, eq. 11) with constant shapes.
     """
@@ -109,5 +116,8 @@ def compute_advantages(
 
 
 def per_token(estimates: Float[Array, "B G"] | Float[Array, "B G T"]) -> Float[Array, "B G #T"]:
-    """Returns advantages that broadcast to `[B, G, T]`. A value per completion gets a last axis of length 1."""
+    """Returns advantages that broadcast to `[B, G, T]`.
+
+    A value per completion gets a last axis of length 1.
+    """
     return estimates[..., None] if estimates.ndim == 2 else estimates

@@ -59,7 +59,8 @@ def top_entropy(
 def clip_cov(
     tokens: TokenStatistics, *, token_selection_share: TokenSelectionShare = 2e-4
 ) -> TokenSelection:
-    """Returns factor 0 for a random share of the tokens with a high covariance (Clip-Cov, arXiv 2505.22617).
+    """Returns factor 0 for a random share of the tokens with a high covariance (Clip-Cov, arXiv
+    2505.22617).
 
     The covariance of log-probability and advantage must lie in (1, 5).
     """
@@ -74,7 +75,8 @@ def clip_cov(
 def kl_cov(
     tokens: TokenStatistics, *, token_selection_share: TokenSelectionShare = 2e-4
 ) -> TokenSelection:
-    """Penalises |log-ratio| of the share of tokens with the largest covariance (KL-Cov, arXiv 2505.22617)."""
+    """Penalises |log-ratio| of the share of tokens with the largest covariance (KL-Cov, arXiv
+    2505.22617)."""
     covariance = jnp.where(tokens.mask, _covariance(tokens), -jnp.inf)
     top = _largest(covariance, tokens.mask, token_selection_share)
     return TokenSelection(jnp.ones_like(tokens.logps), top.astype(tokens.logps.dtype))
@@ -86,7 +88,8 @@ TOKEN_SELECTIONS: dict[str, Selection] = {
 
 
 def _covariance(tokens: TokenStatistics) -> Float[Array, "B G T"]:
-    """Returns each token's contribution to the covariance of advantage and log-probability over the batch."""
+    """Returns each token's contribution to the covariance of advantage and log-probability over
+    the batch."""
     count = jnp.maximum(tokens.mask.sum(), 1)
 
     def centre(values: Array) -> Array:

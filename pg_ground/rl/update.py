@@ -19,7 +19,9 @@ from pg_ground.vocab import EOS, Vocab
 LossAndMetrics = Callable[[Any, Any], tuple[Float[Array, ""], tuple[Metrics, Metrics]]]
 """`(trainable trees, part of a batch)` to a loss and two dicts of metrics.
 
-Losses and the metrics of the first dict are summed over the parts. The metrics of the second dict are maxima."""
+Losses and the metrics of the first dict are summed over the parts. The metrics of the second dict
+are maxima.
+"""
 
 
 @runtime_checkable
@@ -65,7 +67,8 @@ def sft_update(
 ) -> tuple[TrainState, Metrics]:
     """Returns the state after one supervised step on the suffixes of `batch`, and the metrics.
 
-    The loss is big_vision's, in nats: the mean over the suffix tokens of an example, EOS included, then over examples.
+    The loss is big_vision's, in nats: the mean over the suffix tokens of an example, EOS included,
+    then over examples.
 
     Args:
       frozen: the parameters that `state` does not have.
@@ -124,7 +127,8 @@ class _PolicyUpdate(NamedTuple):
     def logps_and_entropy(
         self, trees: Mapping[str, Params], policy_batch: PolicyBatch, parts: int
     ) -> tuple[Float[Array, "B G T"], Float[Array, "B G T"]]:
-        """Returns log-probabilities and entropies of the completions under the policy in `trees`."""
+        """Returns log-probabilities and entropies of the completions under the policy in
+        `trees`."""
         params = join(self.frozen, trees[POLICY])
         batch = policy_batch.batch
         rollout = policy_batch.rollout
@@ -201,16 +205,19 @@ def grpo_update(
     kl_target: float = 0.0,
     kl_horizon: int = 1,
 ) -> tuple[TrainState, Metrics]:
-    """Returns the state after `num_iterations` · `minibatches` policy-gradient updates on one rollout, and the metrics.
+    """Returns the state after `num_iterations` · `minibatches` policy-gradient updates on one
+    rollout, and the metrics.
 
-    The first update starts at the policy that sampled: its ratio is 1. Later updates need the old log-probabilities. The same
-    forward pass computes them once; they are never taken from the sampler. Each minibatch is one optimizer step with its own
-    normalisers, whatever the number of gradient accumulation steps.
+    The first update starts at the policy that sampled: its ratio is 1. Later updates need the old
+    log-probabilities. The same forward pass computes them once; they are never taken from the
+    sampler. Each minibatch is one optimizer step with its own normalisers, whatever the number of
+    gradient accumulation steps.
 
     Args:
       frozen: the parameters that `state` does not have.
       key: key of a token selection that draws at random.
-      kl_target: nats per token that steer `state.kl_coef` over `kl_horizon` completions; 0 leaves it fixed.
+      kl_target: nats per token that steer `state.kl_coef` over `kl_horizon` completions; 0 leaves
+        it fixed.
     """
     if kl_target:
         algorithm = algorithm._replace(kl_coef=state.kl_coef)
@@ -240,7 +247,8 @@ def grpo_update(
 def steer_kl_coef(
     state: TrainState, kl: Float[Array, ""], kl_target: float, share_of_horizon: float
 ) -> TrainState:
-    """Returns the state with a `kl_coef` that moves `kl` towards `kl_target` (Ziegler et al. 2019, section 2.2)."""
+    """Returns the state with a `kl_coef` that moves `kl` towards `kl_target` (Ziegler et al.
+    2019, section 2.2)."""
     error = jnp.clip(kl / kl_target - 1, -0.2, 0.2)
     return state._replace(kl_coef=state.kl_coef * (1 + error * share_of_horizon))
 
@@ -248,7 +256,8 @@ def steer_kl_coef(
 def completion_logps(
     model: Scorer, params: Params, batch: Batch, rollout: Rollout, temperature: float, parts: int
 ) -> tuple[Float[Array, "B G T"], Float[Array, "B G T"]]:
-    """Returns log-probabilities and entropies (nats) of the tokens of a rollout, computed in `parts` parts."""
+    """Returns log-probabilities and entropies (nats) of the tokens of a rollout, computed in
+    `parts` parts."""
 
     def score(part: tuple[Batch, Rollout]) -> tuple[Array, Array]:
         questions, completions = part
@@ -263,7 +272,10 @@ def completion_logps(
 
 
 def is_finished(rollout: Rollout) -> Bool[Array, "B G"]:
-    """Returns True for completions that end in EOS. The others are cut off at the maximum length."""
+    """Returns True for completions that end in EOS.
+
+    The others are cut off at the maximum length.
+    """
     return jnp.any(rollout.mask & (rollout.tokens == EOS), axis=-1)
 
 
@@ -310,7 +322,8 @@ def accumulate_gradients(
 def split(tree: Any, parts: int) -> Any:
     """Returns `[B, …]` leaves as `[parts, B / parts, …]`.
 
-    Part i has the rows i, i + parts, … If B is sharded over devices, it stays sharded within each part.
+    Part i has the rows i, i + parts, … If B is sharded over devices, it stays sharded within each
+    part.
     """
     return jax.tree.map(
         lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), tree

@@ -1,4 +1,8 @@
-"""A dry run: samples and scores one batch, and shows each completion with all its rewards. It learns and writes nothing."""
+"""A dry run:
+
+samples and scores one batch, and shows each completion with all its rewards. It learns and writes
+nothing.
+"""
 
 import json
 import math
@@ -30,19 +34,22 @@ TEXT_WIDTH = 60
 
 
 def dry_run(config: Config, workdir: Path | None) -> str:
-    """Returns the completions of the first batch with their rewards, and whether the policy could learn from them.
+    """Returns the completions of the first batch with their rewards, and whether the policy could
+    learn from them.
 
     Args:
       workdir: a run whose policy answers; None uses the first parameters of a new run.
 
     Raises:
-      UserError: no stage samples completions, a reward fails too often, or an error that `train` raises.
+      UserError: no stage samples completions, a reward fails too often, or an error that `train`
+        raises.
     """
     inputs = prepare(config)
     stages = [stage for stage in inputs.stages if isinstance(stage, GrpoStage)]
     if not stages:
         raise UserError(
-            f"config.stages is {config.stages}: a dry run shows the rewards of grpo, which is not in it"
+            f"config.stages is {config.stages}: a dry run shows the rewards of grpo, which is not "
+            "in it"
         )
     stage = stages[0]
     if workdir is None:
@@ -60,7 +67,8 @@ def dry_run(config: Config, workdir: Path | None) -> str:
 
 
 def _with_checkpoint(inputs: Inputs, workdir: Path) -> tuple[Inputs, GrpoStage, Params]:
-    """Returns inputs and stage for the model of a checkpoint, and its parameters with merged or own adapters."""
+    """Returns inputs and stage for the model of a checkpoint, and its parameters with merged or
+    own adapters."""
     config = inputs.setup.config
     model, params = weights.load(workdir, config.model, mesh=inputs.mesh)
     model = PaliGemma(model.config, sharding.activation_sharding(inputs.mesh))
@@ -71,7 +79,8 @@ def _with_checkpoint(inputs: Inputs, workdir: Path) -> tuple[Inputs, GrpoStage, 
 def first_rollouts(
     inputs: Inputs, stage: GrpoStage, params: Params, batches: TrainingBatches
 ) -> tuple[ScoredRollouts, dict[str, int]]:
-    """Returns the scored rollouts of the first batch on the host, and the number of errors of each text reward."""
+    """Returns the scored rollouts of the first batch on the host, and the number of errors of
+    each text reward."""
     runtime = Runtime(inputs.mesh, {}, inputs.tokenizer, None)
     key = jax.random.fold_in(jax.random.key(inputs.setup.config.seed), 0)
     batch = sharding.put_batch(inputs.mesh, next(batches))
@@ -86,7 +95,8 @@ def first_rollouts(
 def question_table(
     scored: ScoredRollouts, row: int, tokenizer: Tokenizer, weights: dict[str, float]
 ) -> str:
-    """Returns the completions of one prompt with all rewards, and the prompt and the gold answer in the title."""
+    """Returns the completions of one prompt with all rewards, and the prompt and the gold answer
+    in the title."""
     question = text_question(scored.batch, row, tokenizer)
     names = list(scored.rewards.parts)
     rows = []
@@ -95,12 +105,14 @@ def question_table(
         text = _shortened(tokenizer.decode(tokens.tolist()))
         rows.append([text, *map(_number, (scored.rewards.total[row, i], *scores))])
     heads = ["completion", "total", *(f"{name} ({weights[name]:g})" for name in names)]
-    title = f"{question.prompt!r}  gold {question.gold!r}  (source {question.source}, question {question.index})"
+    number = f"source {question.source}, question {question.index}"
+    title = f"{question.prompt!r}  gold {question.gold!r}  ({number})"
     return ascii_table(Table(title, heads, rows, ""))
 
 
 def verdict(scored: ScoredRollouts, errors: dict[str, int]) -> str:
-    """Returns the statistics of each reward over the batch, and in words what is wrong with them."""
+    """Returns the statistics of each reward over the batch, and in words what is wrong with
+    them."""
     rewards = scored.rewards
     rows = []
     remarks = []

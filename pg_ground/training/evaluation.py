@@ -1,4 +1,7 @@
-"""Evaluation during a run: its program for `compile` and the memory model, and the function that the recorder calls."""
+"""Evaluation during a run:
+
+its program for `compile` and the memory model, and the function that the recorder calls.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -58,7 +61,8 @@ def all_programs(setup: Setup, stages: Sequence[Stage]) -> dict[str, Program]:
 
 
 def evaluation_program(setup: Setup, stages: Sequence[Stage]) -> Program:
-    """Returns the program that answers a batch of held-out questions, beside the stage that needs the most memory."""
+    """Returns the program that answers a batch of held-out questions, beside the stage that
+    needs the most memory."""
     settings = setup.config.eval
     batch = setups.abstract_batch(setup, settings.batch_size)
     replicated = sharding.replicated(setup.mesh)

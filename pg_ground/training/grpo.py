@@ -1,4 +1,7 @@
-"""GRPO and its relatives: sample groups of completions, score them, compare them within the group, update the policy."""
+"""GRPO and its relatives:
+
+sample groups of completions, score them, compare them within the group, update the policy.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,7 +61,8 @@ class GrpoStage:
 
     @property
     def has_greedy(self) -> bool:
-        """Whether each group has one more completion, a greedy one, whose reward is the baseline."""
+        """Whether each group has one more completion, a greedy one, whose reward is the
+        baseline."""
         return self.algorithm.advantage is advantages.greedy_baseline
 
     @property
@@ -81,7 +85,8 @@ class GrpoStage:
             sharding.check_batch_size(self.setup.mesh, settings.batch_size // divisor, setting)
 
     def resident_memory(self) -> dict[str, float]:
-        """Returns the bytes of parameters, optimizer, reference policy and gathered frozen weights."""
+        """Returns the bytes of parameters, optimizer, reference policy and gathered frozen
+        weights."""
         common = setups.resident_memory(self.setup, self.settings)
         copied = self._copied_memory(self._rollout_weights())
         return common | self._reference_memory() | copied
@@ -171,14 +176,18 @@ class GrpoStage:
     def _reward_errors(self, before: dict[str, int]) -> Metrics:
         """Returns the number of errors of each text reward in this step, over all processes.
 
-        It is called after the host has read the texts, so that the processes do not wait for the update.
+        It is called after the host has read the texts, so that the processes do not wait for the
+        update.
         """
         errors = self._worker.reward_errors()
         counts = {f"reward/errors/{name}": count - before[name] for name, count in errors.items()}
         return multiprocess.sum_over_processes(counts)
 
     def _reference_policy(self, state: TrainState) -> Params:
-        """Returns the trained parameters at the start of this stage. The first step saves them, a resumed run restores them."""
+        """Returns the trained parameters at the start of this stage.
+
+        The first step saves them, a resumed run restores them.
+        """
         policy = state.params[POLICY]
         if self._runtime.workdir is None:
             return jax.tree.map(jnp.copy, policy)
@@ -189,7 +198,8 @@ class GrpoStage:
         return manager.restore_tree(path, policy)
 
     def _reference_logps(self, scored: ScoredRollouts, timer: StepTimer) -> Array | None:
-        """Returns the log-probabilities of the completions under the reference policy; None without one."""
+        """Returns the log-probabilities of the completions under the reference policy; None
+        without one."""
         if self._reference is None:
             return None
         inputs = (self._ref_params, self._runtime.frozen, scored.batch, scored.rollout)
@@ -207,7 +217,9 @@ class GrpoStage:
         batch = scored_rollouts.compute_advantages(
             scored, ref_logps, weights, coefficient, self.algorithm
         )
-        metrics = device_rewards.reward_metrics(scored.rollout, scored.answer, scored.rewards, weights)
+        metrics = device_rewards.reward_metrics(
+            scored.rollout, scored.answer, scored.rewards, weights
+        )
         return batch, metrics
 
     def _draw_samples(self, scored: ScoredRollouts, advantages: Array) -> Any:
@@ -275,7 +287,8 @@ class GrpoStage:
         )
 
     def _reference_program(self, weights: AbstractRolloutWeights) -> Program:
-        """Returns `(ref_params, frozen, batch, rollout) → f32[B, G, T]` log-probabilities under the reference policy."""
+        """Returns `(ref_params, frozen, batch, rollout) → f32[B, G, T]` log-probabilities under
+        the reference policy."""
         settings = self.settings
         setup = self.setup
         parts = settings.grad_accum_steps * settings.minibatches
@@ -308,7 +321,8 @@ class GrpoStage:
         )
 
     def _update_program(self, weights: AbstractRolloutWeights) -> Program:
-        """Returns `(state, frozen, policy_batch, key) → (state, metrics)`, all updates of one step."""
+        """Returns `(state, frozen, policy_batch, key) → (state, metrics)`, all updates of one
+        step."""
         settings = self.settings
         setup = self.setup
         state = self.abstract_state()
@@ -351,13 +365,17 @@ class GrpoStage:
         )
 
     def _reference_memory(self) -> dict[str, float]:
-        """Returns the bytes of the reference policy: the trained parameters once more. Frozen parameters are shared."""
+        """Returns the bytes of the reference policy:
+
+        the trained parameters once more. Frozen parameters are shared.
+        """
         if not self.has_reference:
             return {}
         return {"reference": sharding.bytes_per_device(self.setup.trained_tree)}
 
     def _copied_memory(self, weights: AbstractRolloutWeights) -> dict[str, float]:
-        """Returns the bytes of the gathered copy of the frozen parameters, which stays in memory for all steps."""
+        """Returns the bytes of the gathered copy of the frozen parameters, which stays in memory
+        for all steps."""
         if not weights.gathered or weights.frozen == self.setup.frozen_tree:
             return {}
         return {"rollout weights": sharding.bytes_per_device(weights.frozen)}
@@ -382,18 +400,18 @@ def check_algorithm(algorithm: Algorithm, settings: Grpo) -> None:
         "kl_target steers kl_coef, which is 0: set a kl_coef to start from": (
             settings.kl_target and not algorithm.kl_coef
         ),
-        "kl_estimator is k1, whose gradient in a loss is 0 on average: set kl_in_reward, or k2, k3 or k3_corrected": (
+        "kl_estimator is k1, whose gradient in a loss is 0 on average: set kl_in_reward, k2 or k3": (
             has_kl and algorithm.kl_estimator is k1 and not algorithm.kl_in_reward
         ),
-        "kl_in_reward has no effect on the advantage normalised_then_summed, which takes rewards one by one": (
+        "kl_in_reward has no effect on normalised_then_summed, which takes rewards one by one": (
             has_kl
             and algorithm.kl_in_reward
             and algorithm.advantage is advantages.normalised_then_summed
         ),
-        "dynamic_sampling looks at the spread within groups, but this advantage compares with something else": (
+        "dynamic_sampling looks at the spread within groups, which this advantage does not use": (
             settings.dynamic_sampling and algorithm.advantage in outside_group
         ),
-        "kl_horizon is so short that one step can turn kl_coef around: set it above 0.2 * batch_size * group_size": (
+        "kl_horizon is too short: set it above 0.2 * batch_size * group_size": (
             settings.kl_target and settings.kl_horizon <= 0.2 * completions
         ),
     }

@@ -48,10 +48,12 @@ class Inputs(NamedTuple):
 
 
 def train(config: Config, workdir: Path) -> Path:
-    """Returns the path of the report of a run, after every stage has run or has been found finished.
+    """Returns the path of the report of a run, after every stage has run or has been found
+    finished.
 
     Raises:
-      UserError: something in `config` does not fit the data, the devices, the checkpoint or the run already in `workdir`.
+      UserError: something in `config` does not fit the data, the devices, the checkpoint or the run
+        already in `workdir`.
     """
     inputs = prepare(config)
     is_new = not has_checkpoint(workdir)
@@ -106,7 +108,10 @@ def run_stages(
     checkpoints: manager.Checkpoints,
     params: Params | None,
 ) -> None:
-    """Runs the stages that are not finished. `params` are the first trained parameters; None resumes from a checkpoint."""
+    """Runs the stages that are not finished.
+
+    `params` are the first trained parameters; None resumes from a checkpoint.
+    """
     resumed_step = checkpoints.latest()
     record = {} if resumed_step is None else checkpoints.record(resumed_step)
     names = [stage.name for stage in inputs.stages]
@@ -175,14 +180,17 @@ def has_checkpoint(workdir: Path) -> bool:
     for index, steps in enumerate(steps_by_process):
         if steps != steps_by_process[0]:
             raise UserError(
-                f"process 0 finds the checkpoints {steps_by_process[0]} in {workdir}, process {index} {steps}: --workdir "
+                f"process 0 finds the checkpoints {steps_by_process[0]} in {workdir}, process "
+                f"{index} {steps}: --workdir "
                 f"must be on a file system that all processes share"
             )
     return bool(steps_by_process[0])
 
 
 def store_frozen(workdir: Path, frozen: AbstractParams, all_params: Params | None) -> Params:
-    """Returns the frozen parameters. A new run writes them once beside its checkpoints, so that it does not need `config.init`.
+    """Returns the frozen parameters.
+
+    A new run writes them once beside its checkpoints, so that it does not need `config.init`.
 
     Args:
       all_params: all parameters of a new run; None restores the frozen ones.
@@ -218,7 +226,10 @@ def open_batches(inputs: Inputs, stage: Stage, bad_records: BadRecords) -> Train
 
 
 def steps_between_evals(config: Config, stage: str, questions: int) -> int:
-    """Returns the steps of a stage between evaluations; 0 is only at its end. An epoch is one pass over `questions`."""
+    """Returns the steps of a stage between evaluations; 0 is only at its end.
+
+    An epoch is one pass over `questions`.
+    """
     if not config.eval.every_epochs:
         return config.eval.every
     steps = config.eval.every_epochs * questions / config.stage_settings(stage).batch_size
@@ -231,7 +242,10 @@ def check_text_lengths(
     streams: Mapping[str, TrainingBatches],
     eval_sources: Mapping[str, Examples],
 ) -> None:
-    """Prints the longest texts of every source. Raises UserError if they exceed the configured lengths."""
+    """Prints the longest texts of every source.
+
+    Raises UserError if they exceed the configured lengths.
+    """
     if not config.data.check_records:
         return
     parts: Sequence[Examples] = [
@@ -256,7 +270,8 @@ def print_sizes(inputs: Inputs) -> None:
 
 
 def size_line(setup: Setup, stage: Stage) -> str:
-    """Returns in words the number of parameters, how many are trained, and the bytes of both and of the optimizer."""
+    """Returns in words the number of parameters, how many are trained, and the bytes of both and
+    of the optimizer."""
 
     def count_and_bytes(tree: Any) -> tuple[int, int]:
         sizes = [(int(np.prod(leaf.shape)), leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree)]
@@ -267,5 +282,6 @@ def size_line(setup: Setup, stage: Stage) -> str:
     optimizer_bytes = count_and_bytes(stage.abstract_state().opt_state)[1]
     return (
         f"{trained + frozen:,} parameters ({trained_bytes + frozen_bytes:,} bytes), "
-        f"{trained:,} of them trained ({trained_bytes:,} bytes); optimizer {optimizer_bytes:,} bytes"
+        f"{trained:,} of them trained ({trained_bytes:,} bytes); optimizer {optimizer_bytes:,} "
+        "bytes"
     )

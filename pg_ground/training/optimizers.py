@@ -30,11 +30,12 @@ def schedule(settings: Optimizer, steps: int) -> optax.Schedule:
 def make_optimizer(
     settings: Optimizer, steps: int, factors: Mapping[str, float] | None = None
 ) -> optax.GradientTransformation:
-    """Returns the chain for `steps` updates: clip by global norm, then adamw (arXiv 1711.05101) or muon.
+    """Returns the chain for `steps` updates: clip by global norm, then adamw (arXiv 1711.05101) or
+    muon.
 
     Args:
-      factors: factors of the learning rate by parameter name; a parameter without one has factor 1. The norm is clipped before
-        the factors.
+      factors: factors of the learning rate by parameter name; a parameter without one has factor 1.
+        The norm is clipped before the factors.
     """
     lr = schedule(settings, steps)
     clip = clip_by_norm(settings.clip_norm) if settings.clip_norm else optax.identity()
@@ -59,10 +60,12 @@ def make_optimizer(
 
 
 def clip_by_norm(norm: float) -> optax.GradientTransformation:
-    """Returns a transformation that scales gradients down to a global norm of `norm` if theirs is larger.
+    """Returns a transformation that scales gradients down to a global norm of `norm` if theirs is
+    larger.
 
-    It multiplies by one factor, unlike `optax.clip_by_global_norm`. XLA fuses the product into the next operation, but writes out a
-    quotient and reads it twice (docs/performance.md, 2026-11-22: a third of an update of 274 million parameters on a CPU).
+    It multiplies by one factor, unlike `optax.clip_by_global_norm`. XLA fuses the product into the
+    next operation, but writes out a quotient and reads it twice (docs/performance.md, 2026-11-22: a
+    third of an update of 274 million parameters on a CPU).
     """
 
     def scale(updates: Any, _: Any) -> Any:
@@ -73,7 +76,8 @@ def clip_by_norm(norm: float) -> optax.GradientTransformation:
 
 
 def muon_dimensions(params: Any) -> Any:
-    """Returns the tree of `params` with the matrix axes of each matrix, and None for every other parameter."""
+    """Returns the tree of `params` with the matrix axes of each matrix, and None for every other
+    parameter."""
 
     def dimensions(name: str, leaf: Any) -> MuonDimensionNumbers | None:
         axes = matrix_axes(name)

@@ -1,4 +1,5 @@
-"""A program: a pure function with what `jax.jit` needs, and with what compilation and the memory model need to know.
+"""A program: a pure function with what `jax.jit` needs, and with what compilation and the memory
+model need to know.
 
 `train` runs programs, `compile` compiles the same programs ahead of time, and `bench` times them.
 """
@@ -46,7 +47,8 @@ class Program(NamedTuple):
     decode_steps: int = 0
     """Number of tokens that are decoded one after the other."""
     gradient_tokens: int = 0
-    """Number of tokens whose logits are computed with a gradient, and so computed again in the backward pass."""
+    """Number of tokens whose logits are computed with a gradient, and so computed again in the
+    backward pass."""
     is_jitted: bool = False
     """True if `function` is already the result of `jax.jit`."""
 

@@ -1,4 +1,7 @@
-"""The recorder: writes metrics, evaluations, pictures, checkpoints and the report between the steps of a run."""
+"""The recorder:
+
+writes metrics, evaluations, pictures, checkpoints and the report between the steps of a run.
+"""
 
 import json
 import logging
@@ -39,9 +42,11 @@ class Best(NamedTuple):
 
 
 class Recorder:
-    """Writes the record of one run in step with its checkpoints: a resumed run writes what the first run would have written.
+    """Writes the record of one run in step with its checkpoints: a resumed run writes what the
+    first run would have written.
 
-    Every process has a recorder with the same numbers. Only process 0 has a `writer`, and only it writes.
+    Every process has a recorder with the same numbers. Only process 0 has a `writer`, and only it
+    writes.
     """
 
     def __init__(
@@ -57,8 +62,10 @@ class Recorder:
     ):
         """Args:
         evaluate: trained parameters to held-out metrics.
-        eval_every: steps between evaluations of each stage, by the stage's name; 0 is only at its end.
-        resumed_step: the step of the checkpoint that the run resumes from. Everything later is written again.
+        eval_every: steps between evaluations of each stage, by the stage's name; 0 is only at its
+          end.
+        resumed_step: the step of the checkpoint that the run resumes from. Everything later is
+          written again.
         """
         self.config = config
         self.workdir = workdir
@@ -90,14 +97,17 @@ class Recorder:
         return sum(self._stage_steps.values())
 
     def restore(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Restores the recorder from a checkpoint's record. Returns the values that this process saved.
+        """Restores the recorder from a checkpoint's record.
+
+        Returns the values that this process saved.
 
         Raises:
           UserError: the record is of an earlier version of the package.
         """
         if not {"processes", "best"} <= record.keys():
             raise UserError(
-                f"{self.workdir} has a checkpoint of an earlier version of this package: resume it with that version"
+                f"{self.workdir} has a checkpoint of an earlier version of this package: resume it "
+                "with that version"
             )
         saved = process_record(record["processes"], jax.process_index(), jax.process_count())
         self._window = {name: list(values) for name, values in record["window"].items()}
@@ -106,7 +116,8 @@ class Recorder:
         return saved
 
     def evaluate(self, step: int, stage: str, params: Params) -> None:
-        """Writes the held-out metrics of the policy's parameters, and saves the parameters if they are the best so far."""
+        """Writes the held-out metrics of the policy's parameters, and saves the parameters if
+        they are the best so far."""
         with progress.phase("evaluation"):
             metrics = self._evaluate(params)
         if metrics:
@@ -127,11 +138,12 @@ class Recorder:
         output: StepOutput,
         read_seconds: Callable[[], dict[str, float]],
     ) -> None:
-        """Records step number `done` (from 1) of `stage`, which is dispatched but perhaps not finished.
+        """Records step number `done` (from 1) of `stage`, which is dispatched but perhaps not
+        finished.
 
-        Its metrics are read when the next step is dispatched, so that the devices do not wait for the host. If anything else
-        is due after this step, they are read at once: an evaluation, pictures, a checkpoint, a trace, or a line of several
-        processes.
+        Its metrics are read when the next step is dispatched, so that the devices do not wait for
+        the host. If anything else is due after this step, they are read at once: an evaluation,
+        pictures, a checkpoint, a trace, or a line of several processes.
         """
         is_last = done == self._stage_steps[stage]
         step = self.offset(stage) + done
@@ -203,7 +215,8 @@ class Recorder:
         self._update_report()
 
     def _trace(self, step: int) -> None:
-        """Starts the profiler before the first traced step, and stops it after the last one or at the end of the run."""
+        """Starts the profiler before the first traced step, and stops it after the last one or
+        at the end of the run."""
         first, last = self.config.log.profile_steps
         if self._is_tracing and step == min(last, self.total_steps):
             jax.profiler.stop_trace()
@@ -270,7 +283,10 @@ class Recorder:
 def read_metrics(
     output: StepOutput, read_seconds: Callable[[], dict[str, float]], questions: int
 ) -> dict[str, float]:
-    """Returns the metrics, seconds and rates of a step on the host. Waits until the devices have finished the step."""
+    """Returns the metrics, seconds and rates of a step on the host.
+
+    Waits until the devices have finished the step.
+    """
     values = {name: float(value) for name, value in jax.device_get(output.metrics).items()}
     seconds = read_seconds()
     step_s = sum(seconds.values())
@@ -282,9 +298,12 @@ def read_metrics(
 
 
 def metric_goodness(metric: str, metrics: Mapping[str, float]) -> float:
-    """Returns the value of a metric, negated if its name starts with "-". More is better, and NaN is worst.
+    """Returns the value of a metric, negated if its name starts with "-".
 
-    `eval/boxes/acc50` also means `eval/boxes@512/acc50`, the metric on a limited number of questions.
+    More is better, and NaN is worst.
+
+    `eval/boxes/acc50` also means `eval/boxes@512/acc50`, the metric on a limited number of
+    questions.
 
     Raises:
       UserError: there is no such metric.
@@ -303,7 +322,8 @@ def metric_goodness(metric: str, metrics: Mapping[str, float]) -> float:
 def process_record(parts: Sequence[Mapping[str, Any]], index: int, count: int) -> Mapping[str, Any]:
     """Returns the saved values that process `index` of `count` resumes from.
 
-    If the number of processes has changed, all resume from the furthest position in the data. Counts go to process 0.
+    If the number of processes has changed, all resume from the furthest position in the data.
+    Counts go to process 0.
     """
     if len(parts) == count:
         return parts[index]
@@ -318,6 +338,9 @@ def process_record(parts: Sequence[Mapping[str, Any]], index: int, count: int) -
 
 
 def mean_of_finite(values: Sequence[float]) -> float:
-    """Returns the mean of the finite values; NaN if there is none. A reward is NaN at a step without a question for it."""
+    """Returns the mean of the finite values; NaN if there is none.
+
+    A reward is NaN at a step without a question for it.
+    """
     finite = [value for value in values if math.isfinite(value)]
     return statistics.fmean(finite) if finite else math.nan

@@ -27,10 +27,12 @@ def make_reward_workers(settings: Grpo) -> RewardWorkers:
 
 
 def load_device_rewards(settings: Grpo) -> dict[str, device_rewards.Reward]:
-    """Returns the rewards on token ids in `settings`: the package's own, and rewards of a user's files.
+    """Returns the rewards on token ids in `settings`: the package's own, and rewards of a user's
+    files.
 
     Raises:
-      UserError: a reward does not exist, cannot be loaded or is named twice, or no reward has a weight.
+      UserError: a reward does not exist, cannot be loaded or is named twice, or no reward has a
+        weight.
     """
     twice = sorted(set(settings.rewards) & set(settings.text_rewards))
     if twice:
@@ -47,7 +49,8 @@ def load_device_rewards(settings: Grpo) -> dict[str, device_rewards.Reward]:
             rewards[name] = _checked(name, from_file.function)
     if not weighted_rewards(settings):
         raise UserError(
-            f"config.grpo.rewards and text_rewards are {settings.all_rewards}: at least one needs a weight other than 0"
+            f"config.grpo.rewards and text_rewards are {settings.all_rewards}: at least one needs "
+            "a weight other than 0"
         )
     return rewards
 
@@ -62,7 +65,10 @@ def weighted_rewards(settings: Grpo) -> frozenset[str]:
 
 
 def _checked(name: str, function: Callable[..., Any]) -> device_rewards.Reward:
-    """Returns a user's reward with errors that name its file. Values that are not finite become NaN: not applicable."""
+    """Returns a user's reward with errors that name its file.
+
+    Values that are not finite become NaN: not applicable.
+    """
 
     def reward(answer: Answer, batch: Batch, settings: RewardSettings) -> jax.Array:
         try:
@@ -71,7 +77,8 @@ def _checked(name: str, function: Callable[..., Any]) -> device_rewards.Reward:
             raise UserError(f"the reward {name} failed: {type(error).__name__}: {error}") from error
         if scores.shape != answer.finished.shape:
             raise UserError(
-                f"the reward {name} has shape {list(scores.shape)}: it must be [B, G], {list(answer.finished.shape)}"
+                f"the reward {name} has shape {list(scores.shape)}: it must be [B, G], "
+                f"{list(answer.finished.shape)}"
             )
         return jnp.where(jnp.isfinite(scores), scores, jnp.nan)
 

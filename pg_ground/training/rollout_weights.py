@@ -1,7 +1,8 @@
 """Weights for sampling: in the dtype of activations, and gathered on every device if memory allows.
 
-A decoder reads every weight for every token. Sharded weights would be gathered again for each token, so they are gathered and cast
-once per step. Norms keep their dtype, because they are computed in float32: sampler and trainer stay one function.
+A decoder reads every weight for every token. Sharded weights would be gathered again for each
+token, so they are gathered and cast once per step. Norms keep their dtype, because they are
+computed in float32: sampler and trainer stay one function.
 """
 
 from collections.abc import Callable
@@ -46,7 +47,10 @@ def _is_norm(name: str) -> bool:
 
 
 def gathered_params(setup: Setup, params: Params) -> Params:
-    """Returns the abstract arrays of the gathered parameters. Returns `params` itself if no cast or gather is needed."""
+    """Returns the abstract arrays of the gathered parameters.
+
+    Returns `params` itself if no cast or gather is needed.
+    """
     program = gather_program(setup, params)
     shapes = jax.eval_shape(program.function, params)
     gathered = with_shardings(shapes, program.out_shardings)
@@ -61,8 +65,9 @@ def gathered_params(setup: Setup, params: Params) -> Params:
 def uses_gathered(setup: Setup, group: int, keeps_reference: bool) -> bool:
     """Returns whether sampling reads gathered weights.
 
-    `config.grpo.rollout_weights` decides. With "auto" the weights are gathered if they fit beside everything that stays in
-    memory. If the memory of a device is unknown (a CPU), nothing is copied.
+    `config.grpo.rollout_weights` decides. With "auto" the weights are gathered if they fit beside
+    everything that stays in memory. If the memory of a device is unknown (a CPU), nothing is
+    copied.
 
     Args:
       group: completions per prompt, a greedy one included.
@@ -113,5 +118,6 @@ def make_gather(
     if not gathered or gathered_params(setup, abstract) is abstract:
         return lambda params: params
     gather = jit_program(gather_program(setup, abstract), setup.config.mesh, mesh)
-    # The copy is as large as the model. During an update it would add to the update's own peak, so it waits.
+    # The copy is as large as the model. During an update it would add to the update's own peak, so
+    # it waits.
     return lambda params: gather(jax.block_until_ready(params))

@@ -1,4 +1,7 @@
-"""The rollout worker: generates completions on the devices and scores them there and in the workers of text rewards."""
+"""The rollout worker:
+
+generates completions on the devices and scores them there and in the workers of text rewards.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -24,7 +27,10 @@ from pg_ground.types import BOXES, POINTS, Array, Batch, Params, Rollout
 FRESH_GROUPS_KEY = 2**20
 PARTS_KEY = 2**20 + 1
 UPDATE_KEY = 2**20 + 2
-"""Numbers that a step's key is folded with: for fresh groups, for parts of a batch and for the update. No token has them."""
+"""Numbers that a step's key is folded with:
+
+for fresh groups, for parts of a batch and for the update. No token has them.
+"""
 
 TARGET_NAMES = {BOXES: "boxes", POINTS: "points"}
 
@@ -40,7 +46,10 @@ class Generated(NamedTuple):
 
 
 class RolloutWorker:
-    """Generates and scores `group_size` completions of each prompt. Each program is compiled once."""
+    """Generates and scores `group_size` completions of each prompt.
+
+    Each program is compiled once.
+    """
 
     def __init__(
         self,
@@ -111,7 +120,8 @@ class RolloutWorker:
           weights: weight of each reward at this step.
 
         Raises:
-          UserError: a text reward failed on more completions than `reward_workers.error_share` allows.
+          UserError: a text reward failed on more completions than `reward_workers.error_share`
+            allows.
         """
         text_scores = self._text_scores(generated)
         traced_weights = {name: jnp.float32(weight) for name, weight in weights.items()}
@@ -148,10 +158,11 @@ class RolloutWorker:
         key: jax.Array,
         timer: StepTimer,
     ) -> tuple[ScoredRollouts, dict[str, float]]:
-        """Returns rollouts whose groups without spread are replaced by fresh groups (DAPO's dynamic sampling), and metrics.
+        """Returns rollouts whose groups without spread are replaced by fresh groups (DAPO's dynamic
+        sampling), and metrics.
 
-        Metrics: the share of groups that had no spread at first, and the number of replaced groups. Both are absent if
-        `dynamic_sampling` is 0.
+        Metrics: the share of groups that had no spread at first, and the number of replaced groups.
+        Both are absent if `dynamic_sampling` is 0.
 
         Args:
           fresh_groups: generates and scores the next batch with a key.
@@ -204,7 +215,8 @@ def make_score(
 def texts_of(
     batch: Batch, rollout: Rollout, tokenizer: Tokenizer
 ) -> tuple[list[str], list[TextExample]]:
-    """Returns every completion of a batch on the host as text, prompt by prompt, and the question of each completion."""
+    """Returns every completion of a batch on the host as text, prompt by prompt, and the
+    question of each completion."""
     completions: list[str] = []
     examples: list[TextExample] = []
     for row in range(len(batch.prompt)):

@@ -1,4 +1,7 @@
-"""The settings of a run in its working directory: written at the start, compared when the run resumes."""
+"""The settings of a run in its working directory:
+
+written at the start, compared when the run resumes.
+"""
 
 import dataclasses
 import json
@@ -11,15 +14,18 @@ from pg_ground.reporting.files import write_atomically
 from pg_ground.types import UserError
 
 MAY_DIFFER = ("log.", "checkpoint.every", "checkpoint.keep", "mesh.")
-"""Settings that a resumed run can change. They do not change what is computed; another mesh changes the order of sums."""
+"""Settings that a resumed run can change.
+
+They do not change what is computed; another mesh changes the order of sums.
+"""
 
 
 def check_run_config(workdir: Path, config: Config) -> None:
     """Writes `config.json`, or checks that the directory holds a run with the same settings.
 
     Raises:
-      UserError: the directory holds a checkpoint of a run with other settings (except `MAY_DIFFER`), or the processes do not
-        share the directory.
+      UserError: the directory holds a checkpoint of a run with other settings (except
+        `MAY_DIFFER`), or the processes do not share the directory.
     """
     if any((workdir / "checkpoints").glob("[0-9]*")):
         _check_same(workdir, config)
@@ -27,14 +33,16 @@ def check_run_config(workdir: Path, config: Config) -> None:
     multiprocess.barrier("run config is read")  # no process may write before all have looked
     if multiprocess.is_main_process():
         if not run_directory.steps(workdir):
-            # A run that ended before its first checkpoint can have left parameters of other settings.
+            # A run that ended before its first checkpoint can have left parameters of other
+            # settings.
             manager.remove_tree(workdir / run_directory.BEST)
         write_atomically(file, json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     multiprocess.barrier("run config is written")
     is_visible = multiprocess.all_gather(file.is_file())
     if not all(is_visible):
         raise UserError(
-            f"process {is_visible.index(False)} does not find {file}, which process 0 has written: --workdir must be on a "
+            f"process {is_visible.index(False)} does not find {file}, which process 0 has written: "
+            "--workdir must be on a "
             f"file system that all processes share"
         )
 
@@ -50,5 +58,6 @@ def _check_same(workdir: Path, config: Config) -> None:
     ]
     if differences:
         raise UserError(
-            f"{workdir} holds a run with other settings ({'; '.join(differences[:3])}): choose another --workdir"
+            f"{workdir} holds a run with other settings ({'; '.join(differences[:3])}): choose "
+            "another --workdir"
         )

@@ -1,4 +1,7 @@
-"""The setup that all stages of a run share: the model, the layout of its parameters, optimizers and train states."""
+"""The setup that all stages of a run share:
+
+the model, the layout of its parameters, optimizers and train states.
+"""
 
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
@@ -96,7 +99,8 @@ def abstract_params(
     sharding.check_rules(config.mesh.rules, list(shapes))
     if config.model.lora.rank and not any(map(is_adapter, shapes)):
         raise UserError(
-            f"config.model.lora.pattern {config.model.lora.pattern!r} matches no matrix, such as llm/layers/mlp/linear"
+            f"config.model.lora.pattern {config.model.lora.pattern!r} matches no matrix, such as "
+            "llm/layers/mlp/linear"
         )
     factors = lr_factors(shapes, config.lr_factors)
     dtypes = {
@@ -124,7 +128,8 @@ def with_shardings(tree: Any, shardings: Any) -> Any:
 def init_params(config: Config, model: PaliGemma, abstract: AbstractParams) -> Params:
     """Returns the first parameters, sharded as `abstract` says.
 
-    They come from `config.init` if it is set. New adapters do nothing yet. All other parameters are random.
+    They come from `config.init` if it is set. New adapters do nothing yet. All other parameters are
+    random.
     """
     loaded: dict[str, Any] = {}
     if config.init:

@@ -1,4 +1,7 @@
-"""The interface of a stage. `train`, `compile`, `bench` and the memory model know stages by this interface alone."""
+"""The interface of a stage.
+
+`train`, `compile`, `bench` and the memory model know stages by this interface alone.
+"""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -38,7 +41,10 @@ class RolloutSamples(NamedTuple):
 
 
 class StepOutput(NamedTuple):
-    """The results of a step that are not part of the train state. Arrays can still be in computation."""
+    """The results of a step that are not part of the train state.
+
+    Arrays can still be in computation.
+    """
 
     metrics: Metrics
     completions: int = 0
@@ -84,7 +90,8 @@ class Stage(Protocol):
 
     @property
     def data_seed(self) -> int:
-        """Added to the config's seed for the order of the data, so that two stages do not see the same scenes."""
+        """Added to the config's seed for the order of the data, so that two stages do not see
+        the same scenes."""
         ...
 
     def check(self) -> None:
@@ -100,7 +107,8 @@ class Stage(Protocol):
         ...
 
     def resident_memory(self) -> dict[str, float]:
-        """Returns the bytes per device, by kind, that stay in memory between the programs of a step."""
+        """Returns the bytes per device, by kind, that stay in memory between the programs of a
+        step."""
         ...
 
     def init(self, params: Params) -> TrainState:
@@ -108,11 +116,17 @@ class Stage(Protocol):
         ...
 
     def open(self, runtime: Runtime, state: TrainState) -> AbstractContextManager[None]:
-        """Prepares the steps: jitted programs, reference policy, reward workers. Leaving the context ends the workers."""
+        """Prepares the steps:
+
+        jitted programs, reference policy, reward workers. Leaving the context ends the workers.
+        """
         ...
 
     def step(
         self, state: TrainState, batches: BatchIterator, number: int, timer: StepTimer
     ) -> tuple[TrainState, StepOutput]:
-        """Dispatches step `number` (from 0). Returns the new state and the output; devices can still be at work."""
+        """Dispatches step `number` (from 0).
+
+        Returns the new state and the output; devices can still be at work.
+        """
         ...

@@ -11,9 +11,12 @@ T = TypeVar("T")
 
 
 class StepTimer:
-    """Measures each phase of the steps of a stage. A separate thread waits for the devices; the host goes on.
+    """Measures each phase of the steps of a stage.
 
-    Devices work in the order of dispatch. A phase lasts from the end of the phase before it until its results are computed.
+    A separate thread waits for the devices; the host goes on.
+
+    Devices work in the order of dispatch. A phase lasts from the end of the phase before it until
+    its results are computed.
     """
 
     def __init__(self) -> None:
@@ -25,10 +28,12 @@ class StepTimer:
         """The phase that was dispatched last."""
 
     def start_step(self) -> Callable[[], dict[str, float]]:
-        """Starts a step. Returns a function that waits for its devices and returns seconds as `time/<phase>_s`.
+        """Starts a step.
 
-        The step starts where the step before ended. If the step before has been read, it starts now: work between the two is
-        not part of it.
+        Returns a function that waits for its devices and returns seconds as `time/<phase>_s`.
+
+        The step starts where the step before ended. If the step before has been read, it starts
+        now: work between the two is not part of it.
         """
         if self._is_read:
             self._last_end = time.perf_counter()
@@ -49,7 +54,10 @@ class StepTimer:
         return read_seconds
 
     def lap(self, phase: str, value: T) -> T:
-        """Returns `value` at once. It is the result of `phase`, and must not be donated to a later program."""
+        """Returns `value` at once.
+
+        It is the result of `phase`, and must not be donated to a later program.
+        """
         self.phase = phase
         self._laps.append((phase, self._waiter.submit(_time_when_ready, value)))
         return value
