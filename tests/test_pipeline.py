@@ -355,18 +355,24 @@ def test_five_hundred_batches_have_their_shares_and_no_example_twice_in_an_epoch
     assert len(set(drawn)) == len(drawn) == 500
 
 
-def test_batches_are_the_same_again_with_workers_and_after_going_on(tmp_path, tokens):
+@pytest.mark.parametrize(
+    ("compared", "first_workers", "later_workers"),
+    [((), 2, (0,)), pytest.param((1, 4), 2, (0, 3), marks=pytest.mark.slow)],
+)
+def test_batches_are_the_same_again_with_workers_and_after_going_on(
+    tmp_path, tokens, compared, first_workers, later_workers
+):
     sources = three_sources(tmp_path)
     straight = digests(islice(train(sources, tokens), 60))
     assert digests(islice(train(sources, tokens), 60)) == straight
     assert len(set(straight)) == 60
-    for workers in (1, 4):
+    for workers in compared:
         data = replace(DATA, workers=workers)
         assert digests(islice(train(sources, tokens, data=data), 12)) == straight[:12]
     stop = 23  # in the middle of epochs of every source
-    first = train(sources, tokens, data=replace(DATA, workers=2))
+    first = train(sources, tokens, data=replace(DATA, workers=first_workers))
     before = digests(islice(first, stop))
-    for workers in (0, 3):
+    for workers in later_workers:
         second = train(sources, tokens, data=replace(DATA, workers=workers))
         second.set_state(json.loads(json.dumps(first.get_state())))
         assert before + digests(islice(second, 60 - stop)) == straight
@@ -568,6 +574,9 @@ def test_a_stream_without_any_question_ends(tmp_path, tokens, workers):
     assert seen([next(train(rare, tokens, batch_size=1))])[0][0] == 1
 
 
+WORKERS = pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+"""A worker process imports the package, which takes 3 s."""
+
 LEAVES_NOTHING = """
 import sys
 from pg_ground import tokenizer
@@ -576,7 +585,7 @@ from pg_ground.data.bad_records import BadRecords
 from pg_ground.data.batches import PrefetchIterator, training_batches
 
 if __name__ == "__main__":
-    data = Data(prompt_length=8, suffix_length=8, workers=2)
+    data = Data(prompt_length=8, suffix_length=8, workers=int(sys.argv[2]))
     batches = training_batches({"a": Source(uri=sys.argv[1], boxes="box")}, data, tokenizer.load(),
                                image_size=8, batch_size=4, seed=0, bad_records=BadRecords())
     with PrefetchIterator(batches, lambda batch: batch) as ahead:
@@ -585,18 +594,23 @@ if __name__ == "__main__":
 """
 
 
-def test_closed_workers_leave_no_shared_memory(tmp_path):
+@WORKERS
+def test_closed_workers_leave_no_shared_memory(tmp_path, workers):
     uri = make_source(tmp_path, "a", 50).uri
     (tmp_path / "run.py").write_text(LEAVES_NOTHING)
     done = subprocess.run(
-        [sys.executable, tmp_path / "run.py", uri], capture_output=True, text=True, timeout=120
+        [sys.executable, tmp_path / "run.py", uri, str(workers)],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0 and "leaked" not in done.stderr, done.stderr
 
 
-def test_a_closed_stream_goes_on_where_it_was(tmp_path, tokens):
+@WORKERS
+def test_a_closed_stream_goes_on_where_it_was(tmp_path, tokens, workers):
     sources = three_sources(tmp_path)
-    batches = train(sources, tokens, data=replace(DATA, workers=2))
+    batches = train(sources, tokens, data=replace(DATA, workers=workers))
     batches.close()
     first = digests(islice(batches, 3))
     batches.close()
@@ -604,7 +618,8 @@ def test_a_closed_stream_goes_on_where_it_was(tmp_path, tokens):
     batches.close()
 
 
-def test_ten_thousand_records_one_in_ten_of_them_mutated(tmp_path, tokens):
+@pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_one_record_in_ten_mutated(tmp_path, tokens, count):
     """Each mutated record that cannot be used is listed with its number, no other is, and what is left is unchanged."""
     (tmp_path / "i.jpg").write_bytes(jpeg(7))
     rng = np.random.default_rng(0)
@@ -626,7 +641,7 @@ def test_ten_thousand_records_one_in_ten_of_them_mutated(tmp_path, tokens):
         "../no.jpg",
     ]
     lines, mutated, empty = [], set(), set()
-    for i in range(10_000):
+    for i in range(count):
         record = dict(good)
         if rng.random() < 0.09:
             field = str(rng.choice(list(good)))
@@ -643,15 +658,15 @@ def test_ten_thousand_records_one_in_ten_of_them_mutated(tmp_path, tokens):
     source, bad = Source(uri=f"jsonl:{tmp_path}/f.jsonl", boxes="box"), BadRecords()
     data = replace(DATA, suffix_length=32, prompt_length=16, bad_record_share=0.3)
     found = list(
-        ordered({"f": source}, tokens, examples=10_000, batch_size=100, data=data, bad_records=bad)
+        ordered({"f": source}, tokens, examples=count, batch_size=100, data=data, bad_records=bad)
     )
     kept = [int(i) for batch, counts in found for i in batch.index[counts]]
     listed = {entry["index"] for entry in bad.entries()}
-    broken = set(range(0, 10_000, 997))
+    broken = set(range(0, count, 997))
     assert broken <= listed <= broken | mutated and not listed & set(kept)
-    assert len(set(kept)) == len(kept) and set(range(10_000)) - mutated - broken <= set(kept)
+    assert len(set(kept)) == len(kept) and set(range(count)) - mutated - broken <= set(kept)
     assert (
-        set(range(10_000)) - set(kept) - listed == empty - broken
+        set(range(count)) - set(kept) - listed == empty - broken
     )  # nothing to find: dropped, and not counted as bad
     assert empty and len(bad.counts()) >= 5 and bad.counts()["bad_json"] == len(broken)
     right = open_examples("f", source, data, SIDE)[1 if 1 not in mutated else 2]
