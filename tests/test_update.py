@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import CLOSE, B, G, assert_close_trees, inputs, unlabelled
+from bigram import random_bigram
+from conftest import CLOSE, B, G, Tiny, assert_close_trees, inputs, unlabelled
 
 from pg_ground import config
 from pg_ground.models import PaliGemma
@@ -124,34 +125,40 @@ def assert_same_step(
         )
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_micro_batches_do_not_change_a_supervised_step(pg1, whole_steps, parts):
     assert_same_step(outcome(*sft_update(pg1, parts)), whole_steps["sft"])
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_defect_15_micro_batches_do_not_change_a_reinforced_step(pg2, whole_steps, parts):
     """RLLaVA divides by the tokens of a micro-batch, ours by those of the whole; EasyR1 keeps a part's metrics, ours add up."""
     assert_same_step(outcome(*grpo_update(pg2, parts)), whole_steps["grpo"])
 
 
+@pytest.fixture(params=["bigram", pytest.param("pg1", marks=pytest.mark.slow)])
+def policy(request) -> Tiny:
+    """A policy of three matrices, and PaliGemma, whose updates take ten times as long to compile."""
+    return random_bigram() if request.param == "bigram" else request.getfixturevalue("pg1")
+
+
 @pytest.mark.parametrize("name", ["top_entropy", "gspo", "kl_cov"])
-def test_micro_batches_do_not_change_a_step_of_rows_that_look_at_the_whole_batch(pg1, name):
+def test_micro_batches_do_not_change_a_step_of_rows_that_look_at_the_whole_batch(policy, name):
     """Two minibatches, each an optimizer step, each in one, two or four parts."""
     row = ALGORITHMS[name]._replace(kl_coef=0.1, mask_truncated_completions=True, entropy_coef=0.01)
-    expected = outcome(*grpo_update(pg1, 1, row, updates=1, minibatches=2))
-    assert_same_step(outcome(*grpo_update(pg1, 2, row, updates=1, minibatches=2)), expected)
+    expected = outcome(*grpo_update(policy, 1, row, updates=1, minibatches=2))
+    assert_same_step(outcome(*grpo_update(policy, 2, row, updates=1, minibatches=2)), expected)
 
 
-def test_minibatches_are_optimizer_steps_one_after_the_other(pg1):
+def test_minibatches_are_optimizer_steps_one_after_the_other(policy):
     """The second starts from where the first one ended, on the other half of the questions."""
     step, (state, ref_params, batch, rollout, advantages) = grpo_update(
-        pg1, 1, ALGORITHMS["grpo"], updates=1, minibatches=2
+        policy, 1, ALGORITHMS["grpo"], updates=1, minibatches=2
     )
     found = outcome(step, (state, ref_params, batch, rollout, advantages))[0]
     halves = [update.split(tree, 2) for tree in (batch, rollout, advantages)]
     one, _ = grpo_update(
-        pg1, 1, ALGORITHMS["grpo"].override(clip_low=9.0, clip_high=9.0), updates=1
+        policy, 1, ALGORITHMS["grpo"].override(clip_low=9.0, clip_high=9.0), updates=1
     )
     first = outcome(
         one, (state, ref_params, *(jax.tree.map(lambda x: x[0], half) for half in halves))
@@ -160,8 +167,9 @@ def test_minibatches_are_optimizer_steps_one_after_the_other(pg1):
     assert max(jax.tree.leaves(moved)) > 1e-4 and found.step == 1
 
 
-def test_the_kl_coefficient_is_steered_to_its_target(pg1):
-    step, (state, *rest) = grpo_update(pg1, 1, ALGORITHMS["grpo"], updates=1)
+def test_the_kl_coefficient_is_steered_to_its_target():
+    policy = random_bigram()
+    step, (state, *rest) = grpo_update(policy, 1, ALGORITHMS["grpo"], updates=1)
     state = state._replace(kl_coef=jnp.float32(0.1))
 
     def steered(target: float) -> float:
@@ -173,11 +181,11 @@ def test_the_kl_coefficient_is_steered_to_its_target(pg1):
             advantages: jax.Array,
         ) -> Any:
             ref_logps = update.completion_logps(
-                pg1.model, ref_params, batch, rollout, TEMPERATURE, 1
+                policy.model, ref_params, batch, rollout, TEMPERATURE, 1
             )[0]
             return update.grpo_update(
-                state, {}, PolicyBatch(batch, rollout, advantages, ref_logps), jax.random.key(0), model=pg1.model,
-                optimizer=state_of(pg1.params)[1], algorithm=ALGORITHMS["grpo"], temperature=TEMPERATURE, grad_accum_steps=1,
+                state, {}, PolicyBatch(batch, rollout, advantages, ref_logps), jax.random.key(0), model=policy.model,
+                optimizer=state_of(policy.params)[1], algorithm=ALGORITHMS["grpo"], temperature=TEMPERATURE, grad_accum_steps=1,
                 minibatches=1, num_iterations=1, kl_target=target, kl_horizon=100,
             )  # fmt: skip
 
@@ -233,7 +241,7 @@ def test_defect_22_supervised_steps_learn_from_the_suffix_alone(pg1):
     step, (state, batch) = sft_update(pg1, 1)
     _, metrics = outcome(step, (state, batch))
     suffix, mask = batch.suffix[:, None], batch.suffix_mask[:, None]
-    logps = pg1.model.completion_logps(
+    logps = jax.jit(pg1.model.completion_logps)(
         state.params[POLICY], batch.image, batch.prompt, batch.prompt_mask, suffix, mask
     )[0]
     expected = -jnp.mean(logps.sum(axis=-1)[:, 0] / batch.suffix_mask.sum(axis=-1))
@@ -254,7 +262,14 @@ MESHES = {
 }
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("2 replicas", marks=pytest.mark.slow),
+        pytest.param("2 to a matrix", marks=pytest.mark.slow),
+        "both",
+    ],
+)
 def test_any_mesh_makes_the_step_of_one_device(pg2, whole_steps, monkeypatch, name):
     """Prompts over two axes, matrices over heads and hidden units, with the model's own places for activations."""
     monkeypatch.setattr(sharding, "SMALL_BYTES", 0)
@@ -314,9 +329,8 @@ def test_gradients_of_matrices_are_gathered_in_the_dtype_of_their_products(pg1):
 
     def gradient(dtype: str) -> dict[str, jax.Array]:
         model = PaliGemma(replace(pg1.model.config, dtype=dtype))
-        return flatten(
-            jax.grad(lambda params: -jnp.mean(model.completion_logps(params, *x)[0]))(pg1.params)
-        )
+        loss = jax.jit(jax.grad(lambda params: -jnp.mean(model.completion_logps(params, *x)[0])))
+        return flatten(loss(pg1.params))
 
     exact, found = gradient("float32"), gradient("bfloat16")
     for name, g in found.items():
