@@ -1,15 +1,17 @@
-"""Rows of `ALGORITHMS` side by side: the quickstart's reinforced stage for some steps each, all from one supervised checkpoint.
+"""Compares rows of `ALGORITHMS`: the quickstart's GRPO stage, from one supervised checkpoint.
 
-python benchmarks/algorithms.py [--algorithms=grpo,dapo,… --steps=30 --out=runs/algorithms]
+python benchmarks/algorithms.py [--algorithms=grpo,dapo,…] [--steps=30] [--out=runs/algorithms]
 
-Every row starts from the same parameters, sees the same questions and spends the same steps (`configs/algorithms.py`). Prints a
-table and one JSON object: reward and IoU of the sampled completions in the first and the last third of the steps, held-out greedy
-accuracy before and after, the programs that were compiled, seconds a step, and what moved.
+Every row starts from the same parameters, sees the same questions and takes the same number of
+steps (`configs/algorithms.py`). Prints a table and one JSON object: reward and IoU of the sampled
+completions in the first and the last third of the steps, held-out greedy accuracy before and after,
+the share of clipped tokens, the programs that were compiled, and seconds per step.
 """
 
 import io
 import json
 import logging
+import math
 import re
 import shutil
 import statistics
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from pg_ground import cli, config
 from pg_ground.parallel import sharding
@@ -27,96 +30,122 @@ from pg_ground.reporting.metric_writers import read_metrics
 from pg_ground.reporting.tables import Table, ascii_table
 from pg_ground.training.loop import train
 
-ROWS = "grpo,dr_grpo,dapo,gspo,gmpo,cispo,sapo,rloo,remax,reinforce_plus_plus_baseline,opo,gdpo"
+ALGORITHMS = (
+    "grpo,dr_grpo,dapo,gspo,gmpo,cispo,sapo,rloo,remax,reinforce_plus_plus_baseline,opo,gdpo"
+)
+
 CONFIG = Path(__file__).parents[1] / "configs/algorithms.py"
+
 ACC50 = "eval/boxes@256/acc50"
-"""Of 256 of the held-out scenes."""
-PROGRAMS = re.compile(r"Compiling jit\((roll|judge|compare|learn|grpo_update|refill)\)")
+"""Greedy accuracy on 256 held-out scenes."""
+
+STEP_PROGRAMS = re.compile(
+    r"Compiling jit\((rollout|score|reference|_compute_advantages|grpo_update|refill)\)"
+)
+"""jax's log message for a program of the GRPO step."""
+
+COLUMNS = ["algorithm", "reward", "IoU", "held-out acc@.5", "clipped", "s/step", "compiled"]
 
 
-class Compiled(logging.Handler):
-    """Counts the compilations of the programs of a reinforced step."""
+class CompilationLog(logging.Handler):
+    """Collects the names of the step's programs that jax compiles."""
 
     def __init__(self):
         super().__init__()
-        self.names: list[str] = []
+        self.programs: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        found = PROGRAMS.match(record.getMessage())
-        if found:
-            self.names.append(found[1])
+        match = STEP_PROGRAMS.match(record.getMessage())
+        if match:
+            self.programs.append(match[1])
 
 
-def get(name: str, steps: int) -> Any:
-    """Returns the recipe of a row, cut to `steps` reinforced steps."""
-    c = cli.load(f"{CONFIG}:{name}").unlock()
-    c.grpo.steps, c.log.every, c.log.samples_every, c.checkpoint.every = steps, 1, 0, 10_000
-    c.grpo.optimizer.schedule, c.eval.examples = "constant", 256
+def make_recipe(algorithm: str, steps: int) -> ConfigDict:
+    """Returns the recipe of an algorithm with `steps` GRPO steps."""
+    c = cli.load(f"{CONFIG}:{algorithm}").unlock()
+    c.grpo.steps = steps
+    c.grpo.optimizer.schedule = "constant"
+    c.eval.examples = 256
+    c.log.update(every=1, samples_every=0)
+    c.checkpoint.every = 10_000
     return c
 
 
-def run(name: str, steps: int, start: Path, out: Path) -> dict[str, Any]:
-    """Returns the figures of one row, its stage begun at the checkpoint in `start`."""
-    c, workdir = get(name, steps), out / name
+def compare(algorithm: str, steps: int, start: Path, out: Path) -> dict[str, Any]:
+    """Returns the results of one algorithm, trained from the checkpoint in `start`."""
+    c, workdir = make_recipe(algorithm, steps), out / algorithm
     shutil.rmtree(workdir, ignore_errors=True)
-    c.stages, c.init = ("grpo",), str(start)
-    counter = Compiled()
+    c.stages = ("grpo",)
+    c.init = str(start)
+    compilations = CompilationLog()
     logging.getLogger("jax._src.dispatch").setLevel(logging.ERROR)
     logger = logging.getLogger("jax._src.interpreters.pxla")
     logger.propagate = False
-    logger.addHandler(counter)
+    logger.addHandler(compilations)
     with redirect_stdout(io.StringIO()), jax.log_compiles():
         train(config.parse(c), workdir)
-    logger.removeHandler(counter)
+    logger.removeHandler(compilations)
     lines = read_metrics(workdir)
-    learned = [line for line in lines if "reward/total" in line]
-    held_out = [line for line in lines if ACC50 in line]
-    third = max(1, len(learned) // 3)
-
-    def means(key: str) -> list[float]:
-        values = [line[key] for line in learned]
-        return [statistics.mean(values[:third]), statistics.mean(values[-third:])]
-
+    steps_lines = [line for line in lines if "reward/total" in line]
+    accuracies = [line[ACC50] for line in lines if ACC50 in line]
+    programs = compilations.programs
     return {
-        "algorithm": name,
-        "reward": means("reward/total"),
-        "iou": means("reward/iou"),
-        "acc50": [held_out[0][ACC50], held_out[-1][ACC50]],
-        "clip_fraction": statistics.mean(line["policy/clip_fraction"] for line in learned),
-        "compiled": {key: counter.names.count(key) for key in sorted(set(counter.names))},
-        "step_s": statistics.median(line["time/step_s"] for line in learned[2:]),
-        "finite": all(line["policy/loss"] == line["policy/loss"] for line in learned),
+        "algorithm": algorithm,
+        "reward": first_and_last_third(steps_lines, "reward/total"),
+        "iou": first_and_last_third(steps_lines, "reward/iou"),
+        "acc50": [accuracies[0], accuracies[-1]],
+        "clip_fraction": statistics.mean(line["policy/clip_fraction"] for line in steps_lines),
+        "compiled": {name: programs.count(name) for name in sorted(set(programs))},
+        "step_s": statistics.median(line["time/step_s"] for line in steps_lines[2:]),
+        "finite": not any(math.isnan(line["policy/loss"]) for line in steps_lines),
     }
 
 
-def main(argv: Sequence[str]) -> None:
-    own = cli.parse_script_flags(argv, {"algorithms": ROWS, "steps": 30, "out": "runs/algorithms"})
-    out = Path(own["out"])
-    first = get("grpo", 1)
-    first.stages = ("sft",)
-    sharding.set_cpu_devices(config.parse(first).mesh)
-    start = out / "sft"
-    if not (start / "report.html").exists():
-        train(config.parse(first), start)
-    rows = []
-    for name in own["algorithms"].split(","):
-        rows.append(run(name, own["steps"], start, out))
-        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+def first_and_last_third(lines: Sequence[dict[str, float]], metric: str) -> list[float]:
+    """Returns the mean of a metric in the first and in the last third of the steps."""
+    values = [line[metric] for line in lines]
+    third = max(1, len(values) // 3)
+    return [statistics.mean(values[:third]), statistics.mean(values[-third:])]
 
-    def both(pair: Sequence[float]) -> str:
+
+def table_row(result: dict[str, Any]) -> list[str]:
+    """Returns the cells of one algorithm."""
+
+    def before_and_after(pair: Sequence[float]) -> str:
         return f"{pair[0]:.3f} → {pair[1]:.3f}"
 
-    cells = [
-        [r["algorithm"], both(r["reward"]), both(r["iou"]), both(r["acc50"]), f"{r['clip_fraction']:.3f}", f"{r['step_s']:.3f}",
-         ", ".join(f"{name} {count}" for name, count in r["compiled"].items())]
-        for r in rows
-    ]  # fmt: skip
-    heads = ["algorithm", "reward", "IoU", "held-out acc@.5", "clipped", "s/step", "compiled"]
+    return [
+        result["algorithm"],
+        before_and_after(result["reward"]),
+        before_and_after(result["iou"]),
+        before_and_after(result["acc50"]),
+        f"{result['clip_fraction']:.3f}",
+        f"{result['step_s']:.3f}",
+        ", ".join(f"{name} {count}" for name, count in result["compiled"].items()),
+    ]
+
+
+def main(argv: Sequence[str]) -> None:
+    defaults = {"algorithms": ALGORITHMS, "steps": 30, "out": "runs/algorithms"}
+    flags = cli.parse_script_flags(argv, defaults)
+    out = Path(flags["out"])
+    supervised = make_recipe("grpo", 1)
+    supervised.stages = ("sft",)
+    sharding.set_cpu_devices(config.parse(supervised).mesh)
+    start = out / "sft"
+    if not (start / "report.html").exists():
+        train(config.parse(supervised), start)
+    results = []
+    for algorithm in flags["algorithms"].split(","):
+        results.append(compare(algorithm, flags["steps"], start, out))
+        print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     note = (
-        f"{own['steps']} steps each; first → last third of them; held out: before → after, greedy"
+        f"{flags['steps']} steps each; first → last third of the steps; "
+        f"held out: before → after, greedy"
     )
-    print(ascii_table(Table("algorithms", heads, cells, note)))
-    print(json.dumps(rows))
+    rows = [table_row(result) for result in results]
+    print(ascii_table(Table("algorithms", COLUMNS, rows, note)))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""The quickstart and its two controls over several seeds, in one table: GRPO after SFT, against SFT alone for as long.
+"""Runs the quickstart and its two controls with several seeds: GRPO after SFT, or SFT alone.
 
 python benchmarks/quickstart.py --seeds=0,1,2 --workdir=runs/arms [--arms=grpo,sft_loose,sft_exact]
 
-Each run is a process of its own, one after the other; a run that is already finished is only read. Prints one row per run and
-writes them to WORKDIR/arms.json: held-out measures at the end of SFT and at the end, and wall seconds of the whole command.
+The controls spend the same compute on SFT. Each run is a process of its own, one after the other. A
+run that is already finished is only read. Prints one row per run: held-out metrics at the end of
+SFT and at the end of the run, and wall seconds of the whole command. The rows are also written to
+WORKDIR/arms.json.
 """
 
 import json
@@ -22,23 +24,24 @@ from pg_ground.types import UserError
 
 CONFIG = "configs/quickstart.py"
 
-MEASURES = {
+METRICS = {
     "acc@.5": "eval/boxes/acc50",
     "IoU": "eval/boxes/mean_iou",
     "sampled IoU": "eval/boxes/sampled_mean_iou",
     "point in box": "eval/points/point_in_box",
     "malformed": "eval/boxes/malformed_fraction",
 }
+"""The metrics by their column."""
 
 
 def run_arm(arm: str, seed: int, workdir: Path) -> dict[str, Any]:
-    """Returns the measures of one run at the end of each stage, having run it unless it is finished.
+    """Returns the metrics of one run at the end of each stage. Starts the run if it is missing.
 
     Raises:
       UserError: the run fails.
     """
-    summary = workdir / "seconds.json"
-    if not summary.is_file():
+    seconds_file = workdir / "seconds.json"
+    if not seconds_file.is_file():
         start = time.perf_counter()
         command = [
             sys.executable,
@@ -46,47 +49,52 @@ def run_arm(arm: str, seed: int, workdir: Path) -> dict[str, Any]:
             "pg_ground.train",
             f"--config={CONFIG}:{arm}",
             f"--workdir={workdir}",
+            f"--config.seed={seed}",
         ]
-        if subprocess.run([*command, f"--config.seed={seed}"], check=False).returncode:
+        if subprocess.run(command, check=False).returncode:
             raise UserError(f"the run in {workdir} failed")
-        write_atomically(summary, json.dumps(time.perf_counter() - start))
-    lines = read_metrics(workdir)
-    measured = [line for line in lines if MEASURES["acc@.5"] in line and line["step"] > 0]
-    ends = {line["stage"]: {name: line[key] for name, key in MEASURES.items()} for line in measured}
-    return {"arm": arm, "seed": seed, "wall_s": json.loads(summary.read_text()), **ends}
+        write_atomically(seconds_file, json.dumps(time.perf_counter() - start))
+    evaluations = [
+        line for line in read_metrics(workdir) if METRICS["acc@.5"] in line and line["step"] > 0
+    ]
+    ends = {
+        line["stage"]: {column: line[metric] for column, metric in METRICS.items()}
+        for line in evaluations
+    }
+    wall_s = json.loads(seconds_file.read_text())
+    return {"arm": arm, "seed": seed, "wall_s": wall_s, **ends}
 
 
-def table(results: Sequence[dict[str, Any]]) -> Table:
-    """Returns one row per run: each measure at the end, and for runs with two stages after SFT too."""
+def result_table(results: Sequence[dict[str, Any]]) -> Table:
+    """Returns one row per run: each metric at the end, and for two stages also after SFT."""
     rows = []
     for result in results:
-        last = result.get("grpo", result["sft"])
+        has_grpo = "grpo" in result
+        end = result["grpo"] if has_grpo else result["sft"]
         cells = [
-            f"{result['sft'][m]:.3f} → {last[m]:.3f}" if "grpo" in result else f"{last[m]:.3f}"
-            for m in MEASURES
+            f"{result['sft'][column]:.3f} → {end[column]:.3f}" if has_grpo else f"{end[column]:.3f}"
+            for column in METRICS
         ]
         rows.append([result["arm"], str(result["seed"]), *cells, f"{result['wall_s']:.0f}"])
-    note = "a → b: after SFT → at the end. Greedy on 512 held-out scenes; sampled at temperature 1."
     return Table(
         "quickstart: GRPO, and the same compute on SFT alone",
-        ["arm", "seed", *MEASURES, "wall s"],
+        ["arm", "seed", *METRICS, "wall s"],
         rows,
-        note,
+        "a → b: after SFT → at the end. Greedy on 512 held-out scenes; sampled at temperature 1.",
     )
 
 
 def main(argv: Sequence[str]) -> None:
-    own = cli.parse_script_flags(
-        argv, {"seeds": "0,1,2", "arms": "grpo,sft_loose,sft_exact", "workdir": "runs/arms"}
-    )
-    workdir = Path(own["workdir"])
+    defaults = {"seeds": "0,1,2", "arms": "grpo,sft_loose,sft_exact", "workdir": "runs/arms"}
+    flags = cli.parse_script_flags(argv, defaults)
+    workdir = Path(flags["workdir"])
     results = [
         run_arm(arm, int(seed), workdir / f"{arm}_{seed}")
-        for seed in own["seeds"].split(",")
-        for arm in own["arms"].split(",")
+        for seed in flags["seeds"].split(",")
+        for arm in flags["arms"].split(",")
     ]
     write_atomically(workdir / "arms.json", json.dumps(results, indent=1) + "\n")
-    print(ascii_table(table(results)))
+    print(ascii_table(result_table(results)))
 
 
 if __name__ == "__main__":

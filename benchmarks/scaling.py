@@ -1,11 +1,13 @@
-"""How a step's cost grows with group, completion length, image and batch, beside the growth of its operations by formula.
+"""Measures how the cost of a step grows with group, completion length, image and batch.
 
-python benchmarks/scaling.py [--axes=group,tokens,image,prompts] [--repeats=3] [--attention_block=0] [--json=O]
+python benchmarks/scaling.py [--axes=group,tokens,image,prompts] [--repeats=3]
+    [--attention_block=0] [--json=O]
 
-A small model of PaliGemma's architecture. For each program: CPU seconds (the fastest of `repeats`), bytes that it needs beside
-its arguments and results, and operations counted in its jaxpr, recomputation included; for each axis the exponent of a straight
-line through their logarithms. Cost that grew faster than the operations do would be a fault; slower is overhead that is spread
-over more work. Ten minutes on two CPU cores.
+The model is a small PaliGemma. For each program the table has CPU seconds (the fastest of
+`repeats`), the bytes that the program needs beside its arguments and results, and the operations in
+its jaxpr, recomputation included. For each axis it has the exponent: the slope of a straight line
+through the logarithms. The cost must not grow faster than the operations. Slower growth means that
+overhead is spread over more work. It takes ten minutes on two CPU cores.
 """
 
 import json
@@ -21,17 +23,16 @@ import numpy as np
 
 from pg_ground import cli, config
 from pg_ground.aot import flops
-from pg_ground.models import PaliGemma
 from pg_ground.parallel import sharding
 from pg_ground.reporting.tables import Table, ascii_table
 from pg_ground.rl.scored_rollouts import PolicyBatch
-from pg_ground.training import programs
-from pg_ground.training.loop import Run, begin, fresh_state
-from pg_ground.types import UserError
+from pg_ground.training.program import Program, jit_program
+from pg_ground.training.setup import init_params, make_setup
+from pg_ground.training.stages import make_stages
+from pg_ground.types import POLICY, UserError
 
-sys.path.insert(
-    0, str(Path(__file__).parent / "peers")
-)  # they are programs, and import one another as such
+# The peers are programs, and import one another as top-level modules.
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
 import ours
 from work import Work
 
@@ -41,111 +42,136 @@ AXES: dict[str, tuple[int, ...]] = {
     "image": (48, 96, 192),
     "prompts": (1, 2, 4, 8, 16),
 }
-"""What is varied, one at a time; an image in pixels a side."""
+"""The sizes that are varied, one axis at a time. The image is in pixels per side."""
 
-BASE = Work("tiny", 4, 4, 16, 16, "float32", True, "cpu", 0, 1, "")
+BASE = Work(
+    size="tiny",
+    prompts=4,
+    group=4,
+    tokens=16,
+    prompt_tokens=16,
+    dtype="float32",
+    checkpointing=True,
+    device="cpu",
+    threads=0,
+    grad_accum_steps=1,
+    variant="",
+)
+
 PROGRAMS = ("rollout", "reference", "update")
+
+COLUMNS = [
+    "axis",
+    "from-to",
+    "program",
+    "CPU seconds",
+    "temporary bytes",
+    "operations",
+    "seconds",
+    "MiB",
+]
 
 
 class Cost(NamedTuple):
-    """Of one run of a program."""
+    """The cost of one run of a program."""
 
     seconds: float
     temp_bytes: float
     flops: float
 
 
-def costs(axis: str, value: int, repeats: int, attention_block: int) -> dict[str, Cost]:
-    """Returns what each program costs with one of the sizes changed."""
-    w = BASE if axis == "image" else BASE._replace(**{axis: value})
-    tree = ours.recipe(w)
-    tree.model.update(image_size=value if axis == "image" else 96, attention_block=attention_block)
-    c = config.parse(tree)
+def program_costs(axis: str, value: int, repeats: int, attention_block: int) -> dict[str, Cost]:
+    """Returns the cost of each program if one of the sizes has this value."""
+    work = BASE if axis == "image" else BASE._replace(**{axis: value})
+    recipe = ours.recipe(work)
+    image_size = value if axis == "image" else 96
+    recipe.model.update(image_size=image_size, attention_block=attention_block)
+    c = config.parse(recipe)
     mesh = sharding.make_mesh(c.mesh)
-    model = PaliGemma(c.model, sharding.activation_sharding(mesh))
-    trained, frozen = programs.layout(c, model, mesh)
-    factors = programs.factors_of(c, trained | frozen)
-    run = Run(c, Path(), model, {}, factors, None, mesh, None, None)  # pyright: ignore[reportArgumentType]: only its programs
-    params = begin(c, model, trained)
-    state = fresh_state(run, "grpo", params)
-    batch, key = ours.random_batch(c, mesh, 0), jax.random.key(0)
-    found = {}
+    setup = make_setup(c, mesh, sharding.hbm_bytes(mesh))
+    stage = make_stages(setup)[-1]
+    state = stage.init(init_params(c, setup.model, setup.trained))
+    policy = state.params[POLICY]
+    batch, key = ours.random_batch(setup, mesh, 0), jax.random.key(0)
+    programs = stage.programs()
+    costs = {}
 
-    def measure(name: str, program: programs.Program, *arguments: Any) -> Any:
-        traced = programs.compiled(program, c, mesh).trace(*arguments)
-        ready = traced.lower().compile()
-        memory, best, out = ready.memory_analysis(), math.inf, None
-        for _ in range(repeats + 1):
-            given = jax.block_until_ready(
-                jax.tree.map(lambda leaf: leaf.copy(), arguments)
-            )  # some are donated
-            start = time.process_time()
-            out = jax.block_until_ready(ready(*given))
-            best = min(best, time.process_time() - start)
-        found[name] = Cost(
-            best, float(memory.temp_size_in_bytes), float(flops.count(traced.jaxpr.jaxpr, w.tokens))
-        )
-        return out
+    def measure(name: str, *arguments: Any) -> Any:
+        costs[name], result = measure_cost(programs[name], arguments, c.mesh, mesh, repeats)
+        return result
 
-    rollout = measure("rollout", programs.rollout(c, model), params, {}, batch, key)
-    logps = measure("reference", programs.reference_logps(c, model), params, {}, batch, rollout)
-    experience = PolicyBatch(
-        batch, rollout, jax.random.normal(key, rollout.tokens.shape[:2]), logps
-    )
-    measure(
-        "update", programs.grpo_update(c, model, mesh, factors, state), state, {}, experience, key
-    )
-    return found
+    rollout = measure("rollout", policy, {}, batch, key)
+    logps = measure("reference", policy, {}, batch, rollout)
+    advantages = jax.random.normal(key, (*rollout.tokens.shape[:2], 1))
+    measure("update", state, {}, PolicyBatch(batch, rollout, advantages, logps), key)
+    return costs
 
 
-def exponent(values: Sequence[float], costs: Sequence[float]) -> float:
-    """Returns the slope of log cost over log value, by least squares."""
-    return float(np.polyfit(np.log(values), np.log(costs), 1)[0])
+def measure_cost(
+    program: Program, arguments: tuple[Any, ...], settings: config.Mesh, mesh: Any, repeats: int
+) -> tuple[Cost, Any]:
+    """Returns the cost of a program on these arguments, and its result."""
+    traced = jit_program(program, settings, mesh).trace(*arguments)
+    compiled = traced.lower().compile()
+    seconds, result = math.inf, None
+    for _ in range(repeats + 1):
+        # The program may donate its arguments, so it gets copies.
+        copies = jax.block_until_ready(jax.tree.map(lambda leaf: leaf.copy(), arguments))
+        start = time.process_time()
+        result = jax.block_until_ready(compiled(*copies))
+        seconds = min(seconds, time.process_time() - start)
+    temp_bytes = float(compiled.memory_analysis().temp_size_in_bytes)
+    operations = float(flops.count(traced.jaxpr.jaxpr, program.decode_steps or 1))
+    return Cost(seconds, temp_bytes, operations), result
+
+
+def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
+    """Returns the slope of log cost over log size, by least squares."""
+    return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
+
+
+def table_row(axis: str, program: str, costs: Sequence[Cost]) -> list[str]:
+    """Returns the exponents of a program over all sizes of an axis, and between the last two."""
+    sizes = AXES[axis]
+    exponents = []
+    for field in Cost._fields:
+        values = [getattr(cost, field) for cost in costs]
+        last = exponent(sizes[-2:], values[-2:])
+        exponents.append(f"{exponent(sizes, values):.2f} ({last:.2f})")
+    return [
+        axis,
+        f"{sizes[0]}-{sizes[-1]}",
+        program,
+        *exponents,
+        f"{costs[0].seconds:.3f}-{costs[-1].seconds:.3f}",
+        f"{costs[0].temp_bytes / 2**20:.0f}-{costs[-1].temp_bytes / 2**20:.0f}",
+    ]
 
 
 def main(argv: Sequence[str]) -> None:
-    own = cli.parse_script_flags(
-        argv, {"axes": ",".join(AXES), "repeats": 3, "attention_block": 0, "json": ""}
-    )
-    axes = own["axes"].split(",")
+    defaults = {"axes": ",".join(AXES), "repeats": 3, "attention_block": 0, "json": ""}
+    flags = cli.parse_script_flags(argv, defaults)
+    axes = flags["axes"].split(",")
     for axis in axes:
         if axis not in AXES:
-            raise UserError(f"--axes={own['axes']}: {config.nearest(axis, AXES)}")
-    everything, rows = {}, []
+            raise UserError(f"--axes={flags['axes']}: {config.nearest(axis, AXES)}")
+    document, rows = {}, []
     for axis in axes:
-        values = AXES[axis]
-        found = [costs(axis, value, own["repeats"], own["attention_block"]) for value in values]
-        everything[axis] = {
-            value: {k: v._asdict() for k, v in point.items()}
-            for value, point in zip(values, found, strict=True)
+        costs = {
+            value: program_costs(axis, value, flags["repeats"], flags["attention_block"])
+            for value in AXES[axis]
+        }
+        document[axis] = {
+            value: {name: cost._asdict() for name, cost in by_program.items()}
+            for value, by_program in costs.items()
         }
         for name in PROGRAMS:
-            of = [point[name] for point in found]
-            slopes = [
-                exponent(values, [getattr(cost, field) for cost in of]) for field in Cost._fields
-            ]
-            last = [
-                exponent(values[-2:], [getattr(cost, field) for cost in of[-2:]])
-                for field in Cost._fields
-            ]
-            both = (f"{a:.2f} ({b:.2f})" for a, b in zip(slopes, last, strict=True))
-            seconds = f"{of[0].seconds:.3f}-{of[-1].seconds:.3f}"
-            mib = f"{of[0].temp_bytes / 2**20:.0f}-{of[-1].temp_bytes / 2**20:.0f}"
-            rows.append([axis, f"{values[0]}-{values[-1]}", name, *both, seconds, mib])
+            rows.append(table_row(axis, name, [by_program[name] for by_program in costs.values()]))
             print(rows[-1], file=sys.stderr, flush=True)
-    heads = [
-        "axis",
-        "from-to",
-        "program",
-        "CPU seconds",
-        "temporary bytes",
-        "operations",
-        "seconds",
-        "MiB",
-    ]
-    print(ascii_table(Table("exponents over all sizes (between the last two)", heads, rows, "")))
-    if own["json"]:
-        Path(own["json"]).write_text(json.dumps(everything, indent=1) + "\n")
+    title = "exponents over all sizes (between the last two)"
+    print(ascii_table(Table(title, COLUMNS, rows, "")))
+    if flags["json"]:
+        Path(flags["json"]).write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
