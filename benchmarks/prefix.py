@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +20,7 @@ import jax.numpy as jnp
 from pg_ground import cli, config
 from pg_ground.models import PaliGemma
 from pg_ground.rl.rollout import sample
+from pg_ground.types import Params, Rollout
 
 # The peers are programs, and import one another as top-level modules.
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
@@ -28,6 +28,9 @@ import ours
 from work import Work
 
 PROMPTS, GROUP, TOKENS, PROMPT_TOKENS = 4, 8, 16, 16
+
+Inputs = tuple[jax.Array, jax.Array, jax.Array]
+"""Image, prompt and prompt mask."""
 
 WORK = Work(
     size="tiny",
@@ -53,15 +56,18 @@ def main(argv: Sequence[str]) -> None:
     shared = (image, prompt, jnp.ones(prompt.shape, bool))
     repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf, GROUP, axis=0), shared)
 
-    def loss(params: Any, inputs: Any, tokens: jax.Array) -> jax.Array:
+    def loss(params: Params, inputs: Inputs, tokens: jax.Array) -> jax.Array:
+        image, prompt, prompt_mask = inputs
         mask = jnp.ones(tokens.shape, bool)
-        return model.completion_logps(params, *inputs, tokens, mask)[0].mean()
+        logps = model.completion_logps(params, image, prompt, prompt_mask, tokens, mask)[0]
+        return logps.mean()
 
-    def rollout(params: Any, inputs: Any, key: jax.Array, group: int) -> Any:
-        return sample(model, params, *inputs, key, group, TOKENS)
+    def generate(params: Params, inputs: Inputs, key: jax.Array, group: int) -> Rollout:
+        image, prompt, prompt_mask = inputs
+        return sample(model, params, image, prompt, prompt_mask, key, group, TOKENS)
 
     gradient = jax.jit(jax.grad(loss))
-    rollout = jax.jit(rollout, static_argnums=3)
+    rollout = jax.jit(generate, static_argnums=3)
     variants = {"shared": (shared, GROUP), "repeated": (repeated, 1)}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for number in range(flags["repeats"] + 1):
