@@ -27,9 +27,7 @@ ROOT = Path(__file__).parents[1]
 PALIGEMMA_PARAMETERS = 2_923_466_480
 """The numbers in the published checkpoint of PaliGemma 1 3B."""
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install .[tpu]"
-)
+needs_libtpu = pytest.mark.needs("libtpu")
 
 
 def run(*flags: str) -> subprocess.CompletedProcess[str]:

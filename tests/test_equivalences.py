@@ -175,6 +175,9 @@ def test_cached_decode_equals_full_forward(tiny):
         np.testing.assert_allclose(decode(*parts), whole, rtol=0, atol=CLOSE)
 
 
+@pytest.mark.parametrize(
+    "tiny", ["pg2", pytest.param("pg1", marks=pytest.mark.slow)], indirect=True
+)
 def test_turns_of_different_lengths_equal_the_full_forward(tiny):
     """Each row reads a first turn, decodes some tokens, and reads a second turn; every row has its own lengths.
 
@@ -296,6 +299,9 @@ def test_the_gradient_of_the_vocabulary_adds_up_in_float32(pg1):
     assert exact.mean() < 0.5  # all of them, were they rounded
 
 
+@pytest.mark.parametrize(
+    "tiny", ["pg1", pytest.param("pg2", marks=pytest.mark.slow)], indirect=True
+)
 def test_control_ids_are_never_sampled_even_by_a_model_that_wants_nothing_else(tiny, rollout_of):
     """An embedding of 30s and one of −30s: whatever the hidden state, one of the two ids has a logit above all others."""
     table = tiny.params["llm"]["embedder"]["input_embedding"]
@@ -320,6 +326,9 @@ def test_control_ids_are_never_sampled_even_by_a_model_that_wants_nothing_else(t
 # a score that reads hidden states
 
 
+@pytest.mark.parametrize(
+    "tiny", ["pg1", pytest.param("pg2", marks=pytest.mark.slow)], indirect=True
+)
 def test_a_value_head_sees_the_hidden_states_of_a_plain_forward_pass(tiny):
     """A dense vector on the hidden states, as a critic has it: equal values, and equal gradients in the head and the policy."""
     x = inputs(tiny.model)
@@ -365,6 +374,9 @@ def repeated(x: Inputs) -> Inputs:
     )
 
 
+@pytest.mark.parametrize(
+    "tiny", ["pg2", pytest.param("pg1", marks=pytest.mark.slow)], indirect=True
+)
 def test_a_shared_prefix_equals_a_repeated_one(tiny, gradient_of):
     x = inputs(tiny.model)
     shared, shared_grads = gradient_of(*tiny, x)
@@ -385,7 +397,13 @@ def test_vocabulary_in_blocks_equals_the_whole(pg1, gradient_of):
     assert_close_trees(blocked_grads, whole_grads)
 
 
-@pytest.mark.parametrize("block", [1, 5, 3 * G])
+@pytest.mark.parametrize(
+    "tiny", ["pg2", pytest.param("pg1", marks=pytest.mark.slow)], indirect=True
+)
+@pytest.mark.parametrize(
+    "block",
+    [1, pytest.param(5, marks=pytest.mark.slow), pytest.param(3 * G, marks=pytest.mark.slow)],
+)
 def test_attention_in_blocks_of_queries_equals_the_whole(tiny, gradient_of, block):
     """Of patches (9), of a prefix (15) and of the completions of a group together: one at a time, uneven, three of each."""
     x = inputs(tiny.model)
@@ -416,6 +434,9 @@ def test_unrolled_layers_equal_looped_ones(pg2, completion_logps_in_parts):
     )
 
 
+@pytest.mark.parametrize(
+    "tiny", ["pg2", pytest.param("pg1", marks=pytest.mark.slow)], indirect=True
+)
 def test_bfloat16_activations_stay_near_float32(tiny, completion_logps_in_parts):
     """bfloat16 knows a number to 2^-9. Logits of a few units, each the end of some ten roundings, are off by a few hundredths."""
     x = inputs(tiny.model)

@@ -189,6 +189,11 @@ def test_loss_and_the_gradient_of_every_parameter(reference):
         assert off <= 1e-3 * size + floor, f"{name}: off by {off}, of {size}"
 
 
+@pytest.mark.parametrize(
+    "reference",
+    ["bigvision_pg2", pytest.param("bigvision_pg1", marks=pytest.mark.slow)],
+    indirect=True,
+)
 def test_loss_with_label_smoothing(reference):
     metrics, _ = sft(reference, label_smoothing=0.3)
     # 70 % of the gold token's log-probability and 30 % of the mean of the others': no less certain than one of them
@@ -231,6 +236,11 @@ def test_greedy_answers_and_their_logps(reference):
     )
 
 
+@pytest.mark.parametrize(
+    "reference",
+    ["bigvision_pg2", pytest.param("bigvision_pg1", marks=pytest.mark.slow)],
+    indirect=True,
+)
 @pytest.mark.parametrize("cap", [0.0, 30.0])
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-4), ("bfloat16", 0.05)])
 def test_sampler_and_trainer_agree_on_logits_of_43_with_and_without_final_softcap(
