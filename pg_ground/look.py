@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import flags
 
 from pg_ground import cli
-from pg_ground.reporting.gallery import look
+from pg_ground.reporting.gallery import write_gallery
 from pg_ground.types import UserError
 
 
@@ -31,7 +31,14 @@ COMMAND = cli.Command(
 def main(args: cli.Arguments) -> None:
     if args.flags.n < 1:
         raise UserError(f"--n is {args.flags.n}: it must be above 0")
-    print(look(args.config, n=args.flags.n, out=Path(args.flags.out)))
+    config = args.config
+    sources = {
+        "sft": config.sft.sources,
+        "grpo": config.grpo.sources,
+        "eval": config.eval.sources,
+    }
+    out = Path(args.flags.out)
+    print(write_gallery(out, sources, config.data, config.model.image_size, args.flags.n))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,8 @@ def get_config(argument="none"):
 
 
 @pytest.fixture(autouse=True)
-def no_position():
+def no_position(monkeypatch):
+    monkeypatch.setattr(progress, "start_logging", lambda: None)  # it would stay for other tests
     progress.reset()
     yield
     progress.reset()

@@ -78,7 +78,7 @@ def test_only_process_0_logs_information_and_every_process_logs_warnings(monkeyp
 
 def test_logging_starts_once():
     package = logging.getLogger("pg_ground")
-    handlers, level = list(package.handlers), package.level
+    handlers, level, propagate = list(package.handlers), package.level, package.propagate
     try:
         progress.start_logging()
         progress.start_logging()
@@ -86,15 +86,15 @@ def test_logging_starts_once():
     finally:
         package.handlers[:] = handlers
         package.setLevel(level)
+        package.propagate = propagate
 
 
 def test_a_record_starts_below_an_open_progress_line(monkeypatch):
     out = Terminal()
     monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", out)
     progress.Progress().show(1, 9, "sft", {})
-    handler = progress.LogHandler()
-    handler.setStream(out)
-    handler.emit(record())
+    progress.LogHandler().emit(record())
     assert re.search(r"sft  1/9\n\d{4}.* compiled 3 programs\n$", out.getvalue())
 
 

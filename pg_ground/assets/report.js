@@ -201,7 +201,7 @@ const ORDERS = {
 };
 
 function scaleOf(samples) {
-  // as draw.reward_scale: [0, 1], or as far beyond as any reward goes, in halves; here over all steps, so that they can be compared
+  // as rollout_pictures.reward_scale: [0, 1], or as far beyond as any reward goes, in halves; here over all steps, so that they can be compared
   let low = 0, high = 1;
   for (const sample of samples) for (const prompt of sample.prompts) for (const { reward } of prompt.completions) {
     if (reward !== null) { low = Math.min(low, reward); high = Math.max(high, reward); }
@@ -210,7 +210,7 @@ function scaleOf(samples) {
 }
 
 function colourOf(reward, [low, high]) {
-  if (reward === null) return data.unjudged;
+  if (reward === null) return data.unscored;
   const last = data.viridis.length - 1, place = Math.min(Math.max((reward - low) / (high - low), 0), 1) * last;
   const i = Math.min(Math.floor(place), last - 1);
   return data.viridis[i].map((a, c) => Math.round(a + (data.viridis[i + 1][c] - a) * (place - i)));
@@ -355,7 +355,7 @@ function prompt({ prompt: asked, mean, spread }, scale) {
   }
   light(null);
 
-  const about = [mean === null ? "not judged" : `mean ${fixed(mean)} · spread ${fixed(spread)}`];
+  const about = [mean === null ? "not scored" : `mean ${fixed(mean)} · spread ${fixed(spread)}`];
   if (asked.source) about.push(`${asked.source} ${asked.index}`);
   return html("article", { class: "card prompt" },
     html("header", {}, html("h3", {}, asked.prompt), html("span", { class: "soft" }, about.join(" · "))),
@@ -384,11 +384,11 @@ function gallery(host) {
     const { samples } = runs[state.run];
     pick.replaceChildren(...samples.map((sample, i) => html("option", { value: i }, `${sample.stage} · step ${sample.step}`)));
     const [low, high] = scaleOf(samples);
-    const unjudged = samples.some((s) => s.prompts.some((p) => p.completions.some((c) => c.reward === null)));
+    const unscored = samples.some((s) => s.prompts.some((p) => p.completions.some((c) => c.reward === null)));
     legend.replaceChildren(`reward ${low}`,
       html("span", { class: "ramp", style: `background:linear-gradient(90deg,${data.viridis.map(css).join(",")})` }), `${high}`,
       html("span", { class: "swatch gold" }), "gold",
-      ...(unjudged ? [html("span", { class: "swatch", style: `background:${css(data.unjudged)}` }), "not judged"] : []));
+      ...(unscored ? [html("span", { class: "swatch", style: `background:${css(data.unscored)}` }), "not scored"] : []));
     go(step);
   }
 

@@ -1,9 +1,10 @@
-"""Pictures of questions and answers, drawn with PIL alone and never written to disk."""
+"""Pictures of images with boxes, points and captions. PIL draws them, and nothing is written to
+disk.
+"""
 
 import base64
 import bisect
 import io
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,90 +13,72 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from pg_ground.types import POINTS, TEXT, Answer, Batch, Boxes, Gold, Points, Rewards
-from pg_ground.vocab import LOC_MAX
-
 Color = tuple[int, int, int]
+
 Extent = tuple[int, int, int, int]
-"""Left, top, right and bottom pixel, the last two excluded."""
-Scale = tuple[float, float]
-"""The rewards of the first and the last colour."""
+"""Left, top, right and bottom pixel. Right and bottom are excluded."""
 
 GOLD: Color = (255, 255, 255)
-UNJUDGED: Color = (150, 150, 150)
-"""Of a sample whose reward is NaN."""
-HALO: Color = (0, 0, 0)
-PAPER: Color = (250, 250, 248)
-INK: Color = (28, 28, 30)
-TABLE: Color = (222, 222, 218)
+"""Colour of the ground truth."""
 
-VIRIDIS: tuple[Color, ...] = (
-    (68, 1, 84), (71, 45, 123), (59, 82, 139), (44, 114, 142), (33, 145, 140),
-    (40, 174, 128), (94, 201, 98), (173, 220, 48), (253, 231, 37),
-)  # fmt: skip
-"""Nine equidistant colours of viridis (van der Walt and Smith 2015), which colour-blind readers can order."""
+HALO: Color = (0, 0, 0)
+"""Around every line, so that a line of any colour shows on an image of any colour."""
+
+PAPER: Color = (250, 250, 248)
+"""Background of captions."""
+
+INK: Color = (28, 28, 30)
+"""Text of captions."""
 
 LABEL_COLORS: tuple[Color, ...] = (
-    (86, 180, 233), (230, 159, 0), (0, 158, 115), (240, 228, 66), (204, 121, 167), (213, 94, 0), (0, 114, 178),
-)  # fmt: skip
-"""Okabe and Ito's palette (2008), the bright ones first."""
+    (86, 180, 233),
+    (230, 159, 0),
+    (0, 158, 115),
+    (240, 228, 66),
+    (204, 121, 167),
+    (213, 94, 0),
+    (0, 114, 178),
+)
+"""Palette of Okabe and Ito (2008), the bright colours first."""
 
 TEXT_PX = 13
 LINE_PX = 17
 PAD_PX = 8
-LEGEND_PX = 22
 CAPTION_LINES = 4
+"""Lines of one paragraph of a caption. A longer paragraph is cut."""
+
 DRAWING_PX = 128
-"""Images of at most so many pixels a side are kept as they are where they are written down …"""
+"""A page stores an image of at most this many pixels a side as PNG, pixel by pixel."""
+
 PHOTO_PX = 448
-"""… and larger ones are made to have at most so many."""
+"""A page stores a larger image as JPEG of at most this many pixels a side."""
+
 NEAREST_FROM = 2.5
-"""Pictures enlarged by more than this keep their pixels as squares: they are drawings, not photographs."""
+"""An image that is enlarged by this factor or more is a drawing, and keeps its pixels as squares.
+"""
 
 
 class Shape(NamedTuple):
-    """A box or a point to be drawn."""
+    """A box or a point to draw."""
 
-    at: Sequence[float | int]
+    fractions: Sequence[float | int]
     """Fractions of the image: y1, x1, y2, x2 of a box, or y, x of a point."""
     color: Color
     label: str = ""
     width: int = 2
-    """Of the line, in pixels of the picture drawn on; a halo of one more on either side."""
+    """Width of the line in pixels of the picture. The halo adds one pixel on either side."""
 
 
 def to_uint8(
     image: Float[np.ndarray, "H W 3"] | UInt8[np.ndarray, "H W 3"],
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns pixels in 0..255 of an image in [-1, 1], and bytes as they are: a `Batch` holds either."""
+    """Returns the pixels of a model's image in 0..255. A float image has values in [-1, 1].
+
+    An image of bytes is returned as it is. A `Batch` holds images of either kind.
+    """
     if image.dtype == np.uint8:
         return image
     return np.clip(np.round((image.astype(np.float32) + 1.0) * 127.5), 0, 255).astype(np.uint8)
-
-
-def reward_scale(total: Float[np.ndarray, "..."]) -> Scale:
-    """Returns the rewards that the colours of a picture begin and end at: 0 and 1, or as far beyond as any goes, in halves.
-
-    It depends on the least and the largest alone, so that equal rewards have one colour; and it is never narrower than [0, 1], so
-    that rewards which hardly differ look it, and pictures of different steps can mostly be compared.
-    """
-    judged = total[np.isfinite(total)].astype(np.float64)
-    low, high = judged.min(initial=0.0), judged.max(initial=1.0)
-    return math.floor(round(low * 2, 3)) / 2, math.ceil(
-        round(high * 2, 3)
-    ) / 2  # 1 and what rounding adds to it is 1
-
-
-def reward_color(reward: float, scale: Scale = (0.0, 1.0)) -> Color:
-    """Returns the colour of a reward: viridis from one end of `scale` to the other, its ends beyond, grey for NaN."""
-    if math.isnan(reward):
-        return UNJUDGED
-    low, high = scale
-    place = min(max((reward - low) / (high - low), 0.0), 1.0) * (len(VIRIDIS) - 1)
-    i = min(int(place), len(VIRIDIS) - 2)
-    a, b = np.array(VIRIDIS[i]), np.array(VIRIDIS[i + 1])
-    r, g, b = np.round(a + (b - a) * (place - i)).astype(int).tolist()
-    return r, g, b
 
 
 def panel(
@@ -107,10 +90,14 @@ def panel(
     size: tuple[int, int] | None = None,
     scale_to: int = 320,
 ) -> Image.Image:
-    """Returns the picture with `scale_to` pixels on its long side, shapes drawn on it and the caption beneath.
+    """Returns an enlarged image with shapes on it and a caption beneath.
 
-    Models see images squashed to a square: `size`, width and height of the original, gives back the aspect.
-    With a caption the panel is `scale_to` pixels wide and the picture is centred on it; without, it is the picture.
+    Args:
+      caption: one paragraph or several. With a caption the panel is `scale_to` pixels wide, and the
+        image stands in the middle.
+      size: width and height of the original image. A model sees a square; `size` restores the
+        aspect.
+      scale_to: pixels of the longer side of the image in the panel.
     """
     picture = _enlarged(image, size or (image.shape[1], image.shape[0]), scale_to)
     _draw_shapes(picture, boxes, points, font_px=TEXT_PX)
@@ -118,134 +105,64 @@ def panel(
     return _with_caption(picture, paragraphs, scale_to) if any(paragraphs) else picture
 
 
-def rollout_sheet(panels: Sequence[Image.Image], columns: int = 4) -> Image.Image:
-    """Returns the panels in a grid, in reading order, at most `columns` side by side."""
-    columns = max(1, min(columns, len(panels)))
-    rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
-    width = max((p.width for p in panels), default=1)
-    heights = [max(p.height for p in row) for row in rows]
-    gap = PAD_PX
-    sheet = Image.new(
-        "RGB", (columns * (width + gap) + gap, sum(heights) + gap * (len(rows) + 1)), TABLE
-    )
-    top = gap
-    for row, height in zip(rows, heights, strict=True):
-        for column, one in enumerate(row):
-            sheet.paste(
-                Image.new("RGB", (width, height), PAPER), (gap + column * (width + gap), top)
-            )
-            sheet.paste(one, (gap + column * (width + gap) + (width - one.width) // 2, top))
-        top += height + gap
-    return sheet
-
-
-def draw_rollout(
-    batch: Batch,
-    answer: Answer,
-    rewards: Rewards,
-    row: int,
-    prompt: str,
-    completions: Sequence[str],
-    scale_to: int = 384,
-    gold: str | None = None,
+def draw_answer(
+    image: UInt8[np.ndarray, "H W 3"],
+    size: tuple[int, int],
+    boxes_px: Sequence[Mapping[str, Any]],
+    points_px: Sequence[Mapping[str, Any]],
 ) -> Image.Image:
-    """Returns one prompt's panel: gold in white, its G sampled boxes and points in the colour of their total reward.
-
-    The arrays are numpy. A reward that is NaN is drawn in grey; the others share one scale with the whole batch.
+    """Returns an image at its original size with an answer drawn on it. Each label has a colour.
 
     Args:
-      completions: the G texts of the same prompt.
-      gold: the right answer as text. Without it the caption has the loc tokens of gold boxes or points, without their names, and
-        nothing of a gold answer that is text.
+      size: width and height of the original image.
+      boxes_px: `{"label", "xyxy_px"}` in pixels of the original image.
+      points_px: `{"label", "xy_px"}` in pixels of the original image.
     """
-    total, scale = (
-        np.asarray(rewards.total[row], np.float32),
-        reward_scale(np.asarray(rewards.total, np.float32)),
-    )
-    gold_boxes, gold_points = _row_of(batch.gold.boxes, row), _points_row_of(batch.gold.points, row)
-    target = int(batch.gold.target[row])
-    if gold is None and target != TEXT:
-        gold = _loc_text(gold_points if target == POINTS else gold_boxes)
-    boxes = [Shape(at, GOLD, width=2 if target == POINTS else 4) for at in gold_boxes]
-    points = [Shape(at, GOLD, width=4) for at in gold_points]
-    for g in np.argsort(np.nan_to_num(total, nan=-np.inf), kind="stable"):
-        color = reward_color(float(total[g]), scale)
-        boxes += [Shape(at, color) for at in _row_of(answer.boxes, (row, g))]
-        points += [Shape(at, color) for at in _points_row_of(answer.points, (row, g))]
-    caption = [
-        prompt,
-        *([] if gold is None else [f"gold  {gold or 'nothing'}"]),
-        *_spread(total, completions),
-    ]
-    width, height = np.asarray(batch.size[row]).tolist()
-    image = to_uint8(np.asarray(batch.image[row]))
-    drawn = panel(
-        image, boxes=boxes, points=points, caption=caption, size=(width, height), scale_to=scale_to
-    )
-    return _stacked([drawn, reward_legend(scale_to, scale)])
+    width, height = size
+    picture = Image.fromarray(image)
+    if picture.size != size:
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    labels = list(dict.fromkeys(str(item["label"]) for item in [*boxes_px, *points_px]))
+    color = {label: LABEL_COLORS[i % len(LABEL_COLORS)] for i, label in enumerate(labels)}
+    line_px = max(2, round(min(size) / 160))
+
+    def shape(item: Mapping[str, Any], xy: Sequence[float | int]) -> Shape:
+        yx = _swapped(xy)
+        fractions = [v / (height if i % 2 == 0 else width) for i, v in enumerate(yx)]
+        label = str(item["label"])
+        return Shape(fractions, color[label], label, line_px)
+
+    boxes = [shape(item, item["xyxy_px"]) for item in boxes_px]
+    points = [shape(item, item["xy_px"]) for item in points_px]
+    _draw_shapes(picture, boxes, points, font_px=max(12, round(min(size) / 28)))
+    return picture
 
 
-def rollout_record(
-    batch: Batch,
-    answer: Answer,
-    rewards: Rewards,
-    advantages: Float[np.ndarray, "B G"],
-    row: int,
-    prompt: str,
-    completions: Sequence[str],
-    gold: str,
-    names: Sequence[str],
-) -> dict[str, Any]:
-    """Returns as JSON what `draw_rollout` draws of one prompt, for a page that draws it itself; NaN is null.
-
-    Shapes are fractions, `[y1, x1, y2, x2]` and `[y, x]`; `image` is a square that `size`, width and height, gives its aspect.
-
-    Args:
-      names: the texts of the question's names, which labels are indices of.
-    """
-    total = np.asarray(rewards.total[row], np.float32)
-    parts = {name: np.asarray(part[row], np.float32) for name, part in rewards.parts.items()}
-
-    def shapes(at: Any, slots: Boxes | Points, where: Any) -> list[dict[str, Any]]:
-        used, labels = np.asarray(slots.valid[where]), np.asarray(slots.label[where])
-        return [
-            {
-                "at": [round(float(v), 4) for v in one],
-                "label": names[label] if 0 <= label < len(names) else "",
-            }
-            for one, label in zip(np.asarray(at[where])[used], labels[used], strict=True)
-        ]
-
-    def marks(of: Gold | Answer, where: Any) -> dict[str, Any]:
-        return {
-            "boxes": shapes(of.boxes.yxyx, of.boxes, where),
-            "points": shapes(of.points.yx, of.points, where),
-        }
-
-    return {
-        "prompt": prompt,
-        "image": photo_uri(to_uint8(np.asarray(batch.image[row]))),
-        "size": np.asarray(batch.size[row]).tolist(),
-        "gold": {"text": gold, **marks(batch.gold, row)},
-        "completions": [
-            {
-                "text": text,
-                **marks(answer, (row, g)),
-                "reward": _number(total[g]),
-                "parts": {name: _number(part[g]) for name, part in parts.items()},
-                "advantage": _number(advantages[row][g]),
-            }
-            for g, text in enumerate(completions)
-        ],
-    }
+def stacked(images: Sequence[Image.Image]) -> Image.Image:
+    """Returns the images below one another, aligned to the left."""
+    width, height = max(image.width for image in images), sum(image.height for image in images)
+    out = Image.new("RGB", (width, height), PAPER)
+    top = 0
+    for image in images:
+        out.paste(image, (0, top))
+        top += image.height
+    return out
 
 
-def _number(value: Any) -> float | None:
-    return round(float(value), 4) if math.isfinite(value) else None
+def png_bytes(image: Image.Image) -> bytes:
+    """Returns the content of a PNG file."""
+    out = io.BytesIO()
+    image.save(out, format="PNG", optimize=True)
+    return out.getvalue()
+
+
+def data_uri(image: Image.Image) -> str:
+    """Returns a picture as a `data:image/png` address, for a page that needs no other file."""
+    return "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode("ascii")
 
 
 def photo_uri(image: UInt8[np.ndarray, "H W 3"]) -> str:
-    """Returns a model's image as a `data:` address: a drawing as PNG, a photograph as JPEG of at most `PHOTO_PX` a side."""
+    """Returns a model's image as a `data:` address: PNG for a drawing, JPEG for a photograph."""
     picture = Image.fromarray(image)
     if max(picture.size) <= DRAWING_PX:
         return data_uri(picture)
@@ -255,102 +172,50 @@ def photo_uri(image: UInt8[np.ndarray, "H W 3"]) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode("ascii")
 
 
-def reward_legend(width: int, scale: Scale = (0.0, 1.0)) -> Image.Image:
-    """Returns a strip `width` pixels wide that says what the colours of `draw_rollout` mean."""
-    strip = Image.new("RGB", (width, LEGEND_PX), PAPER)
-    draw, font, middle = ImageDraw.Draw(strip), _font(TEXT_PX - 1), LEGEND_PX // 2 - 2
-    x = PAD_PX
-
-    def text(at: int, words: str) -> int:
-        draw.text((at, middle), words, font=font, fill=INK, anchor="lm")
-        return at + round(font.getlength(words))
-
-    def swatch(at: int, color: Color) -> int:
-        draw.rectangle((at, middle - 4, at + 13, middle + 4), fill=color, outline=HALO)
-        return at + 18
-
-    low, high = scale
-    x = text(x, f"reward  {low:g} ") + 4
-    bar = max(40, width // 4)
-    for i in range(bar):
-        draw.line((x + i, middle - 4, x + i, middle + 4), fill=reward_color(i / (bar - 1)))
-    x = text(x + bar + 5, f"{high:g}") + 14
-    x = text(swatch(x, GOLD), "gold") + 14
-    text(swatch(x, UNJUDGED), "not judged")
-    return strip
-
-
-def draw_answer(
-    image: UInt8[np.ndarray, "H W 3"],
-    size: tuple[int, int],
-    boxes_px: Sequence[Mapping[str, Any]],
-    points_px: Sequence[Mapping[str, Any]],
-) -> Image.Image:
-    """Returns the picture at its original `size` (width, height) with an answer on it, one colour a label.
-
-    Boxes are `{"label", "xyxy_px"}` and points `{"label", "xy_px"}`, in pixels of the original.
-    """
-    width, height = size
-    picture = Image.fromarray(image)
-    if picture.size != size:
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
-    labels = list(dict.fromkeys(str(one["label"]) for one in [*boxes_px, *points_px]))
-    color = {label: LABEL_COLORS[i % len(LABEL_COLORS)] for i, label in enumerate(labels)}
-    line = max(2, round(min(size) / 160))
-
-    def shape(one: Mapping[str, Any], xy: Sequence[float | int]) -> Shape:
-        at = [v / (height if i % 2 == 0 else width) for i, v in enumerate(_swapped(xy))]
-        return Shape(at, color[str(one["label"])], str(one["label"]), line)
-
-    boxes = [shape(one, one["xyxy_px"]) for one in boxes_px]
-    points = [shape(one, one["xy_px"]) for one in points_px]
-    _draw_shapes(picture, boxes, points, font_px=max(12, round(min(size) / 28)))
-    return picture
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    """Returns the picture as a PNG file."""
-    out = io.BytesIO()
-    image.save(out, format="PNG", optimize=True)
-    return out.getvalue()
-
-
-def data_uri(image: Image.Image) -> str:
-    """Returns the picture as a `data:image/png` address, for a page that stands alone."""
-    return "data:image/png;base64," + base64.b64encode(png_bytes(image)).decode("ascii")
+def font_of(px: int) -> Any:
+    """Returns PIL's own font, whose letters are `px` pixels high."""
+    return ImageFont.load_default(size=px)
 
 
 def _enlarged(image: np.ndarray, size: tuple[int, int], scale_to: int) -> Image.Image:
     scale = scale_to / max(size)
-    target = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
-    drawing = scale_to >= NEAREST_FROM * max(image.shape[:2])
-    resample = Image.Resampling.NEAREST if drawing else Image.Resampling.LANCZOS
-    return Image.fromarray(image).resize(target, resample)
+    new_size = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
+    is_drawing = scale_to >= NEAREST_FROM * max(image.shape[:2])
+    resample = Image.Resampling.NEAREST if is_drawing else Image.Resampling.LANCZOS
+    return Image.fromarray(image).resize(new_size, resample)
+
+
+# shapes
 
 
 def _draw_shapes(
     picture: Image.Image, boxes: Sequence[Shape], points: Sequence[Shape], font_px: int
 ) -> None:
+    """Draws boxes, then points, then the labels of both."""
     draw = ImageDraw.Draw(picture)
     for shape in boxes:
         _draw_box(draw, picture.size, shape)
     for shape in points:
         _draw_point(draw, picture.size, shape)
-    taken = [_extent(shape, picture.size) for shape in [*boxes, *points]]
-    for shape, own in list(zip([*boxes, *points], taken, strict=True)):
+    shapes = [*boxes, *points]
+    extents = [_extent(shape, picture.size) for shape in shapes]
+    occupied = list(extents)
+    for shape, extent in zip(shapes, extents, strict=True):
         if shape.label:
-            taken.append(_draw_label(draw, picture.size, shape, own, taken, _font(font_px)))
+            plate = _draw_label(draw, picture.size, shape, extent, occupied, font_of(font_px))
+            occupied.append(plate)
 
 
 def _extent(shape: Shape, size: tuple[int, int]) -> Extent:
-    """Returns the pixels that a shape takes, halo included."""
-    at, arm = _pixels(shape.at, size), 5 + 2 * shape.width if len(shape.at) == 2 else 1
-    (y1, x1), (y2, x2) = at[:2], at[-2:]
+    """Returns the pixels that a shape covers, halo included."""
+    pixels = _pixels(shape.fractions, size)
+    arm = 5 + 2 * shape.width if len(shape.fractions) == 2 else 1
+    (y1, x1), (y2, x2) = pixels[:2], pixels[-2:]
     return min(x1, x2) - arm, min(y1, y2) - arm, max(x1, x2) + arm + 1, max(y1, y2) + arm + 1
 
 
 def _draw_box(draw: ImageDraw.ImageDraw, size: tuple[int, int], shape: Shape) -> None:
-    y1, x1, y2, x2 = _pixels(shape.at, size)
+    y1, x1, y2, x2 = _pixels(shape.fractions, size)
     left, right, top, bottom = min(x1, x2), max(x1, x2), min(y1, y2), max(y1, y2)
     w = shape.width
     draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=HALO, width=w + 2)
@@ -359,86 +224,123 @@ def _draw_box(draw: ImageDraw.ImageDraw, size: tuple[int, int], shape: Shape) ->
     else:
         draw.rectangle((left, top, right, bottom), fill=shape.color)
     if y2 < y1 or x2 < x1:
-        # Its corners are in the wrong order, which no outline could show: struck through.
+        # The corners are in the wrong order. No outline shows that, so a line crosses the box.
         draw.line((left, bottom, right, top), fill=HALO, width=w + 2)
         draw.line((left, bottom, right, top), fill=shape.color, width=w)
 
 
 def _draw_point(draw: ImageDraw.ImageDraw, size: tuple[int, int], shape: Shape) -> None:
-    y, x = _pixels(shape.at, size)
+    """Draws a cross."""
+    y, x = _pixels(shape.fractions, size)
     arm = 4 + 2 * shape.width
     for grow, color in ((1, HALO), (0, shape.color)):
         low, high = shape.width // 2 + grow, (shape.width - 1) // 2 + grow
         draw.rectangle((x - arm - grow, y - low, x + arm + grow, y + high), fill=color)
         draw.rectangle((x - low, y - arm - grow, x + high, y + arm + grow), fill=color)
-    # A bar's halo crosses the other bar: the colour goes over both at the end.
+    # The halo of one bar crosses the other bar, so the first bar is drawn again.
     low, high = shape.width // 2, (shape.width - 1) // 2
     draw.rectangle((x - arm, y - low, x + arm, y + high), fill=shape.color)
+
+
+def _pixels(fractions: Sequence[float | int], size: tuple[int, int]) -> list[int]:
+    """Returns the pixel rows and columns of `y, x` fractions, inside the picture."""
+    sides = (size[1], size[0])
+    return [
+        min(max(round(float(v) * sides[i % 2]), 0), sides[i % 2] - 1)
+        for i, v in enumerate(fractions)
+    ]
+
+
+def _swapped(xy: Sequence[float | int]) -> list[float]:
+    """Returns `y, x` pairs for `x, y` pairs."""
+    return [float(v) for i in range(0, len(xy), 2) for v in (xy[i + 1], xy[i])]
+
+
+# labels
 
 
 def _draw_label(
     draw: ImageDraw.ImageDraw,
     size: tuple[int, int],
     shape: Shape,
-    own: Extent,
-    taken: Sequence[Extent],
+    extent: Extent,
+    occupied: Sequence[Extent],
     font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
 ) -> Extent:
-    """Returns where it draws the label: above its box or right of its point, or where it hides less of what is drawn."""
-    text = _one_line(shape.label)
+    """Draws the label of a shape on a plate, and returns the extent of the plate.
+
+    The plate stands above a box or to the right of a point. It stands elsewhere if it hides less of
+    the drawing there.
+
+    Args:
+      extent: of the shape.
+      occupied: extents of all shapes and of the labels that are drawn already.
+    """
+    text = one_line(shape.label)
     pad = 3
     width = round(font.getlength(text)) + 2 * pad
-    height = (
-        round(sum(font.getmetrics())) + 2 if isinstance(font, ImageFont.FreeTypeFont) else LINE_PX
+    is_scalable = isinstance(font, ImageFont.FreeTypeFont)
+    height = round(sum(font.getmetrics())) + 2 if is_scalable else LINE_PX
+    corners = [
+        corner
+        for around in _label_anchors(extent, occupied)
+        for corner in _corners_around(around, width, height, len(shape.fractions) == 2)
+    ]
+    if len(shape.fractions) == 4:
+        corners.append((extent[0] + 1 + shape.width, extent[1] + 1 + shape.width))
+    inside = [
+        (max(0, min(x, size[0] - width)), max(0, min(y, size[1] - height))) for x, y in corners
+    ]
+    left, top = min(
+        inside, key=lambda xy: _hidden_share((*xy, xy[0] + width, xy[1] + height), occupied)
     )
-    beside = [
-        place
-        for around in _around(own, taken)
-        for place in _places(around, width, height, right_first=len(shape.at) == 2)
-    ]
-    inside = [(own[0] + 1 + shape.width, own[1] + 1 + shape.width)] if len(shape.at) == 4 else []
-    fitted = [
-        (max(0, min(x, size[0] - width)), max(0, min(y, size[1] - height)))
-        for x, y in [*beside, *inside]
-    ]
-    left, top = min(fitted, key=lambda at: _hidden((*at, at[0] + width, at[1] + height), taken))
-    dark = 0.299 * shape.color[0] + 0.587 * shape.color[1] + 0.114 * shape.color[2] < 128
+    is_dark = 0.299 * shape.color[0] + 0.587 * shape.color[1] + 0.114 * shape.color[2] < 128
     draw.rectangle((left, top, left + width - 1, top + height - 1), fill=shape.color, outline=HALO)
-    draw.text(
-        (left + pad, top + height / 2), text, font=font, fill=PAPER if dark else HALO, anchor="lm"
-    )
+    middle = (left + pad, top + height / 2)
+    draw.text(middle, text, font=font, fill=PAPER if is_dark else HALO, anchor="lm")
     return left, top, left + width, top + height
 
 
-def _around(own: Extent, taken: Sequence[Extent]) -> list[Extent]:
-    """Returns a shape's extent, and the smallest that holds it: a point's label may stand beside the box that it lies in."""
-    holding = [
+def _label_anchors(extent: Extent, occupied: Sequence[Extent]) -> list[Extent]:
+    """Returns the extent of a shape and the smallest extent around it.
+
+    The label of a point may so stand beside the box that holds the point.
+    """
+    around = [
         e
-        for e in taken
-        if e != own and e[0] <= own[0] and e[1] <= own[1] and e[2] >= own[2] and e[3] >= own[3]
+        for e in occupied
+        if e != extent
+        and e[0] <= extent[0]
+        and e[1] <= extent[1]
+        and e[2] >= extent[2]
+        and e[3] >= extent[3]
     ]
-    return [own, *sorted(holding, key=_area)[:1]]
+    return [extent, *sorted(around, key=_area)[:1]]
 
 
-def _places(around: Extent, width: int, height: int, right_first: bool) -> list[tuple[int, int]]:
-    """Returns left and top of a plate above, below, right and left of something, best first."""
-    left, top, right, bottom = around
+def _corners_around(
+    extent: Extent, width: int, height: int, right_first: bool
+) -> list[tuple[int, int]]:
+    """Returns left and top of a plate above, below, right and left of an extent, the best first."""
+    left, top, right, bottom = extent
     middle = (top + bottom - height) // 2
-    upright, level = (
-        [(left, top - height), (left, bottom)],
-        [(right, middle), (left - width, middle)],
-    )
-    return [*level, *upright] if right_first else [*upright, *level]
+    above_below = [(left, top - height), (left, bottom)]
+    right_left = [(right, middle), (left - width, middle)]
+    return [*right_left, *above_below] if right_first else [*above_below, *right_left]
 
 
-def _hidden(plate: Extent, taken: Sequence[Extent]) -> float:
-    """Returns how much a plate hides: the share of each shape, in tenths, so that a corner of a large box is nothing."""
-    both = [
-        (max(a[0], plate[0]), max(a[1], plate[1]), min(a[2], plate[2]), min(a[3], plate[3]))
-        for a in taken
+def _hidden_share(plate: Extent, occupied: Sequence[Extent]) -> float:
+    """Returns the sum of the shares that a plate hides of each extent, in tenths.
+
+    The rounding lets a plate cover the corner of a large box at no cost.
+    """
+    overlaps = [
+        (max(e[0], plate[0]), max(e[1], plate[1]), min(e[2], plate[2]), min(e[3], plate[3]))
+        for e in occupied
     ]
     return sum(
-        round(_area(common) / _area(one), 1) for common, one in zip(both, taken, strict=True)
+        round(_area(overlap) / _area(extent), 1)
+        for overlap, extent in zip(overlaps, occupied, strict=True)
     )
 
 
@@ -446,8 +348,11 @@ def _area(extent: Extent) -> int:
     return max(0, extent[2] - extent[0]) * max(0, extent[3] - extent[1])
 
 
+# captions
+
+
 def _with_caption(picture: Image.Image, paragraphs: Sequence[str], width: int) -> Image.Image:
-    font = _font(TEXT_PX)
+    font = font_of(TEXT_PX)
     lines = [
         line for paragraph in paragraphs for line in _wrapped(paragraph, font, width - 2 * PAD_PX)
     ]
@@ -461,84 +366,37 @@ def _with_caption(picture: Image.Image, paragraphs: Sequence[str], width: int) -
 
 
 def _wrapped(text: str, font: Any, width: int) -> list[str]:
-    """Returns `text` as lines of at most `width` pixels, broken at spaces, after `>` or anywhere if need be."""
-    lines, line = [], ""
-    # No letter is narrower than two pixels, so that nothing beyond the cut could have been shown.
-    for piece in re.findall(r"[^\s>]*>|[^\s>]+|\s+", _one_line(text)[: CAPTION_LINES * width]):
+    """Returns `text` as lines of at most `width` pixels.
+
+    A line breaks at a space, after `>`, or between any two letters if a word is too long.
+    """
+    lines = []
+    line = ""
+    # No letter is narrower than two pixels, so no text beyond this cut could be visible.
+    for piece in re.findall(r"[^\s>]*>|[^\s>]+|\s+", one_line(text)[: CAPTION_LINES * width]):
         if line and font.getlength(line + piece.rstrip()) > width:
             lines.append(line.rstrip())
             line = ""
         line = line + piece if line else piece.lstrip()
         while font.getlength(line) > width:
-            fits = max(
-                1,
-                bisect.bisect_right(
-                    range(len(line)), width, key=lambda n: font.getlength(line[: n + 1])
-                ),
-            )
-            lines.append(line[:fits])
-            line = line[fits:]
+            fitting = _fitting_letters(line, font, width)
+            lines.append(line[:fitting])
+            line = line[fitting:]
     lines.append(line.rstrip())
     if len(lines) <= CAPTION_LINES:
         return lines
-    last = lines[CAPTION_LINES - 1]
-    while font.getlength(last + " …") > width:
-        last = last[:-1]
-    return [*lines[: CAPTION_LINES - 1], last + " …"]
+    last_line = lines[CAPTION_LINES - 1]
+    while font.getlength(last_line + " …") > width:
+        last_line = last_line[:-1]
+    return [*lines[: CAPTION_LINES - 1], last_line + " …"]
 
 
-def _spread(total: np.ndarray, completions: Sequence[str]) -> list[str]:
-    """Returns the lines on a group: its mean reward, its best and its worst completion."""
-    judged = total[~np.isnan(total)]
-    if judged.size == 0:
-        return [f"none of {len(total)} completions judged", f"first  {completions[0]}"]
-    best, worst = int(np.nanargmax(total)), int(np.nanargmin(total))
-    kinds = len(set(completions))
-    return [
-        f"mean {judged.mean():.2f}  of {judged.size} completions, {kinds} different",
-        f"best {total[best]:.2f}  {completions[best]}",
-        f"worst {total[worst]:.2f}  {completions[worst]}",
-    ]
+def _fitting_letters(line: str, font: Any, width: int) -> int:
+    """Returns how many letters of a line fit into `width` pixels, at least 1."""
+    lengths = range(len(line))
+    return max(1, bisect.bisect_right(lengths, width, key=lambda n: font.getlength(line[: n + 1])))
 
 
-def _stacked(images: Sequence[Image.Image]) -> Image.Image:
-    out = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), PAPER)
-    top = 0
-    for image in images:
-        out.paste(image, (0, top))
-        top += image.height
-    return out
-
-
-def _row_of(boxes: Boxes, row: Any) -> list[list[float]]:
-    return np.asarray(boxes.yxyx[row])[np.asarray(boxes.valid[row])].tolist()
-
-
-def _points_row_of(points: Points, row: Any) -> list[list[float]]:
-    return np.asarray(points.yx[row])[np.asarray(points.valid[row])].tolist()
-
-
-def _loc_text(shapes: Sequence[Sequence[float | int]]) -> str:
-    """Returns the shapes as the tokens a completion would spell them with."""
-    bins = [
-        np.clip(np.round(np.array(at) * LOC_MAX), 0, LOC_MAX).astype(int).tolist() for at in shapes
-    ]
-    return " ; ".join("".join(f"<loc{b:04d}>" for b in one) for one in bins)
-
-
-def _pixels(at: Sequence[float | int], size: tuple[int, int]) -> list[int]:
-    """Returns the pixel rows and columns of `y, x` fractions, inside the picture."""
-    sides = (size[1], size[0])
-    return [min(max(round(float(v) * sides[i % 2]), 0), sides[i % 2] - 1) for i, v in enumerate(at)]
-
-
-def _swapped(xy: Sequence[float | int]) -> list[float]:
-    return [float(v) for i in range(0, len(xy), 2) for v in (xy[i + 1], xy[i])]
-
-
-def _one_line(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
-def _font(px: int) -> Any:
-    return ImageFont.load_default(size=px)
+def one_line(text: str) -> str:
+    """Returns the text with a space for each letter that cannot be printed."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)

@@ -1,17 +1,14 @@
-"""The first examples of every source of a config, gold boxes and points drawn: one self-contained page.
-
-Run `python -m pg_ground.look --config=configs/quickstart.py --n=16 --out=look.html`.
-"""
+"""A page with the first examples of every source, with ground-truth boxes and points drawn on them."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
-from pg_ground.config import Config, Source
+from pg_ground.config import Data, Source
 from pg_ground.data.datasets import open_examples
 from pg_ground.data.records import BadRecord
 from pg_ground.reporting import drawing, html_page
@@ -20,100 +17,120 @@ from pg_ground.tokenizer import Tokenizer
 from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.types import POINTS, Boxes, Example, Points
 
+TITLE = "Examples of the sources"
+
 
 @runtime_checkable
 class Examples(Protocol):
-    """Questions by index."""
+    """Examples by index. Indexing raises BadRecord if the record cannot be used."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Example: ...
 
 
-class Look(NamedTuple):
-    """A source of the config, opened."""
+class OpenSource(NamedTuple):
+    """A source of the config and its examples."""
 
     name: str
     sections: tuple[str, ...]
-    """Where the config names it: sft, grpo, eval."""
+    """The sections of the config that use the source: sft, grpo, eval."""
     source: Source
     examples: Examples
-    """Indexing raises BadRecord at a record that cannot be used."""
 
 
-def look(config: Config, *, n: int, out: Path) -> Path:
-    """Returns `out`, the page with the first `n` examples of every source, written whole."""
-    write_atomically(out, look_page(open_sources(config), n, load_tokenizer(config.data.tokenizer)))
+def write_gallery(
+    out: Path,
+    sources: Mapping[str, Mapping[str, Source]],
+    data: Data,
+    image_size: int,
+    examples: int,
+) -> Path:
+    """Writes the page with the first examples of every source, and returns its path.
+
+    Args:
+      sources: the sources of each section of the config, by the name of the section.
+      image_size: pixels of a side of the model's image.
+      examples: the number of examples of each source.
+    """
+    opened = open_sources(sources, data, image_size)
+    write_atomically(out, gallery_html(opened, examples, load_tokenizer(data.tokenizer)))
     return out
 
 
-def open_sources(config: Config) -> list[Look]:
-    """Returns every source once, in the order of the config, however many sections name the same entry."""
-    found: list[tuple[str, Source, list[str]]] = []
-    for section, sources in (
-        ("sft", config.sft.sources),
-        ("grpo", config.grpo.sources),
-        ("eval", config.eval.sources),
-    ):
-        for name, source in sources.items():
-            same = [sections for n, s, sections in found if (n, s) == (name, source)]
-            if same:
-                same[0].append(section)
-            else:
-                found.append((name, source, [section]))
-    side = config.model.image_size
+def open_sources(
+    sources: Mapping[str, Mapping[str, Source]], data: Data, image_size: int
+) -> list[OpenSource]:
+    """Returns every source once, in order, even if several sections use it."""
+    by_source: dict[tuple[str, Source], list[str]] = {}
+    for section, entries in sources.items():
+        for name, source in entries.items():
+            by_source.setdefault((name, source), []).append(section)
     return [
-        Look(
+        OpenSource(
             name,
             tuple(sections),
             source,
-            open_examples(f"{sections[0]}/{name}", source, config.data, side),
+            open_examples(f"{sections[0]}/{name}", source, data, image_size),
         )
-        for name, source, sections in found
+        for (name, source), sections in by_source.items()
     ]
 
 
-def look_page(looks: Sequence[Look], n: int, tokenizer: Tokenizer) -> str:
-    """Returns the page with the first `n` examples of each source, and how many tokens their texts are."""
-    body = ["<h1>What the sources hold</h1>"]
-    for one in looks:
-        count = min(n, len(one.examples))
-        where = f"{', '.join(one.sections)} · {one.source.uri} · {count} of {len(one.examples)} questions"
+def gallery_html(sources: Sequence[OpenSource], examples: int, tokenizer: Tokenizer) -> str:
+    """Returns the page with the first examples of each source and the token counts of their texts."""
+    body = [f"<h1>{TITLE}</h1>"]
+    for source in sources:
+        total = len(source.examples)
+        count = min(examples, total)
+        sections = ", ".join(source.sections)
+        note = f"{sections} · {source.source.uri} · {count} of {total} questions"
         body += [
-            f"<h2>{html.escape(one.name)}</h2>",
-            f'<p class="note">{html.escape(where)}</p>',
+            f"<h2>{html.escape(source.name)}</h2>",
+            f'<p class="note">{html.escape(note)}</p>',
             '<div class="grid">',
         ]
-        body += [_card(one, i, tokenizer) for i in range(count)]
+        body += [_card(source, index, tokenizer) for index in range(count)]
         body += ["</div>"]
-    return html_page.page("What the sources hold", "\n".join(body))
+    return html_page.page(TITLE, "\n".join(body))
 
 
-def _card(one: Look, index: int, tokenizer: Tokenizer) -> str:
+def _card(source: OpenSource, index: int, tokenizer: Tokenizer) -> str:
+    """Returns the HTML of one example, or of the reason why its record cannot be used."""
     try:
-        example = one.examples[index]
-    except BadRecord as bad:
-        text = html.escape(f"{one.name} {index}: {bad.kind}: {bad}")
+        example = source.examples[index]
+    except BadRecord as error:
+        text = html.escape(f"{source.name} {index}: {error.kind}: {error}")
         return f'<div class="card"><p class="bad">{text}</p></div>'
     width, height = example.size
-    about = f"{example.source} {example.index} · {width}×{height} px · {_count(example)}"
-    lines = [
+    boxes = _count(int(np.sum(example.boxes.valid)), "box", "boxes")
+    points = _count(int(np.sum(example.points.valid)), "point", "points")
+    about = f"{example.source} {example.index} · {width}×{height} px · {boxes}, {points}"
+    texts = [
         ("prompt", len(tokenizer.prefix(example.prompt)), example.prompt),
         ("suffix", len(tokenizer.suffix(example.suffix)), example.suffix),
     ]
-    texts = "".join(
-        f'<p class="text"><span class="soft">{name}, {tokens} tokens:</span> {html.escape(text)}</p>'
-        for name, tokens, text in lines
+    paragraphs = "".join(
+        f'<p class="text"><span class="soft">{name}, {tokens} tokens:</span> '
+        f"{html.escape(text)}</p>"
+        for name, tokens, text in texts
     )
-    alt = html.escape(example.prompt)
+    picture = drawing.data_uri(draw_example(example))
     return (
-        f'<div class="card"><img src="{drawing.data_uri(example_picture(example))}" alt="{alt}">'
-        f'{texts}<p class="text soft">{html.escape(about)}</p></div>'
+        f'<div class="card"><img src="{picture}" alt="{html.escape(example.prompt)}">'
+        f'{paragraphs}<p class="text soft">{html.escape(about)}</p></div>'
     )
 
 
-def example_picture(example: Example) -> Image.Image:
-    """Returns the example's image in the aspect of its original, gold in the colours of its names."""
+def _count(number: int, singular: str, plural: str) -> str:
+    return f"{number} {singular if number == 1 else plural}"
+
+
+def draw_example(example: Example) -> Image.Image:
+    """Returns the image of an example in its original aspect, with the ground truth on it.
+
+    Each name has a colour. Boxes of a question about points are white and have no label.
+    """
     boxes = _shapes(example.boxes.yxyx, example.boxes, example.names)
     points = _shapes(example.points.yx, example.points, example.names)
     if example.target == POINTS:
@@ -121,20 +138,17 @@ def example_picture(example: Example) -> Image.Image:
     return drawing.panel(example.image, boxes=boxes, points=points, size=example.size)
 
 
-def _shapes(at: Any, slots: Boxes | Points, names: tuple[str, ...]) -> list[drawing.Shape]:
-    """Returns the used slots of `at`; one whose label is no index of `names` carries no text."""
-    labels, used = np.asarray(slots.label).tolist(), np.asarray(slots.valid).tolist()
+def _shapes(coordinates: Any, slots: Boxes | Points, names: tuple[str, ...]) -> list[drawing.Shape]:
+    """Returns the used slots. A slot whose label is not an index of `names` has no text."""
+    labels = np.asarray(slots.label).tolist()
+    used = np.asarray(slots.valid).tolist()
+    colors = drawing.LABEL_COLORS
     return [
         drawing.Shape(
-            np.asarray(at[k]).tolist(),
-            drawing.LABEL_COLORS[label % len(drawing.LABEL_COLORS)],
+            np.asarray(coordinates[k]).tolist(),
+            colors[label % len(colors)],
             names[label] if 0 <= label < len(names) else "",
         )
         for k, label in enumerate(labels)
         if used[k]
     ]
-
-
-def _count(example: Example) -> str:
-    boxes, points = int(np.sum(example.boxes.valid)), int(np.sum(example.points.valid))
-    return f"{boxes} box{'es' * (boxes != 1)}, {points} point{'s' * (points != 1)}"

@@ -8,29 +8,29 @@ from typing import Any
 from pg_ground.reporting.tables import Table, cell_text, is_number_column
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-"""What a browser may load for a page: what stands in it (Content Security Policy, W3C)."""
+"""Content Security Policy (W3C): a browser loads nothing but the content of the page itself."""
 
 
 def page(title: str, body: str, data: Any = None, script: str = "") -> str:
-    """Returns a whole HTML page that asks nothing of the network.
+    """Returns a whole HTML page.
 
     Args:
       title: text.
       body: HTML.
-      data: JSON that the page carries for its script, in the element `data`.
-      script: name of a file in `assets`.
+      data: a JSON value for the script, in the element `data`.
+      script: the name of a file in `assets`, "" for a page without a script.
     """
     parts = [
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">',
-        f"<title>{html.escape(title)}</title>\n<style>\n{asset('page.css')}</style></head>\n<body>\n{body}",
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<link rel="icon" href="data:,">',
+        f"<title>{html.escape(title)}</title>\n<style>\n{asset('page.css')}</style></head>\n"
+        f"<body>\n{body}",
     ]
     if script:
-        # `<` could end the element: as an escape it is the same JSON
-        text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False).replace(
-            "<", "\\u003c"
-        )
+        text = json.dumps(data, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        text = text.replace("<", "\\u003c")  # `</script>` in a text would end the element
         parts += [
             f'<script type="application/json" id="data">{text}</script>',
             f"<script>\n{asset(script)}</script>",
@@ -44,20 +44,20 @@ def asset(name: str) -> str:
 
 
 def table_html(table: Table) -> str:
-    """Returns the table as HTML, which a narrow screen scrolls sideways."""
-    kind = [
+    """Returns a table as HTML. A narrow screen scrolls it sideways."""
+    attributes = [
         'class="number"' if is_number_column(table, i) else "" for i in range(len(table.columns))
     ]
-    head = "".join(
-        f"<th {k}>{html.escape(name)}</th>" for k, name in zip(kind, table.columns, strict=True)
-    )
-    rows = "\n".join(
-        "<tr>"
-        + "".join(
-            f"<td {k}>{html.escape(cell_text(v))}</td>" for k, v in zip(kind, row, strict=True)
+
+    def cells(tag: str, texts: list[str]) -> str:
+        return "".join(
+            f"<{tag} {attribute}>{html.escape(text)}</{tag}>"
+            for attribute, text in zip(attributes, texts, strict=True)
         )
-        + "</tr>"
-        for row in table.rows
+
+    head = cells("th", list(table.columns))
+    rows = "\n".join(
+        f"<tr>{cells('td', [cell_text(value) for value in row])}</tr>" for row in table.rows
     )
     note = f'<p class="note">{html.escape(table.note)}</p>' if table.note else ""
     body = f"<table><thead><tr>{head}</tr></thead><tbody>\n{rows}\n</tbody></table>"

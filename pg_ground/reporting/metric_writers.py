@@ -1,8 +1,8 @@
 """Writers of a run's metrics: `metrics.jsonl`, TensorBoard in `tb/`, and Weights & Biases.
 
-`step` counts over all stages of a run and never decreases. Two identical runs write identical bytes,
-except for the values under `time/` and `perf/`, which depend on the machine, and under `data/`, which
-count records that were read ahead.
+`step` counts over all stages of a run and never decreases. Two identical runs write identical
+bytes, except for the values under `time/` and `perf/`, which depend on the machine, and under
+`data/`, which count records that were read ahead.
 """
 
 import importlib

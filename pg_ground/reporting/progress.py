@@ -120,20 +120,20 @@ class LogFormatter(logging.Formatter):
         return text if not record.exc_info else f"{text}\n{self.formatException(record.exc_info)}"
 
 
-class LogHandler(logging.StreamHandler):
+class LogHandler(logging.Handler):
     """Writes records to stderr, below an open progress line.
 
     Every process writes warnings and errors. Only process 0 writes records of a lower level.
     """
 
     def __init__(self) -> None:
-        super().__init__(sys.stderr)
+        super().__init__()
         self.setFormatter(LogFormatter())
         self.addFilter(lambda record: record.levelno >= logging.WARNING or _State.process == 0)
 
     def emit(self, record: logging.LogRecord) -> None:
         end_line()
-        super().emit(record)
+        print(self.format(record), file=sys.stderr, flush=True)
 
 
 def start_logging() -> None:
@@ -143,6 +143,7 @@ def start_logging() -> None:
     """
     package = logging.getLogger("pg_ground")
     package.setLevel(logging.INFO)
+    package.propagate = False  # a library may add a handler to the root, which repeats each record
     if not any(isinstance(handler, LogHandler) for handler in package.handlers):
         package.addHandler(LogHandler())
 

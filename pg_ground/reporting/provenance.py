@@ -1,4 +1,4 @@
-"""What a run runs on and from which source: written down at each start, as `hardware.json`."""
+"""The machine and the source that a run uses, in `hardware.json`."""
 
 import json
 import os
@@ -14,23 +14,30 @@ from pg_ground.reporting.files import write_atomically
 FILE = "hardware.json"
 
 
-def note(workdir: Path, resumed: int | None) -> None:
-    """Adds this machine to those of the run, unless it is the last of them; `resumed`: see `Recorder`."""
+def record_machine(workdir: Path, resumed_step: int | None) -> None:
+    """Adds this machine to `hardware.json`, unless it is the newest machine there.
+
+    Machines that the run came to after `resumed_step` are removed.
+
+    Args:
+      resumed_step: the step of the checkpoint that the run continues from, None for a new run.
+    """
     file = workdir / FILE
-    known = (
-        json.loads(file.read_text(encoding="utf-8"))
-        if resumed is not None and file.is_file()
-        else []
-    )
-    kept = [one for one in known if one["from_step"] <= (resumed or 0)]
-    now = describe()
-    if not kept or {**kept[-1], "from_step": 0} != {"from_step": 0, **now}:
-        kept.append({"from_step": resumed or 0, **now})
-    write_atomically(file, json.dumps(kept, indent=1) + "\n")
+    machines = []
+    if resumed_step is not None and file.is_file():
+        machines = [
+            machine
+            for machine in json.loads(file.read_text(encoding="utf-8"))
+            if machine["from_step"] <= resumed_step
+        ]
+    this_machine = describe_machine()
+    if not machines or {**machines[-1], "from_step": 0} != {"from_step": 0, **this_machine}:
+        machines.append({"from_step": resumed_step or 0, **this_machine})
+    write_atomically(file, json.dumps(machines, indent=1) + "\n")
 
 
-def describe() -> dict[str, Any]:
-    """Returns this machine, its devices and the versions of what runs on it: of the package its commit, in a checkout of it."""
+def describe_machine() -> dict[str, Any]:
+    """Returns the devices, the host, the versions of jax and Python, and the commit of the package."""
     return {
         "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),
@@ -43,11 +50,14 @@ def describe() -> dict[str, Any]:
 
 
 def commit(folder: Path) -> str | None:
-    """Returns the commit checked out there, with `-dirty` if a file differs from it; None if git does not keep that folder."""
+    """Returns the commit that is checked out in a folder, with `-dirty` if a file differs from it.
+
+    Returns None if the folder does not belong to a git repository.
+    """
 
     def git(*words: str) -> str | None:
         try:
-            done = subprocess.run(
+            finished = subprocess.run(
                 ["git", "-C", str(folder), *words],
                 capture_output=True,
                 text=True,
@@ -56,9 +66,10 @@ def commit(folder: Path) -> str | None:
             )
         except (OSError, subprocess.TimeoutExpired):
             return None
-        return done.stdout.strip() if done.returncode == 0 else None
+        return finished.stdout.strip() if finished.returncode == 0 else None
 
-    # of a package among somebody's own files, as in a virtual environment, git would tell their commit
+    # A package in a virtual environment can lie in the folder of another repository. Git would
+    # return the commit of that repository.
     if git("ls-files", "--error-unmatch", "__init__.py") is None:
         return None
     return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")

@@ -22,7 +22,7 @@ from pg_ground.config import Config
 from pg_ground.data.bad_records import BadRecords, merge_bad_records
 from pg_ground.data.batches import merge_batch_states
 from pg_ground.parallel import multiprocess
-from pg_ground.reporting import drawing, progress, provenance, report
+from pg_ground.reporting import drawing, progress, provenance, report, run_files
 from pg_ground.reporting.files import write_atomically
 from pg_ground.reporting.metric_writers import MetricsWriter
 from pg_ground.reporting.tables import ascii_table
@@ -83,8 +83,8 @@ class Recorder:
         self._is_tracing = False
         self._report_failed = False
         if writer is not None:
-            report.forget_samples(workdir, resumed_step)
-            provenance.note(workdir, resumed_step)
+            run_files.delete_samples_after(workdir, resumed_step)
+            provenance.record_machine(workdir, resumed_step)
 
     def offset(self, stage: str) -> int:
         """Returns the number of steps in the stages before `stage`."""
@@ -228,7 +228,7 @@ class Recorder:
     def _write_samples(self, step: int, stage: str, samples: RolloutSamples) -> None:
         if self.writer is None:
             return
-        name = report.samples_name(stage, step)
+        name = run_files.samples_name(stage, step)
         write_atomically(self.workdir / f"{name}.png", drawing.png_bytes(samples.sheet))
         record = {"stage": stage, "step": step, "prompts": samples.prompts}
         write_atomically(self.workdir / f"{name}.json", json.dumps(record, allow_nan=False) + "\n")
@@ -254,7 +254,7 @@ class Recorder:
         self._write_bad_records()
         if multiprocess.is_main_process():
             report.write_report(self.workdir)
-            table = report.results(report.read_run(self.workdir))
+            table = report.results(run_files.read_run(self.workdir))
             if table.rows:
                 multiprocess.print_once(ascii_table(table))
         multiprocess.barrier("report")

@@ -6,7 +6,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from pg_ground.parallel import sharding
-from pg_ground.reporting import drawing
+from pg_ground.reporting import rollout_pictures
 from pg_ground.rl.scored_rollouts import ScoredRollouts
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.training.stage import RolloutSamples
@@ -31,14 +31,14 @@ def draw_samples(
         texts = [tokenizer.decode(tokens.tolist()) for tokens in local.rollout.tokens[row]]
         gold = tokenizer.decode(batch.suffix[row].tolist())
         names = [tokenizer.decode(ids.tolist()).strip() for ids in batch.gold.names[row]]
-        panel = drawing.draw_rollout(
+        panel = rollout_pictures.draw_rollout(
             batch, local.answer, local.rewards, row, prompt, texts, gold=gold
         )
         panels.append(panel)
-        record = drawing.rollout_record(
+        record = rollout_pictures.rollout_record(
             batch, local.answer, local.rewards, local_advantages.mean(axis=-1), row, prompt, texts,
             gold, names,
         )  # fmt: skip
         source = {"source": sources[int(batch.source[row])], "index": int(batch.index[row])}
         records.append(source | record)
-    return RolloutSamples(drawing.rollout_sheet(panels), records)
+    return RolloutSamples(rollout_pictures.sheet(panels), records)

@@ -37,7 +37,7 @@ class RolloutSamples(NamedTuple):
     sheet: Image.Image
     """The completions drawn on their images."""
     prompts: list[dict[str, Any]]
-    """The records that `reporting.drawing.rollout_record` makes."""
+    """The records that `reporting.rollout_pictures.rollout_record` makes."""
 
 
 class StepOutput(NamedTuple):
