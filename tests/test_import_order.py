@@ -6,6 +6,7 @@ module decides where it stands. The imports are read from the source text. Nothi
 
 import ast
 import functools
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -227,6 +228,13 @@ def ranks() -> dict[str, int]:
 
 RANKS = ranks()
 
+TOP_NAMES = list(
+    dict.fromkeys(
+        name for package, modules in ORDER for name in ([package] if package else modules)
+    )
+)
+"""Packages and modules at the top of `pg_ground`, in order."""
+
 
 def module_name(path: Path) -> str:
     """Returns `models.gemma` for models/gemma.py and `models` for models/__init__.py."""
@@ -437,3 +445,22 @@ def test_a_planted_fault_is_reported(name, line, fault):
 )
 def test_an_import_that_points_down_is_no_fault(name, line):
     assert list(faults({name: line})) == []
+
+
+DESIGN = (PACKAGE.parent / "docs" / "design.md").read_text(encoding="utf-8")
+
+
+def test_the_design_names_tests_that_exist():
+    """The table of seams names the test of each seam."""
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", DESIGN)
+    assert len(named) > 8
+    for file, test in named:
+        assert f"def {test}(" in (Path(__file__).parent / file).read_text("utf-8"), (
+            f"{file}::{test}"
+        )
+
+
+def test_the_design_lists_the_packages_in_order():
+    listed = re.findall(r"^\| (`.*?) \|", DESIGN, re.MULTILINE)
+    names = [name for cell in listed for name in re.findall(r"`(\w+)`", cell) if name in TOP_NAMES]
+    assert names == TOP_NAMES
