@@ -103,15 +103,9 @@ def read_rows(
     for index in range(len(records)):
         values = {name: column[index] for name, column in columns.items()}
         row = {
-            "source": "",
+            **_question_fields(values, index),
             "benchmark": benchmark,
-            "id": values.get("id", index),
-            "image": values["image"] if isinstance(values.get("image"), str | int) else None,
             "size_px": sizes[index],
-            "mode": FROM_FILE,
-            "rollout": values.get("rollout", 0),
-            "prompt": values.get("prompt", ""),
-            "text": values["pred"] if isinstance(values["pred"], str) else values.get("text", ""),
             "prediction": predictions[index],
             "gold": gold[index],
         }
@@ -119,6 +113,25 @@ def read_rows(
             row["reward"] = parsers.number(values["pred"], strict=False)
         rows.append(row)
     return rows
+
+
+def _question_fields(values: Mapping[str, Any], index: int) -> dict[str, Any]:
+    """Returns the fields of a row that do not depend on the benchmark.
+
+    Args:
+      values: the values of the record, by name.
+      index: number of the record. It is the id of a record without an id.
+    """
+    image, prediction = values.get("image"), values["pred"]
+    return {
+        "source": "",
+        "id": values.get("id", index),
+        "image": image if isinstance(image, str | int) else None,
+        "mode": FROM_FILE,
+        "rollout": values.get("rollout", 0),
+        "prompt": values.get("prompt", ""),
+        "text": prediction if isinstance(prediction, str) else values.get("text", ""),
+    }
 
 
 def _check_fields(

@@ -55,13 +55,15 @@ def make_eval_programs(
     Args:
       rewards: `grpo.rewards`. The benchmark `environment` reports their weighted sum.
     """
+    return EvalPrograms(
+        _make_answer(model, vocab, settings.max_new_tokens),
+        _make_suffix_nll(model),
+        _make_reward(vocab, rewards, reward_settings),
+        make_mask_decoder(Path(settings.vqvae)) if settings.vqvae else None,
+    )
 
-    def read(rollout: Rollout, batch: Batch) -> Answer:
-        gold = batch.gold
-        return answer_reader.read_answer(
-            rollout.tokens, rollout.mask, gold.target, gold.names, vocab
-        )
 
+def _make_answer(model: PaliGemma, vocab: Vocab, max_new_tokens: int) -> Wrapped:
     def answer(
         params: Params,
         batch: Batch,
@@ -70,31 +72,39 @@ def make_eval_programs(
         group_size: int = 1,
     ) -> Completions:
         inputs = (batch.image, batch.prompt, batch.prompt_mask)
-        rollout = sample(
-            model, params, *inputs, key, group_size, settings.max_new_tokens, temperature
-        )
-        parsed = read(rollout, batch)
+        rollout = sample(model, params, *inputs, key, group_size, max_new_tokens, temperature)
+        parsed = _parse(rollout, batch, vocab)
         confidence = answer_reader.confidence(rollout.tokens, rollout.mask, rollout.logps, vocab)
         return Completions(rollout, ~parsed.grammatical, ~parsed.finished, confidence)
 
+    return jax.jit(answer, static_argnames="group_size")
+
+
+def _make_suffix_nll(model: PaliGemma) -> Wrapped:
     def suffix_nll(params: Params, batch: Batch) -> Float[Array, " B"]:
         prompt = (batch.image, batch.prompt, batch.prompt_mask)
         suffix = (batch.suffix[:, None], batch.suffix_mask[:, None])
         return -model.completion_logps(params, *prompt, *suffix)[0].sum(axis=(1, 2))
 
+    return jax.jit(suffix_nll)
+
+
+def _make_reward(
+    vocab: Vocab, rewards: Mapping[str, config.Weight], settings: config.RewardSettings
+) -> Wrapped:
     weights = {name: _final_weight(weight) for name, weight in rewards.items()}
 
     def reward(batch: Batch, rollout: Rollout) -> Float[Array, "1 G"]:
         functions = {name: device_rewards.get_reward(name) for name in weights}
-        parsed = read(rollout, batch)
-        return device_rewards.score(parsed, batch, weights, reward_settings, functions).total
+        parsed = _parse(rollout, batch, vocab)
+        return device_rewards.score(parsed, batch, weights, settings, functions).total
 
-    return EvalPrograms(
-        jax.jit(answer, static_argnames="group_size"),
-        jax.jit(suffix_nll),
-        jax.jit(reward),
-        make_mask_decoder(Path(settings.vqvae)) if settings.vqvae else None,
-    )
+    return jax.jit(reward)
+
+
+def _parse(rollout: Rollout, batch: Batch, vocab: Vocab) -> Answer:
+    gold = batch.gold
+    return answer_reader.read_answer(rollout.tokens, rollout.mask, gold.target, gold.names, vocab)
 
 
 def make_mask_decoder(path: Path) -> Wrapped:

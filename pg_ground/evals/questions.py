@@ -37,13 +37,16 @@ class EvalTask(NamedTuple):
         return benchmarks.find_benchmark(self.benchmark, "benchmark").kind
 
 
-def question_row(task: EvalTask, batch: Batch, row: int, tokenizer: Tokenizer) -> dict[str, Any]:
+def question_row(task: EvalTask, batch: Batch, slot: int, tokenizer: Tokenizer) -> dict[str, Any]:
     """Returns the row of a question without an answer: the prompt, the image and the ground truth.
+
+    Args:
+      slot: index of the question in `batch`.
 
     Raises:
       UserError: the benchmark cannot use the ground truth of this record.
     """
-    index = int(batch.index[row])
+    index = int(batch.index[slot])
     record, element = task.examples.record(index)
     return {
         "source": task.source,
@@ -51,13 +54,13 @@ def question_row(task: EvalTask, batch: Batch, row: int, tokenizer: Tokenizer) -
         "id": index,
         "index": index,
         "image": image_name(field_at(record, task.examples.source.image, element)),
-        "size_px": list(_image_size(batch, row)),
+        "size_px": list(_image_size(batch, slot)),
         "mode": GREEDY,
         "rollout": 0,
-        "prompt": tokenizer.decode(batch.prompt[row][batch.prompt_mask[row]].tolist()).strip(),
+        "prompt": tokenizer.decode(batch.prompt[slot][batch.prompt_mask[slot]].tolist()).strip(),
         "text": "",
         "prediction": {},
-        "gold": gold_answer(task, batch, row, record, tokenizer),
+        "gold": gold_answer(task, batch, slot, record, tokenizer),
     }
 
 
@@ -68,60 +71,62 @@ def image_name(value: Any) -> str | None:
 
 
 def gold_answer(
-    task: EvalTask, batch: Batch, row: int, record: Mapping[str, Any], tokenizer: Tokenizer
+    task: EvalTask, batch: Batch, slot: int, record: Mapping[str, Any], tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """Returns the ground truth of a question, in the form that its benchmark reads.
 
     Raises:
       UserError: the benchmark cannot use the ground truth of this record.
     """
-    suffix = tokenizer.decode(np.asarray(batch.suffix[row]).tolist())
+    suffix = tokenizer.decode(np.asarray(batch.suffix[slot]).tolist())
     if task.kind == "choice":
-        return cv_bench.gold(record, f"source {task.examples.name}: record {int(batch.index[row])}")
+        return cv_bench.gold(
+            record, f"source {task.examples.name}: record {int(batch.index[slot])}"
+        )
     if task.kind == "count":
         return {"number": parsers.number(suffix, strict=False)}
     if task.kind == "text":
         return {"text": parsers.words(suffix)}
-    names = [tokenizer.decode(np.asarray(name).tolist()).strip() for name in batch.gold.names[row]]
-    size = _image_size(batch, row)
+    names = [tokenizer.decode(np.asarray(name).tolist()).strip() for name in batch.gold.names[slot]]
+    size = _image_size(batch, slot)
     boxes, points = (
-        _gold_objects(slots, key, names, row, size)
-        for key, slots in (("xyxy_px", batch.gold.boxes), ("xy_px", batch.gold.points))
+        _gold_objects(objects, key, names, slot, size)
+        for key, objects in (("xyxy_px", batch.gold.boxes), ("xy_px", batch.gold.points))
     )
-    return {"boxes": boxes, "points": points} | _gold_masks(task, batch, row, len(points))
+    return {"boxes": boxes, "points": points} | _gold_masks(task, batch, slot, len(points))
 
 
 def _gold_objects(
-    slots: Boxes | Points, key: str, names: Sequence[str], row: int, size: tuple[int, int]
+    objects: Boxes | Points, key: str, names: Sequence[str], slot: int, size: tuple[int, int]
 ) -> list[dict[str, Any]]:
     """Returns the annotated boxes or points of a question, with labels, in pixels of the image."""
-    corners = np.asarray(slots[0][row], np.float64).reshape(len(slots.valid[row]), -1, 2)
+    corners = np.asarray(objects[0][slot], np.float64).reshape(len(objects.valid[slot]), -1, 2)
     pixels = corners[..., ::-1] * size  # (y, x) fractions to (x, y) pixels
     return [
         {
-            "label": names[int(slots.label[row][slot])],
-            key: [round(value, answers.DIGITS) for value in pixels[slot].ravel().tolist()],
+            "label": names[int(objects.label[slot][index])],
+            key: [round(value, answers.DIGITS) for value in pixels[index].ravel().tolist()],
         }
-        for slot in np.flatnonzero(slots.valid[row]).tolist()
+        for index in np.flatnonzero(objects.valid[slot]).tolist()
     ]
 
 
-def _gold_masks(task: EvalTask, batch: Batch, row: int, objects: int) -> dict[str, Any]:
+def _gold_masks(task: EvalTask, batch: Batch, slot: int, object_count: int) -> dict[str, Any]:
     """Returns the ground-truth masks of a question as run lengths.
 
-    The result has `mask` (one, at the resolution of the image) if the benchmark compares masks. It
-    has `masks` (of the first `objects` objects, at `data.mask_size`) if every one of these objects
-    has a mask. Otherwise it is empty.
+    The result has `mask` if the benchmark compares masks. This mask has the resolution of the
+    image. Otherwise the result has `masks`, at `data.mask_size`, if each of the first
+    `object_count` objects has a mask. It is empty if neither holds.
     """
     if task.kind == "mask":
-        index = int(batch.index[row])
+        index = int(batch.index[slot])
         try:
-            return {"mask": run_lengths.encode(task.examples.mask(index, _image_size(batch, row)))}
+            return {"mask": run_lengths.encode(task.examples.mask(index, _image_size(batch, slot)))}
         except BadRecord as bad:
             raise UserError(f"source {task.examples.name}: question {index}: {bad}") from None
-    if not batch.gold.masks.shape[-1] or not objects:
+    if not batch.gold.masks.shape[-1] or not object_count:
         return {}
-    masks = [np.asarray(batch.gold.masks[row][slot]) for slot in range(objects)]
+    masks = [np.asarray(batch.gold.masks[slot][index]) for index in range(object_count)]
     if not all(mask.any() for mask in masks):
         return {}
     return {"masks": [run_lengths.encode(mask) for mask in masks]}
@@ -175,6 +180,6 @@ def with_scores(prediction: Mapping[str, Any], confidence: Float[Array, " K"]) -
     return {**prediction, "boxes": scored}
 
 
-def _image_size(batch: Batch, row: int) -> tuple[int, int]:
+def _image_size(batch: Batch, slot: int) -> tuple[int, int]:
     """Returns the width and height in pixels of the original image."""
-    return int(batch.size[row][0]), int(batch.size[row][1])
+    return int(batch.size[slot][0]), int(batch.size[slot][1])
