@@ -13,21 +13,21 @@ import jax
 import numpy as np
 
 from pg_ground import cli, config
-from pg_ground.checkpoints import weights
-from pg_ground.checkpoints.tensor_files import Stored, Where, wheres
+from pg_ground.checkpoints import export
+from pg_ground.checkpoints.tensor_files import BlockIndex, StoredTensor, block_indices
 from pg_ground.models import PaliGemma
 from pg_ground.params import flatten
 
 
-def random_tensor(name: str, shape: tuple[int, ...], dtype: str, seed: int) -> Stored:
+def random_tensor(name: str, shape: tuple[int, ...], dtype: str, seed: int) -> StoredTensor:
     """Returns a tensor whose blocks are drawn when they are asked for."""
 
-    def blocks() -> Iterator[tuple[Where, np.ndarray]]:
+    def blocks() -> Iterator[tuple[BlockIndex, np.ndarray]]:
         rng = np.random.default_rng(seed)
-        for where, size in wheres(name, shape, np.dtype(dtype).itemsize):
+        for where, size in block_indices(name, shape, np.dtype(dtype).itemsize):
             yield where, (0.02 * rng.standard_normal(size, np.float32)).astype(dtype)
 
-    return Stored(shape, np.dtype(dtype), blocks)
+    return StoredTensor(shape, np.dtype(dtype), blocks)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
         name: random_tensor(name, leaf.shape, flags["dtype"], i)
         for i, (name, leaf) in enumerate(shapes.items())
     }
-    weights.write(Path(flags["out"]), tensors, model.config)
+    export.write(Path(flags["out"]), tensors, model.config)
     print(flags["out"])
 
 

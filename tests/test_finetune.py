@@ -18,10 +18,10 @@ from commands import ROOT, arrays, assert_same_run, killed_and_resumed, rows, ru
 from conftest import random_params
 
 from pg_ground import config
-from pg_ground.checkpoints import manager, run_directory, weights
+from pg_ground.checkpoints import export, manager, run_directory, weights
 from pg_ground.config import Lora
 from pg_ground.models import PaliGemma, lora
-from pg_ground.params import flatten, is_adapter, join
+from pg_ground.params import flatten, is_adapter, join, unflatten
 
 SETTINGS = Lora(rank=4, alpha=8.0, pattern="llm/layers/.*")
 
@@ -44,7 +44,7 @@ def tiny() -> config.Model:
 def base(tiny, tmp_path_factory) -> tuple[Path, dict]:
     """A Hugging Face directory in bfloat16, and its parameters."""
     folder = tmp_path_factory.mktemp("base") / "hf"
-    weights.save(folder, random_params(PaliGemma(tiny)), tiny, "bfloat16")
+    export.save(folder, random_params(PaliGemma(tiny)), tiny, "bfloat16")
     return folder, weights.load(folder)[1]
 
 
@@ -93,7 +93,7 @@ def test_what_is_frozen_is_the_checkpoint_bit_for_bit(adapted, base):
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
         for name, leaf in kept.items()
     }
-    kept = flatten(manager.restore_tree(adapted[0] / "frozen", weights.unflatten(like)))
+    kept = flatten(manager.restore_tree(adapted[0] / "frozen", unflatten(like)))
     for name, leaf in flatten(base[1]).items():
         np.testing.assert_array_equal(np.asarray(kept[name]), np.asarray(leaf), err_msg=name)
 
@@ -147,7 +147,7 @@ def test_merging_a_trained_run_keeps_its_logits(adapted, tiny):
             n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
             for n, x in manager.describe(folder).items()
         }
-        like |= flatten(manager.restore_tree(folder, weights.unflatten(found)))
+        like |= flatten(manager.restore_tree(folder, unflatten(found)))
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), join(like, {}))
     rng = np.random.default_rng(0)
     inputs = (

@@ -17,7 +17,7 @@ import optax
 import pytest
 from conftest import unlabelled
 
-from pg_ground.checkpoints import weights
+from pg_ground.checkpoints import export, weights
 from pg_ground.models import PaliGemma
 from pg_ground.params import flatten
 from pg_ground.rl import update
@@ -302,7 +302,7 @@ def test_bfloat16_checkpoint(reference):
 
 
 def test_save_inverts_load(reference, tmp_path):
-    weights.save(tmp_path / "again.npz", reference.params)
+    export.save(tmp_path / "again.npz", reference.params)
     ours, theirs = (
         dict(np.load(tmp_path / "again.npz")),
         dict(np.load(reference.folder / "ckpt_f32.npz")),
@@ -358,6 +358,6 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(tmp_path, content):
 def test_arrays_of_something_else_are_refused_with_what_is_missing(tmp_path):
     np.savez(tmp_path / "other.npz", **{"params/w": np.zeros(3)})
     with pytest.raises(
-        UserError, match=r"other\.npz is no PaliGemma checkpoint: it lacks img/embedding/kernel"
+        UserError, match=r"other\.npz is not a PaliGemma checkpoint: it lacks img/embedding/kernel"
     ):
         weights.load(tmp_path / "other.npz")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import PG1, PG2, inputs, random_params
 
-from pg_ground.checkpoints import hugging_face, weights
+from pg_ground.checkpoints import export, hugging_face, weights
 from pg_ground.checkpoints.conversion import convert
 from pg_ground.models import PaliGemma
 from pg_ground.params import flatten
@@ -122,7 +122,7 @@ def test_the_tokenizer_travels_along(folder, golden, tmp_path):
     assert (tmp_path / "dst/tokenizer.model").read_bytes() == (
         tmp_path / "src/tokenizer.model"
     ).read_bytes()
-    assert weights.tokenizer_of(tmp_path / "dst") == str(tmp_path / "dst/tokenizer.model")
+    assert weights.tokenizer_path(tmp_path / "dst") == str(tmp_path / "dst/tokenizer.model")
 
 
 CAPPED = replace(PG2, text=replace(PG2.text, final_softcap=30.0, query_scale=144**-0.5))
@@ -137,7 +137,7 @@ def test_transformers_computes_our_logits_from_our_directory(config, tmp_path):
 
     model = PaliGemma(config)
     params = random_params(model)
-    weights.save(tmp_path / "hf", params, config)
+    export.save(tmp_path / "hf", params, config)
     theirs, report = transformers.PaliGemmaForConditionalGeneration.from_pretrained(
         tmp_path / "hf", attn_implementation="eager", output_loading_info=True
     )
@@ -190,7 +190,7 @@ def test_transformers_computes_our_logits_from_our_directory(config, tmp_path):
 
 
 def test_the_final_softcap_of_a_directory_is_off_in_training_and_kept_by_convert(tmp_path):
-    weights.save(tmp_path / "a", random_params(PaliGemma(CAPPED)), CAPPED)
+    export.save(tmp_path / "a", random_params(PaliGemma(CAPPED)), CAPPED)
     assert weights.load(tmp_path / "a")[0].config.text.final_softcap == 0
     convert(tmp_path / "a", tmp_path / "b", "bfloat16")
     settings = json.loads((tmp_path / "b/config.json").read_text())["text_config"]
@@ -218,7 +218,7 @@ def test_layers_of_different_dtypes_are_not_rounded_to_the_first(folder, tmp_pat
 def test_a_gemma1_directory_cannot_say_what_gemma1_does_not_have(tmp_path):
     model = PaliGemma(replace(PG1, text=replace(PG1.text, query_scale=0.5)))
     with pytest.raises(UserError, match="query_scale"):
-        weights.save(tmp_path / "hf", random_params(model), model.config)
+        export.save(tmp_path / "hf", random_params(model), model.config)
     assert not list(tmp_path.iterdir())
 
 
@@ -323,7 +323,7 @@ def test_an_untied_head_is_refused_and_a_tied_one_is_not(folder, tmp_path):
 @pytest.mark.parametrize(
     ("edit", "said"),
     [
-        ({"model_type": "llava"}, "model_type is 'llava', but 'paligemma' is wanted"),
+        ({"model_type": "llava"}, "model_type is 'llava', but it must be 'paligemma'"),
         ({"text_config": {"model_type": "llama"}}, "text_config.model_type is 'llama'"),
         (
             {

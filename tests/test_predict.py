@@ -12,7 +12,7 @@ from conftest import PG1, random_params
 from PIL import ExifTags, Image
 
 from pg_ground import tokenizer
-from pg_ground.checkpoints import weights
+from pg_ground.checkpoints import export, weights
 from pg_ground.evals.answers import loc_answers
 from pg_ground.evals.prediction import predict, predict_file, read_image
 from pg_ground.models import PaliGemma
@@ -79,7 +79,7 @@ def params(tmp_path_factory) -> Path:
     """Returns a checkpoint with random weights that fits the package's tokenizer."""
     path = tmp_path_factory.mktemp("params") / "tiny.npz"
     sizes = replace(PG1, text=replace(PG1.text, vocab_size=2048))
-    weights.save(path, random_params(PaliGemma(sizes)))
+    export.save(path, random_params(PaliGemma(sizes)))
     return path
 
 

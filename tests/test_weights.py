@@ -20,12 +20,12 @@ from jax.sharding import PartitionSpec
 from scipy import ndimage
 
 from pg_ground import config
-from pg_ground.checkpoints import manager, tensor_files, weights
+from pg_ground.checkpoints import export, manager, model_sizes, tensor_files, weights
 from pg_ground.checkpoints.conversion import convert
 from pg_ground.config import DECODERS, Lora
 from pg_ground.models import PaliGemma, lora
 from pg_ground.parallel import sharding
-from pg_ground.params import flatten, join
+from pg_ground.params import flatten, join, unflatten
 from pg_ground.types import UserError
 
 SMALL = {"pg1": PG1, "pg2": PG2}
@@ -48,7 +48,7 @@ def saved(request, tmp_path_factory) -> tuple[config.Model, dict, Path]:
     """A small model, its parameters and the `.npz` they were saved to."""
     model = PaliGemma(SMALL[request.param])
     params, path = random_params(model), tmp_path_factory.mktemp("npz") / "a.npz"
-    weights.save(path, params)
+    export.save(path, params)
     return model.config, params, path
 
 
@@ -78,7 +78,7 @@ def test_published_variants_have_the_published_names_and_shapes(golden, name):
     listed = {key.removeprefix("params/"): tuple(shape) for key, shape in listed.items()}
     model = PaliGemma(config.variant(name))
     assert {key: leaf.shape for key, leaf in model.abstract_params().items()} == listed
-    assert weights.config_of_shapes(listed, name) == config.variant(name)
+    assert model_sizes.model_from_shapes(listed, name) == config.variant(name)
 
 
 def test_what_shapes_cannot_tell_is_that_of_the_published_model():
@@ -98,7 +98,7 @@ def test_save_and_load_are_inverses(saved, tmp_path):
     assert_same(found, params)
     assert model.config.text == replace(sizes.text, query_scale=model.config.text.query_scale)
     for name in ("b.npz", "b.orbax", "b"):
-        weights.save(tmp_path / name, params, sizes)
+        export.save(tmp_path / name, params, sizes)
         again, found = weights.load(tmp_path / name)
         assert_same(found, params)
         assert again.config.text == sizes.text and again.config.vision == sizes.vision
@@ -108,7 +108,7 @@ def test_save_and_load_are_inverses(saved, tmp_path):
 def test_dtypes_are_kept_or_changed_as_asked(saved, tmp_path, dtype):
     sizes, params, _ = saved
     for name in ("a.npz", "a.orbax", "a"):
-        weights.save(tmp_path / name, params, sizes, dtype)
+        export.save(tmp_path / name, params, sizes, dtype)
         expected = {key: np.asarray(leaf).astype(dtype) for key, leaf in host(params).items()}
         for wanted in ("", "bfloat16", "float32"):
             found = weights.load(tmp_path / name, dtype=wanted)[1]
@@ -142,7 +142,7 @@ def test_parameters_go_straight_into_their_shards(saved, tmp_path, monkeypatch, 
     monkeypatch.setattr(sharding, "SMALL_BYTES", 64)
     monkeypatch.setattr(tensor_files, "BLOCK_BYTES", 1000)
     sizes, params, _ = saved
-    weights.save(tmp_path / f"a{suffix}", params, sizes)
+    export.save(tmp_path / f"a{suffix}", params, sizes)
     mesh = sharding.make_mesh(config.Mesh())
     _, found = weights.load(tmp_path / f"a{suffix}", mesh=mesh)
     assert_same(found, params)
@@ -173,17 +173,17 @@ def test_a_block_lands_where_an_index_would_put_it():
         "llm/layers/attn/q_einsum/w",
         "llm/layers/mlp/gating_einsum",
     ):
-        stored = tensor_files.in_memory(name, array)
+        stored = tensor_files.from_array(name, array)
         assert [tensor_files.stack_axes(name)] == [
             len(next(iter(stored.blocks()))[0]) if "layers" in name else 0
         ]
-        np.testing.assert_array_equal(tensor_files.whole(stored), array)
+        np.testing.assert_array_equal(tensor_files.read_whole(stored), array)
         for axis in (0, 2, 3):
             spec = PartitionSpec(*(None,) * axis, "data")
             like = jax.ShapeDtypeStruct(
                 array.shape, jnp.float32, sharding=jax.sharding.NamedSharding(mesh, spec)
             )
-            (found,) = tensor_files.assemble({name: stored}, {name: like}).values()
+            (found,) = tensor_files.read_sharded({name: stored}, {name: like}).values()
             assert found.sharding.spec == spec
             np.testing.assert_array_equal(found, array)
 
@@ -212,15 +212,13 @@ def test_positions_of_another_resolution_are_refused_or_resampled(saved):
     )
 
 
-def test_a_table_of_plain_gemma_gets_rows_for_loc_and_seg_tokens(saved, tmp_path, capsys):
+def test_a_table_of_plain_gemma_gets_rows_for_loc_and_seg_tokens(saved, tmp_path, caplog):
     sizes, params, _ = saved
     arrays = host(params)
     table = arrays["llm/embedder/input_embedding"]
     np.savez(tmp_path / "gemma.npz", **arrays | {"llm/embedder/input_embedding": table[:-1152]})
     model, found = weights.load(tmp_path / "gemma.npz", sizes)
-    assert (
-        "1152 rows appended to the 128 of llm/embedder/input_embedding" in capsys.readouterr().err
-    )
+    assert "1152 rows appended to the 128 of llm/embedder/input_embedding" in caplog.text
     grown = host(found)["llm/embedder/input_embedding"]
     np.testing.assert_array_equal(grown[:128], table[:128])
     assert model.config == sizes and grown.shape == table.shape
@@ -228,14 +226,14 @@ def test_a_table_of_plain_gemma_gets_rows_for_loc_and_seg_tokens(saved, tmp_path
     np.testing.assert_array_equal(
         grown, host(weights.load(tmp_path / "gemma.npz", sizes)[1])["llm/embedder/input_embedding"]
     )
-    capsys.readouterr()
-    weights.save(tmp_path / "grown.npz", found)
+    caplog.clear()
+    export.save(tmp_path / "grown.npz", found)
     assert_same(weights.load(tmp_path / "grown.npz", sizes)[1], found)  # a second time adds nothing
-    assert capsys.readouterr().err == ""
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize("rows", [256_000, 256_128])
-def test_real_gemma_tables_grow_to_257152_rows_without_being_told(saved, tmp_path, rows, capsys):
+def test_real_gemma_tables_grow_to_257152_rows_without_being_told(saved, tmp_path, rows, caplog):
     _, params, _ = saved
     table = np.zeros((rows, PG1.text.width), np.float16)
     table[:256_000] = 1
@@ -244,7 +242,7 @@ def test_real_gemma_tables_grow_to_257152_rows_without_being_told(saved, tmp_pat
     grown = host(found)["llm/embedder/input_embedding"]
     assert model.config.text.vocab_size == 257_152 == len(grown)
     assert (grown[:256_000] == 1).all() and 0.018 < grown[256_000:].astype(np.float32).std() < 0.022
-    assert "1152 rows appended to the 256000" in capsys.readouterr().err
+    assert "1152 rows appended to the 256000" in caplog.text
 
 
 # ---- runs ----
@@ -288,7 +286,7 @@ def test_a_run_with_adapters_loads_merged_and_converts(saved, tmp_path):
         for n, x in PaliGemma(own).abstract_params().items()
         if "_lora_" in n
     }
-    adapters = join({}, weights.unflatten(adapters))
+    adapters = join({}, unflatten(adapters))
     small = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), base)
     write_run(tmp_path / "run", own, adapters, small)
     model, found = weights.load(tmp_path / "run", dtype="float32")
@@ -317,7 +315,7 @@ def test_a_run_without_its_frozen_part_is_refused_with_the_names(saved, tmp_path
     adapters = {
         n: x for n, x in flatten(PaliGemma(own).init(jax.random.key(0))).items() if "_lora_" in n
     }
-    write_run(tmp_path / "run", own, weights.unflatten(adapters), None)
+    write_run(tmp_path / "run", own, unflatten(adapters), None)
     with pytest.raises(UserError, match="llm/final_norm/scale: missing"):
         weights.load(tmp_path / "run")
 
@@ -332,7 +330,7 @@ def test_a_frozen_part_of_another_run_is_refused(saved, tmp_path):
 def test_a_run_of_other_sizes_than_those_wanted_is_refused(saved, tmp_path):
     sizes, params, _ = saved
     write_run(tmp_path / "run", sizes, params, None)
-    weights.save(tmp_path / "a.orbax", params, sizes)
+    export.save(tmp_path / "a.orbax", params, sizes)
     for name in ("run", "a.orbax"):
         other = replace(sizes, text=replace(sizes.text, mlp_dim=48))
         assert (
@@ -441,9 +439,9 @@ def test_positions_that_are_no_square_are_refused(saved, tmp_path, shape):
 def test_adapters_are_never_written_by_chance(saved, tmp_path):
     own = replace(saved[0], lora=Lora(rank=2))
     params = PaliGemma(own).init(jax.random.key(0))
-    with pytest.raises(UserError, match="adapters are to be merged"):
-        weights.save(tmp_path / "a.npz", params)
-    weights.save(tmp_path / "a.npz", params, own)
+    with pytest.raises(UserError, match="with its lora section is needed to merge them"):
+        export.save(tmp_path / "a.npz", params)
+    export.save(tmp_path / "a.npz", params, own)
     assert not any("lora" in name for name in np.load(tmp_path / "a.npz").files)
 
 
@@ -469,12 +467,12 @@ def test_nothing_is_overwritten_and_nothing_left_half_written(saved, tmp_path, m
     def fail(*_):
         raise OSError("No space left on device")
 
-    for name, what in (("a.npz", "save_npz"), ("a", "whole"), ("a.orbax", "whole")):
+    for name, what in (("a.npz", "save_npz"), ("a", "read_whole"), ("a.orbax", "read_whole")):
         monkeypatch.setattr(tensor_files, what, fail)
         if name == "a":
-            monkeypatch.setattr("pg_ground.checkpoints.hugging_face.whole", fail)
+            monkeypatch.setattr("pg_ground.checkpoints.hugging_face.read_whole", fail)
         with pytest.raises(OSError, match="No space"):
-            weights.save(tmp_path / name, params, sizes)
+            export.save(tmp_path / name, params, sizes)
     assert [p.name for p in tmp_path.iterdir()] == ["there.npz"]
 
 
@@ -499,7 +497,7 @@ def test_the_command_ends_in_one_line(tmp_path, arguments, said):
 
 
 def test_bfloat16_in_a_file_is_bfloat16_in_memory(saved, tmp_path):
-    weights.save(tmp_path / "a.npz", saved[1], dtype="bfloat16")
+    export.save(tmp_path / "a.npz", saved[1], dtype="bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(weights.load(tmp_path / "a.npz")[1])} == {
         np.dtype(ml_dtypes.bfloat16)
     }

@@ -1,1 +1,1 @@
-"""Reading and writing weights and runs."""
+"""Reads and writes weights, and the checkpoints of runs."""

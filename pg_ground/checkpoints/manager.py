@@ -1,7 +1,12 @@
-"""A run's checkpoints, by orbax: asynchronous, atomic, sharded as the arrays are; all processes of a run write them together.
+"""Checkpoints of a run, written by orbax: asynchronous, atomic, and sharded as the arrays are.
 
-`DIR/<step>/` has three items: `params`; `rest`, the step within the stage and the optimizer's state; and `record`, which is JSON:
-stage, data iterator, means not yet written. Of the best parameters by a measure there are `WORKDIR/best/<step>/params` alone.
+All processes of a run write a checkpoint together. `DIR/<step>/` has three items:
+
+    params   the policy's trained parameters
+    rest     everything else of the train state: step, optimizer state, other trained trees
+    record   JSON: stage, data iterator, means that are not written yet
+
+`WORKDIR/best/<step>/params` holds only the parameters with the best value of a metric.
 """
 
 import shutil
@@ -15,20 +20,18 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from pg_ground.checkpoints.run_directory import BEST
-from pg_ground.params import flatten
-from pg_ground.types import POLICY, TrainState, UserError
+from pg_ground.params import AbstractParams, flatten
+from pg_ground.types import POLICY, Params, TrainState, UserError
 
 
 class Checkpoints:
-    """The checkpoints in one directory. Leaving the context waits for what is still being written."""
+    """The checkpoints in one directory. The end of the `with` block waits until everything is written."""
 
     def __init__(self, directory: Path, keep: int):
-        self._manager = ocp.CheckpointManager(
-            directory.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=True, enable_async_checkpointing=True
-            ),
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, enable_async_checkpointing=True
         )
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -36,80 +39,98 @@ class Checkpoints:
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if (
-            error is None or jax.process_count() == 1
-        ):  # else another process may be gone, and with it what is waited for
+        # After an error of several processes, another one may have ended. Waiting for it would never end.
+        if error is None or jax.process_count() == 1:
             self._manager.close()
 
     def latest(self) -> int | None:
-        """Returns the step of the newest whole checkpoint, None if there is none."""
+        """Returns the step of the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: TrainState, record: Mapping[str, Any]) -> None:
-        """Writes a checkpoint in the background, once the state has been copied to the host."""
+        """Starts to write a checkpoint. Returns when the state is copied to the host."""
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params[POLICY]),
-            rest=ocp.args.StandardSave(_rest(state)),
+            rest=ocp.args.StandardSave(_without_policy(state)),
             record=ocp.args.JsonSave(dict(record)),
         )
         self._manager.save(step, args=items)
 
     def record(self, step: int) -> dict[str, Any]:
         """Returns the JSON record of a checkpoint."""
-        return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))[
-            "record"
-        ]
+        items = ocp.args.Composite(record=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=items)["record"]
 
-    def restore(self, step: int, like: TrainState) -> TrainState:
-        """Returns the state of a checkpoint; `like` has its shapes, dtypes and shardings.
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """Returns the state of a checkpoint with the shapes, dtypes and shardings of `abstract`.
 
         Raises:
-          UserError: the checkpoint has other parts, of an earlier version of this package or of other settings.
+          UserError: the checkpoint has other arrays. An earlier version of this package or other settings wrote it.
         """
         items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(like.params[POLICY]),
-            rest=ocp.args.StandardRestore(_rest(like)),
+            params=ocp.args.StandardRestore(abstract.params[POLICY]),
+            rest=ocp.args.StandardRestore(_without_policy(abstract)),
         )
         try:
-            found = self._manager.restore(step, args=items)
-        except (ValueError, KeyError) as error:  # orbax's own goes on for pages about trees
+            restored = self._manager.restore(step, args=items)
+        except (ValueError, KeyError) as error:  # orbax's message has pages about trees
             path = self._manager.directory / str(step)
             raise UserError(
                 f"{path} has other parts than this version's runs: {_first_line(error)}"
             ) from error
-        rest = found["rest"]
-        params = {POLICY: found["params"]} | rest.pop("other_params", {})
-        return TrainState(params=params, **rest)
+        fields = restored["rest"]
+        params = {POLICY: restored["params"]} | fields.pop("other_params", {})
+        return TrainState(params=params, **fields)
 
 
-def _rest(state: TrainState) -> dict[str, Any]:
+def _without_policy(state: TrainState) -> dict[str, Any]:
     """Returns the state without the policy's parameters, which have an item of their own."""
-    rest = {name: leaf for name, leaf in state._asdict().items() if name != "params"}
+    fields = {name: leaf for name, leaf in state._asdict().items() if name != "params"}
     other_params = {name: tree for name, tree in state.params.items() if name != POLICY}
-    return rest | ({"other_params": other_params} if other_params else {})
+    return fields | ({"other_params": other_params} if other_params else {})
 
 
-def save_tree(path: Path, tree: Any) -> None:
-    """Writes a tree of arrays and waits until it is there; a partial write leaves nothing under `path`."""
+def save_tree(path: Path, tree: Params) -> None:
+    """Writes a tree of arrays and waits until it is complete. A failed write leaves nothing at `path`."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.absolute(), tree, force=True)
 
 
-def restore_tree(path: Path, like: Any) -> Any:
-    """Returns the tree at `path`; `like` has its shapes, dtypes and shardings.
+def restore_tree(path: Path, abstract: Params) -> Any:
+    """Returns the tree at `path` with the shapes, dtypes and shardings of `abstract`.
 
     Raises:
-      UserError: nothing there.
+      UserError: the path does not exist, or its content is damaged.
     """
-    if not path.is_dir():
-        raise UserError(f"{path} does not exist: a tree of arrays written by a run is wanted")
+    _check_exists(path)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(path.absolute(), like)
-    except (
-        Exception
-    ) as error:  # orbax raises what its storage does, with pages of it, on a damaged file
+            return checkpointer.restore(path.absolute(), abstract)
+    # For a damaged file, orbax raises the exception of its storage, with a message of pages.
+    except Exception as error:
         raise UserError(f"{path} cannot be restored: {_first_line(error)}") from error
+
+
+def describe(path: Path) -> AbstractParams:
+    """Returns shape and dtype of each array of the tree at `path`, by slash-joined name.
+
+    Raises:
+      UserError: the path does not exist, or does not hold a tree of arrays.
+    """
+    _check_exists(path)
+    try:
+        metadata = ocp.StandardCheckpointHandler().metadata(epath.Path(path.absolute()))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is not a tree of arrays that a run wrote: {error}") from None
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for name, leaf in flatten(metadata.tree).items()
+    }
+
+
+def _check_exists(path: Path) -> None:
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist: expected a tree of arrays that a run wrote")
 
 
 def _first_line(error: Exception) -> str:
@@ -122,28 +143,10 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
 
 
-def describe(path: Path) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns shape and dtype of each array of the tree at `path`, by slash-joined name.
-
-    Raises:
-      UserError: nothing there, or something else than a tree of arrays.
-    """
-    if not path.is_dir():
-        raise UserError(f"{path} does not exist: a tree of arrays written by a run is wanted")
-    try:
-        found = ocp.StandardCheckpointHandler().metadata(epath.Path(path.absolute()))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} is no tree of arrays written by a run: {error}") from None
-    return {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        for name, leaf in flatten(found.tree).items()
-    }
-
-
-def save_best(workdir: Path, step: int, params: Any) -> Path:
-    """Returns the folder of the best parameters so far, written whole before those of any other step are removed."""
+def save_best(workdir: Path, step: int, params: Params) -> Path:
+    """Writes the best parameters so far, then removes those of other steps. Returns their folder."""
     folder = workdir / BEST / str(step)
-    if not (folder / "params").is_dir():  # a resumed run comes by here again, with the same
+    if not (folder / "params").is_dir():  # a resumed run reaches the same step with the same values
         save_tree(folder / "params", params)
     if jax.process_index() == 0:
         for other in folder.parent.iterdir():

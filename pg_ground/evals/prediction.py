@@ -135,7 +135,7 @@ def predict_file(
       UserError: the checkpoint, the tokenizer or the image cannot be used.
     """
     path = Path(expand_path(str(params)))
-    loaded_tokenizer = load_tokenizer(tokenizer or weights.tokenizer_of(path))
+    loaded_tokenizer = load_tokenizer(tokenizer or weights.tokenizer_path(path))
     pixels = read_image(image, "--image")
     model, loaded_params = weights.load(path)
     answer = predict(model, loaded_params, pixels, prompt, loaded_tokenizer, max_new_tokens)

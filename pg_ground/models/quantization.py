@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jaxtyping import Float, Int8
 
@@ -90,19 +89,26 @@ def stored(params: Mapping[str, Any], name: str) -> Matrix:
     return QuantizedMatrix(params[name], params[name + SCALE])
 
 
-def abstract_frozen(name: str, leaf: jax.ShapeDtypeStruct, frozen_dtype: str) -> AbstractParams:
-    """Returns the abstract arrays that store a frozen parameter: one, or two if it is a matrix in int8."""
+def abstract_int8(
+    name: str, shape: tuple[int, ...]
+) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Returns the abstract arrays of the named matrix in int8: values and scales."""
     axes = matrix_axes(name)
-    if frozen_dtype != "int8":
-        return {name: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(frozen_dtype))}
-    if axes is None:
-        return {name: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(UNQUANTIZED_DTYPE))}
-    shape = np.array(leaf.shape)
-    shape[list(axes[0])] = 1
-    return {
-        name: jax.ShapeDtypeStruct(leaf.shape, jnp.int8),
-        name + SCALE: jax.ShapeDtypeStruct(tuple(map(int, shape)), jnp.float32),
-    }
+    assert axes is not None, name
+    scale_shape = list(shape)
+    for axis in axes[0]:
+        scale_shape[axis] = 1
+    values = jax.ShapeDtypeStruct(shape, jnp.int8)
+    return values, jax.ShapeDtypeStruct(tuple(scale_shape), jnp.float32)
+
+
+def abstract_frozen(name: str, shape: tuple[int, ...], frozen_dtype: str) -> AbstractParams:
+    """Returns the abstract arrays that store a frozen parameter: two if it is a matrix in int8, otherwise one."""
+    if frozen_dtype == "int8" and matrix_axes(name):
+        values, scale = abstract_int8(name, shape)
+        return {name: values, name + SCALE: scale}
+    dtype = UNQUANTIZED_DTYPE if frozen_dtype == "int8" else frozen_dtype
+    return {name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))}
 
 
 def cast(params: Mapping[str, Array], abstract: AbstractParams) -> dict[str, Array]:

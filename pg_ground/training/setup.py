@@ -134,7 +134,7 @@ def init_params(config: Config, model: PaliGemma, abstract: AbstractParams) -> P
     loaded: dict[str, Any] = {}
     if config.init:
         checkpoint = weights.open_checkpoint(config.init, config.model, config.resample_positions)
-        stored = {name: leaf for name, leaf in abstract.items() if name in checkpoint.like}
+        stored = {name: leaf for name, leaf in abstract.items() if name in checkpoint.abstract}
         loaded = checkpoint.read(stored)
     missing = {name: leaf for name, leaf in abstract.items() if name not in loaded}
 

@@ -1,0 +1,83 @@
+"""Writes parameters as a big_vision `.npz`, an orbax directory or a Hugging Face directory."""
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pg_ground.checkpoints import hugging_face, manager, tensor_files
+from pg_ground.checkpoints.tensor_files import StoredTensor
+from pg_ground.checkpoints.weights import MODEL_FILE
+from pg_ground.config import Lora, Model
+from pg_ground.models import lora
+from pg_ground.params import flatten, is_adapter, is_scale, unflatten
+from pg_ground.types import Params, UserError
+
+
+def save(path: str | Path, params: Params, model: Model | None = None, dtype: str = "") -> None:
+    """Writes parameters in the format that the name of `path` selects.
+
+    `NAME.npz` is big_vision's format, `NAME.orbax` is an orbax directory, and any other name is a Hugging Face directory. Adapters
+    are merged, and int8 matrices become float32. If writing fails, nothing is left at `path`.
+
+    Args:
+      model: sizes of the model. Only an `.npz` of float parameters without adapters does not need them.
+      dtype: dtype of all tensors; "" keeps their dtypes.
+
+    Raises:
+      UserError: `path` exists, or the format cannot express the model.
+    """
+    names = flatten(params)
+    has_adapters = any(map(is_adapter, names))
+    if has_adapters and (model is None or not model.lora.rank):
+        raise UserError(
+            f"{path}: the parameters have adapters, so `model` with its lora section is needed to merge them"
+        )
+    if has_adapters or any(map(is_scale, names)):
+        params = lora.merge(params, Lora() if model is None else model.lora)
+    tensors = {
+        name: tensor_files.from_array(name, leaf) for name, leaf in flatten(params).items()
+    }
+    write(Path(path), tensors, model, dtype)
+
+
+def write(
+    path: Path,
+    tensors: Mapping[str, StoredTensor],
+    model: Model | None,
+    dtype: str = "",
+    extra_files: Sequence[Path] = (),
+) -> None:
+    """Writes tensors as `save` writes parameters. A Hugging Face directory gets copies of `extra_files`."""
+    if path.exists():
+        raise UserError(f"{path} exists already: remove it, or choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as folder:
+        partial = Path(folder) / path.name
+        if path.suffix == ".npz":
+            tensor_files.save_npz(partial, tensors, dtype)
+        elif model is None:
+            raise UserError(f"{path}: only an .npz can be written without the sizes of the model")
+        elif path.suffix == ".orbax":
+            _save_orbax(partial, replace(model, lora=Lora()), tensors, dtype)
+        else:
+            hugging_face.save_directory(partial, model, tensors, dtype)
+            for file in extra_files:
+                shutil.copy(file, partial / file.name)
+        partial.rename(path)
+
+
+def _save_orbax(
+    folder: Path, model: Model, tensors: Mapping[str, StoredTensor], dtype: str
+) -> None:
+    folder.mkdir()
+    arrays = {
+        name: tensor_files.read_whole(tensor).astype(dtype or tensor.dtype)
+        for name, tensor in tensors.items()
+    }
+    manager.save_tree(folder / "params", unflatten(arrays))
+    settings = json.dumps(dataclasses.asdict(model), indent=1)
+    (folder / MODEL_FILE).write_text(settings + "\n", encoding="utf-8")
