@@ -184,8 +184,9 @@ class Model:
     )
     frozen_dtype: str = setting(
         "float32",
-        "dtype of frozen parameters; bfloat16 loses nothing if the checkpoint is bfloat16",
-        choices=FLOATS,
+        "dtype of frozen parameters: bfloat16 loses nothing if the checkpoint is bfloat16; "
+        "int8 stores matrices in int8 and everything else in bfloat16",
+        choices=(*FLOATS, "int8"),
     )
     remat: str = setting(
         "nothing_saveable",

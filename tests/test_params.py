@@ -39,6 +39,13 @@ def test_without_a_table_everything_is_trained_or_just_the_adapters():
     assert lr_factors(NAMES, ()) == dict(zip(NAMES, (0.0, 0.0, 0.0, 1.0), strict=True))
 
 
+def test_scales_of_int8_matrices_are_never_trained_and_need_no_pattern():
+    names = [*NAMES, "llm/layers/w_scale"]
+    assert lr_factors(names, ())["llm/layers/w_scale"] == 0
+    table = (("img/.*", 0.0), (".*/table", 0.1), ("llm/layers/w(_lora_a)?", 1.0))
+    assert lr_factors(names, table) == lr_factors(NAMES, table) | {"llm/layers/w_scale": 0.0}
+
+
 def test_the_first_pattern_that_matches_the_whole_name_counts():
     table = (("img/.*", 0.0), (".*/table", 0.1), ("llm/.*", 1.0))
     assert lr_factors(NAMES, table) == dict(zip(NAMES, (0.0, 0.1, 1.0, 1.0), strict=True))

@@ -166,7 +166,7 @@ def test_casting_gives_exactly_the_arrays_that_were_announced():
     abstract: dict[str, Any] = {}
     for name, leaf in params.items():
         abstract |= quantization.abstract_frozen(name, leaf.shape, "int8")
-    arrays = quantization.cast(params, abstract)
+    arrays = quantization.cast_params(params, abstract)
     assert {name: (x.shape, x.dtype) for name, x in arrays.items()} == {
         name: (x.shape, x.dtype) for name, x in abstract.items()
     }

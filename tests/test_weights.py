@@ -23,7 +23,7 @@ from pg_ground import config
 from pg_ground.checkpoints import export, manager, model_sizes, tensor_files, weights
 from pg_ground.checkpoints.conversion import convert
 from pg_ground.config import DECODERS, Lora
-from pg_ground.models import PaliGemma, lora
+from pg_ground.models import PaliGemma, lora, quantization
 from pg_ground.parallel import sharding
 from pg_ground.params import flatten, join, unflatten
 from pg_ground.types import UserError
@@ -307,6 +307,51 @@ def test_a_run_with_adapters_loads_merged_and_converts(saved, tmp_path):
     assert_same(weights.load(tmp_path / "a.npz")[1], found)
     convert(tmp_path / "run", tmp_path / "a.orbax", "float32")
     assert_same(weights.load(tmp_path / "a.orbax")[1], found)
+
+
+def int8_params(model: config.Model, params) -> dict:
+    """Returns the frozen parameters of a run with `frozen_dtype` int8."""
+    abstract: dict = {}
+    for name, leaf in flatten(params).items():
+        abstract |= quantization.abstract_frozen(name, leaf.shape, "int8")
+    return quantization.cast_params(flatten(params), abstract)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".orbax", ""])
+def test_matrices_are_quantized_while_they_are_read(saved, tmp_path, monkeypatch, suffix):
+    """Each layer by itself, and a matrix without layers (the projector) although its blocks are rows."""
+    monkeypatch.setattr(tensor_files, "BLOCK_BYTES", 100)
+    sizes, params, _ = saved
+    weights_path = tmp_path / f"a{suffix}"
+    export.save(weights_path, params, sizes)
+    expected = int8_params(sizes, params)
+    mesh = sharding.make_mesh(config.Mesh())
+    shardings = sharding.infer_shardings(mesh, expected)
+    abstract = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
+        for name, leaf in expected.items()
+    }
+    arrays = weights.open_checkpoint(weights_path).read(abstract)
+    assert {name: leaf.sharding for name, leaf in arrays.items()} == shardings
+    assert_same(arrays, expected)
+
+
+def test_a_run_with_adapters_on_int8_loads_merged(saved, tmp_path):
+    sizes, base, _ = saved
+    adapted = replace(sizes, lora=Lora(rank=2, alpha=4.0, pattern="llm/.*"), frozen_dtype="int8")
+    rng = np.random.default_rng(0)
+    adapters = {
+        name: jnp.asarray(rng.normal(size=leaf.shape), jnp.float32)
+        for name, leaf in PaliGemma(adapted).abstract_params().items()
+        if "_lora_" in name
+    }
+    frozen = int8_params(sizes, base)
+    write_run(tmp_path / "run", adapted, unflatten(adapters), unflatten(frozen))
+    loaded = weights.load(tmp_path / "run")[1]
+    assert_same(loaded, lora.merge(unflatten(frozen | adapters), adapted.lora))
+    assert flatten(loaded).keys() == flatten(base).keys()
+    convert(tmp_path / "run", tmp_path / "a.npz", "")
+    assert_same(weights.load(tmp_path / "a.npz")[1], loaded)
 
 
 def test_a_run_without_its_frozen_part_is_refused_with_the_names(saved, tmp_path):

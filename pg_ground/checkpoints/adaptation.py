@@ -96,7 +96,9 @@ def _quantized(name: str, tensor: StoredTensor, part: str) -> StoredTensor:
     abstract = values if part == "values" else scale
 
     def blocks() -> Iterator[tuple[BlockIndex, np.ndarray]]:
-        if not tensor_files.stack_axes(name):  # its blocks are rows, and a scale needs whole columns
+        if not tensor_files.stack_axes(
+            name
+        ):  # its blocks are rows, and a scale needs whole columns
             matrix = quantization.quantize(name, tensor_files.read_whole(tensor))
             yield (slice(0, abstract.shape[0]),), np.asarray(getattr(matrix, part))
             return

@@ -38,7 +38,5 @@ def convert(source: Path, target: Path, dtype: str) -> None:
         }
         arrays = checkpoint.read(on_host)
         tensors = {name: tensor_files.from_array(name, array) for name, array in arrays.items()}
-    tokenizer_files = [
-        source / name for name in TOKENIZER_FILES if (source / name).is_file()
-    ]
+    tokenizer_files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
     export.write(target, tensors, checkpoint.model.config, dtype, tokenizer_files)

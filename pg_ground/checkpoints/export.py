@@ -38,9 +38,7 @@ def save(path: str | Path, params: Params, model: Model | None = None, dtype: st
         )
     if has_adapters or any(map(is_scale, names)):
         params = lora.merge(params, Lora() if model is None else model.lora)
-    tensors = {
-        name: tensor_files.from_array(name, leaf) for name, leaf in flatten(params).items()
-    }
+    tensors = {name: tensor_files.from_array(name, leaf) for name, leaf in flatten(params).items()}
     write(Path(path), tensors, model, dtype)
 
 

@@ -78,7 +78,9 @@ def _read_paligemma(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; a Hugging Face directory has this file") from None
+        raise UserError(
+            f"{path}: {error.strerror}; a Hugging Face directory has this file"
+        ) from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     is_object = isinstance(settings, dict)

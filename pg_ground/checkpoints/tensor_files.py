@@ -148,11 +148,11 @@ def open_npz(path: str | Path) -> dict[str, StoredTensor]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            headers = {member: _read_member_header(archive, member) for member in archive.namelist()}
+            headers = {
+                member: _read_member_header(archive, member) for member in archive.namelist()
+            }
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file; expected a big_vision .npz checkpoint"
-        ) from None
+        raise UserError(f"{path}: no such file; expected a big_vision .npz checkpoint") from None
     # zipfile raises NotImplementedError for a compression that it does not support
     except (
         ValueError,

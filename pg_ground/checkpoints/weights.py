@@ -178,9 +178,7 @@ def _open_files(
     }
 
     def read(abstract: AbstractParams) -> dict[str, jax.Array]:
-        return tensor_files.read_sharded(
-            adaptation.quantized_tensors(tensors, abstract), abstract
-        )
+        return tensor_files.read_sharded(adaptation.quantized_tensors(tensors, abstract), abstract)
 
     return Checkpoint(PaliGemma(model), abstract, tensors, read)
 
@@ -244,8 +242,9 @@ def _with_shardings(tree: AbstractParams, abstract: AbstractParams) -> AbstractP
     def sharding_of(name: str, leaf: jax.ShapeDtypeStruct) -> Sharding:
         if name in abstract and abstract[name].shape == leaf.shape:
             return abstract[name].sharding or default
-        is_sharded = isinstance(default, NamedSharding)
-        return NamedSharding(default.mesh, PartitionSpec()) if is_sharded else default
+        if isinstance(default, NamedSharding):
+            return NamedSharding(default.mesh, PartitionSpec())
+        return default
 
     return {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(name, leaf))
@@ -266,7 +265,7 @@ def _convert_one_by_one(
         if name + SCALE in abstract:
             merged = {name: lora.merged(params, name, stored.lora, jnp.float32)}
             arrays = {key: abstract[key] for key in (name, name + SCALE)}
-            params |= _place(quantization.cast(merged, arrays), arrays)
+            params |= _place(quantization.cast_params(merged, arrays), arrays)
         elif params[name].shape != leaf.shape:
             positions = tensor_files.from_array(name, params[name])
             resampled = adaptation.resampled_positions(positions, model)
@@ -278,6 +277,4 @@ def _convert_one_by_one(
 
 def _place(arrays: Mapping[str, Any], abstract: AbstractParams) -> dict[str, jax.Array]:
     """Returns the arrays with the shardings of `abstract`, if it has shardings."""
-    return {
-        name: jax.device_put(array, abstract[name].sharding) for name, array in arrays.items()
-    }
+    return {name: jax.device_put(array, abstract[name].sharding) for name, array in arrays.items()}

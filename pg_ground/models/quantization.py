@@ -44,7 +44,8 @@ def quantize(name: str, matrix: Float[Array, "..."]) -> QuantizedMatrix:
     axes = matrix_axes(name)
     assert axes is not None, name
     matrix = matrix.astype("float32")
-    scale = abs(matrix).max(axis=axes[0], keepdims=True) / 127
+    # a product, not a division by 127, which XLA rounds in another way than numpy
+    scale = abs(matrix).max(axis=axes[0], keepdims=True) * (1 / 127)
     scale = scale + (scale == 0)  # a channel of zeros stays zeros
     return QuantizedMatrix((matrix / scale).round().astype("int8"), scale)
 
@@ -111,7 +112,7 @@ def abstract_frozen(name: str, shape: tuple[int, ...], frozen_dtype: str) -> Abs
     return {name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))}
 
 
-def cast(params: Mapping[str, Array], abstract: AbstractParams) -> dict[str, Array]:
+def cast_params(params: Mapping[str, Array], abstract: AbstractParams) -> dict[str, Array]:
     """Returns the named float parameters in the dtypes of `abstract`. Quantizes a matrix if `abstract` has its scale."""
     arrays: dict[str, Array] = {}
     for name, leaf in abstract.items():

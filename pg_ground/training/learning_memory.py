@@ -35,7 +35,9 @@ def learning_memory(
     """
     parameters = (state.params, setup.frozen_tree)
     dtype = jnp.dtype(setup.config.model.dtype)
-    cast = [leaf for leaf in jax.tree.leaves(parameters) if leaf.dtype != dtype]
+    # int8 matrices are cast layer by layer, not all at once
+    not_cast = (dtype, jnp.int8)
+    cast = [leaf for leaf in jax.tree.leaves(parameters) if leaf.dtype not in not_cast]
     # Gradients of matrices have the dtype of activations until they are accumulated or applied.
     gradients = map_named(
         lambda name, leaf: leaf.update(dtype=dtype) if is_multiplied(name) else leaf, state.params

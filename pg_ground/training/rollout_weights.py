@@ -3,6 +3,7 @@
 A decoder reads every weight for every token. Sharded weights would be gathered again for each
 token, so they are gathered and cast once per step. Norms keep their dtype, because they are
 computed in float32: sampler and trainer stay one function.
+int8 matrices stay int8: they are the fewest bytes to read.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from pg_ground.parallel.memory_model import device_work
 from pg_ground.params import map_named
 from pg_ground.training.program import Program, jit_program
 from pg_ground.training.setup import Setup, abstract_state, with_shardings
-from pg_ground.types import Params
+from pg_ground.types import Array, Params
 
 SAFE_SHARE = 0.9
 """Share of a device's memory that an estimate can fill: estimates are right to about 10 %."""
@@ -35,8 +36,11 @@ def gather_program(setup: Setup, params: Params) -> Program:
     """Returns the program that gathers and casts parameters for sampling."""
     dtype = jnp.dtype(setup.config.model.dtype)
 
+    def cast(name: str, leaf: Array) -> Array:
+        return leaf if _is_norm(name) or leaf.dtype == jnp.int8 else leaf.astype(dtype)
+
     def gather(params: Params) -> Params:
-        return map_named(lambda name, leaf: leaf if _is_norm(name) else leaf.astype(dtype), params)
+        return map_named(cast, params)
 
     shardings = sharding.gathered_shardings(setup.mesh, params, setup.config.mesh.rules)
     return Program(gather, (params,), out_shardings=shardings)

@@ -14,10 +14,11 @@ from pg_ground import config
 from pg_ground.checkpoints import weights
 from pg_ground.config import Config
 from pg_ground.models import PaliGemma
+from pg_ground.models.quantization import abstract_frozen, cast_params
 from pg_ground.parallel import sharding
 from pg_ground.parallel.memory_model import Architecture
 from pg_ground.parallel.sharding import AnyMesh
-from pg_ground.params import AbstractParams, flatten, is_adapter, lr_factors, unflatten
+from pg_ground.params import SCALE, AbstractParams, flatten, is_adapter, lr_factors, unflatten
 from pg_ground.training import optimizers
 from pg_ground.types import POLICY, Batch, Boxes, Gold, Params, Points, TrainState, UserError
 from pg_ground.vocab import Vocab, vocab_of_size
@@ -103,17 +104,16 @@ def abstract_params(
             "llm/layers/mlp/linear"
         )
     factors = lr_factors(shapes, config.lr_factors)
-    dtypes = {
-        True: jnp.dtype(config.model.param_dtype),
-        False: jnp.dtype(config.model.frozen_dtype),
-    }
-    typed = {
-        name: jax.ShapeDtypeStruct(leaf.shape, dtypes[factors[name] > 0])
-        for name, leaf in shapes.items()
-    }
+    param_dtype = jnp.dtype(config.model.param_dtype)
+    typed: AbstractParams = {}
+    for name, leaf in shapes.items():
+        if factors[name]:
+            typed[name] = jax.ShapeDtypeStruct(leaf.shape, param_dtype)
+        else:  # two arrays for a matrix in int8
+            typed |= abstract_frozen(name, leaf.shape, config.model.frozen_dtype)
     placed = with_shardings(typed, sharding.infer_shardings(mesh, typed, config.mesh.rules))
-    trained = {name: leaf for name, leaf in placed.items() if factors[name]}
-    return trained, {name: leaf for name, leaf in placed.items() if not factors[name]}
+    trained = {name: leaf for name, leaf in placed.items() if factors.get(name)}
+    return trained, {name: leaf for name, leaf in placed.items() if name not in trained}
 
 
 def with_shardings(tree: Any, shardings: Any) -> Any:
@@ -134,13 +134,17 @@ def init_params(config: Config, model: PaliGemma, abstract: AbstractParams) -> P
     loaded: dict[str, Any] = {}
     if config.init:
         checkpoint = weights.open_checkpoint(config.init, config.model, config.resample_positions)
-        stored = {name: leaf for name, leaf in abstract.items() if name in checkpoint.abstract}
-        loaded = checkpoint.read(stored)
+        in_checkpoint = {
+            name: leaf
+            for name, leaf in abstract.items()
+            if name.removesuffix(SCALE) in checkpoint.abstract
+        }
+        loaded = checkpoint.read(in_checkpoint)
     missing = {name: leaf for name, leaf in abstract.items() if name not in loaded}
 
     def init_missing() -> dict[str, Any]:
         params = flatten(model.init(jax.random.key(config.seed)))
-        return {name: params[name].astype(leaf.dtype) for name, leaf in missing.items()}
+        return cast_params(params, missing)
 
     if missing:
         shardings = {name: leaf.sharding for name, leaf in missing.items()}
