@@ -1,16 +1,19 @@
-"""Recipes for TPU slices, each compiled for its slice ahead of time: PaliGemma 1 and 2, every parameter or adapters.
+"""Recipes for TPU slices: PaliGemma 1 and 2, with every parameter or with adapters.
 
 python -m pg_ground.compile --config=configs/tpu.py:pg1_3b_224_v5e_8 --topology=v5e:2x4
-python -m pg_ground.train --config=configs/tpu.py:pg1_3b_224_v5e_8 --distributed=auto --workdir=/shared/run \\
-    --config.init=… --config.data.tokenizer=… --config.grpo.sources.boxes.uri=… --config.eval.sources.boxes.uri=…
+python -m pg_ground.train --config=configs/tpu.py:pg1_3b_224_v5e_8 --distributed=auto \\
+    --workdir=/shared/run --config.init=… --config.data.tokenizer=… \\
+    --config.grpo.sources.boxes.uri=… --config.eval.sources.boxes.uri=…
 
-The argument is a name in `RECIPES`. Data, weights and rewards are those of configs/paligemma.py; docs/tpu.md leads from an empty
-cloud project to a run. 8 completions of 64 tokens a prompt.
+The argument is a name in `RECIPES`. Data, weights and rewards are those of configs/paligemma.py.
+Each prompt has 8 completions of 64 tokens. docs/tpu.md leads from an empty cloud project to a run.
 
-Compiled 2026-11-21 (benchmarks/results has all columns); no such run has been timed. GiB a chip and seconds at best, of sampling
-and of the update, and what binds the update:
+Each recipe was compiled ahead of time for its slice on 2026-11-21 (benchmarks/results has all
+columns). No such run has been timed. The table shows GiB a chip and seconds at best, for sampling
+and for the update, and the resource that binds the update.
 
-recipe                   slice      prompts      GiB                 s
+                                                 GiB:          s at best:       update
+recipe                   slice      prompts  sampling  update  sampling  update   bound by
 pg1_3b_224_v5e_8         v5e:2x4        128      10.4     9.1      0.44    1.20   FLOPs
 pg1_3b_224_v5p_8         v5p:2x2x1      256      16.3    23.3      0.55    2.05   FLOPs
 pg1_3b_448_v5e_8         v5e:2x4         64      10.5     9.6      0.47    1.20   FLOPs
@@ -45,19 +48,19 @@ from . import paligemma
 
 
 class Recipe(NamedTuple):
-    """What a slice is given to do."""
+    """The work of a slice."""
 
     model: str
     """VARIANT_PIXELS of configs/paligemma.py."""
     topology: str
     prompts: int
-    """A step, over all chips."""
+    """Prompts per step, over all chips."""
     lora: bool = False
     grad_accum_steps: int = 1
     replica: int = 1
     """Groups of chips that each hold all parameters."""
     model_axis: int = 1
-    """Chips that share each matrix, where gathered weights would not fit for sampling."""
+    """Chips that share each matrix, for models whose gathered weights do not fit for sampling."""
     logits_block: int = 2
 
 
@@ -90,6 +93,11 @@ RECIPES: dict[str, Recipe] = {
 
 
 def get_config(name: str = "pg1_3b_224_v5e_8") -> ConfigDict:
+    """Returns the config of a recipe.
+
+    Raises:
+      UserError: there is no recipe of this name.
+    """
     if name not in RECIPES:
         raise UserError(f"configs/tpu.py:{name} does not exist: {config.nearest(name, RECIPES)}")
     recipe = RECIPES[name]

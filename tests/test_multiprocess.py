@@ -39,7 +39,8 @@ import runpy
 def get_config():
     c = runpy.run_path("configs/tiny.py")["get_config"]().unlock()
     c.sft.steps = c.grpo.steps = 3
-    c.grpo.update(batch_size=16, rollout_parts=2, dynamic_sampling=1, text_rewards={"FOLDER/mine.py:length": 0.5})
+    c.grpo.update(batch_size=16, rollout_parts=2, dynamic_sampling=1)
+    c.grpo.text_rewards = {"FOLDER/mine.py:length": 0.5}
     c.grpo.reward_workers.update(error_share=1.0, count=1)
     c.eval.update(examples=12, batch_size=8)  # no multiple of the batch
     c.data.check_records = 20
@@ -174,8 +175,9 @@ def test_eight_processes_have_the_trajectory_of_two(
 def test_a_process_that_has_not_joined_sums_in_another_order(
     run_of_two, process_environment, recipe, tmp_path
 ):
-    """XLA sums over the devices of one process in their order, gloo in a ring: runs differ by
-    rounding.
+    """Two runs differ by rounding if one has not joined.
+
+    XLA sums over the devices of one process in their order, gloo sums in a ring.
 
     The loss of the first step is a sum of eight terms of one sign. Each order of summation is off
     by at most 7 roundings of 2^-24 (of the sum), so two orders differ by at most 14. Later, Adam
