@@ -1,3 +1,4 @@
+# syntax=docker/dockerfile:1
 # The commands of pg_ground on a CPU.
 #
 #   docker build -t pg-ground .
