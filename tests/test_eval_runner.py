@@ -19,7 +19,7 @@ from pg_ground.evals.programs import Completions, EvalPrograms, make_eval_progra
 from pg_ground.evals.runner import EvalContext, Evaluation
 from pg_ground.models import PaliGemma
 from pg_ground.parallel import sharding
-from pg_ground.rewards import device_rewards
+from pg_ground.rewards import answer_reader
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.types import Batch, Rollout, UserError
@@ -65,11 +65,11 @@ def copying_programs(tokenizer: Tokenizer, settings: config.Eval) -> EvalProgram
             return jnp.repeat(jnp.asarray(x)[:, None], group_size, axis=1)
 
         tokens, mask = repeat(batch.suffix), repeat(batch.suffix_mask)
-        parsed = device_rewards.read_answer(
+        parsed = answer_reader.read_answer(
             tokens, mask, batch.gold.target, batch.gold.names, tokenizer.vocab
         )
         logps = jnp.where(mask, -1.0, 0.0)
-        confidence = device_rewards.confidence(tokens, mask, logps, tokenizer.vocab)
+        confidence = answer_reader.confidence(tokens, mask, logps, tokenizer.vocab)
         rollout = Rollout(tokens, mask, logps, loss_mask=mask)
         return Completions(rollout, ~parsed.grammatical, ~parsed.finished, confidence)
 
