@@ -60,7 +60,7 @@ def straight(environment, recipe, tmp_path_factory) -> Path:
     assert (
         len(
             re.findall(
-                r"the reward .*grumpy scores 0, from now on silently: ValueError: odd", done.stderr
+                r"the reward .*grumpy scores 0 .*counted\): ValueError: odd", done.stderr
             )
         )
         == 1

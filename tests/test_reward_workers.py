@@ -1,3 +1,5 @@
+"""Tests of the worker processes of text rewards: scores, errors, counts, and a user's files."""
+
 import json
 import os
 import subprocess
@@ -46,7 +48,8 @@ async def batch_waits(completions, examples):
     return await asyncio.gather(*map(one, completions))
 def not_applicable(completion, example): return None if completion == "bad" else 0.25
 def nan(completion, example): return math.nan if completion == "bad" else 0.25
-def batch_with_none(completions, examples): return [None if c == "bad" else 0.25 for c in completions]
+def batch_with_none(completions, examples):
+    return [None if c == "bad" else 0.25 for c in completions]
 def no_jax(completion, example): return float("jax" in sys.modules)
 
 def only(fault):
@@ -86,7 +89,8 @@ async def async_raising(completion, example):
 async def async_sleeping(completion, example):
     await asyncio.sleep(60 if completion == "bad" else 0)
     return 0.25
-def batch_with_text(completions, examples): return ["x" if c == "bad" else 0.25 for c in completions]
+def batch_with_text(completions, examples):
+    return ["x" if c == "bad" else 0.25 for c in completions]
 
 def too_few(completions, examples): return [1.0]
 def a_number(completions, examples): return 1.0
@@ -115,8 +119,8 @@ def exact(completion, example):
 COMPLETIONS = ["good", "bad", "better", "best"]
 
 
-class Place(NamedTuple):
-    """A user's files."""
+class UserFiles(NamedTuple):
+    """A folder with rewards of a user, and the questions of `COMPLETIONS`."""
 
     folder: Path
     examples: list
@@ -124,32 +128,32 @@ class Place(NamedTuple):
     def spec(self, name: str) -> str:
         return f"{self.folder / 'rewards.py'}:{name}"
 
-    def judges(
+    def workers(
         self,
         *names: str,
-        workers: int = 2,
+        count: int = 2,
         timeout_s: float = 1.0,
         error_share: float = 1.0,
         memory_bytes: int = 2**32,
     ):
         settings = RewardWorkerSettings(
-            count=workers, timeout_s=timeout_s, error_share=error_share, memory_bytes=memory_bytes
+            count=count, timeout_s=timeout_s, error_share=error_share, memory_bytes=memory_bytes
         )
         return RewardWorkers({name: self.spec(name) for name in names}, {}, settings)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rewards")
     (folder / "rewards.py").write_text(REWARDS)
-    (folder / "judges_module.py").write_text(MODULE)
+    (folder / "user_module.py").write_text(MODULE)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         patch.setenv("GRANDCHILD", str(folder / "grandchild"))
-        import judges_module  # pyright: ignore[reportMissingImports]
+        import user_module  # pyright: ignore[reportMissingImports]
 
         box = np.zeros((1, 4), np.float32)
-        yield Place(folder, [judges_module.TextExample("say", "good", box) for _ in COMPLETIONS])
+        yield UserFiles(folder, [user_module.TextExample("say", "good", box) for _ in COMPLETIONS])
 
 
 LENGTHS = [0.5, 0.375, 0.75, 0.5]
@@ -179,7 +183,7 @@ FAULTS = {
     "exiting": "SystemExit: 0 (rewards.py:",
     "interrupting": "KeyboardInterrupt",
     "recurring": "RecursionError: maximum recursion depth exceeded (rewards.py:",
-    "mute": "Mute: its text cannot be had (rewards.py:",
+    "mute": "Mute: its text is not available (rewards.py:",
     "dying": "it ended its process, exit code 0",
     "killed": "it ended its process, exit code -9",
     "spinning": "it took more than 1 s",
@@ -194,117 +198,121 @@ FAULTS = {
     "async_sleeping": "it took more than 1 s",
     "batch_with_text": "it returned 'x', which is no finite number",
 }
-"""Rewards that go wrong at one completion, and what is said of it."""
+"""Rewards that fail for one completion, and the message."""
 
-SPOILT = {
+BROKEN = {
     "too_few": "ValueError: it returned 1 scores for 4 completions",
     "a_number": "TypeError: 'float' object is not iterable",
     "batch_raising": "ValueError: no (rewards.py:",
     "batch_dying": "it ended its process, exit code 3",
 }
-"""Batch rewards that go wrong as a whole."""
+"""Batch rewards that fail for all completions, and the message."""
 
 
-def test_scores_are_float32_in_order_and_nan_where_a_reward_does_not_apply(place, capfd):
-    with place.judges(*SOUND) as judges:
-        scores, errors = judges.submit(COMPLETIONS, place.examples).result()
+def test_scores_are_float32_in_order_and_nan_where_a_reward_does_not_apply(files, capfd):
+    with files.workers(*SOUND) as workers:
+        scores, errors = workers.submit(COMPLETIONS, files.examples).result()
     for name, expected in SOUND.items():
         assert scores[name].dtype == np.float32
         np.testing.assert_array_equal(scores[name], np.array(expected, np.float32), name)
-    assert errors == judges.errors() == dict.fromkeys(SOUND, 0)
-    assert capfd.readouterr().out == "", "the run's stdout is its own"
+    assert errors == workers.errors() == dict.fromkeys(SOUND, 0)
+    assert capfd.readouterr().out == "", "rewards do not write to the run's stdout"
 
 
-def test_defect_26_an_exception_in_a_reward_kills_the_run(place, capfd):
-    """Whatever a reward does at one completion costs it that score, and no other; it is said once; a run goes on."""
-    with place.judges(*FAULTS, *SPOILT, "length") as judges:
+def test_defect_26_an_exception_in_a_reward_kills_the_run(files, caplog):
+    """A reward that fails for one completion loses that score and no other. The first error is
+    logged, and the run goes on.
+    """
+    with files.workers(*FAULTS, *BROKEN, "length") as workers:
         for _ in range(2):
-            scores, errors = judges.submit(COMPLETIONS, place.examples).result()
+            scores, errors = workers.submit(COMPLETIONS, files.examples).result()
             for name in FAULTS:
                 np.testing.assert_array_equal(scores[name], [0.25, 0, 0.25, 0.25], name)
-            for name in SPOILT:
+            for name in BROKEN:
                 np.testing.assert_array_equal(scores[name], [0, 0, 0, 0], name)
             np.testing.assert_array_equal(scores["length"], LENGTHS)
-            assert errors == dict.fromkeys(FAULTS, 1) | dict.fromkeys(SPOILT, 4) | {"length": 0}
-        judges.check()
-    assert judges.errors() == dict.fromkeys(FAULTS, 2) | dict.fromkeys(SPOILT, 8) | {"length": 0}
-    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("the reward")]
-    for name, what in (FAULTS | SPOILT).items():
-        (line,) = (line for line in said if line.startswith(f"the reward {name} "))
-        assert what in line and line.endswith("for 'good'" if name in SPOILT else "for 'bad'")
-    assert len(said) == len(FAULTS | SPOILT)
-    assert ended(int((place.folder / "grandchild").read_text())), (
-        "what a reward started ends with it"
+            assert errors == dict.fromkeys(FAULTS, 1) | dict.fromkeys(BROKEN, 4) | {"length": 0}
+        workers.check()
+    assert workers.errors() == dict.fromkeys(FAULTS, 2) | dict.fromkeys(BROKEN, 8) | {"length": 0}
+    messages = [record.getMessage() for record in caplog.records]
+    for name, error in (FAULTS | BROKEN).items():
+        (line,) = (line for line in messages if line.startswith(f"the reward {name} "))
+        assert error in line and line.endswith("for 'good'" if name in BROKEN else "for 'bad'")
+    assert len(messages) == len(FAULTS | BROKEN)
+    assert ended(int((files.folder / "grandchild").read_text())), (
+        "a process that a reward started ends with it"
     )
 
 
-def test_scores_and_counts_do_not_depend_on_the_number_of_workers(place):
+def test_scores_and_counts_do_not_depend_on_the_number_of_workers(files):
     names = ("length", "raising", "dying", "batch", "waits")
     completions = [COMPLETIONS[i % 3] + "." * (i % 7) if i % 29 else "bad" for i in range(75)]
     results = []
-    for workers in (1, 3):
-        with place.judges(*names, workers=workers) as judges:
+    for count in (1, 3):
+        with files.workers(*names, count=count) as workers:
             pending = [
-                judges.submit(completions[at:], [None] * len(completions[at:])) for at in (0, 50)
+                workers.submit(completions[start:], [None] * len(completions[start:]))
+                for start in (0, 50)
             ]
-            results.append(([p.result() for p in pending], judges.get_state()))
-    (one, state), (three, other_state) = results
+            results.append(([p.result() for p in pending], workers.get_state()))
+    (by_one, state), (by_three, other_state) = results
     assert (
         state == other_state
         and state["errors"]["dying"] == (completions + completions[50:]).count("bad") > 4
     )
-    for a, b in zip(one, three, strict=True):
+    for a, b in zip(by_one, by_three, strict=True):
         assert a.errors == b.errors
         for name in names:
             np.testing.assert_array_equal(a.scores[name], b.scores[name])
 
 
-def test_counts_go_on_after_a_resume(place, capfd):
-    with place.judges("raising", "length") as judges:
+def test_counts_go_on_after_a_resume(files, caplog):
+    with files.workers("raising", "length") as workers:
         for _ in range(3):
-            judges.submit(COMPLETIONS, place.examples).result()
-        whole = judges.get_state()
-    capfd.readouterr()
-    with place.judges("raising", "length") as judges:
-        first = judges.submit(COMPLETIONS, place.examples)
+            workers.submit(COMPLETIONS, files.examples).result()
+        whole = workers.get_state()
+    caplog.clear()
+    with files.workers("raising", "length") as workers:
+        first = workers.submit(COMPLETIONS, files.examples)
         assert first.result() is first.result(), "counted once"
-        ahead = judges.submit(COMPLETIONS, place.examples)
-        state = json.loads(json.dumps(judges.get_state()))
+        ahead = workers.submit(COMPLETIONS, files.examples)
+        state = json.loads(json.dumps(workers.get_state()))
         ahead.result()
-    with place.judges("raising", "length") as judges:
-        judges.set_state(state)
+    with files.workers("raising", "length") as workers:
+        workers.set_state(state)
         for _ in range(2):
-            judges.submit(COMPLETIONS, place.examples).result()
-        assert judges.get_state() == whole
-    assert whole["calls"] == {"raising": 12, "length": 12} and judges.errors() == {
+            workers.submit(COMPLETIONS, files.examples).result()
+        assert workers.get_state() == whole
+    assert whole["calls"] == {"raising": 12, "length": 12} and workers.errors() == {
         "raising": 3,
         "length": 0,
     }
-    assert capfd.readouterr().err.count("the reward raising") == 1, (
-        "said before the interruption, and so not again"
+    messages = [record.getMessage() for record in caplog.records]
+    assert sum("the reward raising" in message for message in messages) == 1, (
+        "it was logged before the interruption, and is not logged again"
     )
 
 
 @pytest.mark.parametrize(
     ("bad", "calls", "fatal"), [(5, 60, False), (6, 60, True), (6, 120, False), (7, 120, True)]
 )
-def test_a_run_ends_above_the_share_of_errors(place, bad, calls, fatal):
+def test_a_run_ends_above_the_share_of_errors(files, bad, calls, fatal):
     """5 % of at least 100 calls: 5 of the first 60 may fail, and 6 of 120."""
-    with place.judges("raising", error_share=0.05) as judges:
-        judges.submit(["bad"] * bad + ["good"] * (calls - bad), [None] * calls).result()
+    with files.workers("raising", error_share=0.05) as workers:
+        workers.submit(["bad"] * bad + ["good"] * (calls - bad), [None] * calls).result()
     if not fatal:
-        return judges.check()
+        return workers.check()
     with pytest.raises(
         UserError,
         match=rf"the reward raising failed on {bad} of {calls} .* first with: KeyError: 'key'",
     ):
-        judges.check()
+        workers.check()
 
 
-def test_a_reward_that_always_hangs_ends_the_run_after_a_few_calls(place):
-    with place.judges("hanging", "length", error_share=0.02, timeout_s=0.5) as judges:
+def test_a_reward_that_always_hangs_ends_the_run_after_a_few_calls(files):
+    with files.workers("hanging", "length", error_share=0.02, timeout_s=0.5) as workers:
         start = time.monotonic()
-        scores, errors = judges.submit(["good"] * 120, [None] * 120).result()
+        scores, errors = workers.submit(["good"] * 120, [None] * 120).result()
         assert time.monotonic() - start < 10, "120 calls of 0.5 s are 30 s on two workers"
         assert (
             errors == {"hanging": 120, "length": 0}
@@ -315,31 +323,31 @@ def test_a_reward_that_always_hangs_ends_the_run_after_a_few_calls(place):
             UserError,
             match="the reward hanging failed on 120 of 120 .* first with: it took more than 0.5 s",
         ):
-            judges.check()
+            workers.check()
 
 
-def test_leaving_does_not_wait_for_a_call(place):
+def test_leaving_does_not_wait_for_a_call(files):
     start = time.monotonic()
-    with place.judges("hanging", "spinning", timeout_s=60.0) as judges:
-        judges.submit(["bad"] * 100, [None] * 100)
+    with files.workers("hanging", "spinning", timeout_s=60.0) as workers:
+        workers.submit(["bad"] * 100, [None] * 100)
         time.sleep(0.5)
-        workers = [worker._process for worker in judges._workers]
+        processes = [worker._process for worker in workers._processes]
     assert time.monotonic() - start < 10
-    assert all(process.returncode == -9 for process in workers)
+    assert all(process.returncode == -9 for process in processes)
 
 
-def test_a_worker_that_dies_between_calls_costs_nothing(place):
-    with place.judges("lives_on", workers=1) as judges:
+def test_a_worker_that_dies_between_calls_costs_nothing(files):
+    with files.workers("lives_on", count=1) as workers:
         for _ in range(2):
-            assert judges.submit(["good"], [None]).result().errors == {"lives_on": 0}
+            assert workers.submit(["good"], [None]).result().errors == {"lives_on": 0}
             time.sleep(0.3)
 
 
-def test_no_rewards_and_no_completions(place):
-    with place.judges() as judges:
-        assert judges.submit(COMPLETIONS, place.examples).result() == ({}, {})
-    with place.judges("batch", "length") as judges:
-        scores, errors = judges.submit([], []).result()
+def test_no_rewards_and_no_completions(files):
+    with files.workers() as workers:
+        assert workers.submit(COMPLETIONS, files.examples).result() == ({}, {})
+    with files.workers("batch", "length") as workers:
+        scores, errors = workers.submit([], []).result()
     assert {name: s.shape for name, s in scores.items()} == {
         "batch": (0,),
         "length": (0,),
@@ -349,13 +357,13 @@ def test_no_rewards_and_no_completions(place):
     }
 
 
-def test_a_name_is_looked_up_in_the_registry(place):
-    import judges_module  # pyright: ignore[reportMissingImports]
+def test_a_name_is_looked_up_in_the_registry(files):
+    import user_module  # pyright: ignore[reportMissingImports]
 
-    registry = {"exact": judges_module.exact}
-    with RewardWorkers({"exact": "exact"}, registry, RewardWorkerSettings()) as judges:
+    registry = {"exact": user_module.exact}
+    with RewardWorkers({"exact": "exact"}, registry, RewardWorkerSettings()) as workers:
         np.testing.assert_array_equal(
-            judges.submit(COMPLETIONS, place.examples).result().scores["exact"], [1, 0, 0, 0]
+            workers.submit(COMPLETIONS, files.examples).result().scores["exact"], [1, 0, 0, 0]
         )
     with pytest.raises(
         UserError, match="the text reward exakt does not exist: did you mean exact?"
@@ -376,7 +384,8 @@ def test_a_name_is_looked_up_in_the_registry(place):
             False,
         ),
         (
-            "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: 'int' = 0\ndef score(completion, example): ...",
+            "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: 'int' = 0\n"
+            "def score(completion, example): ...",
             "text",
             False,
         ),
@@ -403,8 +412,8 @@ def test_the_parameters_say_what_a_reward_is(tmp_path, source, kind, batched):
         ("score = 3", "is 3, not a function"),
         (
             "def score(completion, gold): ...",
-            "has the parameters (completion, gold): they must be (completion, example) or (completions, examples) or "
-            "(answer, batch, settings)",
+            "has the parameters (completion, gold): they must be (completion, example) or "
+            "(completions, examples) or (answer, batch, settings)",
         ),
     ],
 )
@@ -412,7 +421,7 @@ def test_a_reward_that_cannot_be_used_is_one_line(tmp_path, source, line):
     path = tmp_path / "reward.py"
     if source is not None:
         path.write_text(source)
-    for _ in range(2):  # a file that failed is not half there the second time
+    for _ in range(2):  # a file that failed is not half imported the second time
         with pytest.raises(UserError) as raised:
             load_reward(f"{path}:score")
         message = str(raised.value)
@@ -425,33 +434,55 @@ def test_a_reward_that_cannot_be_used_is_one_line(tmp_path, source, line):
 
 def test_a_device_reward_is_no_text_reward(tmp_path):
     (tmp_path / "reward.py").write_text("def score(answer, batch, settings): ...")
-    with pytest.raises(UserError, match="judges on the device: it belongs under grpo.rewards"):
+    with pytest.raises(UserError, match="is a device reward: it belongs under grpo.rewards"):
         RewardWorkers({"mine": f"{tmp_path / 'reward.py'}:score"}, {}, RewardWorkerSettings())
 
 
-def test_a_worker_runs_neither_the_run_s_program_nor_jax(place):
-    """The program has no `if __name__ == "__main__"`, and is a module that `-m` runs, as the entry points are."""
-    (place.folder / "program.py").write_text(
-        "print('started')\nfrom pg_ground.config import RewardWorkerSettings\nfrom pg_ground.rewards.workers import RewardWorkers\n"
-        f"with RewardWorkers({{'no_jax': {place.spec('no_jax')!r}}}, {{}}, RewardWorkerSettings()) as judges:\n"
-        "    print(judges.submit(['a'], [None]).result().scores['no_jax'])\n"
+IMPORTS = """from pg_ground.config import RewardWorkerSettings
+from pg_ground.rewards.workers import RewardWorkers
+"""
+
+
+def test_a_worker_runs_neither_the_run_s_program_nor_jax(files):
+    """The program has no `if __name__ == "__main__"`, and `-m` runs it, as it runs the commands."""
+    (files.folder / "program.py").write_text(
+        "print('started')\n"
+        + IMPORTS
+        + f"rewards = {{'no_jax': {files.spec('no_jax')!r}}}\n"
+        + "with RewardWorkers(rewards, {}, RewardWorkerSettings()) as workers:\n"
+        + "    print(workers.submit(['a'], [None]).result().scores['no_jax'])\n"
     )
     ran = subprocess.run(
-        [sys.executable, "-m", "program"], cwd=place.folder, env=ENV, capture_output=True, text=True
+        [sys.executable, "-m", "program"], cwd=files.folder, env=ENV, capture_output=True, text=True
     )
     assert (ran.stdout, ran.stderr) == ("started\n[0.]\n", "")
 
 
-def test_a_worker_ends_with_a_run_that_is_killed(place):
-    (place.folder / "killed.py").write_text(
-        "import os, time\nfrom pg_ground.config import RewardWorkerSettings\nfrom pg_ground.rewards.workers import RewardWorkers\n"
-        f"judges = RewardWorkers({{'spinning': {place.spec('spinning')!r}}}, {{}}, RewardWorkerSettings(timeout_s=0.5)).__enter__()\n"
-        "judges.submit(['good'], [None]).result()\n"
-        "judges.submit(['bad'], [None])\ntime.sleep(0.2)\n"
-        "print(*(worker._process.pid for worker in judges._workers), flush=True)\nos.kill(os.getpid(), 9)\n"
+def test_the_text_rewards_of_the_package_import_no_jax():
+    program = (
+        "import sys; import pg_ground.rewards.text_rewards, pg_ground.rewards.worker_process; "
+        "print([name for name in ('jax', 'optax', 'pg_ground.types') if name in sys.modules])"
     )
     ran = subprocess.run(
-        [sys.executable, "killed.py"], cwd=place.folder, env=ENV, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program], env=ENV, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout == "[]\n"
+
+
+def test_a_worker_ends_with_a_run_that_is_killed(files):
+    (files.folder / "killed.py").write_text(
+        "import os, time\n"
+        + IMPORTS
+        + f"rewards = {{'spinning': {files.spec('spinning')!r}}}\n"
+        + "workers = RewardWorkers(rewards, {}, RewardWorkerSettings(timeout_s=0.5)).__enter__()\n"
+        + "workers.submit(['good'], [None]).result()\n"
+        + "workers.submit(['bad'], [None])\n"
+        + "time.sleep(0.2)\n"
+        + "print(*(worker._process.pid for worker in workers._processes), flush=True)\n"
+        + "os.kill(os.getpid(), 9)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "killed.py"], cwd=files.folder, env=ENV, stdout=subprocess.PIPE, text=True
     )
     assert ran.returncode == -9 and all(ended(int(pid)) for pid in ran.stdout.split()), ran.stdout
 

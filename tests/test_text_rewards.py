@@ -1,6 +1,8 @@
-"""The laws of text rewards, the numbers of the systems they replace, and the defects of these that ours do not have.
+"""Laws of the text rewards, the numbers of the systems that they replace, and these systems'
+defects.
 
-A test that is named after a defect cites its row in the register of `../shared/reference/seeds.md`, section 6.
+A test with a number in its name is about the defect of that number in section 6 of
+`../shared/reference/seeds.md`.
 """
 
 import json
@@ -29,17 +31,17 @@ def ask(
 
 
 def ask_boxes(
-    *places: tuple, labels: tuple[str, ...] = (), size: tuple[int, int] = (640, 480)
+    *gold: tuple, labels: tuple[str, ...] = (), size: tuple[int, int] = (640, 480)
 ) -> TextExample:
-    floats = tuple(tuple(map(float, place)) for place in places)
-    return ask(target="boxes", boxes=floats, labels=labels or ("",) * len(places), size=size)
+    floats = tuple(tuple(map(float, box)) for box in gold)
+    return ask(target="boxes", boxes=floats, labels=labels or ("",) * len(gold), size=size)
 
 
 def ask_points(
-    *places: tuple, labels: tuple[str, ...] = (), size: tuple[int, int] = (640, 480)
+    *gold: tuple, labels: tuple[str, ...] = (), size: tuple[int, int] = (640, 480)
 ) -> TextExample:
-    floats = tuple(tuple(map(float, place)) for place in places)
-    return ask(target="points", points=floats, labels=labels or ("",) * len(places), size=size)
+    floats = tuple(tuple(map(float, point)) for point in gold)
+    return ask(target="points", points=floats, labels=labels or ("",) * len(gold), size=size)
 
 
 def reward(name: str, text: str, example: TextExample) -> float:
@@ -50,23 +52,22 @@ def recipe(weights: dict[str, float], text: str, example: TextExample) -> float:
     return sum(weight * reward(name, text, example) for name, weight in weights.items())
 
 
-def json_points(*places: tuple, label: str = "cat") -> str:
-    return json.dumps([{"point_2d": list(place), "label": label} for place in places])
+def json_points(*points: tuple, label: str = "cat") -> str:
+    return json.dumps([{"point_2d": list(point), "label": label} for point in points])
 
 
-def json_boxes(*places: tuple, label: str = "cat") -> str:
-    return json.dumps([{"bbox_2d": list(place), "label": label} for place in places])
+def json_boxes(*corners: tuple, label: str = "cat") -> str:
+    return json.dumps([{"bbox_2d": list(box), "label": label} for box in corners])
 
 
 def detections(*entries: tuple) -> str:
-    boxes_of = [
-        {"Position": list(place), "Confidence": confidence} for place, confidence in entries
-    ]
-    return f"<think>so</think><answer>{boxes_of}</answer>"
+    """Returns an answer with (box, confidence) entries."""
+    objects = [{"Position": list(box), "Confidence": confidence} for box, confidence in entries]
+    return f"<think>so</think><answer>{objects}</answer>"
 
 
-def as_dict(place_lists: dict) -> str:
-    return json.dumps(place_lists)
+def as_dict(boxes_by_key: dict) -> str:
+    return json.dumps(boxes_by_key)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,9 @@ COUNT_RECIPE = {"think_answer_format": 0.5, "count_exact": 0.5}
 MATH_RECIPE = {"think_boxed_format": 0.1, "math": 0.9}
 
 EXACT = 1e-6
-"""The numbers of other systems are printed with six digits: half of the last, and a float64 sum's error."""
+"""The numbers of other systems have six digits. The bound is half of the last digit, and the error
+of a float64 sum.
+"""
 
 
 # the systems that are replaced
@@ -97,7 +100,7 @@ def test_points_equal_synthetic_grounding(seeds):
 
 
 @pytest.mark.parametrize(
-    ("place", "gold", "value"),
+    ("point", "gold", "value"),
     [
         ((421, 198), (421, 198), 1.0),
         ((421, 198), (400, 210), 0.976939),
@@ -107,17 +110,16 @@ def test_points_equal_synthetic_grounding(seeds):
         ((0, 0), (640, 480), 0.2),
     ],
 )
-def test_the_point_environment_scores_as_its_table_says(place, gold, value):
-    assert recipe(POINT_RECIPE, json_points(place), ask_points(gold)) == pytest.approx(
+def test_the_point_environment_scores_as_its_table_says(point, gold, value):
+    assert recipe(POINT_RECIPE, json_points(point), ask_points(gold)) == pytest.approx(
         value, abs=EXACT
     )
 
 
 def test_distance_is_measured_in_the_scaled_image():
-    text, at = json_points((400, 300)), (410.0, 325.5)
-    assert reward("json_points", text, ask_points(at, size=(1280, 720))) == pytest.approx(
-        0.990666, abs=EXACT
-    )
+    example = ask_points((410.0, 325.5), size=(1280, 720))
+    value = reward("json_points", json_points((400, 300)), example)
+    assert value == pytest.approx(0.990666, abs=EXACT)
 
 
 def test_boxes_equal_easydistill_unrounded(seeds):
@@ -189,8 +191,8 @@ def test_dicts_equal_the_micro_f(seeds):
     for row in seeds["proposed_multi_micro_f"]:
         for key, name in (("point", "dict_point"), ("plane", "dict_coverage"), ("iou", "dict_iou")):
             for text in (as_dict(row["pred"]), str({int(k): v for k, v in row["pred"].items()})):
-                found = reward(name, text, ask(json.dumps(row["gt"]), size=WIDE))
-                assert found == pytest.approx(row[key], abs=EXACT), (name, text)
+                value = reward(name, text, ask(json.dumps(row["gt"]), size=WIDE))
+                assert value == pytest.approx(row[key], abs=EXACT), (name, text)
 
 
 @pytest.mark.parametrize(
@@ -216,9 +218,9 @@ def test_dict_format_equals_easydistill(seeds):
 
 
 def test_annotated_boxes_and_a_gold_text_are_the_same_gold():
-    labels = tuple(key for key, places in GOLD_DICT.items() for _ in places)
+    labels = tuple(key for key, corners in GOLD_DICT.items() for _ in corners)
     annotated = ask_boxes(
-        *(place for places in GOLD_DICT.values() for place in places), labels=labels, size=WIDE
+        *(box for corners in GOLD_DICT.values() for box in corners), labels=labels, size=WIDE
     )
     text = as_dict({"0": [[460, 340, 720, 560]], "2": [[849, 407, 961, 482]]})
     for name in ("dict_point", "dict_coverage", "dict_iou", "dict_format"):
@@ -317,7 +319,9 @@ SEED_QUALITY = (0.890909, 0.963636, 0.072727)
 
 
 def test_spatial_answers_equal_reinforcesight(seeds):
-    """Its reward less its keyword count and its constant (defect 19), where it reads the answer (defect 18)."""
+    """Its reward less its keyword count and its constant (defect 19), where it reads the answer
+    (defect 18).
+    """
     for row, quality in zip(seeds["reinforcesight_reward"][:3], SEED_QUALITY, strict=True):
         answer = reward("spatial_answer", row["text"], ask(row["gt"], prompt=QUESTION))
         assert answer == pytest.approx(row["R"] - 0.3 * quality - 0.2, abs=EXACT)
@@ -472,7 +476,9 @@ SAYS = "<think>I know.</think><answer>{}</answer>"
 
 
 def test_defect_11_tools_without_the_right_answer_earn_nothing():
-    """There, a wrong answer after one tool call is worth 1.4, gibberish after one 1.2, and three calls 3.6."""
+    """There, a wrong answer after one tool call is worth 1.4, gibberish after one 1.2, and three
+    calls 3.6.
+    """
     example = ask("330 metres")
     for text in (
         SEARCHES,
@@ -598,7 +604,7 @@ def test_defect_19_reasoning_is_qualitative_names_the_objects_and_leads_to_the_a
 
 WHICH = "Which is closer to the dog, the parking meter or the hot dog?"
 WHETHER = "Is the hot dog closer to the dog than the parking meter is?"
-PLACES = (
+OUTWARDS = (
     "I need to compare how far the parking meter and the hot dog are from the dog. Going outwards, the hot dog comes first "
     "and then the parking meter. "
 )
@@ -622,7 +628,7 @@ PLACES = (
 def test_reasoning_leads_to_yes_or_no_or_an_object_where_that_is_the_answer(
     question, gold, end, quality
 ):
-    thought = f"{PLACES}{end} Therefore, the answer is: "
+    thought = f"{OUTWARDS}{end} Therefore, the answer is: "
     example = ask(thought + gold, prompt=question)
     assert reward("spatial", thought + gold, example) == pytest.approx(1 + 0.3 * quality)
     assert reward("spatial", f"{thought}horse", example) == -0.5
@@ -701,8 +707,8 @@ EXAMPLES = (
     st.sampled_from(EXAMPLES),
 )
 def test_every_reward_takes_every_text_and_stays_in_range(text, example):
-    for name, judge in TEXT_REWARDS.items():
-        value = judge(text, example)
+    for name, function in TEXT_REWARDS.items():
+        value = function(text, example)
         low, high = RANGES.get(name, (0, 1))
         assert isinstance(value, float) and (math.isnan(value) or low <= value <= high), name
 
@@ -717,19 +723,17 @@ COORDINATES = HUGE | st.integers(0, 700)
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(*[COORDINATES] * 4), max_size=6), st.sampled_from(EXAMPLES[:6]))
-def test_any_coordinates_stay_in_range(places, example):
+def test_any_coordinates_stay_in_range(corners, example):
     texts = (
-        json_boxes(*places),
-        str([list(place) for place in places]),
-        as_dict({"0": [list(place) for place in places]}),
-    )
-    texts += (
-        json_points(*[place[:2] for place in places]),
-        detections(*[(place, 0.5) for place in places]),
+        json_boxes(*corners),
+        str([list(box) for box in corners]),
+        as_dict({"0": [list(box) for box in corners]}),
+        json_points(*[box[:2] for box in corners]),
+        detections(*[(box, 0.5) for box in corners]),
     )
     for text in texts:
-        for name, judge in TEXT_REWARDS.items():
-            value, (low, high) = judge(text, example), RANGES.get(name, (0, 1))
+        for name, function in TEXT_REWARDS.items():
+            value, (low, high) = function(text, example), RANGES.get(name, (0, 1))
             assert math.isnan(value) or low - ROUNDING <= value <= high + ROUNDING, name
 
 
@@ -759,7 +763,7 @@ def test_order_does_not_count(predicted, gold, random):
         )
     for name in ("list_point", "list_coverage", "list_iou"):
         text, again = (
-            "; ".join(str(list(place)) for place in places) for places in (predicted, shuffled)
+            "; ".join(str(list(box)) for box in corners) for corners in (predicted, shuffled)
         )
         assert reward(name, text, ask_boxes(*gold)) == pytest.approx(
             reward(name, again, ask_boxes(*other))
@@ -769,10 +773,10 @@ def test_order_does_not_count(predicted, gold, random):
 @settings(max_examples=100, deadline=None)
 @given(PROPER, PROPER)
 def test_the_host_agrees_with_the_device(predicted, gold):
-    """To float32: sides and offsets of up to 300 steps in 300, so an exponent up to 0.5 · 2 · 600² · 8 roundings of 6e-8."""
+    """The bound is for float32: sides and offsets of up to 300 steps in 300 give an exponent of up
+    to 0.5 · 2 · 600², with 8 roundings of 6e-8."""
     a, b = (
-        jnp.array([place[1], place[0], place[3], place[2]], jnp.float32) / 300
-        for place in (predicted, gold)
+        jnp.array([box[1], box[0], box[3], box[2]], jnp.float32) / 300 for box in (predicted, gold)
     )
     example, text = ask_boxes(gold, size=(300, 300)), str(list(predicted))
     for name, device in (
@@ -782,9 +786,7 @@ def test_the_host_agrees_with_the_device(predicted, gold):
     ):
         assert reward(name, text, example) == pytest.approx(float(device), abs=1e-4), name
     example, text = ask_points(gold[:2], size=(300, 200)), json_points(predicted[:2])
-    yx, gold_yx = (
-        np.array([place[1] / 200, place[0] / 300], np.float32) for place in (predicted, gold)
-    )
+    yx, gold_yx = (np.array([box[1] / 200, box[0] / 300], np.float32) for box in (predicted, gold))
     device = boxes.distance_gaussian(
         jnp.array(yx), jnp.array(gold_yx), jnp.array([300, 200]), 100.0, 640.0
     )
@@ -816,9 +818,9 @@ ADVERSARIES = {
 }
 
 
-@pytest.mark.parametrize("places", ADVERSARIES.values(), ids=ADVERSARIES)
-def test_adversaries_earn_less_than_a_near_miss(places):
-    miss, bare = (108, 112, 212, 310), [place for place in places if place != "x"]
+@pytest.mark.parametrize("corners", ADVERSARIES.values(), ids=ADVERSARIES)
+def test_adversaries_earn_less_than_a_near_miss(corners):
+    miss, bare = (108, 112, 212, 310), [box for box in corners if box != "x"]
     spell = {
         "list": (LIST_RECIPE, lambda p: "; ".join(str(list(q)) for q in p), ask_boxes(BOX)),
         "dict": (
@@ -844,11 +846,10 @@ def test_adversaries_earn_less_than_a_near_miss(places):
         ),
     }
     for name, (weights, write, example) in spell.items():
-        if name == "points" and places in ([(100, 100, 300, 200)], [(200, 300, 100, 100)]):
+        if name == "points" and corners in ([(100, 100, 300, 200)], [(200, 300, 100, 100)]):
             continue  # a point has no extent to swap or reverse
-        assert recipe(weights, write(bare) if places != ["x"] else "nothing", example) < recipe(
-            weights, write([miss]), example
-        )
+        text = "nothing" if corners == ["x"] else write(bare)
+        assert recipe(weights, text, example) < recipe(weights, write([miss]), example)
 
 
 # single rewards
@@ -858,7 +859,7 @@ def test_adversaries_earn_less_than_a_near_miss(places):
     "name",
     ["count_exact", "count_graded", "math", "token_f1", "exact_match", "spatial_answer", "spatial"],
 )
-def test_rewards_of_words_leave_questions_about_places_alone(name):
+def test_rewards_of_words_do_not_apply_to_questions_about_locations(name):
     assert math.isnan(reward(name, "5", ask_boxes(BOX)._replace(gold="5")))
     assert math.isnan(reward(name, "5", ask("")))
 
@@ -866,7 +867,7 @@ def test_rewards_of_words_leave_questions_about_places_alone(name):
 @pytest.mark.parametrize(
     "name", ["json_points", "json_boxes", "json_format", "dict_point", "list_iou", "ovd"]
 )
-def test_rewards_of_places_leave_other_questions_alone(name):
+def test_rewards_of_locations_do_not_apply_to_other_questions(name):
     assert math.isnan(reward(name, "[1,2,3,4]", ask("left")))
     if name not in ("json_format", "json_points"):
         assert math.isnan(reward(name, "[1,2,3,4]", ask_points((1, 2))))
@@ -887,14 +888,14 @@ def test_labels_count_where_there_are_several():
 
 def test_points_in_boxes():
     example = ask_points((150, 200), (350, 350))._replace(boxes=(BOX, OTHER))
-    for places, value in (
+    for points, value in (
         (((101, 101), (399, 301)), 1),
         (((101, 101), (102, 102)), 0.5),
         (((101, 101),), 2 / 3),
         (((0, 0), (9, 9)), 0),
         ((), 0),
     ):
-        assert reward("json_points_in_boxes", json_points(*places), example) == pytest.approx(value)
+        assert reward("json_points_in_boxes", json_points(*points), example) == pytest.approx(value)
     assert math.isnan(reward("json_points_in_boxes", "[]", ask_points((1, 2))))
 
 

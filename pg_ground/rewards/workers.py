@@ -1,19 +1,20 @@
-"""Completions judged as text, by the package's rewards or a user's own, in processes that cannot
-hurt the run.
+"""Runs text rewards, the package's or a user's, in processes that cannot harm the training run.
 
-A text reward is `(completion, example) -> float`, or, with parameters of these names,
-`(completions, examples) -> floats`; either may be `async`. None and NaN say that it does not apply.
-Whatever else goes wrong, an exception, a crash, a call that takes too long, too much memory, no
-finite number, scores 0 and is counted, and the first time said on stderr with its completion.
+A text reward is `(completion, example) -> float`. With the parameters `(completions, examples)` it
+returns the scores of a whole batch. Either may be `async`. None and NaN mean that the reward does
+not apply. After an error the score is 0, and the error is counted. Errors are: an exception, a
+crash, a call that takes too long, too much memory, a value that is no finite number. The first
+error of a reward is logged with its completion.
 
-A worker is an own process behind a pipe. It answers call by call, so a silent or dead one costs
-exactly the call it was in: it is killed with what it started, a fresh one goes on with the next
-call. No call is made twice and none depends on which worker makes it, so scores and counts are the
-same with any number of workers.
+A worker is a process behind a pipe. It answers call by call, so a silent or dead worker costs
+exactly the call that it was in. The worker is killed with all processes that it started, and a new
+worker goes on with the next call. No call is repeated, and no call depends on which worker makes
+it. So scores and counts are the same for any number of workers.
 """
 
 import collections
 import contextlib
+import logging
 import multiprocessing
 import os
 import pickle
@@ -31,119 +32,121 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from pg_ground.config import RewardWorkerSettings, nearest
+from pg_ground.config import RewardWorkerSettings
 from pg_ground.rewards import worker_process
 from pg_ground.rewards.worker_process import OUT_OF_MEMORY, Call, Outcome, Setup
-from pg_ground.types import UserError
+from pg_ground.types import UserError, nearest
+
+logger = logging.getLogger(__name__)
 
 SIGNATURES: dict[tuple[str, ...], tuple[Literal["device", "text"], bool]] = {
     ("completion", "example"): ("text", False),
     worker_process.BATCH: ("text", True),
     ("answer", "batch", "settings"): ("device", True),
 }
-"""Parameters of a user's reward: its kind, and whether one call judges many completions."""
+"""Parameters of a user's reward: its kind, and whether one call scores many completions."""
 
 CHUNK = 16
-"""Calls handed to a worker at once: a message of a few kilobytes, and work for every worker from a
-small batch.
-"""
+"""Calls in one message to a worker. A message then has a few kilobytes, and a small batch gives
+work to every worker."""
 
 START_S = 120.0
 """Seconds in which a worker must have imported its rewards."""
 
-FIRST_CALLS = 100
-"""The share of errors is taken of at least so many calls: an early one stops no run."""
+MIN_CALLS = 100
+"""The share of errors is taken of at least this many calls, so that an early error stops no run."""
 
 
 class UserReward(NamedTuple):
-    """A function of a user's file."""
+    """A reward from a user's file."""
 
     kind: Literal["device", "text"]
     batched: bool
     function: Callable[..., Any]
 
 
-class Judgement(NamedTuple):
-    """What each text reward says about N completions."""
+class TextScores(NamedTuple):
+    """Scores of N completions by each text reward."""
 
     scores: dict[str, Float[np.ndarray, " N"]]
-    """NaN where a reward does not apply."""
+    """NaN if a reward does not apply."""
     errors: dict[str, int]
-    """How many of the scores are 0 because of an error."""
+    """Number of scores that are 0 because of an error."""
 
 
 def load_reward(spec: str) -> UserReward:
-    """Returns the reward that `path/to/file.py:function` names; its parameters say of which kind it
-    is.
+    """Returns the reward `path/to/file.py:function`. Its parameters define its kind.
 
     Raises:
-      UserError: no such file or function, a file that does not run, other parameters.
+      UserError: there is no such file or function, the file does not run, or the parameters are
+        of no kind.
     """
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file():
         raise UserError(f"the reward {spec}: there is no file {path}")
     try:
-        names = vars(worker_process.module(path))
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # the file is a program of the user's: whatever it raises is theirs to read
-        raise UserError(
-            f"the reward {spec} does not run: {type(error).__name__}: {error}"
-        ) from None
+        names = vars(worker_process.load_module(path))
+    except (Exception, SystemExit) as error:  # the file is code of the user and may raise anything
+        message = f"the reward {spec} does not run: {type(error).__name__}: {error}"
+        raise UserError(message) from None
     if name not in names:
-        raise UserError(
-            f"the reward {spec}: {path} has no {name}: {nearest(name, [n for n in names if n[0] != '_'])}"
-        )
+        public = [other for other in names if not other.startswith("_")]
+        raise UserError(f"the reward {spec}: {path} has no {name}: {nearest(name, public)}")
     function = names[name]
     if not callable(function):
         raise UserError(f"the reward {spec} is {function!r}, not a function")
-    parameters = worker_process.required(function)
+    parameters = worker_process.required_parameters(function)
     if parameters not in SIGNATURES:
-        right = " or ".join(f"({', '.join(names)})" for names in SIGNATURES)
+        allowed = " or ".join(f"({', '.join(names)})" for names in SIGNATURES)
         raise UserError(
-            f"the reward {spec} has the parameters ({', '.join(parameters)}): they must be {right}"
+            f"the reward {spec} has the parameters ({', '.join(parameters)}): "
+            f"they must be {allowed}"
         )
     return UserReward(*SIGNATURES[parameters], function)
 
 
-def merged(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the counts of several `RewardWorkers` as those of one."""
-    first_error = {
-        name: error for state in reversed(states) for name, error in state["first_error"].items()
-    }
+def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the states of several `RewardWorkers` (see `get_state`) as one state."""
+    first_error: dict[str, str] = {}
+    for state in states:
+        first_error = {**state["first_error"], **first_error}
     calls, errors = (
-        dict(sum((Counter(state[of]) for state in states), Counter())) for of in ("calls", "errors")
+        dict(sum((Counter(state[field]) for state in states), Counter()))
+        for field in ("calls", "errors")
     )
     return {"calls": calls, "errors": errors, "first_error": first_error}
 
 
-class Pending:
-    """Scores on their way."""
+class PendingScores:
+    """Scores that workers are computing."""
 
     def __init__(
         self,
-        judges: "RewardWorkers",
+        workers: "RewardWorkers",
         completions: Sequence[str],
         jobs: Mapping[str, Sequence[Future[list[Outcome]]]],
     ):
-        self._judges, self._completions, self._jobs = judges, completions, jobs
-        self._judgement: Judgement | None = None
+        self._workers = workers
+        self._completions = completions
+        self._jobs = jobs
+        self._scores: TextScores | None = None
 
-    def result(self) -> Judgement:
-        """Returns the scores when all are there, and has them counted the first time."""
-        if self._judgement is None:
+    def result(self) -> TextScores:
+        """Waits for all scores and returns them. The first call also counts them."""
+        if self._scores is None:
             outcomes = {
                 name: [outcome for job in jobs for outcome in job.result()]
                 for name, jobs in self._jobs.items()
             }
-            self._judgement = self._judges._counted(self._completions, outcomes)
-        return self._judgement
+            self._scores = self._workers._count(self._completions, outcomes)
+        return self._scores
 
 
 class RewardWorkers:
-    """Text rewards at work: `with RewardWorkers(…) as judges: judges.submit(completions,
-    examples).result()`.
+    """Worker processes for text rewards.
+
+    with RewardWorkers(…) as workers:
+        scores = workers.submit(completions, examples).result()
     """
 
     def __init__(
@@ -152,14 +155,17 @@ class RewardWorkers:
         registry: Mapping[str, Callable[..., Any]],
         settings: RewardWorkerSettings,
     ):
-        """Looks up `rewards`, name to `path/to/file.py:function` or to a name in `registry`.
+        """Loads the rewards. No process is started yet.
+
+        Args:
+          rewards: name to `path/to/file.py:function`, or to a name in `registry`.
 
         Raises:
-          UserError: a reward that does not exist, does not run or is none of text.
+          UserError: a reward does not exist, does not run or is no text reward.
         """
         functions = {name: _text_reward(spec, registry) for name, spec in rewards.items()}
-        self._batched = {
-            name: worker_process.required(function) == worker_process.BATCH
+        self._is_batched = {
+            name: worker_process.required_parameters(function) == worker_process.BATCH
             for name, function in functions.items()
         }
         sources = {
@@ -176,66 +182,68 @@ class RewardWorkers:
     @property
     def names(self) -> tuple[str, ...]:
         """The rewards, in order."""
-        return tuple(self._batched)
+        return tuple(self._is_batched)
 
     def __enter__(self) -> "RewardWorkers":
-        """Starts the workers, which import their rewards while the run does something else."""
-        count = self._settings.count if self._batched else 0
-        self._workers = [_Worker(self._setup) for _ in range(count)]
+        """Starts the workers. They import their rewards while the run does something else."""
+        count = self._settings.count if self._is_batched else 0
+        self._processes = [_Worker(self._setup) for _ in range(count)]
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        for worker in self._workers:
+        for worker in self._processes:
             self._idle.put(worker)
-        self._threads = ThreadPoolExecutor(max(count, 1), thread_name_prefix="judges")
+        self._threads = ThreadPoolExecutor(max(count, 1), thread_name_prefix="reward_workers")
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Ends the workers, whatever they are doing."""
+        """Ends the workers, also during a call."""
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for worker in self._workers:
+        for worker in self._processes:
             worker.close()
         self._threads.shutdown()
 
-    def submit(self, completions: Sequence[str], examples: Sequence[Any]) -> Pending:
-        """Returns at once; the scores of each completion, under the example beside it, come with
-        `result()`.
+    def submit(self, completions: Sequence[str], examples: Sequence[Any]) -> PendingScores:
+        """Returns at once. `result()` of the returned value gives the scores.
+
+        Args:
+          examples: the question of each completion.
         """
         pairs = list(zip(completions, examples, strict=True))
         jobs = {}
-        for name, batched in self._batched.items():
-            calls = (
-                [Call(list(completions), list(examples))]
-                if batched and pairs
-                else [Call([c], [e]) for c, e in pairs]
-            )
+        for name, is_batched in self._is_batched.items():
+            calls = [Call([completion], [example]) for completion, example in pairs]
+            if is_batched and pairs:
+                calls = [Call(list(completions), list(examples))]
             self._submitted[name] += len(pairs)
-            allowed = (
-                self._settings.error_share * max(self._submitted[name], FIRST_CALLS)
-                - self._errors[name]
-            )
+            allowed = self._allowed_errors(self._submitted[name]) - self._errors[name]
             lost: list[Outcome] = []
             chunks = [calls[start : start + CHUNK] for start in range(0, len(calls), CHUNK)]
             jobs[name] = [
-                self._threads.submit(self._judge, name, chunk, lost, allowed) for chunk in chunks
+                self._threads.submit(self._call, name, chunk, lost, allowed) for chunk in chunks
             ]
-        return Pending(self, completions, jobs)
+        return PendingScores(self, completions, jobs)
+
+    def _allowed_errors(self, calls: int) -> float:
+        return self._settings.error_share * max(calls, MIN_CALLS)
 
     def errors(self) -> dict[str, int]:
-        """Returns how many scores of each reward were errors, in the whole run."""
-        return {name: self._errors[name] for name in self._batched}
+        """Returns the number of errors of each reward in the whole run."""
+        return {name: self._errors[name] for name in self._is_batched}
 
     def check(self) -> None:
-        """Raises UserError where more of a reward's scores are errors than the allowed share."""
-        for name in self._batched:
-            failed, calls = self._errors[name], self._calls[name]
-            if failed > self._settings.error_share * max(calls, FIRST_CALLS):
+        """Raises UserError if the share of errors of a reward is larger than the setting allows."""
+        for name in self._is_batched:
+            errors, calls = self._errors[name], self._calls[name]
+            if errors > self._allowed_errors(calls):
                 raise UserError(
-                    f"the reward {name} failed on {failed} of {calls} completions, a larger share than the "
-                    f"{self._settings.error_share:g} of reward_workers.error_share; first with: {self._first_error[name]}"
+                    f"the reward {name} failed on {errors} of {calls} completions, a larger share "
+                    f"than the {self._settings.error_share:g} of reward_workers.error_share; "
+                    f"first with: {self._first_error[name]}"
                 )
 
     def get_state(self) -> dict[str, Any]:
-        """Returns the counts as JSON, for an exact resume. What is submitted and not asked for is
-        not in them.
+        """Returns the counts as JSON, for an exact resume.
+
+        Scores that were submitted and whose result nobody has taken are not in the counts.
         """
         return {
             "calls": dict(self._calls),
@@ -244,48 +252,53 @@ class RewardWorkers:
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what `get_state` returned."""
-        self._calls, self._errors = Counter(state["calls"]), Counter(state["errors"])
-        self._submitted, self._first_error = Counter(state["calls"]), dict(state["first_error"])
+        """Continues from a state of `get_state`."""
+        self._calls = Counter(state["calls"])
+        self._errors = Counter(state["errors"])
+        self._submitted = Counter(state["calls"])
+        self._first_error = dict(state["first_error"])
 
-    def _judge(
+    def _call(
         self, name: str, calls: Sequence[Call], lost: list[Outcome], allowed: float
     ) -> list[Outcome]:
         worker = self._idle.get()
         try:
-            return worker.judge(name, calls, lost, allowed)
+            return worker.call(name, calls, lost, allowed)
         finally:
             self._idle.put(worker)
 
-    def _counted(
+    def _count(
         self, completions: Sequence[str], outcomes: Mapping[str, Sequence[Outcome]]
-    ) -> Judgement:
+    ) -> TextScores:
+        """Returns the scores, counts the errors and logs the first error of each reward."""
+        errors = {}
         for name, of_reward in outcomes.items():
-            failed = [
-                (completion, o.error)
-                for completion, o in zip(completions, of_reward, strict=True)
-                if o.error
+            failures = [
+                (completion, outcome.error)
+                for completion, outcome in zip(completions, of_reward, strict=True)
+                if outcome.error
             ]
+            errors[name] = len(failures)
             self._calls[name] += len(of_reward)
-            self._errors[name] += len(failed)
-            if failed and name not in self._first_error:
-                completion, self._first_error[name] = failed[0]
-                print(
-                    f"the reward {name} scores 0, from now on silently: {failed[0][1]}, for {completion!r}",
-                    file=sys.stderr,
+            self._errors[name] += len(failures)
+            if failures and name not in self._first_error:
+                completion, error = failures[0]
+                self._first_error[name] = error
+                logger.warning(
+                    "the reward %s scores 0 (later errors are only counted): %s, for %r",
+                    name,
+                    error,
+                    completion,
                 )
         scores = {
-            name: np.array([o.score for o in of_reward], np.float32)
+            name: np.array([outcome.score for outcome in of_reward], np.float32)
             for name, of_reward in outcomes.items()
         }
-        return Judgement(
-            scores,
-            {name: sum(bool(o.error) for o in of_reward) for name, of_reward in outcomes.items()},
-        )
+        return TextScores(scores, errors)
 
 
 class _Worker:
-    """A process that calls rewards, replaced when it dies or a call takes too long."""
+    """A process that calls rewards. It is replaced if it dies or if a call takes too long."""
 
     def __init__(self, setup: Setup):
         self._setup = setup
@@ -293,20 +306,24 @@ class _Worker:
         self._closed = False
         self._start()
 
-    def judge(
+    def call(
         self, name: str, calls: Sequence[Call], lost: list[Outcome], allowed: float
     ) -> list[Outcome]:
-        """Returns the outcomes of some calls; those that did not come back are added to `lost`,
-        which a whole batch shares.
+        """Returns the outcomes of some calls.
 
-        Once these are more than `allowed`, `RewardWorkers.check` is bound to fail: what is left is
-        not called, so that a reward that always hangs ends the run after a few calls and not after
-        a batch of them.
+        A reward that always hangs must end the run after a few calls, not after a whole batch of
+        them. So no more calls are made if `lost` has more outcomes than `allowed`: the check of the
+        error share will fail anyway.
+
+        Args:
+          lost: outcomes of calls that did not return. This method adds to the list, which all
+            chunks of a batch share.
+          allowed: number of lost outcomes after which calls are skipped.
         """
         outcomes: list[Outcome] = []
         waiting = collections.deque(calls)
         while waiting and len(lost) <= allowed:
-            self._hand_over(name, list(waiting))
+            self._send(name, list(waiting))
             try:
                 while waiting:
                     if not self._connection.poll(self._setup.timeout_s):
@@ -315,24 +332,22 @@ class _Worker:
                     waiting.popleft()
             except (EOFError, OSError) as error:
                 self._replace()
-                failed = _failed(waiting.popleft(), self._fate(error))
-                lost += failed
-                outcomes += failed
-        return outcomes + [
-            outcome
-            for call in waiting
-            for outcome in _failed(call, "it was not called after so many errors")
-        ]
+                failures = _failures(waiting.popleft(), self._reason(error))
+                lost += failures
+                outcomes += failures
+        skipped = "the call was skipped after too many errors"
+        return outcomes + [outcome for call in waiting for outcome in _failures(call, skipped)]
 
     def close(self) -> None:
-        """Ends the process for good; a thread that waits for it gets an error."""
+        """Ends the process for good. A thread that waits for it gets an error."""
         with self._lock:
             self._closed = True
             self._kill()
 
-    def _hand_over(self, name: str, calls: list[Call]) -> None:
-        """Sends calls and waits until they are read, by a fresh process if this one has died since
-        its last call.
+    def _send(self, name: str, calls: list[Call]) -> None:
+        """Sends calls and waits for the acknowledgement.
+
+        A new process gets the calls if this one has died since its last call.
         """
         for _ in range(2):
             with contextlib.suppress(EOFError, OSError):
@@ -341,23 +356,27 @@ class _Worker:
                     return self._connection.recv()
             self._replace()
         raise UserError(
-            f"a worker for text rewards does not start: exit code {self._exit_code}, its own message is above"
+            f"a worker for text rewards does not start: exit code {self._exit_code}; "
+            f"its own message is above"
         )
 
     def _start(self) -> None:
-        self._connection, theirs = multiprocessing.Pipe()
-        with theirs:
-            descriptor = theirs.fileno()
-            # -c and not -m: the package may be importable only by what the run has put on its path.
-            program = f"import sys; sys.path[:] = {sys.path!r}; from {worker_process.__name__} import main; main({descriptor})"
+        self._connection, worker_end = multiprocessing.Pipe()
+        with worker_end:
+            descriptor = worker_end.fileno()
+            # -c and not -m: the package may be importable only through the run's sys.path
+            program = (
+                f"import sys; sys.path[:] = {sys.path!r}; "
+                f"from {worker_process.__name__} import main; main({descriptor})"
+            )
             self._process = subprocess.Popen(
                 [sys.executable, "-c", program],
                 pass_fds=[descriptor],
                 stdin=subprocess.DEVNULL,
-                stdout=2,  # the run's stdout is for what the command returns
-                start_new_session=True,  # a group to kill, out of the reach of Ctrl-C
+                stdout=2,  # the run's stdout is for the results of the command
+                start_new_session=True,  # a process group to kill, which Ctrl-C does not reach
             )
-        with contextlib.suppress(OSError):  # one that died at once is found out by `_hand_over`
+        with contextlib.suppress(OSError):  # `_send` notices a process that died at once
             self._connection.send(self._setup)
 
     def _kill(self) -> None:
@@ -373,7 +392,8 @@ class _Worker:
             self._connection.close()
             self._start()
 
-    def _fate(self, error: Exception) -> str:
+    def _reason(self, error: Exception) -> str:
+        """Returns why a call did not return."""
         if isinstance(error, TimeoutError):
             return f"it took more than {self._setup.timeout_s:g} s"
         if self._exit_code == OUT_OF_MEMORY:
@@ -381,7 +401,7 @@ class _Worker:
         return f"it ended its process, exit code {self._exit_code}"
 
 
-def _failed(call: Call, error: str) -> list[Outcome]:
+def _failures(call: Call, error: str) -> list[Outcome]:
     return [Outcome(0.0, error)] * len(call.completions)
 
 
@@ -389,9 +409,7 @@ def _text_reward(spec: str, registry: Mapping[str, Callable[..., Any]]) -> Calla
     if ".py:" in spec:
         reward = load_reward(spec)
         if reward.kind != "text":
-            raise UserError(
-                f"the reward {spec} judges on the device: it belongs under grpo.rewards"
-            )
+            raise UserError(f"the reward {spec} is a device reward: it belongs under grpo.rewards")
         return reward.function
     if spec not in registry:
         raise UserError(f"the text reward {spec} does not exist: {nearest(spec, registry)}")

@@ -15,7 +15,7 @@ from pg_ground.config import Grpo
 from pg_ground.parallel import sharding
 from pg_ground.rewards import answer_reader, device_rewards
 from pg_ground.rewards.text_rewards import TextExample
-from pg_ground.rewards.workers import Pending, RewardWorkers
+from pg_ground.rewards.workers import PendingScores, RewardWorkers
 from pg_ground.rl import scored_rollouts
 from pg_ground.rl.scored_rollouts import ScoredRollouts
 from pg_ground.rl.update import split, unsplit
@@ -145,7 +145,7 @@ class RolloutWorker:
         }
         return sharding.put_batch(self._mesh, local_scores)
 
-    def _submit(self, batch: Batch, rollout: Rollout) -> Pending:
+    def _submit(self, batch: Batch, rollout: Rollout) -> PendingScores:
         """Waits for the rows of this process and sends their texts to the workers."""
         local_batch, local_rollout = sharding.fetch_local_rows(self._mesh, (batch, rollout))
         completions, examples = texts_of(local_batch, local_rollout, self._tokenizer)
