@@ -78,15 +78,13 @@ def test_every_reader_takes_every_text(text):
 @pytest.mark.parametrize("length", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("piece", LONG_PIECES)
 def test_long_texts_are_read_in_linear_time(piece, length):
-    """Linear time is some ten times as long for a text that is ten times as long. Quadratic time
-    would be minutes.
-    """
+    """Quadratic time would be minutes. CPU time is measured, so that a busy machine does not matter."""
     text = piece * (length // len(piece))
     for read in READERS:
         for whole in (text, "<answer>" + text, "[" + text + "]", "{" + text + "}"):
-            start = time.perf_counter()
+            start = time.process_time()
             read(whole)
-            assert time.perf_counter() - start < 5e-5 * length, read
+            assert time.process_time() - start < 1e-4 * length, read
 
 
 @pytest.mark.parametrize(
