@@ -74,27 +74,27 @@ def number(i: int) -> dict:
     return {"n": i}
 
 
-def numbers(rest: str) -> list[int]:
-    records = open_array_record(rest)
+def numbers(location: str) -> list[int]:
+    records = open_array_record(location)
     return [records[i]["n"] for i in range(len(records))]
 
 
-def assert_same(found: object, expected: object) -> None:
-    """Fails unless both are equal, of the same types all the way down."""
-    assert type(found) is type(expected)
+def assert_same(actual: object, expected: object) -> None:
+    """Fails unless both are equal, with equal types at every level."""
+    assert type(actual) is type(expected)
     if isinstance(expected, np.ndarray):
-        assert found.dtype == expected.dtype
-        np.testing.assert_array_equal(found, expected)
+        assert actual.dtype == expected.dtype
+        np.testing.assert_array_equal(actual, expected)
     elif isinstance(expected, dict):
-        assert list(found) == list(expected)
+        assert list(actual) == list(expected)
         for name in expected:
-            assert_same(found[name], expected[name])
+            assert_same(actual[name], expected[name])
     elif isinstance(expected, list):
-        assert len(found) == len(expected)
-        for a, b in zip(found, expected, strict=True):
+        assert len(actual) == len(expected)
+        for a, b in zip(actual, expected, strict=True):
             assert_same(a, b)
     else:
-        assert found == expected
+        assert actual == expected
 
 
 def anything(rng: random.Random, depth: int = 0) -> object:
@@ -154,12 +154,12 @@ def test_arrays_of_any_number_come_back(dtype):
         object,
     ],
 )
-def test_what_would_come_back_as_something_else_is_refused(value):
+def test_a_value_that_would_come_back_as_another_type_is_refused(value):
     with pytest.raises(TypeError, match=type(value).__name__):
         encode({"a": [value]})
 
 
-def test_bytes_that_are_no_record_are_bad():
+def test_bytes_that_are_no_record_are_a_bad_record():
     whole = encode(RECORD)
     noise = [
         b"",
@@ -182,7 +182,7 @@ def test_bytes_that_are_no_record_are_bad():
         assert bad.value.kind == "bad_record" and len(str(bad.value)) < 300
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_written_records_are_read_back(tmp_path):
     path = tmp_path / "a.array_record"
     assert write_array_record(path, ({"i": i, "record": RECORD} for i in range(20))) == 20
     records = open_array_record(str(path))
@@ -221,28 +221,30 @@ def test_many_threads_and_other_processes_read_the_same(tmp_path):
 
 
 def test_files_are_named_singly_by_folder_by_glob_or_as_a_set(tmp_path):
-    one, two = tmp_path / "one", tmp_path / "t[w]o"
-    one.mkdir()
-    two.mkdir()
+    single_files, shard_files = tmp_path / "single_files", tmp_path / "t[w]o"
+    single_files.mkdir()
+    shard_files.mkdir()
     for shard in range(2):
-        write_array_record(one / f"b.array_record-{shard:05d}-of-00002", [number(shard)])
-        write_array_record(two / f"c-{shard:05d}-of-00002.arrayrecord", [number(10 + shard)])
-    write_array_record(one / "a.array_record", [number(5), number(6)])
-    write_array_record(one / "c.array_record.partial", [number(99)])
-    (one / "notes.txt").write_text("of no array_record")
-    assert numbers(f"{one}/a.array_record") == [5, 6]
-    assert numbers(f"{one}") == numbers(f"{one}/") == [5, 6, 0, 1]
+        write_array_record(single_files / f"b.array_record-{shard:05d}-of-00002", [number(shard)])
+        write_array_record(
+            shard_files / f"c-{shard:05d}-of-00002.arrayrecord", [number(10 + shard)]
+        )
+    write_array_record(single_files / "a.array_record", [number(5), number(6)])
+    write_array_record(single_files / "c.array_record.partial", [number(99)])
+    (single_files / "notes.txt").write_text("of no array_record")
+    assert numbers(f"{single_files}/a.array_record") == [5, 6]
+    assert numbers(f"{single_files}") == numbers(f"{single_files}/") == [5, 6, 0, 1]
     assert (
-        numbers(f"{one}/b*")
-        == numbers(f"{one}/b.array_record@2")
-        == numbers(f"{one}/b.array_record@*")
+        numbers(f"{single_files}/b*")
+        == numbers(f"{single_files}/b.array_record@2")
+        == numbers(f"{single_files}/b.array_record@*")
         == [0, 1]
     )
     assert numbers(f"{tmp_path}/*/*-00001-of-*") == [1, 11]
     assert (
-        numbers(f"{two}")
-        == numbers(f"{two}/c@2.arrayrecord")
-        == numbers(f"{two}/c@*.arrayrecord")
+        numbers(f"{shard_files}")
+        == numbers(f"{shard_files}/c@2.arrayrecord")
+        == numbers(f"{shard_files}/c@*.arrayrecord")
         == [10, 11]
     )
 
@@ -259,7 +261,7 @@ def test_files_that_cannot_be_opened_are_refused_by_name(tmp_path):
     (tmp_path / "none").mkdir()
     (tmp_path / "prepared").mkdir()
     (tmp_path / "prepared" / "dataset_info.json").write_text("{}")
-    for name, found in (
+    for name, message in (
         ("missing.array_record", "missing.array_record is no array_record file.*No such file"),
         ("empty.array_record", "empty.array_record has no records"),
         ("cut.array_record", "cut.array_record is no array_record file, or not all of one"),
@@ -272,7 +274,7 @@ def test_files_that_cannot_be_opened_are_refused_by_name(tmp_path):
         ("t@*", "files of 0 sets"),
         ("prepared", "tfds:NAME"),
     ):
-        with pytest.raises(UserError, match=found) as refused:
+        with pytest.raises(UserError, match=message) as refused:
             open_array_record(f"{tmp_path}/{name}")
         assert "\n" not in str(refused.value)
 
@@ -324,7 +326,7 @@ def test_examples_are_read_without_tensorflow(tmp_path):
 
 
 @pytest.mark.needs("tensorflow_datasets")
-def test_examples_are_those_of_the_protobuf_definition():
+def test_examples_equal_those_of_the_protobuf_definition():
     from tensorflow_datasets.proto import tf_example_pb2
 
     message = tf_example_pb2.Example()
@@ -348,7 +350,7 @@ def test_an_example_that_is_cut_off_is_bad():
         assert bad.value.kind == "bad_record"
 
 
-def test_text_is_told_from_images():
+def test_text_is_distinguished_from_images():
     assert text_or_bytes("kitten, né".encode()) == "kitten, né" and text_or_bytes(b"") == ""
     for start in (
         b"\xff\xd8\xff\xe0",

@@ -1,4 +1,4 @@
-"""A server on this machine stands for the internet: most tests allow private addresses, those of refusals do not."""
+"""Fetching, from a server on this machine. Most tests allow private addresses for that."""
 
 import contextlib
 import gzip
@@ -34,19 +34,46 @@ OTHER = "0" * 64
 
 
 NO_WEB_ADDRESSES = (
-    "ftp://127.0.0.1/a", "file:///etc/passwd", "FILE:///etc/passwd", "data:,a", "http:///a", "http://", "//host/a", "a.jpg", "",
-    "http://[::1", "http://a b/", "http://a:99999/", f"http://{'a' * 80}.test/", "http://a..test/", "http://\x00/",
+    "ftp://127.0.0.1/a",
+    "file:///etc/passwd",
+    "FILE:///etc/passwd",
+    "data:,a",
+    "http:///a",
+    "http://",
+    "//host/a",
+    "a.jpg",
+    "",
+    "http://[::1",
+    "http://a b/",
+    "http://a:99999/",
+    f"http://{'a' * 80}.test/",
+    "http://a..test/",
+    "http://\x00/",
     "http://\ud800/",
-)  # fmt: skip
+)
 
 PRIVATE_HOSTS = (
-    "127.0.0.1", "127.1", "2130706433", "0x7f000001", "0", "[::1]", "[::]", "[::ffff:127.0.0.1]", "[::ffff:a9fe:a9fe]",
-    "169.254.169.254", "10.0.0.1", "user:password@192.168.0.1", "localhost", "[fe80::1]", "[fd00::1]", "224.0.0.1",
-)  # fmt: skip
+    "127.0.0.1",
+    "127.1",
+    "2130706433",
+    "0x7f000001",
+    "0",
+    "[::1]",
+    "[::]",
+    "[::ffff:127.0.0.1]",
+    "[::ffff:a9fe:a9fe]",
+    "169.254.169.254",
+    "10.0.0.1",
+    "user:password@192.168.0.1",
+    "localhost",
+    "[fe80::1]",
+    "[fd00::1]",
+    "224.0.0.1",
+)
 
 
 class Answers(BaseHTTPRequestHandler):
-    """Answers with the route's function, which is called with the handler and the number of the request for the path."""
+    """Calls the route's function with the handler and the number of the request for the path."""
 
     server: "Server"
 
@@ -55,7 +82,7 @@ class Answers(BaseHTTPRequestHandler):
             self.server.asked[self.path] += 1
             count = self.server.asked[self.path]
         self.server.hosts.append(self.headers["Host"])
-        with contextlib.suppress(ConnectionError):  # the client had enough
+        with contextlib.suppress(ConnectionError):  # the client hung up
             self.server.routes.get(self.path, status(404))(self, count)
 
     def log_message(self, *_):
@@ -63,7 +90,7 @@ class Answers(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    daemon_threads = False  # and so joined: no thread outlives its test
+    daemon_threads = False  # so that they are joined: no thread outlives its test
 
     def __init__(self, host: str):
         super().__init__((host, 0), Answers)
@@ -77,7 +104,7 @@ class Server(ThreadingHTTPServer):
         return f"{self.scheme}://{host or self.server_address[0]}:{self.server_address[1]}{path}"
 
     def handle_error(self, request, client_address):
-        """A client that hangs up is what some tests are about."""
+        """Prints nothing: in some tests the client hangs up on purpose."""
 
 
 @contextlib.contextmanager
@@ -135,7 +162,7 @@ def status(code: int, location: str = "") -> Callable[[Answers, int], None]:
 
 
 def in_turn(*answers: Callable[[Answers, int], None]) -> Callable[[Answers, int], None]:
-    """Returns a route that gives each answer once, the last one ever after."""
+    """Returns a route that gives each answer once, and then repeats the last answer."""
     return lambda handler, count: answers[min(count, len(answers)) - 1](handler, count)
 
 
@@ -154,7 +181,7 @@ def blobs(fetch: Fetch) -> list[str]:
 
 
 def resolving(monkeypatch, names: dict[str, list[list[str]]]) -> None:
-    """Lets each name resolve to its lists of addresses in turn, the last one ever after."""
+    """Makes each name resolve to its lists of addresses in turn, and then to the last list."""
     real = socket.getaddrinfo
     asked: Counter[str] = Counter()
 
@@ -163,7 +190,9 @@ def resolving(monkeypatch, names: dict[str, list[list[str]]]) -> None:
             return real(host, port, *args, **kwargs)
         answers = names[host][min(asked[host], len(names[host]) - 1)]
         asked[host] += 1
-        return [found for address in answers for found in real(address, port, *args, **kwargs)]
+        return [
+            addresses for address in answers for addresses in real(address, port, *args, **kwargs)
+        ]
 
     monkeypatch.setattr(socket, "getaddrinfo", resolve)
 
@@ -193,7 +222,7 @@ def test_a_content_that_is_not_what_its_name_says_is_fetched_again(server, fetch
     assert cached(server.url(), None, fetch) == IMAGE == blob.read_bytes()
 
 
-def test_a_broken_memo_is_none(server, fetch):
+def test_a_broken_memo_counts_as_missing(server, fetch):
     cached(server.url(), None, fetch)
     (memo,) = Path(fetch.cache_dir).glob("urls/*")
     memo.write_bytes(b"")
@@ -212,7 +241,7 @@ def test_a_wrong_hash_keeps_nothing_and_is_remembered(server, fetch):
 
 
 @pytest.mark.parametrize("sha256", ["", "12", "../../../x", "g" * 64, DIGEST + "\n"])
-def test_a_hash_that_is_none_is_wrong(server, fetch, sha256):
+def test_a_text_that_is_no_hash_is_wrong(server, fetch, sha256):
     assert kind_of(server.url(), fetch, sha256) == "wrong_sha256"
     assert not server.asked
 
@@ -229,7 +258,7 @@ def test_a_final_status_is_remembered_until_a_retry(server, fetch, code):
 
 
 @pytest.mark.parametrize("code", [408, 429, 500, 503])
-def test_a_passing_failure_is_tried_again(server, fetch, code):
+def test_a_temporary_failure_is_tried_again(server, fetch, code):
     server.routes["/busy"] = in_turn(status(code), status(code), send(IMAGE))
     assert cached(server.url("/busy"), None, fetch) == IMAGE
     assert server.asked["/busy"] == 3
@@ -254,7 +283,7 @@ def test_pauses_double_within_a_half_and_are_the_same_every_time(server, fetch, 
     assert len({pause / 2**i for i, pause in enumerate(pauses[:3])}) == 3
 
 
-def test_no_connection_and_no_such_name_are_passing_failures(fetch, monkeypatch):
+def test_no_connection_and_no_such_name_are_temporary_failures(fetch, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as unused:
         port = unused.getsockname()[1]
     assert "refused" in kind_and_text(f"http://127.0.0.1:{port}/", fetch)[1]
@@ -281,11 +310,11 @@ def test_a_body_that_is_cut_off_is_tried_again(server, fetch):
 
 
 @pytest.mark.parametrize("part", ["status", "header", "body", "nothing"])
-def test_a_server_that_dawdles_is_left(server, fetch, part):
-    """A byte now and then keeps within every timeout of a single read, and a body without a length ends where it is cut."""
+def test_a_slow_server_is_given_up(server, fetch, part):
+    """A byte now and then never exceeds the timeout of a read, so the answer has a deadline."""
     left = threading.Event()
 
-    def dawdle(handler: Answers, _: int) -> None:
+    def answer_slowly(handler: Answers, _: int) -> None:
         start = {
             "status": b"",
             "header": b"HTTP/1.0 200 OK\r\nX: ",
@@ -300,7 +329,7 @@ def test_a_server_that_dawdles_is_left(server, fetch, part):
         except OSError:
             return
 
-    server.routes["/slow"] = dawdle
+    server.routes["/slow"] = answer_slowly
     try:
         kind, text = kind_and_text(server.url("/slow"), replace(fetch, timeout_s=0.2, retries=1))
     finally:
@@ -310,23 +339,23 @@ def test_a_server_that_dawdles_is_left(server, fetch, part):
 
 
 def test_too_large_by_its_header_is_not_read(server, fetch):
-    def boast(handler: Answers, _: int) -> None:
+    def announce(handler: Answers, _: int) -> None:
         handler.send_response(200)
         handler.send_header("Content-Length", str(10**12))
         handler.end_headers()
         handler.rfile.read()  # nothing: returns when the client hangs up
 
-    server.routes["/big"] = boast
+    server.routes["/big"] = announce
     kind, text = kind_and_text(server.url("/big"), fetch)
     assert kind == "too_large" and "1000000000000 bytes" in text
     assert kind_and_text(server.url("/big"), fetch) == (kind, text) and server.asked["/big"] == 1
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_too_large_without_a_length_is_left_early(server, fetch, chunked):
+def test_too_large_without_a_length_is_given_up_early(server, fetch, chunked):
     """The server never stops: the test ends because the client does."""
 
-    def pour(handler: Answers, _: int) -> None:
+    def send_forever(handler: Answers, _: int) -> None:
         handler.protocol_version = "HTTP/1.1"
         handler.send_response(200)
         if chunked:
@@ -335,12 +364,12 @@ def test_too_large_without_a_length_is_left_early(server, fetch, chunked):
         while True:
             handler.wfile.write(b"%x\r\n%b\r\n" % (len(IMAGE), IMAGE) if chunked else IMAGE)
 
-    server.routes["/endless"] = pour
+    server.routes["/endless"] = send_forever
     assert kind_of(server.url("/endless"), replace(fetch, max_bytes=200_000)) == "too_large"
     assert blobs(fetch) == []
 
 
-def test_a_bomb_is_too_large(server, fetch):
+def test_a_decompression_bomb_is_too_large(server, fetch):
     server.routes["/bomb"] = send(gzip.compress(bytes(10**7)), Content_Encoding="gzip")
     assert kind_of(server.url("/bomb"), replace(fetch, max_bytes=10**6)) == "too_large"
 
@@ -371,14 +400,14 @@ def test_a_cache_needs_a_folder(server):
         cached(server.url(), None, Fetch(allow_private=True))
 
 
-def test_redirects_are_followed_to_a_relative_place(server, fetch):
+def test_redirects_are_followed_to_a_relative_url(server, fetch):
     server.routes |= {"/a/b": status(302, "../c"), "/c": status(308, server.url())}
     assert cached(server.url("/a/b"), None, fetch) == IMAGE
     assert cached(server.url("/a/b"), None, fetch) == IMAGE
     assert server.asked == {"/a/b": 1, "/c": 1, "/image": 1}
 
 
-def test_five_redirects_are_followed_and_a_loop_is_left(server, fetch):
+def test_five_redirects_are_followed_and_a_loop_is_given_up(server, fetch):
     server.routes |= {f"/{i}": status(301, f"/{i + 1}") for i in range(5)} | {
         "/5": send(IMAGE),
         "/loop": status(301, "/loop"),
@@ -393,15 +422,15 @@ def test_five_redirects_are_followed_and_a_loop_is_left(server, fetch):
     "url",
     NO_WEB_ADDRESSES,
 )
-def test_what_is_no_web_address_is_refused(url, fetch):
+def test_a_value_that_is_no_web_address_is_refused(url, fetch):
     assert kind_of(url, fetch) == "refused_url"
 
 
 @pytest.mark.parametrize(
-    "place", ["file:///etc/passwd", "ftp://127.0.0.1/", "http://[::1/", "gopher://127.0.0.1/"]
+    "location", ["file:///etc/passwd", "ftp://127.0.0.1/", "http://[::1/", "gopher://127.0.0.1/"]
 )
-def test_a_redirect_out_of_the_web_is_refused(server, fetch, place):
-    server.routes["/out"] = status(302, place)
+def test_a_redirect_to_another_scheme_is_refused(server, fetch, location):
+    server.routes["/out"] = status(302, location)
     assert kind_of(server.url("/out"), fetch) == "refused_url"
 
 
@@ -458,7 +487,7 @@ def test_public_addresses(address, public):
 
 
 def test_a_redirect_to_this_machine_is_refused(fetch, monkeypatch):
-    """Where 127.0.0.2 counts as public, as a server on the internet does."""
+    """Here 127.0.0.2 counts as public, like a server on the internet."""
     monkeypatch.setattr(fetching, "is_public", lambda address: address == "127.0.0.2")
     guarded = replace(fetch, allow_private=False)
     with serving() as inside, serving("127.0.0.2") as outside:
@@ -480,7 +509,7 @@ def test_one_private_address_of_a_name_is_enough_to_refuse_it(server, fetch, mon
 
 
 def test_the_address_that_was_checked_is_the_one_that_is_asked(fetch, monkeypatch):
-    """The name answers 127.0.0.2, which counts as public here, and then 127.0.0.1 at the same port (DNS rebinding)."""
+    """DNS rebinding: the name resolves to a public address (here 127.0.0.2), then to 127.0.0.1."""
     monkeypatch.setattr(fetching, "is_public", lambda address: address == "127.0.0.2")
     resolving(monkeypatch, {"images.test": [["127.0.0.2"], ["127.0.0.1"]]})
     with serving("127.0.0.2") as outside:
@@ -500,10 +529,25 @@ def test_tls_checks_the_name_of_the_url_not_the_address(tmp_path, fetch, monkeyp
         pytest.skip("makes its certificate with openssl")
     certificate = tmp_path / "images.pem"
     command = [
-        "openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-        "-subj", "/CN=images.test", "-addext", "subjectAltName=DNS:images.test",
-        "-keyout", str(tmp_path / "key.pem"), "-out", str(tmp_path / "cert.pem"),
-    ]  # fmt: skip
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=images.test",
+        "-addext",
+        "subjectAltName=DNS:images.test",
+        "-keyout",
+        str(tmp_path / "key.pem"),
+        "-out",
+        str(tmp_path / "cert.pem"),
+    ]
     subprocess.run(command, check=True, capture_output=True)
     certificate.write_bytes(
         (tmp_path / "cert.pem").read_bytes() + (tmp_path / "key.pem").read_bytes()
@@ -516,14 +560,14 @@ def test_tls_checks_the_name_of_the_url_not_the_address(tmp_path, fetch, monkeyp
         monkeypatch.setattr(fetching, "_certificates", lambda: trusting)
         resolving(
             monkeypatch, {"images.test": [["127.0.0.1"], ["127.0.0.9"]]}
-        )  # asked twice, it would be elsewhere
+        )  # a second look-up would give another address
         assert cached(server.url(host="images.test"), None, replace(fetch, retries=0)) == IMAGE
         kind, text = kind_and_text(server.url(host="other.test"), fetch)
         assert kind == "fetch_failed" and "other.test" in text
 
 
 def together(n: int) -> Callable[[Answers, int], None]:
-    """Returns a route that answers when `n` requests are there."""
+    """Returns a route that answers when `n` requests have come."""
     barrier = threading.Barrier(n)
 
     def answer(handler: Answers, count: int) -> None:
@@ -553,7 +597,7 @@ def test_processes_at_once_end_with_one_content(server, fetch):
     assert cached(server.url(), None, fetch) == IMAGE and server.asked["/image"] == 2
 
 
-def test_what_cannot_be_written_whole_is_not_there(server, fetch, monkeypatch):
+def test_a_content_that_cannot_be_written_leaves_no_file(server, fetch, monkeypatch):
     def replace_file(*_):
         raise OSError(28, "No space left on device")
 
@@ -583,7 +627,7 @@ def test_prefetch_counts_outcomes_and_no_failure_stops_the_others(server, fetch)
     assert len(blobs(fetch)) == 21
 
 
-def test_prefetch_goes_on_where_it_was_stopped(server, fetch):
+def test_prefetch_continues_where_it_was_stopped(server, fetch):
     server.routes |= {f"/{i}": send(b"%d" % i) for i in range(20)}
     urls = [(server.url(f"/{i}"), None) for i in range(20)] + [(server.url("/gone"), None)]
 
@@ -632,7 +676,7 @@ def test_prefetch_reads_no_further_ahead_than_it_works(server, fetch):
     assert read == 2 * fetch.concurrency
 
 
-def test_what_is_a_url():
+def test_urls_and_file_names_are_distinguished():
     for value in ("http://a/b.jpg", "HTTPS://a", "ftp://a/b", "s3://a/b"):
         assert is_url(value)
     for value in ("images/a.jpg", "/a/b", "C:\\a", "a/http://b", "", None, 3, b"http://a"):
@@ -668,11 +712,14 @@ def config(tmp_path, server, fetch) -> Config:
 def test_urls_of_a_config(config, server):
     sections = [config.sft.sources, config.grpo.sources, config.eval.sources]
     assert list(prefetching.image_urls(sections, config.data, config.seed)) == [
-        (server.url(), None), (server.url("/b"), None), (server.url("/b"), OTHER), (server.url("/b"), "5")
-    ]  # fmt: skip
+        (server.url(), None),
+        (server.url("/b"), None),
+        (server.url("/b"), OTHER),
+        (server.url("/b"), "5"),
+    ]
 
 
-def test_the_command_counts_on_stdout_and_asks_again_when_told(config, server, capsys):
+def test_the_command_counts_on_stdout_and_asks_again_with_retry_failed(config, server, capsys):
     def run(retry_failed: bool) -> dict[str, int]:
         prefetch.main(cli.Arguments(SimpleNamespace(retry_failed=retry_failed), config))
         out, err = capsys.readouterr()

@@ -39,7 +39,7 @@ def put(
     revision: str = "main",
     commit: str = COMMIT,
 ) -> Path:
-    """Writes files as huggingface_hub keeps them: blobs by hash, snapshots of links to them, refs to snapshots."""
+    """Writes files as huggingface_hub does: blobs by hash, snapshots with links, and refs."""
     folder = cache / f"datasets--{repo.replace('/', '--')}"
     (folder / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)
     (folder / "refs" / revision).write_text(commit)
@@ -59,17 +59,17 @@ def table(*values: Any) -> bytes:
     return out.getvalue().to_pybytes()
 
 
-def values(rest: str) -> list[Any]:
-    records = open_hub(rest)
+def values(location: str) -> list[Any]:
+    records = open_hub(location)
     return [records[i]["n"] for i in range(len(records))]
 
 
-def refusal(rest: str) -> str:
+def refusal(location: str) -> str:
     with pytest.raises(UserError) as refused:
-        open_hub(rest)
+        open_hub(location)
     text = str(refused.value)
-    assert text.startswith(f"source hf:{rest}: ") and "\n" not in text, text
-    return text.removeprefix(f"source hf:{rest}: ")
+    assert text.startswith(f"source hf:{location}: ") and "\n" not in text, text
+    return text.removeprefix(f"source hf:{location}: ")
 
 
 LAYOUTS = {
@@ -98,7 +98,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_files_of_a_split_are_found_where_the_hub_has_them(cache, layout):
+def test_files_of_a_split_are_found_at_the_usual_paths_of_the_hub(cache, layout):
     folder = put(
         cache,
         {name: table(*n) for name, n in LAYOUTS[layout].items()}
@@ -116,7 +116,7 @@ def test_files_of_a_split_are_found_where_the_hub_has_them(cache, layout):
     )
 
 
-def test_config_is_named_where_several_have_the_split(cache):
+def test_the_config_must_be_named_if_several_have_the_split(cache):
     put(
         cache,
         {
@@ -153,7 +153,7 @@ configs:
 - config_name: text
   data_files: [notes.csv]
 ---
-# The data set
+# The dataset
 """
 FILES = {
     "data/part-1.parquet": table(1),
@@ -166,7 +166,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("first", ["default", "large\n  default: true"])
-def test_readme_says_which_files(cache, first):
+def test_the_readme_declares_the_files(cache, first):
     put(cache, FILES | {"README.md": README.format(first=first).encode()})
     assert values("org/ds@train?offline=1") == [1, 2] and values("org/ds@val?offline=1") == [4, 5]
     assert values("org/ds@train?offline=1&config=small") == [1] and values(
@@ -177,16 +177,16 @@ def test_readme_says_which_files(cache, first):
         "notes.csv is no parquet" in (text := refusal("org/ds@train?offline=1&config=text"))
         and "refs/convert/parquet" in text
     )
-    there = refusal("org/ds@test?offline=1")
+    text = refusal("org/ds@test?offline=1")
     assert (
-        "@train, @train?config=" in there
-        and "@val" in there
-        and "small" in there
-        and "gone" not in there
+        "@train, @train?config=" in text
+        and "@val" in text
+        and "small" in text
+        and "gone" not in text
     )
 
 
-def test_readme_without_a_default_config_needs_the_name_only_where_it_matters(cache):
+def test_readme_without_a_default_config_needs_the_name_only_if_it_is_ambiguous(cache):
     put(cache, FILES | {"README.md": README.format(first="large").encode()})
     assert values("org/ds@val?offline=1") == [4, 5]
     assert "@train?config=large, @train?config=pairs, @train?config=small" in refusal(
@@ -203,7 +203,7 @@ def test_readme_without_a_default_config_needs_the_name_only_where_it_matters(ca
         b"",
     ],
 )
-def test_readme_that_declares_no_files_leaves_their_places(cache, readme):
+def test_a_readme_that_declares_no_files_leaves_the_usual_paths(cache, readme):
     put(cache, {"README.md": readme, "data/train-00000-of-00001.parquet": table(1)})
     assert values("org/ds@train?offline=1") == [1]
 
@@ -240,17 +240,17 @@ def test_revision_is_a_branch_or_a_commit(cache):
     assert "org/ds at v2 is not in the cache" in refusal("org/ds@train?offline=1&revision=v2")
 
 
-def test_what_is_not_cached_is_refused_offline(cache):
+def test_a_file_that_is_not_cached_is_refused_offline(cache):
     assert "org/ds at main is not in the cache" in refusal("org/ds@train?offline=1")
     folder = put(cache, {"data/train-00001-of-00003.parquet": table(1)})
     assert "data/train-00000-of-00003.parquet is not in the cache" in refusal(
         "org/ds@train?offline=1"
     )
-    (folder / "data" / "train-00001-of-00003.parquet").resolve().unlink()  # the link is left
+    (folder / "data" / "train-00001-of-00003.parquet").resolve().unlink()  # the link stays
     assert "it has no parquet; the Hub may have it converted" in refusal("org/ds@train?offline=1")
 
 
-def test_list_of_files_in_the_cache_tells_what_is_missing(cache):
+def test_the_list_of_files_in_the_cache_shows_missing_files(cache):
     from huggingface_hub._tree_cache import TreeCacheEntry, write_tree_cache
 
     put(cache, {"a/train.parquet": table(1), "b/val.parquet": table(2)})
@@ -280,7 +280,7 @@ def test_uri_of_another_form_is_refused(cache):
 
 
 class Online:
-    """A hub that answers from a dict of files and writes what is asked for into the cache, as the real one does."""
+    """A hub with the files of a dict. Like the real hub, it writes downloads into the cache."""
 
     def __init__(self, monkeypatch, cache: Path, files: Mapping[str, bytes]):
         self.files, self.cache, self.asked = files, cache, []
@@ -298,11 +298,11 @@ class Online:
             "v1",
             False,
         )
-        wanted = list(
+        names = list(
             huggingface_hub.utils.filter_repo_objects(self.files, allow_patterns=allow_patterns)
         )
-        self.asked.append(wanted)
-        return str(put(self.cache, {name: self.files[name] for name in wanted}, revision=revision))
+        self.asked.append(names)
+        return str(put(self.cache, {name: self.files[name] for name in names}, revision=revision))
 
 
 def test_only_the_files_of_the_split_are_downloaded(cache, monkeypatch):
@@ -326,7 +326,7 @@ def test_names_that_look_like_patterns_are_names(cache, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "found"),
+    ("error", "message"),
     [
         ("GatedRepoError", "accept its terms at https://huggingface.co/datasets/org/ds"),
         ("RepositoryNotFoundError", "the Hub has no dataset 'org/ds'"),
@@ -337,7 +337,7 @@ def test_names_that_look_like_patterns_are_names(cache, monkeypatch):
         ),
     ],
 )
-def test_answers_of_the_hub_are_told_in_a_line(cache, monkeypatch, error, found):
+def test_errors_of_the_hub_become_one_line(cache, monkeypatch, error, message):
     def refuse(*args, **kwargs):
         response = httpx2.Response(503, request=httpx2.Request("GET", "https://huggingface.co"))
         raise getattr(huggingface_hub.errors, error)(
@@ -345,7 +345,7 @@ def test_answers_of_the_hub_are_told_in_a_line(cache, monkeypatch, error, found)
         )
 
     monkeypatch.setattr(hub.HfApi, "list_repo_files", refuse)
-    assert found in refusal("org/ds@train?revision=v1")
+    assert message in refusal("org/ds@train?revision=v1")
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_answers_of_the_hub_are_told_in_a_line(cache, monkeypatch, error, found)
         huggingface_hub.errors.OfflineModeIsEnabled("off"),
     ],
 )
-def test_no_network_is_told_in_a_line(cache, monkeypatch, error):
+def test_a_missing_network_becomes_one_line(cache, monkeypatch, error):
     def refuse(*args, **kwargs):
         raise error
 

@@ -1,4 +1,4 @@
-"""Masks of every form become the same cells, travel with their objects, and bad ones are listed."""
+"""All forms of a mask give the same cells, and masks stay with their objects."""
 
 import io
 import json
@@ -75,20 +75,20 @@ def test_a_mask_for_each_object_and_several_polygons_of_one():
     assert cells([], count=0).shape == (0, 8, 8)
 
 
-def test_a_cell_is_set_where_half_of_it_is_covered():
+def test_a_cell_is_set_if_half_of_it_is_covered():
     assert not cells(runs(block(0, 0, 48, 10) | block(0, 10, 48, 14)))[0, :, 1].any()
     assert cells(runs(block(0, 0, 48, 10) | block(0, 10, 48, 15)))[0, :, 1].all()
 
 
-def test_what_covers_half_of_no_cell_has_the_cells_it_touches():
-    found = cells(runs(block(5, 9, 7, 11)))[0]
-    assert found[:2, :2].all() and found.sum() == 4
+def test_an_object_that_covers_half_of_no_cell_has_the_cells_it_touches():
+    grid = cells(runs(block(5, 9, 7, 11)))[0]
+    assert grid[:2, :2].all() and grid.sum() == 4
 
 
 def test_a_grid_finer_than_the_image_is_the_image():
     pixels = np.random.default_rng(0).random((6, 10)) < 0.5
-    found = to_masks(runs(pixels), 1, (10, 6), 30, None)[0]
-    np.testing.assert_array_equal(found, pixels.repeat(5, axis=0).repeat(3, axis=1))
+    grid = to_masks(runs(pixels), 1, (10, 6), 30, None)[0]
+    np.testing.assert_array_equal(grid, pixels.repeat(5, axis=0).repeat(3, axis=1))
 
 
 def test_run_lengths_equal_pycocotools():
@@ -99,14 +99,14 @@ def test_run_lengths_equal_pycocotools():
         pixels[0, 0] |= not pixels.any()
         packed = coco.encode(np.asfortranarray(pixels.astype(np.uint8)))
         for value in (packed, {**packed, "counts": packed["counts"].decode()}, runs(pixels)):
-            own = (
+            grid = (
                 to_masks(value, 1, (1, 1), int(height * width), None)[0]
                 if height == width
                 else None
             )
-            if own is not None:
+            if grid is not None:
                 np.testing.assert_array_equal(
-                    own, pixels.repeat(width, axis=0).repeat(height, axis=1)
+                    grid, pixels.repeat(width, axis=0).repeat(height, axis=1)
                 )
             small = to_masks(value, 1, (1, 1), 5, None)
             np.testing.assert_array_equal(
@@ -114,9 +114,9 @@ def test_run_lengths_equal_pycocotools():
             )
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of NumPy 2, to pycocotools
-def test_polygons_cover_what_pycocotools_says(golden):
-    """COCO's own samples, pixel by pixel: a metric over masks is off by 4 % where outlines are drawn too."""
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from NumPy 2, about pycocotools
+def test_polygons_cover_the_pixels_of_pycocotools(golden):
+    """COCO's samples are equal pixel by pixel. Drawn outlines would change a mask metric by 4 %."""
     path = (
         Path(golden).parent
         / "data"
@@ -127,11 +127,12 @@ def test_polygons_cover_what_pycocotools_says(golden):
     )
     whole = json.loads(path.read_text())
     images = {image["id"]: image for image in whole["images"]}
-    for one in whole["annotations"][:100]:
-        height, width = (images[one["image_id"]][key] for key in ("height", "width"))
-        (mine,) = whole_masks(one["segmentation"], 1, (width, height), None)
+    for annotation in whole["annotations"][:100]:
+        height, width = (images[annotation["image_id"]][key] for key in ("height", "width"))
+        (mask,) = whole_masks(annotation["segmentation"], 1, (width, height), None)
         np.testing.assert_array_equal(
-            mine, coco.decode(coco.merge(coco.frPyObjects(one["segmentation"], height, width)))
+            mask,
+            coco.decode(coco.merge(coco.frPyObjects(annotation["segmentation"], height, width))),
         )
 
 
@@ -199,12 +200,12 @@ def test_any_value_is_a_mask_or_a_bad_mask(value, count):
         assert bad.kind == "bad_mask"
 
 
-# with their questions
+# masks of questions
 
 
-def example(record: dict, mask_size: int = 8, **of) -> Example:
+def example(record: dict, mask_size: int = 8, **settings) -> Example:
     source = Source(
-        **{"boxes": "boxes", "mask": "masks", "label": "names", "prompt": "detect", **of}
+        **{"boxes": "boxes", "mask": "masks", "label": "names", "prompt": "detect", **settings}
     )
     record = {"image": np.zeros((*SIZE[::-1], 3), np.uint8), **record}
     return to_example(record, source, "toy", 0, 16, None, mask_size=mask_size)
@@ -218,19 +219,19 @@ RECORD = {
 
 
 def test_masks_stay_with_their_objects():
-    found = example(RECORD)
-    assert len(found.boxes.yxyx) == 2, "two are alike"
-    np.testing.assert_array_equal(found.masks, cells(RECORD["masks"][:2], 2))
-    one = example(RECORD, max_objects=1)
-    at = 0 if one.names == ("cat",) else 1
-    np.testing.assert_array_equal(one.masks, cells(RECORD["masks"][at]))
+    result = example(RECORD)
+    assert len(result.boxes.yxyx) == 2, "two are alike"
+    np.testing.assert_array_equal(result.masks, cells(RECORD["masks"][:2], 2))
+    single = example(RECORD, max_objects=1)
+    at = 0 if single.names == ("cat",) else 1
+    np.testing.assert_array_equal(single.masks, cells(RECORD["masks"][at]))
 
 
 def test_masks_of_points_and_through_lists():
     record = {
         "objects": [{"at": [10, 10], "mask": runs(TWO[0])}, {"at": [60, 40], "mask": runs(TWO[1])}]
     }
-    found = example(
+    result = example(
         record,
         boxes="",
         points="objects.at",
@@ -239,16 +240,27 @@ def test_masks_of_points_and_through_lists():
         label="",
         name="",
     )
-    np.testing.assert_array_equal(found.masks, cells([runs(pixels) for pixels in TWO], 2))
+    np.testing.assert_array_equal(result.masks, cells([runs(pixels) for pixels in TWO], 2))
     second = to_example(
         {"image": np.zeros((*SIZE[::-1], 3), np.uint8), **record},
-        Source(points="objects[].at", target="points", mask="objects[].mask", name="", prompt="point"),
-        *("toy", 0, 16, None), element=1, mask_size=8,
-    )  # fmt: skip
-    np.testing.assert_array_equal(second.masks, found.masks[1:])
+        Source(
+            points="objects[].at",
+            target="points",
+            mask="objects[].mask",
+            name="",
+            prompt="point",
+        ),
+        "toy",
+        0,
+        16,
+        None,
+        element=1,
+        mask_size=8,
+    )
+    np.testing.assert_array_equal(second.masks, result.masks[1:])
 
 
-def test_a_row_has_room_for_the_masks_of_all_its_boxes():
+def test_a_row_has_slots_for_the_masks_of_all_its_boxes():
     row = to_batch_row(
         example(RECORD), tokenizer.load(), Data(max_boxes=3, mask_size=8, suffix_length=32), 0
     )
@@ -257,9 +269,9 @@ def test_a_row_has_room_for_the_masks_of_all_its_boxes():
 
 
 def test_without_a_size_no_mask_is_read():
-    found = example({**RECORD, "masks": "nonsense"}, mask_size=0)
-    assert found.masks.shape == (0, 0, 0)
-    row = to_batch_row(found, tokenizer.load(), Data(max_boxes=3, suffix_length=32), 0)
+    result = example({**RECORD, "masks": "nonsense"}, mask_size=0)
+    assert result.masks.shape == (0, 0, 0)
+    row = to_batch_row(result, tokenizer.load(), Data(max_boxes=3, suffix_length=32), 0)
     assert row.gold.masks.shape == (3, 0, 0)
 
 

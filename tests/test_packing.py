@@ -1,4 +1,4 @@
-"""What is packed is read back as it was, images within."""
+"""Packed sources give the same questions as before, with the images inside the records."""
 
 import io
 import json
@@ -41,19 +41,19 @@ def test_packed_sources_hold_the_same_questions(photos, tmp_path):
     done = pack([{"a": photos}, {"a": photos}, {}], Fetch(), tmp_path / "out", 3)
     assert done["a"]["records"] == 6 and done["a"]["corrupt_image"] == 1
     after = open_examples("a", replace(photos, uri=done["a"]["uri"]), Data(), 16)
-    mine = {after[i].prompt: after[i] for i in range(len(after))}
+    packed = {after[i].prompt: after[i] for i in range(len(after))}
     for i in (0, 1, 3, 4, 5, 6):
-        theirs = before[i]
-        found = mine[theirs.prompt]
-        np.testing.assert_array_equal(found.image, theirs.image)
-        assert (found.suffix, found.size) == (theirs.suffix, theirs.size)
+        original = before[i]
+        copy = packed[original.prompt]
+        np.testing.assert_array_equal(copy.image, original.image)
+        assert (copy.suffix, copy.size) == (original.suffix, original.size)
     record = after.record(0)[0]
     assert record["n"] is None and record["x"] == [1.5, "é"]
     with Image.open(io.BytesIO(record["meta"]["image"])) as image:
         assert image.format == "JPEG"
 
 
-def test_nothing_is_overwritten_and_names_are_one_source_each(photos, tmp_path):
+def test_nothing_is_overwritten_and_a_name_is_one_source(photos, tmp_path):
     pack([{"a": photos}], Fetch(), tmp_path / "out", 1)
     with pytest.raises(UserError, match="exists already"):
         pack([{"a": photos}], Fetch(), tmp_path / "out", 1)

@@ -19,7 +19,7 @@ CONFIGS = {
     "refcocog_umd": {"train": 2, "val": 2, "test": 2},
     "combined": {"train": 6, "val": 6, "test": 10},
 }
-"""Refs in each split of the sample of all builder configs."""
+"""The number of refs in each split of the sample, for all builder configs."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def all_configs(samples, tmp_path) -> tuple[dict[str, Any], Path]:
 
 
 def write_refer(sample: dict[str, Any], folder: Path) -> None:
-    """Writes tfds' refcoco.json as the files it was made of, the pickles as Python 2 wrote them."""
+    """Writes the refer toolkit's files of tfds' refcoco.json, with pickles of Python 2."""
     coco = {
         "images": [image["info"] for image in sample["coco_anns"].values()],
         "annotations": [
@@ -47,9 +47,9 @@ def write_refer(sample: dict[str, Any], folder: Path) -> None:
         ],
     }
     for ref in sample["ref"]:
-        there = folder / ref["dataset"]
-        there.mkdir(parents=True, exist_ok=True)
-        (there / "instances.json").write_text(json.dumps(coco))
+        subfolder = folder / ref["dataset"]
+        subfolder.mkdir(parents=True, exist_ok=True)
+        (subfolder / "instances.json").write_text(json.dumps(coco))
         key = (ref["dataset"], ref["dataset_partition"])
         refs = [
             {
@@ -60,15 +60,15 @@ def write_refer(sample: dict[str, Any], folder: Path) -> None:
             for other in sample["ref"]
             if (other["dataset"], other["dataset_partition"]) == key
         ]
-        (there / f"refs({key[1]}).p").write_bytes(pickle.dumps(refs, protocol=2))
+        (subfolder / f"refs({key[1]}).p").write_bytes(pickle.dumps(refs, protocol=2))
 
 
 def small(folder: Path, splits: dict[str, list[tuple[str, int]]]) -> Path:
-    """Writes refs that are nothing but (split, image id), by `dataset_splitby`, each with an annotation of its own."""
+    """Writes refs of (split, image id) by `dataset_splitby`, each with an annotation."""
     for name, refs in splits.items():
         dataset, split_by = name.rsplit("_", 1)
-        there = folder / dataset
-        there.mkdir(parents=True)
+        subfolder = folder / dataset
+        subfolder.mkdir(parents=True)
         entries = [
             {
                 "split": split,
@@ -96,8 +96,8 @@ def small(folder: Path, splits: dict[str, list[tuple[str, int]]]) -> Path:
             ],
             "categories": [{"id": 1, "name": "cat"}],
         }
-        (there / f"refs({split_by}).p").write_bytes(pickle.dumps(entries))
-        (there / "instances.json").write_text(json.dumps(coco))
+        (subfolder / f"refs({split_by}).p").write_bytes(pickle.dumps(entries))
+        (subfolder / "instances.json").write_text(json.dumps(coco))
     return folder
 
 
@@ -116,7 +116,8 @@ def test_a_genuine_pair_is_read(samples):
         "train": (
             40373,
             "person",
-            "A smiling woman wearing a black dress with a plaid bow on it. She is wearing ear rings and a watch.",
+            "A smiling woman wearing a black dress with a plaid bow on it. "
+            "She is wearing ear rings and a watch.",
         ),
     }
     for split in ("train", "val", "test"):
@@ -144,7 +145,7 @@ def test_a_genuine_pair_is_read(samples):
             ) == first[split]
 
 
-def test_boxes_are_those_that_another_release_gives_for_the_same_sentences(samples):
+def test_boxes_equal_another_release_for_the_same_sentences(samples):
     lines = [json.loads(line) for line in (samples / "triples.jsonl").read_text().splitlines()]
     others = {
         (line["image_id"], line["expression"]): line
@@ -209,28 +210,30 @@ def test_combined_train_has_no_image_of_any_other_split(tmp_path):
             "refcocog_umd": [("train", 5), ("train", 6), ("test", 2), ("val", 7)],
         },
     )
-    found = {
+    refs = {
         split: [
             (r["dataset"], r["image_id"], r["split"])
             for r in all_of(open_refer(uri(folder, "combined", split)))
         ]
         for split in ("train", "val", "test")
     }
-    assert found["train"] == [
+    assert refs["train"] == [
         ("refcocog", 6, "train"),
         ("refcoco", 1, "train"),
         ("refcoco+", 1, "train"),
     ]
-    assert found["val"] == [("refcocog", 7, "val"), ("refcoco", 3, "val")]
-    assert found["test"] == [
+    assert refs["val"] == [("refcocog", 7, "val"), ("refcoco", 3, "val")]
+    assert refs["test"] == [
         ("refcocog", 2, "test"),
         ("refcoco", 4, "testA"),
         ("refcoco+", 5, "testB"),
     ]
-    assert len(open_refer(uri(folder, "refcoco_unc", "train"))) == 2  # alone, nothing is left out
+    assert (
+        len(open_refer(uri(folder, "refcoco_unc", "train"))) == 2
+    )  # a single dataset leaves nothing out
 
 
-def test_a_folder_may_hold_the_files_itself_and_coco_may_lie_elsewhere(tmp_path):
+def test_a_folder_may_hold_the_files_itself_and_coco_may_be_elsewhere(tmp_path):
     folder = small(tmp_path / "a", {"refcoco_unc": [("train", 1)]}) / "refcoco"
     assert open_refer(uri(folder, "refcoco_unc", "train"))[0]["image"] == "1.jpg"
     coco = json.loads((folder / "instances.json").read_text())
@@ -274,7 +277,7 @@ def test_a_pickle_that_names_a_function_is_refused_and_runs_nothing(
         ({1}, "set"),
     ):
         (folder / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps([payload], protocol=protocol))
-        if name == "set" and protocol >= 4:  # plain there, and named by no one
+        if name == "set" and protocol >= 4:  # a plain value in these protocols
             name = "not a list of refs"
         with pytest.raises(UserError, match=name) as refused:
             open_refer(uri(folder, "refcoco_unc", "train"))
@@ -314,13 +317,13 @@ def test_a_file_that_is_no_pickle_of_refs_is_refused(tmp_path, noise):
         open_refer(uri(folder, "refcoco_unc", "train"))
 
 
-def test_what_cannot_be_opened_is_refused_by_name(tmp_path):
+def test_files_that_cannot_be_opened_are_refused_by_name(tmp_path):
     folder = small(tmp_path / "a", {"refcoco_unc": [("train", 1), ("val", 2), ("val", 3)]})
     (folder / "refcocog").mkdir()
     (folder / "refcocog" / "refs(umd).p").write_bytes(
         pickle.dumps([{"split": "train", "image_id": 1, "ann_id": 1}])
     )
-    for rest, found in (
+    for location, message in (
         (
             uri(folder, "refcoco_unc", "testC"),
             r"no split 'testC'; there are train \(1\), val \(2\)",
@@ -347,8 +350,8 @@ def test_what_cannot_be_opened_is_refused_by_name(tmp_path):
         (uri(tmp_path / "b", "refcoco_unc", "train"), "there is no folder .*/b;"),
         (f"{folder}", "no dataset ''; there are combined, refcoco, refcoco\\+, refcocog"),
     ):
-        with pytest.raises(UserError, match=found) as refused:
-            open_refer(rest)
+        with pytest.raises(UserError, match=message) as refused:
+            open_refer(location)
         assert "\n" not in str(refused.value)
     for text in (
         "",
@@ -370,7 +373,7 @@ def test_what_cannot_be_opened_is_refused_by_name(tmp_path):
         ("categories", "missing_category"),
     ],
 )
-def test_a_ref_whose_annotation_is_missing_is_bad_and_others_are_not(tmp_path, table, kind):
+def test_a_ref_whose_annotation_is_missing_is_bad_and_other_refs_are_not(tmp_path, table, kind):
     folder = small(tmp_path, {"refcoco_unc": [("train", 1), ("train", 2)]})
     path = folder / "refcoco" / "instances.json"
     coco = json.loads(path.read_text())

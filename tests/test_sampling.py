@@ -6,7 +6,7 @@ from pg_ground.types import UserError
 
 
 @pytest.mark.parametrize(
-    ("count", "strategy", "kept"),
+    ("count", "strategy", "expected"),
     [
         (10, "all", range(10)),
         (10, "first:3", [0, 1, 2]),
@@ -28,22 +28,24 @@ from pg_ground.types import UserError
         (0, "end:50%", []),
     ],
 )
-def test_ends_and_shares(count, strategy, kept):
-    np.testing.assert_array_equal(sample_indices(count, strategy, 0), list(kept))
+def test_ends_and_shares(count, strategy, expected):
+    np.testing.assert_array_equal(sample_indices(count, strategy, 0), list(expected))
 
 
 @pytest.mark.parametrize(
-    ("count", "strategy", "kept"),
+    ("count", "strategy", "expected"),
     [(10, "50%", 5), (7, "50%", 4), (10, "4", 4), (9, "99", 9), (10, "0", 0)],
 )
-def test_random_records_are_different_ones_in_order(count, strategy, kept):
+def test_random_records_are_distinct_and_in_order(count, strategy, expected):
     indices = sample_indices(count, f"random:{strategy}", 3)
     assert (
-        len(indices) == kept and (np.diff(indices) > 0).all() and set(indices) <= set(range(count))
+        len(indices) == expected
+        and (np.diff(indices) > 0).all()
+        and set(indices) <= set(range(count))
     )
 
 
-def test_random_choice_is_the_seeds_and_grows_from_what_it_was():
+def test_a_random_choice_depends_on_the_seed_and_larger_choices_contain_it():
     choice = sample_indices(1000, "random:100", 1)
     np.testing.assert_array_equal(choice, sample_indices(1000, "random:10%", 1))
     assert set(choice) < set(sample_indices(1000, "random:200", 1)) and set(choice) != set(
@@ -54,11 +56,11 @@ def test_random_choice_is_the_seeds_and_grows_from_what_it_was():
         drawn[sample_indices(10, "random:3", seed)] += 1
     assert abs(drawn - 300).max() < 5 * np.sqrt(
         1000 * 0.3 * 0.7
-    )  # five standard deviations of a fair draw
+    )  # five standard deviations of a uniform draw
 
 
-def test_defect_07_nothing_is_nothing_a_lot_is_the_seeds_and_another_word_is_refused():
-    """There, end:0 is everything, an unknown strategy is everything, and a random choice is another one every time."""
+def test_defect_07_end_0_is_empty_a_seed_repeats_and_an_unknown_strategy_is_refused():
+    """In EasyDistill, end:0 and unknown names choose all records, and random has no seed."""
     assert not len(sample_indices(10, "end:0", 0))
     np.testing.assert_array_equal(
         sample_indices(10, "random:5", 3), sample_indices(10, "random:5", 3)
@@ -97,7 +99,7 @@ def test_defect_07_nothing_is_nothing_a_lot_is_the_seeds_and_another_word_is_ref
         ),
     ],
 )
-def test_other_words_are_refused_by_name(strategy):
+def test_unknown_strategies_are_refused_by_name(strategy):
     with pytest.raises(UserError, match="first:N, end:N or random:N") as refused:
         sample_indices(10, strategy, 0)
     assert repr(strategy) in str(refused.value) and "\n" not in str(refused.value)

@@ -29,7 +29,7 @@ ORIENTED = {
     7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
     8: lambda a: np.rot90(a, 1),
 }
-"""What the EXIF standard asks a viewer to do to the stored rows, by orientation."""
+"""The change of the stored rows that the EXIF standard demands, by orientation."""
 
 
 def pixels(height: int = 5, width: int = 7) -> np.ndarray:
@@ -71,7 +71,7 @@ def test_broken_line_is_bad_when_read_and_only_then(tmp_path, line):
 
 def test_records_that_cannot_be_opened_are_refused_by_name(tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
-    for uri, found in (
+    for uri, message in (
         (f"jsonl:{tmp_path}/missing.jsonl", "missing.jsonl"),
         (f"jsonl:{tmp_path}/empty.jsonl", "empty.jsonl"),
         (f"jsonl:{tmp_path}", "directory"),
@@ -79,7 +79,7 @@ def test_records_that_cannot_be_opened_are_refused_by_name(tmp_path):
         ("some/path.jsonl", "jsonl:PATH"),
         ("", "jsonl:PATH"),
     ):
-        with pytest.raises(UserError, match=found):
+        with pytest.raises(UserError, match=message):
             open_records(uri)
 
 
@@ -89,7 +89,7 @@ def test_records_that_cannot_be_opened_are_refused_by_name(tmp_path):
     ("jsonll:x", "no scheme 'jsonll'; did you mean jsonl?"),
     ("synthetic:trian", "synthetic:trian does not exist: did you mean train?"),
 ])  # fmt: skip
-def test_an_entry_that_cannot_be_opened_is_told_by_the_setting_to_change(uri, reason):
+def test_an_entry_that_cannot_be_opened_names_the_setting_to_change(uri, reason):
     for entry, setting in (
         ("grpo/photos", "config.grpo.sources.photos.uri"),
         ("photos", "sources.photos.uri"),
@@ -100,11 +100,11 @@ def test_an_entry_that_cannot_be_opened_is_told_by_the_setting_to_change(uri, re
 
 
 @pytest.mark.parametrize("indent", [None, 1])
-@pytest.mark.parametrize("held", [True, False])
-def test_a_json_list_is_not_read_as_lines(tmp_path, monkeypatch, indent, held):
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_json_list_is_not_read_as_lines(tmp_path, monkeypatch, indent, in_memory):
     path = tmp_path / "list.json"
     path.write_text(json.dumps([{"n": 0}, {"n": 1}], indent=indent) + "\n")
-    if not held:
+    if not in_memory:
         monkeypatch.setattr(tables, "MAX_BYTES_IN_MEMORY", 0)
     with pytest.raises(UserError, match=f"a JSON list does: use json:{path}$"):
         open_records(f"jsonl:{path}")
@@ -158,7 +158,7 @@ def test_grey_and_alpha_arrays_become_rgb():
     np.testing.assert_array_equal(load_image(np.dstack([pixels(), grey]), None), pixels())
 
 
-def test_missing_images_are_told_from_corrupt_ones(tmp_path):
+def test_missing_and_corrupt_images_are_distinguished(tmp_path):
     jpeg = encoded(Image.fromarray(pixels(64, 64)), "JPEG")
     png = encoded(Image.fromarray(pixels(64, 64)))
     (tmp_path / "cut.jpg").write_bytes(jpeg[: len(jpeg) // 2])

@@ -1,4 +1,4 @@
-"""The embedded task: what a scene promises."""
+"""The embedded task: the properties of drawn scenes."""
 
 import numpy as np
 import pytest
@@ -8,12 +8,12 @@ from pg_ground.types import UserError
 
 
 def test_a_scene_depends_on_split_seed_and_index_alone():
-    one, same = Scenes(side=32), Scenes(side=32)
-    np.testing.assert_array_equal(one[5]["image"], same[5]["image"])
-    assert one[5]["box"] == same[5]["box"]
+    first, same = Scenes(side=32), Scenes(side=32)
+    np.testing.assert_array_equal(first[5]["image"], same[5]["image"])
+    assert first[5]["box"] == same[5]["box"]
     for other in (Scenes(side=32, split="heldout"), Scenes(side=32, seed=1)):
-        assert (other[5]["image"] != one[5]["image"]).mean() > 0.9
-    assert (one[6]["image"] != one[5]["image"]).mean() > 0.9
+        assert (other[5]["image"] != first[5]["image"]).mean() > 0.9
+    assert (first[6]["image"] != first[5]["image"]).mean() > 0.9
 
 
 def test_loose_boxes_contain_the_exact_ones_and_change_nothing_else():
@@ -31,7 +31,7 @@ def test_loose_boxes_contain_the_exact_ones_and_change_nothing_else():
     assert 0.2 < np.mean(shares) < 0.3
 
 
-def test_the_box_holds_the_shape_its_phrase_names_and_nothing_of_it_lies_outside():
+def test_the_box_contains_exactly_the_shape_that_the_phrase_names():
     scenes = Scenes(side=64)
     for index in range(100):
         record = scenes[index]
@@ -42,24 +42,24 @@ def test_the_box_holds_the_shape_its_phrase_names_and_nothing_of_it_lies_outside
         paint = PAINTS[list(COLOURS).index(colour)]
         assert np.abs(record["image"][y, x].astype(float) - paint).max() <= 26
         inside = record["image"][y1:y2, x1:x2].astype(float)
-        like = np.abs(inside - record["image"][y, x]).max(axis=-1) < 2
+        same_paint = np.abs(inside - record["image"][y, x]).max(axis=-1) < 2
         share = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5, "cross": 5 / 9}[form]
         assert (
-            abs(like.mean() - share) < 0.25
-        )  # pixels on an edge are mixed: up to one in four at 15 pixels across
+            abs(same_paint.mean() - share) < 0.25
+        )  # edge pixels are mixed: up to a quarter of the pixels at 15 pixels across
 
 
-def test_every_shape_is_an_object_by_its_name_and_box():
+def test_every_shape_is_an_object_with_its_name_and_box():
     scenes = Scenes(side=64, loose=0.5, shapes=4)
     for index in range(30):
         record = scenes[index]
         assert (
-            len({one["name"] for one in record["objects"]}) == 4
+            len({item["name"] for item in record["objects"]}) == 4
             and record["objects"][0]["name"] == record["phrase"]
         )
-        for one in record["objects"]:
-            x1, y1, x2, y2 = one["box"]
-            colour = PAINTS[list(COLOURS).index(one["name"].split()[0])]
+        for item in record["objects"]:
+            x1, y1, x2, y2 = item["box"]
+            colour = PAINTS[list(COLOURS).index(item["name"].split()[0])]
             assert (
                 np.abs(
                     record["image"][int(y1 + y2) // 2, int(x1 + x2) // 2].astype(float) - colour

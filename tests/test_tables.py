@@ -36,10 +36,10 @@ READERS = {
 
 
 def refusal(uri: str) -> str:
-    """Returns what the user is told, which is one line and names the source."""
-    scheme, _, rest = uri.partition(":")
+    """Returns the error of a uri without its beginning, which names the source."""
+    scheme, _, location = uri.partition(":")
     with pytest.raises(UserError) as refused:
-        READERS[scheme](rest)
+        READERS[scheme](location)
     text = str(refused.value)
     assert text.startswith(f"source {uri}: ") and "\n" not in text, text
     return text.removeprefix(f"source {uri}: ")
@@ -72,7 +72,7 @@ def numbered(start: int, stop: int) -> list[dict[str, Any]]:
     return [{"n": n, "text": f"row {n}"} for n in range(start, stop)]
 
 
-# What the parquet files of published data sets hold, column by column.
+# Rows of published datasets in parquet, column by column.
 REFCOCO_JXU124 = {
     "sent_ids": [0, 1],
     "bbox": [103.9, 299.99, 238.15, 477.4],
@@ -86,7 +86,8 @@ REFCOCO_JXU124 = {
 REFCOCO_LMMS = {
     "question_id": "469306",
     "image": {"bytes": png(0), "path": None},
-    "question": "Please carefully observe the area circled in the image and come up with a caption for the area.",
+    "question": "Please carefully observe the area circled in the image "
+    "and come up with a caption for the area.",
     "answer": ["guy", "the man"],
     "segmentation": [1.0, 2.0, 3.5, 4.0, 5.0, 6.0],
     "bbox": [93.95, 83.29, 504.61, 476.35],
@@ -114,12 +115,12 @@ def test_json_is_a_list_of_objects_or_one_at_a_key(tmp_path):
     rows = [{"a": 1}, {"a": [2, {"b": None}]}]
     write(tmp_path / "list.json", rows)
     write(tmp_path / "inside.json", {"accuracy": 1.5, "results": {"val": rows, "test": rows[:1]}})
-    for rest, expected in (
+    for location, expected in (
         ("list.json", rows),
         ("inside.json#results.val", rows),
         ("inside.json#results.test", rows[:1]),
     ):
-        records = open_json(f"{tmp_path}/{rest}")
+        records = open_json(f"{tmp_path}/{location}")
         assert (
             all_of(records) == expected
             and records.root == tmp_path
@@ -154,7 +155,7 @@ def test_json_that_cannot_be_opened_is_refused(tmp_path):
     (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00\xd8")
     (tmp_path / "deep.json").write_text("[" * 100_000)
     write(tmp_path / "object.json", {"info": {}, "results": [{"a": 1}], "by_id": {"1": {"a": 1}}})
-    for name, found in (
+    for name, message in (
         ("missing.json", "No such file"),
         ("missing.json#a", "No such file"),
         ("", "directory"),
@@ -165,8 +166,8 @@ def test_json_that_cannot_be_opened_is_refused(tmp_path):
         ("deep.json", "not one JSON value"),
         (
             "object.json",
-            "this is an object with the keys info, results, by_id, but it must be a list of objects, "
-            "or have one at a key",
+            "this is an object with the keys info, results, by_id, "
+            "but it must be a list of objects, or have one at a key",
         ),
         ("object.json#result", "no 'result' in an object with the keys info, results, by_id"),
         ("object.json#by_id", "an object with the keys 1"),
@@ -174,18 +175,18 @@ def test_json_that_cannot_be_opened_is_refused(tmp_path):
         ("object.json#results.0", "no '0' in a list"),
         ("object.json#info", "an empty object"),
     ):
-        assert found in refusal(f"json:{tmp_path}/{name}")
-    for value, found in (
+        assert message in refusal(f"json:{tmp_path}/{name}")
+    for value, message in (
         ([], "an empty list"),
         ([1, 2], "a list of 2"),
         ("x", "'x'"),
         (None, "None"),
     ):
         write(tmp_path / "other.json", value)
-        assert found in refusal(f"json:{tmp_path}/other.json")
+        assert message in refusal(f"json:{tmp_path}/other.json")
 
 
-def test_object_with_many_keys_is_told_in_one_short_line(tmp_path):
+def test_an_object_with_many_keys_gives_one_short_line(tmp_path):
     write(tmp_path / "a.json", {f"key{i}": i for i in range(1000)})
     assert "key9 and 990 more" in (text := refusal(f"json:{tmp_path}/a.json")) and len(text) < 200
 
@@ -193,7 +194,7 @@ def test_object_with_many_keys_is_told_in_one_short_line(tmp_path):
 @pytest.mark.parametrize("row", [REFCOCO_JXU124, REFCOCO_LMMS, PIXMO_POINTS, PIXMO_COUNT])
 def test_parquet_rows_are_plain_python(tmp_path, row):
     path = write_parquet(tmp_path / "a.parquet", [row] * 7)
-    if not row.get("points", [0]):  # a list that is always empty says no type
+    if not row.get("points", [0]):  # a list that is always empty has no type
         point = pa.struct([("x", pa.float64()), ("y", pa.float64())])
         table = pq.read_table(path)
         table = table.set_column(
@@ -214,16 +215,16 @@ def test_shards_are_one_table_in_the_order_of_their_names(tmp_path):
     )
     write_parquet(tmp_path / "d" / "y.parquet", numbered(9, 10))
     (tmp_path / "d" / "README.md").write_text("not a table")
-    for rest, rows, root in (
+    for location, rows, root in (
         ("d", 10, tmp_path / "d"),
         ("d/", 10, tmp_path / "d"),
         ("d/x-*.parquet", 9, tmp_path / "d"),
         ("*/x-0000[01].parquet", 9, tmp_path),
         ("d/y.parquet", 10, tmp_path / "d"),
     ):
-        records = open_parquet(f"{tmp_path}/{rest}")
+        records = open_parquet(f"{tmp_path}/{location}")
         assert (
-            all_of(records) == numbered(9 if rest == "d/y.parquet" else 0, rows)
+            all_of(records) == numbered(9 if location == "d/y.parquet" else 0, rows)
             and records.root == root
         )
     records = open_parquet(f"{tmp_path}/d")
@@ -233,7 +234,7 @@ def test_shards_are_one_table_in_the_order_of_their_names(tmp_path):
             records[index]
 
 
-def test_row_groups_are_read_on_demand_and_few_are_kept(tmp_path, monkeypatch):
+def test_row_groups_are_read_on_demand_and_few_stay_decoded(tmp_path, monkeypatch):
     records = open_parquet(str(write_parquet(tmp_path / "a.parquet", numbered(0, 100), 10)))
     read, original = [], tables.Parquet._read
 
@@ -245,7 +246,7 @@ def test_row_groups_are_read_on_demand_and_few_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(tables, "MAX_DECODED_BYTES", 3 * max(records._bytes))
     assert read == [] and records[55]["n"] == 55 and records[59]["n"] == 59 and read == [5]
     assert [records[n]["n"] for n in (0, 15, 50, 25, 3)] == [0, 15, 50, 25, 3]
-    # Groups 5, 0, 1, then 5 again, so that 2 takes the place of 0, which is read anew.
+    # Groups 5, 0, 1, then 5 again. So group 2 replaces group 0, which is read again.
     assert read == [5, 0, 1, 2, 0] and len(records._decoded) == 3
     monkeypatch.setattr(tables, "MAX_DECODED_BYTES", 1)
     assert records[99]["n"] == 99 and list(records._decoded) == [9]
@@ -281,7 +282,7 @@ def test_parquet_that_cannot_be_opened_is_refused(tmp_path):
     write_parquet(tmp_path / "odd" / "b.parquet", [{"n": 1, "label": "x"}])
     (tmp_path / "none").mkdir()
     pq.write_table(pa.table({"n": pa.array([], pa.int64())}), tmp_path / "rows.parquet")
-    for rest, found in (
+    for location, message in (
         ("missing.parquet", "No such file"),
         ("missing/*.parquet", "no file matches"),
         ("none", "no file matches"),
@@ -294,7 +295,7 @@ def test_parquet_that_cannot_be_opened_is_refused(tmp_path):
         ("rows.parquet", "there are no rows in rows.parquet"),
         ("*.parquet", "is no whole parquet file"),
     ):
-        assert found in refusal(f"parquet:{tmp_path}/{rest}")
+        assert message in refusal(f"parquet:{tmp_path}/{location}")
 
 
 def test_broken_row_group_is_bad_when_read_and_only_then(tmp_path):
@@ -311,7 +312,7 @@ def test_broken_row_group_is_bad_when_read_and_only_then(tmp_path):
         assert bad.value.kind == "bad_parquet" and "\n" not in str(bad.value)
     assert records[99]["n"] == 99 and records[200]["n"] == 200
     path.unlink()
-    assert records[0]["n"] == 0  # kept
+    assert records[0]["n"] == 0  # still decoded
     with pytest.raises(BadRecord, match="row group 1"):
         records[100]
 
@@ -367,7 +368,7 @@ def test_yaml_samples_by_seed_and_each_file_by_itself(tmp_path):
 def test_yaml_that_cannot_be_opened_is_refused(tmp_path):
     write(tmp_path / "a.json", [{"a": 1}])
     good = {"json_path": "a.json"}
-    for datasets, found in (
+    for datasets, message in (
         (
             [{"json_path": "none.json"}],
             f"dataset 0: source json:{tmp_path}/none.json: No such file",
@@ -392,8 +393,8 @@ def test_yaml_that_cannot_be_opened_is_refused(tmp_path):
         ("a.json", "but the form is"),
         ([good | {"sampling_strategy": "end:0"}], "leave no record"),
     ):
-        assert found in refusal(f"yaml:{easy_distill(tmp_path, datasets)}")
-    for text, found in (
+        assert message in refusal(f"yaml:{easy_distill(tmp_path, datasets)}")
+    for text, message in (
         ("", "None, but the form is"),
         ("- a\n- b\n", "a list of 2"),
         ("datasets: [\n", "not YAML: "),
@@ -404,7 +405,7 @@ def test_yaml_that_cannot_be_opened_is_refused(tmp_path):
         ("a: !!python/object/apply:os.getcwd []\n", "not YAML: "),
     ):
         (tmp_path / "data.yaml").write_text(text)
-        assert found in refusal(f"yaml:{tmp_path}/data.yaml")
+        assert message in refusal(f"yaml:{tmp_path}/data.yaml")
     assert "No such file" in refusal(f"yaml:{tmp_path}/none.yaml")
     assert "no option 'sed'; did you mean seed?" in refusal(f"yaml:{tmp_path}/data.yaml?sed=1")
     assert "seed=-1 must be a whole number" in refusal(f"yaml:{tmp_path}/data.yaml?seed=-1")
@@ -464,8 +465,8 @@ def test_coco_asks_about_an_image(tmp_path):
     }
     names, boxes = ["person", "dog", "person"], [[1.5, 2, 3, 4], [5, 6, 7, 8], [9, 9, 9, 9]]
     expected = [b | {"categories": names, "boxes": boxes, "iscrowd": [0, 0, 0]}, a, none]
-    for rest in (f"{path}", f"{path}?ask=image", f"{path}?crowd=0&ask=image"):
-        records = open_coco(rest)
+    for location in (f"{path}", f"{path}?ask=image", f"{path}?crowd=0&ask=image"):
+        records = open_coco(location)
         assert (
             all_of(records) == expected
             and records.root == tmp_path
@@ -503,10 +504,11 @@ def test_coco_asks_about_a_category_or_the_list_of_them(tmp_path):
 
 def test_coco_that_cannot_be_opened_is_refused(tmp_path):
     path = tmp_path / "instances.json"
-    for change, found in (
+    for change, message in (
         (
             {"categories": None},
-            "an object with the keys info, categories, images, annotations, but COCO's instances have",
+            "an object with the keys info, categories, images, annotations, "
+            "but COCO's instances have",
         ),
         ({"images": []}, "the entry with id 1 of annotations has no 5, or it is in no other list"),
         (
@@ -526,7 +528,7 @@ def test_coco_that_cannot_be_opened_is_refused(tmp_path):
         ({"categories": [{"name": "dog"}]}, "of categories has no 'id'"),
     ):
         write(path, instances() | change)
-        assert found in refusal(f"coco:{path}")
+        assert message in refusal(f"coco:{path}")
     write(path, instances() | {"annotations": []})
     assert "there are no objects in it" in refusal(f"coco:{path}?ask=category")
     assert "ask must be one of image, category, list" in refusal(f"coco:{path}?ask=boxes")
@@ -578,7 +580,7 @@ def every_reader(folder: Path) -> list[Records]:
 @pytest.mark.parametrize("number", range(5))
 def test_reader_survives_pickling_and_threads(tmp_path, number):
     records = every_reader(tmp_path)[number]
-    rows = all_of(records)  # with row groups kept, too
+    rows = all_of(records)  # also with decoded row groups
     copy = pickle.loads(pickle.dumps(records))
     order = np.random.default_rng(0).integers(0, len(records), 200).tolist()
     with ThreadPoolExecutor(8) as pool:
@@ -673,9 +675,7 @@ def test_real_rows_pass_through_parquet_unchanged(tmp_path):
         assert rows is None or len(lines) == rows
         records = all_of(open_parquet(str(write_parquet(tmp_path / "a.parquet", lines, 50))))
         assert len(records) == len(lines)
-        for record, line in zip(
-            records, lines, strict=True
-        ):  # a field that a row lacks is null in a table
+        for record, line in zip(records, lines, strict=True):  # a missing field is null in a table
             assert {k: v for k, v in record.items() if v is not None} == {
                 k: v for k, v in line.items() if v is not None
             }

@@ -34,17 +34,20 @@ from pg_ground.types import UserError  # noqa: E402
 pytestmark = pytest.mark.needs("tensorflow_datasets")
 
 NAMES = {"combined": "refcocox_combined", "refcoco+_unc": "refcocoplus_unc"}
-"""What tfds calls configs whose names it does not share with the refer toolkit."""
+"""The names in tfds of configs that have another name in the refer toolkit."""
 
 CLASSES = [f"category {i}" for i in range(1, 91)]
 
 
 class Config(tfds.core.BuilderConfig):
-    """A config of big_vision's builder: its name is all that makes it."""
+    """A config of big_vision's builder. It has nothing but a name."""
 
 
 class RefCocoBv(tfds.core.GeneratorBasedBuilder):
-    """A dataset with the name, version, configs, splits and features of big_vision's datasets/refcoco/refcoco.py."""
+    """A dataset like big_vision's datasets/refcoco/refcoco.py.
+
+    Name, version, configs, splits and features are the same.
+    """
 
     VERSION = tfds.core.Version("1.4.0")
     BUILDER_CONFIGS = [Config(name=NAMES.get(name, name)) for name in CONFIGS]  # noqa: RUF012
@@ -184,7 +187,7 @@ class Odd(tfds.core.GeneratorBasedBuilder):
 
 
 def polygon_mask(size: dict[str, Any], annotation: dict[str, Any]) -> np.ndarray:
-    """Returns the mask of an annotation, which the builders ask pycocotools for."""
+    """Returns the mask of an annotation. The builders call pycocotools for it."""
     mask = Image.new("1", (size["width"], size["height"]))
     for polygon in annotation["segmentation"]:
         ImageDraw.Draw(mask).polygon(polygon, fill=1)
@@ -200,22 +203,22 @@ def png(mask: np.ndarray) -> io.BytesIO:
 
 @pytest.fixture(scope="module")
 def tfds_writes() -> Iterator[None]:
-    """Lets tfds write without TensorFlow. It needs neither of the two to read."""
+    """Lets tfds write without TensorFlow. Reading needs none of these changes."""
     tfds.disable_progress_bar()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(
             sys.modules, "importlib_resources", importlib.resources
-        )  # tfds 4.9.10 imports it and does not require it
+        )  # tfds 4.9.10 imports it without requiring it
         patch.setattr(
             feature_lib.TensorInfo, "dtype", property(lambda info: info.np_dtype)
-        )  # otherwise TensorFlow's
+        )  # instead of TensorFlow's type
         patch.setattr(ref_coco_dataset_builder, "_compute_mask", polygon_mask)
         yield
 
 
 @pytest.fixture(scope="module")
 def manual(data, tmp_path_factory) -> Path:
-    """What both builders want downloaded by hand, made of the sample of all configs; photographs are of one colour."""
+    """The files that both builders need, made of the sample of all configs."""
     folder = tmp_path_factory.mktemp("manual")
     text = (data / "refcoco" / "annotations" / "tfds_dummy_refcoco.json").read_text()
     (folder / "refcoco.json").write_text(text)
@@ -231,7 +234,7 @@ def manual(data, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def prepared(manual, tfds_writes, tmp_path_factory) -> Path:
-    """All configs of `ref_coco`, by tfds' own builder, and of `ref_coco_bv`, as tfds writes them to a disk."""
+    """All configs of `ref_coco` (tfds' builder) and of `ref_coco_bv`, as tfds writes them."""
     folder = tmp_path_factory.mktemp("tfds")
     download = tfds.download.DownloadConfig(manual_dir=manual)
     for builder in (ref_coco_dataset_builder.Builder, RefCocoBv):
@@ -253,7 +256,7 @@ def opened(folder: Path, name: str, split: str) -> list[dict[str, Any]]:
 
 
 def tfds_box(record: dict[str, Any]) -> list[float]:
-    """Returns the box of a ref as tfds stores it: ymin, xmin, ymax, xmax as fractions, in float32."""
+    """Returns the box of a ref as tfds stores it: yxyx fractions in float32."""
     x, y, w, h = record["bbox"]
     width, height = record["width"], record["height"]
     return np.float32([y / height, x / width, (y + h) / height, (x + w) / width]).tolist()
@@ -282,13 +285,13 @@ def test_ref_coco_has_the_boxes_and_expressions_of_the_refer_files(prepared, man
         assert [r["image/id"] for r in records] and {r["image/id"] for r in records} == {
             ref["image_id"] for ref in refs
         }
-        found = {
+        pairs = {
             (thing["id"], expression["refexp_id"]): (expression["raw"], thing["bbox"])
             for record in records
             for thing in record["objects"]
             for expression in thing["refexp"]
         }
-        assert found == by_sentence(refs, "raw") and sum(len(r["objects"]) for r in records) == len(
+        assert pairs == by_sentence(refs, "raw") and sum(len(r["objects"]) for r in records) == len(
             refs
         )
         for record in records:
@@ -316,13 +319,13 @@ def test_ref_coco_bv_has_the_boxes_and_sentences_of_the_refer_files(prepared, ma
         )
         refs = all_of(open_refer(uri(manual / "refer", name, split)))
         for rows in (records, flat):
-            found = {
+            pairs = {
                 (thing["id"], ref["id"]): (ref["sentence"], thing["bbox"])
                 for row in rows
                 for thing in row["objects"]
                 for ref in thing["refs"]
             }
-            assert found == by_sentence(refs, "sent")
+            assert pairs == by_sentence(refs, "sent")
         assert len(flat) == sum(len(ref["sentences"]) for ref in refs)
         categories = {ref["ann_id"]: ref["category"] for ref in refs}
         for thing in [thing for record in records for thing in record["objects"]]:
@@ -386,8 +389,8 @@ def test_other_features_come_as_plain_python(odd):
         assert record == line | {"label": (None, "dog")[i]}
 
 
-def test_what_is_not_there_is_refused_by_name(prepared, monkeypatch):
-    for rest, found in (
+def test_missing_datasets_and_splits_are_refused_by_name(prepared, monkeypatch):
+    for location, message in (
         (
             f"ref_coco/refcoco_unc?split=val&data_dir={prepared}",
             r"no split 'val'; there are train \(1\), validation \(1\), testA",
@@ -424,8 +427,8 @@ def test_what_is_not_there_is_refused_by_name(prepared, monkeypatch):
             "name looks like ref_coco/refcoco_unc:1.1.0",
         ),
     ):
-        with pytest.raises(UserError, match=found) as refused:
-            open_tfds(rest)
+        with pytest.raises(UserError, match=message) as refused:
+            open_tfds(location)
         assert "\n" not in str(refused.value)
     with pytest.raises(UserError, match="tfds:NAME"):
         open_array_record(f"{prepared}/ref_coco/refcoco_unc/1.1.0")

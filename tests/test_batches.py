@@ -20,7 +20,6 @@ from pg_ground.data.batches import PrefetchIterator, ordered_batches, training_b
 from pg_ground.data.datasets import open_examples
 from pg_ground.data.mixture import mixing_pattern
 from pg_ground.data.records import BadRecord
-from pg_ground.data.text_budgets import check_budgets, measure_budget
 from pg_ground.types import Batch, UserError
 
 SIDE = 8
@@ -41,7 +40,7 @@ def jpeg(value: int) -> bytes:
 def make_source(
     folder: Path, name: str, count: int, broken: tuple[int, ...] = (), weight: float = 1.0
 ) -> Source:
-    """Writes `count` records with a JPEG each; those of `broken` are cut off."""
+    """Writes `count` records with a JPEG each. The JPEGs of `broken` are cut off."""
     lines = []
     for i in range(count):
         data = jpeg(i % 256)
@@ -52,7 +51,7 @@ def make_source(
 
 
 def rows_of(batch_size: int, process: tuple[int, int]) -> np.ndarray:
-    """Returns the rows of process p of n, where devices lie in order."""
+    """Returns the rows of a batch that process p of n reads."""
     return np.split(np.arange(batch_size), process[1])[process[0]]
 
 
@@ -140,7 +139,7 @@ def test_restored_iterator_continues_the_same_batches(tmp_path, tokens, threads)
 
 def test_batches_do_not_depend_on_the_number_of_read_threads(tmp_path, tokens):
     sources = {"a": make_source(tmp_path, "a", 25, broken=(4,))}
-    none, one, four = (
+    none, single, four = (
         list(
             islice(
                 train(sources, tokens, data=Data(prompt_length=8, suffix_length=8, read_threads=n)),
@@ -149,7 +148,7 @@ def test_batches_do_not_depend_on_the_number_of_read_threads(tmp_path, tokens):
         )
         for n in (0, 1, 4)
     )
-    assert_same(none, one)
+    assert_same(none, single)
     assert_same(none, four)
 
 
@@ -298,7 +297,7 @@ def test_source_that_cannot_be_opened_is_refused_at_once(tmp_path, tokens):
         train({"a": Source(uri=good.uri, boxes="box", box_format="xyyx_px")}, tokens)
 
 
-# mixtures, workers, budgets
+# mixtures and workers
 
 
 def digests(batches) -> list[str]:
@@ -327,8 +326,8 @@ def test_a_mixture_is_exact_over_its_period_and_nearly_so_before(weights, shares
         assert counts.tolist() == shares and len(pattern) == sum(shares)
     total = np.array(weights) / sum(weights)
     seen = np.stack([np.cumsum(pattern == s) for s in range(len(weights))])
-    places = np.arange(1, len(pattern) + 1)
-    assert (np.abs(seen - total[:, None] * places) < 1.01).all()
+    positions = np.arange(1, len(pattern) + 1)
+    assert (np.abs(seen - total[:, None] * positions) < 1.01).all()
     assert np.abs(seen[:, -1] / len(pattern) - total).max() < 1e-5
     for s in range(len(weights)):
         assert ranks[pattern == s].tolist() == list(range(counts[s]))
@@ -359,7 +358,7 @@ def test_five_hundred_batches_have_their_shares_and_no_example_twice_in_an_epoch
     ("compared", "first_workers", "later_workers"),
     [((), 2, (0,)), pytest.param((1, 4), 2, (0, 3), marks=pytest.mark.slow)],
 )
-def test_batches_are_the_same_again_with_workers_and_after_going_on(
+def test_batches_are_the_same_with_workers_and_after_resuming(
     tmp_path, tokens, compared, first_workers, later_workers
 ):
     sources = three_sources(tmp_path)
@@ -378,17 +377,17 @@ def test_batches_are_the_same_again_with_workers_and_after_going_on(
         assert before + digests(islice(second, 60 - stop)) == straight
 
 
-def test_batches_placed_ahead_are_the_same_and_so_is_their_state(tmp_path, tokens):
+def test_prefetched_batches_and_their_state_are_the_same(tmp_path, tokens):
     sources = three_sources(tmp_path)
     straight = digests(islice(train(sources, tokens), 8))
-    with PrefetchIterator(train(sources, tokens), lambda batch: batch) as ahead:
-        assert digests([next(ahead) for _ in range(3)]) == straight[:3]
-        state = ahead.get_state()
+    with PrefetchIterator(train(sources, tokens), lambda batch: batch) as prefetched:
+        assert digests([next(prefetched) for _ in range(3)]) == straight[:3]
+        state = prefetched.get_state()
     again = train(sources, tokens)
     again.set_state(state)
-    with PrefetchIterator(again, lambda batch: batch) as ahead:
-        assert ahead.get_state() == state
-        assert digests([next(ahead) for _ in range(5)]) == straight[3:]
+    with PrefetchIterator(again, lambda batch: batch) as prefetched:
+        assert prefetched.get_state() == state
+        assert digests([next(prefetched) for _ in range(5)]) == straight[3:]
 
 
 def test_two_processes_see_disjoint_halves_whose_union_is_the_whole(tmp_path, tokens):
@@ -451,111 +450,6 @@ def write_lines(folder: Path, records: list[dict]) -> str:
     return f"jsonl:{folder}/x.jsonl"
 
 
-def test_budgets_are_measured_before_training_and_name_the_worst(tmp_path, tokens):
-    boxes = [[[0, 0, i + 1, 4] for i in range(n)] for n in (1, 4, 2)]
-    uri = write_lines(
-        tmp_path, [{"phrase": "cat " * (3 - i), "box": b} for i, b in enumerate(boxes)]
-    )
-    opened = open_examples(
-        "a", Source(uri=uri, boxes="box"), replace(DATA, max_boxes=9, suffix_length=99), SIDE
-    )
-    found = measure_budget(opened, tokens, DATA)
-    rows = [opened[i] for i in range(3)]
-    assert found.prompt_tokens == max(len(tokens.prefix(row.prompt)) for row in rows)
-    assert found.suffix_tokens == max(len(tokens.suffix(row.suffix)) for row in rows)
-    assert (found.objects, found.worst) == (
-        4,
-        {"prompt_length": 0, "suffix_length": 1, "max_boxes": 1},
-    )
-    for room, said in (
-        (
-            {"prompt_length": 4, "suffix_length": 99, "max_boxes": 9},
-            r"question 0 needs data\.prompt_length=\d+, but it is 4: raise it$",
-        ),
-        (
-            {"suffix_length": 9, "max_boxes": 9, "prompt_length": 32},
-            r"question 1 needs data\.suffix_length=\d+, but it is 9.*max_objects",
-        ),
-        (
-            {"suffix_length": 99, "max_boxes": 3, "prompt_length": 32},
-            r"source a: question 1 needs data\.max_boxes=4, but it is 3",
-        ),
-    ):
-        with pytest.raises(UserError, match=said):
-            check_budgets([found], replace(DATA, **room))
-    check_budgets([found], replace(DATA, max_boxes=4, suffix_length=99, prompt_length=32))
-
-
-def test_a_wrong_path_is_told_before_training_with_the_fields_there_are(tmp_path, tokens):
-    uri = write_lines(tmp_path, [{"phrase": "cat", "bbox": [0, 0, 4, 4]}] * 30)
-    with pytest.raises(
-        UserError,
-        match="none of 16 questions can be used; .*there is no box: the fields are image, phrase, bbox",
-    ):
-        measure_budget(open_examples("a", Source(uri=uri, boxes="box"), DATA, SIDE), tokens, DATA)
-
-
-def test_a_folder_without_the_images_is_told_before_training(tmp_path, tokens):
-    uri = write_lines(tmp_path, [{"phrase": "cat", "box": [0, 0, 4, 4]}] * 30)
-    lost = open_examples("a", Source(uri=uri, boxes="box", image_root="nowhere"), DATA, SIDE)
-    with pytest.raises(
-        UserError,
-        match=r"^source a: none of 16 questions can be used; question 0: there is no file .*nowhere/i.jpg",
-    ):
-        measure_budget(lost, tokens, DATA)
-    uri = write_lines(
-        tmp_path,
-        [{"phrase": "cat", "box": [0, 0, 4, 4], "image": "no.jpg"}] * 29
-        + [{"phrase": "cat", "box": [0, 0, 4, 4]}],
-    )
-    measure_budget(
-        open_examples("a", Source(uri=uri, boxes="box"), DATA, SIDE), tokens, DATA
-    )  # not all: bad_record_share is for that
-
-
-@pytest.mark.parametrize("size", [(640, 480), (340, 500), (1000, 1000)])
-def test_a_wrong_unit_that_puts_everything_in_one_corner_is_told_before_training(
-    tmp_path, tokens, size
-):
-    Image.fromarray(np.zeros((size[1], size[0], 3), np.uint8)).save(tmp_path / "big.png")
-    Image.new("RGB", (200, 150)).save(
-        tmp_path / "small.png"
-    )  # one of them does not hide the others
-    names = ["big.png"] * 19 + ["small.png"]
-    records = [
-        {"image": name, "phrase": "cat", "box": [i, i, 81 + i, 100], "points": [[i, 99]]}
-        for i, name in enumerate(names)
-    ]
-    uri = write_lines(tmp_path, records)
-    right = {"boxes": "box", "box_format": "xyxy_percent"}
-    measure_budget(open_examples("a", Source(uri=uri, **right), DATA, SIDE), tokens, DATA)
-    for wrong in ({"boxes": "box"}, {"target": "points", "points": "points"}):
-        with pytest.raises(
-            UserError,
-            match=r"first 30% of both axes and no coordinate is above (100|99), so (box|point)_format = 'x.*_px' has",
-        ):
-            measure_budget(open_examples("a", Source(uri=uri, **wrong), DATA, SIDE), tokens, DATA)
-
-
-def test_small_things_in_a_corner_are_no_wrong_unit(tmp_path, tokens):
-    """A menu of a large screen, in its first quarter but beyond 100 pixels; nine points of one picture; pictures of 56."""
-    for name, side in (("screen.png", 1600), ("small.png", 56)):
-        Image.fromarray(np.zeros((side, side, 3), np.uint8)).save(tmp_path / name)
-    menu = [
-        {"image": "screen.png", "phrase": "item", "box": [20, 20 * i, 380, 20 * i + 18]}
-        for i in range(16)
-    ]
-    flock = [{"image": "screen.png", "phrase": "bird", "points": [[i, i + 3] for i in range(9)]}]
-    scenes = [{"image": "small.png", "phrase": "dot", "box": [i, i, 30 + i, 40]} for i in range(16)]
-    for records, target in ((menu, "boxes"), (flock, "points"), (scenes, "boxes")):
-        source = Source(
-            uri=write_lines(tmp_path, records),
-            target=target,
-            **{target: target if target == "points" else "box"},
-        )
-        measure_budget(open_examples("a", source, replace(DATA, max_boxes=9), SIDE), tokens, DATA)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_without_any_question_ends(tmp_path, tokens, workers):
     for name, count in (("e", 20), ("f", 3)):
@@ -565,19 +459,20 @@ def test_a_stream_without_any_question_ends(tmp_path, tokens, workers):
     empty["f"] = replace(empty["f"], weight=0.01)
     with pytest.raises(
         UserError,
-        match=r"^sources e, f: none of 23 questions can be used; question \d+ of .: there are no boxes$",
+        match=r"^sources e, f: none of 23 questions can be used; "
+        r"question \d+ of .: there are no boxes$",
     ):
         next(train(empty, tokens, data=replace(DATA, workers=workers)))
     rare = empty | {
         "f": replace(make_source(tmp_path, "g", 3), weight=0.01)
-    }  # behind 100 empty ones, but it comes
+    }  # comes after 100 empty questions
     assert seen([next(train(rare, tokens, batch_size=1))])[0][0] == 1
 
 
 WORKERS = pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 """A worker process imports the package, which takes 3 s."""
 
-LEAVES_NOTHING = """
+CLOSES_ITS_WORKERS = """
 import sys
 from pg_ground import tokenizer
 from pg_ground.config import Data, Source
@@ -588,16 +483,16 @@ if __name__ == "__main__":
     data = Data(prompt_length=8, suffix_length=8, workers=int(sys.argv[2]))
     batches = training_batches({"a": Source(uri=sys.argv[1], boxes="box")}, data, tokenizer.load(),
                                image_size=8, batch_size=4, seed=0, bad_records=BadRecords())
-    with PrefetchIterator(batches, lambda batch: batch) as ahead:
+    with PrefetchIterator(batches, lambda batch: batch) as prefetched:
         for _ in range(5):
-            next(ahead)
+            next(prefetched)
 """
 
 
 @WORKERS
 def test_closed_workers_leave_no_shared_memory(tmp_path, workers):
     uri = make_source(tmp_path, "a", 50).uri
-    (tmp_path / "run.py").write_text(LEAVES_NOTHING)
+    (tmp_path / "run.py").write_text(CLOSES_ITS_WORKERS)
     done = subprocess.run(
         [sys.executable, tmp_path / "run.py", uri, str(workers)],
         capture_output=True,
@@ -660,7 +555,7 @@ def test_one_record_in_ten_mutated(tmp_path, tokens, count):
     found = list(
         ordered({"f": source}, tokens, examples=count, batch_size=100, data=data, bad_records=bad)
     )
-    kept = [int(i) for batch, counts in found for i in batch.index[counts]]
+    used = [int(i) for batch, counts in batches for i in batch.index[counts]]
     listed = {entry["index"] for entry in bad.entries()}
     broken = set(range(0, count, 997))
     assert broken <= listed <= broken | mutated and not listed & set(kept)
@@ -670,7 +565,7 @@ def test_one_record_in_ten_mutated(tmp_path, tokens, count):
     )  # nothing to find: dropped, and not counted as bad
     assert empty and len(bad.counts()) >= 5 and bad.counts()["bad_json"] == len(broken)
     right = open_examples("f", source, data, SIDE)[1 if 1 not in mutated else 2]
-    for batch, counts in found:
+    for batch, counts in batches:
         for row in np.flatnonzero(counts):
             if int(batch.index[row]) not in mutated:
                 np.testing.assert_array_equal(batch.image[row], right.image)
