@@ -503,7 +503,7 @@ def test_closed_workers_leave_no_shared_memory(tmp_path, workers):
 
 
 @WORKERS
-def test_a_closed_stream_goes_on_where_it_was(tmp_path, tokens, workers):
+def test_a_closed_stream_continues_where_it_was(tmp_path, tokens, workers):
     sources = three_sources(tmp_path)
     batches = train(sources, tokens, data=replace(DATA, workers=workers))
     batches.close()
@@ -515,7 +515,7 @@ def test_a_closed_stream_goes_on_where_it_was(tmp_path, tokens, workers):
 
 @pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_one_record_in_ten_mutated(tmp_path, tokens, count):
-    """Each mutated record that cannot be used is listed with its number, no other is, and what is left is unchanged."""
+    """Exactly the unusable records are listed by number, and the others are unchanged."""
     (tmp_path / "i.jpg").write_bytes(jpeg(7))
     rng = np.random.default_rng(0)
     good = {"image": "i.jpg", "phrase": "cat", "box": [0, 0, 4, 4]}
@@ -552,17 +552,17 @@ def test_one_record_in_ten_mutated(tmp_path, tokens, count):
     (tmp_path / "f.jsonl").write_bytes(b"\n".join(lines))
     source, bad = Source(uri=f"jsonl:{tmp_path}/f.jsonl", boxes="box"), BadRecords()
     data = replace(DATA, suffix_length=32, prompt_length=16, bad_record_share=0.3)
-    found = list(
+    batches = list(
         ordered({"f": source}, tokens, examples=count, batch_size=100, data=data, bad_records=bad)
     )
     used = [int(i) for batch, counts in batches for i in batch.index[counts]]
     listed = {entry["index"] for entry in bad.entries()}
     broken = set(range(0, count, 997))
-    assert broken <= listed <= broken | mutated and not listed & set(kept)
-    assert len(set(kept)) == len(kept) and set(range(count)) - mutated - broken <= set(kept)
+    assert broken <= listed <= broken | mutated and not listed & set(used)
+    assert len(set(used)) == len(used) and set(range(count)) - mutated - broken <= set(used)
     assert (
-        set(range(count)) - set(kept) - listed == empty - broken
-    )  # nothing to find: dropped, and not counted as bad
+        set(range(count)) - set(used) - listed == empty - broken
+    )  # no objects: dropped, and not counted as bad
     assert empty and len(bad.counts()) >= 5 and bad.counts()["bad_json"] == len(broken)
     right = open_examples("f", source, data, SIDE)[1 if 1 not in mutated else 2]
     for batch, counts in batches:
