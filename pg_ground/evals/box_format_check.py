@@ -1,4 +1,4 @@
-"""Checks whether boxes were read in the right format, and suggests the format in which they fit the ground truth."""
+"""Checks whether boxes were read in the right format, and suggests a format that fits better."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -41,12 +41,13 @@ def check_box_format(
     format_name: str,
     gold_format: str,
 ) -> None:
-    """Raises UserError if boxes fit the ground truth badly in `format_name` and well in another format.
+    """Raises UserError if boxes fit the ground truth badly, and another format fits well.
 
-    If not all image sizes are known, the scale is estimated: the median ratio of gold and predicted coordinates of each axis.
+    If not all image sizes are known, the scale is estimated. It is the median ratio of gold and
+    predicted coordinates, for each axis.
 
     Args:
-      predicted: boxes with their numbers as the file writes them.
+      predicted: boxes with their numbers as the file writes them, to be read in `format_name`.
       gold: x1, y1, x2, y2 in pixels, if `gold_format` is right.
       sizes: width and height of each image in pixels, or None.
     """
