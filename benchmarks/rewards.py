@@ -113,9 +113,7 @@ def programs(b: int, g: int, length: int, objects: int) -> dict[str, Callable[[]
     @jax.jit
     def judge(drawn: Any) -> Any:
         gold = batch.gold
-        answer = answer_reader.read_answer(
-            drawn.tokens, drawn.mask, gold.target, gold.names, vocab
-        )
+        answer = answer_reader.read_answer(drawn.tokens, drawn.mask, gold.target, gold.names, vocab)
         return ScoredRollouts(
             batch,
             drawn,

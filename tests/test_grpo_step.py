@@ -58,11 +58,7 @@ def straight(environment, recipe, tmp_path_factory) -> Path:
     done = train_tiny(environment, workdir, recipe)
     assert done.returncode == 0, done.stderr
     assert (
-        len(
-            re.findall(
-                r"the reward .*grumpy scores 0 .*counted\): ValueError: odd", done.stderr
-            )
-        )
+        len(re.findall(r"the reward .*grumpy scores 0 .*counted\): ValueError: odd", done.stderr))
         == 1
     ), done.stderr
     return workdir

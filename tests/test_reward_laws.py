@@ -178,7 +178,9 @@ def test_the_order_of_answers_does_not_matter(answers, data):
 
 @settings(deadline=None)
 @given(
-    predicted=FRACTIONS, gold=FRACTIONS, scale=st.tuples(st.floats(0.01, 3000), st.floats(0.01, 3000))
+    predicted=FRACTIONS,
+    gold=FRACTIONS,
+    scale=st.tuples(st.floats(0.01, 3000), st.floats(0.01, 3000)),
 )
 def test_gaussians_do_not_see_the_scale_of_an_axis(predicted, gold, scale):
     """Gold sides of less than a bin are widened: it is the scale of proper boxes that does not
@@ -312,7 +314,9 @@ def check_random_tokens(count: int) -> None:
                 continue
             low, high = RANGES[OTHERS[name][0] if name in OTHERS else name]
             np.testing.assert_array_equal(
-                ~np.isnan(scores), np.broadcast_to(applies[name][:, None], scores.shape), err_msg=name
+                ~np.isnan(scores),
+                np.broadcast_to(applies[name][:, None], scores.shape),
+                err_msg=name,
             )
             assert np.nanmin(scores) >= low and np.nanmax(scores) <= high, name
 

@@ -32,7 +32,9 @@ def load(path: str | Path, encoder: bool = False) -> dict[str, jax.Array]:
     ]
     if wrong:
         raise UserError(f"{problem}: {_first_three(wrong)}")
-    return {name: jnp.asarray(tensor_files.read_whole(tensors[name]), jnp.float32) for name in names}
+    return {
+        name: jnp.asarray(tensor_files.read_whole(tensors[name]), jnp.float32) for name in names
+    }
 
 
 def _first_three(problems: list[str]) -> str:

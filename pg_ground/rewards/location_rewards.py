@@ -111,8 +111,7 @@ def dict_iou(text: str, example: TextExample) -> float:
 
 
 def list_format(text: str, example: TextExample) -> float:
-    """Returns 1 for one proper box as `[x1, y1, x2, y2]` in natural numbers (EasyDistill), else 0.
-    """
+    """Returns 1 for one proper box as `[x1, y1, x2, y2]` in natural numbers (EasyDistill), else 0."""
     return _follows_grammar(text, example, locations.list_boxes)
 
 
@@ -151,8 +150,7 @@ def ovd_format(text: str, example: TextExample) -> float:
 
 
 def ovd_f(text: str, example: TextExample) -> float:
-    """Returns 2·Σ IoU / (n_predicted + n_gold) over detections, in [0, 1]; 1 if both counts are 0.
-    """
+    """Returns 2·Σ IoU / (n_predicted + n_gold) over detections, in [0, 1]; 1 if both counts are 0."""
     detections = _detect(text, example)
     if not detections:
         return math.nan

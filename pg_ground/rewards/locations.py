@@ -286,8 +286,7 @@ def _read_object(value: Mapping[Any, Any], width: int) -> list[Location]:
 
 
 def _read_text(text: str, width: int) -> list[Location]:
-    """Returns the locations of loc tokens, else of a JSON value or Python literal, else of prose.
-    """
+    """Returns the locations of loc tokens, else of a JSON value or Python literal, else of prose."""
     answer = answer_text(text, strict=False)
     if _LOC.search(answer):
         return [segment for segment in loc_segments(answer) if len(segment.numbers or ()) == width]

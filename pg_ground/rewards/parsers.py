@@ -295,8 +295,7 @@ def conclusion(text: str) -> tuple[str, str]:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Returns the content of the last `\boxed{…}`, or None if there is none or it is not closed.
-    """
+    r"""Returns the content of the last `\boxed{…}`, or None if there is none or it is not closed."""
     _, boxed, content = text.rpartition(r"\boxed{")
     depth = 1
     for i, character in enumerate(content if boxed else ""):

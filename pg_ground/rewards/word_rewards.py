@@ -92,8 +92,7 @@ def token_f1(text: str, example: TextExample) -> float:
 
 
 def exact_match(text: str, example: TextExample) -> float:
-    """Returns 1 if the answer has the gold words in the same order, normalised as in SQuAD, else 0.
-    """
+    """Returns 1 if the answer has the gold words in the same order, normalised as in SQuAD, else 0."""
     if not gold_text(example):
         return math.nan
     return float(answer_words(text) == answer_words(example.gold))

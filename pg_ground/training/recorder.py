@@ -333,7 +333,9 @@ def process_record(parts: Sequence[Mapping[str, Any]], index: int, count: int) -
         "bad_records": merge_bad_records([part["bad_records"] for part in counted]),
     }
     if "reward_workers" in parts[0]:
-        record["reward_workers"] = workers.merge_states([part["reward_workers"] for part in counted])
+        record["reward_workers"] = workers.merge_states(
+            [part["reward_workers"] for part in counted]
+        )
     return record
 
 
