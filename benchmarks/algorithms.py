@@ -73,7 +73,8 @@ def make_recipe(algorithm: str, steps: int) -> ConfigDict:
 
 def compare(algorithm: str, steps: int, start: Path, out: Path) -> dict[str, Any]:
     """Returns the results of one algorithm, trained from the checkpoint in `start`."""
-    c, workdir = make_recipe(algorithm, steps), out / algorithm
+    c = make_recipe(algorithm, steps)
+    workdir = out / algorithm
     shutil.rmtree(workdir, ignore_errors=True)
     c.stages = ("grpo",)
     c.init = str(start)

@@ -27,7 +27,10 @@ sys.path.insert(0, str(Path(__file__).parent / "peers"))
 import ours
 from work import Work
 
-PROMPTS, GROUP, TOKENS, PROMPT_TOKENS = 4, 8, 16, 16
+PROMPTS = 4
+GROUP = 8
+TOKENS = 16
+PROMPT_TOKENS = 16
 
 Inputs = tuple[jax.Array, jax.Array, jax.Array]
 """Image, prompt and prompt mask."""

@@ -92,7 +92,8 @@ def program_costs(axis: str, value: int, repeats: int, attention_block: int) -> 
     stage = make_stages(setup)[-1]
     state = stage.init(init_params(c, setup.model, setup.trained))
     policy = state.params[POLICY]
-    batch, key = ours.random_batch(setup, mesh, 0), jax.random.key(0)
+    batch = ours.random_batch(setup, mesh, 0)
+    key = jax.random.key(0)
     programs = stage.programs()
     costs = {}
 
@@ -113,7 +114,8 @@ def measure_cost(
     """Returns the cost of a program on these arguments, and its result."""
     traced = jit_program(program, settings, mesh).trace(*arguments)
     compiled = traced.lower().compile()
-    seconds, result = math.inf, None
+    seconds = math.inf
+    result = None
     for _ in range(repeats + 1):
         # The program may donate its arguments, so it gets copies.
         copies = jax.block_until_ready(jax.tree.map(lambda leaf: leaf.copy(), arguments))
@@ -155,7 +157,8 @@ def main(argv: Sequence[str]) -> None:
     for axis in axes:
         if axis not in AXES:
             raise UserError(f"--axes={flags['axes']}: {config.nearest(axis, AXES)}")
-    document, rows = {}, []
+    document = {}
+    rows = []
     for axis in axes:
         costs = {
             value: program_costs(axis, value, flags["repeats"], flags["attention_block"])

@@ -134,7 +134,8 @@ def compile_programs(compilation: Compilation) -> dict[str, Any]:
 def table_row(compilation: Compilation, name: str, program: dict[str, Any]) -> list[str]:
     """Returns the cells of one program."""
     limit = CHIPS[parse_topology(compilation.topology)[0]].hbm_bytes
-    size, estimate = program["hbm_bytes"], program["hbm_bytes_by_arithmetic"]
+    size = program["hbm_bytes"]
+    estimate = program["hbm_bytes_by_arithmetic"]
     link_bytes = sum(collective["bytes"] for collective in program["collectives"].values())
     return [
         compilation.name,

@@ -58,7 +58,7 @@ PROGRAMS = Path(__file__).parent / "peers"
 PEERS: dict[str, tuple[str, str]] = {
     "ours": ("ours.py", ""),
     "hand": ("torch_peers.py", "hand"),
-    "trl": ("torch_peers.py", "trl"),
+    "trl": ("trl_peer.py", ""),
     "generate_dynamic": ("torch_peers.py", "generate:dynamic"),
     "generate_static": ("torch_peers.py", "generate:static"),
     "generate_compiled": ("torch_peers.py", "generate:compiled"),
@@ -263,7 +263,8 @@ def result_tables(results: Mapping[str, Result | str], work: Work) -> list[Table
 
 def table_row(name: str, results: Mapping[str, Result], work: Work, clock: str) -> list[str]:
     """Returns the cells of one peer."""
-    result, ours = results[name], results.get("ours")
+    result = results[name]
+    ours = results.get("ours")
     times = {phase: result.median(clock, phase) for phase in (*PHASES, "step")}
     ratios = [
         ratio_text(times[phase], ours.median(clock, phase) if ours else None)

@@ -64,8 +64,9 @@ class Recipe(NamedTuple):
     logits_block: int = 2
 
 
-V5E_8, V5P_8 = "v5e:2x4", "v5p:2x2x1"
-"""Eight chips of v5e; four of v5p, which are sold as v5p-8 by their cores."""
+V5E_8 = "v5e:2x4"
+V5P_8 = "v5p:2x2x1"
+"""Four chips. They are sold as v5p-8, by their cores."""
 
 RECIPES: dict[str, Recipe] = {
     "pg1_3b_224_v5e_8": Recipe("pg1_3b_224", V5E_8, 128),

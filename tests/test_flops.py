@@ -81,7 +81,8 @@ def flops_by_hand(sizes: Sizes, model: Model) -> float:
 
     T - 1 tokens are inputs, T are scored.
     """
-    v, t = model.vision, model.text
+    v = model.vision
+    t = model.text
     patches = (model.image_size // v.patch_size) ** 2
     completions = sizes.images * sizes.group_size
 

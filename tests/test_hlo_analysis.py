@@ -22,7 +22,8 @@ def over_layers(x: jax.Array, stack: jax.Array) -> jax.Array:
 
 def test_a_loop_over_layers_reads_each_layer_once():
     """The whole stack is an operand of every iteration, but an iteration reads only one slice."""
-    x, stack = jnp.ones((ROWS, WIDTH)), jnp.ones((LAYERS, WIDTH, WIDTH))
+    x = jnp.ones((ROWS, WIDTH))
+    stack = jnp.ones((LAYERS, WIDTH, WIDTH))
     text = hlo_text(over_layers, x, stack)
     traffic = hlo_analysis.measure_traffic(text, default_trip_count=1000)
     minimum = stack.nbytes + x.nbytes

@@ -391,7 +391,8 @@ def make_state(device_count: int) -> TrainState:
 
 @pytest.mark.parametrize("device_count", [4, 1])
 def test_a_checkpoint_of_eight_devices_is_restored_on_fewer(tmp_path, device_count):
-    saved, expected = make_state(8), make_state(device_count)
+    saved = make_state(8)
+    expected = make_state(device_count)
     linear = saved.params[POLICY]["llm/layers/mlp/linear"]
     assert len(linear.addressable_shards[0].data[0]) == 1024 // 8
     with manager.Checkpoints(tmp_path, keep=1) as checkpoints:
@@ -471,7 +472,8 @@ def test_global_batches_do_not_depend_on_the_number_of_processes():
 
 def test_the_number_of_processes_may_change_and_change_back():
     expected = global_batches(open_streams(1), 9)
-    streams, batches = open_streams(1), []
+    streams = open_streams(1)
+    batches = []
     for count in (1, 2, 4, 2, 1):
         streams = resumed_streams(streams, count)
         batches += global_batches(streams, 1)

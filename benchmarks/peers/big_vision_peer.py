@@ -12,6 +12,7 @@ is bfloat16.
 """
 
 import sys
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -49,7 +50,8 @@ INSTALL = (
 def make_model(work: Work) -> Any:
     """Returns big_vision's PaliGemma of the work's size."""
     gemma = import_module("big_vision.models.ppp.gemma")
-    size, published = work.model_size, gemma.get_config
+    size = work.model_size
+    published = gemma.get_config
 
     def get_config(variant: str) -> Any:
         config = published(variant)
@@ -87,7 +89,15 @@ def make_model(work: Work) -> Any:
 
 
 def import_big_vision(work: Work) -> tuple[Any, Any]:
-    """Returns the model and the decode function. Without big_vision it ends the program."""
+    """Returns the model and the decode function.
+
+    Ends the program if big_vision is not installed, or cannot do equal work.
+    """
+    if work.grad_accum_steps > 1:
+        sys.exit(
+            "big_vision's trainer of PaliGemma takes a batch whole: "
+            "only --grad_accum_steps=1 is equal work"
+        )
     try:
         model = make_model(work)
         predict_fns = import_module("big_vision.trainers.proj.paligemma.predict_fns")
@@ -180,14 +190,18 @@ def final_norm(state: dict[str, Any]) -> np.ndarray:
 def main() -> None:
     work = read_work()
     model, decode = import_big_vision(work)
-    if work.grad_accum_steps > 1:
-        sys.exit(
-            "big_vision's trainer of PaliGemma takes a batch whole: "
-            "only --grad_accum_steps=1 is equal work"
-        )
     devices = np.array(jax.devices())
-    is_cuda, has_update, seed = work.device == "cuda", not work.variant, 0
+    is_cuda = work.device == "cuda"
+    has_update = not work.variant
+    seed = 0
     sharding = jax.NamedSharding(jax.sharding.Mesh(devices, ("data",)), jax.P())
+    sample = partial(
+        decode,
+        devices=devices,
+        max_decode_len=work.tokens,
+        eos_token=NO_TOKEN,
+        sampler="temperature(t=1.0)",
+    )
     steps = Steps(work, model)
     score = jax.jit(steps.score)
     update = jax.jit(steps.update, donate_argnums=0, out_shardings=sharding)
@@ -199,18 +213,11 @@ def main() -> None:
         platform=jax.default_backend(),
     )
     while wait_for_request():
-        batch, seed = random_batch(work, sharding, seed), seed + 1
+        batch = random_batch(work, sharding, seed)
+        seed += 1
         before = final_norm(state)
         timer = PhaseTimer(lambda: None, (lambda: None) if is_cuda else reset_peak_rss)
-        completions = decode(
-            state,
-            batch,
-            devices=devices,
-            max_decode_len=work.tokens,
-            eos_token=NO_TOKEN,
-            sampler="temperature(t=1.0)",
-        )
-        jax.block_until_ready(completions)
+        completions = jax.block_until_ready(sample(state, batch))
         timer.end_phase("rollout")
         checks = {"decode_steps": completions.shape[1], "completions": completions.shape[0]}
         if has_update:

@@ -71,7 +71,8 @@ def stray_share(answer: Answer, batch: Batch, settings: Any) -> Array:
 
 def recipe(work: Work) -> ConfigDict:
     """Returns the work as a config that `config.parse` reads."""
-    size, c = work.model_size, config.template()
+    size = work.model_size
+    c = config.template()
     c.model.image_size = size.image
     c.model.vision.update(
         width=size.vision_width,

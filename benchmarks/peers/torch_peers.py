@@ -1,13 +1,11 @@
-"""What a torch user would run: TRL's GRPOTrainer, a loop written by hand, or generate alone.
+"""Steps of a torch user: a loop written by hand, or Hugging Face's generate alone.
 
-`variant` is trl, hand, or generate:CACHE with CACHE dynamic, static or compiled.
-pip install torch==2.13.0 transformers==5.23.0 trl==1.16.0 accelerate datasets peft sentencepiece
-    pillow
+`variant` is hand, or generate:CACHE with CACHE dynamic, static or compiled.
+pip install torch==2.13.0 transformers==5.23.0 accelerate sentencepiece pillow
 """
 
 import copy
 import re
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -114,8 +112,8 @@ def make_processor(work: Work) -> Processor:
     words |= {f"w{i}": i for i in range(4, size.text_vocab) if i != NEWLINE}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     splits = pre_tokenizers.Split(Regex("\n"), "isolated"), pre_tokenizers.Split(" ", "removed")
-    backend.pre_tokenizer = pre_tokenizers.Sequence(list(splits))  # pyright: ignore[reportAttributeAccessIssue]
-    backend.decoder = decoders.Fuse()  # pyright: ignore[reportAttributeAccessIssue]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(list(splits))
+    backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         padding_side="left",
@@ -166,14 +164,11 @@ class Device:
         return PhaseTimer(self.wait, self.reset_peak)
 
 
-def send_facts(work: Work, model: Any) -> None:
-    """Sends versions and the number of parameters."""
+def send_facts(work: Work, model: Any, *packages: str) -> None:
+    """Sends the versions of torch and of other packages, and the number of parameters."""
     torch.set_num_threads(work.threads)
-    packages = ("torch", "transformers")
-    if work.variant == "trl":
-        packages += ("trl", "accelerate")
     send(
-        versions=versions(*packages),
+        versions=versions("torch", "transformers", *packages),
         parameters=sum(p.numel() for p in model.parameters()),
         platform=work.device,
     )
@@ -182,105 +177,6 @@ def send_facts(work: Work, model: Any) -> None:
 def final_norm(model: Any) -> torch.Tensor:
     """Returns a copy of a parameter that every update changes."""
     return model.model.language_model.norm.weight.detach().clone()
-
-
-def trl_arguments(work: Work) -> dict[str, Any]:
-    """Returns the arguments of TRL's GRPOConfig."""
-    return {
-        "output_dir": tempfile.mkdtemp(),
-        "per_device_train_batch_size": work.completions // work.grad_accum_steps,
-        "gradient_accumulation_steps": work.grad_accum_steps,
-        "num_generations": work.group,
-        "max_completion_length": work.tokens,
-        "max_steps": 1000,
-        "beta": KL_COEF,
-        "learning_rate": LR,
-        "lr_scheduler_type": "constant",
-        "max_grad_norm": CLIP_NORM,
-        "weight_decay": 0.0,
-        "loss_type": "grpo",
-        "generation_kwargs": {"min_new_tokens": work.tokens},
-        "gradient_checkpointing": work.checkpointing,
-        "use_cpu": work.device == "cpu",
-        "bf16": work.dtype == "bfloat16",
-        "report_to": "none",
-        "logging_strategy": "no",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "dataloader_num_workers": 0,
-        "shuffle_dataset": False,
-    }
-
-
-def run_trl(work: Work) -> None:
-    """Runs TRL's trainer. Its own loop waits before each step for a request.
-
-    The released TRL scores PaliGemma's completions with a mask that lets tokens see later tokens.
-    That is wrong, but the same amount of work.
-    """
-    import trl
-    import trl.trainer.grpo_trainer as grpo_trainer
-    from datasets import Dataset
-    from transformers import TrainerCallback
-
-    model, device = make_model(work), Device(work.device)
-    prompts, images = random_questions(work, 0, work.prompts * 8)
-    rows = [
-        {"prompt": [{"role": "user", "content": prompt}], "image": image}
-        for prompt, image in zip(prompts, images, strict=True)
-    ]
-    # TRL would read the reference policy from disk.
-    grpo_trainer.create_model_from_path = lambda *args, **kwargs: copy.deepcopy(model)
-    timers: list[PhaseTimer] = []
-    checks: dict[str, float] = {}
-
-    class TimedTrainer(trl.GRPOTrainer):
-        def _prepare_inputs(self, inputs: Any) -> Any:
-            accumulates = work.grad_accum_steps > 1 and "rollout" in timers[-1].seconds
-            timers[-1].end_phase("update" if accumulates else "data")
-            try:
-                return super()._prepare_inputs(inputs)
-            finally:
-                timers[-1].end_phase("score" if "update" not in timers[-1].seconds else "update")
-
-        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-            timers[-1].end_phase("score")
-            generated = super()._generate_single_turn(*args, **kwargs)
-            timers[-1].end_phase("rollout")
-            completions = generated[0]
-            checks["decode_steps"] = min(map(len, completions))
-            checks["completions"] = len(completions)
-            prefix = work.model_size.image_tokens + work.prompt_tokens
-            assert {len(ids) for ids in args[0]} == {prefix}
-            return generated
-
-    class StepCallback(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            timers[-1].end_phase("update")
-            change = float((final_norm(model) - self.before).abs().max())
-            timers[-1].send(
-                device.peak(), grad_norm=float("nan"), parameter_change=change, **checks
-            )
-            control.should_training_stop = not self.wait()
-
-        def wait(self) -> bool:
-            is_requested = wait_for_request()
-            self.before = final_norm(model)
-            timers.append(device.timer())
-            return is_requested
-
-    callback = StepCallback()
-    trainer = TimedTrainer(
-        model=model,
-        reward_funcs=[loc_share],
-        args=trl.GRPOConfig(**trl_arguments(work)),
-        train_dataset=Dataset.from_list(rows),
-        processing_class=make_processor(work),
-        callbacks=[callback],
-    )
-    send_facts(work, model)
-    if callback.wait():
-        trainer.train()
 
 
 def make_generate(
@@ -337,11 +233,15 @@ def make_inputs(work: Work, processor: Processor, seed: int) -> dict[str, torch.
 
 def run_generate(work: Work, cache: str) -> None:
     """Runs sampling alone."""
-    model, processor, device = make_model(work).eval(), make_processor(work), Device(work.device)
-    generate, seed = make_generate(work, model, cache), 0
+    model = make_model(work).eval()
+    processor = make_processor(work)
+    device = Device(work.device)
+    generate = make_generate(work, model, cache)
+    seed = 0
     send_facts(work, model)
     while wait_for_request():
-        inputs, seed = make_inputs(work, processor, seed), seed + 1
+        inputs = make_inputs(work, processor, seed)
+        seed += 1
         timer = device.timer()
         sequences = generate(inputs)
         timer.end_phase("rollout")
@@ -393,19 +293,31 @@ def model_inputs(
     }
 
 
+def apply_gradients(model: Any, optimizer: torch.optim.Optimizer) -> float:
+    """Clips the gradients and updates the parameters. Returns the norm before the clip."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return float(norm)
+
+
 def run_hand(work: Work) -> None:
     """Runs generate, a pass of the reference policy, and TRL's loss on the completion's logits."""
-    model, processor, device = make_model(work), make_processor(work), Device(work.device)
+    model = make_model(work)
+    processor = make_processor(work)
+    device = Device(work.device)
     reference = copy.deepcopy(model).eval().requires_grad_(False)
     if work.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
-    generate, seed = make_generate(work, model, "dynamic"), 0
+    generate = make_generate(work, model, "dynamic")
+    seed = 0
     part_size = work.completions // work.grad_accum_steps
     parts = [slice(i, i + part_size) for i in range(0, work.completions, part_size)]
     send_facts(work, model)
     while wait_for_request():
-        inputs, seed = make_inputs(work, processor, seed), seed + 1
+        inputs = make_inputs(work, processor, seed)
+        seed += 1
         before = final_norm(model)
         timer = device.timer()
         model.eval()
@@ -426,13 +338,11 @@ def run_hand(work: Work) -> None:
             logps = completion_logps(work, model, rows, completions[part])
             loss = grpo_loss(logps, ref, advantages[part])
             (loss.mean() * len(loss) / work.completions).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        norm = apply_gradients(model, optimizer)
         timer.end_phase("update")
         timer.send(
             device.peak(),
-            grad_norm=float(norm),
+            grad_norm=norm,
             parameter_change=float((final_norm(model) - before).abs().max()),
             decode_steps=completions.shape[1],
             completions=len(completions),
@@ -443,9 +353,7 @@ def main() -> None:
     work = read_work()
     torch.set_num_threads(work.threads)
     kind, _, cache = work.variant.partition(":")
-    if kind == "trl":
-        run_trl(work)
-    elif kind == "hand":
+    if kind == "hand":
         run_hand(work)
     else:
         run_generate(work, cache)

@@ -24,9 +24,11 @@ from pg_ground.config import Config
 from pg_ground.data.bad_records import BadRecords
 from pg_ground.data.batches import PrefetchIterator
 from pg_ground.parallel import sharding
-from pg_ground.training.loop import Inputs, open_batches, prepare
-from pg_ground.training.setup import init_params
+from pg_ground.tokenizer import load as load_tokenizer
+from pg_ground.training.loop import Inputs, open_batches
+from pg_ground.training.setup import init_params, make_setup
 from pg_ground.training.stage import Runtime, Stage, StepOutput
+from pg_ground.training.stages import make_stages
 from pg_ground.training.timing import StepTimer
 
 T = TypeVar("T")
@@ -60,7 +62,7 @@ def bench(config: Config, steps: int) -> dict[str, Any]:
       UserError: something in `config` does not fit the data or the devices.
     """
     counter = CompilationCounter()
-    inputs = prepare(config)
+    inputs = prepare_benchmark(config)
     stage = inputs.stages[-1]
     timer = CompileTimer(counter)
     with open_steps(inputs, stage) as run_step:
@@ -87,6 +89,21 @@ def bench(config: Config, steps: int) -> dict[str, Any]:
         "peak_bytes_of": peak_kind,
         "compile": timer.compilations,
     }
+
+
+def prepare_benchmark(config: Config) -> Inputs:
+    """Returns the inputs of a run, as `train` prepares them.
+
+    The tokenizer need not have the vocabulary of the model, because the answers mean nothing here.
+    The sizes of benchmarks/config.py use this.
+
+    Raises:
+      UserError: settings do not fit the devices, the rewards or the algorithm.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    mesh = sharding.make_mesh(config.mesh)
+    setup = make_setup(config, mesh, sharding.hbm_bytes(mesh), tokenizer.vocab)
+    return Inputs(setup, mesh, tokenizer, make_stages(setup))
 
 
 @contextmanager

@@ -44,7 +44,7 @@ POLL_S = 0.1
 
 
 class ProgramReport(NamedTuple):
-    """What the compilation of one program for one chip shows."""
+    """The result of compiling one program for one chip."""
 
     program: str
     compile_s: float
@@ -240,7 +240,8 @@ def _read_report(name: str, directory: Path, seconds: float) -> ProgramReport:
     facts = json.loads((directory / jobs.FACTS_FILE).read_text())
     memory_report = reports[0].read_text()
     # "inside" lies in the program's own memory, "beside" lies in the chip's memory next to it.
-    inside, beside = facts["inside"], facts["beside"]
+    inside = facts["inside"]
+    beside = facts["beside"]
     program_bytes = hbm_bytes_of(memory_report)
     bytes_by_kind = {kind: beside.get(kind, 0.0) + inside.get(kind, 0.0) for kind in KINDS}
     bytes_by_kind["activations"] = program_bytes - sum(inside.values())
@@ -319,9 +320,11 @@ def largest_multiple(fits: Callable[[int], bool], step: int, start: int) -> int:
     The search doubles the number until it does not fit, then halves the interval until it is 1/16
     of the number or one step.
     """
-    low, high = 0, max(start // step, 1)
+    low = 0
+    high = max(start // step, 1)
     while fits(high * step):
-        low, high = high, 2 * high
+        low = high
+        high = 2 * high
     while high - low > max(1, low // 16):
         middle = (low + high) // 2
         if fits(middle * step):

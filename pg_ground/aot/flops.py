@@ -23,7 +23,8 @@ def count(jaxpr: core.Jaxpr, while_trip_count: int) -> int:
 
 
 def _equation_flops(equation: Any, while_trip_count: int) -> int:
-    name, params = equation.primitive.name, equation.params
+    name = equation.primitive.name
+    params = equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         left = equation.invars[0].aval.shape

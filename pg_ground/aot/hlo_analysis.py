@@ -145,13 +145,15 @@ def shape_bytes(shape: str, only_hbm: bool = False) -> int:
 
 def _hbm_bytes(instruction: Instruction, shapes: Mapping[str, str], program: HloProgram) -> int:
     """Returns the bytes that an instruction reads from HBM and writes to it."""
-    shape, operands = instruction.shape, instruction.operands
+    shape = instruction.shape
+    operands = instruction.operands
     if instruction.operation == "dynamic-slice":
         return 2 * shape_bytes(shape, True)
     if instruction.operation == "dynamic-update-slice":
         return 2 * shape_bytes(shapes.get(operands[1], ""), True)
     if instruction.operation == "copy-start":
-        destination, source = shape.split("}, ")[0], shapes.get(operands[0], "")
+        destination = shape.split("}, ")[0]
+        source = shapes.get(operands[0], "")
         return shape_bytes(destination, True) + shape_bytes(source, True)
     if instruction.operation in ("fusion", "async-start"):
         return _fusion_bytes(instruction, shapes, program)
@@ -222,7 +224,8 @@ def _walk(program: HloProgram, call: Call, default_trip_count: int) -> Iterator[
     """Yields `call` and every call inside it."""
     yield call
     for instruction in program[call.computation]:
-        attributes, is_call = instruction.attributes, instruction.operation == "call"
+        attributes = instruction.attributes
+        is_call = instruction.operation == "call"
         if instruction.operation == "while":
             trip_count = _trip_count(program, attributes, default_trip_count)
             body = Call(_callee(attributes, "body"), call.runs * trip_count, call.fused)
@@ -263,11 +266,13 @@ def _callee(attributes: str, key: str) -> str:
 
 def _computations(text: str) -> Iterator[tuple[str, Computation]]:
     """Yields the name and the instructions of each computation of an HLO module."""
-    name, instructions = "", []
+    name = ""
+    instructions: Computation = []
     for line in text.splitlines():
         head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
         if head:
-            name, instructions = (head[1] or "") + head[2], []
+            name = (head[1] or "") + head[2]
+            instructions = []
         elif line.startswith("}"):
             yield name, instructions
         elif name and line.startswith(" "):

@@ -60,7 +60,8 @@ def device_peaks(mesh: Mesh, dtype: jnp.dtype) -> Peaks:
 
     multiply = jax.jit(lambda a, b: jax.vmap(jnp.dot)(a, b))
     copy = jax.jit(lambda a: a + 1)
-    matrix, array = ones((side, side)), ones((length,))
+    matrix = ones((side, side))
+    array = ones((length,))
     product_s = fastest_run(partial(multiply, matrix, matrix))
     copy_s = fastest_run(partial(copy, array))
     return Peaks(2.0 * rows * side**3 / product_s, 2.0 * array.nbytes / copy_s, True)
@@ -103,7 +104,7 @@ def minimum_work(
 
 
 def is_update(program: Program) -> bool:
-    """Returns whether a program updates the train state. Only such a program donates one."""
+    """Returns whether a program updates the train state. Only updates donate an argument."""
     return bool(program.donate_argnums)
 
 

@@ -1,8 +1,8 @@
 """Published figures of the TPU versions: memory, peak rates, and the slices that are sold.
 
 Peaks and memory: cloud.google.com/tpu/docs (system architecture of each version). Link bandwidths:
-jax-ml.github.io/scaling-book (chapter 2), all axes of the torus in both directions. The memory is
-what XLA lets a program use.
+jax-ml.github.io/scaling-book (chapter 2), all axes of the torus in both directions. `hbm_bytes` is
+the memory that XLA lets a program use.
 """
 
 import math

@@ -75,18 +75,13 @@ def initialize(distributed: str) -> str:
     """
     if not distributed:
         return ""
-    match = EXPLICIT_ADDRESS.fullmatch(distributed)
-    if distributed != "auto" and (not match or int(match["index"]) >= int(match["count"])):
-        raise UserError(
-            f"--distributed={distributed}: it must be auto, "
-            f"or HOST:PORT,INDEX/COUNT with INDEX from 0 to COUNT - 1"
-        )
+    address = _parse_address(distributed)
     arguments: dict[str, Any] = {}
-    if match:
+    if address:
         arguments = {
-            "coordinator_address": match["address"],
-            "num_processes": int(match["count"]),
-            "process_id": int(match["index"]),
+            "coordinator_address": address["address"],
+            "num_processes": int(address["count"]),
+            "process_id": int(address["index"]),
             "cluster_detection_method": "deactivate",
         }
     timer = threading.Timer(JOIN_TIMEOUT_S, _end_after_timeout, [distributed])
@@ -104,7 +99,18 @@ def initialize(distributed: str) -> str:
         raise UserError(f"--distributed={distributed}: {str(error).splitlines()[0]}") from None
     finally:
         timer.cancel()
-    return match["host"] if match else ""
+    return address["host"] if address else ""
+
+
+def _parse_address(distributed: str) -> re.Match[str] | None:
+    """Returns the parts of HOST:PORT,INDEX/COUNT, or None for "auto"."""
+    match = EXPLICIT_ADDRESS.fullmatch(distributed)
+    if distributed == "auto" or (match and int(match["index"]) < int(match["count"])):
+        return match
+    raise UserError(
+        f"--distributed={distributed}: it must be auto, "
+        f"or HOST:PORT,INDEX/COUNT with INDEX from 0 to COUNT - 1"
+    )
 
 
 def _end_after_timeout(distributed: str) -> None:
