@@ -173,32 +173,32 @@ class Batch(NamedTuple):
     index: Int[Array, " B"]
 
 
-def same(x: Array) -> Array:
-    """Returns `x`: it lies where the compiler puts it."""
+def unconstrained(x: Array) -> Array:
+    """Returns `x`. The compiler chooses its sharding."""
     return x
 
 
-def take(table: Array, tokens: Array) -> Array:
-    """Returns the rows of a table."""
+def take_rows(table: Array, tokens: Array) -> Array:
+    """Returns the rows of `table` for `tokens`. The compiler chooses their sharding."""
     return table[tokens]
 
 
-class Places(NamedTuple):
-    """Where a model's arrays lie: functions that return what they are given, held to a place."""
+class ShardingHooks(NamedTuple):
+    """Functions through which a model passes its arrays, so that a mesh can constrain shardings."""
 
-    rows: Callable[[Array], Array] = same
-    """For activations, `[B, …]`: B stays split over devices, and weights come to it."""
-    lookup: Callable[[Array, Array], Array] = take
-    """(table `[V, D]`, tokens) to rows of it:
+    activations: Callable[[Array], Array] = unconstrained
+    """For activations `[B, …]`. B stays split over devices, and weights are gathered instead."""
+    lookup: Callable[[Array, Array], Array] = take_rows
+    """(table `[V, D]`, tokens) → rows `[…, D]`.
 
-    D stays split as it is in the table, for gradients too, until rows are whole.
+    Rows and their gradients keep the table's split of D until they are complete.
     """
-    vocabulary: Callable[[Array], Array] = same
-    """For the table that makes logits, `[V, D]`: V is split, so that its rows are not gathered."""
+    logits_table: Callable[[Array], Array] = unconstrained
+    """For the table `[V, D]` that makes logits. V is split, so that its rows are not gathered."""
 
 
-ANYWHERE = Places()
-"""Wherever the compiler puts them."""
+NO_HOOKS = ShardingHooks()
+"""The compiler chooses all shardings."""
 
 
 class PrefixCache(NamedTuple):

@@ -20,7 +20,7 @@ from pg_ground.models.blocks import in_blocks
 from pg_ground.models.lora import low_rank
 from pg_ground.models.quantization import Matrix, matrix_param, product
 from pg_ground.models.siglip import rematerialised, sinusoids
-from pg_ground.types import Array, Places
+from pg_ground.types import Array, ShardingHooks
 from pg_ground.vocab import LOC_MAX, LOC_TOKENS, vocab_of_size
 
 MASKED = -2.3819763e38
@@ -50,7 +50,7 @@ class Embedder(nn.Module):
     vocab_size: int
     width: int
     coordinate_init: str
-    places: Places
+    hooks: ShardingHooks
 
     def setup(self) -> None:
         self.table = self.param("input_embedding", self._init, (self.vocab_size, self.width))
@@ -63,7 +63,7 @@ class Embedder(nn.Module):
         return table
 
     def encode(self, tokens: Int[Array, "..."], dtype: jnp.dtype) -> Float[Array, "... D"]:
-        found = self.places.rows(self.places.lookup(self.table, tokens))
+        found = self.hooks.activations(self.hooks.lookup(self.table, tokens))
         return found.astype(dtype) * jnp.asarray(self.table.shape[1] ** 0.5, dtype)
 
 
@@ -227,7 +227,7 @@ class Block(nn.Module):
     config: Text
     attention_block: int
     lora: Lora
-    places: Places
+    hooks: ShardingHooks
 
     def setup(self) -> None:
         self.pre_attention_norm, self.pre_ffw_norm = RMSNorm(), RMSNorm()
@@ -239,7 +239,7 @@ class Block(nn.Module):
             self.post_attention_norm, self.post_ffw_norm = RMSNorm(), RMSNorm()
 
     def __call__(self, x, positions, mask, past, past_mask, prefix, prefix_mask):
-        x = self.places.rows(x)
+        x = self.hooks.activations(x)
         y, new = self.attn(
             self.pre_attention_norm(x), positions, mask, past, past_mask, prefix, prefix_mask
         )
@@ -256,9 +256,9 @@ class Block(nn.Module):
     def _rest(
         self, x: Float[Array, "B G t D"], y: Float[Array, "B G t D"]
     ) -> Float[Array, "B G t D"]:
-        x = self.places.rows(x + (self.post_attention_norm(y) if self.config.post_norms else y))
+        x = self.hooks.activations(x + (self.post_attention_norm(y) if self.config.post_norms else y))
         y = self.mlp(self.pre_ffw_norm(x))
-        return self.places.rows(x + (self.post_ffw_norm(y) if self.config.post_norms else y))
+        return self.hooks.activations(x + (self.post_ffw_norm(y) if self.config.post_norms else y))
 
 
 class Decoder(nn.Module):
@@ -269,11 +269,11 @@ class Decoder(nn.Module):
     attention_block: int
     coordinate_init: str
     lora: Lora
-    places: Places
+    hooks: ShardingHooks
 
     def setup(self) -> None:
         self.embedder = Embedder(
-            self.config.vocab_size, self.config.width, self.coordinate_init, self.places
+            self.config.vocab_size, self.config.width, self.coordinate_init, self.hooks
         )
 
         def over_layers(*in_axes: Any) -> dict[str, Any]:
@@ -291,12 +291,12 @@ class Decoder(nn.Module):
                 "__call__": over_layers(same, same, 0, same, 0, same),
                 "both": over_layers(same, same, same),
             },
-        )(self.config, self.attention_block, self.lora, self.places)
+        )(self.config, self.attention_block, self.lora, self.hooks)
         self.final_norm = RMSNorm()
 
     def embed(self, tokens: Int[Array, "..."]) -> Float[Array, "... D"]:
         """Returns token embeddings, scaled by sqrt(D) as Gemma does (image embeddings are not)."""
-        return self.places.rows(self.embedder.encode(tokens, self.dtype))
+        return self.hooks.activations(self.embedder.encode(tokens, self.dtype))
 
     def __call__(
         self,
@@ -335,7 +335,7 @@ class Decoder(nn.Module):
 
     def vocabulary(self) -> Float[Array, "V D"]:
         """Returns the table that `hidden @ table.T` turns into logits."""
-        return self.places.vocabulary(self.embedder.table)
+        return self.hooks.logits_table(self.embedder.table)
 
 
 def normal_by_fan_in(axes: tuple[int, ...]) -> nn.initializers.Initializer:

@@ -19,7 +19,7 @@ from pg_ground.models.blocks import in_blocks
 from pg_ground.models.gemma import Decoder, KeyValues, softcap
 from pg_ground.models.siglip import Tower
 from pg_ground.params import AbstractParams, flatten, is_multiplied, map_named
-from pg_ground.types import ANYWHERE, Array, Places, PrefixCache, SuffixCache
+from pg_ground.types import NO_HOOKS, Array, PrefixCache, ShardingHooks, SuffixCache
 
 Params = Any
 """A tree of arrays under big_vision's names: `img/…` and `llm/…`."""
@@ -39,7 +39,7 @@ class Network(nn.Module):
     """The parameters, and the two passes through them that everything else is made of."""
 
     config: Model
-    places: Places
+    hooks: ShardingHooks
 
     def setup(self) -> None:
         c = self.config
@@ -50,7 +50,7 @@ class Network(nn.Module):
             c.attention_block,
             c.coordinate_init,
             c.lora,
-            self.places,
+            self.hooks,
         )
         self.img = Tower(c.vision, c.text.width, *how)
         self.llm = Decoder(c.text, *how)
@@ -133,18 +133,18 @@ class PaliGemma:
     """The policy. Holds sizes only: parameters are the first argument of every method."""
 
     config: Model
-    places: Places = ANYWHERE
+    hooks: ShardingHooks = NO_HOOKS
 
     @cached_property
     def network(self) -> Network:
-        return Network(self.config, self.places)
+        return Network(self.config, self.hooks)
 
     def init(self, key: PRNGKeyArray) -> Params:
         """Returns random float32 parameters."""
         size = self.config.image_size
         image = jnp.zeros((1, size, size, 3), jnp.float32)
         prompt = jnp.zeros((1, 1), jnp.int32)
-        return Network(self.config, ANYWHERE).init(
+        return Network(self.config, NO_HOOKS).init(
             key, image, prompt, jnp.ones((1, 1), bool), prompt[:, None]
         )["params"]
 

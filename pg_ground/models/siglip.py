@@ -13,7 +13,7 @@ from pg_ground.config import Lora, Vision
 from pg_ground.models.blocks import in_blocks
 from pg_ground.models.lora import low_rank
 from pg_ground.models.quantization import matrix_param, product
-from pg_ground.types import Array, Places
+from pg_ground.types import Array, ShardingHooks
 
 
 class Dense(nn.Module):
@@ -81,16 +81,16 @@ class EncoderBlock(nn.Module):
     dtype: jnp.dtype
     attention_block: int
     lora: Lora
-    places: Places
+    hooks: ShardingHooks
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"], _: None) -> tuple[Float[Array, "B P D"], None]:
-        x = self.places.rows(x)
+        x = self.hooks.activations(x)
         attention = Attention(
             self.config, self.attention_block, self.lora, name="MultiHeadDotProductAttention_0"
         )
-        x = self.places.rows(x + attention(nn.LayerNorm(dtype=self.dtype)(x)))
-        return self.places.rows(
+        x = self.hooks.activations(x + attention(nn.LayerNorm(dtype=self.dtype)(x)))
+        return self.hooks.activations(
             x + MlpBlock(self.config, self.lora)(nn.LayerNorm(dtype=self.dtype)(x))
         ), None
 
@@ -102,7 +102,7 @@ class Encoder(nn.Module):
     unroll: int
     attention_block: int
     lora: Lora
-    places: Places
+    hooks: ShardingHooks
 
     @nn.compact
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
@@ -116,7 +116,7 @@ class Encoder(nn.Module):
             unroll=self.unroll,
         )
         x, _ = blocks(
-            c, self.dtype, self.attention_block, self.lora, self.places, name="encoderblock"
+            c, self.dtype, self.attention_block, self.lora, self.hooks, name="encoderblock"
         )(x, None)
         return nn.LayerNorm(dtype=self.dtype, name="encoder_norm")(x)
 
@@ -135,7 +135,7 @@ class Tower(nn.Module):
     attention_block: int
     coordinate_init: str
     lora: Lora
-    places: Places
+    hooks: ShardingHooks
 
     @nn.compact
     def __call__(
@@ -156,7 +156,7 @@ class Tower(nn.Module):
             else nn.initializers.normal(c.width**-0.5)
         )
         posemb = self.param("pos_embedding", init, (1, x.shape[1], c.width))
-        x = self.places.rows(x + posemb.astype(x.dtype))
+        x = self.hooks.activations(x + posemb.astype(x.dtype))
         x = Encoder(
             c,
             self.dtype,
@@ -164,7 +164,7 @@ class Tower(nn.Module):
             self.unroll,
             self.attention_block,
             self.lora,
-            self.places,
+            self.hooks,
             name="Transformer",
         )(x)
         return Dense(

@@ -24,7 +24,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Int
 
 from pg_ground import config
-from pg_ground.types import Array, Places, UserError
+from pg_ground.types import Array, ShardingHooks, UserError
 
 BATCH_AXES = ("replica", "data")
 """The mesh axes that split the batch axis B."""
@@ -158,7 +158,7 @@ def replicated(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def activation_sharding(mesh: AnyMesh) -> Places:
+def activation_sharding(mesh: AnyMesh) -> ShardingHooks:
     """Returns the sharding constraints of a model's activations and vocabulary on `mesh`.
 
     Without these constraints the compiler may keep the weights split and gather the activations of
@@ -173,8 +173,10 @@ def activation_sharding(mesh: AnyMesh) -> Places:
         rows = constrain("model", "data")(table)[tokens]
         return constrain("replica", *(None,) * (rows.ndim - 2), "data")(rows)
 
-    return Places(
-        rows=constrain(BATCH_AXES), lookup=lookup, vocabulary=constrain(("data", "model"))
+    return ShardingHooks(
+        activations=constrain(BATCH_AXES),
+        lookup=lookup,
+        logits_table=constrain(("data", "model")),
     )
 
 
