@@ -1,4 +1,4 @@
-"""The loc grid, the similarities and the matching: numbers of the systems this one replaces, and laws."""
+"""Tests of the loc grid, the similarities and the matching: numbers of other systems, and laws."""
 
 import itertools
 import json
@@ -13,14 +13,16 @@ from pg_ground import boxes
 from pg_ground.vocab import LOC_MAX, LOC_TOKENS
 
 PRINTED = 6e-7
-"""The golden numbers have 6 decimals: half of the last, and what float32 adds to numbers of at most 1."""
+"""The golden numbers have 6 decimals. The bound is half of the last one, and float32's error for
+numbers of at most 1.
+"""
 
 ALPHA = 0.5
 
 set_similarity = jax.jit(boxes.set_similarity)
 
 SIDE_PX = 2000.0
-"""Of the square image that golden boxes, given in pixels, are put in; they reach to 1099."""
+"""Side of the square image for the golden boxes, which are in pixels and reach to 1099."""
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +60,7 @@ def test_fractions_come_back_within_half_a_bin():
     assert off.max() >= 0.49 / LOC_MAX
 
 
-def test_ends_of_the_grid_are_0_and_1_and_what_lies_beyond_is_clipped():
+def test_the_grid_ends_at_0_and_1_and_other_fractions_are_clipped():
     assert boxes.decode_loc(jnp.array([0, LOC_MAX])).tolist() == [0.0, 1.0]
     assert boxes.encode_loc(jnp.array([0.0, 1.0, -0.5, 1.5, 50.0])).tolist() == [
         0,
@@ -72,9 +74,8 @@ def test_ends_of_the_grid_are_0_and_1_and_what_lies_beyond_is_clipped():
 def test_halves_round_to_the_even_bin():
     halves = np.arange(LOC_MAX) + 0.5
     fractions = jnp.asarray(halves / LOC_MAX, jnp.float32)
-    exact = (
-        np.asarray(fractions * LOC_MAX) == halves
-    )  # others are no ties once float32 has rounded them
+    # the others are no ties after float32 has rounded them
+    exact = np.asarray(fractions * LOC_MAX) == halves
     assert exact.sum() > 100
     expected = np.where(np.floor(halves) % 2 == 0, np.floor(halves), np.ceil(halves))
     np.testing.assert_array_equal(np.asarray(boxes.encode_loc(fractions))[exact], expected[exact])
@@ -91,7 +92,7 @@ def test_loc_tokens_equal_opentaus(seeds):
             int(digits) for digits in re.findall(r"<loc(\d{4})>", case["tokens"])
         ]
         decoded = np.asarray(boxes.decode_loc(bins)).reshape(-1, 2)[:, ::-1].ravel() * extent
-        # a float32 fraction times an extent of at most 1,920 px, and the 6 decimals it is compared with
+        # the bound is for a float32 fraction times at most 1,920 px, and for 6 decimals
         np.testing.assert_allclose(
             decoded, np.ravel(case["decoded"]), rtol=0, atol=1920 * 2**-24 + 5e-7
         )
@@ -101,25 +102,27 @@ def test_loc_tokens_equal_opentaus(seeds):
 
 
 IN_64_BITS = 1e-6
-"""The golden numbers have 6 decimals, of which the last is rounded: in float64 nothing else is between theirs and ours."""
+"""The golden numbers have 6 decimals, and the last is rounded. In float64 there is no other
+difference.
+"""
 
 PRECISIONS = pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 
 
 @PRECISIONS
 def test_single_box_similarities_equal_easydistills(seeds, dtype):
-    # boxes of 100 px in 2,000 are fractions near 0.05: in float32 their sides are known to 2^-24 / 0.05
+    # boxes of 100 px in 2,000 have sides near 0.05: float32 has them to 2^-24 / 0.05
     bound = IN_64_BITS if dtype is jnp.float64 else PRINTED + 2**-24 / 0.05
     with jax.enable_x64(dtype is jnp.float64):
         for case in seeds["exact_unrounded"]:
-            mine, gold = (yxyx(case[key], dtype=dtype)[0] for key in ("pred", "gt"))
-            found = {
-                "point": boxes.gaussian_point(boxes.centre(mine), gold, ALPHA),
-                "plane": boxes.gaussian_coverage(mine, gold, ALPHA),
-                "iou": boxes.iou(mine, gold),
-                "iou2": jnp.square(boxes.iou(mine, gold)),
+            predicted, gold = (yxyx(case[key], dtype=dtype)[0] for key in ("pred", "gt"))
+            values = {
+                "point": boxes.gaussian_point(boxes.centre(predicted), gold, ALPHA),
+                "plane": boxes.gaussian_coverage(predicted, gold, ALPHA),
+                "iou": boxes.iou(predicted, gold),
+                "iou2": jnp.square(boxes.iou(predicted, gold)),
             }
-            for name, value in found.items():
+            for name, value in values.items():
                 assert value.dtype == dtype
                 np.testing.assert_allclose(value, case[name], rtol=0, atol=bound, err_msg=name)
 
@@ -129,19 +132,21 @@ def test_distance_gaussian_equals_synthetic_groundings(seeds, dtype):
     bound = IN_64_BITS if dtype is jnp.float64 else PRINTED
     with jax.enable_x64(dtype is jnp.float64):
         for case in seeds["distance_gaussian_sigma100"]:
-            mine, gold = (
+            predicted, gold = (
                 jnp.array([y / 480, x / 640], dtype) for x, y in (case["pred"], case["gt"])
             )
-            found = boxes.distance_gaussian(mine, gold, jnp.array([640, 480]), 100.0, 640.0)
-            assert found.dtype == dtype
-            np.testing.assert_allclose(found, case["reward"], rtol=0, atol=bound)
+            value = boxes.distance_gaussian(predicted, gold, jnp.array([640, 480]), 100.0, 640.0)
+            assert value.dtype == dtype
+            np.testing.assert_allclose(value, case["reward"], rtol=0, atol=bound)
 
 
 def test_distance_gaussian_measures_in_the_scaled_image():
-    """The same fraction of a 1280×720 and of a 640×360 image is the same distance; of a 360×640 one it is not."""
-    mine, gold = jnp.array([0.4, 0.3]), jnp.array([0.5, 0.5])
+    """The same fraction of a 1280×720 and of a 640×360 image is the same distance; of a 360×640 one
+    it is not.
+    """
+    predicted, gold = jnp.array([0.4, 0.3]), jnp.array([0.5, 0.5])
     wide, small, tall = (
-        boxes.distance_gaussian(mine, gold, jnp.array(s), 100.0, 640.0)
+        boxes.distance_gaussian(predicted, gold, jnp.array(s), 100.0, 640.0)
         for s in ((1280, 720), (640, 360), (360, 640))
     )
     assert wide == small
@@ -162,8 +167,8 @@ def test_iou_is_symmetric_bounded_and_1_only_for_the_same_box():
 
 
 def test_iou_of_a_box_inside_another_is_the_ratio_of_their_areas():
-    found = boxes.iou(jnp.array([0.25, 0.25, 0.5, 0.75]), jnp.array([0.0, 0.0, 0.5, 1.0]))
-    assert found == 0.25
+    value = boxes.iou(jnp.array([0.25, 0.25, 0.5, 0.75]), jnp.array([0.0, 0.0, 0.5, 1.0]))
+    assert value == 0.25
 
 
 def test_giou_is_symmetric_bounded_and_at_most_iou():
@@ -193,8 +198,10 @@ IMPROPER = [
 
 
 @pytest.mark.parametrize("improper", IMPROPER)
-def test_improper_boxes_are_like_nothing(improper):
-    """Reversed, flat and empty ones; EasyDistill's rewards give a reversed box everything."""
+def test_improper_boxes_have_no_similarity(improper):
+    """The boxes are reversed, flat or empty. EasyDistill's rewards give a reversed box the full
+    score.
+    """
     improper, gold = jnp.array(improper, jnp.float32), jnp.array([0.4, 0.4, 0.9, 0.9])
     assert not boxes.is_proper(improper)
     assert (
@@ -225,15 +232,16 @@ def test_gaussians_are_bounded_and_1_only_at_the_gold():
     assert (boxes.gaussian_coverage(gold, gold, ALPHA) <= 1).all()
 
 
-def test_gaussians_do_not_see_a_scaling_of_either_axis():
-    """So fractions of the image and pixels of it agree; EasyDistill's epsilon made 4 or 16 of normalised boxes."""
+def test_gaussians_do_not_change_with_the_scale_of_an_axis():
+    """So fractions and pixels agree. EasyDistill's epsilon gives 4 or 16 for normalised boxes."""
     a, gold = random_boxes(500), random_boxes(500, seed=1)
     scale = jnp.array([640.0, 480.0, 640.0, 480.0])
     for f in (
         lambda x, g: boxes.gaussian_point(boxes.centre(x), g, ALPHA),
         lambda x, g: boxes.gaussian_coverage(x, g, ALPHA),
     ):
-        # an exponent of up to 88 (beyond is 0) known to float32's 1e-7, through products rounded in another order
+        # exponents of up to 88 (beyond, the value is 0) with float32's error of 1e-7, and products
+        # that are rounded in another order
         np.testing.assert_allclose(f(a * scale, gold * scale), f(a, gold), rtol=1e-4, atol=1e-7)
 
 
@@ -245,7 +253,7 @@ def test_gaussians_fall_with_distance():
         assert (jnp.diff(boxes.gaussian_coverage(moved, gold, ALPHA)) < 0).all()
 
 
-def test_coverage_sees_size_where_the_point_does_not():
+def test_coverage_depends_on_the_size_and_the_point_does_not():
     gold = jnp.array([0.4, 0.4, 0.6, 0.6])
     grown = jnp.stack([gold + k * jnp.array([-0.05, -0.05, 0.05, 0.05]) for k in range(5)])
     assert (jnp.diff(boxes.gaussian_coverage(grown, gold, ALPHA)) < 0).all()
@@ -258,9 +266,8 @@ def test_a_flat_gold_box_still_has_a_scale():
         boxes.gaussian_point(jnp.array([0.5 + d, 0.5]), flat, ALPHA)
         for d in (0.5 / LOC_MAX, 5 / LOC_MAX)
     )
-    np.testing.assert_allclose(
-        near, np.exp(-0.5), rtol=1e-3
-    )  # half a bin is one sigma of half a bin; float32 knows 0.5 + d to 1e-4 of d
+    # half a bin is one sigma; float32 has 0.5 + d to 1e-4 of d
+    np.testing.assert_allclose(near, np.exp(-0.5), rtol=1e-3)
     assert 0 <= far < 1e-6
 
 
@@ -293,6 +300,7 @@ def test_a_point_is_covered_where_its_cell_is_set(side):
 
 
 def brute_force(similarity: np.ndarray) -> float:
+    """Returns the largest total of all one-to-one matchings."""
     if similarity.shape[0] > similarity.shape[1]:
         similarity = similarity.T
     rows, columns = similarity.shape
@@ -308,10 +316,12 @@ def test_matching_is_the_best_of_all_permutations(shape):
     values = rng.uniform(size=(12, *shape))
     values[:4] *= rng.random((4, *shape)) < 0.5  # zeros, as between names that differ
     values[4:6] = np.round(values[4:6] * 2) / 2  # ties
-    found = jax.vmap(boxes.matched_total)(jnp.asarray(values, jnp.float32))
-    np.testing.assert_allclose(
-        found, [brute_force(v) for v in values], rtol=0, atol=5 * 2**-23
-    )  # a sum of at most 5 values below 1
+    value = jax.vmap(boxes.matched_total)(jnp.asarray(values, jnp.float32))
+    expected = [brute_force(table) for table in values]
+    # a sum of at most 5 values below 1
+    np.testing.assert_allclose(value, expected, rtol=0, atol=5 * 2**-23)
+    on_host = [boxes.matched_total(np.float32(table)) for table in values]
+    np.testing.assert_allclose(on_host, expected, rtol=0, atol=5 * 2**-23)
 
 
 @PRECISIONS
@@ -320,32 +330,33 @@ def test_similarity_of_sets_equals_the_micro_f_of_all_classes(seeds, dtype):
     bound = IN_64_BITS if dtype is jnp.float64 else PRINTED + 2**-24 / 0.035
     with jax.enable_x64(dtype is jnp.float64):
         for case in seeds["proposed_multi_micro_f"]:
-            (mine, my_labels), (gold, gold_labels) = (
-                (
-                    yxyx([box for found in by_label.values() for box in found], dtype=dtype),
-                    [k for k, v in by_label.items() for _ in v],
-                )
-                for by_label in (case["pred"], case["gt"])
-            )
-            if not my_labels:
-                mine, my_labels = jnp.zeros((1, 4), dtype), ["unused"]
-            predicted = jnp.array([label != "unused" for label in my_labels])
-            same = jnp.array([[a == b for b in gold_labels] for a in my_labels])
-            pairs = mine[:, None], gold[None]
+            predicted, labels = labelled_boxes(case["pred"], dtype)
+            gold, gold_labels = labelled_boxes(case["gt"], dtype)
+            if not labels:
+                predicted, labels = jnp.zeros((1, 4), dtype), ["unused"]
+            used = jnp.array([label != "unused" for label in labels])
+            same = jnp.array([[a == b for b in gold_labels] for a in labels])
+            pairs = predicted[:, None], gold[None]
             similarities = {
                 "point": boxes.gaussian_point(boxes.centre(pairs[0]), pairs[1], ALPHA),
                 "plane": boxes.gaussian_coverage(*pairs, ALPHA),
-                "iou": boxes.iou(*pairs),
+                "iou": boxes.pairwise_iou(predicted, gold),
             }
             for name, similarity in similarities.items():
-                found = set_similarity(
-                    jnp.where(same, similarity, 0), predicted, jnp.ones(len(gold), bool)
-                )
-                assert found.dtype == dtype
-                np.testing.assert_allclose(found, case[name], rtol=0, atol=bound, err_msg=name)
+                within_label = jnp.where(same, similarity, 0)
+                value = set_similarity(within_label, used, jnp.ones(len(gold), bool))
+                assert value.dtype == dtype
+                np.testing.assert_allclose(value, case[name], rtol=0, atol=bound, err_msg=name)
 
 
-def sets(values, predicted, gold) -> float:
+def labelled_boxes(by_label: dict[str, list], dtype) -> tuple[jax.Array, list[str]]:
+    """Returns all boxes of a dict of lists, and the label of each."""
+    corners = [box for boxes_of_label in by_label.values() for box in boxes_of_label]
+    labels = [label for label, boxes_of_label in by_label.items() for _ in boxes_of_label]
+    return yxyx(corners, dtype=dtype), labels
+
+
+def set_value(values, predicted, gold) -> float:
     return float(
         set_similarity(
             jnp.asarray(values, jnp.float32), jnp.asarray(predicted, bool), jnp.asarray(gold, bool)
@@ -353,65 +364,119 @@ def sets(values, predicted, gold) -> float:
     )
 
 
-def test_nothing_found_where_nothing_is_is_right():
-    assert sets(np.ones((2, 3)), [0, 0], [0, 0, 0]) == 1
-    assert sets(np.ones((1, 1)), [0], [0]) == 1
+def test_an_empty_answer_is_right_if_there_is_nothing_to_find():
+    assert set_value(np.ones((2, 3)), [0, 0], [0, 0, 0]) == 1
+    assert set_value(np.ones((1, 1)), [0], [0]) == 1
 
 
-def test_anything_where_nothing_is_and_nothing_where_something_is_are_worth_0():
-    assert sets(np.ones((2, 3)), [1, 0], [0, 0, 0]) == 0
-    assert sets(np.ones((2, 3)), [0, 0], [1, 0, 0]) == 0
+def test_spurious_answers_alone_and_missing_answers_alone_are_worth_0():
+    assert set_value(np.ones((2, 3)), [1, 0], [0, 0, 0]) == 0
+    assert set_value(np.ones((2, 3)), [0, 0], [1, 0, 0]) == 0
 
 
 def test_duplicates_and_spurious_answers_cost():
     one_gold = np.array([[1.0, 0], [1.0, 0], [1.0, 0]])  # three copies of the one right answer
-    found = [sets(one_gold, [1, i > 0, i > 1], [1, 0]) for i in range(3)]
-    np.testing.assert_allclose(found, [1, 2 / 3, 1 / 2], rtol=1e-6)
-    np.testing.assert_allclose(sets(np.eye(3), [1, 1, 1], [1, 1, 0]), 4 / 5, rtol=1e-6)
+    value = [set_value(one_gold, [1, i > 0, i > 1], [1, 0]) for i in range(3)]
+    np.testing.assert_allclose(value, [1, 2 / 3, 1 / 2], rtol=1e-6)
+    np.testing.assert_allclose(set_value(np.eye(3), [1, 1, 1], [1, 1, 0]), 4 / 5, rtol=1e-6)
 
 
 def test_missing_answers_cost():
-    np.testing.assert_allclose(sets(np.eye(3), [1, 1, 0], [1, 1, 1]), 4 / 5, rtol=1e-6)
+    np.testing.assert_allclose(set_value(np.eye(3), [1, 1, 0], [1, 1, 1]), 4 / 5, rtol=1e-6)
 
 
-def test_one_answer_serves_one_gold_only():
-    np.testing.assert_allclose(sets(np.ones((2, 2)), [1, 0], [1, 1]), 2 / 3, rtol=1e-6)
+def test_one_answer_matches_one_gold_only():
+    np.testing.assert_allclose(set_value(np.ones((2, 2)), [1, 0], [1, 1]), 2 / 3, rtol=1e-6)
 
 
-def test_unused_slots_are_worth_nothing_whatever_they_hold():
+def test_values_in_unused_slots_do_not_count():
     values = np.random.default_rng(0).uniform(size=(2, 3))
     padded = np.pad(values, ((0, 2), (0, 1)), constant_values=9.0)
-    assert sets(padded, [1, 1, 0, 0], [1, 1, 1, 0]) == sets(values, [1, 1], [1, 1, 1])
+    assert set_value(padded, [1, 1, 0, 0], [1, 1, 1, 0]) == set_value(values, [1, 1], [1, 1, 1])
 
 
 def test_order_does_not_matter():
     values = np.random.default_rng(0).uniform(size=(4, 4))
-    whole = sets(values, np.ones(4), np.ones(4))
+    whole = set_value(values, np.ones(4), np.ones(4))
     for order in ([3, 1, 0, 2], [1, 0, 3, 2]):
-        np.testing.assert_allclose(sets(values[order], np.ones(4), np.ones(4)), whole, rtol=1e-6)
-        np.testing.assert_allclose(sets(values[:, order], np.ones(4), np.ones(4)), whole, rtol=1e-6)
+        np.testing.assert_allclose(
+            set_value(values[order], np.ones(4), np.ones(4)), whole, rtol=1e-6
+        )
+        np.testing.assert_allclose(
+            set_value(values[:, order], np.ones(4), np.ones(4)), whole, rtol=1e-6
+        )
 
 
 def test_similarity_of_sets_is_bounded_and_symmetric():
     rng = np.random.default_rng(1)
     for _ in range(20):
         values, predicted, gold = rng.uniform(size=(3, 4)), rng.random(3) < 0.6, rng.random(4) < 0.6
-        found = sets(values, predicted, gold)
-        assert 0 <= found <= 1
-        np.testing.assert_allclose(sets(values.T, gold, predicted), found, rtol=1e-6)
+        value = set_value(values, predicted, gold)
+        assert 0 <= value <= 1
+        np.testing.assert_allclose(set_value(values.T, gold, predicted), value, rtol=1e-6)
 
 
-def test_leading_axes_are_looked_at_one_by_one():
+def test_leading_axes_are_independent():
     rng = np.random.default_rng(2)
     values, predicted, gold = (
         rng.uniform(size=(2, 3, 4, 2)),
         rng.random((2, 3, 4)) < 0.5,
         rng.random((2, 1, 2)) < 0.7,
     )
-    found = set_similarity(
+    value = set_similarity(
         jnp.asarray(values, jnp.float32), jnp.asarray(predicted), jnp.asarray(gold)
     )
     for b, g in np.ndindex(2, 3):
         np.testing.assert_allclose(
-            found[b, g], sets(values[b, g], predicted[b, g], gold[b, 0]), rtol=1e-6
+            value[b, g], set_value(values[b, g], predicted[b, g], gold[b, 0]), rtol=1e-6
         )
+
+
+# the host
+
+
+HOST = np.random.default_rng(3).integers(0, 1024, (500, 2, 4)) / LOC_MAX
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        boxes.iou,
+        boxes.giou,
+        lambda a, b: boxes.gaussian_point(boxes.centre(a), b, ALPHA),
+        lambda a, b: boxes.gaussian_coverage(a, b, ALPHA),
+        lambda a, b: boxes.contains(a, boxes.centre(b)),
+    ],
+)
+def test_the_host_computes_in_float64_and_agrees_with_the_device(function):
+    a, b = HOST[:, 0], HOST[:, 1]
+    on_host = function(a, b)
+    on_device = function(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
+    assert isinstance(on_host, np.ndarray) and isinstance(on_device, jax.Array)
+    assert on_host.dtype == (bool if on_device.dtype == bool else np.float64)
+    # GIoU divides by hulls of one bin; the others lose a few roundings of 6e-8
+    np.testing.assert_allclose(on_device, on_host, rtol=0, atol=2e-4)
+
+
+def test_detect_counts_alike_on_the_host_and_the_device():
+    rng = np.random.default_rng(4)
+    iou, may_match = rng.random((5, 4)), rng.random((5, 4)) < 0.7
+    arguments = (iou, may_match, np.ones(4))
+    on_host = boxes.detect(*arguments, (0.25, 0.5))
+    on_device = boxes.detect(*map(jnp.asarray, arguments), (0.25, 0.5))
+    jax.tree.map(np.testing.assert_array_equal, on_host, on_device)
+
+
+def test_an_unreadable_box_is_not_proper():
+    rows = boxes.host_boxes([(1, 2, 3, 4), None, (1, 2, 1, 4), (0, 0, 1e-200, 1e-200)])
+    assert rows.dtype == np.float64
+    assert boxes.is_proper(rows).tolist() == [True, False, False, False]
+    assert boxes.iou(rows, rows).tolist() == [1.0, 0.0, 0.0, 0.0]
+    assert boxes.host_boxes([]).shape == (0, 4)
+
+
+def test_a_matching_of_an_empty_set_is_empty():
+    rows, columns = boxes.match(np.zeros((0, 3)))
+    assert not len(rows) and not len(columns)
+    assert boxes.matched_total(np.zeros((3, 0))) == 0
+    assert boxes.f_measure(0.0, 0, 0) == 1 and boxes.f_measure(1.0, 1, 1) == 1

@@ -309,9 +309,9 @@ def test_mathematics_scores_as_rllavas_table_says(answer, gold, total):
 
 
 README_THOUGHT = (
-    "Looking at the image, I need to determine the spatial relationship between the chair and the table. I can see that the "
-    "chair is positioned further to the left side compared to the table. This visual comparison allows me to conclude that the "
-    "chair is left of the table."
+    "Looking at the image, I need to determine the spatial relationship between the chair and the "
+    "table. I can see that the chair is positioned further to the left side compared to the table. "
+    "This visual comparison allows me to conclude that the chair is left of the table."
 )
 
 SEED_QUALITY = (0.890909, 0.963636, 0.072727)
@@ -562,7 +562,10 @@ def test_defect_18_an_answer_is_one_relation():
     assert reward("spatial", "yes", ask("no")) == -0.5 and reward("spatial", "No.", ask("no")) == 1
 
 
-KEYWORDS = "left right above below position relative because therefore see observe image compared side chair table "
+KEYWORDS = (
+    "left right above below position relative because therefore see observe image compared side "
+    "chair table "
+)
 
 
 def test_defect_19_keywords_are_no_reasoning(seeds):
@@ -605,8 +608,8 @@ def test_defect_19_reasoning_is_qualitative_names_the_objects_and_leads_to_the_a
 WHICH = "Which is closer to the dog, the parking meter or the hot dog?"
 WHETHER = "Is the hot dog closer to the dog than the parking meter is?"
 OUTWARDS = (
-    "I need to compare how far the parking meter and the hot dog are from the dog. Going outwards, the hot dog comes first "
-    "and then the parking meter. "
+    "I need to compare how far the parking meter and the hot dog are from the dog. Going outwards, "
+    "the hot dog comes first and then the parking meter. "
 )
 
 
