@@ -142,19 +142,18 @@ def run(
 ) -> NoReturn:
     """Runs `main` with the parsed command line, and exits with the exit code of its end."""
     argv = sys.argv[1:] if argv is None else argv
-    progress.start_logging()
     group = None
-    try:
-        # Joining comes before the config file runs, because that file may ask jax for a device.
-        group = ProcessGroup(_distributed(argv) if command.distributed else "")
-        main(parse(command, argv, group))
-    except (Exception, KeyboardInterrupt) as error:
-        joined = group is not None and group.joined
-        if isinstance(error, KeyboardInterrupt) and not joined:
-            raise
-        code = report_error(error, joined)
-    else:
-        code = 0
+    code = 0
+    with progress.logs_to_stderr():
+        try:
+            # Joining comes before the config file runs, because the file may ask jax for a device.
+            group = ProcessGroup(_distributed(argv) if command.distributed else "")
+            main(parse(command, argv, group))
+        except (Exception, KeyboardInterrupt) as error:
+            joined = group is not None and group.joined
+            if isinstance(error, KeyboardInterrupt) and not joined:
+                raise
+            code = report_error(error, joined)
     if group is None:
         sys.exit(code)
     group.exit(code)
@@ -162,12 +161,13 @@ def run(
 
 def run_script(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Runs the `main` of a script with the arguments of the process, and exits as `run` does."""
-    progress.start_logging()
-    try:
-        main(sys.argv[1:])
-    except Exception as error:
-        sys.exit(report_error(error))
-    sys.exit(0)
+    code = 0
+    with progress.logs_to_stderr():
+        try:
+            main(sys.argv[1:])
+        except Exception as error:
+            code = report_error(error)
+    sys.exit(code)
 
 
 def report_error(error: BaseException, joined: bool = False) -> int:

@@ -1,4 +1,4 @@
-"""The commands as a user starts them, and what two runs are compared by."""
+"""Helpers that run commands, and helpers that compare two runs."""
 
 import importlib
 import io
@@ -22,25 +22,25 @@ from pg_ground.checkpoints.run_directory import newest
 ROOT = Path(__file__).parents[1]
 
 
-def write_recipe(folder: Path, mine: str, recipe: str) -> str:
-    """Returns the flag for a config written into `folder` beside a user's rewards; FOLDER in it becomes the folder."""
-    (folder / "mine.py").write_text(mine)
-    (folder / "recipe.py").write_text(recipe.replace("FOLDER", str(folder)))
-    return f"--config={folder / 'recipe.py'}"
+# commands
 
 
-def command(module: str, *arguments: str) -> list[str]:
-    return [sys.executable, "-m", f"pg_ground.{module}", *arguments]
+def command(name: str, *arguments: str) -> list[str]:
+    """Returns the command line that runs a command in a new process."""
+    return [sys.executable, "-m", f"pg_ground.{name}", *arguments]
 
 
 def call(name: str, *arguments: str) -> None:
-    """Runs the `main` of a command in this process, with a command line."""
+    """Runs the `main` of a command in this process."""
     module = importlib.import_module(f"pg_ground.{name}")
     module.main(cli.parse(module.COMMAND, arguments))
 
 
 def run_here(name: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """Runs a command in this process, to its exit code. A new process imports the package for 2 s."""
+    """Runs a command in this process, to its exit code.
+
+    A new process would import the package first, which takes 2 s.
+    """
     module = importlib.import_module(f"pg_ground.{name}")
     stdout, stderr = io.StringIO(), io.StringIO()
     try:
@@ -52,10 +52,11 @@ def run_here(name: str, *arguments: str, cwd: Path = ROOT) -> subprocess.Complet
 
 
 def run(
-    environment: dict[str, str], module: str, *arguments: str
+    environment: dict[str, str], name: str, *arguments: str
 ) -> subprocess.CompletedProcess[str]:
+    """Runs a command in a new process."""
     return subprocess.run(
-        command(module, *arguments),
+        command(name, *arguments),
         env=environment,
         cwd=ROOT,
         capture_output=True,
@@ -67,11 +68,25 @@ def run(
 def train_tiny(
     environment: dict[str, str], workdir: Path, *flags: str
 ) -> subprocess.CompletedProcess[str]:
+    """Runs `train` with configs/tiny.py in a new process."""
     return run(environment, "train", "--config=configs/tiny.py", f"--workdir={workdir}", *flags)
 
 
+def write_recipe(folder: Path, rewards: str, recipe: str) -> str:
+    """Writes a recipe, and rewards of a user in mine.py, and returns the flag for the recipe.
+
+    FOLDER in the recipe is replaced by the folder.
+    """
+    (folder / "mine.py").write_text(rewards)
+    (folder / "recipe.py").write_text(recipe.replace("FOLDER", str(folder)))
+    return f"--config={folder / 'recipe.py'}"
+
+
+# runs
+
+
 def rows(workdir: Path) -> list[dict[str, float]]:
-    """Returns the lines of metrics.jsonl without what depends on the machine."""
+    """Returns the lines of metrics.jsonl without the values that depend on the machine."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [
         {k: v for k, v in json.loads(line).items() if not k.startswith(("time/", "perf/"))}
@@ -81,27 +96,29 @@ def rows(workdir: Path) -> list[dict[str, float]]:
 
 def arrays(workdir: Path) -> dict[str, np.ndarray]:
     """Returns every array of the newest checkpoint (parameters, optimizer, step) by name."""
-    found: dict[str, np.ndarray] = {}
+    by_name: dict[str, np.ndarray] = {}
     folder = newest(workdir)
     for item in ("params", "rest"):
         with warnings.catch_warnings(), ocp.PyTreeCheckpointer() as checkpointer:
             warnings.simplefilter("ignore")  # orbax: its metadata may change
-            stored = checkpointer.metadata(folder / item).item_metadata.tree
-            on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), stored)
+            metadata = checkpointer.metadata(folder / item).item_metadata.tree
+            on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
             tree = checkpointer.restore(folder / item, restore_args=on_host)
-        found |= {
-            item + jax.tree_util.keystr(path): np.asarray(x)
-            for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        by_name |= {
+            item + jax.tree_util.keystr(path): np.asarray(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         }
-    return found
+    return by_name
 
 
-def assert_same_run(one: Path, other: Path) -> None:
-    assert rows(one) == rows(other)
-    mine, theirs = arrays(one), arrays(other)
-    assert mine.keys() == theirs.keys() and len(mine) > 30
-    for name, value in mine.items():
-        np.testing.assert_array_equal(value, theirs[name], err_msg=name, strict=True)
+def assert_same_run(workdir: Path, other_workdir: Path) -> None:
+    """Fails if the metrics or the newest checkpoints of two runs differ in any bit."""
+    assert rows(workdir) == rows(other_workdir)
+    first, second = arrays(workdir), arrays(other_workdir)
+    assert first.keys() == second.keys()
+    assert len(first) > 30
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, second[name], err_msg=name, strict=True)
 
 
 def killed_and_resumed(
@@ -112,23 +129,32 @@ def killed_and_resumed(
     flags: Sequence[str] = (),
     between: Callable[[], object] = lambda: None,
 ) -> int:
-    """Returns the number of metrics lines at the kill -9, which comes `delay_s` after line number `lines`."""
+    """Kills a run with SIGKILL, resumes it, and returns the number of metrics lines at the kill.
+
+    Args:
+      lines: the number of metrics lines that the run writes before the kill.
+      delay_s: seconds between the last of these lines and the kill.
+      between: is called between the kill and the second start.
+    """
     process = subprocess.Popen(
         command("train", "--config=configs/tiny.py", f"--workdir={workdir}", *flags),
-        env=environment, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     file = workdir / "metrics.jsonl"
     while process.poll() is None and not (
         file.exists() and file.read_bytes().count(b"\n") >= lines
     ):
         time.sleep(0.005)
     time.sleep(delay_s)
-    alive = process.poll() is None
+    was_running = process.poll() is None
     process.send_signal(signal.SIGKILL)
     process.wait()
-    written = file.read_bytes().count(b"\n")
-    assert alive, "the run was over before the kill"
+    lines_at_kill = file.read_bytes().count(b"\n")
+    assert was_running, "the run ended before the kill"
     between()
-    done = train_tiny(environment, workdir, *flags)
-    assert done.returncode == 0, done.stderr
-    return written
+    finished = train_tiny(environment, workdir, *flags)
+    assert finished.returncode == 0, finished.stderr
+    return lines_at_kill

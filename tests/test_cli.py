@@ -33,14 +33,6 @@ def get_config(argument="none"):
 """
 
 
-@pytest.fixture(autouse=True)
-def no_position(monkeypatch):
-    monkeypatch.setattr(progress, "start_logging", lambda: None)  # it would stay for other tests
-    progress.reset()
-    yield
-    progress.reset()
-
-
 @pytest.fixture
 def recipe(tmp_path):
     """The flag of a recipe with keys that are not names of Python."""
@@ -330,10 +322,20 @@ def test_an_unknown_command_is_one_line(capsys):
 # ends
 
 
-def end_of(error: BaseException | None, capsys) -> tuple[int, list[str]]:
-    """Returns the exit code and the lines of stderr of a command that ends with `error`."""
+def end_of(
+    error: BaseException | None, capsys, position: progress.Position | None = None
+) -> tuple[int, list[str]]:
+    """Returns the exit code and the lines of stderr of a command that ends with `error`.
+
+    Args:
+      position: the stage, the step and the phase in which the error is raised.
+    """
 
     def main(args: cli.Arguments) -> None:
+        if position is not None:
+            progress.set_step(position.stage, position.step)
+            with progress.phase(position.phase):
+                raise error
         if error is not None:
             raise error
 
@@ -365,10 +367,10 @@ def test_what_the_user_can_mend_is_one_line_and_ends_with_2(error, line, capsys)
 
 
 def test_the_line_names_the_position_of_a_run(capsys):
-    progress.set_step("grpo", 141)
-    with progress.phase("score"):
-        code, lines = end_of(UserError("a reward fails"), capsys)
+    position = progress.Position("grpo", 141, "score")
+    code, lines = end_of(UserError("a reward fails"), capsys, position)
     assert (code, lines) == (2, ["error: a reward fails (at step 141 of grpo, phase score)"])
+    assert end_of(UserError("no"), capsys) == (2, ["error: no"]), "a new command has no position"
 
 
 def test_a_full_disk_ends_with_1_and_names_the_file(capsys):
@@ -382,10 +384,8 @@ def test_a_full_disk_ends_with_1_and_names_the_file(capsys):
 
 
 def test_a_fault_of_the_program_ends_with_1_a_traceback_and_the_position(capsys):
-    progress.set_step("sft", 3)
-    with pytest.raises(ZeroDivisionError), progress.phase("update"):
-        raise ZeroDivisionError
-    code, lines = end_of(ValueError("shapes\ndiffer"), capsys)
+    position = progress.Position("sft", 3, "update")
+    code, lines = end_of(ValueError("shapes\ndiffer"), capsys, position)
     assert code == 1
     assert lines[0] == "Traceback (most recent call last):"
     assert lines[-1] == (

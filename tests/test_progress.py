@@ -76,17 +76,15 @@ def test_only_process_0_logs_information_and_every_process_logs_warnings(monkeyp
     assert " process 2: " in handler.format(record(logging.ERROR))
 
 
-def test_logging_starts_once():
+def test_logs_go_to_stderr_inside_a_block_and_nothing_remains(capsys):
     package = logging.getLogger("pg_ground")
-    handlers, level, propagate = list(package.handlers), package.level, package.propagate
-    try:
-        progress.start_logging()
-        progress.start_logging()
-        assert len([h for h in package.handlers if isinstance(h, progress.LogHandler)]) == 1
-    finally:
-        package.handlers[:] = handlers
-        package.setLevel(level)
-        package.propagate = propagate
+    before = (list(package.handlers), package.level, package.propagate)
+    progress.set_step("sft", 3)
+    with progress.logs_to_stderr():
+        logging.getLogger("pg_ground.training").info("compiled %d programs", 3)
+    logging.getLogger("pg_ground.training").info("after the block")
+    assert re.fullmatch(r"\d{4}.* process 0: compiled 3 programs\n", capsys.readouterr().err)
+    assert (package.handlers, package.level, package.propagate) == before
 
 
 def test_a_record_starts_below_an_open_progress_line(monkeypatch):

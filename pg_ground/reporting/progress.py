@@ -10,7 +10,7 @@ Every log record and the last line of a failure then say `step 141 of grpo, phas
 step counts over all stages of a run, as in `metrics.jsonl`. One process runs one training loop, so
 the position is a value of this module.
 
-A library logs with `logging.getLogger(__name__)`. A command calls `start_logging` once.
+A library logs with `logging.getLogger(__name__)`. A command runs inside `logs_to_stderr`.
 """
 
 import contextlib
@@ -136,16 +136,25 @@ class LogHandler(logging.Handler):
         print(self.format(record), file=sys.stderr, flush=True)
 
 
-def start_logging() -> None:
-    """Sends the log records of this package to stderr, from level INFO.
+@contextlib.contextmanager
+def logs_to_stderr() -> Iterator[None]:
+    """Sends the log records of this package to stderr inside a `with` block, from level INFO.
 
-    A second call changes nothing.
+    The position is cleared at the start, because one process may run several commands.
     """
+    reset()
     package = logging.getLogger("pg_ground")
+    level, propagate = package.level, package.propagate
+    handler = LogHandler()
+    package.addHandler(handler)
     package.setLevel(logging.INFO)
     package.propagate = False  # a library may add a handler to the root, which repeats each record
-    if not any(isinstance(handler, LogHandler) for handler in package.handlers):
-        package.addHandler(LogHandler())
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
+        package.propagate = propagate
 
 
 def end_line() -> None:
