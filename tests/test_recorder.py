@@ -125,6 +125,9 @@ class NoBatches:
     def get_state(self) -> dict:
         return {}
 
+    def set_state(self, state) -> None:
+        pass
+
 
 def test_a_step_is_read_behind_the_next_and_before_what_is_due_after_it(tiny, tmp_path):
     """Eight steps, a line every second, a measurement after the third, a checkpoint after the fifth, and all at the end."""

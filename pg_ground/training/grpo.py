@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from pg_ground.checkpoints import manager
 from pg_ground.config import Grpo
+from pg_ground.data.batches import BatchIterator
 from pg_ground.parallel import memory_model, multiprocess, sharding
 from pg_ground.parallel.memory_model import device_work
 from pg_ground.params import join
@@ -36,7 +37,7 @@ from pg_ground.training.rollout_weights import (
 )
 from pg_ground.training.rollout_worker import UPDATE_KEY, RolloutWorker
 from pg_ground.training.setup import Setup
-from pg_ground.training.stage import BatchIterator, Runtime, StepOutput
+from pg_ground.training.stage import Runtime, StepOutput
 from pg_ground.training.timing import StepTimer
 from pg_ground.types import POLICY, Array, Batch, Metrics, Params, Rollout, TrainState, UserError
 from pg_ground.vocab import CONTROL

@@ -20,14 +20,14 @@ from pg_ground.checkpoints import manager
 from pg_ground.checkpoints.manager import Checkpoints
 from pg_ground.config import Config
 from pg_ground.data.bad_records import BadRecords, merge_bad_records
-from pg_ground.data.batches import merge_batch_states
+from pg_ground.data.batches import BatchIterator, merge_batch_states
 from pg_ground.parallel import multiprocess
 from pg_ground.reporting import drawing, progress, provenance, report, run_files
 from pg_ground.reporting.files import write_atomically
 from pg_ground.reporting.metric_writers import MetricsWriter
 from pg_ground.reporting.tables import ascii_table
 from pg_ground.rewards import workers
-from pg_ground.training.stage import BatchIterator, RolloutSamples, StepOutput
+from pg_ground.training.stage import RolloutSamples, StepOutput
 from pg_ground.types import POLICY, Params, TrainState, UserError, nearest
 
 logger = logging.getLogger(__name__)

@@ -7,13 +7,14 @@ from types import MappingProxyType
 
 import jax
 
+from pg_ground.data.batches import BatchIterator
 from pg_ground.parallel import sharding
 from pg_ground.rl.update import sft_update
 from pg_ground.training import setup as setups
 from pg_ground.training.learning_memory import learning_memory
 from pg_ground.training.program import Program, jit_program
 from pg_ground.training.setup import Setup
-from pg_ground.training.stage import BatchIterator, Runtime, StepOutput
+from pg_ground.training.stage import Runtime, StepOutput
 from pg_ground.training.timing import StepTimer
 from pg_ground.types import Params, TrainState
 

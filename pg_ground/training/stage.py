@@ -11,24 +11,12 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from jax.sharding import Mesh
 from PIL import Image
 
+from pg_ground.data.batches import BatchIterator
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.training.program import Program
 from pg_ground.training.setup import StageSettings
 from pg_ground.training.timing import StepTimer
-from pg_ground.types import Array, Batch, Metrics, Params, TrainState
-
-
-@runtime_checkable
-class BatchIterator(Protocol):
-    """Endless batches on the devices, whose position can be saved."""
-
-    def __next__(self) -> Batch: ...
-
-    def prepare(self) -> None:
-        """Starts to prepare the next batches. It is called when the devices are busy."""
-        ...
-
-    def get_state(self) -> dict[str, Any]: ...
+from pg_ground.types import Array, Metrics, Params, TrainState
 
 
 class RolloutSamples(NamedTuple):
