@@ -1,4 +1,5 @@
-"""Peak host memory of loading a checkpoint onto 8 virtual CPU devices, beside its size; on a CPU the parameters themselves count.
+"""Peak host memory of loading a checkpoint onto 8 virtual CPU devices, beside its size; on a CPU
+the parameters themselves count.
 
 python benchmarks/load_memory.py --params=/data/random_pg1_3b.npz [--dtype=bfloat16]
 

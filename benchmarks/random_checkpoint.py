@@ -1,9 +1,12 @@
-"""Writes a published variant's checkpoint with random weights: the true layout and size, for loading and memory to be measured.
+"""Writes a published variant's checkpoint with random weights: the true layout and size, for
+loading and memory to be measured.
 
-python benchmarks/random_checkpoint.py --variant=pg1_3b --image_size=224 --out=/data/random_pg1_3b.npz [--dtype=bfloat16]
+python benchmarks/random_checkpoint.py --variant=pg1_3b --image_size=224
+--out=/data/random_pg1_3b.npz [--dtype=bfloat16]
 
-NAME.npz is big_vision's format, another name a Hugging Face directory. Weights are normal with standard deviation 0.02, the same
-every time; nothing but one block (or one shard of a directory) is held in memory.
+NAME.npz is big_vision's format, another name a Hugging Face directory. Weights are normal with
+standard deviation 0.02, the same every time; nothing but one block (or one shard of a directory) is
+held in memory.
 """
 
 from collections.abc import Iterator, Sequence

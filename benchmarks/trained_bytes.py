@@ -1,8 +1,10 @@
-"""What training holds of each published variant: all of it in float32, or adapters on a frozen bfloat16 base.
+"""What training holds of each published variant: all of it in float32, or adapters on a frozen
+bfloat16 base.
 
 python benchmarks/trained_bytes.py [--rank=16] [--pattern='llm/layers/.*'] [--image_size=224]
 
-Counted from shapes; adamw. Activations and gradients come on top (a gradient is as large as what is trained).
+Counted from shapes; adamw. Activations and gradients come on top (a gradient is as large as what is
+trained).
 """
 
 from collections.abc import Sequence

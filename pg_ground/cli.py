@@ -45,7 +45,10 @@ MENDABLE = (
     NotADirectoryError,
     PermissionError,
 )
-"""Errors of the operating system that another flag or setting mends. A full disk is not among them."""
+"""Errors of the operating system that another flag or setting mends.
+
+A full disk is not among them.
+"""
 
 COLUMNS = 100
 
@@ -468,7 +471,10 @@ def _quoted(argument: str) -> str:
 PACKAGE = Path(__file__).parent
 
 RECIPE_FOLDERS = (PACKAGE, PACKAGE.parent)
-"""The folders that hold `configs/`: the package in a wheel, the top of the repository in a checkout."""
+"""The folders that hold `configs/`:
+
+the package in a wheel, the top of the repository in a checkout.
+"""
 
 _package_numbers = itertools.count()
 

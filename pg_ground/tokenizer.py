@@ -1,4 +1,5 @@
-"""Text ⇄ PaliGemma's token ids, by a sentencepiece model that has the loc and seg pieces, or is given them here."""
+"""Text ⇄ PaliGemma's token ids, by a sentencepiece model that has the loc and seg pieces, or is
+given them here."""
 
 from collections.abc import Sequence
 from importlib import resources
@@ -38,7 +39,8 @@ class Tokenizer(NamedTuple):
     def prefix(self, text: str) -> list[int]:
         """Returns BOS, the ids of `text` and the newline that separates prefix from suffix.
 
-        The newline is tokenised apart, as big_vision does, so it never merges with the end of `text`.
+        The newline is tokenised apart, as big_vision does, so it never merges with the end of
+        `text`.
         """
         return [BOS, *self.text(text), NEWLINE]
 
@@ -47,7 +49,8 @@ class Tokenizer(NamedTuple):
         return [*self.text(text), EOS]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text up to the first EOS, without PAD, BOS and UNK; loc and seg tokens as `<locDDDD>`."""
+        """Returns the text up to the first EOS, without PAD, BOS and UNK; loc and seg tokens as
+        `<locDDDD>`."""
         ids = [int(i) for i in ids]
         end = ids.index(EOS) if EOS in ids else len(ids)
         return self.pieces.Decode([i for i in ids[:end] if i not in (PAD, BOS, UNK)])
@@ -56,11 +59,12 @@ class Tokenizer(NamedTuple):
 def load(path: str = "") -> Tokenizer:
     """Returns the tokenizer of the model file at `path`; "" is the small one of the package.
 
-    A model without any loc piece is taken for plain Gemma's: `<loc0000>`..`<loc1023>` and `<seg000>`..`<seg127>` are added behind
-    its last piece, as big_vision does.
+    A model without any loc piece is taken for plain Gemma's: `<loc0000>`..`<loc1023>` and
+    `<seg000>`..`<seg127>` are added behind its last piece, as big_vision does.
 
     Raises:
-      UserError: the file is missing, is no sentencepiece model, or does not have PaliGemma's special ids.
+      UserError: the file is missing, is no sentencepiece model, or does not have PaliGemma's
+        special ids.
     """
     name = path or "the package's tiny.model"
     model = _bytes_of(path)
@@ -87,7 +91,8 @@ def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def with_loc_pieces(model: bytes) -> bytes:
-    """Returns a sentencepiece model with the 1,152 loc and seg pieces behind its own, user-defined and of score 0."""
+    """Returns a sentencepiece model with the 1,152 loc and seg pieces behind its own,
+    user-defined and of score 0."""
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # pyright: ignore[reportAttributeAccessIssue]: made at import
     names = [f"<loc{i:04d}>" for i in range(LOC_TOKENS)] + [
         f"<seg{i:03d}>" for i in range(SEG_TOKENS)
@@ -129,7 +134,8 @@ def _check_layout(pieces: sentencepiece.SentencePieceProcessor, vocab: Vocab, na
     )
     if found != (PAD, EOS, BOS, UNK, NEWLINE):
         raise UserError(
-            f"tokenizer {name}: pad, eos, bos, unk and newline are ids {', '.join(map(str, found))}, "
+            f"tokenizer {name}: pad, eos, bos, unk and newline are ids "
+            f"{', '.join(map(str, found))}, "
             f"but PaliGemma has {PAD}, {EOS}, {BOS}, {UNK}, {NEWLINE}"
         )
     for first, count, form in (
@@ -140,8 +146,10 @@ def _check_layout(pieces: sentencepiece.SentencePieceProcessor, vocab: Vocab, na
             piece = form.format(i)
             if first < 0 or pieces.Encode(piece) != [first + i]:
                 raise UserError(
-                    f"tokenizer {name}: {piece} is not piece {first + i} of {vocab.size}; the last 1,152 must be "
-                    "<loc0000>..<loc1023>, <seg000>..<seg127> as in paligemma_tokenizer.model (or none, as in plain Gemma)"
+                    f"tokenizer {name}: {piece} is not piece {first + i} of {vocab.size}; the last "
+                    "1,152 must be "
+                    "<loc0000>..<loc1023>, <seg000>..<seg127> as in paligemma_tokenizer.model (or "
+                    "none, as in plain Gemma)"
                 )
 
 

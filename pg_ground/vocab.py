@@ -19,9 +19,10 @@ CONTROL = (PAD, BOS, UNK)
 class Vocab(NamedTuple):
     """Where PaliGemma's special ids lie in a vocabulary of `size` entries.
 
-    The order is big_vision's: the text vocabulary, then `<loc0000>`..`<loc1023>`, then `<seg000>`..`<seg127>`.
-    The published models have `size` 257,152, `loc0` 256,000 and `seg0` 257,024. Hugging Face's 64 filler rows and its
-    `<image>` id come after these and do not exist here, so neither can be sampled.
+    The order is big_vision's: the text vocabulary, then `<loc0000>`..`<loc1023>`, then
+    `<seg000>`..`<seg127>`. The published models have `size` 257,152, `loc0` 256,000 and `seg0`
+    257,024. Hugging Face's 64 filler rows and its `<image>` id come after these and do not exist
+    here, so neither can be sampled.
     """
 
     size: int
@@ -34,5 +35,6 @@ class Vocab(NamedTuple):
 
 
 def vocab_of_size(size: int) -> Vocab:
-    """Returns the layout of a vocabulary with `size` entries whose last 1,152 are loc and seg tokens."""
+    """Returns the layout of a vocabulary with `size` entries whose last 1,152 are loc and seg
+    tokens."""
     return Vocab(size=size, loc0=size - LOC_TOKENS - SEG_TOKENS, seg0=size - SEG_TOKENS)

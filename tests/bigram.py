@@ -1,4 +1,7 @@
-"""A policy of two matrices, for laws that hold for every policy: its update compiles in a second."""
+"""A policy of two matrices, for laws that hold for every policy:
+
+its update compiles in a second.
+"""
 
 from dataclasses import dataclass
 from typing import Any

@@ -114,7 +114,8 @@ def test_a_group_of_equals_has_none(compare):
 
 
 def test_scale_leaves_standardised_alone_but_for_epsilon(rewards):
-    """A = c / (s + 1e-4), so (s + 1e-4)·A is c whatever the scale; centred advantages grow with the rewards."""
+    """A = c / (s + 1e-4), so (s + 1e-4)·A is c whatever the scale; centred advantages grow with
+    the rewards."""
     for scale in (1.0, 100.0):
         np.testing.assert_allclose(
             standardised(scale * rewards) * (group_std(scale * rewards) + 1e-4),
@@ -182,7 +183,10 @@ SEEDS = {
     "centred_and_whitened": ([1.554480, 0.194310, -1.165860, -0.485775], [0.024289, 0.024289]),
     "greedy_baseline": ([0.7, 0.2, -0.3, -0.05], [-0.1, -0.1]),
 }
-"""RLLaVA's estimators, run: a group of four with 3, 2, 4 and 1 tokens, one of two with 2 tokens each; ReMax over 0.3."""
+"""RLLaVA's estimators, run:
+
+a group of four with 3, 2, 4 and 1 tokens, one of two with 2 tokens each; ReMax over 0.3.
+"""
 
 
 @pytest.mark.parametrize("name", SEEDS)
@@ -234,13 +238,15 @@ def test_the_epsilon_is_a_setting():
 
 
 def test_defect_17_a_lone_judged_completion_has_no_advantage():
-    """RLLaVA gives a group of one its raw score; here such a group is a config error, and one left by NaN has advantage 0."""
+    """RLLaVA gives a group of one its raw score; here such a group is a config error, and one
+    left by NaN has advantage 0."""
     rewards = jnp.asarray([[NAN, 0.7, NAN], [0.1, 0.5, 0.9]])
     for name in OF_GROUPS:
         assert not ADVANTAGES[name](Scores(rewards)).any(axis=1)[0], name
 
 
 def test_a_peers_defect_the_spread_is_that_of_a_sample():
-    """MaxText divides by the population's standard deviation, and its golden test has four equal completions: advantages of 0."""
+    """MaxText divides by the population's standard deviation, and its golden test has four equal
+    completions: advantages of 0."""
     rewards = jnp.asarray([[0.0, 0.0, 0.0, 1.0]])
     np.testing.assert_allclose(standardised(rewards)[0, 3], 0.75 / (0.5 + 1e-4), rtol=ROUNDING)

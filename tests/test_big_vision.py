@@ -1,6 +1,8 @@
-"""Our parameters in google-research/big_vision's own PaliGemma, where that is installed or on the Python path.
+"""Our parameters in google-research/big_vision's own PaliGemma, where that is installed or on the
+Python path.
 
-They are handed over as they are: the names are big_vision's, so nothing is renamed and no array is reshaped.
+They are handed over as they are: the names are big_vision's, so nothing is renamed and no array is
+reshaped.
 """
 
 import importlib
@@ -24,8 +26,8 @@ pytestmark = pytest.mark.filterwarnings(
 LOGIT_TOLERANCE = 1e-3
 """Logits reach 6.5 here and the two sides differ by float32's rounding, 5e-6 when measured.
 
-Where tried, one entry of one parameter moved by 0.25, their standard deviation, moved a logit by 1.5e-3 or more; the vision
-tower's key bias moved none, as a softmax does not see it.
+Where tried, one entry of one parameter moved by 0.25, their standard deviation, moved a logit by
+1.5e-3 or more; the vision tower's key bias moved none, as a softmax does not see it.
 """
 
 CASES = {
@@ -42,9 +44,10 @@ CASES = {
 def case(request, monkeypatch) -> tuple[Model, Any]:
     """A tiny configuration of ours, and big_vision's model of the same sizes.
 
-    big_vision takes a decoder's sizes by name from a table. Here that table answers with a variant in small: widths, depths and
-    counts of heads are ours, and what makes the variant what it is stays big_vision's: post-norms, attention's soft-cap, the
-    scale of queries. The final soft-cap is off, as in PaliGemma 2's transfers.
+    big_vision takes a decoder's sizes by name from a table. Here that table answers with a variant
+    in small: widths, depths and counts of heads are ours, and what makes the variant what it is
+    stays big_vision's: post-norms, attention's soft-cap, the scale of queries. The final soft-cap
+    is off, as in PaliGemma 2's transfers.
     """
     pytest.importorskip("big_vision", reason="google-research/big_vision is not installed")
     config, text, vision = (
@@ -73,9 +76,11 @@ def case(request, monkeypatch) -> tuple[Model, Any]:
 
 
 def rows_of(x: Inputs) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Returns image, text and mask_ar of one row per completion, and which positions predict a token of it.
+    """Returns image, text and mask_ar of one row per completion, and which positions predict a
+    token of it.
 
-    A row is prompt, completion and padding; mask_ar is 0 on the prompt and 1 behind, on padding too.
+    A row is prompt, completion and padding; mask_ar is 0 on the prompt and 1 behind, on padding
+    too.
     """
     prompt, prompt_mask, tokens, mask = map(np.asarray, (x.prompt, x.prompt_mask, x.tokens, x.mask))
     b, g, t = tokens.shape
@@ -93,7 +98,8 @@ def rows_of(x: Inputs) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def test_big_visions_parameters_have_our_names_and_shapes(case):
-    """Every parameter that big_vision's `init` makes is one of ours by name, shape and type, and there is no other."""
+    """Every parameter that big_vision's `init` makes is one of ours by name, shape and type, and
+    there is no other."""
     config, theirs = case
     image, text, mask_ar, _ = rows_of(inputs(PaliGemma(config)))
     expected = jax.eval_shape(theirs.init, jax.random.key(0), image[:1], text[:1], mask_ar[:1])
@@ -107,7 +113,8 @@ def test_big_visions_parameters_have_our_names_and_shapes(case):
 
 
 def test_big_vision_computes_our_logits_from_our_parameters(case):
-    """At every position that predicts a token of a completion, whatever the lengths of prompt and completion."""
+    """At every position that predicts a token of a completion, whatever the lengths of prompt
+    and completion."""
     config, theirs = case
     model = PaliGemma(config)
     params, x = random_params(model), inputs(model)

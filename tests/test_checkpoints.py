@@ -1,4 +1,5 @@
-"""What a checkpoint refuses; that it continues a run exactly is in test_story and test_reinforced."""
+"""What a checkpoint refuses; that it continues a run exactly is in test_story and
+test_reinforced."""
 
 import jax.numpy as jnp
 import orbax.checkpoint as ocp

@@ -1,4 +1,5 @@
-"""`parse` takes what fits and nothing else, every setting has a reader, and every recipe in `configs/` parses."""
+"""`parse` takes what fits and nothing else, every setting has a reader, and every recipe in
+`configs/` parses."""
 
 import ast
 import dataclasses
@@ -358,7 +359,10 @@ def attributes_read(source: str) -> set[str]:
 
 
 def read_outside_of_config() -> set[str]:
-    """Returns the attributes that the package reads, `config.py` aside: to check a setting is not to heed it."""
+    """Returns the attributes that the package reads, `config.py` aside:
+
+    to check a setting is not to heed it.
+    """
     files = [path for path in (ROOT / "pg_ground").rglob("*.py") if path.name != "config.py"]
     return set().union(*(attributes_read(path.read_text(encoding="utf-8")) for path in files))
 
@@ -373,7 +377,8 @@ def unread(kind: type, read: set[str]) -> list[str]:
 
 
 def test_every_setting_has_a_reader():
-    """An option of an algorithm is a parameter of the component that reads it, so it has a reader by construction."""
+    """An option of an algorithm is a parameter of the component that reads it, so it has a
+    reader by construction."""
     assert unread(Config, read_outside_of_config() | set(SETTINGS)) == []
 
 

@@ -1,7 +1,8 @@
-"""Laws of the real model, on tiny ones with Gemma 1's and Gemma 2's structure: ways of computing the same number agree.
+"""Laws of the real model, on tiny ones with Gemma 1's and Gemma 2's structure: ways of computing
+the same number agree.
 
-Where one program runs twice on the same numbers, results are equal bit for bit; where two programs compute the same numbers, they
-are within `CLOSE`, which `conftest` derives.
+Where one program runs twice on the same numbers, results are equal bit for bit; where two programs
+compute the same numbers, they are within `CLOSE`, which `conftest` derives.
 """
 
 import itertools
@@ -26,7 +27,8 @@ from pg_ground.vocab import CONTROL
 
 @pytest.fixture(scope="module")
 def completion_logps_in_parts() -> Callable[..., jax.Array]:
-    """(model, params, inputs) to log-probabilities; a model's program is compiled once per shape."""
+    """(model, params, inputs) to log-probabilities; a model's program is compiled once per
+    shape."""
     compiled: dict[PaliGemma, Any] = {}
 
     def logps(model: PaliGemma, params: Any, x: Inputs) -> jax.Array:
@@ -40,7 +42,8 @@ def completion_logps_in_parts() -> Callable[..., jax.Array]:
 
 @pytest.fixture(scope="module")
 def gradient_of() -> Callable[..., tuple[jax.Array, Any]]:
-    """(model, params, inputs) to log-probabilities, and to the gradient of their sum with fixed random weights."""
+    """(model, params, inputs) to log-probabilities, and to the gradient of their sum with fixed
+    random weights."""
     compiled: dict[PaliGemma, Any] = {}
 
     def program(model: PaliGemma) -> Any:
@@ -101,7 +104,10 @@ def test_prompts_of_a_batch_do_not_see_one_another(tiny, completion_logps_in_par
 
 
 def test_every_prompt_token_sees_every_other_in_both_directions(tiny, completion_logps_in_parts):
-    """Prefix-LM: the last prompt token reaches the keys of the first, so both move the first completion token."""
+    """Prefix-LM:
+
+    the last prompt token reaches the keys of the first, so both move the first completion token.
+    """
     x = inputs(tiny.model)
     before = np.asarray(completion_logps_in_parts(*tiny, x))
     for position in range(3):  # the shortest prompt has 3 tokens
@@ -179,7 +185,8 @@ def test_cached_decode_equals_full_forward(tiny):
     "tiny", ["pg2", pytest.param("pg1", marks=pytest.mark.slow)], indirect=True
 )
 def test_turns_of_different_lengths_equal_the_full_forward(tiny):
-    """Each row reads a first turn, decodes some tokens, and reads a second turn; every row has its own lengths.
+    """Each row reads a first turn, decodes some tokens, and reads a second turn; every row has its
+    own lengths.
 
     Rows are packed to the left for the full forward pass: it knows nothing of turns.
     """
@@ -202,7 +209,8 @@ def test_turns_of_different_lengths_equal_the_full_forward(tiny):
     compared = 0
 
     def read(lengths: np.ndarray, t: int, left_padded: bool = False) -> None:
-        """Reads the next `lengths` tokens of each row, and compares the probabilities that the cache gave them."""
+        """Reads the next `lengths` tokens of each row, and compares the probabilities that the
+        cache gave them."""
         nonlocal cache, predicted, length, compared
         mask = np.arange(t) < lengths[..., None]
         mask = mask[..., ::-1] if left_padded else mask
@@ -268,7 +276,8 @@ def test_sampler_and_trainer_give_the_same_log_probabilities(tiny, rollout_of):
     "shape", [config.Mesh(), config.Mesh(replica=2, model=2)], ids=["data", "all axes"]
 )
 def test_tokens_are_the_same_on_one_device_and_on_eight(pg1, monkeypatch, shape):
-    """Arrays up to 4 MiB are not split in earnest; here all are, and activations are held to their places."""
+    """Arrays up to 4 MiB are not split in earnest; here all are, and activations are held to
+    their places."""
     monkeypatch.setattr(sharding, "SMALL_BYTES", 0)
     mesh = sharding.make_mesh(shape)
     assert mesh.size == 8
@@ -286,7 +295,8 @@ def test_tokens_are_the_same_on_one_device_and_on_eight(pg1, monkeypatch, shape)
 
 
 def test_the_gradient_of_the_vocabulary_adds_up_in_float32(pg1):
-    """With activations in bfloat16 the table's own dtype takes up what each block of completion tokens has for it."""
+    """With activations in bfloat16 the table's own dtype takes up what each block of completion
+    tokens has for it."""
     model = PaliGemma(replace(pg1.model.config, dtype="bfloat16", logits_block=2))
     x = inputs(model)
     gradient = jax.jit(jax.grad(lambda params: model.completion_logps(params, *x)[0].sum()))(
@@ -303,7 +313,10 @@ def test_the_gradient_of_the_vocabulary_adds_up_in_float32(pg1):
     "tiny", ["pg1", pytest.param("pg2", marks=pytest.mark.slow)], indirect=True
 )
 def test_control_ids_are_never_sampled_even_by_a_model_that_wants_nothing_else(tiny, rollout_of):
-    """An embedding of 30s and one of −30s: whatever the hidden state, one of the two ids has a logit above all others."""
+    """An embedding of 30s and one of −30s:
+
+    whatever the hidden state, one of the two ids has a logit above all others.
+    """
     table = tiny.params["llm"]["embedder"]["input_embedding"]
     rows = 30 * jnp.array([[1.0], [-1.0]]) * jnp.ones(table.shape[1])
 
@@ -330,7 +343,10 @@ def test_control_ids_are_never_sampled_even_by_a_model_that_wants_nothing_else(t
     "tiny", ["pg1", pytest.param("pg2", marks=pytest.mark.slow)], indirect=True
 )
 def test_a_value_head_sees_the_hidden_states_of_a_plain_forward_pass(tiny):
-    """A dense vector on the hidden states, as a critic has it: equal values, and equal gradients in the head and the policy."""
+    """A dense vector on the hidden states, as a critic has it:
+
+    equal values, and equal gradients in the head and the policy.
+    """
     x = inputs(tiny.model)
     model = changed(tiny, logits_block=3)  # the 7 tokens are scored in blocks
     rng = np.random.default_rng(2)
@@ -405,7 +421,10 @@ def test_vocabulary_in_blocks_equals_the_whole(pg1, gradient_of):
     [1, pytest.param(5, marks=pytest.mark.slow), pytest.param(3 * G, marks=pytest.mark.slow)],
 )
 def test_attention_in_blocks_of_queries_equals_the_whole(tiny, gradient_of, block):
-    """Of patches (9), of a prefix (15) and of the completions of a group together: one at a time, uneven, three of each."""
+    """Of patches (9), of a prefix (15) and of the completions of a group together:
+
+    one at a time, uneven, three of each.
+    """
     x = inputs(tiny.model)
     assert not tiny.model.config.attention_block
     whole, whole_grads = gradient_of(*tiny, x)
@@ -438,7 +457,10 @@ def test_unrolled_layers_equal_looped_ones(pg2, completion_logps_in_parts):
     "tiny", ["pg2", pytest.param("pg1", marks=pytest.mark.slow)], indirect=True
 )
 def test_bfloat16_activations_stay_near_float32(tiny, completion_logps_in_parts):
-    """bfloat16 knows a number to 2^-9. Logits of a few units, each the end of some ten roundings, are off by a few hundredths."""
+    """bfloat16 knows a number to 2^-9.
+
+    Logits of a few units, each the end of some ten roundings, are off by a few hundredths.
+    """
     x = inputs(tiny.model)
     off = np.abs(
         np.asarray(completion_logps_in_parts(changed(tiny, dtype="bfloat16"), tiny.params, x))

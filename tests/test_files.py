@@ -1,4 +1,7 @@
-"""Laws of `pg_ground.reporting.files`: a file is written in one step, and an error names its file."""
+"""Laws of `pg_ground.reporting.files`:
+
+a file is written in one step, and an error names its file.
+"""
 
 import errno
 

@@ -1,8 +1,9 @@
 """The model, the supervised loss and the sampler against big_vision's PaliGemma, number by number.
 
-`../shared/golden/README.md` says how the numbers were made: float32 on random weights whose logits reach about 43. Rounding moves
-such logits by 5e-4 at most (measured there against float64), so 2e-3 separates rounding from a mistake; a log-probability is
-a difference of two of them and gets half of that, being exact where the softmax is peaked.
+`../shared/golden/README.md` says how the numbers were made: float32 on random weights whose logits
+reach about 43. Rounding moves such logits by 5e-4 at most (measured there against float64), so 2e-3
+separates rounding from a mistake; a log-probability is a difference of two of them and gets half of
+that, being exact where the softmax is peaked.
 """
 
 import json
@@ -50,7 +51,8 @@ def reference(request, golden) -> Reference:
 
 
 def batch_of(io: dict[str, np.ndarray]) -> Batch:
-    """Returns big_vision's one row of text per example as a prompt and a suffix, each padded on its right."""
+    """Returns big_vision's one row of text per example as a prompt and a suffix, each padded on
+    its right."""
     prompt, suffix = (
         rows_of(io["text"], io["mask_ar"] == 0),
         rows_of(io["text"], io["mask_loss"] == 1),
@@ -67,7 +69,10 @@ def rows_of(text: np.ndarray, taken: np.ndarray) -> tuple[jax.Array, jax.Array]:
 
 
 def predicting(r: Reference, per_position: np.ndarray) -> np.ndarray:
-    """Returns `[suffix tokens, …]` of big_vision's `[B, position, …]`: what stands at the position before each suffix token."""
+    """Returns `[suffix tokens, …]` of big_vision's `[B, position, …]`:
+
+    what stands at the position before each suffix token.
+    """
     return per_position[r.io["mask_loss"][:, 1:] == 1]
 
 
@@ -179,8 +184,9 @@ def test_loss_and_the_gradient_of_every_parameter(reference):
     np.testing.assert_array_equal(metrics["sft/loss"], metrics["sft/nll"])
     gold = dict(np.load(reference.folder / "grads_f32.npz"))
     assert grads.keys() == gold.keys()
-    # A softmax doesn't change when every key moves alike, so the gradient of the key bias is 0 and what either side has there is
-    # what its terms left over when they cancelled: float32's epsilon of them, and no term is larger than the whole gradient.
+    # A softmax doesn't change when every key moves alike, so the gradient of the key bias is 0 and
+    # what either side has there is what its terms left over when they cancelled: float32's epsilon
+    # of them, and no term is larger than the whole gradient.
     floor = float(np.finfo(np.float32).eps) * np.sqrt(
         sum(np.sum(np.square(g)) for g in gold.values())
     )
@@ -196,7 +202,8 @@ def test_loss_and_the_gradient_of_every_parameter(reference):
 )
 def test_loss_with_label_smoothing(reference):
     metrics, _ = sft(reference, label_smoothing=0.3)
-    # 70 % of the gold token's log-probability and 30 % of the mean of the others': no less certain than one of them
+    # 70 % of the gold token's log-probability and 30 % of the mean of the others': no less certain
+    # than one of them
     np.testing.assert_allclose(
         metrics["sft/loss"], reference.io["loss_ls0.3"], rtol=0, atol=LOGP_TOLERANCE
     )
@@ -246,10 +253,11 @@ def test_greedy_answers_and_their_logps(reference):
 def test_sampler_and_trainer_agree_on_logits_of_43_with_and_without_final_softcap(
     reference, cap, dtype, bound
 ):
-    """big_vision caps decoded logits and not trained ones, which costs 0.8 nats; here one function computes both.
+    """big_vision caps decoded logits and not trained ones, which costs 0.8 nats; here one function
+    computes both.
 
-    Measured on a CPU: at most 3.7e-5 nats in float32. In bfloat16 the mean is 3.3e-5 and the largest 0.0083, since a number is
-    known there to 2^-9 of its size; six times that is the bound.
+    Measured on a CPU: at most 3.7e-5 nats in float32. In bfloat16 the mean is 3.3e-5 and the
+    largest 0.0083, since a number is known there to 2^-9 of its size; six times that is the bound.
     """
     config = replace(
         reference.model.config,

@@ -1,4 +1,7 @@
-"""Laws of HTML pages and of tables: a page is whole and safe, and the columns of a table line up."""
+"""Laws of HTML pages and of tables:
+
+a page is whole and safe, and the columns of a table line up.
+"""
 
 import json
 import re

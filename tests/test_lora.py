@@ -1,4 +1,7 @@
-"""Laws of low-rank adapters: they start as nothing, they merge to what they compute, and they alone are trained."""
+"""Laws of low-rank adapters:
+
+they start as nothing, they merge to what they compute, and they alone are trained.
+"""
 
 import functools
 from collections.abc import Callable
@@ -26,7 +29,8 @@ EVERYWHERE = Lora(rank=3, alpha=6.0, pattern=".*")
 def adapted(
     config: Model, settings: Lora = EVERYWHERE
 ) -> tuple[PaliGemma, dict[str, Any], dict[str, Any]]:
-    """Returns a model with adapters, the base's random parameters, and the adapters as they start."""
+    """Returns a model with adapters, the base's random parameters, and the adapters as they
+    start."""
     model = PaliGemma(replace(config, lora=settings))
     fresh = pick(jax.jit(model.init)(jax.random.key(1)), is_adapter)
     return model, random_params(PaliGemma(config)), fresh

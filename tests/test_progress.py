@@ -1,4 +1,7 @@
-"""Laws of `pg_ground.reporting.progress`: the position of a run is in every record and on the terminal."""
+"""Laws of `pg_ground.reporting.progress`:
+
+the position of a run is in every record and on the terminal.
+"""
 
 import io
 import logging

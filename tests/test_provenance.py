@@ -1,4 +1,7 @@
-"""Laws of `pg_ground.reporting.provenance`: each machine of a run is recorded once, with its step."""
+"""Laws of `pg_ground.reporting.provenance`:
+
+each machine of a run is recorded once, with its step.
+"""
 
 import json
 import re

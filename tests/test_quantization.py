@@ -1,4 +1,7 @@
-"""Laws of int8 matrices: their error, the products that read them, and adapters that are trained on top of them."""
+"""Laws of int8 matrices:
+
+their error, the products that read them, and adapters that are trained on top of them.
+"""
 
 import functools
 from dataclasses import replace
@@ -104,8 +107,9 @@ def test_the_model_computes_with_int8_what_it_computes_with_their_float_values(s
 
 @models
 def test_log_probabilities_stay_near_those_of_float32(sizes):
-    """The error of a value is uniform in half a step: 1/254/3**0.5 = 0.23 % of its channel's largest, about 0.5 % of its channel's
-    root mean square. Some 20 products on the way to a logit add 20**0.5 times as much: 2 % of logits of 3 units is 0.06.
+    """The error of a value is uniform in half a step: 1/254/3**0.5 = 0.23 % of its channel's
+    largest, about 0.5 % of its channel's root mean square. Some 20 products on the way to a logit
+    add 20**0.5 times as much: 2 % of logits of 3 units is 0.06.
     """
     model = PaliGemma(sizes)
     params, int8 = base(sizes)
@@ -116,7 +120,8 @@ def test_log_probabilities_stay_near_those_of_float32(sizes):
 
 @models
 def test_adapters_learn_on_a_frozen_int8_base(sizes):
-    """A supervised step moves every adapter that has a gradient, lowers the loss, and leaves the base as it is."""
+    """A supervised step moves every adapter that has a gradient, lowers the loss, and leaves the
+    base as it is."""
     model = PaliGemma(replace(sizes, lora=ADAPTERS))
     int8 = base(sizes)[1]
     adapters = pick(jax.jit(model.init)(jax.random.key(1)), is_adapter)

@@ -1,4 +1,5 @@
-"""What a run writes down between its steps, and when; that its files are those of an unbroken run is in test_story."""
+"""What a run writes down between its steps, and when; that its files are those of an unbroken
+run is in test_story."""
 
 import itertools
 import math
@@ -70,7 +71,10 @@ class Coming:
 
 
 def test_phases_add_up_to_the_time_between_the_ends_of_steps(monkeypatch):
-    """The clock says how often it has been asked: once where a step begins after a pause, and at the end of each phase."""
+    """The clock says how often it has been asked:
+
+    once where a step begins after a pause, and at the end of each phase.
+    """
     ticks = itertools.count()
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     watch, results = timing.StepTimer(), [Coming() for _ in range(6)]
@@ -130,7 +134,8 @@ class NoBatches:
 
 
 def test_a_step_is_read_behind_the_next_and_before_what_is_due_after_it(tiny, tmp_path):
-    """Eight steps, a line every second, a measurement after the third, a checkpoint after the fifth, and all at the end."""
+    """Eight steps, a line every second, a measurement after the third, a checkpoint after the
+    fifth, and all at the end."""
     happened: list[str] = []
 
     def measure(_: object) -> dict[str, float]:
@@ -173,7 +178,8 @@ def test_a_step_is_read_behind_the_next_and_before_what_is_due_after_it(tiny, tm
 def test_a_step_is_read_before_its_pictures_and_where_a_trace_begins_or_ends(
     tiny, tmp_path, monkeypatch
 ):
-    """Pictures after every third of five steps, a trace of the second and third; nothing else is due before the end."""
+    """Pictures after every third of five steps, a trace of the second and third; nothing else is
+    due before the end."""
     happened: list[str] = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda _: happened.append("trace"))
     monkeypatch.setattr(jax.profiler, "stop_trace", lambda: happened.append("traced"))

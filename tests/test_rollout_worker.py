@@ -1,4 +1,7 @@
-"""What a configured set of rewards becomes: functions on the device, workers for text, and what has a say."""
+"""What a configured set of rewards becomes:
+
+functions on the device, workers for text, and what has a say.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +69,8 @@ def test_a_users_device_reward_with_a_fault_is_named(tmp_path):
         "import jax.numpy as jnp\n"
         "def raises(answer, batch, settings):\n    raise KeyError('x')\n"
         "def flat(answer, batch, settings):\n    return jnp.ones(3)\n"
-        "def infinite(answer, batch, settings):\n    return jnp.full(answer.finished.shape, jnp.inf)\n"
+        "def infinite(answer, batch, settings):\n    return jnp.full(answer.finished.shape, "
+        "jnp.inf)\n"
     )
     given = sampled([[0.0, 1.0]])
     rewards = load_device_rewards(
@@ -83,7 +87,8 @@ def test_a_users_device_reward_with_a_fault_is_named(tmp_path):
 
 
 def sampled(totals: list[list[float]], first: int = 0) -> ScoredRollouts:
-    """Returns groups with these rewards, numbered from `first` on in `index` and in their tokens."""
+    """Returns groups with these rewards, numbered from `first` on in `index` and in their
+    tokens."""
     total = jnp.asarray(totals, jnp.float32)
     b, g = total.shape
     batch = unlabelled(
@@ -114,7 +119,10 @@ def test_groups_without_spread_are_replaced_in_order_and_the_others_stay():
 
 
 def test_defect_16_groups_are_kept_by_their_spread_and_not_by_their_mean():
-    """RLLaVA keeps groups whose mean is inside (.01, .99): of rewards that are no probabilities it keeps what teaches nothing."""
+    """RLLaVA keeps groups whose mean is inside (.01, .99):
+
+    of rewards that are no probabilities it keeps what teaches nothing.
+    """
     assert has_spread(sampled([[0.5, 0.5], [1.2, 1.2], [0.0, 0.005], [1.0, 1.4]])).tolist() == [
         False,
         False,

@@ -1,7 +1,8 @@
 """Laws of the two learning steps on real, tiny models: how a step is divided does not change it.
 
-Steps here are those of plain gradient descent with momentum, whose trace is the gradient itself. Adam would divide each gradient
-by its own size, so that an entry of 1e-9, which is all rounding, would move its parameter as far as one of 1.
+Steps here are those of plain gradient descent with momentum, whose trace is the gradient itself.
+Adam would divide each gradient by its own size, so that an entry of 1e-9, which is all rounding,
+would move its parameter as far as one of 1.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,10 @@ from pg_ground.vocab import vocab_of_size
 
 
 def batch_of(model: PaliGemma) -> tuple[Batch, Rollout, jax.Array]:
-    """Returns a batch, a rollout and advantages. The suffix is the first completion of each prompt."""
+    """Returns a batch, a rollout and advantages.
+
+    The suffix is the first completion of each prompt.
+    """
     x = inputs(model)
     batch = unlabelled(*x[:3], x.tokens[:, 0], x.mask[:, 0])
     advantages = jnp.asarray(np.random.default_rng(2).normal(size=(B, G, 1)), jnp.float32)
@@ -106,14 +110,18 @@ def outcome(step: Callable[..., Any], args: tuple[Any, ...]) -> tuple[TrainState
 
 @pytest.fixture(scope="module")
 def whole_steps(pg1, pg2) -> dict[str, tuple[TrainState, dict[str, float]]]:
-    """A supervised step of the one and a reinforced step of the other model, on one device and in one part."""
+    """A supervised step of the one and a reinforced step of the other model, on one device and
+    in one part."""
     return {"sft": outcome(*sft_update(pg1, 1)), "grpo": outcome(*grpo_update(pg2, 1))}
 
 
 def assert_same_step(
     found: tuple[TrainState, dict[str, float]], expected: tuple[TrainState, dict[str, float]]
 ) -> None:
-    """Compares the momentum too: it is the gradient itself, where parameters are mostly what they were before."""
+    """Compares the momentum too:
+
+    it is the gradient itself, where parameters are mostly what they were before.
+    """
     (state, metrics), (expected_state, expected_metrics) = found, expected
     assert state.step == expected_state.step == 1
     assert_close_trees(state.params, expected_state.params)
@@ -132,13 +140,15 @@ def test_micro_batches_do_not_change_a_supervised_step(pg1, whole_steps, parts):
 
 @pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_defect_15_micro_batches_do_not_change_a_reinforced_step(pg2, whole_steps, parts):
-    """RLLaVA divides by the tokens of a micro-batch, ours by those of the whole; EasyR1 keeps a part's metrics, ours add up."""
+    """RLLaVA divides by the tokens of a micro-batch, ours by those of the whole; EasyR1 keeps a
+    part's metrics, ours add up."""
     assert_same_step(outcome(*grpo_update(pg2, parts)), whole_steps["grpo"])
 
 
 @pytest.fixture(params=["bigram", pytest.param("pg1", marks=pytest.mark.slow)])
 def policy(request) -> Tiny:
-    """A policy of three matrices, and PaliGemma, whose updates take ten times as long to compile."""
+    """A policy of three matrices, and PaliGemma, whose updates take ten times as long to
+    compile."""
     return random_bigram() if request.param == "bigram" else request.getfixturevalue("pg1")
 
 
@@ -206,7 +216,10 @@ def test_a_step_moves_the_parameters_and_the_second_update_is_off_policy(pg2, wh
 
 
 def on_devices(mesh: Any, args: tuple[Any, ...], whole: int) -> tuple[Any, ...]:
-    """Returns `args` on the mesh: parameters and optimizer split as `train` does, the `[B, …]` rest along B."""
+    """Returns `args` on the mesh:
+
+    parameters and optimizer split as `train` does, the `[B, …]` rest along B.
+    """
     placed = [jax.device_put(tree, sharding.infer_shardings(mesh, tree)) for tree in args[:whole]]
     return (*placed, *(sharding.put_batch(mesh, tree) for tree in args[whole:]))
 
@@ -237,7 +250,8 @@ def test_eight_devices_make_the_step_of_one(request, whole_steps, monkeypatch, s
 
 
 def test_defect_22_supervised_steps_learn_from_the_suffix_alone(pg1):
-    """The loss is the mean log-likelihood of suffix tokens, EOS included; what stands where there is no suffix says nothing."""
+    """The loss is the mean log-likelihood of suffix tokens, EOS included; what stands where
+    there is no suffix says nothing."""
     step, (state, batch) = sft_update(pg1, 1)
     _, metrics = outcome(step, (state, batch))
     suffix, mask = batch.suffix[:, None], batch.suffix_mask[:, None]
@@ -271,7 +285,8 @@ MESHES = {
     ],
 )
 def test_any_mesh_makes_the_step_of_one_device(pg2, whole_steps, monkeypatch, name):
-    """Prompts over two axes, matrices over heads and hidden units, with the model's own places for activations."""
+    """Prompts over two axes, matrices over heads and hidden units, with the model's own places
+    for activations."""
     monkeypatch.setattr(sharding, "SMALL_BYTES", 0)
     mesh = sharding.make_mesh(MESHES[name])
     model = PaliGemma(pg2.model.config, sharding.activation_sharding(mesh))
@@ -283,7 +298,10 @@ def test_any_mesh_makes_the_step_of_one_device(pg2, whole_steps, monkeypatch, na
 
 
 def test_two_updates_are_policy_gradients_against_the_policy_that_sampled(pg2, whole_steps):
-    """Written out: both ratios are to the parameters before the step, and the reference is the third set of them."""
+    """Written out:
+
+    both ratios are to the parameters before the step, and the reference is the third set of them.
+    """
     _, (state, ref_params, _, rollout, advantages) = grpo_update(pg2, 1)
     optimizer = state_of(pg2.params)[1]
     x = inputs(pg2.model)
@@ -324,7 +342,10 @@ def test_split_and_join_are_inverses_and_keep_devices_together():
 
 
 def test_gradients_of_matrices_are_gathered_in_the_dtype_of_their_products(pg1):
-    """They come in the parameters' float32, but are bfloat16 numbers. The embedding table's are summed finer."""
+    """They come in the parameters' float32, but are bfloat16 numbers.
+
+    The embedding table's are summed finer.
+    """
     x = inputs(pg1.model)
 
     def gradient(dtype: str) -> dict[str, jax.Array]:

@@ -1,4 +1,5 @@
-"""Masks to codes and back, number by number as in big_vision, and files that are no such weights."""
+"""Masks to codes and back, number by number as in big_vision, and files that are no such
+weights."""
 
 import jax
 import numpy as np
@@ -18,7 +19,8 @@ DEPTH = 5
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, np.ndarray]:
-    """Returns random weights in the layout of `vae-oid.npz`, every width another than its neighbours' where it may be."""
+    """Returns random weights in the layout of `vae-oid.npz`, every width another than its
+    neighbours' where it may be."""
     rng = np.random.default_rng(0)
 
     def layer(
@@ -69,7 +71,8 @@ def test_masks_equal_big_visions(golden):
 
 @pytest.mark.needs("torch")
 def test_decoder_and_encoder_equal_torchs_layers(weights, tmp_path):
-    """The published weights were trained in torch, whose names for layers are places in these stacks."""
+    """The published weights were trained in torch, whose names for layers are places in these
+    stacks."""
     import torch
 
     np.savez(tmp_path / "vae.npz", **weights)

@@ -1,4 +1,7 @@
-"""Checkpoints in and out: sizes, shards, dtypes, other resolutions and vocabularies, runs; and what is said of bad ones."""
+"""Checkpoints in and out:
+
+sizes, shards, dtypes, other resolutions and vocabularies, runs; and what is said of bad ones.
+"""
 
 import dataclasses
 import json
@@ -53,7 +56,8 @@ def saved(request, tmp_path_factory) -> tuple[config.Model, dict, Path]:
 
 
 PUBLISHED = {
-    # parameters at 224 pixels: section 1 of the reference, PaliGemma 1's equal keras-hub's published count
+    # parameters at 224 pixels: section 1 of the reference, PaliGemma 1's equal keras-hub's
+    # published count
     "pg1_3b": 2_923_335_408,
     "pg2_3b": 3_032_094_960,
     "pg2_10b": 9_662_409_456,
@@ -138,7 +142,8 @@ def test_names_without_their_first_part_compressed_files_and_fortran_order_load_
 
 @pytest.mark.parametrize("suffix", [".npz", ".orbax", ""])
 def test_parameters_go_straight_into_their_shards(saved, tmp_path, monkeypatch, suffix):
-    """Every leaf is split where it can be, as training splits it, and blocks are smaller than tensors."""
+    """Every leaf is split where it can be, as training splits it, and blocks are smaller than
+    tensors."""
     monkeypatch.setattr(sharding, "SMALL_BYTES", 64)
     monkeypatch.setattr(tensor_files, "BLOCK_BYTES", 1000)
     sizes, params, _ = saved
@@ -319,7 +324,8 @@ def int8_params(model: config.Model, params) -> dict:
 
 @pytest.mark.parametrize("suffix", [".npz", ".orbax", ""])
 def test_matrices_are_quantized_while_they_are_read(saved, tmp_path, monkeypatch, suffix):
-    """Each layer by itself, and a matrix without layers (the projector) although its blocks are rows."""
+    """Each layer by itself, and a matrix without layers (the projector) although its blocks are
+    rows."""
     monkeypatch.setattr(tensor_files, "BLOCK_BYTES", 100)
     sizes, params, _ = saved
     weights_path = tmp_path / f"a{suffix}"

@@ -1,8 +1,9 @@
-"""Makes `tiny.model`, a small sentencepiece model with PaliGemma's ids: `python -m pg_ground.assets.make_tokenizer`.
+"""Makes `tiny.model`, a small sentencepiece model with PaliGemma's ids: `python -m
+pg_ground.assets.make_tokenizer`.
 
-The base vocabulary is Gemma's in miniature (BPE, byte fallback, single digits, no normalisation, no dummy prefix) and
-is trained on sentences composed here. The 1,024 loc and 128 seg pieces are appended as big_vision does it. The script
-needs protobuf; reading the model does not.
+The base vocabulary is Gemma's in miniature (BPE, byte fallback, single digits, no normalisation, no
+dummy prefix) and is trained on sentences composed here. The 1,024 loc and 128 seg pieces are
+appended as big_vision does it. The script needs protobuf; reading the model does not.
 """
 
 import io
@@ -178,7 +179,10 @@ def train_base(sentences: list[str]) -> bytes:
 
 
 def append_pieces(base: bytes) -> bytes:
-    """Returns `base` with `<loc0000>`..`<loc1023>` and `<seg000>`..`<seg127>` behind it: user-defined, score 0."""
+    """Returns `base` with `<loc0000>`..`<loc1023>` and `<seg000>`..`<seg127>` behind it:
+
+    user-defined, score 0.
+    """
     proto = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]: protobuf makes it at import
     model = proto.FromString(base)
     names = [f"<loc{i:04d}>" for i in range(LOC_TOKENS)] + [
@@ -191,7 +195,8 @@ def append_pieces(base: bytes) -> bytes:
 
 
 def corpus() -> list[str]:
-    """Returns sentences whose frequent words become single pieces, and every printable ASCII character."""
+    """Returns sentences whose frequent words become single pieces, and every printable ASCII
+    character."""
     shapes = [f"{colour} {form}" for colour, form in itertools.product(COLOURS, FORMS)]
     sized = [f"{size} {shape}" for size, shape in itertools.product(SIZES, shapes)]
     pairs = [f"{a} ; {b}" for a, b in zip(shapes, shapes[5:] + shapes[:5], strict=True)]

@@ -1,4 +1,7 @@
-"""Stored tensors that are changed while they are read: new vocabulary rows, another resolution, int8."""
+"""Stored tensors that are changed while they are read:
+
+new vocabulary rows, another resolution, int8.
+"""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -27,10 +30,12 @@ logger = logging.getLogger(__name__)
 def with_loc_rows(
     path: Path, tensors: dict[str, StoredTensor], model: Model | None
 ) -> dict[str, StoredTensor]:
-    """Returns `tensors` with embedding rows for the loc and seg tokens, if the table is that of a plain Gemma.
+    """Returns `tensors` with embedding rows for the loc and seg tokens, if the table is that of a
+    plain Gemma.
 
-    A plain Gemma table has 256,000 or 256,128 rows, or 1,152 rows less than the vocabulary of `model`. The new rows are normal
-    with standard deviation 0.02, as in big_vision's `extend_rows`, and the same every time.
+    A plain Gemma table has 256,000 or 256,128 rows, or 1,152 rows less than the vocabulary of
+    `model`. The new rows are normal with standard deviation 0.02, as in big_vision's `extend_rows`,
+    and the same every time.
     """
     table = tensors.get(TABLE)
     new_rows = LOC_TOKENS + SEG_TOKENS
@@ -78,7 +83,8 @@ def resampled_positions(tensor: StoredTensor, model: Model) -> StoredTensor:
 def quantized_tensors(
     tensors: Mapping[str, StoredTensor], abstract: AbstractParams
 ) -> dict[str, StoredTensor]:
-    """Returns `tensors` with int8 values and scales for each matrix whose scales are in `abstract`."""
+    """Returns `tensors` with int8 values and scales for each matrix whose scales are in
+    `abstract`."""
     adapted = dict(tensors)
     for name in abstract:
         if name + SCALE in abstract:

@@ -1,4 +1,5 @@
-"""Converts a checkpoint between big_vision's `.npz`, Hugging Face directories and orbax directories."""
+"""Converts a checkpoint between big_vision's `.npz`, Hugging Face directories and orbax
+directories."""
 
 from pathlib import Path
 
@@ -16,9 +17,11 @@ TOKENIZER_FILES = (
 
 
 def convert(source: Path, target: Path, dtype: str) -> None:
-    """Writes the checkpoint at `source` to `target`, in the format that the name of `target` selects.
+    """Writes the checkpoint at `source` to `target`, in the format that the name of `target`
+    selects.
 
-    Adapters are merged, and int8 matrices become float32. The final soft-cap stays as `source` says it.
+    Adapters are merged, and int8 matrices become float32. The final soft-cap stays as `source` says
+    it.
 
     Args:
       dtype: dtype of all tensors; "" keeps their dtypes.

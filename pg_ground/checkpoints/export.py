@@ -20,11 +20,13 @@ from pg_ground.types import Params, UserError
 def save(path: str | Path, params: Params, model: Model | None = None, dtype: str = "") -> None:
     """Writes parameters in the format that the name of `path` selects.
 
-    `NAME.npz` is big_vision's format, `NAME.orbax` is an orbax directory, and any other name is a Hugging Face directory. Adapters
-    are merged, and int8 matrices become float32. If writing fails, nothing is left at `path`.
+    `NAME.npz` is big_vision's format, `NAME.orbax` is an orbax directory, and any other name is a
+    Hugging Face directory. Adapters are merged, and int8 matrices become float32. If writing fails,
+    nothing is left at `path`.
 
     Args:
-      model: sizes of the model. Only an `.npz` of float parameters without adapters does not need them.
+      model: sizes of the model. Only an `.npz` of float parameters without adapters does not need
+        them.
       dtype: dtype of all tensors; "" keeps their dtypes.
 
     Raises:
@@ -34,7 +36,8 @@ def save(path: str | Path, params: Params, model: Model | None = None, dtype: st
     has_adapters = any(map(is_adapter, names))
     if has_adapters and (model is None or not model.lora.rank):
         raise UserError(
-            f"{path}: the parameters have adapters, so `model` with its lora section is needed to merge them"
+            f"{path}: the parameters have adapters, so `model` with its lora section is needed to "
+            "merge them"
         )
     if has_adapters or any(map(is_scale, names)):
         params = lora.merge(params, Lora() if model is None else model.lora)
@@ -49,7 +52,10 @@ def write(
     dtype: str = "",
     extra_files: Sequence[Path] = (),
 ) -> None:
-    """Writes tensors as `save` writes parameters. A Hugging Face directory gets copies of `extra_files`."""
+    """Writes tensors as `save` writes parameters.
+
+    A Hugging Face directory gets copies of `extra_files`.
+    """
     if path.exists():
         raise UserError(f"{path} exists already: remove it, or choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,7 @@
-"""Reads and writes Hugging Face directories: `config.json` and safetensors, in one file or in shards."""
+"""Reads and writes Hugging Face directories:
+
+`config.json` and safetensors, in one file or in shards.
+"""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -56,7 +59,10 @@ class Tensor(NamedTuple):
     dtype: np.dtype
 
     def read(self, rows: slice | None = None) -> np.ndarray:
-        """Returns all values, or some rows. The file is opened anew each time, so that its memory can be released."""
+        """Returns all values, or some rows.
+
+        The file is opened anew each time, so that its memory can be released.
+        """
         try:
             with safe_open(self.path, framework="numpy") as file:
                 return file.get_tensor(self.key) if rows is None else file.get_slice(self.key)[rows]
@@ -65,11 +71,12 @@ class Tensor(NamedTuple):
 
 
 def open_directory(folder: Path) -> tuple[HubConfig, dict[str, StoredTensor]]:
-    """Returns the settings and the tensors of a Hugging Face directory, under big_vision's names and without filler rows.
+    """Returns the settings and the tensors of a Hugging Face directory, under big_vision's names
+    and without filler rows.
 
     Raises:
-      UserError: a file, a layer or a tensor is missing, unknown, cut short, or has another shape than in layer 0 (the error lists
-        all of them), or the head is not tied to the embedding.
+      UserError: a file, a layer or a tensor is missing, unknown, cut short, or has another shape
+        than in layer 0 (the error lists all of them), or the head is not tied to the embedding.
     """
     hub = read_config(folder)
     files = {
@@ -98,7 +105,8 @@ def open_directory(folder: Path) -> tuple[HubConfig, dict[str, StoredTensor]]:
     problems += [f"{name}: not a parameter of a PaliGemma {generation}" for name in unknown]
     if problems:
         raise UserError(
-            f"{folder} does not hold a PaliGemma as its config.json describes it: {'; '.join(problems)}"
+            f"{folder} does not hold a PaliGemma as its config.json describes it: "
+            f"{'; '.join(problems)}"
         )
     _check_tied(folder, head, files[EMBED_TOKENS])
     return hub, tensors
@@ -112,7 +120,8 @@ def _list_tensors(folder: Path) -> dict[str, Tensor]:
         path = folder / file
         if not path.is_file():
             raise UserError(
-                f"{path} does not exist, but {index.name} says that it holds {names[0]} and {len(names) - 1} more"
+                f"{path} does not exist, but {index.name} says that it holds {names[0]} and "
+                f"{len(names) - 1} more"
             )
         tensors |= _tensors_of_file(path)
         missing = [name for name in names if hub_name(name) not in tensors]
@@ -203,7 +212,8 @@ def _head_counts(row: Row, hub: HubConfig) -> dict[str, int]:
 
 
 def _stored_tensor(row: Row, layers: list[list[Tensor]], hub: HubConfig) -> StoredTensor:
-    """Returns the big_vision tensor that one row of the table makes of the tensors of all layers and parts."""
+    """Returns the big_vision tensor that one row of the table makes of the tensors of all layers
+    and parts."""
     first = layers[0][0]
     if row.name == EMBEDDING:
         return _stored_embedding(first, hub)
@@ -249,17 +259,20 @@ def _check_tied(folder: Path, head: Tensor | None, embedding: Tensor) -> None:
     )
     if not is_tied:
         raise UserError(
-            f"{folder}: {head.key} differs from the embedding: PaliGemma's head is tied to its embedding"
+            f"{folder}: {head.key} differs from the embedding: PaliGemma's head is tied to its "
+            "embedding"
         )
 
 
 def save_directory(
     folder: Path, model: Model, tensors: Mapping[str, StoredTensor], dtype: str
 ) -> None:
-    """Writes a Hugging Face directory that transformers loads and that computes what `model` computes.
+    """Writes a Hugging Face directory that transformers loads and that computes what `model`
+    computes.
 
-    The 64 filler rows of the embedding are the mean of the other rows. Their logits are then never the largest, so a greedy
-    `generate` never draws them. At most `SHARD_BYTES` are in memory at a time.
+    The 64 filler rows of the embedding are the mean of the other rows. Their logits are then never
+    the largest, so a greedy `generate` never draws them. At most `SHARD_BYTES` are in memory at a
+    time.
 
     Args:
       dtype: dtype of all tensors; "" keeps their dtypes.

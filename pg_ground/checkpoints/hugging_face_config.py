@@ -27,10 +27,13 @@ class HubConfig(NamedTuple):
 
 
 def read_config(folder: Path) -> HubConfig:
-    """Returns the settings of a directory's `config.json`. Absent settings have the defaults of transformers.
+    """Returns the settings of a directory's `config.json`.
+
+    Absent settings have the defaults of transformers.
 
     Raises:
-      UserError: the file does not exist, does not belong to a PaliGemma, or has a constant that no published PaliGemma has.
+      UserError: the file does not exist, does not belong to a PaliGemma, or has a constant that no
+        published PaliGemma has.
     """
     path = folder / "config.json"
     settings = _read_paligemma(path)
@@ -114,14 +117,19 @@ def _check_constants(path: Path, text: dict[str, Any]) -> None:
 
 
 def _positive(path: Path, name: str, value: Any, number: type) -> Any:
-    """Returns `value`. Raises UserError if it is not a number above 0 (a whole number if `number` is int)."""
+    """Returns `value`.
+
+    Raises UserError if it is not a number above 0 (a whole number if `number` is int).
+    """
     if isinstance(value, bool) or not isinstance(value, (int, number)) or value <= 0:
         raise UserError(f"{path}: {name} is {value!r}, but it must be a number above 0")
     return value
 
 
 def to_hub_config(model: Model, dtype: str) -> dict[str, Any]:
-    """Returns the `config.json` of a model. Every layer has full attention, and the final soft-cap is the model's.
+    """Returns the `config.json` of a model.
+
+    Every layer has full attention, and the final soft-cap is the model's.
 
     Raises:
       UserError: the model is a Gemma 1 that scales queries or logits as only Gemma 2 can.
@@ -172,7 +180,8 @@ def _text_config(model: Model, dtype: str) -> dict[str, Any]:
         "query_pre_attn_scalar": round(scalar) if is_whole else scalar,
         "attn_logit_softcapping": text.attn_softcap or None,
         "final_logit_softcapping": text.final_softcap or None,
-        # PaliGemma 2 was trained without Gemma 2's sliding window. Prefixes at 896 pixels are longer than the window.
+        # PaliGemma 2 was trained without Gemma 2's sliding window. Prefixes at 896 pixels are
+        # longer than the window.
         "layer_types": ["full_attention"] * text.depth,
         "sliding_window": 8192,
     }
@@ -185,7 +194,8 @@ def _check_gemma1(text: Text) -> None:
         unsupported.append("query_scale")
     if unsupported:
         raise UserError(
-            f"a Hugging Face Gemma 1 has no {', '.join(unsupported)}: model.text.{unsupported[0]} cannot be written"
+            f"a Hugging Face Gemma 1 has no {', '.join(unsupported)}: model.text.{unsupported[0]} "
+            "cannot be written"
         )
 
 

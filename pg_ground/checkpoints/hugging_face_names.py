@@ -1,7 +1,8 @@
 """One table of parameter names and shapes: big_vision's and Hugging Face's.
 
-Hugging Face checkpoints come with three spellings of the names: the hub's, the one of transformers 5 in memory, and the mix that
-its `save_pretrained` writes. All three are read. The hub's spelling is written, because all versions read it.
+Hugging Face checkpoints come with three spellings of the names: the hub's, the one of transformers
+5 in memory, and the mix that its `save_pretrained` writes. All three are read. The hub's spelling
+is written, because all versions read it.
 """
 
 from typing import NamedTuple
@@ -20,7 +21,10 @@ class Row(NamedTuple):
     name: str
     """big_vision's name."""
     hub_names: tuple[str, ...]
-    """Names in the hub's spelling, where {i} is the layer. Two names are two parts of one parameter of big_vision."""
+    """Names in the hub's spelling, where {i} is the layer.
+
+    Two names are two parts of one parameter of big_vision.
+    """
     pattern: str
     """einops pattern: axes of one layer and part in Hugging Face -> axes in big_vision."""
 
@@ -75,7 +79,8 @@ def _tower() -> tuple[Row, ...]:
 def _decoder(is_gemma2: bool) -> tuple[Row, ...]:
     """Returns the rows of a decoder.
 
-    `post_attention_layernorm` is the norm before the MLP in Gemma 1, and the norm after attention in Gemma 2.
+    `post_attention_layernorm` is the norm before the MLP in Gemma 1, and the norm after attention
+    in Gemma 2.
     """
     block = "llm/layers/"
     layer = TEXT + "layers.{i}."

@@ -25,7 +25,10 @@ from pg_ground.types import POLICY, Params, TrainState, UserError
 
 
 class Checkpoints:
-    """The checkpoints in one directory. The end of the `with` block waits until everything is written."""
+    """The checkpoints in one directory.
+
+    The end of the `with` block waits until everything is written.
+    """
 
     def __init__(self, directory: Path, keep: int):
         options = ocp.CheckpointManagerOptions(
@@ -39,7 +42,8 @@ class Checkpoints:
     def __exit__(
         self, kind: type | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # After an error of several processes, another one may have ended. Waiting for it would never end.
+        # After an error of several processes, another one may have ended. Waiting for it would
+        # never end.
         if error is None or jax.process_count() == 1:
             self._manager.close()
 
@@ -65,7 +69,8 @@ class Checkpoints:
         """Returns the state of a checkpoint with the shapes, dtypes and shardings of `abstract`.
 
         Raises:
-          UserError: the checkpoint has other arrays. An earlier version of this package or other settings wrote it.
+          UserError: the checkpoint has other arrays. An earlier version of this package or other
+            settings wrote it.
         """
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(abstract.params[POLICY]),
@@ -91,7 +96,10 @@ def _without_policy(state: TrainState) -> dict[str, Any]:
 
 
 def save_tree(path: Path, tree: Params) -> None:
-    """Writes a tree of arrays and waits until it is complete. A failed write leaves nothing at `path`."""
+    """Writes a tree of arrays and waits until it is complete.
+
+    A failed write leaves nothing at `path`.
+    """
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.absolute(), tree, force=True)
 
@@ -144,7 +152,10 @@ def remove_tree(path: Path) -> None:
 
 
 def save_best(workdir: Path, step: int, params: Params) -> Path:
-    """Writes the best parameters so far, then removes those of other steps. Returns their folder."""
+    """Writes the best parameters so far, then removes those of other steps.
+
+    Returns their folder.
+    """
     folder = workdir / BEST / str(step)
     if not (folder / "params").is_dir():  # a resumed run reaches the same step with the same values
         save_tree(folder / "params", params)

@@ -40,8 +40,9 @@ def patch_count(model: Model) -> int:
 def model_from_shapes(shapes: Shapes, path: str) -> Model:
     """Returns the sizes that big_vision's parameter shapes imply.
 
-    Shapes do not tell the scale of queries and the soft-caps. If the shapes are those of a published decoder, they are taken from
-    it. For other decoders, queries are scaled by head_dim**-0.5, and attention is soft-capped at 50 in a Gemma 2.
+    Shapes do not tell the scale of queries and the soft-caps. If the shapes are those of a
+    published decoder, they are taken from it. For other decoders, queries are scaled by
+    head_dim**-0.5, and attention is soft-capped at 50 in a Gemma 2.
 
     Raises:
       UserError: a parameter is missing or its shape is impossible.
@@ -79,7 +80,8 @@ def model_from_shapes(shapes: Shapes, path: str) -> Model:
 
 
 def _check_plausible(shapes: Shapes, path: str) -> None:
-    """Raises UserError if a needed parameter is missing, or if its shape cannot belong to a PaliGemma."""
+    """Raises UserError if a needed parameter is missing, or if its shape cannot belong to a
+    PaliGemma."""
     problem = f"{path} is not a PaliGemma checkpoint"
     missing = [name for name in _AXES if name not in shapes]
     if missing:
@@ -100,7 +102,8 @@ def _check_plausible(shapes: Shapes, path: str) -> None:
     heads, kv_heads = shapes["llm/layers/attn/q_einsum/w"][1], key_value[2]
     if kv_heads and heads % kv_heads:
         wrong.append(
-            f"llm/layers/attn/kv_einsum/w: {key_value}, whose {kv_heads} heads do not divide the {heads} query heads"
+            f"llm/layers/attn/kv_einsum/w: {key_value}, whose {kv_heads} heads do not divide the "
+            f"{heads} query heads"
         )
     if wrong:
         raise UserError(f"{problem}: {'; '.join(wrong)}")
@@ -115,7 +118,8 @@ def resolve_model(
       stored: sizes of the checkpoint.
       requested: sizes that the caller wants; None means the stored sizes.
       resample: position embeddings of another resolution are resampled.
-      has_scales: the checkpoint itself says its query scale and its soft-cap, so that they must agree.
+      has_scales: the checkpoint itself says its query scale and its soft-cap, so that they must
+        agree.
 
     Raises:
       UserError: the resolutions differ and `resample` is False, or attention is scaled differently.
@@ -135,15 +139,20 @@ def resolve_model(
         return model  # check_fit reports both shapes
     if model.image_size != stored.image_size and not resample:
         raise UserError(
-            f"{path} was trained at {stored.image_size} pixels ({POSITIONS} has {patch_count(stored)} positions), "
-            f"but model.image_size is {model.image_size} ({patch_count(model)}): take the checkpoint of that resolution, "
+            f"{path} was trained at {stored.image_size} pixels ({POSITIONS} has "
+            f"{patch_count(stored)} positions), "
+            f"but model.image_size is {model.image_size} ({patch_count(model)}): take the "
+            "checkpoint of that resolution, "
             "or set resample_positions"
         )
     return model
 
 
 def check_fit(path: str | Path, in_file: Shapes, in_model: Shapes) -> None:
-    """Raises UserError if names or shapes differ. The error lists every missing name, unknown name and other shape."""
+    """Raises UserError if names or shapes differ.
+
+    The error lists every missing name, unknown name and other shape.
+    """
     wrong = [
         f"{name}: missing, {in_model[name]} in the model"
         for name in sorted(in_model.keys() - in_file.keys())

@@ -1,9 +1,9 @@
 """Paths and settings in the working directory of a run.
 
-WORKDIR/config.json                the run's settings
-WORKDIR/checkpoints/<step>/params  trained parameters; the newest `checkpoint.keep` steps stay
-WORKDIR/best/<step>/params         parameters with the best evaluation, if `checkpoint.best` names a metric
-WORKDIR/frozen                     parameters that are not trained, written once
+WORKDIR/config.json                the run's settings WORKDIR/checkpoints/<step>/params  trained
+parameters; the newest `checkpoint.keep` steps stay WORKDIR/best/<step>/params         parameters
+with the best evaluation, if `checkpoint.best` names a metric WORKDIR/frozen
+parameters that are not trained, written once
 """
 
 import json
@@ -39,7 +39,10 @@ def run_config(workdir: Path) -> config.Config:
 
 
 def is_run(folder: Path) -> bool:
-    """Returns whether `folder` is the working directory of a run: its `config.json` lists stages."""
+    """Returns whether `folder` is the working directory of a run:
+
+    its `config.json` lists stages.
+    """
     file = folder / CONFIG_FILE
     return file.is_file() and "stages" in read_json(file)
 
@@ -47,7 +50,8 @@ def is_run(folder: Path) -> bool:
 def find_checkpoint(path: Path) -> RunCheckpoint:
     """Returns the checkpoint that `path` means.
 
-    `path` is a working directory (its newest checkpoint), a run's `best`, a step's folder, or the `params` folder of a step.
+    `path` is a working directory (its newest checkpoint), a run's `best`, a step's folder, or the
+    `params` folder of a step.
 
     Raises:
       UserError: `path` does not belong to a run, or the run has no checkpoint.
@@ -60,7 +64,8 @@ def find_checkpoint(path: Path) -> RunCheckpoint:
     if step.parent.name in ("checkpoints", BEST) and (step / "params").is_dir():
         return RunCheckpoint(step.parent.parent, step)
     raise UserError(
-        f"{path} is not a checkpoint: neither a Hugging Face directory nor the working directory of a run "
+        f"{path} is not a checkpoint: neither a Hugging Face directory nor the working directory "
+        "of a run "
         f"(it has no {CONFIG_FILE})"
     )
 
@@ -74,7 +79,8 @@ def best(folder: Path) -> Path:
     step_folders = [step for step in folder.glob("*") if (step / "params").is_dir()]
     if not step_folders:
         raise UserError(
-            f"{folder} is empty: expected {folder}/<step>/params of a run with config.checkpoint.best"
+            f"{folder} is empty: expected {folder}/<step>/params of a run with "
+            "config.checkpoint.best"
         )
     return max(step_folders, key=lambda step: int(step.name))
 

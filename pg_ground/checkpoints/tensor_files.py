@@ -1,7 +1,8 @@
-"""Checkpoints on disk as named tensors that are read block by block, and big_vision's `.npz` format in both directions.
+"""Checkpoints on disk as named tensors that are read block by block, and big_vision's `.npz` format
+in both directions.
 
-A whole checkpoint is never in host memory. A tensor is a sequence of blocks (one layer, or some rows), and `read_sharded` copies
-each block into the shards that it belongs to.
+A whole checkpoint is never in host memory. A tensor is a sequence of blocks (one layer, or some
+rows), and `read_sharded` copies each block into the shards that it belongs to.
 """
 
 import zipfile
@@ -32,11 +33,15 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     blocks: Callable[[], Iterator[tuple[BlockIndex, np.ndarray]]]
-    """Yields `(index, block)` in C order. `tensor[index] = block` for all blocks fills the tensor."""
+    """Yields `(index, block)` in C order.
+
+    `tensor[index] = block` for all blocks fills the tensor.
+    """
 
 
 def stack_axes(name: str) -> int:
-    """Returns how many leading axes of a parameter count layers and parts (keys and values, or gate and value)."""
+    """Returns how many leading axes of a parameter count layers and parts (keys and values, or
+    gate and value)."""
     if "/layers/" not in name and "/encoderblock/" not in name:
         return 0
     return 2 if name.endswith(("kv_einsum/w", "mlp/gating_einsum")) else 1
@@ -47,7 +52,8 @@ def block_indices(
 ) -> Iterator[tuple[BlockIndex, tuple[int, ...]]]:
     """Yields the index and the shape of each block of a tensor.
 
-    A block is one layer (or one part of a layer). A tensor without layers has blocks of rows of at most `BLOCK_BYTES`.
+    A block is one layer (or one part of a layer). A tensor without layers has blocks of rows of at
+    most `BLOCK_BYTES`.
     """
     stacked = stack_axes(name)
     if stacked or not shape:
@@ -81,14 +87,18 @@ def read_whole(tensor: StoredTensor) -> np.ndarray:
 def read_sharded(
     tensors: Mapping[str, StoredTensor], abstract: AbstractParams
 ) -> dict[str, jax.Array]:
-    """Returns the tensors that `abstract` names as arrays with its dtypes and shardings. Reads one tensor after the other."""
+    """Returns the tensors that `abstract` names as arrays with its dtypes and shardings.
+
+    Reads one tensor after the other.
+    """
     return {name: _sharded_array(tensors[name], leaf) for name, leaf in abstract.items()}
 
 
 def _sharded_array(tensor: StoredTensor, abstract: jax.ShapeDtypeStruct) -> jax.Array:
     """Returns a tensor as a sharded array.
 
-    The shards of this process are filled on the host, block by block. Then they are copied to their devices, one by one.
+    The shards of this process are filled on the host, block by block. Then they are copied to their
+    devices, one by one.
     """
     sharding = abstract.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     indices: Mapping[jax.Device, Any] = sharding.addressable_devices_indices_map(tensor.shape)
@@ -143,8 +153,8 @@ def open_npz(path: str | Path) -> dict[str, StoredTensor]:
     big_vision stores bfloat16 as a 2-byte void dtype.
 
     Raises:
-      UserError: the file does not exist, is cut short, is not an `.npz`, or holds a dtype that is not a float. A damaged block
-        raises UserError when it is read.
+      UserError: the file does not exist, is cut short, is not an `.npz`, or holds a dtype that is
+        not a float. A damaged block raises UserError when it is read.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -168,7 +178,8 @@ def open_npz(path: str | Path) -> dict[str, StoredTensor]:
         name = member.removesuffix(".npy").removeprefix("params/")
         if header.dtype.name not in FLOATS:
             raise UserError(
-                f"{path} is not a big_vision .npz checkpoint: {name} in it has dtype {header.dtype}, "
+                f"{path} is not a big_vision .npz checkpoint: {name} in it has dtype "
+                f"{header.dtype}, "
                 f"not one of {', '.join(FLOATS)}"
             )
         blocks = _npz_blocks(path, member, name, header)
@@ -227,7 +238,10 @@ def _npz_blocks(
 
 
 def save_npz(path: Path, tensors: Mapping[str, StoredTensor], dtype: str) -> None:
-    """Writes a big_vision `.npz` block by block, with names under `params/`. With `dtype` "" each tensor keeps its dtype."""
+    """Writes a big_vision `.npz` block by block, with names under `params/`.
+
+    With `dtype` "" each tensor keeps its dtype.
+    """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name, tensor in tensors.items():
             target_dtype = np.dtype(dtype or tensor.dtype)
@@ -245,5 +259,8 @@ def save_npz(path: Path, tensors: Mapping[str, StoredTensor], dtype: str) -> Non
 
 
 def _npz_dtype(dtype: np.dtype) -> np.dtype:
-    """Returns the dtype in the file. numpy files cannot name bfloat16, so big_vision writes a 2-byte void."""
+    """Returns the dtype in the file.
+
+    numpy files cannot name bfloat16, so big_vision writes a 2-byte void.
+    """
     return np.dtype("V2") if dtype == ml_dtypes.bfloat16 else dtype

@@ -1,7 +1,10 @@
-"""Parameters from published checkpoints and from runs. Inside the package all names are big_vision's.
+"""Parameters from published checkpoints and from runs.
 
-Readable: big_vision's `.npz`, Hugging Face directories, working directories of runs, single checkpoints of runs, and the orbax
-directories that `convert` writes. Each tensor is read directly into its shards.
+Inside the package all names are big_vision's.
+
+Readable: big_vision's `.npz`, Hugging Face directories, working directories of runs, single
+checkpoints of runs, and the orbax directories that `convert` writes. Each tensor is read directly
+into its shards.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -50,11 +53,17 @@ class Checkpoint(NamedTuple):
     model: PaliGemma
     """Without adapters: reading merges the adapters of a run."""
     abstract: AbstractParams
-    """Shapes and dtypes of the float parameters, with adapters merged. int8 matrices are float32 here."""
+    """Shapes and dtypes of the float parameters, with adapters merged.
+
+    int8 matrices are float32 here.
+    """
     tensors: Mapping[str, StoredTensor]
     """Empty for orbax checkpoints, whose arrays are read whole (and sharded)."""
     read: Callable[[AbstractParams], dict[str, jax.Array]]
-    """(abstract parameters) → arrays by name, with these dtypes and shardings. Matrices with scales are quantized."""
+    """(abstract parameters) → arrays by name, with these dtypes and shardings.
+
+    Matrices with scales are quantized.
+    """
 
 
 def load(
@@ -67,22 +76,22 @@ def load(
 ) -> tuple[PaliGemma, Params]:
     """Returns the model and the parameters of a checkpoint.
 
-    The sizes of the model are read from the checkpoint. Shapes do not tell soft-caps and the query scale: they come from its
-    `config.json`, or from the published model with these shapes. The final soft-cap is off unless `sizes` has one. A plain Gemma
-    table gets PaliGemma's 1,152 rows.
+    The sizes of the model are read from the checkpoint. Shapes do not tell soft-caps and the query
+    scale: they come from its `config.json`, or from the published model with these shapes. The
+    final soft-cap is off unless `sizes` has one. A plain Gemma table gets PaliGemma's 1,152 rows.
 
     Args:
-      path: a big_vision `.npz`, a Hugging Face directory, a run (its newest checkpoint, or RUN/best; adapters are merged), or an
-        orbax directory that `convert` wrote.
+      path: a big_vision `.npz`, a Hugging Face directory, a run (its newest checkpoint, or
+        RUN/best; adapters are merged), or an orbax directory that `convert` wrote.
       sizes: the sizes that the model must have; None takes those of the checkpoint.
       mesh: devices over which the parameters are sharded; None means the first device.
       dtype: dtype of all parameters; "" keeps the dtypes of the checkpoint.
-      resample_positions: position embeddings of another resolution than `sizes.image_size` are resampled as in big_vision.
-        Without it they are an error.
+      resample_positions: position embeddings of another resolution than `sizes.image_size` are
+        resampled as in big_vision. Without it they are an error.
 
     Raises:
-      UserError: the path does not exist, is not a PaliGemma, or its names and shapes are not those of `sizes`. The error lists
-        all of them.
+      UserError: the path does not exist, is not a PaliGemma, or its names and shapes are not those
+        of `sizes`. The error lists all of them.
     """
     checkpoint = open_checkpoint(path, sizes, resample_positions)
     abstract = {
@@ -104,7 +113,9 @@ def open_checkpoint(
     resample_positions: bool = False,
     keep_final_softcap: bool = False,
 ) -> Checkpoint:
-    """Returns the checkpoint at `path` with only names and shapes read. The arguments are those of `load`.
+    """Returns the checkpoint at `path` with only names and shapes read.
+
+    The arguments are those of `load`.
 
     Args:
       keep_final_softcap: the final soft-cap of a Hugging Face `config.json` stays on.
@@ -117,7 +128,8 @@ def open_checkpoint(
         if path.exists() or path.suffix == ".npz":
             return _open_files(path, tensor_files.open_npz(path), None, sizes, resample_positions)
         raise UserError(
-            f"{path}: no such file or directory; expected an .npz, a Hugging Face directory or a run"
+            f"{path}: no such file or directory; expected an .npz, a Hugging Face directory or a "
+            "run"
         )
     model_file = path / MODEL_FILE
     if model_file.is_file():
@@ -140,7 +152,8 @@ def _is_hugging_face(folder: Path) -> bool:
 
 
 def tokenizer_path(path: Path) -> str:
-    """Returns the path of the sentencepiece model of a run or of a Hugging Face directory; "" if there is none."""
+    """Returns the path of the sentencepiece model of a run or of a Hugging Face directory; "" if
+    there is none."""
     if not path.is_dir():
         return ""
     if (path / "tokenizer.model").is_file():
@@ -158,7 +171,10 @@ def _open_files(
     sizes: Model | None,
     resample: bool,
 ) -> Checkpoint:
-    """Returns a checkpoint of tensor files: an `.npz` (`hub` is None) or a Hugging Face directory."""
+    """Returns a checkpoint of tensor files:
+
+    an `.npz` (`hub` is None) or a Hugging Face directory.
+    """
     tensors = adaptation.with_loc_rows(path, tensors, sizes)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     stored = model_from_shapes(shapes, str(path))
@@ -186,12 +202,16 @@ def _open_files(
 def _open_orbax(
     path: Path, stored: Model, folders: Sequence[Path], sizes: Model | None, resample: bool
 ) -> Checkpoint:
-    """Returns a checkpoint of one or two orbax trees: trained parameters, and those that are frozen."""
+    """Returns a checkpoint of one or two orbax trees:
+
+    trained parameters, and those that are frozen.
+    """
     trees = [manager.describe(folder) for folder in folders]
     repeated = sorted(set.intersection(*map(set, trees))) if len(trees) > 1 else []
     if repeated:
         raise UserError(
-            f"{folders[0]} and {folders[1]} both hold {', '.join(repeated)}: one of them belongs to another run"
+            f"{folders[0]} and {folders[1]} both hold {', '.join(repeated)}: one of them belongs "
+            "to another run"
         )
     leaves = {name: leaf for tree in trees for name, leaf in tree.items()}
     shapes = {name: leaf.shape for name, leaf in leaves.items() if not is_scale(name)}
@@ -255,7 +275,8 @@ def _with_shardings(tree: AbstractParams, abstract: AbstractParams) -> AbstractP
 def _convert_one_by_one(
     params: dict[str, jax.Array], abstract: AbstractParams, stored: Model, model: Model
 ) -> dict[str, jax.Array]:
-    """Returns the restored parameters of a run with adapters merged, in the dtypes and shardings of `abstract`.
+    """Returns the restored parameters of a run with adapters merged, in the dtypes and shardings of
+    `abstract`.
 
     Parameters are converted one after the other: only one of them is in memory twice.
     """

@@ -7,7 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import jax
@@ -34,6 +34,7 @@ ready one step later.
 """
 
 
+@runtime_checkable
 class BatchIterator(Protocol):
     """An endless iterator of batches that continues exactly from a saved state."""
 

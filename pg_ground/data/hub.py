@@ -27,7 +27,10 @@ CANNOT_GET = (HTTPError, OSError, ValueError)
 """huggingface_hub raises these if a dataset is missing or private, or if the Hub is down."""
 
 Splits = dict[tuple[str, str], list[str]]
-"""Files by (config, split). The config "" is the default: the one that a uri without config means."""
+"""Files by (config, split).
+
+The config "" is the default: the one that a uri without config means.
+"""
 
 DEFAULT = "default"
 

@@ -1,8 +1,10 @@
-"""The Gemma 1 and Gemma 2 decoder over a prefix shared by G completions, with big_vision's parameter names.
+"""The Gemma 1 and Gemma 2 decoder over a prefix shared by G completions, with big_vision's
+parameter names.
 
-Every activation is `[B, G, t, …]`: the prefix itself is the case G = 1. A token attends to the prefix cache of its prompt
-(one for the whole group: the group is one more axis of the queries, never a repeated batch) and to the tokens of its own
-completion. Facts: big_vision/models/proj/paligemma/gemma_bv.py; arXiv 2403.08295 (Gemma), 2408.00118 (Gemma 2).
+Every activation is `[B, G, t, …]`: the prefix itself is the case G = 1. A token attends to the
+prefix cache of its prompt (one for the whole group: the group is one more axis of the queries,
+never a repeated batch) and to the tokens of its own completion. Facts:
+big_vision/models/proj/paligemma/gemma_bv.py; arXiv 2403.08295 (Gemma), 2408.00118 (Gemma 2).
 """
 
 from collections.abc import Sequence
@@ -28,14 +30,18 @@ MASKED = -2.3819763e38
 
 
 class KeyValues(NamedTuple):
-    """Keys and values that queries attend to; a layer axis stands in front of all when layers are stacked."""
+    """Keys and values that queries attend to; a layer axis stands in front of all when layers
+    are stacked."""
 
     k: Float[Array, "... K H"]
     v: Float[Array, "... K H"]
 
 
 class Seen(NamedTuple):
-    """Keys and values that queries attend to: of their prompt, `[B, S, K, H]`, or of their own row, `[B, G, S, K, H]`."""
+    """Keys and values that queries attend to:
+
+    of their prompt, `[B, S, K, H]`, or of their own row, `[B, G, S, K, H]`.
+    """
 
     kv: KeyValues
     mask: Bool[Array, "#B #G S"] | None
@@ -136,8 +142,9 @@ def attend(
 ) -> Float[Array, "B G t N H"]:
     """Returns what queries read of all they see, by one softmax.
 
-    The group is one more axis of the queries, never a repeated batch. Logits are held for at most `block` queries of a prompt at
-    once (of all its completions; one of each at least), in the backward pass too; for all of them if `block` is 0.
+    The group is one more axis of the queries, never a repeated batch. Logits are held for at most
+    `block` queries of a prompt at once (of all its completions; one of each at least), in the
+    backward pass too; for all of them if `block` is 0.
     """
 
     def read(q: Float[Array, "B G t N H"], index: Int[Array, " t"]) -> Float[Array, "B G t N H"]:
@@ -205,9 +212,9 @@ class FeedForward(nn.Module):
 def both_products(x: Float[Array, "B G t D"], matrix: Matrix) -> tuple[Array, Array]:
     """Returns x W0 and x W1, where `matrix` holds W0 and W1, `[2, D, F]`.
 
-    One decoding step is a reading of weights. If a TPU is given two products, it first copies a layer's two matrices out of the
-    stack of layers: three times the bytes of one product (PG1 3B, v5e-8, 64 tokens: 634 GB per rollout against 325). On a CPU
-    one product is slower than two.
+    One decoding step is a reading of weights. If a TPU is given two products, it first copies a
+    layer's two matrices out of the stack of layers: three times the bytes of one product (PG1 3B,
+    v5e-8, 64 tokens: 634 GB per rollout against 325). On a CPU one product is slower than two.
     """
 
     def two_products(x: Array, matrix: Matrix) -> tuple[Array, Array]:
@@ -246,7 +253,8 @@ class Block(nn.Module):
         return self._rest(x, y), new
 
     def both(self, streams, prefix_positions, prefix_mask, positions):
-        """The block for prefixes, then for their completions, which see the prefixes' keys and values."""
+        """The block for prefixes, then for their completions, which see the prefixes' keys and
+        values."""
         before, x = streams
         before, seen = self(before, prefix_positions, prefix_mask, None, None, None, None)
         prefix = KeyValues(seen.k[:, 0], seen.v[:, 0])
@@ -256,7 +264,9 @@ class Block(nn.Module):
     def _rest(
         self, x: Float[Array, "B G t D"], y: Float[Array, "B G t D"]
     ) -> Float[Array, "B G t D"]:
-        x = self.hooks.activations(x + (self.post_attention_norm(y) if self.config.post_norms else y))
+        x = self.hooks.activations(
+            x + (self.post_attention_norm(y) if self.config.post_norms else y)
+        )
         y = self.mlp(self.pre_ffw_norm(x))
         return self.hooks.activations(x + (self.post_ffw_norm(y) if self.config.post_norms else y))
 
@@ -308,10 +318,12 @@ class Decoder(nn.Module):
         prefix: KeyValues | None = None,
         prefix_mask: Bool[Array, "B 1 S"] | None = None,
     ) -> tuple[Float[Array, "B G t D"], KeyValues]:
-        """Returns the final hidden states of `x` and its keys and values, stacked over layers as `past` and `prefix` are.
+        """Returns the final hidden states of `x` and its keys and values, stacked over layers as
+        `past` and `prefix` are.
 
-        Masks are True at real tokens; None means that all are real. Without `prefix`, each token sees all real tokens of `x`.
-        With `prefix`, each token sees the real tokens of the prefix, of its row's `past`, and of `x` up to itself.
+        Masks are True at real tokens; None means that all are real. Without `prefix`, each token
+        sees all real tokens of `x`. With `prefix`, each token sees the real tokens of the prefix,
+        of its row's `past`, and of `x` up to itself.
         """
         x, new = self.layers(x, positions, mask, past, past_mask, prefix, prefix_mask)
         return self.final_norm(x), new
@@ -325,7 +337,8 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B G t D"]]:
         """Returns the final hidden states of prefixes and of their completions.
 
-        What two calls give, side by side: each layer's weights serve both while they are gathered, and no cache outlives it.
+        What two calls give, side by side: each layer's weights serve both while they are gathered,
+        and no cache outlives it.
         """
         prefix_mask = prefix_mask[:, None]
         prefix_positions = jnp.cumsum(prefix_mask, axis=2) - 1
@@ -350,14 +363,18 @@ def normal_by_fan_in(axes: tuple[int, ...]) -> nn.initializers.Initializer:
 def loc_sinusoids(width: int) -> Float[Array, "1024 D"]:
     """Returns one row of norm 1 per loc bin, in which neighbouring bins are alike.
 
-    With unrelated rows the 1024 bins are 1024 unrelated classes to a model that starts from nothing.
+    With unrelated rows the 1024 bins are 1024 unrelated classes to a model that starts from
+    nothing.
     """
     rows = sinusoids(np.arange(LOC_TOKENS) / LOC_MAX, width)
     return jnp.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), jnp.float32)
 
 
 def rope(x: Float[Array, "B G t N H"], positions: Int[Array, "B G t"]) -> Float[Array, "B G t N H"]:
-    """Returns `x` rotated by its positions: base 10,000, first half of H against the second (arXiv 2104.09864)."""
+    """Returns `x` rotated by its positions:
+
+    base 10,000, first half of H against the second (arXiv 2104.09864).
+    """
     half = x.shape[-1] // 2
     timescale = 10_000.0 ** (jnp.arange(half, dtype=jnp.float32) / half)
     angle = positions[..., None, None].astype(jnp.float32) / timescale

@@ -1,7 +1,9 @@
-"""PaliGemma as three functions of its parameters: prefill, extend, completion_logps (arXiv 2407.07726, 2412.03555).
+"""PaliGemma as three functions of its parameters: prefill, extend, completion_logps (arXiv
+2407.07726, 2412.03555).
 
-Prefix-LM: image and prompt see each other in both directions; a completion token sees the prefix and its own past; nothing in
-the prefix sees a completion. So the prefix is computed once per prompt, exactly, whatever the number of completions.
+Prefix-LM: image and prompt see each other in both directions; a completion token sees the prefix
+and its own past; nothing in the prefix sees a completion. So the prefix is computed once per
+prompt, exactly, whatever the number of completions.
 """
 
 from collections.abc import Callable
@@ -30,8 +32,9 @@ Image = Float[Array, "B H W 3"] | UInt8[Array, "B H W 3"]
 Score = Callable[[Float[Array, "B G t D"], Float[Array, "B G t V"], Int[Array, "B G t"]], Any]
 """(hidden, logits, tokens) → a tree of `[B, G, t]` arrays.
 
-`hidden` are the final hidden states (after the last norm, in the dtype of activations) of the positions that predict `tokens`.
-`logits` are float32. A value head reads `hidden`; if a score does not, XLA removes it.
+`hidden` are the final hidden states (after the last norm, in the dtype of activations) of the
+positions that predict `tokens`. `logits` are float32. A value head reads `hidden`; if a score does
+not, XLA removes it.
 """
 
 
@@ -78,9 +81,11 @@ class Network(nn.Module):
         tokens: Int[Array, "B G t"],
         mask: Bool[Array, "B G t"] | None = None,
     ) -> tuple[Float[Array, "B G t D"], SuffixCache]:
-        """Returns the hidden states of the next t tokens of each row, and the cache that includes these tokens.
+        """Returns the hidden states of the next t tokens of each row, and the cache that includes
+        these tokens.
 
-        `mask` is True at real tokens; None means that all are real. Only real tokens are added to the cache.
+        `mask` is True at real tokens; None means that all are real. Only real tokens are added to
+        the cache.
         """
         t = tokens.shape[2]
         past, past_mask, length = None, None, jnp.zeros((1, 1), jnp.int32)
@@ -102,7 +107,8 @@ class Network(nn.Module):
         )
         added = jnp.asarray(t) if mask is None else mask.sum(axis=2)
         if past is not None:
-            # Written once, after the loop over layers. Inside the loop, each layer would copy the whole cache.
+            # Written once, after the loop over layers. Inside the loop, each layer would copy the
+            # whole cache.
             new = jax.tree.map(lambda old, x: write_slots(old, x, slots, mask), past, new)
         return hidden, SuffixCache(new.k, new.v, length + added)
 
@@ -113,7 +119,8 @@ class Network(nn.Module):
         prompt_mask: Bool[Array, "B L"],
         tokens: Int[Array, "B G t"],
     ) -> tuple[Float[Array, "B D"], Float[Array, "B G t D"]]:
-        """Returns the hidden states of the last prompt token and of t completion tokens, as `prefix` and `suffix` would."""
+        """Returns the hidden states of the last prompt token and of t completion tokens, as
+        `prefix` and `suffix` would."""
         x, mask = self._embed_prefix(image, prompt, prompt_mask)
         t = tokens.shape[2]
         positions = jnp.broadcast_to(mask.sum(axis=1)[:, None, None] + jnp.arange(t), tokens.shape)
@@ -161,13 +168,15 @@ class PaliGemma:
     ) -> tuple[PrefixCache, Float[Array, "B V"]]:
         """Returns the cache of image and prompt, and float32 logits of the first completion token.
 
-        Prompts may be padded on either side; `prompt_mask` is True at real tokens, of which there is at least one.
+        Prompts may be padded on either side; `prompt_mask` is True at real tokens, of which there
+        is at least one.
         """
         cache, hidden = self._apply(params, "prefix", image, prompt, prompt_mask)
         return cache, self._logits(self._vocabulary(params), hidden)
 
     def suffix_cache(self, prefix: PrefixCache, group_size: int, length: int) -> SuffixCache:
-        """Returns an empty cache for `group_size` completions of up to `length` tokens of each prompt."""
+        """Returns an empty cache for `group_size` completions of up to `length` tokens of each
+        prompt."""
         layers, b, _, k, h = prefix.k.shape
         zeros = jnp.zeros((layers, b, group_size, length, k, h), prefix.k.dtype)
         return SuffixCache(zeros, zeros, jnp.zeros((1, 1), jnp.int32))
@@ -180,13 +189,16 @@ class PaliGemma:
         tokens: Int[Array, "B G t"],
         mask: Bool[Array, "B G t"] | None = None,
     ) -> tuple[Float[Array, "B G t V"], SuffixCache]:
-        """Returns float32 logits of the token after each of `tokens`, and the suffix cache that includes `tokens`.
+        """Returns float32 logits of the token after each of `tokens`, and the suffix cache that
+        includes `tokens`.
 
-        t = 1 decodes; t = T scores whole completions. Each completion attends to the one prefix cache of its prompt.
+        t = 1 decodes; t = T scores whole completions. Each completion attends to the one prefix
+        cache of its prompt.
 
         Args:
-          mask: True at real tokens, for rows that add fewer than t tokens; the cache then has a length for each row. None means
-            that all tokens are real: rows of one length keep one length. Logits at other tokens mean nothing.
+          mask: True at real tokens, for rows that add fewer than t tokens; the cache then has a
+            length for each row. None means that all tokens are real: rows of one length keep one
+            length. Logits at other tokens mean nothing.
         """
         hidden, suffix = self._apply(params, "suffix", prefix, suffix, tokens, mask)
         return self._logits(self._vocabulary(params), hidden), suffix
@@ -201,7 +213,8 @@ class PaliGemma:
         mask: Bool[Array, "B G T"],
         temperature: float = 1.0,
     ) -> tuple[Float[Array, "B G T"], Float[Array, "B G T"]]:
-        """Returns natural log-probabilities of `tokens` and the entropies (nats) they were drawn with; 0 where not `mask`.
+        """Returns natural log-probabilities of `tokens` and the entropies (nats) they were drawn
+        with; 0 where not `mask`.
 
         Both belong to the softmax of logits / `temperature`.
         """
@@ -230,8 +243,9 @@ class PaliGemma:
     ) -> Any:
         """Returns `score`'s tree of `[B, G, T]` arrays for `tokens`, teacher-forced.
 
-        The vocabulary is only ever spread out for `config.logits_block` completion tokens at once, in the backward pass too.
-        Inputs of adapters are dropped (`config.lora.dropout`) only where there is a `dropout_key`.
+        The vocabulary is only ever spread out for `config.logits_block` completion tokens at once,
+        in the backward pass too. Inputs of adapters are dropped (`config.lora.dropout`) only where
+        there is a `dropout_key`.
         """
         params = self._with_cast_matrices(params)
         given = (image, prompt, prompt_mask, tokens[:, :, :-1])
@@ -256,13 +270,15 @@ class PaliGemma:
     def _with_cast_matrices(self, params: Params) -> Params:
         """Returns parameters whose matrices have the dtype they are multiplied in.
 
-        A layer would cast its own, to the same values. Cast before the loop over layers, the gradients that the loop gathers are
-        of that dtype too, as its products are, and half as large (PG2 10B, eight chips of v5p, 64 prompts: 23.7 GiB, now 21.8).
+        A layer would cast its own, to the same values. Cast before the loop over layers, the
+        gradients that the loop gathers are of that dtype too, as its products are, and half as
+        large (PG2 10B, eight chips of v5p, 64 prompts: 23.7 GiB, now 21.8).
         """
         dtype = jnp.dtype(self.config.dtype)
 
         def cast(name: str, leaf: Array) -> Array:
-            # an int8 matrix is cast by its layer: all of them cast would be a bfloat16 copy of the base
+            # an int8 matrix is cast by its layer: all of them cast would be a bfloat16 copy of the
+            # base
             return leaf.astype(dtype) if is_multiplied(name) and leaf.dtype != jnp.int8 else leaf
 
         return map_named(cast, params)

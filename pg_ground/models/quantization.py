@@ -1,9 +1,10 @@
-"""Frozen matrices in int8 with one float32 scale per output channel: a quarter of float32, half of bfloat16.
+"""Frozen matrices in int8 with one float32 scale per output channel: a quarter of float32, half of
+bfloat16.
 
-A quantized matrix is two parameters: `NAME` holds the int8 values and `NAME_scale` the scales. Both are ordinary arrays, so
-checkpoints, sharding rules and memory estimates need no special case. The scheme is symmetric, with the largest absolute value
-of a channel at 127, as in QLoRA's int8 baselines (arXiv 2305.14314) and AQT. Only frozen parameters can be quantized: int8 has no
-gradient.
+A quantized matrix is two parameters: `NAME` holds the int8 values and `NAME_scale` the scales. Both
+are ordinary arrays, so checkpoints, sharding rules and memory estimates need no special case. The
+scheme is symmetric, with the largest absolute value of a channel at 127, as in QLoRA's int8
+baselines (arXiv 2305.14314) and AQT. Only frozen parameters can be quantized: int8 has no gradient.
 """
 
 import re
@@ -20,7 +21,8 @@ from pg_ground.params import SCALE, AbstractParams, matrix_axes
 from pg_ground.types import Array
 
 UNQUANTIZED_DTYPE = "bfloat16"
-"""Dtype of the frozen parameters that are not matrices (embeddings, norms, biases), if matrices are int8."""
+"""Dtype of the frozen parameters that are not matrices (embeddings, norms, biases), if matrices
+are int8."""
 
 
 @jax.tree_util.register_dataclass
@@ -39,7 +41,8 @@ Matrix = Float[Array, "..."] | QuantizedMatrix
 def quantize(name: str, matrix: Float[Array, "..."]) -> QuantizedMatrix:
     """Returns the named matrix in int8. Works on numpy and on jax arrays.
 
-    The error of each value is at most half a step: 1/254 of the largest absolute value of its output channel.
+    The error of each value is at most half a step: 1/254 of the largest absolute value of its
+    output channel.
     """
     axes = matrix_axes(name)
     assert axes is not None, name
@@ -66,10 +69,12 @@ def matrix_param(
 
 
 def product(equation: str, x: Float[Array, "..."], matrix: Matrix) -> Float[Array, "..."]:
-    """Returns `einsum(equation, x, matrix)` in the dtype of `x`. Every product with a parameter matrix goes through here.
+    """Returns `einsum(equation, x, matrix)` in the dtype of `x`.
 
-    A quantized matrix is multiplied as integers (bfloat16 holds -127 to 127 exactly), and the result is scaled: the scale of an
-    output channel is a common factor of its sum.
+    Every product with a parameter matrix goes through here.
+
+    A quantized matrix is multiplied as integers (bfloat16 holds -127 to 127 exactly), and the
+    result is scaled: the scale of an output channel is a common factor of its sum.
     """
     if not isinstance(matrix, QuantizedMatrix):
         return jnp.einsum(equation, x, matrix.astype(x.dtype))
@@ -104,7 +109,10 @@ def abstract_int8(
 
 
 def abstract_frozen(name: str, shape: tuple[int, ...], frozen_dtype: str) -> AbstractParams:
-    """Returns the abstract arrays that store a frozen parameter: two if it is a matrix in int8, otherwise one."""
+    """Returns the abstract arrays that store a frozen parameter:
+
+    two if it is a matrix in int8, otherwise one.
+    """
     if frozen_dtype == "int8" and matrix_axes(name):
         values, scale = abstract_int8(name, shape)
         return {name: values, name + SCALE: scale}
@@ -113,7 +121,10 @@ def abstract_frozen(name: str, shape: tuple[int, ...], frozen_dtype: str) -> Abs
 
 
 def cast_params(params: Mapping[str, Array], abstract: AbstractParams) -> dict[str, Array]:
-    """Returns the named float parameters in the dtypes of `abstract`. Quantizes a matrix if `abstract` has its scale."""
+    """Returns the named float parameters in the dtypes of `abstract`.
+
+    Quantizes a matrix if `abstract` has its scale.
+    """
     arrays: dict[str, Array] = {}
     for name, leaf in abstract.items():
         if name + SCALE in abstract:

@@ -48,7 +48,8 @@ class MlpBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of every patch to every patch; logits are held for at most `block` of them at once, if it is not 0."""
+    """Multi-head attention of every patch to every patch; logits are held for at most `block` of
+    them at once, if it is not 0."""
 
     config: Vision
     block: int
@@ -124,7 +125,8 @@ class Encoder(nn.Module):
 class Tower(nn.Module):
     """Image to one embedding per patch, in row-major order, as wide as the decoder.
 
-    `head` is the multimodal projector: PaliGemma makes it the classifier head of a tower without pooling.
+    `head` is the multimodal projector: PaliGemma makes it the classifier head of a tower without
+    pooling.
     """
 
     config: Vision
@@ -145,7 +147,8 @@ class Tower(nn.Module):
         if image.dtype == jnp.uint8:
             image = image.astype(jnp.float32) / 127.5 - 1
         x = patches(image.astype(self.dtype), c.patch_size)
-        # a product and not nn.Conv, which is the same thing: XLA's gradient of a convolution takes a CPU twenty times as long
+        # a product and not nn.Conv, which is the same thing: XLA's gradient of a convolution takes
+        # a CPU twenty times as long
         kernel = (c.patch_size, c.patch_size, 3, c.width)
         x = Dense(
             "BPyxC,yxCD->BPD", kernel, Lora(), nn.initializers.lecun_normal, name="embedding"
@@ -184,7 +187,8 @@ def patches(image: Float[Array, "B H W 3"], side: int) -> Float[Array, "B P y x 
 
 
 def sinusoids(coordinate: Float[np.ndarray, " n"], width: int) -> Float[np.ndarray, "n D"]:
-    """Returns one row of norm sqrt(width / 2) per coordinate in [0, 1], in which near coordinates are alike.
+    """Returns one row of norm sqrt(width / 2) per coordinate in [0, 1], in which near coordinates
+    are alike.
 
     Sines and cosines at wavelengths from two images down to 1/32 of one.
     """
@@ -206,10 +210,12 @@ def sinusoids_2d(_: Array, shape: tuple[int, int, int]) -> Float[Array, "1 P D"]
 def rematerialised(
     block: type[nn.Module], policy: str, methods: tuple[str, ...] = ("__call__",)
 ) -> type[nn.Module]:
-    """Returns `block` with its activations recomputed in the backward pass, but for what the named policy saves.
+    """Returns `block` with its activations recomputed in the backward pass, but for what the named
+    policy saves.
 
-    `policy` is a name in `jax.checkpoint_policies`, or "none" to keep everything. The block is meant for a scan, which
-    already prevents the common-subexpression elimination that would undo it.
+    `policy` is a name in `jax.checkpoint_policies`, or "none" to keep everything. The block is
+    meant for a scan, which already prevents the common-subexpression elimination that would undo
+    it.
     """
     if policy == "none":
         return block

@@ -1,6 +1,8 @@
-"""Masks of 64 x 64 pixels as 16 codes of 128 and back: the VQ-VAE behind the `<seg>` tokens (arXiv 2301.02229).
+"""Masks of 64 x 64 pixels as 16 codes of 128 and back: the VQ-VAE behind the `<seg>` tokens (arXiv
+2301.02229).
 
-Weights are those of big_vision's `vae-oid.npz`, under the names and with the axes they have there, which are torch's.
+Weights are those of big_vision's `vae-oid.npz`, under the names and with the axes they have there,
+which are torch's.
 """
 
 import jax
@@ -44,7 +46,10 @@ Params = dict[str, jax.Array]
 
 
 def decode(params: Params, codes: Int[Array, "... 16"]) -> Float[Array, "... 64 64"]:
-    """Returns the masks that codes stand for: above 0 is the object, about -1 to 1 (big_vision's `reconstruct_masks`)."""
+    """Returns the masks that codes stand for:
+
+    above 0 is the object, about -1 to 1 (big_vision's `reconstruct_masks`).
+    """
     x = params[CODEBOOK][codes].reshape(-1, GRID, GRID, params[CODEBOOK].shape[1])
     x = jax.nn.relu(_conv(params, "decoder.0", x))
     for block in ("decoder.2", "decoder.3"):
@@ -55,7 +60,10 @@ def decode(params: Params, codes: Int[Array, "... 16"]) -> Float[Array, "... 64 
 
 
 def encode(params: Params, masks: Float[Array, "... 64 64"]) -> Int[Array, "... 16"]:
-    """Returns the codes of masks in [0, 1] (big_vision's `encode_to_codebook_indices`): of each cell the nearest in the book."""
+    """Returns the codes of masks in [0, 1] (big_vision's `encode_to_codebook_indices`):
+
+    of each cell the nearest in the book.
+    """
     x = 2 * (jnp.asarray(masks).reshape(-1, SIDE, SIDE, 1) - 0.5)
     for layer in DOWN:
         x = jax.nn.relu(_conv(params, layer, x, stride=2))
@@ -70,7 +78,8 @@ def encode(params: Params, masks: Float[Array, "... 64 64"]) -> Int[Array, "... 
 def _conv(
     params: Params, layer: str, x: Float[jax.Array, "N h w c"], stride: int = 1
 ) -> Float[jax.Array, "N H W C"]:
-    # In full float32, as on the CPU that big_vision decodes on: what is near 0 must not change sides
+    # In full float32, as on the CPU that big_vision decodes on: what is near 0 must not change
+    # sides
     return params[f"{layer}.bias"] + jax.lax.conv_general_dilated(
         x,
         params[f"{layer}.weight"],
@@ -84,7 +93,10 @@ def _conv(
 def _double(
     params: Params, layer: str, x: Float[jax.Array, "N h w c"]
 ) -> Float[jax.Array, "N H W C"]:
-    """Returns torch's transposed convolution of stride 2 and padding 1: twice the height and width."""
+    """Returns torch's transposed convolution of stride 2 and padding 1:
+
+    twice the height and width.
+    """
     return params[f"{layer}.bias"] + jax.lax.conv_transpose(
         x,
         params[f"{layer}.weight"],
@@ -105,7 +117,10 @@ def _residual(
 
 
 def expected_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes that weights should have: widths are the file's own, each layer takes what the one before makes."""
+    """Returns the shapes that weights should have:
+
+    widths are the file's own, each layer takes what the one before makes.
+    """
     depth = shapes[CODEBOOK][-1] if shapes[CODEBOOK] else 0
     right: dict[str, tuple[int, ...]] = {CODEBOOK: (SEG_TOKENS, depth)}
     for layers, first, last in ((DECODER, depth, 1), (ENCODER, 1, depth)):

@@ -1,4 +1,5 @@
-"""A page with the first examples of every source, with ground-truth boxes and points drawn on them."""
+"""A page with the first examples of every source, with ground-truth boxes and points drawn on
+them."""
 
 import html
 from collections.abc import Mapping, Sequence
@@ -78,7 +79,8 @@ def open_sources(
 
 
 def gallery_html(sources: Sequence[OpenSource], examples: int, tokenizer: Tokenizer) -> str:
-    """Returns the page with the first examples of each source and the token counts of their texts."""
+    """Returns the page with the first examples of each source and the token counts of their
+    texts."""
     body = [f"<h1>{TITLE}</h1>"]
     for source in sources:
         total = len(source.examples)

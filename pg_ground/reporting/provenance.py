@@ -37,7 +37,8 @@ def record_machine(workdir: Path, resumed_step: int | None) -> None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Returns the devices, the host, the versions of jax and Python, and the commit of the package."""
+    """Returns the devices, the host, the versions of jax and Python, and the commit of the
+    package."""
     return {
         "devices": f"{jax.device_count()} × {jax.devices()[0].device_kind}",
         "processes": jax.process_count(),

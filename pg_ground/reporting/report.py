@@ -37,7 +37,10 @@ RESULTS_NOTE = "sampled_: answers at temperature; all other metrics: greedy answ
 
 
 def write_report(workdir: Path) -> Path:
-    """Writes `report.html` of a run, and returns its path. Equal files of a run give equal bytes."""
+    """Writes `report.html` of a run, and returns its path.
+
+    Equal files of a run give equal bytes.
+    """
     return write_page([workdir], workdir / FILE)
 
 
@@ -173,7 +176,8 @@ def _rollouts_note(runs: Sequence[Run]) -> str:
 
 
 def results(run: Run) -> Table:
-    """Returns the held-out metrics at the start, at the end of each stage, and at the newest step."""
+    """Returns the held-out metrics at the start, at the end of each stage, and at the newest
+    step."""
     return results_table("Held-out metrics", evaluations(run), RESULTS_NOTE)
 
 

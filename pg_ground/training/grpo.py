@@ -404,7 +404,7 @@ def check_algorithm(algorithm: Algorithm, settings: Grpo) -> None:
         "kl_estimator is k1, whose gradient in a loss is 0 on average: set kl_in_reward, k2 or k3": (
             has_kl and algorithm.kl_estimator is k1 and not algorithm.kl_in_reward
         ),
-        "kl_in_reward has no effect on normalised_then_summed, which takes rewards one by one": (
+        "kl_in_reward has no effect on normalised_then_summed, which takes each reward alone": (
             has_kl
             and algorithm.kl_in_reward
             and algorithm.advantage is advantages.normalised_then_summed
