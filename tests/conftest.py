@@ -1,7 +1,10 @@
 """What all tests share: eight virtual CPU devices, checked shapes, tiny models, and the folder `../shared`."""
 
+import fcntl
 import importlib.util
 import os
+import pickle
+import subprocess
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -191,6 +194,33 @@ def data() -> Path:
 def environment() -> dict[str, str]:
     """Returns the environment of the commands that tests start: one CPU device, and the flags and programs of the tests."""
     return {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
+
+
+@pytest.fixture(scope="session")
+def tiny_start(environment, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Returns the working directory and the output of an undisturbed run of configs/tiny.py.
+
+    The run has 6 + 6 steps. The processes of pytest-xdist share it. A test must not change it.
+    """
+    from commands import train_tiny
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    workdir, output = folder / "tiny_run", folder / "tiny_run.pickle"
+    with (folder / "tiny_run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not output.exists():
+            output.write_bytes(pickle.dumps(train_tiny(environment, workdir)))
+    return workdir, pickle.loads(output.read_bytes())
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_start) -> Path:
+    """Returns the working directory of the run of `tiny_start`."""
+    workdir, finished = tiny_start
+    assert finished.returncode == 0, finished.stderr
+    return workdir
 
 
 INSTALL = {

@@ -3,9 +3,9 @@
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,79 +36,67 @@ METRICS = {
 }
 
 
-@pytest.fixture(scope="session")
-def first_start(environment, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The working directory and the output of a run of 6 + 6 steps without interruption."""
-    workdir = tmp_path_factory.mktemp("runs") / "straight"
-    return workdir, train_tiny(environment, workdir)
-
-
-@pytest.fixture(scope="session")
-def straight(first_start) -> Path:
-    workdir, finished = first_start
-    assert finished.returncode == 0, finished.stderr
-    return workdir
-
-
 # train
 
 
-def test_a_run_leaves_the_files_and_metrics_of_the_contract(straight):
+def test_a_run_leaves_the_files_and_metrics_of_the_contract(tiny_run):
     for name in ("config.json", "metrics.jsonl", "checkpoints", "tb", "samples", "report.html"):
-        assert (straight / name).exists(), name
-    lines = rows(straight)
+        assert (tiny_run / name).exists(), name
+    lines = rows(tiny_run)
     stages = [line["stage"] for line in lines]
     assert stages == sorted(stages, reverse=True)
     assert {name for line in lines for name in line} >= METRICS
-    pictures = list((straight / "samples").glob("*.png"))
+    pictures = list((tiny_run / "samples").glob("*.png"))
     assert pictures
     with Image.open(pictures[0]) as picture:
         assert min(picture.size) > 200
 
 
-def test_a_run_prints_its_report_and_logs_time_process_and_step(first_start):
-    workdir, finished = first_start
+def test_a_run_prints_its_report_and_logs_time_process_and_step(tiny_start):
+    workdir, finished = tiny_start
     assert finished.stdout.splitlines()[-1] == f"{workdir / 'report.html'}"
     prefix = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d process 0"
     assert re.search(rf"^{prefix}, step 12 of grpo.*: grpo +12/12  ", finished.stderr, re.M)
     assert re.search(rf"^{prefix}, step 6 of sft.*: sft +6/12  ", finished.stderr, re.M)
 
 
-def test_sampler_and_trainer_agree_at_every_step(straight):
+def test_sampler_and_trainer_agree_at_every_step(tiny_run):
     name = "policy/logp_diff_max"
-    differences = [line[name] for line in rows(straight) if name in line]
+    differences = [line[name] for line in rows(tiny_run) if name in line]
     assert len(differences) == 3
     assert max(differences) < 1e-5
 
 
-def test_a_second_start_of_a_finished_run_changes_nothing(straight, environment):
-    before = (straight / "metrics.jsonl").read_bytes()
-    finished = train_tiny(environment, straight)
+def test_a_second_start_of_a_finished_run_changes_nothing(tiny_run, environment, tmp_path):
+    workdir = shutil.copytree(tiny_run, tmp_path / "run")
+    finished = train_tiny(environment, workdir)
     assert finished.returncode == 0, finished.stderr
-    assert (straight / "metrics.jsonl").read_bytes() == before
+    metrics = (workdir / "metrics.jsonl").read_bytes()
+    assert metrics == (tiny_run / "metrics.jsonl").read_bytes()
 
 
-def test_other_settings_in_the_same_directory_are_refused(straight, environment):
-    finished = train_tiny(environment, straight, "--config.grpo.group_size=2")
+def test_other_settings_in_the_same_directory_are_refused(tiny_run):
+    flags = ("--config=configs/tiny.py", f"--workdir={tiny_run}", "--config.grpo.group_size=2")
+    finished = run_here("train", *flags)
     assert finished.returncode == 2
     line = r"error: .*config\.grpo\.group_size is 2, was 4.*--workdir\n"
     assert re.fullmatch(line, finished.stderr), finished.stderr
 
 
-def test_a_resumed_run_equals_a_run_without_a_kill(straight, environment, tmp_path):
+def test_a_resumed_run_equals_a_run_without_a_kill(tiny_run, environment, tmp_path):
     killed_and_resumed(environment, tmp_path / "run", lines=6, delay_s=0.0)
-    assert_same_run(straight, tmp_path / "run")
+    assert_same_run(tiny_run, tmp_path / "run")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lines", [2, 6], ids=["sft", "grpo"])
 @pytest.mark.parametrize("attempt", [0, 1, 2])
 def test_a_run_resumes_exactly_from_a_random_moment(
-    straight, environment, tmp_path, lines, attempt
+    tiny_run, environment, tmp_path, lines, attempt
 ):
     delay_s = random.Random(10 * lines + attempt).uniform(0, 0.3)
     killed_and_resumed(environment, tmp_path / "run", lines, delay_s)
-    assert_same_run(straight, tmp_path / "run")
+    assert_same_run(tiny_run, tmp_path / "run")
 
 
 @pytest.mark.slow
@@ -133,12 +121,12 @@ def test_the_best_parameters_stay_and_give_their_metric_again(environment, tmp_p
 # other commands
 
 
-def test_evaluate_repeats_the_metrics_of_the_run(straight, environment, tmp_path):
-    arguments = ["--config=configs/tiny.py", f"--workdir={straight}", f"--out={tmp_path}"]
+def test_evaluate_repeats_the_metrics_of_the_run(tiny_run, environment, tmp_path):
+    arguments = ["--config=configs/tiny.py", f"--workdir={tiny_run}", f"--out={tmp_path}"]
     finished = run(environment, "evaluate", *arguments)
     assert finished.returncode == 0, finished.stderr
     document = json.loads((tmp_path / "eval.json").read_text())
-    last_line = rows(straight)[-1]
+    last_line = rows(tiny_run)[-1]
     metrics = {name: value for name, value in last_line.items() if name.startswith("eval/")}
     assert metrics
     assert metrics == {name: document[name] for name in metrics}
@@ -147,12 +135,12 @@ def test_evaluate_repeats_the_metrics_of_the_run(straight, environment, tmp_path
     assert {"source", "index", "mode", "text"} <= json.loads(predictions[0]).keys()
 
 
-def test_predict_answers_in_pixels_and_draws(straight, environment, tmp_path):
+def test_predict_answers_in_pixels_and_draws(tiny_run, environment, tmp_path):
     Image.fromarray(np.full((60, 90, 3), 128, np.uint8)).save(tmp_path / "grey.png")
     finished = run(
         environment,
         "predict",
-        f"--params={straight}",
+        f"--params={tiny_run}",
         f"--image={tmp_path / 'grey.png'}",
         "--prompt=detect red circle",
         f"--out={tmp_path / 'drawn.png'}",

@@ -1,4 +1,8 @@
-"""The reinforced stage with all that it can do at once: a user's rewards, text beside ids, fresh groups, several updates."""
+"""The GRPO stage with many options at once.
+
+The run has a user's rewards of token ids and of text, dynamic sampling, minibatches, several
+iterations and a KL coefficient that is steered.
+"""
 
 import json
 import re
@@ -20,17 +24,33 @@ import runpy
 
 def get_config():
     c = runpy.run_path("configs/tiny.py")["get_config"]().unlock()
-    c.grpo.rewards = {"iou": 1.0, "gaussian_point": 1.0, "format": (0.5, 0.1, 4), "FOLDER/mine.py:wide": 0.1}
+    c.grpo.rewards = {
+        "iou": 1.0, "gaussian_point": 1.0, "format": (0.5, 0.1, 4), "FOLDER/mine.py:wide": 0.1,
+    }
     c.grpo.text_rewards = {"FOLDER/mine.py:vowels": 0.3, "FOLDER/mine.py:grumpy": 0.0}
-    c.grpo.update(dynamic_sampling=2, rollout_parts=2, minibatches=2, num_iterations=2, kl_target=0.01, kl_horizon=100, kl_coef=0.05,
-                  algorithm="dapo", entropy_coef=0.01, token_selection="top_entropy", token_selection_share=0.5, importance_sampling_mode="token_truncate",
-                  mask_truncated_completions=False, top_k=500, suppress_tokens=(5, 6))
-    c.grpo.kl_in_reward = False
+    c.grpo.update(
+        algorithm="dapo",
+        dynamic_sampling=2,
+        rollout_parts=2,
+        minibatches=2,
+        num_iterations=2,
+        kl_target=0.01,
+        kl_horizon=100,
+        kl_coef=0.05,
+        kl_in_reward=False,
+        entropy_coef=0.01,
+        token_selection="top_entropy",
+        token_selection_share=0.5,
+        importance_sampling_mode="token_truncate",
+        mask_truncated_completions=False,
+        top_k=500,
+        suppress_tokens=(5, 6),
+    )
     c.grpo.reward_workers.update(error_share=1.0, count=1)
     return c.lock()
 """
 
-MINE = """
+REWARDS = """
 import jax.numpy as jnp
 
 def wide(answer, batch, settings):
@@ -46,50 +66,64 @@ def grumpy(completion, example):
     return 1.0
 """
 
+TEXT_REWARD_RECIPE = """
+import runpy
+
+def get_config():
+    c = runpy.run_path("configs/tiny.py")["get_config"]().unlock()
+    c.stages = ("grpo",)
+    c.grpo.text_rewards = {"REWARD": 1.0}
+    return c.lock()
+"""
+
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> str:
-    return write_recipe(tmp_path_factory.mktemp("recipe"), MINE, RECIPE)
+    """Returns the flag of the config."""
+    return write_recipe(tmp_path_factory.mktemp("recipe"), REWARDS, RECIPE)
 
 
 @pytest.fixture(scope="module")
 def straight(environment, recipe, tmp_path_factory) -> Path:
+    """Returns the working directory of an undisturbed run."""
     workdir = tmp_path_factory.mktemp("runs") / "straight"
     done = train_tiny(environment, workdir, recipe)
     assert done.returncode == 0, done.stderr
-    assert (
-        len(re.findall(r"the reward .*grumpy scores 0 .*counted\): ValueError: odd", done.stderr))
-        == 1
-    ), done.stderr
+    warning = r"the reward .*grumpy scores 0 .*counted\): ValueError: odd"
+    assert len(re.findall(warning, done.stderr)) == 1, done.stderr
     return workdir
 
 
-def test_what_a_reinforced_step_says_of_itself(straight, recipe):
-    folder = str(Path(recipe.partition("=")[2]).parent)
-    learned = [row for row in rows(straight) if "reward/total" in row]
-    assert len(learned) == 3
-    for row in learned:
-        assert {"reward/weighted/iou", f"reward/{folder}/mine.py:wide", f"reward/{folder}/mine.py:vowels",
-                "group/without_spread", "group/resampled", "policy/kl_coef"} <= row.keys()  # fmt: skip
-        assert (
-            0 <= row[f"reward/{folder}/mine.py:vowels"] < 0.5 and row["policy/logp_diff_max"] < 1e-4
-        )
+def write_text_reward_recipe(folder: Path, reward: str) -> str:
+    """Returns the flag of a config whose only text reward is `reward`."""
+    path = folder / "recipe.py"
+    path.write_text(TEXT_REWARD_RECIPE.replace("REWARD", reward))
+    return f"--config={path}"
+
+
+def test_metrics_of_a_step_name_every_part_of_the_algorithm(straight, recipe):
+    file = Path(recipe.partition("=")[2]).with_name("mine.py")
+    steps = [row for row in rows(straight) if "reward/total" in row]
+    assert len(steps) == 3
+    for row in steps:
+        names = {"reward/weighted/iou", f"reward/{file}:wide", f"reward/{file}:vowels"}
+        names |= {"group/without_spread", "group/resampled", "policy/kl_coef"}
+        assert names <= row.keys()
+        assert 0 <= row[f"reward/{file}:vowels"] < 0.5
+        assert row["policy/logp_diff_max"] < 1e-4
         assert row["policy/correction"] == pytest.approx(1, abs=1e-4)
-    errors = [row[f"reward/errors/{folder}/mine.py:grumpy"] for row in learned]
-    assert all(
-        0 < count < 4 * 8 * 4 for count in errors
-    )  # a step, of 8 prompts x 4 completions and what was drawn again
-    shares = [
-        row["reward/weighted/format"] / row["reward/format"]
-        for row in learned
-        if row["reward/format"]
-    ]
-    assert shares == sorted(shares, reverse=True)
-    assert learned[0]["policy/kl_coef"] != learned[-1]["policy/kl_coef"]
+        # 8 prompts of 4 completions, and the groups that dynamic sampling draws again.
+        assert 0 < row[f"reward/errors/{file}:grumpy"] < 4 * 8 * 4
+    valid_steps = [row for row in steps if row["reward/format"]]
+    shares = [row["reward/weighted/format"] / row["reward/format"] for row in valid_steps]
+    assert shares == sorted(shares, reverse=True), "the weight of `format` falls from 0.5 to 0.1"
+    assert steps[0]["policy/kl_coef"] != steps[-1]["policy/kl_coef"]
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_bit_for_bit_with_all_of_it(straight, recipe, environment, tmp_path):
+def test_a_killed_run_continues_bit_for_bit_with_all_options(
+    straight, recipe, environment, tmp_path
+):
     killed_and_resumed(environment, tmp_path / "run", 6, 0.0, (recipe,))
     assert_same_run(straight, tmp_path / "run")
 
@@ -105,27 +139,16 @@ def test_a_dry_run_shows_every_reward_and_writes_nothing(recipe, environment, tm
 
 def test_a_reward_that_always_fails_ends_the_run(environment, tmp_path):
     (tmp_path / "mine.py").write_text("def never(completion, example):\n    return 1 / 0\n")
-    (tmp_path / "recipe.py").write_text(
-        "import runpy\n\ndef get_config():\n"
-        '    c = runpy.run_path("configs/tiny.py")["get_config"]().unlock()\n'
-        f'    c.grpo.text_rewards = {{"{tmp_path}/mine.py:never": 1.0}}\n'
-        "    return c.lock()\n"
-    )
-    done = train_tiny(environment, tmp_path / "run", f"--config={tmp_path / 'recipe.py'}")
+    recipe = write_text_reward_recipe(tmp_path, f"{tmp_path}/mine.py:never")
+    done = train_tiny(environment, tmp_path / "run", recipe)
     assert done.returncode == 2 and "ZeroDivisionError" in done.stderr, done.stderr
-    assert re.search(r"error: the reward .*never failed on \d+ of \d+ completions", done.stderr), (
-        done.stderr
-    )
+    line = r"error: the reward .*never failed on \d+ of \d+ completions"
+    assert re.search(line, done.stderr), done.stderr
 
 
 def test_an_unknown_text_reward_is_refused_before_anything_is_written(tmp_path):
-    (tmp_path / "recipe.py").write_text(
-        "import runpy\n\ndef get_config():\n"
-        '    c = runpy.run_path("configs/tiny.py")["get_config"]().unlock()\n'
-        '    c.grpo.text_rewards = {"count_exactly": 1.0}\n'
-        "    return c.lock()\n"
-    )
-    done = run_here("train", f"--config={tmp_path / 'recipe.py'}", f"--workdir={tmp_path / 'run'}")
+    recipe = write_text_reward_recipe(tmp_path, "count_exactly")
+    done = run_here("train", recipe, f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 2 and "did you mean count_exact?" in done.stderr, done.stderr
     assert not (tmp_path / "run").exists()
 

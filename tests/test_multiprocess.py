@@ -148,6 +148,7 @@ def test_files_and_lines_are_written_once(run_of_two):
     assert len(list((workdir / "tb").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_as_one_does(run_of_two, process_environment, recipe, tmp_path):
     documents = {}
     for count in (1, 2):

@@ -349,15 +349,6 @@ def test_a_report_that_is_not_possible_is_one_line(tmp_path):
 # with a run
 
 
-@pytest.fixture(scope="module")
-def straight(environment, tmp_path_factory) -> Path:
-    """The directory of a run that was not interrupted."""
-    workdir = tmp_path_factory.mktemp("runs") / "run"
-    finished = train_tiny(environment, workdir, "--config.log.samples_every=2")
-    assert finished.returncode == 0, finished.stderr
-    return workdir
-
-
 def without_times(data: dict[str, Any]) -> dict[str, Any]:
     """Returns the charts that do not depend on the machine."""
     charts = [chart for chart in data["charts"] if not re.match("Time|Throughput", chart["title"])]
@@ -365,10 +356,12 @@ def without_times(data: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_a_killed_and_resumed_run_has_the_report_of_a_run_without_a_kill(
-    straight, environment, tmp_path
-):
-    killed_and_resumed(environment, tmp_path / "run", 6, 0.0, ["--config.log.samples_every=2"])
+def test_a_killed_and_resumed_run_has_the_report_of_a_run_without_a_kill(environment, tmp_path):
+    flags = ["--config.log.samples_every=2"]
+    straight = tmp_path / "straight"
+    finished = train_tiny(environment, straight, *flags)
+    assert finished.returncode == 0, finished.stderr
+    killed_and_resumed(environment, tmp_path / "run", 6, 0.0, flags)
     expected, resumed = (
         embedded_data((workdir / "report.html").read_text(encoding="utf-8"))
         for workdir in (straight, tmp_path / "run")
@@ -389,9 +382,9 @@ def test_a_killed_and_resumed_run_has_the_report_of_a_run_without_a_kill(
     assert len(files[0]) == 6
 
 
-def test_a_sample_file_describes_its_picture(straight):
+def test_a_sample_file_describes_its_picture(tiny_run):
     """Compares the shapes with the tokens of the texts, and the rewards with their parts."""
-    sample = json.loads((straight / "samples" / "grpo_00000012.json").read_text())
+    sample = json.loads((tiny_run / "samples" / "grpo_00000012.json").read_text())
     assert sample["step"] == 12
     assert len(sample["prompts"]) == 8
     weights = {"iou": 1, "gaussian_point": 1, "format": 0.2}
@@ -413,15 +406,15 @@ def test_a_sample_file_describes_its_picture(straight):
             assert item["reward"] == pytest.approx(total, abs=2e-4)
 
 
-def test_a_report_that_cannot_be_written_does_not_end_the_run(environment, tmp_path, straight):
+def test_a_report_that_cannot_be_written_does_not_end_the_run(environment, tmp_path, tiny_run):
     workdir = tmp_path / "run"
     (workdir / "report.html.tmp").mkdir(parents=True)  # a folder where the file is written
-    finished = train_tiny(environment, workdir, "--config.log.samples_every=2")
+    finished = train_tiny(environment, workdir)
     assert finished.stderr.count("report.html was not updated: IsADirectoryError") == 1
     # The error is repeated at the end, when everything is saved.
     assert finished.returncode == 2
     assert "report.html.tmp" in finished.stderr.splitlines()[-1]
-    last, expected = (metric_writers.read_metrics(path)[-1] for path in (workdir, straight))
+    last, expected = (metric_writers.read_metrics(path)[-1] for path in (workdir, tiny_run))
     assert last["step"] == 12
     assert last == expected
 

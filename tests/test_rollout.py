@@ -1,7 +1,8 @@
-"""Laws of `sample` on a fake policy: a Markov chain whose next-token logits are a table that the test writes down.
+"""Laws of `sample` on a fake policy: a Markov chain with a table of next-token logits.
 
-Frequencies are compared with probabilities at fixed keys. For n draws of k categories Pearson's X² has mean k − 1 and variance
-2(k − 1). Fewer than one key in 500 exceeds the mean by six deviations; a wrong probability makes X² grow with n.
+The tests compare frequencies with probabilities at fixed keys. For n draws of k categories
+Pearson's X² has mean k − 1 and variance 2(k − 1). Fewer than one key in 500 exceeds the mean by six
+standard deviations. A wrong probability makes X² grow with n.
 """
 
 from typing import NamedTuple
@@ -23,22 +24,23 @@ WORDS = range(4, V)
 
 
 class Chain(NamedTuple):
-    """A policy whose logits depend on the last token alone; `params` is the table `[last token, next token]`.
+    """A policy whose logits depend on the last token alone.
 
-    It counts the tokens it was given in `SuffixCache.length`, as a model must.
+    `params["table"]` is `[last token, next token]`. `SuffixCache.length` counts the tokens, as in
+    every model.
     """
 
     def prefill(self, params, image, prompt, prompt_mask):
         b = prompt.shape[0]
         empty = jnp.zeros((1, b, 1, 1, 1))
-        return PrefixCache(empty, empty, jnp.ones((b, 1), bool)), params[prompt[:, -1]]
+        return PrefixCache(empty, empty, jnp.ones((b, 1), bool)), params["table"][prompt[:, -1]]
 
     def suffix_cache(self, prefix, group_size, length):
         empty = jnp.zeros((1, prefix.k.shape[1], group_size, length, 1, 1))
         return SuffixCache(empty, empty, jnp.zeros((1, 1), jnp.int32))
 
     def extend(self, params, prefix, suffix, tokens):
-        return params[tokens], suffix._replace(length=suffix.length + tokens.shape[2])
+        return params["table"][tokens], suffix._replace(length=suffix.length + tokens.shape[2])
 
 
 def draw(
@@ -47,13 +49,13 @@ def draw(
     """Returns completions of `b` prompts, each a single token."""
     prompt = jnp.asarray(prompts if prompts is not None else np.full(b, WORDS[0]))[:, None]
     inputs = jnp.zeros((len(prompt), 1, 1, 3)), prompt, prompt > 0
-    run = jax.jit(lambda table, key: sample(Chain(), table, *inputs, key, g, t, **settings))
-    return run(jnp.asarray(table, jnp.float32), jax.random.key(key))
+    run = jax.jit(lambda params, key: sample(Chain(), params, *inputs, key, g, t, **settings))
+    return run({"table": jnp.asarray(table, jnp.float32)}, jax.random.key(key))
 
 
 @pytest.fixture
 def table() -> np.ndarray:
-    """Random logits of every pair of tokens; the control ids are as likely as others."""
+    """Returns random logits of every pair of tokens. Control ids are as likely as others."""
     return np.random.default_rng(0).normal(size=(V, V))
 
 
@@ -63,36 +65,34 @@ def softmax(logits) -> np.ndarray:
 
 
 def assert_frequencies(drawn: np.ndarray, probabilities: np.ndarray) -> None:
-    """Fails if `drawn` has an outcome of probability 0, or frequencies that `probabilities` don't explain."""
-    counts, expected = (
-        np.bincount(np.ravel(drawn), minlength=len(probabilities)),
-        probabilities * np.size(drawn),
-    )
+    """Fails if the frequencies in `drawn` do not fit `probabilities`."""
+    counts = np.bincount(np.ravel(drawn), minlength=len(probabilities))
+    expected = probabilities * np.size(drawn)
     assert not counts[expected == 0].any()
     possible = expected > 0
-    assert (expected[possible] > 5).all(), "Pearson's test wants 5 expected draws of every outcome"
+    assert (expected[possible] > 5).all(), "Pearson's test needs 5 expected draws of every outcome"
     k = possible.sum() - 1
     distance = np.sum((counts - expected)[possible] ** 2 / expected[possible])
     assert distance < k + 6 * np.sqrt(2 * k), f"X² is {distance:.1f} at {k} degrees of freedom"
 
 
-def only(probabilities: np.ndarray, kept) -> np.ndarray:
-    """Returns `probabilities` restricted to the ids in `kept`."""
-    out = np.zeros_like(probabilities)
-    out[list(kept)] = probabilities[list(kept)]
-    return out / out.sum()
+def restrict(probabilities: np.ndarray, ids) -> np.ndarray:
+    """Returns `probabilities` without all other ids, renormalised."""
+    restricted = np.zeros_like(probabilities)
+    restricted[list(ids)] = probabilities[list(ids)]
+    return restricted / restricted.sum()
 
 
 NOT_CONTROL = (EOS, *WORDS)
 
 
-def test_the_same_key_draws_the_same_and_another_one_other_tokens(table):
+def test_equal_keys_draw_equal_tokens_and_other_keys_other_tokens(table):
     a, b, c = draw(table, key=1), draw(table, key=1), draw(table, key=2)
     jax.tree.map(np.testing.assert_array_equal, a, b)
     assert (np.asarray(a.tokens) != np.asarray(c.tokens)).any()
 
 
-def test_completions_and_prompts_are_drawn_apart(table):
+def test_all_completions_of_all_prompts_differ(table):
     table[:, EOS] = -30
     tokens = np.asarray(draw(table, b=3, g=5, t=12).tokens).reshape(15, 12)
     assert len({tuple(row) for row in tokens}) == 15
@@ -102,44 +102,46 @@ def test_frequencies_of_the_first_token_are_the_softmax_at_temperature(table):
     for temperature in (0.5, 1.0, 2.0):
         tokens = draw(table, b=1, g=20_000, t=1, temperature=temperature).tokens
         assert_frequencies(
-            np.asarray(tokens), only(softmax(table[WORDS[0]] / temperature), NOT_CONTROL)
+            np.asarray(tokens), restrict(softmax(table[WORDS[0]] / temperature), NOT_CONTROL)
         )
 
 
 def test_frequencies_of_later_tokens_follow_the_token_before(table):
-    """A loop that lost or repeated a token, or reused its noise, would not draw from the chain."""
+    """A loop that loses a token or reuses its noise does not draw from the chain."""
     tokens = np.asarray(draw(table, b=1, g=20_000, t=3).tokens)[0]
     for last in WORDS:
         after = tokens[:, 2][tokens[:, 1] == last]
-        assert_frequencies(after, only(softmax(table[last]), NOT_CONTROL))
+        assert_frequencies(after, restrict(softmax(table[last]), NOT_CONTROL))
 
 
 def test_the_sample_starts_from_the_prompt(table):
     a, b = 4, 7
     tokens = np.asarray(draw(table, g=20_000, t=1, prompts=[a, b]).tokens)
     for row, last in enumerate((a, b)):
-        assert_frequencies(tokens[row], only(softmax(table[last]), NOT_CONTROL))
+        assert_frequencies(tokens[row], restrict(softmax(table[last]), NOT_CONTROL))
 
 
-def test_logps_are_those_of_the_whole_softmax_at_temperature(table):
-    """Whatever is suppressed or outside the nucleus: they are what the policy itself says of these tokens."""
+def test_logps_belong_to_the_whole_softmax_at_temperature(table):
+    """Suppressed ids and the nucleus do not change the log-probabilities of the policy."""
     for settings in (
         {"temperature": 0.7},
         {"temperature": 1.3, "top_p": 0.6},
         {"suppress_tokens": (EOS, *CONTROL, 5, 6)},
     ):
-        found = draw(table, **settings)
-        tokens, mask = np.asarray(found.tokens), np.asarray(found.mask)
+        rollout = draw(table, **settings)
+        tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
         last = np.concatenate([np.full_like(tokens[..., :1], WORDS[0]), tokens[..., :-1]], axis=-1)
         logps = np.log(softmax(table / settings.get("temperature", 1.0)))[last, tokens]
-        # log_softmax of logits below 8 in float32
-        np.testing.assert_allclose(found.logps, np.where(mask, logps, 0), rtol=0, atol=8 * 2**-22)
+        # The logits are below 8, and log_softmax runs in float32.
+        logps = np.where(mask, logps, 0)
+        np.testing.assert_allclose(rollout.logps, logps, rtol=0, atol=8 * 2**-22)
 
 
 def test_a_row_is_frozen_from_its_eos_on(table):
     table[:, EOS] += 2
-    found = draw(table, b=4, g=64, t=8)
-    tokens, mask, logps = map(np.asarray, found)
+    rollout = draw(table, b=4, g=64, t=8)
+    tokens, mask, logps, loss_mask = map(np.asarray, rollout)
+    np.testing.assert_array_equal(loss_mask, mask)
     ended = np.cumsum(tokens == EOS, axis=-1) > 0
     after = ended & ~((tokens == EOS) & (np.cumsum(tokens == EOS, axis=-1) == 1))
     assert after.any() and (~ended[..., -1]).any() and ended[..., 0].any()
@@ -149,38 +151,38 @@ def test_a_row_is_frozen_from_its_eos_on(table):
 
 
 def test_after_the_last_eos_all_is_pad():
-    """All rows end at once; the policy would answer PAD with a word."""
+    """All rows end at once. After PAD the policy would write a word."""
     table = np.full((V, V), -30.0)
     table[WORDS[0], 5] = table[5, EOS] = table[EOS, 6] = table[PAD, 7] = 30
-    found = draw(table, t=6)
-    assert (np.asarray(found.tokens) == [5, EOS, PAD, PAD, PAD, PAD]).all()
-    assert (np.asarray(found.mask) == [True, True, False, False, False, False]).all()
+    rollout = draw(table, t=6)
+    assert (np.asarray(rollout.tokens) == [5, EOS, PAD, PAD, PAD, PAD]).all()
+    assert (np.asarray(rollout.mask) == [True, True, False, False, False, False]).all()
 
 
 def test_a_completion_may_fill_all_its_slots(table):
     table[:, EOS] = -30
-    found = draw(table)
-    assert found.mask.all() and not (np.asarray(found.tokens) == EOS).any()
+    rollout = draw(table)
+    assert rollout.mask.all() and not (np.asarray(rollout.tokens) == EOS).any()
 
 
 def test_suppressed_ids_are_never_drawn_however_likely(table):
     table[:, list(CONTROL)] = 20
     assert set(CONTROL) == {PAD, BOS, UNK}
     for temperature in (0.0, 1.0):
-        found = draw(table, g=500, temperature=temperature)
-        tokens = np.asarray(found.tokens)[np.asarray(found.mask)]
+        rollout = draw(table, g=500, temperature=temperature)
+        tokens = np.asarray(rollout.tokens)[np.asarray(rollout.mask)]
         assert not np.isin(tokens, CONTROL).any()
     everything = draw(table, g=500, suppress_tokens=())
     assert np.isin(np.asarray(everything.tokens)[np.asarray(everything.mask)], CONTROL).all()
     table[:, list(CONTROL)] = 0
-    found = draw(table, b=1, g=20_000, t=1, suppress_tokens=(*CONTROL, 5))
+    rollout = draw(table, b=1, g=20_000, t=1, suppress_tokens=(*CONTROL, 5))
     assert_frequencies(
-        np.asarray(found.tokens), only(softmax(table[WORDS[0]]), set(NOT_CONTROL) - {5})
+        np.asarray(rollout.tokens), restrict(softmax(table[WORDS[0]]), set(NOT_CONTROL) - {5})
     )
 
 
 def test_large_vocabularies_are_drawn_from_their_softmax():
-    """1,024 ids in 64 blocks, most of them so unlikely that they are drawn as often as nine together."""
+    """1,024 ids in 64 blocks. Most ids are so rare that the test counts them together."""
     logits = np.log(np.random.default_rng(0).dirichlet(np.full(1024, 0.1)) + 1e-12)
     drawn = categorical(jax.random.key(0), jnp.broadcast_to(jnp.asarray(logits), (60_000, 1024)))
     likely = np.argsort(-logits)[:99]
@@ -199,15 +201,15 @@ def test_large_vocabularies_are_drawn_from_their_softmax():
     ),
     st.sampled_from([2.0**-24, 2.0**-23, 0.5, 1 - 2.0**-23]),
 )
-def test_what_weighs_nothing_is_never_reached(weights, share):
-    """At either end of what a random number can be, and behind the last weight."""
+def test_an_id_of_weight_0_is_never_drawn(weights, share):
+    """At both ends of the range of random numbers, and behind the last weight."""
     hypothesis.assume(weights.any())
-    place = int(_first_beyond(jnp.float32([share]), jnp.asarray(weights)))
-    assert weights[place] > 0
-    assert weights[:place].sum() <= (share + 1e-5) * weights.sum()
+    index = int(_first_beyond(jnp.float32([share]), jnp.asarray(weights)))
+    assert weights[index] > 0
+    assert weights[:index].sum() <= (share + 1e-5) * weights.sum()
 
 
-def test_temperature_0_is_the_likeliest_token_whatever_the_key(table):
+def test_temperature_0_is_the_likeliest_token_for_every_key(table):
     allowed = table.copy()
     allowed[:, list(CONTROL)] = -np.inf
     expected, last = [], WORDS[0]
@@ -216,78 +218,77 @@ def test_temperature_0_is_the_likeliest_token_whatever_the_key(table):
         expected.append(last)
     expected += [PAD] * (6 - len(expected))
     for key in (0, 1):
-        found = draw(table, key=key, temperature=0.0)
-        assert (np.asarray(found.tokens) == expected).all()
+        rollout = draw(table, key=key, temperature=0.0)
+        assert (np.asarray(rollout.tokens) == expected).all()
     logps = np.log(softmax(table))[WORDS[0], expected[0]]
-    np.testing.assert_allclose(found.logps[..., 0], logps, rtol=0, atol=8 * 2**-22)
+    np.testing.assert_allclose(rollout.logps[..., 0], logps, rtol=0, atol=8 * 2**-22)
 
 
 def test_temperature_may_be_an_array(table):
-    """The evaluator compiles greedy and sampled answers once."""
+    """The evaluator compiles one program for greedy and sampled answers."""
     for temperature in (0.0, 0.8):
-        given, traced = (
-            draw(table, temperature=t) for t in (temperature, jnp.float32(temperature))
-        )
-        jax.tree.map(np.testing.assert_array_equal, given, traced)
+        static = draw(table, temperature=temperature)
+        traced = draw(table, temperature=jnp.float32(temperature))
+        jax.tree.map(np.testing.assert_array_equal, static, traced)
 
 
 def test_each_completion_of_a_group_may_have_its_temperature(table):
-    """ReMax's last completion is greedy; the others are drawn as without it."""
-    found = draw(table, g=4, temperature=jnp.asarray([1.0, 1.0, 1.0, 0.0]))
+    """ReMax's last completion is greedy. It does not change the other completions."""
+    rollout = draw(table, g=4, temperature=jnp.asarray([1.0, 1.0, 1.0, 0.0]))
     greedy = draw(table, g=4, temperature=0.0)
-    np.testing.assert_array_equal(found.tokens[:, 3], greedy.tokens[:, 3])
-    np.testing.assert_array_equal(found.tokens[:, :3, 0], draw(table, g=4).tokens[:, :3, 0])
+    np.testing.assert_array_equal(rollout.tokens[:, 3], greedy.tokens[:, 3])
+    np.testing.assert_array_equal(rollout.tokens[:, :3, 0], draw(table, g=4).tokens[:, :3, 0])
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_draws_with_top_k_are_the_likeliest_renormalised(table, top_k):
-    allowed = only(softmax(table[WORDS[0]]), NOT_CONTROL)
-    kept = set(np.argsort(-allowed)[:top_k].tolist())
-    found = draw(table, b=1, g=20_000, t=1, top_k=top_k)
-    assert set(np.unique(found.tokens)) == kept
+    allowed = restrict(softmax(table[WORDS[0]]), NOT_CONTROL)
+    likeliest = set(np.argsort(-allowed)[:top_k].tolist())
+    tokens = np.asarray(draw(table, b=1, g=20_000, t=1, top_k=top_k).tokens)
+    assert set(np.unique(tokens)) == likeliest
     if top_k > 1:
-        assert_frequencies(np.asarray(found.tokens), only(softmax(table[WORDS[0]]), kept))
+        assert_frequencies(tokens, restrict(softmax(table[WORDS[0]]), likeliest))
 
 
 def nucleus_of(probabilities: np.ndarray, top_p: float) -> set[int]:
     """Returns the smallest set of likeliest ids whose probabilities reach `top_p`."""
-    kept: set[int] = set()
+    ids: set[int] = set()
     for i in np.argsort(-probabilities):
-        if sum(probabilities[list(kept)]) >= top_p:
+        if sum(probabilities[list(ids)]) >= top_p:
             break
-        kept.add(int(i))
-    return kept
+        ids.add(int(i))
+    return ids
 
 
 def test_nucleus_keeps_the_smallest_set_that_reaches_top_p():
     rng = np.random.default_rng(0)
     for top_p in (0.05, 0.3, 0.5, 0.9, 0.999):
         logps = np.log(rng.dirichlet(np.full(V, 0.7), size=50))
-        found = np.isfinite(np.asarray(nucleus(jnp.asarray(logps, jnp.float32), top_p)))
-        for row, kept in zip(np.exp(logps), found, strict=True):
-            assert set(np.flatnonzero(kept)) == nucleus_of(row, top_p)
+        finite = np.isfinite(np.asarray(nucleus(jnp.asarray(logps, jnp.float32), top_p)))
+        for row, is_inside in zip(np.exp(logps), finite, strict=True):
+            assert set(np.flatnonzero(is_inside)) == nucleus_of(row, top_p)
 
 
-def test_nucleus_of_what_is_left_when_ids_are_suppressed():
-    """`top_p` is a share of what may be drawn at all."""
+def test_the_nucleus_leaves_suppressed_ids_out():
+    """`top_p` is a share of the probability of all other ids."""
     p = np.array([0.5, 0.25, 0.15, 0.1])
     logps = np.where([True, False, False, False], -np.inf, np.log(p))
-    kept = np.isfinite(np.asarray(nucleus(jnp.asarray(logps, jnp.float32), 0.6)))
-    assert kept.tolist() == [False, True, True, False]
+    is_inside = np.isfinite(np.asarray(nucleus(jnp.asarray(logps, jnp.float32), 0.6)))
+    assert is_inside.tolist() == [False, True, True, False]
 
 
 @pytest.mark.parametrize("top_p", [0.4, 0.8])
 def test_draws_with_top_p_are_the_renormalised_nucleus(table, top_p):
-    probabilities = only(softmax(table[WORDS[0]]), NOT_CONTROL)
-    kept = nucleus_of(probabilities, top_p)
-    assert 0 < len(kept) < len(NOT_CONTROL)
+    probabilities = restrict(softmax(table[WORDS[0]]), NOT_CONTROL)
+    ids = nucleus_of(probabilities, top_p)
+    assert 0 < len(ids) < len(NOT_CONTROL)
     tokens = np.asarray(draw(table, b=1, g=20_000, t=1, top_p=top_p).tokens)
-    assert set(np.unique(tokens)) == kept
-    assert_frequencies(tokens, only(probabilities, kept))
+    assert set(np.unique(tokens)) == ids
+    assert_frequencies(tokens, restrict(probabilities, ids))
 
 
 def test_the_frequency_check_sees_a_wrong_temperature(table):
-    """The control of the tests above."""
+    """The control of the frequency tests above."""
     tokens = np.asarray(draw(table, b=1, g=20_000, t=1, temperature=1.1).tokens)
     with pytest.raises(AssertionError, match="X² is"):
-        assert_frequencies(tokens, only(softmax(table[WORDS[0]]), NOT_CONTROL))
+        assert_frequencies(tokens, restrict(softmax(table[WORDS[0]]), NOT_CONTROL))
