@@ -364,7 +364,7 @@ def test_decoded_masks_lie_in_their_boxes():
 
 
 def test_masks_are_in_the_slots_of_their_boxes():
-    """Boxes without codes, with too few codes, and points and stray tokens stand between the masks."""
+    """Between the masks are boxes without codes or with too few, points and stray tokens."""
     text = (
         f"{loc(*OTHER)} cat ; {loc(*BOX)}{codes(2)} cat ; {loc(1, 2)} cat ; {loc(*FAR)}<seg002> cat"
         f" ; {loc(1, 2, 3)} cat ; {loc(*OTHER)}{codes(2)} dog"

@@ -322,7 +322,7 @@ def test_length_is_the_unused_share_of_the_completion():
 
 
 def test_overlong_is_the_paper_s():
-    """arXiv 2503.14476, equation 13. TRL's docstring: 90 of 100 tokens with a cache of 20 is -0.5."""
+    """arXiv 2503.14476, equation 13. TRL's docstring: 90 of 100 tokens, cache of 20, is -0.5."""
     lengths = np.array([1, 80, 81, 90, 99, 100])
     mask = jnp.arange(120) < lengths[:, None]
     rollout = make_rollout("")
@@ -395,7 +395,7 @@ def score_jitted(answer: Answer, batch: Batch, weights: dict[str, float]) -> Rew
 
 
 def both_kinds() -> tuple[Answer, Batch]:
-    """Returns a question about a box and one about a point, with a right and an empty answer each."""
+    """Returns questions about a box and about a point, each with a right and an empty answer."""
     batch = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ONE_BOX, ONE_POINT)
     parts = make_rollout(right(ONE_BOX), ""), make_rollout(right(ONE_POINT), "")
     rollout = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *parts)

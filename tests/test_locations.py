@@ -160,7 +160,10 @@ def test_a_point_that_json_writes_is_read(points, label):
 
 
 def test_special_tokens_are_no_part_of_a_label():
-    text = "<bos><loc0001><loc0002><loc0003><loc0004><seg001><seg127> red car ; <loc0005><loc0006><eos>"
+    text = (
+        "<bos><loc0001><loc0002><loc0003><loc0004><seg001><seg127> red car ; "
+        "<loc0005><loc0006><eos>"
+    )
     assert locations.loc_segments(text) == [
         Location((1, 2, 3, 4), "red car", is_loc=True),
         Location((5, 6), "", is_loc=True),

@@ -90,10 +90,21 @@ def test_defect_06_nothing_is_rounded():
 @pytest.mark.parametrize(
     "text",
     [
-        "< anything", "box_start", ">x<", "the dog", "", "cat", f"a {loc(*BOX)} cat", f"{loc(*BOX)} cat ;", f"{loc(*BOX)}",
-        f"{loc(*BOX)} cat {loc(*BOX)}", f"{loc(*BOX[:3])} cat", f"; {loc(*BOX)} cat", f"{loc(*BOX)} cat ; and no more",
+        "< anything",
+        "box_start",
+        ">x<",
+        "the dog",
+        "",
+        "cat",
+        f"a {loc(*BOX)} cat",
+        f"{loc(*BOX)} cat ;",
+        f"{loc(*BOX)}",
+        f"{loc(*BOX)} cat {loc(*BOX)}",
+        f"{loc(*BOX[:3])} cat",
+        f"; {loc(*BOX)} cat",
+        f"{loc(*BOX)} cat ; and no more",
     ],
-)  # fmt: skip
+)
 def test_defect_09_format_is_a_grammar_of_the_whole_answer(text):
     assert score_texts("format", ONE_BOX, text) == [0.0]
     assert score_texts("format", ONE_BOX, f"{loc(*BOX)} cat") == [1.0]
@@ -374,10 +385,16 @@ def honest_and_adversaries(gold: tuple[int, ...], target: int) -> tuple[str, dic
         near = (middle[0], middle[1] - (x2 - x1) // 8)
         grid = [(y, x) for y in (256, 768) for x in (256, 640, 896)]
         return listed(near), {
-            "empty": "", "corners": listed((0, 0), (0, last), (last, 0), (last, last)), "grid": listed(*grid),
-            "middle of the image": listed((half, half)), "duplicates": listed(*[near] * 3), "swapped": listed(middle[::-1]),
-            "a box": listed(gold), "words": "cat " * 20, "loc alone": loc(*middle),
-        }  # fmt: skip
+            "empty": "",
+            "corners": listed((0, 0), (0, last), (last, 0), (last, last)),
+            "grid": listed(*grid),
+            "middle of the image": listed((half, half)),
+            "duplicates": listed(*[near] * 3),
+            "swapped": listed(middle[::-1]),
+            "a box": listed(gold),
+            "words": "cat " * 20,
+            "loc alone": loc(*middle),
+        }
     near = shifted(gold, 0.22)
     quarters = [
         (0, 0, half, half),
@@ -387,13 +404,23 @@ def honest_and_adversaries(gold: tuple[int, ...], target: int) -> tuple[str, dic
     ]
     corners = [(0, 0, 99, 99), (0, 924, 99, last), (924, 0, last, 99), (924, 924, last, last)]
     return listed(near), {
-        "empty": "", "whole image": listed((0, 0, last, last)), "quarters": listed(*quarters), "corners": listed(*corners),
-        "three whole images": listed(*[(0, 0, last, last)] * 3), "duplicates": listed(*[near] * 3),
-        "one duplicate": listed(near, near), "spam": listed(near, *quarters[2:], quarters[0]),
-        "swapped": listed((x1, y1, x2, y2)), "reversed": listed((y2, x2, y1, x1)), "x first reversed": listed((x2, y2, x1, y1)),
-        "dot at the middle": listed((*middle, *middle)), "a point": listed(middle), "far": listed(FAR), "words": "cat " * 20,
+        "empty": "",
+        "whole image": listed((0, 0, last, last)),
+        "quarters": listed(*quarters),
+        "corners": listed(*corners),
+        "three whole images": listed(*[(0, 0, last, last)] * 3),
+        "duplicates": listed(*[near] * 3),
+        "one duplicate": listed(near, near),
+        "spam": listed(near, *quarters[2:], quarters[0]),
+        "swapped": listed((x1, y1, x2, y2)),
+        "reversed": listed((y2, x2, y1, x1)),
+        "x first reversed": listed((x2, y2, x1, y1)),
+        "dot at the middle": listed((*middle, *middle)),
+        "a point": listed(middle),
+        "far": listed(FAR),
+        "words": "cat " * 20,
         "every loc": loc(*range(0, 960, 40)),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(

@@ -153,21 +153,36 @@ ODD = [
     Odd("option", "**B**", None, "B", BARE),
     Odd("option", r"\boxed{B}", None, "B", BARE),
     Odd("option", "above", None, "C", "a reward compares relations as words"),
-    Odd("option", "(A) is not right.\nThe answer is: (B)", "B", None,
-        "a reward allows reasoning in front of the answer; CV-Bench takes one letter"),
-    Odd("json_boxes", f"[{CAT_TEXT}, {{\"bbox_2d\": [5", [CAT], [CAT]),
+    Odd(
+        "option",
+        "(A) is not right.\nThe answer is: (B)",
+        "B",
+        None,
+        "a reward allows reasoning in front of the answer; CV-Bench takes one letter",
+    ),
+    Odd("json_boxes", f'[{CAT_TEXT}, {{"bbox_2d": [5', [CAT], [CAT]),
     Odd("json_boxes", CAT_TEXT.replace('"', "'"), [CAT], [CAT]),
     Odd("json_boxes", '{"bbox_2d": [1, 2, 30], "label": ""}', [UNREADABLE], [UNREADABLE]),
-    Odd("json_boxes", CAT_TEXT.replace("40", '"40"'), [(None, "cat", 1.0)], [CAT],
-        "a reward pays for numbers that are JSON numbers"),
+    Odd(
+        "json_boxes",
+        CAT_TEXT.replace("40", '"40"'),
+        [(None, "cat", 1.0)],
+        [CAT],
+        "a reward pays for numbers that are JSON numbers",
+    ),
     Odd("json_boxes", "[1, 2, 30, 40]", [UNREADABLE] * 4, [BOX], OWN_GRAMMAR),
     Odd("list_boxes", "[1e0, 2, 30, 40]", [], [BOX], OWN_GRAMMAR),
     Odd("list_boxes", "1, 2, 30, 40", [], [BOX], OWN_GRAMMAR),
     Odd("json_points", '<point x="1" y="2">cat</point>', [], [((1.0, 2.0), "", 1.0)], OWN_GRAMMAR),
-    Odd("ovd", '[{"Position": [1, 2, 30, 40], "Confidence": 7}]', [(None, "", 0.0)],
-        [(BOX[0], "", 7.0)], "a box with a confidence outside [0, 1] earns nothing"),
+    Odd(
+        "ovd",
+        '[{"Position": [1, 2, 30, 40], "Confidence": 7}]',
+        [(None, "", 0.0)],
+        [(BOX[0], "", 7.0)],
+        "a box with a confidence outside [0, 1] earns nothing",
+    ),
     Odd("box_tokens", "<box>(1,2),(30,40)</box> in thousandths", [BOX], [BOX]),
-]  # fmt: skip
+]
 """Hand-written texts with both readings."""
 
 LOC_TEXTS = [
@@ -272,8 +287,10 @@ def test_the_device_and_the_host_read_loc_tokens_alike():
             bins = np.round(np.asarray(slots[0][row, 0])[used] * LOC_MAX).astype(int)
             labels = np.asarray(slots.label[row, 0])[used].tolist()
             device = list(zip(map(tuple, bins.tolist()), labels, strict=True))
-            assert [(numbers, ["cat", "dog"].index(label) if label in ("cat", "dog") else -1)
-                    for numbers, label in host_locations(rows[field], key)] == device  # fmt: skip
+            assert [
+                (numbers, ["cat", "dog"].index(label) if label in ("cat", "dog") else -1)
+                for numbers, label in host_locations(rows[field], key)
+            ] == device
             from_text = locations.read_any(text, width)
             assert host_locations(rows[field], key) == [(r.numbers, r.label) for r in from_text]
             total += len(device)
@@ -281,7 +298,7 @@ def test_the_device_and_the_host_read_loc_tokens_alike():
 
 
 def host_locations(entries: list[dict[str, Any]], key: str) -> list[tuple]:
-    """Returns (bins, y first; label) of a row's boxes or points in an image of 1023 × 1023 pixels."""
+    """Returns (bins, y first; label) of a row's locations in an image of 1023 × 1023 pixels."""
     swapped = [np.round(np.reshape(entry[key], (-1, 2))[:, ::-1].ravel()) for entry in entries]
     return [(tuple(n.tolist()), entry["label"]) for n, entry in zip(swapped, entries, strict=True)]
 
@@ -323,7 +340,7 @@ def benchmark_row() -> dict[str, Any]:
 
 
 def test_iou_has_one_implementation(monkeypatch):
-    """The device reward, the text reward and both box benchmarks change with the areas of `boxes`."""
+    """The device reward, the text reward and both box benchmarks use the areas of `boxes`."""
     measures = (
         device_iou,
         text_iou,

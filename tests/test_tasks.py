@@ -1,4 +1,4 @@
-"""configs/tasks.py parses, reads the samples and trains; docs/ names every reward and algorithm, and its examples run."""
+"""Tests of configs/tasks.py (it parses, reads samples and trains) and of the names in docs/."""
 
 import ast
 import importlib
@@ -76,9 +76,14 @@ def test_a_task_that_does_not_exist_is_told_with_the_nearest():
 
 
 @needs_samples
-@pytest.mark.parametrize(("name", "file"), [
-    ("point_environment", "gui/test.jsonl"), ("grounding", "refcoco/triples.jsonl"), ("single_box", "refcoco/triples.jsonl"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("point_environment", "gui/test.jsonl"),
+        ("grounding", "refcoco/triples.jsonl"),
+        ("single_box", "refcoco/triples.jsonl"),
+    ],
+)
 def test_samples_are_questions_of_a_recipe(name, file):
     found = questions(name, f"jsonl:{SAMPLES / file}")
     assert all(
@@ -125,8 +130,8 @@ GOLD = {
     "spatial": (
         {
             "question": "Where is the vase relative to the sofa?",
-            "cot": "I need the places of the vase and the sofa. I see the vase on a table by the window, and the sofa by a "
-            "door. The vase is to the left of the sofa.",
+            "cot": "I need the places of the vase and the sofa. I see the vase on a table by the "
+            "window, and the sofa by a door. The vase is to the left of the sofa.",
             "answer": "left",
         },
         {"spatial": 1.3},
@@ -160,10 +165,17 @@ def test_counting_trains_end_to_end(environment, tmp_path):
         picture(tmp_path / record["image_path"])
     uri = lines(tmp_path / "c.jsonl", records)
     done = run(
-        environment, "train", "--config=configs/tasks.py:counting", f"--workdir={tmp_path}/run",
-        f"--config.grpo.sources.questions.uri={uri}", "--config.model.image_size=28", "--config.sft.steps=2",
-        "--config.grpo.steps=2", "--config.log.every=1", "--config.log.samples_every=0",
-    )  # fmt: skip
+        environment,
+        "train",
+        "--config=configs/tasks.py:counting",
+        f"--workdir={tmp_path}/run",
+        f"--config.grpo.sources.questions.uri={uri}",
+        "--config.model.image_size=28",
+        "--config.sft.steps=2",
+        "--config.grpo.steps=2",
+        "--config.log.every=1",
+        "--config.log.samples_every=0",
+    )
     assert done.returncode == 0, done.stderr
     seen = [row for row in rows(tmp_path / "run") if row["stage"] == "grpo"]
     assert len(seen) == 2
@@ -180,7 +192,7 @@ DOCSTRINGS = [
 
 
 def printed() -> list[str]:
-    """Returns the commands with a recipe that README, docs/ and the docstrings of configs/ print on lines of their own."""
+    """Returns the commands with a recipe in README, docs/ and the docstrings of configs/."""
     texts = [block for page in PAGES for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)]
     lines = "\n".join([*texts, *DOCSTRINGS]).replace("\\\n", " ")
     return re.findall(r"-m pg_ground\.(\w+ --config=configs/[^&#\n]*)", lines)
@@ -270,10 +282,15 @@ def table(page: str, head: str) -> str:
     return page[page.index(f"| {head}") :].partition("\n\n")[0]
 
 
-@pytest.mark.parametrize(("names", "text"), [
-    (REWARDS, table(REWARD_PAGE, "`config.grpo.rewards`")), (TEXT_REWARDS, table(REWARD_PAGE, "`config.grpo.text_rewards`")),
-    (ALGORITHMS, table(ALGORITHM_PAGE, "row")),
-], ids=["rewards", "text_rewards", "algorithms"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (REWARDS, table(REWARD_PAGE, "`config.grpo.rewards`")),
+        (TEXT_REWARDS, table(REWARD_PAGE, "`config.grpo.text_rewards`")),
+        (ALGORITHMS, table(ALGORITHM_PAGE, "row")),
+    ],
+    ids=["rewards", "text_rewards", "algorithms"],
+)
 def test_a_table_of_the_docs_has_every_name_and_no_other(names, text):
     listed = [cell.split("|")[1] for cell in text.splitlines()[2:]]
     assert sorted(re.findall(r"`(\w+)`", "".join(listed))) == sorted(names)
