@@ -42,8 +42,9 @@ def encode_loc(fraction: Float[Array, "..."]) -> Int[Array, "..."]:
 
 
 def decode_loc(bins: Int[Array, "..."]) -> Float[Array, "..."]:
-    """Returns the float32 fractions in [0, 1] of loc bins: bin / 1023, as big_vision reads them
-    (not bin / 1024).
+    """Returns the float32 fractions in [0, 1] of loc bins: bin / 1023, like big_vision.
+
+    The divisor is not 1024.
     """
     return bins.astype(np.float32) / LOC_MAX
 
@@ -63,16 +64,18 @@ def corners(order: str, a: Any, b: Any, c: Any, d: Any) -> tuple[Any, Any, Any, 
 
 
 def host_boxes(rows: Iterable[Sequence[float | int] | None]) -> Float[np.ndarray, "N 4"]:
-    """Returns boxes as a float64 array. None means an unreadable box: its row is NaN, so it is not
-    proper.
+    """Returns boxes as a float64 array.
+
+    None means an unreadable box: its row is NaN, so it is not proper.
     """
     filled = [(np.nan,) * 4 if row is None else row for row in rows]
     return np.array(filled, np.float64).reshape(len(filled), 4)
 
 
 def is_proper(yxyx: Float[Array, "... 4"]) -> Bool[Array, "..."]:
-    """Returns whether each box has a height and a width. NaN is not proper, nor is an area that
-    underflows to 0.
+    """Returns whether each box has a height and a width.
+
+    NaN is not proper, nor is an area that underflows to 0.
     """
     proper = (yxyx[..., 2] > yxyx[..., 0]) & (yxyx[..., 3] > yxyx[..., 1])
     if _namespace(yxyx) is np:  # JAX boxes are loc bins, whose areas are at least 1e-6
@@ -107,8 +110,9 @@ def _overlap_and_union(
 
 
 def iou(a: Float[Array, "... 4"], b: Float[Array, "... 4"]) -> Float[Array, "..."]:
-    """Returns intersection over union in [0, 1], elementwise. The value is 0 if either box is not
-    proper.
+    """Returns intersection over union in [0, 1], elementwise.
+
+    The value is 0 if either box is not proper.
 
     This is plain IoU: no pixel is added to widths and heights.
     """
@@ -124,8 +128,9 @@ def pairwise_iou(a: Float[Array, "... P 4"], b: Float[Array, "... K 4"]) -> Floa
 
 
 def giou(a: Float[Array, "... 4"], b: Float[Array, "... 4"]) -> Float[Array, "..."]:
-    """Returns generalised IoU in [-1, 1] (arXiv 1902.09630), elementwise. The value is -1 if either
-    box is not proper.
+    """Returns generalised IoU in [-1, 1] (arXiv 1902.09630), elementwise.
+
+    The value is -1 if either box is not proper.
     """
     xp = _namespace(a, b)
     proper = is_proper(a) & is_proper(b)
@@ -149,11 +154,10 @@ def gaussian_point(
     alpha: float,
     min_side: float | Float[np.ndarray, "2"] = ONE_BIN,
 ) -> Float[Array, "..."]:
-    """Returns exp(-½ Σ (d / (alpha · side))²) in [0, 1], where d is the distance to the gold box's
-    centre along each axis.
+    """Returns exp(-½ Σ (d / (alpha · side))²) in [0, 1].
 
-    This is EasyDistill's point reward. Scaling an axis does not change it, so fractions and pixels
-    give the same value.
+    d is the distance to the gold box's centre along each axis. This is EasyDistill's point reward.
+    Scaling an axis does not change it, so fractions and pixels give the same value.
 
     Args:
       min_side: sides of gold boxes are at least this long; one loc bin in the unit of the boxes.
@@ -169,8 +173,9 @@ def gaussian_coverage(
     alpha: float,
     min_side: float | Float[np.ndarray, "2"] = ONE_BIN,
 ) -> Float[Array, "..."]:
-    """Returns the Bhattacharyya coefficient in [0, 1] of two Gaussians with sigma = alpha · sides;
-    0 if `yxyx` is not proper.
+    """Returns the Bhattacharyya coefficient in [0, 1] of two Gaussians with sigma = alpha · sides.
+
+    The value is 0 if `yxyx` is not proper.
 
     This is EasyDistill's plane reward. It is computed as a sum of logarithms per axis, ½·ln(2·σp·σg
     / (σp² + σg²)) − d² / (4·(σp² + σg²)), which needs no absolute epsilon and so holds in any unit.
@@ -192,8 +197,9 @@ def gaussian_coverage(
 def distance_px(
     yx: Float[Array, "... 2"], size: Int[Array, "... 2"], max_size_px: float
 ) -> Float[Array, "..."]:
-    """Returns the length of (y, x) offsets in pixels of an image whose longer side has
-    `max_size_px` pixels.
+    """Returns the length of (y, x) offsets in pixels of the scaled image.
+
+    The longer side of the scaled image has `max_size_px` pixels.
 
     Args:
       yx: offsets in fractions of the image.
@@ -212,10 +218,10 @@ def distance_gaussian(
     sigma_px: float | Float[Array, "..."],
     max_size_px: float,
 ) -> Float[Array, "..."]:
-    """Returns exp(-d² / 2·sigma²) in [0, 1], with d and sigma in pixels of the scaled image of
-    `distance_px`.
+    """Returns exp(-d² / 2·sigma²) in [0, 1].
 
-    This is synthetic-grounding's reward: sigma is 100 px in an image of 640 px.
+    d and sigma are in pixels of the scaled image of `distance_px`. This is synthetic-grounding's
+    reward: sigma is 100 px in an image of 640 px.
     """
     return gaussian(distance_px(yx - gold, size, max_size_px), sigma_px)
 
@@ -235,8 +241,9 @@ def contains(
 
 
 def covers(mask: Bool[Array, "... M M"], yx: Float[Array, "... P 2"]) -> Bool[Array, "... P"]:
-    """Returns whether the mask cell of each point is set. The cells are an even grid over the whole
-    image.
+    """Returns whether the mask cell of each point is set.
+
+    The cells are an even grid over the whole image.
     """
     xp = _namespace(mask, yx)
     side = mask.shape[-1]
@@ -288,8 +295,9 @@ def pairwise_mask_iou(
 
 
 def match(similarity: Float[Array, "P K"]) -> tuple[Int[Array, " n"], Int[Array, " n"]]:
-    """Returns the rows and columns of the one-to-one matching with the largest total similarity; n
-    = min(P, K).
+    """Returns the one-to-one matching with the largest total similarity.
+
+    The result is the rows and the columns of the n = min(P, K) pairs.
     """
     if _namespace(similarity) is not np:
         from optax.assignment import hungarian_algorithm
@@ -304,8 +312,9 @@ def match(similarity: Float[Array, "P K"]) -> tuple[Int[Array, " n"], Int[Array,
 
 
 def matched_total(similarity: Float[Array, "P K"]) -> Float[Array, ""]:
-    """Returns the largest total similarity of a one-to-one matching of P predictions with K gold
-    answers.
+    """Returns the largest total similarity of a one-to-one matching.
+
+    P predictions are matched with K gold answers.
 
     Args:
       similarity: 0 or more, and 0 in unused slots.
@@ -320,8 +329,9 @@ def f_measure(
     predicted: int | Int[Array, "..."],
     gold: int | Int[Array, "..."],
 ) -> Float[Array, "..."]:
-    """Returns 2·total / (predicted + gold), in [0, 1] for a total of matched similarities; 1 if
-    both sets are empty.
+    """Returns 2·total / (predicted + gold), in [0, 1] for a total of matched similarities.
+
+    The value is 1 if both sets are empty.
 
     Args:
       predicted: number of predictions. Duplicates and spurious predictions count, and so lower the
@@ -336,8 +346,9 @@ def f_measure(
 def set_similarity(
     similarity: Float[Array, "... P K"], predicted: Bool[Array, "... P"], gold: Bool[Array, "... K"]
 ) -> Float[Array, "..."]:
-    """Returns the `f_measure` of the best matching's total similarity, in [0, 1]. It runs inside
-    `jit` only.
+    """Returns the `f_measure` of the best matching's total similarity, in [0, 1].
+
+    It runs inside `jit` only.
 
     Args:
       predicted: which slots hold a prediction.
@@ -370,9 +381,9 @@ def detect(
     weight: Float[Array, "... K"],
     thresholds: Sequence[float],
 ) -> Detections:
-    """Returns the detections if every prediction matches the gold box of its largest IoU, provided
-    that IoU > threshold.
+    """Returns the detections of predicted boxes.
 
+    Every prediction matches the gold box of its largest IoU, if that IoU is above the threshold.
     This is the count of "Tuning computer vision models with task rewards" (arXiv 2302.08242). It
     ignores a prediction that matches nothing.
 

@@ -169,7 +169,7 @@ def test_every_reader_takes_every_text(text):
 @pytest.mark.parametrize("length", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("piece", LONG_PIECES)
 def test_long_texts_are_read_in_linear_time(piece, length):
-    """Quadratic time would be minutes. CPU time is measured, so that a busy machine does not matter."""
+    """Quadratic time would be minutes. CPU time does not depend on a busy machine."""
     text = piece * (length // len(piece))
     for read in READERS:
         for whole in (text, "<answer>" + text, "[" + text + "]", "{" + text + "}"):

@@ -205,7 +205,8 @@ def test_gaussians_do_not_see_the_scale_of_an_axis(predicted, gold, scale):
     ):
         plain, scaled = f(predicted, gold), f(predicted * factor, gold * factor)
         assert 0 <= plain <= 1
-        # exponents up to 88, beyond which it is 0, are known to a few 1e-6 of their size: sides are differences of fractions
+        # float32 has exponents up to 88 (beyond, the value is 0) to a few 1e-6 of their size,
+        # because sides are differences of fractions
         np.testing.assert_allclose(scaled, plain, rtol=1e-3, atol=1e-6)
 
 

@@ -23,12 +23,12 @@ def agent_format(text: str, _: TextExample) -> float:
 
 
 def agent_step(text: str, example: TextExample) -> float:
-    """Returns the similarity of one turn to the gold turn, in [0, 1] (RLLaVA's code and search
-    agents).
+    """Returns the similarity of one turn to the gold turn, in [0, 1].
 
-    A turn scores 0 if its act is not the gold act, or if it has two acts. Answers and searches are
-    compared by the F1 of their words, problems as sets of labels, and code by its syntax tree. Code
-    never runs, so spaces, comments and quotes do not count.
+    RLLaVA's code and search agents use it. A turn scores 0 if its act is not the gold act, or if it
+    has two acts. Answers and searches are compared by the F1 of their words, problems as sets of
+    labels, and code by its syntax tree. Code never runs, so spaces, comments and quotes do not
+    count.
     """
     gold_acts = parsers.turns(gold_text(example)).acts
     if len(gold_acts) != 1:
@@ -45,10 +45,10 @@ def agent_step(text: str, example: TextExample) -> float:
 
 
 def agent(text: str, example: TextExample) -> float:
-    """Returns the F1 of a transcript's last answer, and 0.2 of it more if an act precedes the
-    answer, in [0, 1.2].
+    """Returns the F1 of a transcript's last answer, in [0, 1.2].
 
-    A transcript that does not end in an answer scores 0. So acts alone earn nothing.
+    The score is 0.2 of it higher if an act precedes the answer. A transcript that does not end in
+    an answer scores 0. So acts alone earn nothing.
     """
     gold = gold_text(example)
     if not gold:
@@ -66,8 +66,9 @@ _FENCE = re.compile(r"\s*```(?:python|py)?\n(.*)```\s*", re.DOTALL)
 
 
 def _syntax(code: str) -> str:
-    """Returns the syntax tree of code, with or without a fence; the code itself if it is no valid
-    Python.
+    """Returns the syntax tree of code, with or without a fence.
+
+    The value is the code itself if it is no valid Python.
     """
     fenced = _FENCE.fullmatch(code)
     code = fenced[1] if fenced else code

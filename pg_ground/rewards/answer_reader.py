@@ -74,14 +74,13 @@ def confidence(
     logps: Float[Array, "B G T"],
     vocab: Vocab,
 ) -> Float[Array, "B G K"]:
-    """Returns the likelihood of each box's name after the box, in [0, 1], in the slots of
-    `read_answer`; 0 for an unused slot.
+    """Returns the likelihood of the name behind each box, in [0, 1].
 
-    Detections are ranked by this value (pix2seq, arXiv 2109.10852; PaliGemma 2, arXiv 2412.03555,
-    appendix C). The likelihood of the box itself is no good rank, because it is shared among
-    neighbouring bins. It is used only for a box without a name. The value is the geometric mean
-    over the tokens of the name: the product would make long names unlikely, and boxes with the
-    same name would rank alike.
+    The slots are those of `read_answer`; an unused slot has 0. Detections are ranked by this value
+    (pix2seq, arXiv 2109.10852; PaliGemma 2, arXiv 2412.03555, appendix C). The likelihood of the
+    box itself is no good rank, because it is shared among neighbouring bins. It is used only for a
+    box without a name. The value is the geometric mean over the tokens of the name: the product
+    would make long names unlikely, and boxes with the same name would rank alike.
 
     Args:
       logps: as in `Rollout`. A greedy rollout has the model's own, at temperature 1.
@@ -188,8 +187,10 @@ def _is_list_of_locations(
     target: Int[Array, " B"],
     names: Int[Array, "B C W"],
 ) -> Bool[Array, "B G"]:
-    """Returns whether each segment is a location of the asked kind, followed by text if the
-    question has a name."""
+    """Returns whether each segment is a location of the asked kind.
+
+    Text must follow the location if the question has a name, and only then.
+    """
     text = segments.name | segments.code
     expected_locs = jnp.where(target == BOXES, 4, 2)[:, None, None]
     has_text = _count(segments, text) > 0

@@ -70,11 +70,11 @@ def gaussian_coverage(
 
 
 def gaussian_point(answer: Answer, batch: Batch, settings: RewardSettings) -> Float[Array, "B G"]:
-    """Returns the nearness of answers to the centres of gold boxes, in units of the boxes' sides,
-    in [0, 1].
+    """Returns the nearness of answers to the centres of gold boxes, in [0, 1].
 
-    A question about boxes compares the centres of the predicted boxes. A question about points
-    compares the points with the boxes of their objects; it is NaN if the annotation has none.
+    The unit of the distance is the gold box's side. A question about boxes compares the centres of
+    the predicted boxes. A question about points compares the points with the boxes of their
+    objects; it is NaN if the annotation has none.
     """
     gold = batch.gold.boxes
 

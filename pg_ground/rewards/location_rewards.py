@@ -1,5 +1,4 @@
-"""Text rewards for boxes and points: JSON, dicts, lists, box tokens, and detection with
-confidences.
+"""Text rewards for boxes and points: JSON, dicts, lists, box tokens, detection.
 
 Coordinates are in pixels of the original image. Predictions and gold locations are matched one to
 one for the largest total similarity, as in `device_rewards`. Missing, spurious and duplicate
@@ -73,8 +72,9 @@ def json_points_in_boxes(text: str, example: TextExample) -> float:
 
 
 def json_boxes(text: str, example: TextExample) -> float:
-    """Returns the matched IoU of JSON boxes and gold boxes, in [0, 1]. Labels count if the gold
-    boxes have several.
+    """Returns the matched IoU of JSON boxes and gold boxes, in [0, 1].
+
+    Labels count if the gold boxes have several.
     """
     return _matched(text, example, locations.json_boxes, _iou)
 
@@ -90,17 +90,17 @@ def dict_format(text: str, example: TextExample) -> float:
 
 
 def dict_point(text: str, example: TextExample) -> float:
-    """Returns the nearness of a dict's boxes to the centres of gold boxes with the same key, in [0,
-    1].
+    """Returns the nearness of a dict's boxes to the centres of gold boxes, in [0, 1].
 
-    The unit of the distance is the gold box's side.
+    Only boxes with the same key match. The unit of the distance is the gold box's side.
     """
     return _matched(text, example, locations.dict_boxes, _gaussian_point)
 
 
 def dict_coverage(text: str, example: TextExample) -> float:
-    """Returns the overlap of a dict's boxes with gold boxes of the same key, both as Gaussians, in
-    [0, 1].
+    """Returns the overlap of a dict's boxes with gold boxes, both as Gaussians, in [0, 1].
+
+    Only boxes with the same key match.
     """
     return _matched(text, example, locations.dict_boxes, _gaussian_coverage)
 
@@ -111,13 +111,17 @@ def dict_iou(text: str, example: TextExample) -> float:
 
 
 def list_format(text: str, example: TextExample) -> float:
-    """Returns 1 for one proper box as `[x1, y1, x2, y2]` in natural numbers (EasyDistill), else 0."""
+    """Returns 1 for one proper box as `[x1, y1, x2, y2]`, else 0.
+
+    The numbers must be natural numbers (EasyDistill).
+    """
     return _follows_grammar(text, example, locations.list_boxes)
 
 
 def list_point(text: str, example: TextExample) -> float:
-    """Returns the nearness of listed boxes to the centres of gold boxes, in units of the gold
-    boxes' sides, in [0, 1].
+    """Returns the nearness of listed boxes to the centres of gold boxes, in [0, 1].
+
+    The unit of the distance is the gold box's side.
     """
     return _matched(text, example, locations.list_boxes, _gaussian_point)
 
@@ -133,8 +137,9 @@ def list_iou(text: str, example: TextExample) -> float:
 
 
 def list_iou_squared(text: str, example: TextExample) -> float:
-    """Returns the matched IoU² of listed boxes and gold boxes, in [0, 1] (RLLaVA's grounding
-    accuracy).
+    """Returns the matched IoU² of listed boxes and gold boxes, in [0, 1].
+
+    This is RLLaVA's grounding accuracy.
     """
     return _matched(text, example, locations.list_boxes, _iou_squared)
 
@@ -150,7 +155,10 @@ def ovd_format(text: str, example: TextExample) -> float:
 
 
 def ovd_f(text: str, example: TextExample) -> float:
-    """Returns 2·Σ IoU / (n_predicted + n_gold) over detections, in [0, 1]; 1 if both counts are 0."""
+    """Returns 2·Σ IoU / (n_predicted + n_gold) over detections, in [0, 1].
+
+    The value is 1 if both counts are 0.
+    """
     detections = _detect(text, example)
     if not detections:
         return math.nan
@@ -159,8 +167,9 @@ def ovd_f(text: str, example: TextExample) -> float:
 
 
 def ovd_iou(text: str, example: TextExample) -> float:
-    """Returns Σ IoU / max(n_predicted, n_gold) over detections, in [0, 1] (RLLaVA's); 1 if both
-    counts are 0.
+    """Returns Σ IoU / max(n_predicted, n_gold) over detections, in [0, 1] (RLLaVA's).
+
+    The value is 1 if both counts are 0.
     """
     detections = _detect(text, example)
     if not detections:
@@ -169,12 +178,11 @@ def ovd_iou(text: str, example: TextExample) -> float:
 
 
 def ovd_confidence(text: str, example: TextExample) -> float:
-    """Returns the mean of c over detections and of 1 − c over the other predictions, in [0, 1]
-    (RLLaVA's).
+    """Returns the mean of c over detections and 1 − c over other predictions, in [0, 1].
 
-    The value is at most the mean of c over the detections alone. So other predictions can only
-    lower it, and earn nothing by themselves. The value is 1 if nothing is predicted and there is
-    nothing to find.
+    The reward is RLLaVA's. The value is at most the mean of c over the detections alone. So other
+    predictions can only lower it, and earn nothing by themselves. The value is 1 if nothing is
+    predicted and there is nothing to find.
     """
     detections = _detect(text, example)
     if not detections:
@@ -221,15 +229,17 @@ def ovd_ap(text: str, example: TextExample) -> float:
 
 
 def ovd(text: str, example: TextExample) -> float:
-    """Returns the mean of `ovd_f`, `ovd_calibration` and `ovd_ap`, in [−⅓, 1]; 1 for `[]` if there
-    is nothing to find.
+    """Returns the mean of `ovd_f`, `ovd_calibration` and `ovd_ap`, in [−⅓, 1].
+
+    The value is 1 for `[]` if there is nothing to find.
     """
     return (ovd_f(text, example) + ovd_calibration(text, example) + ovd_ap(text, example)) / 3
 
 
 def _gold(example: TextExample, read: Grammar, target: str) -> Sequence[Location] | None:
-    """Returns the annotation, else the locations of the gold text; None if the question asks for
-    something else.
+    """Returns the annotation, else the locations of the gold text.
+
+    The value is None if the question asks for something else.
     """
     annotated = example.points if target == "points" else example.boxes
     if example.target == target or (example.target == "text" and annotated):
@@ -265,8 +275,9 @@ def _similarities(
     similarity: Similarity,
     size: tuple[int, int],
 ) -> Float[np.ndarray, "P K"]:
-    """Returns the similarity of each prediction with each gold location; 0 for a prediction that is
-    not proper.
+    """Returns the similarity of each prediction with each gold location.
+
+    The value is 0 for a prediction that is not proper.
     """
     table = np.zeros((len(predicted), len(gold)))
     proper = [i for i, location in enumerate(predicted) if locations.is_proper(location)]
@@ -335,8 +346,10 @@ class _Detections(NamedTuple):
 
 
 def _detect(text: str, example: TextExample) -> _Detections | None:
-    """Returns the detections. By falling confidence, each prediction takes the free gold box of its
-    label with the largest IoU.
+    """Returns the detections.
+
+    By falling confidence, each prediction takes the free gold box of its label with the largest
+    IoU.
     """
     gold = _gold(example, locations.ovd, "boxes")
     if gold is None:
@@ -356,7 +369,8 @@ def _detect(text: str, example: TextExample) -> _Detections | None:
 
 
 def _rank(prediction: Location) -> tuple[float, ...]:
-    """Returns the sort key of a prediction: confidence, then coordinates, so that the order in the
-    text does not count.
+    """Returns the sort key of a prediction: confidence, then coordinates.
+
+    So the order of predictions in the text does not count.
     """
     return -(prediction.score or 0.0), *(prediction.numbers or (math.nan,) * 4)

@@ -46,15 +46,17 @@ class Reading(NamedTuple):
 
 
 def json_points(text: str) -> Reading:
-    """Returns the points of `{"point_2d": [x, y], "label": "…"}` or a list of these
-    (synthetic-grounding's grammar).
+    """Returns the points of `{"point_2d": [x, y], "label": "…"}` or a list of these.
+
+    This is synthetic-grounding's grammar.
     """
     return _read_records(text, "point_2d", 2)
 
 
 def json_boxes(text: str) -> Reading:
-    """Returns the boxes of `{"bbox_2d": [x1, y1, x2, y2], "label": "…"}` or a list of these
-    (Qwen2.5-VL's grammar).
+    """Returns the boxes of `{"bbox_2d": [x1, y1, x2, y2], "label": "…"}` or a list of these.
+
+    This is Qwen2.5-VL's grammar.
     """
     return _read_records(text, "bbox_2d", 4)
 
@@ -79,10 +81,10 @@ def _read_records(text: str, key: str, width: int) -> Reading:
 
 
 def ovd(text: str) -> Reading:
-    """Returns the boxes of `<answer>[{"Position": [x1, y1, x2, y2], "Confidence": c}, …]</answer>`
-    (Visual-RFT's grammar).
+    """Returns the boxes with confidences of Visual-RFT's grammar.
 
-    An object may also have a "label", and quotes may be Python's. A box whose confidence is outside
+    The grammar is `<answer>[{"Position": [x1, y1, x2, y2], "Confidence": c}, …]</answer>`. An
+    object may also have a "label", and quotes may be Python's. A box whose confidence is outside
     [0, 1] cannot be read.
     """
     cut = sections(text)
@@ -103,10 +105,10 @@ def ovd(text: str) -> Reading:
 
 
 def dict_boxes(text: str) -> Reading:
-    """Returns the boxes of `{"0": [[x1, y1, x2, y2], …], "1": [], …}` (EasyDistill's grammar),
-    labelled with their keys.
+    """Returns the boxes of `{"0": [[x1, y1, x2, y2], …], "1": [], …}`, labelled with their keys.
 
-    Keys may be Python's integers, as in EasyDistill's own supervised answers.
+    This is EasyDistill's grammar. Keys may be Python's integers, as in EasyDistill's own supervised
+    answers.
     """
     cut = sections(text)
     whole = _load(cut.answer)
@@ -177,11 +179,10 @@ _SPECIAL = re.compile(r"<loc[0-9]{4}>|<seg[0-9]{3}>|<(?:bos|eos|pad)>")
 
 
 def loc_segments(text: str) -> list[Location]:
-    """Returns the segments between the ";" of a text: the bins of each, and the other text as its
-    label.
+    """Returns the segments between the ";" of a text.
 
-    A segment with four bins is a box, one with two is a point, as in
-    `pg_ground.rewards.answer_reader.read_answer`.
+    The numbers of a segment are its bins, and the label is its other text. A segment with four bins
+    is a box, one with two is a point, as in `pg_ground.rewards.answer_reader.read_answer`.
     """
     return [_loc_segment(_LOC.findall(part), _SPECIAL.sub("", part)) for part in text.split(";")]
 
@@ -286,7 +287,7 @@ def _read_object(value: Mapping[Any, Any], width: int) -> list[Location]:
 
 
 def _read_text(text: str, width: int) -> list[Location]:
-    """Returns the locations of loc tokens, else of a JSON value or Python literal, else of prose."""
+    """Returns the locations of loc tokens, else of a JSON value or literal, else of prose."""
     answer = answer_text(text, strict=False)
     if _LOC.search(answer):
         return [segment for segment in loc_segments(answer) if len(segment.numbers or ()) == width]
@@ -331,8 +332,9 @@ _FILLER = re.compile(r"[\s,;()\[\]{}<>]*")
 
 
 def _read_bare(text: str, width: int) -> list[Location]:
-    """Returns the locations of `x=…, y=…`, else of `width` numbers with only commas, blanks and
-    brackets between them.
+    """Returns the locations of `x=…, y=…`, else of bare numbers.
+
+    Only commas, blanks and brackets may be between the numbers of a location.
     """
     attributes = [(x, y) for _, x, y in _XY.findall(text)] if width == 2 else []
     return [
@@ -342,8 +344,9 @@ def _read_bare(text: str, width: int) -> list[Location]:
 
 
 def _runs(text: str, width: int) -> list[list[str]]:
-    """Returns the runs of `width` numbers. A run ends at other text, and at a bracket that closes
-    after `width` numbers.
+    """Returns the runs of `width` numbers.
+
+    A run ends at other text, and at a bracket that closes after `width` numbers.
     """
     runs: list[list[str]] = [[]]
     end = 0
@@ -358,8 +361,9 @@ def _runs(text: str, width: int) -> list[list[str]]:
 
 
 def _objects_in_prose(text: str, key: str) -> list[Any]:
-    """Returns each `{…}` of a text that contains `key`: in prose, in a code fence, or in a list
-    that breaks off.
+    """Returns each `{…}` of a text that contains `key`.
+
+    It may be in prose, in a code fence, or in a list that breaks off.
     """
     return [_load(part) for part in _OBJECT.findall(text) if key in part]
 
@@ -391,8 +395,9 @@ def _load(text: str) -> Any:
 
 
 def _numbers(values: Any, width: int, strict: bool) -> tuple[float, ...] | None:
-    """Returns `width` finite numbers; None if there are others. A number in quotes is a number
-    unless `strict`.
+    """Returns `width` finite numbers; None if there are others.
+
+    A number in quotes is a number unless `strict`.
     """
     if not isinstance(values, list | tuple) or len(values) != width:
         return None

@@ -100,8 +100,9 @@ _NUMBER = re.compile(
 
 
 def number(value: Any, strict: bool) -> float | None:
-    """Returns the one number that an answer names, in digits or as a word up to twenty; None for
-    none or several.
+    """Returns the one number that an answer names, in digits or as a word up to twenty.
+
+    The value is None for none or several.
 
     Args:
       value: a text, a JSON number, or a list with one of them.
@@ -129,8 +130,9 @@ def _from_words_or_digits(text: str) -> float:
 
 
 def json_number(value: Any, strict: bool) -> float:
-    """Returns a JSON number as a float; NaN for any other value, and for a number that is not
-    finite or too large.
+    """Returns a JSON number as a float.
+
+    The value is NaN for any other value, and for a number that is not finite or too large.
 
     Args:
       strict: the value must be a number. Otherwise a text such as "10.5" is a number too.
@@ -255,8 +257,7 @@ class Choice(NamedTuple):
 
 
 def choice(text: str) -> Choice:
-    """Returns the one option letter, else the one spatial relation, else the yes or no, that an
-    answer names.
+    """Returns the one option, else spatial relation, else yes or no, that an answer names.
 
     Two values of a kind count as none, and so does a negation of a relation. This is the strict
     reader of the spatial rewards.
@@ -295,7 +296,7 @@ def conclusion(text: str) -> tuple[str, str]:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Returns the content of the last `\boxed{…}`, or None if there is none or it is not closed."""
+    r"""Returns the content of the last `\boxed{…}`; None if there is no closed one."""
     _, boxed, content = text.rpartition(r"\boxed{")
     depth = 1
     for i, character in enumerate(content if boxed else ""):
@@ -306,9 +307,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def think_boxed(text: str) -> bool:
-    r"""Returns whether the whole text is `<think>…</think>` and words with one `\boxed{…}` that is
-    not empty.
-    """
+    r"""Returns whether the text is `<think>…</think>` and words with one filled `\boxed{…}`."""
     pieces = _TAG.split(text)
     if pieces[1::2] != ["<think>", "</think>"] or pieces[0]:
         return False
@@ -332,8 +331,9 @@ class Turns(NamedTuple):
 
 
 def turns(text: str) -> Turns:
-    """Returns the acts of one turn, or of a transcript of several turns. Text outside the tags is
-    no act.
+    """Returns the acts of one turn, or of a transcript of several turns.
+
+    Text outside the tags is no act.
     """
     pieces = _ACT_TAG.split(text)
     between, tags = pieces[::2], pieces[1::2]

@@ -18,11 +18,11 @@ REASONING_WORDS = (20, 150)
 
 
 def spatial_answer(text: str, example: TextExample) -> float:
-    """Returns 1 for the gold relation (by any of its phrases), option letter, or yes or no, else
-    −0.5 (ReinforceSight's).
+    """Returns 1 for the right answer, else −0.5 (ReinforceSight's).
 
-    An answer that names none or two of these is wrong. Any other gold, such as an object's name, is
-    compared as by `exact_match`.
+    The answer is a relation (by any of its phrases), an option letter, or yes or no. An answer that
+    names none or two of these is wrong. Any other gold, such as an object's name, is compared as by
+    `exact_match`.
     """
     if not gold_text(example):
         return math.nan
@@ -36,13 +36,13 @@ def spatial_answer(text: str, example: TextExample) -> float:
 
 
 def spatial(text: str, example: TextExample) -> float:
-    """Returns `spatial_answer`, and up to 0.3 more for the reasoning of a right answer, in [−0.5,
-    1.3].
+    """Returns `spatial_answer`, and up to 0.3 more for the reasoning, in [−0.5, 1.3].
 
-    Reasoning of 20 to 150 words can earn. Its last sentence with a relation must name the answer's
-    relation and no other. If the answer is yes or no, or an object of the question, the sentence
-    must name that instead. Half of the 0.3 is for reasoning without digits and units outside the
-    objects' names. The other half is for naming all objects of the question.
+    Only the reasoning of a right answer earns. Reasoning of 20 to 150 words can earn. Its last
+    sentence with a relation must name the answer's relation and no other. If the answer is yes or
+    no, or an object of the question, the sentence must name that instead. Half of the 0.3 is for
+    reasoning without digits and units outside the objects' names. The other half is for naming all
+    objects of the question.
     """
     score = spatial_answer(text, example)
     if not score > 0:
@@ -53,7 +53,10 @@ def spatial(text: str, example: TextExample) -> float:
 
 _SENTENCE = re.compile(r"[.!?\n]")
 _OPTION_TEXT = re.compile(r"\(([A-F])\)([^()\n]*)")
-_UNITS = "(?:[cmk]?m|(?:centi|milli|kilo)?met(?:er|re)s?|feet|ft|inch(?:es)?|yards?|miles?|pixels?|px|degrees?|percent)"
+_UNITS = (
+    "(?:[cmk]?m|(?:centi|milli|kilo)?met(?:er|re)s?|feet|ft|inch(?:es)?|yards?|miles?|pixels?|px"
+    "|degrees?|percent)"
+)
 _MEASURED = re.compile(rf"\d|[%°]|\b{_UNITS}\b")
 # fmt: off
 _NO_OBJECT = (
@@ -69,8 +72,9 @@ _OBJECT = re.compile(rf"\bthe ((?:(?!(?:{'|'.join(_NO_OBJECT)})\b)[a-z'-]+ ?){{1
 
 
 def _reasoning_quality(reasoning: str, answer: str, prompt: str) -> float:
-    """Returns the quality of a chain of thought that led to the right answer: 0, ½ or 1. `spatial`
-    states the conditions.
+    """Returns the quality of a chain of thought that led to the right answer: 0, ½ or 1.
+
+    `spatial` states the conditions.
     """
     thought = reasoning.lower()
     options = dict(_OPTION_TEXT.findall(prompt.upper()))
@@ -89,8 +93,9 @@ def _reasoning_quality(reasoning: str, answer: str, prompt: str) -> float:
 
 
 def _reader_of_kind(kind: str, answer: str, name: re.Pattern[str]) -> Callable[[str], set[str]]:
-    """Returns the function that reads from a sentence the kind of value that the answer is:
-    relation, yes or no, or name.
+    """Returns the function that reads the claim of a sentence.
+
+    The kind of claim is the kind of the answer: relation, yes or no, or name.
     """
     if parsers.relations(answer):
         return parsers.relations

@@ -33,5 +33,8 @@ TextReward = Callable[[str, TextExample], float]
 
 
 def gold_text(example: TextExample) -> str:
-    """Returns the ground-truth answer to a question that asks for text; "" for any other question."""
+    """Returns the ground-truth answer to a question that asks for text.
+
+    The value is "" for any other question.
+    """
     return example.gold.strip() if example.target == "text" else ""

@@ -1,6 +1,4 @@
-"""Text rewards for answers in words: forms of chains of thought, numbers, mathematics and short
-texts.
-"""
+"""Text rewards for answers in words: forms, numbers, mathematics and short texts."""
 
 import math
 import re
@@ -21,15 +19,17 @@ time for longer nonsense.
 
 
 def think_answer_format(text: str, _: TextExample) -> float:
-    """Returns 1 if the whole text is `<think>…</think> <answer>…</answer>`, each tag once, else 0
-    (DeepSeek-R1's format).
+    """Returns 1 if the whole text is `<think>…</think> <answer>…</answer>`, else 0.
+
+    Each tag must occur once (DeepSeek-R1's format).
     """
     return float(parsers.sections(text).form == "think_answer")
 
 
 def think_boxed_format(text: str, _: TextExample) -> float:
-    r"""Returns 1 if the whole text is `<think>…</think>` and words with one filled `\boxed{…}`,
-    else 0 (RLLaVA's for maths).
+    r"""Returns 1 for `<think>…</think>` and words with one filled `\boxed{…}`, else 0.
+
+    The whole text must have this form (RLLaVA's for maths).
     """
     return float(parsers.think_boxed(text))
 
@@ -50,11 +50,11 @@ def count_graded(text: str, example: TextExample) -> float:
 
 
 def math_equal(text: str, example: TextExample) -> float:
-    r"""Returns 1 if the last `\boxed{…}`, else the content of the answer tags, equals the gold
-    expression; else 0.
+    r"""Returns 1 if the answer equals the gold expression, else 0.
 
-    Math-verify compares the expressions; it reads LaTeX with its own grammar. No timer is set here.
-    Simplifying an expression may take any time, so the caller must limit it.
+    The answer is the content of the last `\boxed{…}`, else of the answer tags. Math-verify compares
+    the expressions; it reads LaTeX with its own grammar. No timer is set here. Simplifying an
+    expression may take any time, so the caller must limit it.
     """
     gold = gold_text(example)
     gold_expression = _expression(parsers.last_boxed(gold) or parsers.sections(gold).answer)
@@ -71,8 +71,9 @@ _TWO_NUMBERS = re.compile(r"[0-9]\s+[0-9]")
 
 
 def _expression(latex: str) -> list[Any]:
-    """Returns math-verify's expressions of an answer. Several numbers in a row give none:
-    math-verify would join them.
+    """Returns math-verify's expressions of an answer.
+
+    Several numbers in a row give none: math-verify would join them.
     """
     if len(latex) > MAX_MATH or _TWO_NUMBERS.search(latex):
         return []
@@ -85,14 +86,18 @@ def _expression(latex: str) -> list[Any]:
 
 
 def token_f1(text: str, example: TextExample) -> float:
-    """Returns the F1 of the answer's words against the gold words, in [0, 1], normalised as in
-    SQuAD (arXiv 1606.05250).
+    """Returns the F1 of the answer's words against the gold words, in [0, 1].
+
+    Words are normalised as in SQuAD (arXiv 1606.05250).
     """
     return f1(answer_words(text), answer_words(example.gold)) if gold_text(example) else math.nan
 
 
 def exact_match(text: str, example: TextExample) -> float:
-    """Returns 1 if the answer has the gold words in the same order, normalised as in SQuAD, else 0."""
+    """Returns 1 if the answer has the gold words in the same order, else 0.
+
+    Words are normalised as in SQuAD.
+    """
     if not gold_text(example):
         return math.nan
     return float(answer_words(text) == answer_words(example.gold))
@@ -103,8 +108,9 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def squad_words(text: str) -> list[str]:
-    """Returns the words of a text in lower case, without articles and punctuation, as SQuAD's
-    evaluator compares them.
+    """Returns the words of a text in lower case, without articles and punctuation.
+
+    SQuAD's evaluator compares these words.
     """
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
