@@ -132,7 +132,8 @@ def compile_run(
     largest = max(reports, key=lambda report: report.hbm_bytes)
     fits = largest.hbm_bytes <= chip.hbm_bytes
     if not fits:
-        text = f"{text}\n{advice(largest, chip, config.model)}"
+        stage = jobs.stage_name(config, mesh, largest.program)
+        text = f"{text}\n{advice(largest, chip, config.model, stage)}"
     return CompileResult(text, report_document(reports, topology, chip), fits)
 
 
@@ -399,11 +400,15 @@ def _program_document(report: ProgramReport, chip: Chip) -> dict[str, Any]:
     }
 
 
-def advice(report: ProgramReport, chip: Chip, model: Model) -> str:
-    """Returns why a program does not fit: its largest buffers, and settings that reduce them."""
+def advice(report: ProgramReport, chip: Chip, model: Model, stage: str) -> str:
+    """Returns why a program does not fit: its largest buffers, and settings that reduce them.
+
+    Args:
+      stage: name of the stage that runs the program.
+    """
     needs = f"{report.hbm_bytes / GIB:.2f} GiB, a chip has {chip.hbm_bytes / GIB:.2f}"
     buffers = [f"  {size / GIB:6.2f} GiB  {text[:110]}" for size, text in report.largest_buffers]
-    settings = _smaller_settings(report, chip, model)
+    settings = _smaller_settings(report, chip, model, stage)
     return "\n".join(
         [
             f"{report.program} needs {needs}. Largest buffers:",
@@ -413,7 +418,7 @@ def advice(report: ProgramReport, chip: Chip, model: Model) -> str:
     )
 
 
-def _smaller_settings(report: ProgramReport, chip: Chip, model: Model) -> list[str]:
+def _smaller_settings(report: ProgramReport, chip: Chip, model: Model, stage: str) -> list[str]:
     """Returns changes of settings that reduce the memory of a program."""
     settings = []
     bytes_by_kind = report.bytes_by_kind
@@ -424,7 +429,6 @@ def _smaller_settings(report: ProgramReport, chip: Chip, model: Model) -> list[s
     if bytes_by_kind["activations"] > chip.hbm_bytes / 4:
         if model.remat != "nothing_saveable":
             settings.append("config.model.remat=nothing_saveable")
-        stage = "sft" if report.program == "sft" else "grpo"
         settings.append(
             f"twice config.{stage}.grad_accum_steps, or a smaller config.{stage}.batch_size"
         )

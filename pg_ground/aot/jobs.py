@@ -41,6 +41,13 @@ def make_programs(config: Config, mesh: AnyMesh, hbm_bytes: float | None) -> dic
     return all_programs(setup, make_stages(setup))
 
 
+def stage_name(config: Config, mesh: AnyMesh, program: str) -> str:
+    """Returns the name of the stage that runs a program; the last stage for the evaluation."""
+    stages = make_stages(make_setup(config, mesh, None))
+    owners = [stage.name for stage in stages if program in stage.programs()]
+    return owners[0] if owners else stages[-1].name
+
+
 def trace(program: Program, config: Config, mesh: AnyMesh) -> Any:
     """Returns the traced function of a program (`jax.stages.Traced`)."""
     return jit_program(program, config.mesh, cast(Mesh, mesh)).trace(*program.arguments)

@@ -401,7 +401,7 @@ def check_algorithm(algorithm: Algorithm, settings: Grpo) -> None:
         "kl_target steers kl_coef, which is 0: set a kl_coef to start from": (
             settings.kl_target and not algorithm.kl_coef
         ),
-        "kl_estimator is k1, whose gradient in a loss is 0 on average: set kl_in_reward, k2 or k3": (
+        "kl_estimator is k1, whose gradient in a loss is 0 on average: set kl_in_reward or k3": (
             has_kl and algorithm.kl_estimator is k1 and not algorithm.kl_in_reward
         ),
         "kl_in_reward has no effect on normalised_then_summed, which takes each reward alone": (
