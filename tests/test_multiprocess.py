@@ -111,10 +111,10 @@ def finish(processes: list[Process]) -> list[tuple[int, str, str]]:
 
 
 def train_together(
-    environment: dict[str, str], recipe: str, count: int, workdir: Path
+    environment: dict[str, str], recipe: str, count: int, workdir: Path, *flags: str
 ) -> list[str]:
     """Returns the stdout of each of `count` processes that train together."""
-    results = finish(start(environment, [(recipe, f"--workdir={workdir}")] * count))
+    results = finish(start(environment, [(recipe, f"--workdir={workdir}", *flags)] * count))
     assert all(code == 0 for code, _, _ in results), "\n".join(stderr for _, _, stderr in results)
     return [stdout for _, stdout, _ in results]
 
@@ -135,14 +135,33 @@ def test_one_process_and_two_have_the_same_trajectory(
     assert_same_run(run_of_two[0], tmp_path / "one")
 
 
-def test_files_and_lines_are_written_once(run_of_two):
-    workdir, (first, second) = run_of_two
+@pytest.fixture(scope="module")
+def sft_of_two(process_environment, recipe, tmp_path_factory) -> tuple[Path, list[str]]:
+    """A run of 2 processes that has only the first stage, and the stdout of both."""
+    workdir = tmp_path_factory.mktemp("runs") / "sft_of_two"
+    flags = ("--config.stages=sft", "--config.eval.examples=8")
+    return workdir, train_together(process_environment, recipe, 2, workdir, *flags)
+
+
+SFT_STEPS = [("sft", 1), ("sft", 2), ("sft", 3)]
+GRPO_STEPS = [("grpo", 4), ("grpo", 5), ("grpo", 6)]
+
+
+@pytest.mark.parametrize(
+    ("run", "expected_steps"),
+    [
+        ("sft_of_two", SFT_STEPS),
+        pytest.param("run_of_two", SFT_STEPS + GRPO_STEPS, marks=pytest.mark.slow),
+    ],
+)
+def test_files_and_lines_are_written_once(request, run, expected_steps):
+    workdir, (first, second) = request.getfixturevalue(run)
     steps = [
         (row["stage"], row["step"])
         for row in rows(workdir)
         if not any(name.startswith("eval/") for name in row)
     ]
-    assert steps == [("sft", 1), ("sft", 2), ("sft", 3), ("grpo", 4), ("grpo", 5), ("grpo", 6)]
+    assert steps == expected_steps
     assert first.strip().endswith("report.html")
     assert not [line for line in second.splitlines() if "Gloo" not in line]
     assert len(list((workdir / "tb").iterdir())) == 1
