@@ -20,10 +20,11 @@ from completions import (
 )
 
 from pg_ground import boxes
-from pg_ground.config import RewardSettings
+from pg_ground.config import Grpo, RewardSettings
 from pg_ground.evals import segmentation
 from pg_ground.rewards.answer_reader import CODES, confidence, read_answer
 from pg_ground.rewards.device_rewards import REWARDS
+from pg_ground.training.rollout_worker import make_score
 from pg_ground.types import BOXES, POINTS, Boxes, Points, Rollout
 from pg_ground.vocab import LOC_MAX
 
@@ -439,6 +440,16 @@ def test_mask_iou_is_1_for_the_right_masks_within_names():
     )
     assert right == turned == 1 and swapped == silent == boxes_alone == 0
     np.testing.assert_allclose([one, doubled], [2 / 3, 4 / 5], rtol=1e-6)
+
+
+def test_the_score_of_a_step_reads_masks_if_it_has_a_decoder():
+    """The rollout worker passes the decoder of `config.eval.vqvae` to this function."""
+    rollout = make_rollout(f"{loc(*BOX)}{codes(2)} cat ; {loc(*OTHER)}{codes(2)} dog", length=96)
+    weights = {"mask_iou": jnp.float32(1)}
+    settings = Grpo(rewards={"mask_iou": 1.0})
+    for decoder, expected in ((half_masks, 1.0), (None, np.nan)):
+        scored = make_score(settings, TOKENS, False, decoder)(rollout, MASKS, {}, weights)
+        np.testing.assert_array_equal(scored.rewards.total, [[expected]])
 
 
 def test_mask_iou_is_the_share_of_common_cells():

@@ -14,7 +14,7 @@ from pg_ground.checkpoints import vqvae_file
 from pg_ground.models import PaliGemma, vqvae
 from pg_ground.rewards import answer_reader, device_rewards
 from pg_ground.rl.rollout import sample
-from pg_ground.types import Answer, Array, Batch, Params, Rollout
+from pg_ground.types import Answer, Array, Batch, Params, Rollout, expand_path
 from pg_ground.vocab import Vocab
 
 
@@ -59,7 +59,7 @@ def make_eval_programs(
         _make_answer(model, vocab, settings.max_new_tokens),
         _make_suffix_nll(model),
         _make_reward(vocab, rewards, reward_settings),
-        make_mask_decoder(Path(settings.vqvae)) if settings.vqvae else None,
+        make_mask_decoder(Path(expand_path(settings.vqvae))) if settings.vqvae else None,
     )
 
 

@@ -6,19 +6,23 @@ sample groups of completions, score them, compare them within the group, update 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pg_ground.checkpoints import manager
+from pg_ground.checkpoints import manager, vqvae_file
 from pg_ground.config import Grpo
 from pg_ground.data.batches import BatchIterator
+from pg_ground.models import vqvae
 from pg_ground.parallel import memory_model, multiprocess, sharding
 from pg_ground.parallel.memory_model import device_work
 from pg_ground.params import join
+from pg_ground.reporting import progress
 from pg_ground.rewards import device_rewards
+from pg_ground.rewards.answer_reader import DecodeMasks
 from pg_ground.rl import advantages, scored_rollouts
 from pg_ground.rl.algorithms import Algorithm, make_algorithm
 from pg_ground.rl.kl import k1
@@ -39,7 +43,17 @@ from pg_ground.training.rollout_worker import UPDATE_KEY, RolloutWorker
 from pg_ground.training.setup import Setup
 from pg_ground.training.stage import Runtime, StepOutput
 from pg_ground.training.timing import StepTimer
-from pg_ground.types import POLICY, Array, Batch, Metrics, Params, Rollout, TrainState, UserError
+from pg_ground.types import (
+    POLICY,
+    Array,
+    Batch,
+    Metrics,
+    Params,
+    Rollout,
+    TrainState,
+    UserError,
+    expand_path,
+)
 from pg_ground.vocab import CONTROL
 
 
@@ -137,8 +151,15 @@ class GrpoStage:
             )
             yield RolloutWorker(
                 self.settings, runtime.mesh, generate, frozen, runtime.tokenizer, reward_workers,
-                self.has_greedy,
+                self.has_greedy, self._mask_decoder(),
             )  # fmt: skip
+
+    def _mask_decoder(self) -> DecodeMasks | None:
+        """Returns the decoder of mask codes; None without `config.eval.vqvae`."""
+        path = self.setup.config.eval.vqvae
+        if not path:
+            return None
+        return partial(vqvae.decode, vqvae_file.load(Path(expand_path(path))))
 
     def step(
         self, state: TrainState, batches: BatchIterator, number: int, timer: StepTimer
@@ -150,7 +171,8 @@ class GrpoStage:
         rollout_params = self._gather(state.params[POLICY])
 
         def generate_and_score(key: jax.Array) -> ScoredRollouts:
-            batch = timer.lap("data", next(batches))
+            with progress.phase("data"):
+                batch = timer.lap("data", next(batches))
             generated = self._worker.generate(rollout_params, batch, key, timer)
             batches.prepare()
             return self._worker.score(generated, weights, timer)
@@ -163,8 +185,9 @@ class GrpoStage:
             "score", self._compare(scored, ref_logps, weights, state.kl_coef)
         )
         update_key = jax.random.fold_in(key, UPDATE_KEY)
-        state, metrics = self._update(state, self._runtime.frozen, policy_batch, update_key)
-        timer.lap("update", metrics)
+        with progress.phase("update"):
+            state, metrics = self._update(state, self._runtime.frozen, policy_batch, update_key)
+            timer.lap("update", metrics)
         metrics = reward_metrics | metrics | sampling_metrics | error_metrics
         return state, StepOutput(
             metrics | {"optim/lr": self._learning_rates[number]},
@@ -204,7 +227,8 @@ class GrpoStage:
         if self._reference is None:
             return None
         inputs = (self._ref_params, self._runtime.frozen, scored.batch, scored.rollout)
-        return timer.lap("score", self._reference(*inputs))
+        with progress.phase("reference"):
+            return timer.lap("score", self._reference(*inputs))
 
     def _compute_advantages(
         self,

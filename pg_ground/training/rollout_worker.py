@@ -13,7 +13,9 @@ from jax.sharding import Mesh
 
 from pg_ground.config import Grpo
 from pg_ground.parallel import sharding
+from pg_ground.reporting import progress
 from pg_ground.rewards import answer_reader, device_rewards
+from pg_ground.rewards.answer_reader import DecodeMasks
 from pg_ground.rewards.text_rewards import TextExample
 from pg_ground.rewards.workers import PendingScores, RewardWorkers
 from pg_ground.rl import scored_rollouts
@@ -60,11 +62,13 @@ class RolloutWorker:
         tokenizer: Tokenizer,
         reward_workers: RewardWorkers,
         has_greedy: bool,
+        decode_masks: DecodeMasks | None = None,
     ):
         """Args:
         generate: the jitted rollout program, `(params, frozen, batch, key) → Rollout`.
         frozen: the frozen parameters as sampling reads them.
         has_greedy: whether the last completion of each group is greedy and gives the baseline.
+        decode_masks: decodes the codes of masks for rewards; None reads no masks.
         """
         self._settings = settings
         self._mesh = mesh
@@ -72,7 +76,7 @@ class RolloutWorker:
         self._frozen = frozen
         self._tokenizer = tokenizer
         self._reward_workers = reward_workers
-        self._score = jax.jit(make_score(settings, tokenizer, has_greedy))
+        self._score = jax.jit(make_score(settings, tokenizer, has_greedy, decode_masks))
         self._refill = jax.jit(scored_rollouts.refill)
         self._count_without_spread = jax.jit(
             lambda scored: (~scored_rollouts.has_spread(scored)).sum()
@@ -96,6 +100,12 @@ class RolloutWorker:
 
     def generate(self, params: Params, batch: Batch, key: jax.Array, timer: StepTimer) -> Generated:
         """Dispatches the completions of a batch."""
+        with progress.phase("rollout"):
+            return self._generate_parts(params, batch, key, timer)
+
+    def _generate_parts(
+        self, params: Params, batch: Batch, key: jax.Array, timer: StepTimer
+    ) -> Generated:
         count = self._settings.rollout_parts
         if count == 1:
             rollout = self._generate(params, self._frozen, batch, key)
@@ -123,11 +133,12 @@ class RolloutWorker:
           UserError: a text reward failed on more completions than `reward_workers.error_share`
             allows.
         """
-        text_scores = self._text_scores(generated)
-        traced_weights = {name: jnp.float32(weight) for name, weight in weights.items()}
-        scored = self._score(generated.rollout, generated.batch, text_scores, traced_weights)
-        self._reward_workers.check()
-        return timer.lap("score", scored)
+        with progress.phase("score"):
+            text_scores = self._text_scores(generated)
+            traced_weights = {name: jnp.float32(weight) for name, weight in weights.items()}
+            scored = self._score(generated.rollout, generated.batch, text_scores, traced_weights)
+            self._reward_workers.check()
+            return timer.lap("score", scored)
 
     def _text_scores(self, generated: Generated) -> Mapping[str, Array]:
         """Returns the scores of all text rewards as global arrays f32[B, G]."""
@@ -185,7 +196,10 @@ class RolloutWorker:
 
 
 def make_score(
-    settings: Grpo, tokenizer: Tokenizer, has_greedy: bool
+    settings: Grpo,
+    tokenizer: Tokenizer,
+    has_greedy: bool,
+    decode_masks: DecodeMasks | None = None,
 ) -> Callable[..., ScoredRollouts]:
     """Returns the pure function `(rollout, batch, text_scores, weights) → ScoredRollouts`."""
     rewards = load_device_rewards(settings)
@@ -200,7 +214,13 @@ def make_score(
     ) -> ScoredRollouts:
         gold = batch.gold
         answer = answer_reader.read_answer(
-            rollout.tokens, rollout.mask, gold.target, gold.names, tokenizer.vocab
+            rollout.tokens,
+            rollout.mask,
+            gold.target,
+            gold.names,
+            tokenizer.vocab,
+            decode_masks,
+            gold.masks.shape[-1],
         )
         scores = device_rewards.score(
             answer, batch, weights, settings.reward_settings, rewards, text_scores, weighted

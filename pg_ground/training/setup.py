@@ -20,7 +20,17 @@ from pg_ground.parallel.memory_model import Architecture
 from pg_ground.parallel.sharding import AnyMesh
 from pg_ground.params import SCALE, AbstractParams, flatten, is_adapter, lr_factors, unflatten
 from pg_ground.training import optimizers
-from pg_ground.types import POLICY, Batch, Boxes, Gold, Params, Points, TrainState, UserError
+from pg_ground.types import (
+    POLICY,
+    Batch,
+    Boxes,
+    Gold,
+    Params,
+    Points,
+    TrainState,
+    UserError,
+    expand_path,
+)
 from pg_ground.vocab import Vocab, vocab_of_size
 
 
@@ -133,7 +143,9 @@ def init_params(config: Config, model: PaliGemma, abstract: AbstractParams) -> P
     """
     loaded: dict[str, Any] = {}
     if config.init:
-        checkpoint = weights.open_checkpoint(config.init, config.model, config.resample_positions)
+        checkpoint = weights.open_checkpoint(
+            expand_path(config.init), config.model, config.resample_positions
+        )
         in_checkpoint = {
             name: leaf
             for name, leaf in abstract.items()

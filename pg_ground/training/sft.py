@@ -9,6 +9,7 @@ import jax
 
 from pg_ground.data.batches import BatchIterator
 from pg_ground.parallel import sharding
+from pg_ground.reporting import progress
 from pg_ground.rl.update import sft_update
 from pg_ground.training import setup as setups
 from pg_ground.training.learning_memory import learning_memory
@@ -97,10 +98,12 @@ class SftStage:
         self, state: TrainState, batches: BatchIterator, number: int, timer: StepTimer
     ) -> tuple[TrainState, StepOutput]:
         """Dispatches one supervised update."""
-        batch = timer.lap("data", next(batches))
+        with progress.phase("data"):
+            batch = timer.lap("data", next(batches))
         dropout = self.setup.config.model.lora.dropout
         dropout_key = jax.random.fold_in(self._key, number) if dropout else None
-        state, metrics = self._update(state, self._frozen, batch, dropout_key=dropout_key)
-        timer.lap("update", metrics)
+        with progress.phase("update"):
+            state, metrics = self._update(state, self._frozen, batch, dropout_key=dropout_key)
+            timer.lap("update", metrics)
         batches.prepare()
         return state, StepOutput(metrics | {"optim/lr": self._learning_rates[number]})
