@@ -1,9 +1,11 @@
-"""Peak host memory of loading a checkpoint onto 8 virtual CPU devices, beside its size; on a CPU
-the parameters themselves count.
+"""Measures the peak host memory of loading a checkpoint onto 8 virtual CPU devices.
+
+On a CPU the parameters count too.
 
 python benchmarks/load_memory.py --params=/data/random_pg1_3b.npz [--dtype=bfloat16]
 
-Prints one JSON object. `over_bytes` is what the process ever held beyond the checkpoint's size.
+Prints one JSON object. `over_bytes` is the peak memory of the process minus the size of the
+checkpoint.
 """
 
 import json
@@ -36,7 +38,10 @@ def main(argv: Sequence[str]) -> None:
         "parameter_bytes": sum(leaf.nbytes for leaf in leaves),
         "devices": len(leaves[0].sharding.device_set),
         "largest_device_bytes": max(
-            sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards if shard.device == device)
+            sum(
+                shard.data.nbytes
+                for leaf in leaves for shard in leaf.addressable_shards if shard.device == device
+            )
             for device in leaves[0].sharding.device_set
         ),
         "peak_bytes_before": before,

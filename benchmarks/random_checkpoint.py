@@ -1,5 +1,4 @@
-"""Writes a published variant's checkpoint with random weights: the true layout and size, for
-loading and memory to be measured.
+"""Writes a checkpoint of a published variant with random weights, to measure loading and memory.
 
 python benchmarks/random_checkpoint.py --variant=pg1_3b --image_size=224
 --out=/data/random_pg1_3b.npz [--dtype=bfloat16]

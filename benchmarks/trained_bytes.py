@@ -1,10 +1,9 @@
-"""What training holds of each published variant: all of it in float32, or adapters on a frozen
-bfloat16 base.
+"""Prints the memory of training each published variant: everything in float32, or LoRA.
 
 python benchmarks/trained_bytes.py [--rank=16] [--pattern='llm/layers/.*'] [--image_size=224]
 
-Counted from shapes; adamw. Activations and gradients come on top (a gradient is as large as what is
-trained).
+LoRA trains adapters on a frozen bfloat16 base. The bytes are counted from shapes, for adamw.
+Activations and gradients are not counted. Gradients are as large as the trained parameters.
 """
 
 from collections.abc import Sequence
@@ -27,16 +26,19 @@ def row(name: str, model: config.Model, frozen_dtype: str) -> list[str]:
     shapes = flatten(jax.eval_shape(PaliGemma(model).init, jax.random.key(0)))
     factors = lr_factors(shapes, ())
     trained: dict[str, Any] = {n: leaf for n, leaf in shapes.items() if factors[n]}
-    optimizer = jax.eval_shape(optimizers.optimizer(config.Optimizer(), 1).init, unflatten(trained))
-    mine = sum(leaf.size for leaf in trained.values())
-    frozen = sum(leaf.size for leaf in shapes.values()) - mine
+    chain = optimizers.make_optimizer(config.Optimizer(), 1)
+    optimizer = jax.eval_shape(chain.init, unflatten(trained))
+    trained_size = sum(leaf.size for leaf in trained.values())
+    frozen = sum(leaf.size for leaf in shapes.values()) - trained_size
     frozen_bytes = frozen * jnp.dtype(frozen_dtype).itemsize
     state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(optimizer))
-    how = f"LoRA rank {model.lora.rank}" if model.lora.rank else "full"
+    trained_bytes = 4 * trained_size
+    total = trained_bytes + state + frozen_bytes
+    method = f"LoRA rank {model.lora.rank}" if model.lora.rank else "full"
     return [
         name,
-        how,
-        *(f"{n:,}" for n in (mine, 4 * mine, state, frozen_bytes, 4 * mine + state + frozen_bytes)),
+        method,
+        *(f"{n:,}" for n in (trained_size, trained_bytes, state, frozen_bytes, total)),
     ]
 
 
@@ -67,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
     print(
         ascii_table(
             Table(
-                "what is trained, and what it takes",
+                "memory of training, in bytes",
                 heads,
                 rows,
                 "trained in float32, adamw; frozen in bfloat16",

@@ -1,4 +1,7 @@
-"""Trees of parameters by name: big_vision's names joined by slashes, which of them are matrices, and which are trained."""
+"""Parameter trees by name: which parameters are matrices, and which are trained.
+
+Names are big_vision's, joined by slashes.
+"""
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -12,7 +15,8 @@ AbstractParams = dict[str, jax.ShapeDtypeStruct]
 """Shape, dtype and (if it is decided) sharding of parameters, by slash-joined name."""
 
 MATRICES: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = (
-    # name ends in, axes that are summed over, axes that come out; what stands before them (layers, parts) is a batch of matrices
+    # (end of the name, axes that a product sums over, axes of its result). The axes before them
+    # (layers, parts) are a batch of matrices.
     ("q_einsum/w", (-2,), (-3, -1)),
     ("kv_einsum/w", (-2,), (-3, -1)),
     ("attn_vec_einsum/w", (-3, -2), (-1,)),
@@ -26,29 +30,32 @@ MATRICES: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...] = (
     ("out/kernel", (-3, -2), (-1,)),
     ("head/kernel", (-2,), (-1,)),
 )
-"""The matrices among big_vision's parameters: muon orthogonalises them, LoRA adapts them; embeddings, norms, biases are none."""
+"""The matrices among big_vision's parameters. muon orthogonalises them, and LoRA adapts them.
+
+Embeddings, norms and biases are not matrices.
+"""
 
 DOWN, UP = "_lora_a", "_lora_b"
-"""What the names of a LoRA adapter's two factors add to the name of the matrix they adapt."""
+"""Added to the name of a matrix to name the two factors of its LoRA adapter."""
 
 
 SCALE = "_scale"
-"""Added to the name of a frozen int8 matrix to name its scales: see `pg_ground.models.quantization`."""
+"""Added to the name of a frozen int8 matrix to name its scales: see `models.quantization`."""
 
 
 def flatten(tree: Any) -> dict[str, Any]:
     """Returns the leaves of a tree of dicts by their slash-joined names, sorted."""
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
 
     def walk(node: Any, path: tuple[str, ...]) -> None:
         if isinstance(node, Mapping):
             for name in sorted(node):
                 walk(node[name], (*path, name))
         else:
-            found["/".join(path)] = node
+            leaves["/".join(path)] = node
 
     walk(tree, ())
-    return found
+    return leaves
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,22 +78,25 @@ def map_named(f: Callable[[str, Any], Any], tree: Any) -> Any:
 
 
 def join(*trees: Any) -> dict[str, Any]:
-    """Returns one tree with the leaves of all; where a name occurs twice the later tree's leaf stands."""
+    """Returns one tree with the leaves of all. A later tree replaces leaves of the same name."""
     return unflatten({name: leaf for tree in trees for name, leaf in flatten(tree).items()})
 
 
-def pick(tree: Any, wanted: Callable[[str], bool]) -> dict[str, Any]:
-    """Returns the tree with those leaves whose names are wanted."""
-    return unflatten({name: leaf for name, leaf in flatten(tree).items() if wanted(name)})
+def pick(tree: Any, is_picked: Callable[[str], bool]) -> dict[str, Any]:
+    """Returns the tree of the leaves for whose names `is_picked` is True."""
+    return unflatten({name: leaf for name, leaf in flatten(tree).items() if is_picked(name)})
 
 
 def matrix_axes(name: str) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """Returns the axes that the named parameter sums over and the axes that come out, counted from the end; None: no matrix."""
+    """Returns the axes of a matrix that a product sums over, and the axes of the result.
+
+    Axes are counted from the end. Returns None if the named parameter is not a matrix.
+    """
     return next(((inner, outer) for end, inner, outer in MATRICES if name.endswith(end)), None)
 
 
 def is_adapter(name: str) -> bool:
-    """Returns whether the name is that of a LoRA factor."""
+    """Returns whether the named parameter is a factor of a LoRA adapter."""
     return name.endswith((DOWN, UP))
 
 
@@ -96,18 +106,20 @@ def is_scale(name: str) -> bool:
 
 
 def is_multiplied(name: str) -> bool:
-    """Returns whether the named parameter is a matrix, or a factor of one."""
+    """Returns whether the named parameter is a matrix or a factor of a LoRA adapter."""
     return is_adapter(name) or matrix_axes(name) is not None
 
 
 def lr_factors(names: Collection[str], table: Sequence[tuple[str, float]]) -> dict[str, float]:
-    """Returns what each named parameter's learning rate is multiplied by; 0 is frozen.
+    """Returns the factor of each parameter's learning rate; 0 means that it is frozen.
 
-    `table` pairs patterns (of whole names) with factors, and the first that matches counts, as in big_vision's `schedule`.
-    An empty table trains everything; where there are LoRA adapters it trains these and nothing else.
+    Args:
+      table: pairs of a pattern for whole names and a factor. The first match counts, as in
+        big_vision's `schedule`. An empty table trains all adapters, or everything without adapters.
 
     Raises:
-      UserError: a parameter that no pattern matches, a pattern that no parameter is left for, or nothing to train.
+      UserError: no pattern matches a parameter, a pattern is the first match of no parameter, or no
+        parameter is trained.
     """
     scales = {name: 0.0 for name in names if is_scale(name)}
     names = [name for name in names if not is_scale(name)]
@@ -118,22 +130,24 @@ def lr_factors(names: Collection[str], table: Sequence[tuple[str, float]]) -> di
         patterns = [re.compile(pattern) for pattern, _ in table]
     except re.error as error:
         raise UserError(
-            f"config.lr_factors: {error.pattern!r} is no regular expression: {error}"
+            f"config.lr_factors: {error.pattern!r} is not a regular expression: {error}"
         ) from None
     first = {
         name: next((i for i, p in enumerate(patterns) if p.fullmatch(name)), None) for name in names
     }
-    lost = [name for name, i in first.items() if i is None]
-    if lost:
+    unmatched = [name for name, i in first.items() if i is None]
+    if unmatched:
         raise UserError(
-            f"config.lr_factors says nothing of {', '.join(lost)}; a last ('.*', 0.0) would freeze the rest"
+            f"config.lr_factors has no pattern for {', '.join(unmatched)}; "
+            "a last ('.*', 0.0) freezes all other parameters"
         )
-    idle = [table[i][0] for i in range(len(table)) if i not in first.values()]
-    if idle:
+    unused = [table[i][0] for i in range(len(table)) if i not in first.values()]
+    if unused:
         raise UserError(
-            f"config.lr_factors: {', '.join(map(repr, idle))} is the first match of no parameter, such as {names[0]}"
+            f"config.lr_factors: {', '.join(map(repr, unused))} is the first match of no "
+            f"parameter, such as {names[0]}"
         )
     factors = {name: float(table[i][1]) for name, i in first.items() if i is not None}
     if not any(factors.values()):
-        raise UserError("config.lr_factors freezes every parameter: nothing is left to train")
+        raise UserError("config.lr_factors freezes every parameter: no parameter is trained")
     return factors | scales

@@ -1,5 +1,7 @@
-"""Text ⇄ PaliGemma's token ids, by a sentencepiece model that has the loc and seg pieces, or is
-given them here."""
+"""Text ⇄ PaliGemma's token ids, by a sentencepiece model.
+
+A model of plain Gemma gets the loc and seg pieces.
+"""
 
 from collections.abc import Sequence
 from importlib import resources
@@ -27,7 +29,7 @@ SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 
 
 class Tokenizer(NamedTuple):
-    """A loaded model and where its special ids lie. Safe to use from several threads."""
+    """A loaded model and its special ids. It is safe to use from several threads."""
 
     pieces: sentencepiece.SentencePieceProcessor
     vocab: Vocab
@@ -39,8 +41,7 @@ class Tokenizer(NamedTuple):
     def prefix(self, text: str) -> list[int]:
         """Returns BOS, the ids of `text` and the newline that separates prefix from suffix.
 
-        The newline is tokenised apart, as big_vision does, so it never merges with the end of
-        `text`.
+        The newline is tokenised separately, as in big_vision, so it never merges with `text`.
         """
         return [BOS, *self.text(text), NEWLINE]
 
@@ -49,8 +50,10 @@ class Tokenizer(NamedTuple):
         return [*self.text(text), EOS]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Returns the text up to the first EOS, without PAD, BOS and UNK; loc and seg tokens as
-        `<locDDDD>`."""
+        """Returns the text up to the first EOS, without PAD, BOS and UNK.
+
+        Loc and seg tokens are written as `<locDDDD>` and `<segDDD>`.
+        """
         ids = [int(i) for i in ids]
         end = ids.index(EOS) if EOS in ids else len(ids)
         return self.pieces.Decode([i for i in ids[:end] if i not in (PAD, BOS, UNK)])
@@ -59,11 +62,11 @@ class Tokenizer(NamedTuple):
 def load(path: str = "") -> Tokenizer:
     """Returns the tokenizer of the model file at `path`; "" is the small one of the package.
 
-    A model without any loc piece is taken for plain Gemma's: `<loc0000>`..`<loc1023>` and
-    `<seg000>`..`<seg127>` are added behind its last piece, as big_vision does.
+    A model without loc pieces counts as plain Gemma's. `<loc0000>`..`<loc1023>` and
+    `<seg000>`..`<seg127>` are then added after its last piece, as in big_vision.
 
     Raises:
-      UserError: the file is missing, is no sentencepiece model, or does not have PaliGemma's
+      UserError: the file does not exist, is not a sentencepiece model, or does not have PaliGemma's
         special ids.
     """
     name = path or "the package's tiny.model"
@@ -91,9 +94,13 @@ def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
 
 
 def with_loc_pieces(model: bytes) -> bytes:
-    """Returns a sentencepiece model with the 1,152 loc and seg pieces behind its own,
-    user-defined and of score 0."""
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)  # pyright: ignore[reportAttributeAccessIssue]: made at import
+    """Returns the sentencepiece model with the 1,152 loc and seg pieces after its pieces.
+
+    The new pieces are user-defined and have score 0.
+    """
+    # protobuf makes the class at import
+    message = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
+    proto = message.FromString(model)
     names = [f"<loc{i:04d}>" for i in range(LOC_TOKENS)] + [
         f"<seg{i:03d}>" for i in range(SEG_TOKENS)
     ]
@@ -125,17 +132,17 @@ def _read(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
 
 
 def _check_layout(pieces: sentencepiece.SentencePieceProcessor, vocab: Vocab, name: str) -> None:
-    found = (
+    special_ids = (
         pieces.pad_id(),
         pieces.eos_id(),
         pieces.bos_id(),
         pieces.unk_id(),
         pieces.PieceToId("\n"),
     )
-    if found != (PAD, EOS, BOS, UNK, NEWLINE):
+    if special_ids != (PAD, EOS, BOS, UNK, NEWLINE):
         raise UserError(
             f"tokenizer {name}: pad, eos, bos, unk and newline are ids "
-            f"{', '.join(map(str, found))}, "
+            f"{', '.join(map(str, special_ids))}, "
             f"but PaliGemma has {PAD}, {EOS}, {BOS}, {UNK}, {NEWLINE}"
         )
     for first, count, form in (
@@ -146,14 +153,13 @@ def _check_layout(pieces: sentencepiece.SentencePieceProcessor, vocab: Vocab, na
             piece = form.format(i)
             if first < 0 or pieces.Encode(piece) != [first + i]:
                 raise UserError(
-                    f"tokenizer {name}: {piece} is not piece {first + i} of {vocab.size}; the last "
-                    "1,152 must be "
-                    "<loc0000>..<loc1023>, <seg000>..<seg127> as in paligemma_tokenizer.model (or "
-                    "none, as in plain Gemma)"
+                    f"tokenizer {name}: {piece} is not piece {first + i} of {vocab.size}; "
+                    "the last 1,152 must be <loc0000>..<loc1023>, <seg000>..<seg127> as in "
+                    "paligemma_tokenizer.model (or none, as in plain Gemma)"
                 )
 
 
 def _ids_of(pieces: sentencepiece.SentencePieceProcessor, names: Sequence[str]) -> tuple[int, ...]:
-    """Returns the ids of those of `names` that are pieces."""
+    """Returns the ids of the `names` that are pieces of the model."""
     ids = (pieces.PieceToId(name) for name in names)
     return tuple(i for i in ids if i != UNK)

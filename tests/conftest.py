@@ -1,4 +1,6 @@
-"""What all tests share: eight virtual CPU devices, checked shapes, tiny models, and the folder `../shared`."""
+"""What all tests share: eight virtual CPU devices, checked shapes, tiny models, and the folder
+`../shared`.
+"""
 
 import fcntl
 import importlib.util
@@ -45,7 +47,9 @@ from pg_ground.vocab import BOS, EOS, NEWLINE, PAD  # noqa: E402
 
 
 class Tiny(NamedTuple):
-    """A model with PaliGemma's structure, small enough to compile in a second, and random parameters of it."""
+    """A model with PaliGemma's structure, small enough to compile in a second, and random
+    parameters of it.
+    """
 
     model: PaliGemma
     params: Any
@@ -70,13 +74,17 @@ PG1 = Model(
 """Gemma 1 in small: one key-value head for all queries, no post-norms."""
 
 PG2 = replace(PG1, text=replace(PG1.text, num_kv_heads=2, post_norms=True, attn_softcap=50.0))
-"""Gemma 2 in small: grouped queries, post-norms, soft-capped attention. `final_softcap` is 0, as PaliGemma 2 transfers."""
+"""Gemma 2 in small: grouped queries, post-norms, soft-capped attention. `final_softcap` is 0, as
+PaliGemma 2 transfers.
+"""
 
 
 def random_params(model: PaliGemma) -> Any:
-    """Returns normal parameters of one size, biases and norm scales included: what is 0 or 1 at first could hide a mistake.
+    """Returns normal parameters of one size, biases and norm scales included: what is 0 or 1 at
+    first could hide a mistake.
 
-    0.25 makes attention logits and vocabulary logits of a few units, so that softmax is neither flat nor saturated.
+    0.25 makes attention logits and vocabulary logits of a few units, so that softmax is neither
+    flat nor saturated.
     """
     rng = np.random.default_rng(0)
     shapes = unflatten(model.abstract_params())
@@ -84,7 +92,9 @@ def random_params(model: PaliGemma) -> Any:
 
 
 B, G, L, T = 8, 3, 6, 7
-"""Of `inputs`. B is a multiple of the eight devices and of the micro-batches; T is no multiple of blocks of 3 slots."""
+"""Of `inputs`. B is a multiple of the eight devices and of the micro-batches; T is no multiple of
+blocks of 3 slots.
+"""
 
 
 class Inputs(NamedTuple):
@@ -113,18 +123,22 @@ def inputs(model: PaliGemma, seed: int = 0) -> Inputs:
 
 
 CLOSE = 1e-5
-"""How near two ways of computing a tiny model's log-probabilities are, in float32: it knows a number to 2^-24 = 6e-8 of its size.
+"""How near two ways of computing a tiny model's log-probabilities are, in float32: it knows a
+number to 2^-24 = 6e-8 of its size.
 
-Logits stay below 10, and each is the end of two layers of sums over at most 40 terms; taken in another order, these differ by
-some ten roundings of the largest number on the way: 1e-5 = 17 · 10 · 6e-8. A gradient adds such terms up over the tokens of a
-batch. Its error is measured against the parameter's whole norm, in which the roundings of single entries average out.
+Logits stay below 10, and each is the end of two layers of sums over at most 40 terms; taken in
+another order, these differ by some ten roundings of the largest number on the way: 1e-5 = 17 · 10 ·
+6e-8. A gradient adds such terms up over the tokens of a batch. Its error is measured against the
+parameter's whole norm, in which the roundings of single entries average out.
 """
 
 
 def assert_close_trees(found: Any, expected: Any, bound: float = CLOSE) -> None:
-    """Fails where a leaf is further from the expected one than `bound` of its norm, and of 1e-3 of the whole tree's norm.
+    """Fails where a leaf is further from the expected one than `bound` of its norm, and of 1e-3 of
+    the whole tree's norm.
 
-    The second part is for leaves whose gradient is a small rest of large terms, as that of the key bias, which is 0 in theory.
+    The second part is for leaves whose gradient is a small rest of large terms, as that of the key
+    bias, which is 0 in theory.
     """
     whole = float(optax.tree.norm(expected))
     for (path, a), b in zip(
@@ -171,7 +185,9 @@ def tiny(request) -> Tiny:
 
 
 def beside(name: str) -> Path:
-    """Returns a folder that stands beside the project and is no part of it; a test that needs it skips where it is not."""
+    """Returns a folder that stands beside the project and is no part of it; a test that needs it
+    skips where it is not.
+    """
     path = Path(__file__).parents[2] / "shared" / name
     if not path.is_dir():
         pytest.skip(f"../shared/{name} is not here")
@@ -192,7 +208,9 @@ def data() -> Path:
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """Returns the environment of the commands that tests start: one CPU device, and the flags and programs of the tests."""
+    """Returns the environment of the commands that tests start: one CPU device, and the flags and
+    programs of the tests.
+    """
     return {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
 
 
@@ -232,7 +250,8 @@ INSTALL = {
     "nbclient": "dev",
     "build": "dev",
 }
-"""The packages that the README's test command does not install, and the extra that installs each."""
+"""The packages that the README's test command does not install, and the extra that installs each.
+"""
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -99,7 +99,8 @@ def rows_of(x: Inputs) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 def test_big_visions_parameters_have_our_names_and_shapes(case):
     """Every parameter that big_vision's `init` makes is one of ours by name, shape and type, and
-    there is no other."""
+    there is no other.
+    """
     config, theirs = case
     image, text, mask_ar, _ = rows_of(inputs(PaliGemma(config)))
     expected = jax.eval_shape(theirs.init, jax.random.key(0), image[:1], text[:1], mask_ar[:1])
@@ -113,8 +114,9 @@ def test_big_visions_parameters_have_our_names_and_shapes(case):
 
 
 def test_big_vision_computes_our_logits_from_our_parameters(case):
-    """At every position that predicts a token of a completion, whatever the lengths of prompt
-    and completion."""
+    """At every position that predicts a token of a completion, whatever the lengths of prompt and
+    completion.
+    """
     config, theirs = case
     model = PaliGemma(config)
     params, x = random_params(model), inputs(model)

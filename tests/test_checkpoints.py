@@ -1,5 +1,4 @@
-"""What a checkpoint refuses; that it continues a run exactly is in test_story and
-test_reinforced."""
+"""Errors of checkpoints. Other files test that a resumed run continues exactly."""
 
 import jax.numpy as jnp
 import orbax.checkpoint as ocp

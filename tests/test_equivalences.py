@@ -27,8 +27,7 @@ from pg_ground.vocab import CONTROL
 
 @pytest.fixture(scope="module")
 def completion_logps_in_parts() -> Callable[..., jax.Array]:
-    """(model, params, inputs) to log-probabilities; a model's program is compiled once per
-    shape."""
+    """(model, params, inputs) → log-probabilities. A model is compiled once per shape."""
     compiled: dict[PaliGemma, Any] = {}
 
     def logps(model: PaliGemma, params: Any, x: Inputs) -> jax.Array:
@@ -43,7 +42,8 @@ def completion_logps_in_parts() -> Callable[..., jax.Array]:
 @pytest.fixture(scope="module")
 def gradient_of() -> Callable[..., tuple[jax.Array, Any]]:
     """(model, params, inputs) to log-probabilities, and to the gradient of their sum with fixed
-    random weights."""
+    random weights.
+    """
     compiled: dict[PaliGemma, Any] = {}
 
     def program(model: PaliGemma) -> Any:
@@ -104,9 +104,8 @@ def test_prompts_of_a_batch_do_not_see_one_another(tiny, completion_logps_in_par
 
 
 def test_every_prompt_token_sees_every_other_in_both_directions(tiny, completion_logps_in_parts):
-    """Prefix-LM:
-
-    the last prompt token reaches the keys of the first, so both move the first completion token.
+    """Prefix-LM: the last prompt token reaches the keys of the first, so both move the first
+    completion token.
     """
     x = inputs(tiny.model)
     before = np.asarray(completion_logps_in_parts(*tiny, x))
@@ -210,7 +209,8 @@ def test_turns_of_different_lengths_equal_the_full_forward(tiny):
 
     def read(lengths: np.ndarray, t: int, left_padded: bool = False) -> None:
         """Reads the next `lengths` tokens of each row, and compares the probabilities that the
-        cache gave them."""
+        cache gave them.
+        """
         nonlocal cache, predicted, length, compared
         mask = np.arange(t) < lengths[..., None]
         mask = mask[..., ::-1] if left_padded else mask
@@ -276,17 +276,18 @@ def test_sampler_and_trainer_give_the_same_log_probabilities(tiny, rollout_of):
     "shape", [config.Mesh(), config.Mesh(replica=2, model=2)], ids=["data", "all axes"]
 )
 def test_tokens_are_the_same_on_one_device_and_on_eight(pg1, monkeypatch, shape):
-    """Arrays up to 4 MiB are not split in earnest; here all are, and activations are held to
-    their places."""
+    """Arrays up to 4 MiB are not split in earnest; here all are, and activations have sharding
+    constraints.
+    """
     monkeypatch.setattr(sharding, "SMALL_BYTES", 0)
     mesh = sharding.make_mesh(shape)
     assert mesh.size == 8
-    held = PaliGemma(pg1.model.config, sharding.activation_sharding(mesh))
+    sharded_model = PaliGemma(pg1.model.config, sharding.activation_sharding(mesh))
     x = jax.tree.map(lambda a: jnp.concatenate([a] * (8 // B)), tuple(inputs(pg1.model)[:3]))
     one = jax.jit(lambda params, x, key: sample(pg1.model, params, *x, key, G, T))(
         pg1.params, x, jax.random.key(3)
     )
-    draw = jax.jit(lambda params, x, key: sample(held, params, *x, key, G, T))
+    draw = jax.jit(lambda params, x, key: sample(sharded_model, params, *x, key, G, T))
     split = jax.device_put(pg1.params, sharding.infer_shardings(mesh, pg1.params))
     assert sum(not leaf.is_fully_replicated for leaf in jax.tree.leaves(split)) > 10
     eight = draw(split, sharding.put_batch(mesh, x), jax.random.key(3))
@@ -296,7 +297,8 @@ def test_tokens_are_the_same_on_one_device_and_on_eight(pg1, monkeypatch, shape)
 
 def test_the_gradient_of_the_vocabulary_adds_up_in_float32(pg1):
     """With activations in bfloat16 the table's own dtype takes up what each block of completion
-    tokens has for it."""
+    tokens has for it.
+    """
     model = PaliGemma(replace(pg1.model.config, dtype="bfloat16", logits_block=2))
     x = inputs(model)
     gradient = jax.jit(jax.grad(lambda params: model.completion_logps(params, *x)[0].sum()))(
@@ -313,9 +315,8 @@ def test_the_gradient_of_the_vocabulary_adds_up_in_float32(pg1):
     "tiny", ["pg1", pytest.param("pg2", marks=pytest.mark.slow)], indirect=True
 )
 def test_control_ids_are_never_sampled_even_by_a_model_that_wants_nothing_else(tiny, rollout_of):
-    """An embedding of 30s and one of −30s:
-
-    whatever the hidden state, one of the two ids has a logit above all others.
+    """An embedding of 30s and one of −30s: whatever the hidden state, one of the two ids has a
+    logit above all others.
     """
     table = tiny.params["llm"]["embedder"]["input_embedding"]
     rows = 30 * jnp.array([[1.0], [-1.0]]) * jnp.ones(table.shape[1])
@@ -343,9 +344,8 @@ def test_control_ids_are_never_sampled_even_by_a_model_that_wants_nothing_else(t
     "tiny", ["pg1", pytest.param("pg2", marks=pytest.mark.slow)], indirect=True
 )
 def test_a_value_head_sees_the_hidden_states_of_a_plain_forward_pass(tiny):
-    """A dense vector on the hidden states, as a critic has it:
-
-    equal values, and equal gradients in the head and the policy.
+    """A dense vector on the hidden states, as a critic has it: equal values, and equal gradients in
+    the head and the policy.
     """
     x = inputs(tiny.model)
     model = changed(tiny, logits_block=3)  # the 7 tokens are scored in blocks
@@ -421,9 +421,8 @@ def test_vocabulary_in_blocks_equals_the_whole(pg1, gradient_of):
     [1, pytest.param(5, marks=pytest.mark.slow), pytest.param(3 * G, marks=pytest.mark.slow)],
 )
 def test_attention_in_blocks_of_queries_equals_the_whole(tiny, gradient_of, block):
-    """Of patches (9), of a prefix (15) and of the completions of a group together:
-
-    one at a time, uneven, three of each.
+    """Of patches (9), of a prefix (15) and of the completions of a group together: one at a time,
+    uneven, three of each.
     """
     x = inputs(tiny.model)
     assert not tiny.model.config.attention_block
@@ -457,9 +456,8 @@ def test_unrolled_layers_equal_looped_ones(pg2, completion_logps_in_parts):
     "tiny", ["pg2", pytest.param("pg1", marks=pytest.mark.slow)], indirect=True
 )
 def test_bfloat16_activations_stay_near_float32(tiny, completion_logps_in_parts):
-    """bfloat16 knows a number to 2^-9.
-
-    Logits of a few units, each the end of some ten roundings, are off by a few hundredths.
+    """bfloat16 knows a number to 2^-9. Logits of a few units, each the end of some ten roundings,
+    are off by a few hundredths.
     """
     x = inputs(tiny.model)
     off = np.abs(

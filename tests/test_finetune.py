@@ -225,7 +225,7 @@ def test_parts_can_be_frozen_and_slowed_by_pattern(environment, base, tmp_path):
     [
         (
             ["--config.lr_factors=(('img/.*', 0),)"],
-            "config.lr_factors says nothing of llm/embedder/input_embedding",
+            "config.lr_factors has no pattern for llm/embedder/input_embedding",
         ),
         (
             ["--config.lr_factors=(('vit/.*', 0), ('.*', 1))"],

@@ -51,8 +51,9 @@ def reference(request, golden) -> Reference:
 
 
 def batch_of(io: dict[str, np.ndarray]) -> Batch:
-    """Returns big_vision's one row of text per example as a prompt and a suffix, each padded on
-    its right."""
+    """Returns big_vision's one row of text per example as a prompt and a suffix, each padded on its
+    right.
+    """
     prompt, suffix = (
         rows_of(io["text"], io["mask_ar"] == 0),
         rows_of(io["text"], io["mask_loss"] == 1),
@@ -69,9 +70,8 @@ def rows_of(text: np.ndarray, taken: np.ndarray) -> tuple[jax.Array, jax.Array]:
 
 
 def predicting(r: Reference, per_position: np.ndarray) -> np.ndarray:
-    """Returns `[suffix tokens, …]` of big_vision's `[B, position, …]`:
-
-    what stands at the position before each suffix token.
+    """Returns `[suffix tokens, …]` of big_vision's `[B, position, …]`: what stands at the position
+    before each suffix token.
     """
     return per_position[r.io["mask_loss"][:, 1:] == 1]
 
@@ -185,8 +185,9 @@ def test_loss_and_the_gradient_of_every_parameter(reference):
     gold = dict(np.load(reference.folder / "grads_f32.npz"))
     assert grads.keys() == gold.keys()
     # A softmax doesn't change when every key moves alike, so the gradient of the key bias is 0 and
-    # what either side has there is what its terms left over when they cancelled: float32's epsilon
-    # of them, and no term is larger than the whole gradient.
+    # what either side has there is
+    # what its terms left over when they cancelled: float32's epsilon of them, and no term is larger
+    # than the whole gradient.
     floor = float(np.finfo(np.float32).eps) * np.sqrt(
         sum(np.sum(np.square(g)) for g in gold.values())
     )

@@ -1,6 +1,5 @@
-"""Hugging Face directories:
-
-what transformers wrote loads here, and what is written here computes the same there.
+"""Hugging Face directories: what transformers wrote loads here, and what is written here computes
+the same there.
 """
 
 import json
@@ -302,8 +301,8 @@ def test_every_tensor_that_does_not_fit_is_named_at_once(folder, tmp_path):
         "multi_modal_projector.linear.bias: missing",
         "vision_tower.vision_model.head.probe: not a parameter of a PaliGemma 1",
         "layers.2.self_attn.k_proj.weight: (16, 31) in the file, (16, 32) in layer 0",
-        "language_model.model.norm.weight: (1, 32) in the file, which the pattern 'd -> d' does "
-        "not fit",
+        "language_model.model.norm.weight: (1, 32) in the file, "
+        "which the pattern 'd -> d' does not fit",
         "language_model.model.layers.foo.weight: not a parameter",
         "language_model.model.layers.300000.weight: not a parameter",
     ):

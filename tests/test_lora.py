@@ -1,6 +1,5 @@
-"""Laws of low-rank adapters:
-
-they start as nothing, they merge to what they compute, and they alone are trained.
+"""Laws of low-rank adapters: they start as nothing, they merge to what they compute, and they alone
+are trained.
 """
 
 import functools
@@ -29,8 +28,7 @@ EVERYWHERE = Lora(rank=3, alpha=6.0, pattern=".*")
 def adapted(
     config: Model, settings: Lora = EVERYWHERE
 ) -> tuple[PaliGemma, dict[str, Any], dict[str, Any]]:
-    """Returns a model with adapters, the base's random parameters, and the adapters as they
-    start."""
+    """Returns a model with adapters, random parameters of the base, and untrained adapters."""
     model = PaliGemma(replace(config, lora=settings))
     fresh = pick(jax.jit(model.init)(jax.random.key(1)), is_adapter)
     return model, random_params(PaliGemma(config)), fresh
@@ -143,10 +141,17 @@ def compiled(model: PaliGemma) -> Any:
     def run(frozen: Any, params: Any, dropout_key: Any) -> tuple[Any, Any]:
         x = inputs(model)
         state, metrics = update.sft_update(
-            TrainState(jnp.int32(0), {POLICY: params}, keep.init({POLICY: params})), frozen, unlabelled(*x[:3], x.tokens[:, 0], x.mask[:, 0]),
-            model=model, optimizer=keep, vocab=vocab_of_size(model.config.text.vocab_size), grad_accum_steps=1,
-            label_smoothing=0.0, loc_smoothing_bins=0.0, dropout_key=dropout_key,
-        )  # fmt: skip
+            TrainState(jnp.int32(0), {POLICY: params}, keep.init({POLICY: params})),
+            frozen,
+            unlabelled(*x[:3], x.tokens[:, 0], x.mask[:, 0]),
+            model=model,
+            optimizer=keep,
+            vocab=vocab_of_size(model.config.text.vocab_size),
+            grad_accum_steps=1,
+            label_smoothing=0.0,
+            loc_smoothing_bins=0.0,
+            dropout_key=dropout_key,
+        )
         return state.opt_state[POLICY], metrics
 
     return jax.jit(run)

@@ -1,4 +1,4 @@
-"""Names of parameters: flattened and back, joined, and what their learning rates are multiplied by."""
+"""Names of parameters: flatten and unflatten, join, and factors of learning rates."""
 
 import pytest
 
@@ -54,15 +54,15 @@ def test_the_first_pattern_that_matches_the_whole_name_counts():
 @pytest.mark.parametrize(
     ("table", "said"),
     [
-        ((("llm/.*", 1.0),), "says nothing of img/head"),
+        ((("llm/.*", 1.0),), "has no pattern for img/head"),
         (
             (("llm", 1.0), ("img/.*", 1.0)),
-            "says nothing of llm/embedder/table, llm/layers/w, llm/layers/w_lora_a",
+            "has no pattern for llm/embedder/table, llm/layers/w, llm/layers/w_lora_a",
         ),
         (((".*", 1.0), ("img/.*", 0.0)), "'img/.*' is the first match of no parameter"),
         ((("vit/.*", 0.0), (".*", 1.0)), "'vit/.*' is the first match of no parameter"),
         (((".*", 0.0),), "freezes every parameter"),
-        ((("(", 0.0), (".*", 1.0)), "'\\(' is no regular expression"),
+        ((("(", 0.0), (".*", 1.0)), "'\\(' is not a regular expression"),
     ],
 )
 def test_a_table_that_does_not_mean_what_it_says_is_refused(table, said):

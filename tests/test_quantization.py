@@ -1,6 +1,5 @@
-"""Laws of int8 matrices:
-
-their error, the products that read them, and adapters that are trained on top of them.
+"""Laws of int8 matrices: their error, the products that read them, and adapters that are trained on
+top of them.
 """
 
 import functools
@@ -121,7 +120,8 @@ def test_log_probabilities_stay_near_those_of_float32(sizes):
 @models
 def test_adapters_learn_on_a_frozen_int8_base(sizes):
     """A supervised step moves every adapter that has a gradient, lowers the loss, and leaves the
-    base as it is."""
+    base as it is.
+    """
     model = PaliGemma(replace(sizes, lora=ADAPTERS))
     int8 = base(sizes)[1]
     adapters = pick(jax.jit(model.init)(jax.random.key(1)), is_adapter)

@@ -1,5 +1,4 @@
-"""Masks to codes and back, number by number as in big_vision, and files that are no such
-weights."""
+"""Masks to codes and back with big_vision's numbers, and errors for wrong weight files."""
 
 import jax
 import numpy as np
@@ -20,7 +19,8 @@ DEPTH = 5
 @pytest.fixture(scope="module")
 def weights() -> dict[str, np.ndarray]:
     """Returns random weights in the layout of `vae-oid.npz`, every width another than its
-    neighbours' where it may be."""
+    neighbours' where it may be.
+    """
     rng = np.random.default_rng(0)
 
     def layer(
@@ -72,7 +72,8 @@ def test_masks_equal_big_visions(golden):
 @pytest.mark.needs("torch")
 def test_decoder_and_encoder_equal_torchs_layers(weights, tmp_path):
     """The published weights were trained in torch, whose names for layers are places in these
-    stacks."""
+    stacks.
+    """
     import torch
 
     np.savez(tmp_path / "vae.npz", **weights)

@@ -1,6 +1,5 @@
-"""Checkpoints in and out:
-
-sizes, shards, dtypes, other resolutions and vocabularies, runs; and what is said of bad ones.
+"""Checkpoints in and out: sizes, shards, dtypes, other resolutions and vocabularies, runs; and what
+is said of bad ones.
 """
 
 import dataclasses
@@ -143,7 +142,8 @@ def test_names_without_their_first_part_compressed_files_and_fortran_order_load_
 @pytest.mark.parametrize("suffix", [".npz", ".orbax", ""])
 def test_parameters_go_straight_into_their_shards(saved, tmp_path, monkeypatch, suffix):
     """Every leaf is split where it can be, as training splits it, and blocks are smaller than
-    tensors."""
+    tensors.
+    """
     monkeypatch.setattr(sharding, "SMALL_BYTES", 64)
     monkeypatch.setattr(tensor_files, "BLOCK_BYTES", 1000)
     sizes, params, _ = saved
@@ -325,7 +325,8 @@ def int8_params(model: config.Model, params) -> dict:
 @pytest.mark.parametrize("suffix", [".npz", ".orbax", ""])
 def test_matrices_are_quantized_while_they_are_read(saved, tmp_path, monkeypatch, suffix):
     """Each layer by itself, and a matrix without layers (the projector) although its blocks are
-    rows."""
+    rows.
+    """
     monkeypatch.setattr(tensor_files, "BLOCK_BYTES", 100)
     sizes, params, _ = saved
     weights_path = tmp_path / f"a{suffix}"
@@ -416,7 +417,8 @@ def test_damaged_checkpoints_of_a_run_are_told_in_one_line(saved, tmp_path):
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
     done = subprocess.run(  # what orbax leaves running would trouble the tests after this one
         [sys.executable, "-m", "pg_ground.convert", "run", "a.npz"],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}, cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}, cwd=tmp_path,
+        capture_output=True, text=True,
     )  # fmt: skip
     told = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert (

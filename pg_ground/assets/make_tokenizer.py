@@ -1,9 +1,11 @@
-"""Makes `tiny.model`, a small sentencepiece model with PaliGemma's ids: `python -m
-pg_ground.assets.make_tokenizer`.
+"""Makes `tiny.model`, a small sentencepiece model with PaliGemma's ids.
 
-The base vocabulary is Gemma's in miniature (BPE, byte fallback, single digits, no normalisation, no
-dummy prefix) and is trained on sentences composed here. The 1,024 loc and 128 seg pieces are
-appended as big_vision does it. The script needs protobuf; reading the model does not.
+    python -m pg_ground.assets.make_tokenizer
+
+The base vocabulary has the settings of Gemma's: BPE, byte fallback, single digits, no
+normalisation, no dummy prefix. It is trained on sentences that this module composes. The 1,024 loc
+and 128 seg pieces are appended as in big_vision. The script needs protobuf. Reading the model does
+not.
 """
 
 import io
@@ -179,11 +181,12 @@ def train_base(sentences: list[str]) -> bytes:
 
 
 def append_pieces(base: bytes) -> bytes:
-    """Returns `base` with `<loc0000>`..`<loc1023>` and `<seg000>`..`<seg127>` behind it:
+    """Returns `base` with `<loc0000>`..`<loc1023>` and `<seg000>`..`<seg127>` appended.
 
-    user-defined, score 0.
+    The new pieces are user-defined and have score 0.
     """
-    proto = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]: protobuf makes it at import
+    # protobuf makes the class at import
+    proto = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
     model = proto.FromString(base)
     names = [f"<loc{i:04d}>" for i in range(LOC_TOKENS)] + [
         f"<seg{i:03d}>" for i in range(SEG_TOKENS)
@@ -195,8 +198,10 @@ def append_pieces(base: bytes) -> bytes:
 
 
 def corpus() -> list[str]:
-    """Returns sentences whose frequent words become single pieces, and every printable ASCII
-    character."""
+    """Returns sentences, and every printable ASCII character.
+
+    The frequent words of the sentences become single pieces.
+    """
     shapes = [f"{colour} {form}" for colour, form in itertools.product(COLOURS, FORMS)]
     sized = [f"{size} {shape}" for size, shape in itertools.product(SIZES, shapes)]
     pairs = [f"{a} ; {b}" for a, b in zip(shapes, shapes[5:] + shapes[:5], strict=True)]

@@ -1,6 +1,5 @@
-"""Stored tensors that are changed while they are read:
-
-new vocabulary rows, another resolution, int8.
+"""Stored tensors that are changed while they are read: new vocabulary rows, another resolution,
+int8.
 """
 
 import logging
@@ -83,8 +82,7 @@ def resampled_positions(tensor: StoredTensor, model: Model) -> StoredTensor:
 def quantized_tensors(
     tensors: Mapping[str, StoredTensor], abstract: AbstractParams
 ) -> dict[str, StoredTensor]:
-    """Returns `tensors` with int8 values and scales for each matrix whose scales are in
-    `abstract`."""
+    """Returns `tensors` with int8 values and scales for the matrices with scales in `abstract`."""
     adapted = dict(tensors)
     for name in abstract:
         if name + SCALE in abstract:

@@ -1,5 +1,6 @@
 """Converts a checkpoint between big_vision's `.npz`, Hugging Face directories and orbax
-directories."""
+directories.
+"""
 
 from pathlib import Path
 

@@ -36,8 +36,8 @@ def save(path: str | Path, params: Params, model: Model | None = None, dtype: st
     has_adapters = any(map(is_adapter, names))
     if has_adapters and (model is None or not model.lora.rank):
         raise UserError(
-            f"{path}: the parameters have adapters, so `model` with its lora section is needed to "
-            "merge them"
+            f"{path}: the parameters have adapters, "
+            "so `model` with its lora section is needed to merge them"
         )
     if has_adapters or any(map(is_scale, names)):
         params = lora.merge(params, Lora() if model is None else model.lora)
@@ -52,9 +52,8 @@ def write(
     dtype: str = "",
     extra_files: Sequence[Path] = (),
 ) -> None:
-    """Writes tensors as `save` writes parameters.
-
-    A Hugging Face directory gets copies of `extra_files`.
+    """Writes tensors as `save` writes parameters. A Hugging Face directory gets copies of
+    `extra_files`.
     """
     if path.exists():
         raise UserError(f"{path} exists already: remove it, or choose another name")

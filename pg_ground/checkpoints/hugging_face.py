@@ -1,6 +1,5 @@
-"""Reads and writes Hugging Face directories:
-
-`config.json` and safetensors, in one file or in shards.
+"""Reads and writes Hugging Face directories: `config.json` and safetensors, in one file or in
+shards.
 """
 
 import json
@@ -59,9 +58,8 @@ class Tensor(NamedTuple):
     dtype: np.dtype
 
     def read(self, rows: slice | None = None) -> np.ndarray:
-        """Returns all values, or some rows.
-
-        The file is opened anew each time, so that its memory can be released.
+        """Returns all values, or some rows. The file is opened anew each time, so that its memory
+        can be released.
         """
         try:
             with safe_open(self.path, framework="numpy") as file:
@@ -120,8 +118,8 @@ def _list_tensors(folder: Path) -> dict[str, Tensor]:
         path = folder / file
         if not path.is_file():
             raise UserError(
-                f"{path} does not exist, but {index.name} says that it holds {names[0]} and "
-                f"{len(names) - 1} more"
+                f"{path} does not exist, but {index.name} says that it holds {names[0]} "
+                f"and {len(names) - 1} more"
             )
         tensors |= _tensors_of_file(path)
         missing = [name for name in names if hub_name(name) not in tensors]
@@ -199,7 +197,10 @@ def _misfit(row: Row, tensor: Tensor, hub: HubConfig) -> str:
     heads = "".join(
         f"heads of config.json ({count}) or the " for count in _head_counts(row, hub).values()
     )
-    return f"{tensor.key}: {tensor.shape} in the file, which the {heads}pattern {row.pattern!r} does not fit"
+    return (
+        f"{tensor.key}: {tensor.shape} in the file, "
+        f"which the {heads}pattern {row.pattern!r} does not fit"
+    )
 
 
 def _head_counts(row: Row, hub: HubConfig) -> dict[str, int]:
@@ -213,7 +214,8 @@ def _head_counts(row: Row, hub: HubConfig) -> dict[str, int]:
 
 def _stored_tensor(row: Row, layers: list[list[Tensor]], hub: HubConfig) -> StoredTensor:
     """Returns the big_vision tensor that one row of the table makes of the tensors of all layers
-    and parts."""
+    and parts.
+    """
     first = layers[0][0]
     if row.name == EMBEDDING:
         return _stored_embedding(first, hub)
@@ -259,8 +261,8 @@ def _check_tied(folder: Path, head: Tensor | None, embedding: Tensor) -> None:
     )
     if not is_tied:
         raise UserError(
-            f"{folder}: {head.key} differs from the embedding: PaliGemma's head is tied to its "
-            "embedding"
+            f"{folder}: {head.key} differs from the embedding: "
+            "PaliGemma's head is tied to its embedding"
         )
 
 

@@ -27,9 +27,8 @@ class HubConfig(NamedTuple):
 
 
 def read_config(folder: Path) -> HubConfig:
-    """Returns the settings of a directory's `config.json`.
-
-    Absent settings have the defaults of transformers.
+    """Returns the settings of a directory's `config.json`. Absent settings have the defaults of
+    transformers.
 
     Raises:
       UserError: the file does not exist, does not belong to a PaliGemma, or has a constant that no
@@ -117,9 +116,8 @@ def _check_constants(path: Path, text: dict[str, Any]) -> None:
 
 
 def _positive(path: Path, name: str, value: Any, number: type) -> Any:
-    """Returns `value`.
-
-    Raises UserError if it is not a number above 0 (a whole number if `number` is int).
+    """Returns `value`. Raises UserError if it is not a number above 0 (a whole number if `number`
+    is int).
     """
     if isinstance(value, bool) or not isinstance(value, (int, number)) or value <= 0:
         raise UserError(f"{path}: {name} is {value!r}, but it must be a number above 0")
@@ -127,9 +125,8 @@ def _positive(path: Path, name: str, value: Any, number: type) -> Any:
 
 
 def to_hub_config(model: Model, dtype: str) -> dict[str, Any]:
-    """Returns the `config.json` of a model.
-
-    Every layer has full attention, and the final soft-cap is the model's.
+    """Returns the `config.json` of a model. Every layer has full attention, and the final soft-cap
+    is the model's.
 
     Raises:
       UserError: the model is a Gemma 1 that scales queries or logits as only Gemma 2 can.
@@ -194,8 +191,8 @@ def _check_gemma1(text: Text) -> None:
         unsupported.append("query_scale")
     if unsupported:
         raise UserError(
-            f"a Hugging Face Gemma 1 has no {', '.join(unsupported)}: model.text.{unsupported[0]} "
-            "cannot be written"
+            f"a Hugging Face Gemma 1 has no {', '.join(unsupported)}: "
+            f"model.text.{unsupported[0]} cannot be written"
         )
 
 

@@ -21,9 +21,8 @@ class Row(NamedTuple):
     name: str
     """big_vision's name."""
     hub_names: tuple[str, ...]
-    """Names in the hub's spelling, where {i} is the layer.
-
-    Two names are two parts of one parameter of big_vision.
+    """Names in the hub's spelling, where {i} is the layer. Two names are two parts of one parameter
+    of big_vision.
     """
     pattern: str
     """einops pattern: axes of one layer and part in Hugging Face -> axes in big_vision."""

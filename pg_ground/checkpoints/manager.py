@@ -25,9 +25,8 @@ from pg_ground.types import POLICY, Params, TrainState, UserError
 
 
 class Checkpoints:
-    """The checkpoints in one directory.
-
-    The end of the `with` block waits until everything is written.
+    """The checkpoints in one directory. The end of the `with` block waits until everything is
+    written.
     """
 
     def __init__(self, directory: Path, keep: int):
@@ -96,9 +95,8 @@ def _without_policy(state: TrainState) -> dict[str, Any]:
 
 
 def save_tree(path: Path, tree: Params) -> None:
-    """Writes a tree of arrays and waits until it is complete.
-
-    A failed write leaves nothing at `path`.
+    """Writes a tree of arrays and waits until it is complete. A failed write leaves nothing at
+    `path`.
     """
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.absolute(), tree, force=True)
@@ -152,10 +150,7 @@ def remove_tree(path: Path) -> None:
 
 
 def save_best(workdir: Path, step: int, params: Params) -> Path:
-    """Writes the best parameters so far, then removes those of other steps.
-
-    Returns their folder.
-    """
+    """Writes the best parameters so far and removes older ones. Returns the new folder."""
     folder = workdir / BEST / str(step)
     if not (folder / "params").is_dir():  # a resumed run reaches the same step with the same values
         save_tree(folder / "params", params)

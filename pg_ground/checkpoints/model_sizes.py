@@ -81,7 +81,8 @@ def model_from_shapes(shapes: Shapes, path: str) -> Model:
 
 def _check_plausible(shapes: Shapes, path: str) -> None:
     """Raises UserError if a needed parameter is missing, or if its shape cannot belong to a
-    PaliGemma."""
+    PaliGemma.
+    """
     problem = f"{path} is not a PaliGemma checkpoint"
     missing = [name for name in _AXES if name not in shapes]
     if missing:
@@ -102,8 +103,8 @@ def _check_plausible(shapes: Shapes, path: str) -> None:
     heads, kv_heads = shapes["llm/layers/attn/q_einsum/w"][1], key_value[2]
     if kv_heads and heads % kv_heads:
         wrong.append(
-            f"llm/layers/attn/kv_einsum/w: {key_value}, whose {kv_heads} heads do not divide the "
-            f"{heads} query heads"
+            f"llm/layers/attn/kv_einsum/w: {key_value}, "
+            f"whose {kv_heads} heads do not divide the {heads} query heads"
         )
     if wrong:
         raise UserError(f"{problem}: {'; '.join(wrong)}")
@@ -139,19 +140,17 @@ def resolve_model(
         return model  # check_fit reports both shapes
     if model.image_size != stored.image_size and not resample:
         raise UserError(
-            f"{path} was trained at {stored.image_size} pixels ({POSITIONS} has "
-            f"{patch_count(stored)} positions), "
-            f"but model.image_size is {model.image_size} ({patch_count(model)}): take the "
-            "checkpoint of that resolution, "
-            "or set resample_positions"
+            f"{path} was trained at {stored.image_size} pixels "
+            f"({POSITIONS} has {patch_count(stored)} positions), "
+            f"but model.image_size is {model.image_size} ({patch_count(model)}): "
+            "take the checkpoint of that resolution, or set resample_positions"
         )
     return model
 
 
 def check_fit(path: str | Path, in_file: Shapes, in_model: Shapes) -> None:
-    """Raises UserError if names or shapes differ.
-
-    The error lists every missing name, unknown name and other shape.
+    """Raises UserError if names or shapes differ. The error lists every missing name, unknown name
+    and other shape.
     """
     wrong = [
         f"{name}: missing, {in_model[name]} in the model"

@@ -39,10 +39,7 @@ def run_config(workdir: Path) -> config.Config:
 
 
 def is_run(folder: Path) -> bool:
-    """Returns whether `folder` is the working directory of a run:
-
-    its `config.json` lists stages.
-    """
+    """Returns whether `folder` is the working directory of a run: `config.json` lists stages."""
     file = folder / CONFIG_FILE
     return file.is_file() and "stages" in read_json(file)
 
@@ -64,8 +61,8 @@ def find_checkpoint(path: Path) -> RunCheckpoint:
     if step.parent.name in ("checkpoints", BEST) and (step / "params").is_dir():
         return RunCheckpoint(step.parent.parent, step)
     raise UserError(
-        f"{path} is not a checkpoint: neither a Hugging Face directory nor the working directory "
-        "of a run "
+        f"{path} is not a checkpoint: "
+        "neither a Hugging Face directory nor the working directory of a run "
         f"(it has no {CONFIG_FILE})"
     )
 
@@ -79,8 +76,8 @@ def best(folder: Path) -> Path:
     step_folders = [step for step in folder.glob("*") if (step / "params").is_dir()]
     if not step_folders:
         raise UserError(
-            f"{folder} is empty: expected {folder}/<step>/params of a run with "
-            "config.checkpoint.best"
+            f"{folder} is empty: "
+            f"expected {folder}/<step>/params of a run with config.checkpoint.best"
         )
     return max(step_folders, key=lambda step: int(step.name))
 

@@ -33,15 +33,14 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype
     blocks: Callable[[], Iterator[tuple[BlockIndex, np.ndarray]]]
-    """Yields `(index, block)` in C order.
-
-    `tensor[index] = block` for all blocks fills the tensor.
+    """Yields `(index, block)` in C order. `tensor[index] = block` for all blocks fills the tensor.
     """
 
 
 def stack_axes(name: str) -> int:
-    """Returns how many leading axes of a parameter count layers and parts (keys and values, or
-    gate and value)."""
+    """Returns how many leading axes of a parameter count layers and parts (keys and values, or gate
+    and value).
+    """
     if "/layers/" not in name and "/encoderblock/" not in name:
         return 0
     return 2 if name.endswith(("kv_einsum/w", "mlp/gating_einsum")) else 1
@@ -87,9 +86,8 @@ def read_whole(tensor: StoredTensor) -> np.ndarray:
 def read_sharded(
     tensors: Mapping[str, StoredTensor], abstract: AbstractParams
 ) -> dict[str, jax.Array]:
-    """Returns the tensors that `abstract` names as arrays with its dtypes and shardings.
-
-    Reads one tensor after the other.
+    """Returns the tensors that `abstract` names as arrays with its dtypes and shardings. Reads one
+    tensor after the other.
     """
     return {name: _sharded_array(tensors[name], leaf) for name, leaf in abstract.items()}
 
@@ -178,9 +176,8 @@ def open_npz(path: str | Path) -> dict[str, StoredTensor]:
         name = member.removesuffix(".npy").removeprefix("params/")
         if header.dtype.name not in FLOATS:
             raise UserError(
-                f"{path} is not a big_vision .npz checkpoint: {name} in it has dtype "
-                f"{header.dtype}, "
-                f"not one of {', '.join(FLOATS)}"
+                f"{path} is not a big_vision .npz checkpoint: "
+                f"{name} in it has dtype {header.dtype}, not one of {', '.join(FLOATS)}"
             )
         blocks = _npz_blocks(path, member, name, header)
         tensors[name] = StoredTensor(header.shape, header.dtype, blocks)
@@ -238,9 +235,8 @@ def _npz_blocks(
 
 
 def save_npz(path: Path, tensors: Mapping[str, StoredTensor], dtype: str) -> None:
-    """Writes a big_vision `.npz` block by block, with names under `params/`.
-
-    With `dtype` "" each tensor keeps its dtype.
+    """Writes a big_vision `.npz` block by block, with names under `params/`. With `dtype` "" each
+    tensor keeps its dtype.
     """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name, tensor in tensors.items():
@@ -259,8 +255,7 @@ def save_npz(path: Path, tensors: Mapping[str, StoredTensor], dtype: str) -> Non
 
 
 def _npz_dtype(dtype: np.dtype) -> np.dtype:
-    """Returns the dtype in the file.
-
-    numpy files cannot name bfloat16, so big_vision writes a 2-byte void.
+    """Returns the dtype in the file. numpy files cannot name bfloat16, so big_vision writes a
+    2-byte void.
     """
     return np.dtype("V2") if dtype == ml_dtypes.bfloat16 else dtype

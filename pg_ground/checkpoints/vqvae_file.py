@@ -1,5 +1,4 @@
-"""Reads the weights of the mask VQ-VAE (`pg_ground.models.vqvae`) from big_vision's
-`vae-oid.npz`."""
+"""Reads the weights of the mask VQ-VAE (`models.vqvae`) from big_vision's `vae-oid.npz`."""
 
 from pathlib import Path
 
@@ -12,9 +11,8 @@ from pg_ground.types import UserError
 
 
 def load(path: str | Path, encoder: bool = False) -> dict[str, jax.Array]:
-    """Returns the codebook and the decoder weights in float32.
-
-    With `encoder`, also the weights that `encode` needs.
+    """Returns the codebook and the decoder weights in float32. With `encoder`, also the weights
+    that `encode` needs.
 
     Raises:
       UserError: the file does not exist, or a weight is missing or has another shape.

@@ -1,6 +1,4 @@
-"""Parameters from published checkpoints and from runs.
-
-Inside the package all names are big_vision's.
+"""Reads parameters from published checkpoints and from runs. All names become big_vision's.
 
 Readable: big_vision's `.npz`, Hugging Face directories, working directories of runs, single
 checkpoints of runs, and the orbax directories that `convert` writes. Each tensor is read directly
@@ -53,16 +51,12 @@ class Checkpoint(NamedTuple):
     model: PaliGemma
     """Without adapters: reading merges the adapters of a run."""
     abstract: AbstractParams
-    """Shapes and dtypes of the float parameters, with adapters merged.
-
-    int8 matrices are float32 here.
-    """
+    """Shapes and dtypes of the merged float parameters. int8 matrices are float32 here."""
     tensors: Mapping[str, StoredTensor]
     """Empty for orbax checkpoints, whose arrays are read whole (and sharded)."""
     read: Callable[[AbstractParams], dict[str, jax.Array]]
-    """(abstract parameters) → arrays by name, with these dtypes and shardings.
-
-    Matrices with scales are quantized.
+    """(abstract parameters) → arrays by name, with these dtypes and shardings. Matrices with scales
+    are quantized.
     """
 
 
@@ -113,9 +107,9 @@ def open_checkpoint(
     resample_positions: bool = False,
     keep_final_softcap: bool = False,
 ) -> Checkpoint:
-    """Returns the checkpoint at `path` with only names and shapes read.
+    """Returns the checkpoint at `path`. Only names and shapes are read.
 
-    The arguments are those of `load`.
+    The other arguments are those of `load`.
 
     Args:
       keep_final_softcap: the final soft-cap of a Hugging Face `config.json` stays on.
@@ -128,8 +122,8 @@ def open_checkpoint(
         if path.exists() or path.suffix == ".npz":
             return _open_files(path, tensor_files.open_npz(path), None, sizes, resample_positions)
         raise UserError(
-            f"{path}: no such file or directory; expected an .npz, a Hugging Face directory or a "
-            "run"
+            f"{path}: no such file or directory; "
+            "expected an .npz, a Hugging Face directory or a run"
         )
     model_file = path / MODEL_FILE
     if model_file.is_file():
@@ -152,8 +146,7 @@ def _is_hugging_face(folder: Path) -> bool:
 
 
 def tokenizer_path(path: Path) -> str:
-    """Returns the path of the sentencepiece model of a run or of a Hugging Face directory; "" if
-    there is none."""
+    """Returns the sentencepiece model of a run or a Hugging Face directory; "" if it has none."""
     if not path.is_dir():
         return ""
     if (path / "tokenizer.model").is_file():
@@ -171,10 +164,7 @@ def _open_files(
     sizes: Model | None,
     resample: bool,
 ) -> Checkpoint:
-    """Returns a checkpoint of tensor files:
-
-    an `.npz` (`hub` is None) or a Hugging Face directory.
-    """
+    """Returns the checkpoint of an `.npz` (`hub` is None) or of a Hugging Face directory."""
     tensors = adaptation.with_loc_rows(path, tensors, sizes)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     stored = model_from_shapes(shapes, str(path))
@@ -202,16 +192,13 @@ def _open_files(
 def _open_orbax(
     path: Path, stored: Model, folders: Sequence[Path], sizes: Model | None, resample: bool
 ) -> Checkpoint:
-    """Returns a checkpoint of one or two orbax trees:
-
-    trained parameters, and those that are frozen.
-    """
+    """Returns the checkpoint of one or two orbax trees: trained and frozen parameters."""
     trees = [manager.describe(folder) for folder in folders]
     repeated = sorted(set.intersection(*map(set, trees))) if len(trees) > 1 else []
     if repeated:
         raise UserError(
-            f"{folders[0]} and {folders[1]} both hold {', '.join(repeated)}: one of them belongs "
-            "to another run"
+            f"{folders[0]} and {folders[1]} both hold {', '.join(repeated)}: "
+            "one of them belongs to another run"
         )
     leaves = {name: leaf for tree in trees for name, leaf in tree.items()}
     shapes = {name: leaf.shape for name, leaf in leaves.items() if not is_scale(name)}
@@ -275,8 +262,7 @@ def _with_shardings(tree: AbstractParams, abstract: AbstractParams) -> AbstractP
 def _convert_one_by_one(
     params: dict[str, jax.Array], abstract: AbstractParams, stored: Model, model: Model
 ) -> dict[str, jax.Array]:
-    """Returns the restored parameters of a run with adapters merged, in the dtypes and shardings of
-    `abstract`.
+    """Returns restored parameters with adapters merged, with dtypes and shardings of `abstract`.
 
     Parameters are converted one after the other: only one of them is in memory twice.
     """

@@ -1,7 +1,9 @@
-"""PaliGemma: a SigLIP tower, a Gemma decoder, and three functions on them (prefill, extend, completion_logps).
+"""PaliGemma: a SigLIP tower, a Gemma decoder, and the functions prefill, extend and
+completion_logps.
 
-Flax Linen, in its stateless subset, is used here and nowhere else: a GRPO step holds several parameter trees for one module
-(policy, reference), so parameters, caches and keys are arguments, and nothing lives inside a module.
+Only this package uses Flax Linen, and only its stateless subset. A GRPO step has several parameter
+trees for one module (policy and reference). So parameters, caches and keys are arguments, and a
+module has no state.
 """
 
 from pg_ground.models.paligemma import PaliGemma

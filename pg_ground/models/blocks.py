@@ -1,4 +1,4 @@
-"""Working through an axis a block at a time, so that what is large is never whole."""
+"""Computes a function block by block along an axis, to keep intermediate arrays small."""
 
 import math
 from collections.abc import Callable
@@ -11,13 +11,15 @@ from pg_ground.types import Array
 
 
 def in_blocks(f: Callable[..., Any], block: int, axes: tuple[int, ...], *arrays: Array) -> Any:
-    """Returns `f(*arrays)`, computed over at most `block` slots at a time and recomputed in the backward pass.
+    """Returns `f(*arrays)`, computed over at most `block` slots at a time.
 
-    Blocks are as equal as can be; the last is padded with zeros, of which nothing is kept.
+    The backward pass recomputes each block. Blocks have nearly equal sizes. The last block is
+    padded with zeros, and its padding is removed from the result.
 
     Args:
-      f: to a tree of arrays that have these slots where the first of `arrays` has them.
-      axes: where each array has the slots.
+      f: returns a tree of arrays. Their slots are at the axis at which the first of `arrays` has
+        them.
+      axes: the axis of the slots in each array.
     """
     length = arrays[0].shape[axes[0]]
     blocks = math.ceil(length / block)
@@ -34,5 +36,5 @@ def in_blocks(f: Callable[..., Any], block: int, axes: tuple[int, ...], *arrays:
         x = x.reshape(*x.shape[: axes[0]], blocks * size, *x.shape[axes[0] + 2 :])
         return jax.lax.slice_in_dim(x, 0, length, axis=axes[0])
 
-    found = jax.lax.map(lambda parts: jax.checkpoint(f)(*parts), tuple(map(split, arrays, axes)))
-    return jax.tree.map(join, found)
+    results = jax.lax.map(lambda parts: jax.checkpoint(f)(*parts), tuple(map(split, arrays, axes)))
+    return jax.tree.map(join, results)

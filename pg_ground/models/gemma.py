@@ -1,10 +1,11 @@
-"""The Gemma 1 and Gemma 2 decoder over a prefix shared by G completions, with big_vision's
-parameter names.
+"""The Gemma 1 and Gemma 2 decoder, with big_vision's parameter names.
 
-Every activation is `[B, G, t, …]`: the prefix itself is the case G = 1. A token attends to the
-prefix cache of its prompt (one for the whole group: the group is one more axis of the queries,
-never a repeated batch) and to the tokens of its own completion. Facts:
-big_vision/models/proj/paligemma/gemma_bv.py; arXiv 2403.08295 (Gemma), 2408.00118 (Gemma 2).
+G completions share one prefix. Every activation is `[B, G, t, …]`, and a prefix has G = 1. A token
+attends to the prefix cache of its prompt and to the tokens of its own completion. The group is an
+axis of the queries, so the prefix cache is never repeated.
+
+Sources: big_vision/models/proj/paligemma/gemma_bv.py; Gemma (arXiv 2403.08295); Gemma 2 (arXiv
+2408.00118).
 """
 
 from collections.abc import Sequence
@@ -26,21 +27,20 @@ from pg_ground.types import Array, ShardingHooks
 from pg_ground.vocab import LOC_MAX, LOC_TOKENS, vocab_of_size
 
 MASKED = -2.3819763e38
-"""What a masked attention logit becomes: big_vision's value, near the lowest float32."""
+"""Value of a masked attention logit: big_vision's constant, near the lowest float32."""
 
 
 class KeyValues(NamedTuple):
-    """Keys and values that queries attend to; a layer axis stands in front of all when layers
-    are stacked."""
+    """Keys and values that queries attend to. Stacked layers add an axis in front."""
 
     k: Float[Array, "... K H"]
     v: Float[Array, "... K H"]
 
 
 class Seen(NamedTuple):
-    """Keys and values that queries attend to:
+    """Keys and values with their mask.
 
-    of their prompt, `[B, S, K, H]`, or of their own row, `[B, G, S, K, H]`.
+    Those of a prompt are `[B, S, K, H]`. Those of a completion are `[B, G, S, K, H]`.
     """
 
     kv: KeyValues
@@ -51,7 +51,7 @@ class Seen(NamedTuple):
 
 
 class Embedder(nn.Module):
-    """The table that turns ids into vectors, and (tied) vectors into logits."""
+    """The table that turns ids into vectors. It is also the (tied) table of the logits."""
 
     vocab_size: int
     width: int
@@ -69,8 +69,8 @@ class Embedder(nn.Module):
         return table
 
     def encode(self, tokens: Int[Array, "..."], dtype: jnp.dtype) -> Float[Array, "... D"]:
-        found = self.hooks.activations(self.hooks.lookup(self.table, tokens))
-        return found.astype(dtype) * jnp.asarray(self.table.shape[1] ** 0.5, dtype)
+        rows = self.hooks.activations(self.hooks.lookup(self.table, tokens))
+        return rows.astype(dtype) * jnp.asarray(self.table.shape[1] ** 0.5, dtype)
 
 
 class Einsum(nn.Module):
@@ -87,7 +87,7 @@ class Einsum(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · (1 + scale), in float32; the stored scale is the offset from one."""
+    """x / rms(x) · (1 + scale), in float32. The stored scale is the offset from one."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -119,7 +119,7 @@ class Attention(nn.Module):
         prefix_mask: Bool[Array, "B 1 S"] | None,
     ) -> tuple[Float[Array, "B G t D"], KeyValues]:
         q, new = self._project(x, positions)
-        # prompts attend in both directions, completions (which see a prefix) causally
+        # Prompts attend in both directions. Completions have a prefix and attend causally.
         seen = [Seen(new, mask, causal=prefix is not None)]
         if past is not None:
             seen.insert(0, Seen(past, past_mask))
@@ -131,7 +131,7 @@ class Attention(nn.Module):
     def _project(
         self, x: Float[Array, "B G t D"], positions: Int[Array, "B G t"]
     ) -> tuple[Float[Array, "B G t N H"], KeyValues]:
-        """Returns scaled queries, and keys and values, turned by their positions."""
+        """Returns scaled queries, and keys with values. RoPE is applied to queries and keys."""
         q = self.q_einsum("BGtD,NDH->BGtNH", x)
         k, v = self.kv_einsum("BGtD,cKDH->cBGtKH", x)
         return rope(q, positions) * self.config.attention_scale, KeyValues(rope(k, positions), v)
@@ -140,11 +140,13 @@ class Attention(nn.Module):
 def attend(
     q: Float[Array, "B G t N H"], seen: Sequence[Seen], cap: float, block: int
 ) -> Float[Array, "B G t N H"]:
-    """Returns what queries read of all they see, by one softmax.
+    """Returns the attention output: one softmax over all keys in `seen`.
 
-    The group is one more axis of the queries, never a repeated batch. Logits are held for at most
-    `block` queries of a prompt at once (of all its completions; one of each at least), in the
-    backward pass too; for all of them if `block` is 0.
+    Args:
+      cap: soft-cap of the attention logits; 0 means none.
+      block: largest number of queries per prompt whose logits are in memory at a time, in the
+        backward pass too. It counts the queries of all completions of the prompt. At least one
+        query of each completion is computed at a time. 0 means all queries.
     """
 
     def read(q: Float[Array, "B G t N H"], index: Int[Array, " t"]) -> Float[Array, "B G t N H"]:
@@ -168,9 +170,9 @@ def attend(
         together = jnp.where(jnp.concatenate(masks, axis=-1)[:, :, None, None], together, MASKED)
         weights, out, start = jax.nn.softmax(together, axis=-1).astype(q.dtype), jnp.float32(0), 0
         for (_, values), _, _ in seen:
-            own = weights[..., start : start + values.shape[-3]]
+            part = weights[..., start : start + values.shape[-3]]
             out += jnp.einsum(
-                f"BGKRtS,{axes(values)}KH->BGtKRH", own, values, preferred_element_type=jnp.float32
+                f"BGKRtS,{axes(values)}KH->BGtKRH", part, values, preferred_element_type=jnp.float32
             )
             start += values.shape[-3]
         return out.astype(q.dtype).reshape(b, g, t, n, h)
@@ -212,9 +214,10 @@ class FeedForward(nn.Module):
 def both_products(x: Float[Array, "B G t D"], matrix: Matrix) -> tuple[Array, Array]:
     """Returns x W0 and x W1, where `matrix` holds W0 and W1, `[2, D, F]`.
 
-    One decoding step is a reading of weights. If a TPU is given two products, it first copies a
-    layer's two matrices out of the stack of layers: three times the bytes of one product (PG1 3B,
-    v5e-8, 64 tokens: 634 GB per rollout against 325). On a CPU one product is slower than two.
+    The time of a decoding step is the time to read the weights. For two products, a TPU first
+    copies the two matrices of a layer out of the stack of layers. That moves three times the bytes
+    of one product (PG1 3B, v5e-8, 64 tokens: 634 GB per rollout instead of 325). On a CPU one
+    product is slower than two.
     """
 
     def two_products(x: Array, matrix: Matrix) -> tuple[Array, Array]:
@@ -250,23 +253,24 @@ class Block(nn.Module):
         y, new = self.attn(
             self.pre_attention_norm(x), positions, mask, past, past_mask, prefix, prefix_mask
         )
-        return self._rest(x, y), new
+        return self._add_and_mlp(x, y), new
 
     def both(self, streams, prefix_positions, prefix_mask, positions):
-        """The block for prefixes, then for their completions, which see the prefixes' keys and
-        values."""
+        """Returns the results of the block for prefixes and for their completions.
+
+        The completions see the keys and values of the prefixes.
+        """
         before, x = streams
         before, seen = self(before, prefix_positions, prefix_mask, None, None, None, None)
         prefix = KeyValues(seen.k[:, 0], seen.v[:, 0])
         x, _ = self(x, positions, None, None, None, prefix, prefix_mask)
         return (before, x), None
 
-    def _rest(
+    def _add_and_mlp(
         self, x: Float[Array, "B G t D"], y: Float[Array, "B G t D"]
     ) -> Float[Array, "B G t D"]:
-        x = self.hooks.activations(
-            x + (self.post_attention_norm(y) if self.config.post_norms else y)
-        )
+        y = self.post_attention_norm(y) if self.config.post_norms else y
+        x = self.hooks.activations(x + y)
         y = self.mlp(self.pre_ffw_norm(x))
         return self.hooks.activations(x + (self.post_ffw_norm(y) if self.config.post_norms else y))
 
@@ -318,12 +322,15 @@ class Decoder(nn.Module):
         prefix: KeyValues | None = None,
         prefix_mask: Bool[Array, "B 1 S"] | None = None,
     ) -> tuple[Float[Array, "B G t D"], KeyValues]:
-        """Returns the final hidden states of `x` and its keys and values, stacked over layers as
-        `past` and `prefix` are.
+        """Returns the final hidden states of `x`, and its keys and values stacked over layers.
 
-        Masks are True at real tokens; None means that all are real. Without `prefix`, each token
-        sees all real tokens of `x`. With `prefix`, each token sees the real tokens of the prefix,
-        of its row's `past`, and of `x` up to itself.
+        Without `prefix`, each token sees all real tokens of `x`. With `prefix`, each token sees the
+        real tokens of the prefix, of its row's `past`, and of `x` up to itself.
+
+        Args:
+          mask: True at real tokens; None means that all are real. The other masks are the same.
+          past: keys and values of earlier completion tokens, stacked over layers.
+          prefix: keys and values of the prompts, stacked over layers.
         """
         x, new = self.layers(x, positions, mask, past, past_mask, prefix, prefix_mask)
         return self.final_norm(x), new
@@ -337,8 +344,8 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B G t D"]]:
         """Returns the final hidden states of prefixes and of their completions.
 
-        What two calls give, side by side: each layer's weights serve both while they are gathered,
-        and no cache outlives it.
+        The results are those of two calls. Each layer computes both, so its weights are gathered
+        once and no cache is kept.
         """
         prefix_mask = prefix_mask[:, None]
         prefix_positions = jnp.cumsum(prefix_mask, axis=2) - 1
@@ -361,19 +368,18 @@ def normal_by_fan_in(axes: tuple[int, ...]) -> nn.initializers.Initializer:
 
 
 def loc_sinusoids(width: int) -> Float[Array, "1024 D"]:
-    """Returns one row of norm 1 per loc bin, in which neighbouring bins are alike.
+    """Returns one row of norm 1 per loc bin. Neighbouring bins have similar rows.
 
-    With unrelated rows the 1024 bins are 1024 unrelated classes to a model that starts from
-    nothing.
+    With random rows, a model without pretraining would have to learn 1024 unrelated classes.
     """
     rows = sinusoids(np.arange(LOC_TOKENS) / LOC_MAX, width)
     return jnp.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True), jnp.float32)
 
 
 def rope(x: Float[Array, "B G t N H"], positions: Int[Array, "B G t"]) -> Float[Array, "B G t N H"]:
-    """Returns `x` rotated by its positions:
+    """Returns `x` rotated by its positions (RoPE, arXiv 2104.09864).
 
-    base 10,000, first half of H against the second (arXiv 2104.09864).
+    The base is 10,000. The first half of H is rotated with the second half.
     """
     half = x.shape[-1] // 2
     timescale = 10_000.0 ** (jnp.arange(half, dtype=jnp.float32) / half)

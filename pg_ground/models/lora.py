@@ -1,7 +1,9 @@
 """Low-rank adapters on the matrices of the model (LoRA, arXiv 2106.09685).
 
-A matrix W that the config's pattern names computes x W + (alpha / rank) · (x A) B. A starts random and B zero, so the policy
-starts as the base, bit for bit. The factors stand beside the matrix in the tree of parameters, stacked over layers as it is.
+If the config's pattern matches the name of a matrix W, the product is x W + (alpha / rank) · (x A)
+B. A is random and B is zero at the start, so the policy starts as the base, bit for bit. The
+factors are beside the matrix in the tree of parameters, and are stacked over layers as the matrix
+is.
 """
 
 import re
@@ -27,9 +29,10 @@ def low_rank(
     shape: tuple[int, ...],
     lora: Lora,
 ) -> Float[Array, "..."] | None:
-    """Returns what an adapter adds to `einsum(equation, x, w)`, w being `module`'s parameter `leaf`; None if it has no adapter.
+    """Returns the adapter's term of `einsum(equation, x, w)`. Returns None without an adapter.
 
-    Inputs are dropped with probability `lora.dropout` where the caller of the model gave it a "dropout" key.
+    `w` is the parameter `leaf` of `module`. Inputs are dropped with probability `lora.dropout` if
+    the caller of the model passed a "dropout" key.
     """
     name = "/".join((*module.path, leaf))
     axes = matrix_axes(name)
@@ -39,11 +42,11 @@ def low_rank(
     parts = [axis for axis in range(len(shape)) if axis not in (*inner, *outer)]
     of_x, of_w, of_y = re.split(",|->", equation)
 
-    def letters(wanted: list[int]) -> str:
-        return "".join(of_w[axis] for axis in wanted)
+    def letters(axes: list[int]) -> str:
+        return "".join(of_w[axis] for axis in axes)
 
-    def sizes(wanted: list[int]) -> tuple[int, ...]:
-        return tuple(shape[axis] for axis in wanted)
+    def sizes(axes: list[int]) -> tuple[int, ...]:
+        return tuple(shape[axis] for axis in axes)
 
     between = (
         letters(parts) + "".join(letter for letter in of_x if letter not in letters(inner)) + "z"
@@ -55,18 +58,19 @@ def low_rank(
     down = module.param(leaf + DOWN, fan_in, (*sizes(parts), *sizes(inner), lora.rank))
     up = module.param(leaf + UP, nn.initializers.zeros, (*sizes(parts), lora.rank, *sizes(outer)))
     if lora.dropout and module.has_rng("dropout"):
-        kept = jax.random.bernoulli(module.make_rng("dropout"), 1 - lora.dropout, x.shape)
-        x = jnp.where(kept, x / (1 - lora.dropout), 0)
+        keeps = jax.random.bernoulli(module.make_rng("dropout"), 1 - lora.dropout, x.shape)
+        x = jnp.where(keeps, x / (1 - lora.dropout), 0)
     z = jnp.einsum(f"{of_x},{letters(parts)}{letters(inner)}z->{between}", x, down.astype(x.dtype))
     y = jnp.einsum(f"{between},{letters(parts)}z{letters(outer)}->{of_y}", z, up.astype(x.dtype))
     return y * (lora.alpha / lora.rank)
 
 
 def merge(params: Any, lora: Lora) -> dict[str, Any]:
-    """Returns parameters without adapters that compute what `params` computes with them.
+    """Returns parameters without adapters that compute the same as `params` with adapters.
 
-    Sums are taken in float32, layer by layer, and kept in the wider dtype of base and adapter: what adapters learn is mostly
-    finer than bfloat16.
+    Sums are float32, layer by layer. The result has the wider dtype of base and adapter, because
+    most changes that adapters learn are smaller than a step of bfloat16. int8 matrices become
+    float32.
     """
     flat = flatten(params)
     names = [name for name in flat if not is_adapter(name) and not is_scale(name)]
@@ -74,7 +78,11 @@ def merge(params: Any, lora: Lora) -> dict[str, Any]:
 
 
 def merged(flat: Mapping[str, Any], name: str, lora: Lora, dtype: Any = None) -> Array:
-    """Returns the named parameter with its adapter, if it has one, in `dtype` (None: the wider one of the two)."""
+    """Returns the named parameter, merged with its adapter if it has one.
+
+    Args:
+      dtype: dtype of the result; None means the wider dtype of base and adapter.
+    """
     matrix = stored(flat, name)
     base = dequantize(matrix) if isinstance(matrix, QuantizedMatrix) else matrix
     if name + DOWN not in flat:
@@ -95,7 +103,7 @@ def merged(flat: Mapping[str, Any], name: str, lora: Lora, dtype: Any = None) ->
 def low_rank_matrix(
     name: str, down: Float[Array, "..."], up: Float[Array, "..."]
 ) -> Float[Array, "..."]:
-    """Returns A B in the shape of the named matrix, float32."""
+    """Returns A B in float32, in the shape of the named matrix."""
     axes = matrix_axes(name)
     assert axes is not None, name
     inner, outer = axes

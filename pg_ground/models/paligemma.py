@@ -1,9 +1,9 @@
-"""PaliGemma as three functions of its parameters: prefill, extend, completion_logps (arXiv
-2407.07726, 2412.03555).
+"""PaliGemma as functions of its parameters: prefill, extend, completion_logps, completion_scores.
 
-Prefix-LM: image and prompt see each other in both directions; a completion token sees the prefix
-and its own past; nothing in the prefix sees a completion. So the prefix is computed once per
-prompt, exactly, whatever the number of completions.
+PaliGemma (arXiv 2407.07726, 2412.03555) is a prefix language model. Image and prompt attend to each
+other in both directions. A completion token attends to the prefix and to earlier tokens of its
+completion. The prefix never attends to a completion. So the prefix is computed once per prompt, and
+the result is exact for any number of completions.
 """
 
 from collections.abc import Callable
@@ -32,14 +32,14 @@ Image = Float[Array, "B H W 3"] | UInt8[Array, "B H W 3"]
 Score = Callable[[Float[Array, "B G t D"], Float[Array, "B G t V"], Int[Array, "B G t"]], Any]
 """(hidden, logits, tokens) → a tree of `[B, G, t]` arrays.
 
-`hidden` are the final hidden states (after the last norm, in the dtype of activations) of the
-positions that predict `tokens`. `logits` are float32. A value head reads `hidden`; if a score does
-not, XLA removes it.
+`hidden` are the hidden states after the final norm, in the dtype of activations, at the positions
+that predict `tokens`. `logits` are float32. A value head reads `hidden`. XLA removes unused
+arguments.
 """
 
 
 class Network(nn.Module):
-    """The parameters, and the two passes through them that everything else is made of."""
+    """The parameters, and the passes through them: prefix, suffix, and both together."""
 
     config: Model
     hooks: ShardingHooks
@@ -64,15 +64,15 @@ class Network(nn.Module):
         """Returns the cache of image and prompt, and the hidden state of the last prompt token."""
         x, mask = self._embed_prefix(image, prompt, prompt_mask)
         positions = jnp.cumsum(mask, axis=1) - 1
-        hidden, own = self.llm(x[:, None], positions[:, None], mask[:, None])
-        return PrefixCache(own.k[:, :, 0], own.v[:, :, 0], mask), last_of(hidden[:, 0], mask)
+        hidden, new = self.llm(x[:, None], positions[:, None], mask[:, None])
+        return PrefixCache(new.k[:, :, 0], new.v[:, :, 0], mask), last_of(hidden[:, 0], mask)
 
     def _embed_prefix(
         self, image: Image, prompt: Int[Array, "B L"], prompt_mask: Bool[Array, "B L"]
     ) -> tuple[Array, Array]:
-        seen = self.img(image)
-        x = jnp.concatenate([seen, self.llm.embed(prompt)], axis=1)
-        return x, jnp.concatenate([jnp.ones(seen.shape[:2], bool), prompt_mask], axis=1)
+        patches = self.img(image)
+        x = jnp.concatenate([patches, self.llm.embed(prompt)], axis=1)
+        return x, jnp.concatenate([jnp.ones(patches.shape[:2], bool), prompt_mask], axis=1)
 
     def suffix(
         self,
@@ -81,8 +81,7 @@ class Network(nn.Module):
         tokens: Int[Array, "B G t"],
         mask: Bool[Array, "B G t"] | None = None,
     ) -> tuple[Float[Array, "B G t D"], SuffixCache]:
-        """Returns the hidden states of the next t tokens of each row, and the cache that includes
-        these tokens.
+        """Returns the hidden states of the next t tokens of each row, and the extended cache.
 
         `mask` is True at real tokens; None means that all are real. Only real tokens are added to
         the cache.
@@ -107,8 +106,8 @@ class Network(nn.Module):
         )
         added = jnp.asarray(t) if mask is None else mask.sum(axis=2)
         if past is not None:
-            # Written once, after the loop over layers. Inside the loop, each layer would copy the
-            # whole cache.
+            # Written once, after the loop over layers: inside it, all of the cache would be
+            # rewritten.
             new = jax.tree.map(lambda old, x: write_slots(old, x, slots, mask), past, new)
         return hidden, SuffixCache(new.k, new.v, length + added)
 
@@ -119,8 +118,10 @@ class Network(nn.Module):
         prompt_mask: Bool[Array, "B L"],
         tokens: Int[Array, "B G t"],
     ) -> tuple[Float[Array, "B D"], Float[Array, "B G t D"]]:
-        """Returns the hidden states of the last prompt token and of t completion tokens, as
-        `prefix` and `suffix` would."""
+        """Returns the hidden states of the last prompt token and of t completion tokens.
+
+        The results are those of `prefix` and `suffix`.
+        """
         x, mask = self._embed_prefix(image, prompt, prompt_mask)
         t = tokens.shape[2]
         positions = jnp.broadcast_to(mask.sum(axis=1)[:, None, None] + jnp.arange(t), tokens.shape)
@@ -137,7 +138,7 @@ class Network(nn.Module):
 
 @dataclass(frozen=True)
 class PaliGemma:
-    """The policy. Holds sizes only: parameters are the first argument of every method."""
+    """The policy. It has sizes only: parameters are the first argument of every method."""
 
     config: Model
     hooks: ShardingHooks = NO_HOOKS
@@ -168,15 +169,14 @@ class PaliGemma:
     ) -> tuple[PrefixCache, Float[Array, "B V"]]:
         """Returns the cache of image and prompt, and float32 logits of the first completion token.
 
-        Prompts may be padded on either side; `prompt_mask` is True at real tokens, of which there
-        is at least one.
+        Prompts can be padded on either side. `prompt_mask` is True at real tokens. Every prompt has
+        at least one real token.
         """
         cache, hidden = self._apply(params, "prefix", image, prompt, prompt_mask)
         return cache, self._logits(self._vocabulary(params), hidden)
 
     def suffix_cache(self, prefix: PrefixCache, group_size: int, length: int) -> SuffixCache:
-        """Returns an empty cache for `group_size` completions of up to `length` tokens of each
-        prompt."""
+        """Returns an empty cache: `group_size` completions per prompt of up to `length` tokens."""
         layers, b, _, k, h = prefix.k.shape
         zeros = jnp.zeros((layers, b, group_size, length, k, h), prefix.k.dtype)
         return SuffixCache(zeros, zeros, jnp.zeros((1, 1), jnp.int32))
@@ -189,16 +189,15 @@ class PaliGemma:
         tokens: Int[Array, "B G t"],
         mask: Bool[Array, "B G t"] | None = None,
     ) -> tuple[Float[Array, "B G t V"], SuffixCache]:
-        """Returns float32 logits of the token after each of `tokens`, and the suffix cache that
-        includes `tokens`.
+        """Returns float32 logits of the token after each of `tokens`, and the extended cache.
 
-        t = 1 decodes; t = T scores whole completions. Each completion attends to the one prefix
-        cache of its prompt.
+        t = 1 decodes, and t = T scores whole completions. All completions of a prompt attend to its
+        one prefix cache.
 
         Args:
-          mask: True at real tokens, for rows that add fewer than t tokens; the cache then has a
-            length for each row. None means that all tokens are real: rows of one length keep one
-            length. Logits at other tokens mean nothing.
+          mask: True at real tokens, if some rows add fewer than t tokens. The extended cache then
+            has a length for each row. None means that all tokens are real, and rows of one length
+            keep one length. Ignore the logits at tokens that are not real.
         """
         hidden, suffix = self._apply(params, "suffix", prefix, suffix, tokens, mask)
         return self._logits(self._vocabulary(params), hidden), suffix
@@ -213,10 +212,11 @@ class PaliGemma:
         mask: Bool[Array, "B G T"],
         temperature: float = 1.0,
     ) -> tuple[Float[Array, "B G T"], Float[Array, "B G T"]]:
-        """Returns natural log-probabilities of `tokens` and the entropies (nats) they were drawn
-        with; 0 where not `mask`.
+        """Returns natural log-probabilities of `tokens`, and entropies (nats) of their
+        distributions.
 
-        Both belong to the softmax of logits / `temperature`.
+        The distribution is the softmax of logits / `temperature`. Both results are 0 where `mask`
+        is False.
         """
 
         def score(
@@ -243,13 +243,13 @@ class PaliGemma:
     ) -> Any:
         """Returns `score`'s tree of `[B, G, T]` arrays for `tokens`, teacher-forced.
 
-        The vocabulary is only ever spread out for `config.logits_block` completion tokens at once,
-        in the backward pass too. Inputs of adapters are dropped (`config.lora.dropout`) only where
-        there is a `dropout_key`.
+        The logits of at most `config.logits_block` completion tokens are in memory at a time, in
+        the backward pass too. Inputs of adapters are dropped (`config.lora.dropout`) only with a
+        `dropout_key`.
         """
         params = self._with_cast_matrices(params)
-        given = (image, prompt, prompt_mask, tokens[:, :, :-1])
-        first, hidden = self._apply(params, "both", *given, dropout_key=dropout_key)
+        inputs = (image, prompt, prompt_mask, tokens[:, :, :-1])
+        first, hidden = self._apply(params, "both", *inputs, dropout_key=dropout_key)
         first = jnp.broadcast_to(first[:, None, None], (*tokens.shape[:2], 1, first.shape[-1]))
         hidden = jnp.concatenate([first, hidden], axis=2)
         table = self._vocabulary(params)
@@ -268,17 +268,16 @@ class PaliGemma:
         return self.network.apply({"params": params}, *args, method=method, rngs=rngs)
 
     def _with_cast_matrices(self, params: Params) -> Params:
-        """Returns parameters whose matrices have the dtype they are multiplied in.
+        """Returns parameters whose matrices have the dtype of activations.
 
-        A layer would cast its own, to the same values. Cast before the loop over layers, the
-        gradients that the loop gathers are of that dtype too, as its products are, and half as
-        large (PG2 10B, eight chips of v5p, 64 prompts: 23.7 GiB, now 21.8).
+        Each layer would cast its matrices to the same values. With the cast before the loop over
+        layers, the gradients that the loop gathers have the same dtype and half the size (PG2 10B,
+        eight chips of v5p, 64 prompts: 21.8 GiB instead of 23.7).
         """
         dtype = jnp.dtype(self.config.dtype)
 
         def cast(name: str, leaf: Array) -> Array:
-            # an int8 matrix is cast by its layer: all of them cast would be a bfloat16 copy of the
-            # base
+            # Each layer casts its int8 matrices. Casting all of them here would copy the base.
             return leaf.astype(dtype) if is_multiplied(name) and leaf.dtype != jnp.int8 else leaf
 
         return map_named(cast, params)
@@ -316,7 +315,7 @@ def write_slots(
 
 
 def last_of(hidden: Float[Array, "B S D"], mask: Bool[Array, "B S"]) -> Float[Array, "B D"]:
-    """Returns the states at the last slots where `mask` holds."""
+    """Returns the states at the last slot of each row where `mask` is True."""
     last = mask.shape[1] - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 

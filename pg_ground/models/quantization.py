@@ -1,10 +1,12 @@
-"""Frozen matrices in int8 with one float32 scale per output channel: a quarter of float32, half of
-bfloat16.
+"""Frozen matrices in int8 with one float32 scale per output channel.
+
+int8 takes a quarter of the bytes of float32, and half of the bytes of bfloat16.
 
 A quantized matrix is two parameters: `NAME` holds the int8 values and `NAME_scale` the scales. Both
 are ordinary arrays, so checkpoints, sharding rules and memory estimates need no special case. The
-scheme is symmetric, with the largest absolute value of a channel at 127, as in QLoRA's int8
-baselines (arXiv 2305.14314) and AQT. Only frozen parameters can be quantized: int8 has no gradient.
+scheme is symmetric: the largest absolute value of a channel becomes 127, as in LLM.int8() (arXiv
+2208.07339). Adapters are trained on a frozen quantized base, as in QLoRA (arXiv 2305.14314).
+Trained parameters cannot be int8, because int8 has no gradient.
 """
 
 import re
@@ -21,8 +23,7 @@ from pg_ground.params import SCALE, AbstractParams, matrix_axes
 from pg_ground.types import Array
 
 UNQUANTIZED_DTYPE = "bfloat16"
-"""Dtype of the frozen parameters that are not matrices (embeddings, norms, biases), if matrices
-are int8."""
+"""Dtype of other frozen parameters (embeddings, norms, biases), if matrices are int8."""
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +72,7 @@ def matrix_param(
 def product(equation: str, x: Float[Array, "..."], matrix: Matrix) -> Float[Array, "..."]:
     """Returns `einsum(equation, x, matrix)` in the dtype of `x`.
 
-    Every product with a parameter matrix goes through here.
+    Every product with a parameter matrix calls this function.
 
     A quantized matrix is multiplied as integers (bfloat16 holds -127 to 127 exactly), and the
     result is scaled: the scale of an output channel is a common factor of its sum.
@@ -109,10 +110,7 @@ def abstract_int8(
 
 
 def abstract_frozen(name: str, shape: tuple[int, ...], frozen_dtype: str) -> AbstractParams:
-    """Returns the abstract arrays that store a frozen parameter:
-
-    two if it is a matrix in int8, otherwise one.
-    """
+    """Returns the abstract arrays of a frozen parameter: two for an int8 matrix."""
     if frozen_dtype == "int8" and matrix_axes(name):
         values, scale = abstract_int8(name, shape)
         return {name: values, name + SCALE: scale}
@@ -121,9 +119,9 @@ def abstract_frozen(name: str, shape: tuple[int, ...], frozen_dtype: str) -> Abs
 
 
 def cast_params(params: Mapping[str, Array], abstract: AbstractParams) -> dict[str, Array]:
-    """Returns the named float parameters in the dtypes of `abstract`.
+    """Returns float parameters in the dtypes of `abstract`.
 
-    Quantizes a matrix if `abstract` has its scale.
+    A matrix is quantized if `abstract` has its scales.
     """
     arrays: dict[str, Array] = {}
     for name, leaf in abstract.items():

@@ -48,8 +48,10 @@ class MlpBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of every patch to every patch; logits are held for at most `block` of
-    them at once, if it is not 0."""
+    """Multi-head attention of every patch to every patch.
+
+    The logits of at most `block` patches are in memory at a time; 0 means all patches.
+    """
 
     config: Vision
     block: int
@@ -76,7 +78,7 @@ class Attention(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """One pre-norm block; the second result is for `nn.scan`, which wants one."""
+    """One pre-norm block. The second result is None, because `nn.scan` needs two."""
 
     config: Vision
     dtype: jnp.dtype
@@ -125,8 +127,7 @@ class Encoder(nn.Module):
 class Tower(nn.Module):
     """Image to one embedding per patch, in row-major order, as wide as the decoder.
 
-    `head` is the multimodal projector: PaliGemma makes it the classifier head of a tower without
-    pooling.
+    `head` is the multimodal projector. big_vision stores it as the classifier head of the tower.
     """
 
     config: Vision
@@ -147,8 +148,8 @@ class Tower(nn.Module):
         if image.dtype == jnp.uint8:
             image = image.astype(jnp.float32) / 127.5 - 1
         x = patches(image.astype(self.dtype), c.patch_size)
-        # a product and not nn.Conv, which is the same thing: XLA's gradient of a convolution takes
-        # a CPU twenty times as long
+        # A product computes the same as nn.Conv. On a CPU, XLA's gradient of a convolution takes
+        # twenty times as long.
         kernel = (c.patch_size, c.patch_size, 3, c.width)
         x = Dense(
             "BPyxC,yxCD->BPD", kernel, Lora(), nn.initializers.lecun_normal, name="embedding"
@@ -187,10 +188,10 @@ def patches(image: Float[Array, "B H W 3"], side: int) -> Float[Array, "B P y x 
 
 
 def sinusoids(coordinate: Float[np.ndarray, " n"], width: int) -> Float[np.ndarray, "n D"]:
-    """Returns one row of norm sqrt(width / 2) per coordinate in [0, 1], in which near coordinates
-    are alike.
+    """Returns one row of norm sqrt(width / 2) per coordinate in [0, 1].
 
-    Sines and cosines at wavelengths from two images down to 1/32 of one.
+    Near coordinates have similar rows. A row has sines and cosines with wavelengths from two images
+    to 1/32 of an image.
     """
     waves = width // 2
     angle = coordinate[:, None] * np.pi * 2.0 ** np.linspace(0, 6, waves)
@@ -210,12 +211,14 @@ def sinusoids_2d(_: Array, shape: tuple[int, int, int]) -> Float[Array, "1 P D"]
 def rematerialised(
     block: type[nn.Module], policy: str, methods: tuple[str, ...] = ("__call__",)
 ) -> type[nn.Module]:
-    """Returns `block` with its activations recomputed in the backward pass, but for what the named
-    policy saves.
+    """Returns `block` with activations that are recomputed in the backward pass.
 
-    `policy` is a name in `jax.checkpoint_policies`, or "none" to keep everything. The block is
-    meant for a scan, which already prevents the common-subexpression elimination that would undo
-    it.
+    The block must be used in a scan. A scan already prevents the common-subexpression elimination
+    that would undo the recomputation.
+
+    Args:
+      policy: a name in `jax.checkpoint_policies`, which says what is saved; "none" saves
+        everything.
     """
     if policy == "none":
         return block

@@ -1,8 +1,8 @@
-"""Masks of 64 x 64 pixels as 16 codes of 128 and back: the VQ-VAE behind the `<seg>` tokens (arXiv
-2301.02229).
+"""The VQ-VAE of the `<seg>` tokens (arXiv 2301.02229): masks of 64 x 64 pixels ⇄ 16 codes.
 
-Weights are those of big_vision's `vae-oid.npz`, under the names and with the axes they have there,
-which are torch's.
+A code is one of 128 vectors.
+
+The weights are big_vision's `vae-oid.npz`. Names and axes are those of the file, and so torch's.
 """
 
 import jax
@@ -13,7 +13,7 @@ from pg_ground.types import Array
 from pg_ground.vocab import SEG_TOKENS
 
 SIDE = 64
-"""Of a mask, in pixels."""
+"""Side of a mask in pixels."""
 
 GRID = 4
 """Codes along each side of a mask, row by row."""
@@ -32,7 +32,7 @@ DECODER = {
     **dict.fromkeys(UP, 4),
     "decoder.12": 1,
 }
-"""Layers in order, and the side of the kernel of each."""
+"""Layers in order, each with the side of its kernel."""
 
 ENCODER = {
     **dict.fromkeys(DOWN, 4),
@@ -46,9 +46,9 @@ Params = dict[str, jax.Array]
 
 
 def decode(params: Params, codes: Int[Array, "... 16"]) -> Float[Array, "... 64 64"]:
-    """Returns the masks that codes stand for:
+    """Returns the masks of codes, as big_vision's `reconstruct_masks`.
 
-    above 0 is the object, about -1 to 1 (big_vision's `reconstruct_masks`).
+    Values are about -1 to 1, and above 0 at the object.
     """
     x = params[CODEBOOK][codes].reshape(-1, GRID, GRID, params[CODEBOOK].shape[1])
     x = jax.nn.relu(_conv(params, "decoder.0", x))
@@ -60,9 +60,9 @@ def decode(params: Params, codes: Int[Array, "... 16"]) -> Float[Array, "... 64 
 
 
 def encode(params: Params, masks: Float[Array, "... 64 64"]) -> Int[Array, "... 16"]:
-    """Returns the codes of masks in [0, 1] (big_vision's `encode_to_codebook_indices`):
+    """Returns the codes of masks in [0, 1], as big_vision's `encode_to_codebook_indices`.
 
-    of each cell the nearest in the book.
+    A cell has the code of the nearest vector in the codebook.
     """
     x = 2 * (jnp.asarray(masks).reshape(-1, SIDE, SIDE, 1) - 0.5)
     for layer in DOWN:
@@ -78,8 +78,7 @@ def encode(params: Params, masks: Float[Array, "... 64 64"]) -> Int[Array, "... 
 def _conv(
     params: Params, layer: str, x: Float[jax.Array, "N h w c"], stride: int = 1
 ) -> Float[jax.Array, "N H W C"]:
-    # In full float32, as on the CPU that big_vision decodes on: what is near 0 must not change
-    # sides
+    # Full float32, as big_vision decodes on a CPU: values near 0 must not change their sign.
     return params[f"{layer}.bias"] + jax.lax.conv_general_dilated(
         x,
         params[f"{layer}.weight"],
@@ -93,9 +92,9 @@ def _conv(
 def _double(
     params: Params, layer: str, x: Float[jax.Array, "N h w c"]
 ) -> Float[jax.Array, "N H W C"]:
-    """Returns torch's transposed convolution of stride 2 and padding 1:
+    """Returns a transposed convolution with stride 2 and padding 1, as torch computes it.
 
-    twice the height and width.
+    Height and width are doubled.
     """
     return params[f"{layer}.bias"] + jax.lax.conv_transpose(
         x,
@@ -117,9 +116,10 @@ def _residual(
 
 
 def expected_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes that weights should have:
+    """Returns the shapes that weights must have.
 
-    widths are the file's own, each layer takes what the one before makes.
+    Widths are those of the file. The input width of a layer is the output width of the layer
+    before.
     """
     depth = shapes[CODEBOOK][-1] if shapes[CODEBOOK] else 0
     right: dict[str, tuple[int, ...]] = {CODEBOOK: (SEG_TOKENS, depth)}
