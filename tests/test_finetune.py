@@ -1,4 +1,6 @@
-"""Training from a checkpoint as a user does it: adapters or a part of the model are trained, and the rest is kept once.
+"""Training from a checkpoint as a user does it: adapters or a part of the model are trained.
+
+The frozen parameters are stored once.
 
 Checkpoints here have the layout of the published ones; their sizes are those of configs/tiny.py.
 """
@@ -77,7 +79,8 @@ def test_only_adapters_are_trained_saved_and_referred_to(adapted, base, tiny):
     trained, total = (sum(every[name].size for name in names) for names in (mine, every))
     frozen_bytes = 2 * (total - trained)
     assert re.search(
-        rf"^{total:,} parameters \({4 * trained + frozen_bytes:,} bytes\), {trained:,} of them trained "
+        rf"^{total:,} parameters \({4 * trained + frozen_bytes:,} bytes\), "
+        rf"{trained:,} of them trained "
         rf"\({4 * trained:,} bytes\); optimizer [\d,]+ bytes$", printed, re.MULTILINE,
     ), printed[:300]  # fmt: skip
     rest = [array for name, array in arrays(workdir).items() if name.startswith("rest")]
@@ -99,7 +102,7 @@ def test_what_is_frozen_is_the_checkpoint_bit_for_bit(adapted, base):
 
 
 def test_the_run_starts_at_its_checkpoint_and_moves(adapted, base):
-    """The first GRPO step comes after SFT moved the adapters; its reference is the policy at its start."""
+    """GRPO starts after SFT moved the adapters. Its reference is the policy at its start."""
     _, trained = weights.load(adapted[0], dtype="float32")
     moved = {
         name: float(np.abs(np.asarray(leaf) - np.asarray(flatten(base[1])[name], np.float32)).max())
@@ -137,7 +140,7 @@ def test_evaluate_and_convert_take_the_merged_policy(adapted, environment, tmp_p
 
 
 def test_merging_a_trained_run_keeps_its_logits(adapted, tiny):
-    """The law of test_lora on adapters as training leaves them, and on the parameters that the run gives away."""
+    """Merged adapters of a run give the same logits, and the same parameters that it exports."""
     workdir, _ = adapted
     model = PaliGemma(replace(tiny, lora=SETTINGS))
     like = {}

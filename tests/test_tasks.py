@@ -262,7 +262,8 @@ def get_config():
     c.stages = ("grpo",)
     c.grpo.steps = 3
     c.grpo.rewards = {{"iou": 1.0, "{tmp_path}/rewards.py:centred": 0.5}}
-    c.grpo.text_rewards = {{"{tmp_path}/words.py:brief": 0.1, "{tmp_path}/words.py:share_of_longest": 0.0}}
+    words = "{tmp_path}/words.py"
+    c.grpo.text_rewards = {{f"{{words}}:brief": 0.1, f"{{words}}:share_of_longest": 0.0}}
     c.log.every = 1
     return c.lock()
 """)

@@ -194,8 +194,9 @@ def test_the_kl_coefficient_is_steered_to_its_target():
                 policy.model, ref_params, batch, rollout, TEMPERATURE, 1
             )[0]
             return update.grpo_update(
-                state, {}, PolicyBatch(batch, rollout, advantages, ref_logps), jax.random.key(0), model=policy.model,
-                optimizer=state_of(policy.params)[1], algorithm=ALGORITHMS["grpo"], temperature=TEMPERATURE, grad_accum_steps=1,
+                state, {}, PolicyBatch(batch, rollout, advantages, ref_logps), jax.random.key(0),
+                model=policy.model, optimizer=state_of(policy.params)[1],
+                algorithm=ALGORITHMS["grpo"], temperature=TEMPERATURE, grad_accum_steps=1,
                 minibatches=1, num_iterations=1, kl_target=target, kl_horizon=100,
             )  # fmt: skip
 
