@@ -1,4 +1,7 @@
-"""Advantages against TRL's, and their laws, in float64, where our own sums leave 1e-12."""
+"""Advantages are compared with TRL's, and obey their laws.
+
+Everything runs in float64. The rounding of our sums is about 1e-12 there.
+"""
 
 import json
 import math
@@ -13,17 +16,18 @@ from pg_ground.rl.advantages import ADVANTAGES, Scores, group_mean, group_std
 from pg_ground.rl.options import options_of
 
 FLOAT32 = 1.5 * 2**-24
-"""TRL keeps rewards in float32; the largest advantage it is compared in is 1.5."""
+"""TRL holds rewards in float32. The largest advantage in the comparison is 1.5."""
 ROUNDING = 1e-12
 NAN = math.nan
 
 
-def of_totals(estimator):
+def on_totals(estimator):
+    """Returns an estimator as a function of the total rewards alone."""
     return lambda rewards: estimator(Scores(rewards))
 
 
 centred, standardised, leave_one_out = map(
-    of_totals, (estimators.centred, estimators.standardised, estimators.leave_one_out)
+    on_totals, (estimators.centred, estimators.standardised, estimators.leave_one_out)
 )
 
 KINDS = pytest.mark.parametrize("compare", [centred, standardised, leave_one_out])
@@ -60,11 +64,11 @@ GOLDEN = [
         standardised,
         [[1.4, 1.0, 0.1, 0.5]],
     ),
-    ("E2 scale=batch", of_totals(estimators.batch_scaled), [[1, 0, 0, 0], [0.9, 0.8, 0.7, 0.2]]),
+    ("E2 scale=batch", on_totals(estimators.batch_scaled), [[1, 0, 0, 0], [0.9, 0.8, 0.7, 0.2]]),
     ("[1,0,.5,.25] G=4", leave_one_out, [[1, 0, 0.5, 0.25]]),
     (
         "same, normalize_advantages",
-        of_totals(estimators.leave_one_out_normalised),
+        on_totals(estimators.leave_one_out_normalised),
         [[1, 0, 0.5, 0.25]],
     ),
     ("[1,0|.3,.8] G=2", leave_one_out, [[1, 0], [0.3, 0.8]]),
@@ -78,25 +82,25 @@ def test_advantages_equal_trls(golden, name, compare, rewards):
         trl["rloo_advantages"]
         | {key: value["advantages"] for key, value in trl["advantages"].items()}
     )[name]
-    found = compare(jnp.asarray(rewards, jnp.float64))
-    np.testing.assert_allclose(found.ravel(), expected, rtol=0, atol=FLOAT32)
+    advantages = compare(jnp.asarray(rewards, jnp.float64))
+    np.testing.assert_allclose(advantages.ravel(), expected, rtol=0, atol=FLOAT32)
 
 
 @KINDS
 def test_group_advantages_sum_to_zero(rewards, compare):
-    found = compare(rewards)
-    np.testing.assert_allclose(found.sum(axis=1), 0, rtol=0, atol=ROUNDING)
-    assert (jnp.abs(found).max(axis=1) > 0.1).all()
+    advantages = compare(rewards)
+    np.testing.assert_allclose(advantages.sum(axis=1), 0, rtol=0, atol=ROUNDING)
+    assert (jnp.abs(advantages).max(axis=1) > 0.1).all()
 
 
 @KINDS
-def test_advantages_do_not_see_a_shift_of_the_rewards(rewards, compare):
+def test_a_shift_of_the_rewards_changes_no_advantage(rewards, compare):
     shift = jnp.arange(5.0)[:, None]
     np.testing.assert_allclose(compare(rewards + shift), compare(rewards), rtol=0, atol=ROUNDING)
 
 
 @KINDS
-def test_groups_do_not_see_one_another(rewards, compare):
+def test_a_group_does_not_change_another(rewards, compare):
     np.testing.assert_array_equal(compare(rewards)[1:3], compare(rewards[1:3]))
 
 
@@ -108,14 +112,16 @@ def test_advantages_rank_as_the_rewards_do(rewards, compare):
 
 
 @KINDS
-def test_a_group_of_equals_has_none(compare):
-    for value in (0.0, 0.25, -3.0):  # of these values the mean of 4 is exact
+def test_equal_rewards_have_advantage_0(compare):
+    for value in (0.0, 0.25, -3.0):  # the mean of four of these values is exact
         assert not compare(jnp.full((2, 4), value)).any()
 
 
-def test_scale_leaves_standardised_alone_but_for_epsilon(rewards):
-    """A = c / (s + 1e-4), so (s + 1e-4)·A is c whatever the scale; centred advantages grow with
-    the rewards."""
+def test_the_scale_of_rewards_changes_standardised_advantages_only_by_epsilon(rewards):
+    """A = c / (s + 1e-4), so (s + 1e-4)·A equals c for every scale.
+
+    Centred advantages grow with the rewards.
+    """
     for scale in (1.0, 100.0):
         np.testing.assert_allclose(
             standardised(scale * rewards) * (group_std(scale * rewards) + 1e-4),
@@ -135,25 +141,27 @@ def test_leave_one_out_is_reward_minus_the_mean_of_the_others(rewards):
 
 
 @KINDS
-def test_unjudged_completions_get_0_and_leave_the_statistics(rewards, compare):
-    """What is left behaves as a smaller group."""
-    unjudged = jnp.concatenate([rewards[:, :6], jnp.full((5, 2), NAN)], axis=1)
-    found = compare(unjudged)
-    assert not found[:, 6:].any()
-    np.testing.assert_allclose(found[:, :6], compare(rewards[:, :6]), rtol=0, atol=ROUNDING)
+def test_completions_without_a_reward_get_0_and_leave_the_statistics(rewards, compare):
+    """The other completions behave as a smaller group."""
+    partial = jnp.concatenate([rewards[:, :6], jnp.full((5, 2), NAN)], axis=1)
+    advantages = compare(partial)
+    assert not advantages[:, 6:].any()
+    np.testing.assert_allclose(advantages[:, :6], compare(rewards[:, :6]), rtol=0, atol=ROUNDING)
 
 
 @KINDS
-def test_a_group_with_one_or_no_judged_completion_has_none(compare):
-    found = compare(jnp.asarray([[NAN] * 4, [NAN, 0.7, NAN, NAN], [0.0, 1.0, NAN, NAN]]))
-    assert not found[:2].any() and found[2, :2].all() and np.isfinite(found).all()
+def test_a_group_with_at_most_one_reward_has_advantage_0(compare):
+    advantages = compare(jnp.asarray([[NAN] * 4, [NAN, 0.7, NAN, NAN], [0.0, 1.0, NAN, NAN]]))
+    assert not advantages[:2].any() and advantages[2, :2].all() and np.isfinite(advantages).all()
 
 
-def test_mean_and_spread_are_numpys(rewards):
-    some = rewards.at[0, 3].set(NAN).at[2, :4].set(NAN)
-    np.testing.assert_allclose(group_mean(some)[:, 0], np.nanmean(some, axis=1), rtol=ROUNDING)
+def test_mean_and_spread_equal_numpys(rewards):
+    partial = rewards.at[0, 3].set(NAN).at[2, :4].set(NAN)
     np.testing.assert_allclose(
-        group_std(some)[:, 0], np.nanstd(some, axis=1, ddof=1), rtol=ROUNDING
+        group_mean(partial)[:, 0], np.nanmean(partial, axis=1), rtol=ROUNDING
+    )
+    np.testing.assert_allclose(
+        group_std(partial)[:, 0], np.nanstd(partial, axis=1, ddof=1), rtol=ROUNDING
     )
     assert group_mean(jnp.full((1, 3), NAN)) == 0 and group_std(jnp.full((1, 3), NAN)) == 0
 
@@ -168,8 +176,8 @@ def test_gdpo_equals_trls(golden):
     }
     weights = {"iou": 1.0, "format": 0.5}
     total = sum(weights[name] * part for name, part in parts.items())
-    found = estimators.normalised_then_summed(Scores(total, parts, weights))
-    np.testing.assert_allclose(found.ravel(), expected, rtol=0, atol=FLOAT32)
+    advantages = estimators.normalised_then_summed(Scores(total, parts, weights))
+    np.testing.assert_allclose(advantages.ravel(), expected, rtol=0, atol=FLOAT32)
 
 
 SEEDS = {
@@ -183,9 +191,10 @@ SEEDS = {
     "centred_and_whitened": ([1.554480, 0.194310, -1.165860, -0.485775], [0.024289, 0.024289]),
     "greedy_baseline": ([0.7, 0.2, -0.3, -0.05], [-0.1, -0.1]),
 }
-"""RLLaVA's estimators, run:
+"""The results of RLLaVA's estimators.
 
-a group of four with 3, 2, 4 and 1 tokens, one of two with 2 tokens each; ReMax over 0.3.
+One group has four completions of 3, 2, 4 and 1 tokens. The other has two completions of 2 tokens.
+The baseline of ReMax is 0.3.
 """
 
 
@@ -195,13 +204,15 @@ def test_estimators_equal_rllavas(name):
     lengths = jnp.asarray([[3, 2, 4, 1], [2, 2, 7, 9]])
     reads_epsilon = "advantage_epsilon" in options_of(ADVANTAGES[name])
     options = {"advantage_epsilon": 1e-6} if reads_epsilon else {}
-    found = ADVANTAGES[name](Scores(total, lengths=lengths, baseline=jnp.full(2, 0.3)), **options)
-    np.testing.assert_allclose(found[0], SEEDS[name][0], rtol=0, atol=1e-6)
-    np.testing.assert_allclose(found[1, :2], SEEDS[name][1], rtol=0, atol=1e-6)
-    assert not found[1, 2:].any()
+    advantages = ADVANTAGES[name](
+        Scores(total, lengths=lengths, baseline=jnp.full(2, 0.3)), **options
+    )
+    np.testing.assert_allclose(advantages[0], SEEDS[name][0], rtol=0, atol=1e-6)
+    np.testing.assert_allclose(advantages[1, :2], SEEDS[name][1], rtol=0, atol=1e-6)
+    assert not advantages[1, 2:].any()
 
 
-OF_GROUPS = (
+GROUP_ESTIMATORS = (
     "centred",
     "standardised",
     "batch_scaled",
@@ -212,15 +223,15 @@ OF_GROUPS = (
 )
 
 
-@pytest.mark.parametrize("name", OF_GROUPS)
+@pytest.mark.parametrize("name", GROUP_ESTIMATORS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_a_group_of_equals_has_exactly_none_whatever_its_rounded_mean(name, dtype):
+def test_equal_rewards_have_advantage_0_also_if_their_mean_is_rounded(name, dtype):
     rewards = (
         jnp.full((6, 7), 0.1, dtype).at[1:].set(jnp.linspace(0.11, 3.3, 5, dtype=dtype)[:, None])
     )
     rewards = rewards.at[5].set(jnp.arange(7, dtype=dtype))
-    found = ADVANTAGES[name](Scores(rewards, lengths=jnp.arange(1, 8)))
-    assert not found[:5].any() and found[5].any()
+    advantages = ADVANTAGES[name](Scores(rewards, lengths=jnp.arange(1, 8)))
+    assert not advantages[:5].any() and advantages[5].any()
 
 
 def test_remax_needs_the_greedy_completion():
@@ -237,16 +248,20 @@ def test_the_epsilon_is_a_setting():
     assert small[0, 1] > 0.7 and large[0, 1] < 1e-4
 
 
-def test_defect_17_a_lone_judged_completion_has_no_advantage():
-    """RLLaVA gives a group of one its raw score; here such a group is a config error, and one
-    left by NaN has advantage 0."""
+def test_defect_17_a_single_reward_has_no_advantage():
+    """RLLaVA gives a group of one its raw score.
+
+    Here a group of one is a config error. If NaN leaves one reward, its advantage is 0.
+    """
     rewards = jnp.asarray([[NAN, 0.7, NAN], [0.1, 0.5, 0.9]])
-    for name in OF_GROUPS:
+    for name in GROUP_ESTIMATORS:
         assert not ADVANTAGES[name](Scores(rewards)).any(axis=1)[0], name
 
 
-def test_a_peers_defect_the_spread_is_that_of_a_sample():
-    """MaxText divides by the population's standard deviation, and its golden test has four equal
-    completions: advantages of 0."""
+def test_a_peers_defect_the_spread_is_the_sample_standard_deviation():
+    """MaxText divides by the population's standard deviation.
+
+    Its golden test has four equal completions, whose advantages are 0 in both cases.
+    """
     rewards = jnp.asarray([[0.0, 0.0, 0.0, 1.0]])
     np.testing.assert_allclose(standardised(rewards)[0, 3], 0.75 / (0.5 + 1e-4), rtol=ROUNDING)
