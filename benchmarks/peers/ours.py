@@ -1,5 +1,6 @@
 """pg_ground's own step: the GRPO stage of `pg_ground.train`, on random prompts."""
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -62,6 +63,9 @@ class OneBatch:
 
     def get_state(self) -> dict[str, Any]:
         return {}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        pass
 
 
 def stray_share(answer: Answer, batch: Batch, settings: Any) -> Array:
