@@ -42,14 +42,16 @@ def test_traffic_grows_with_the_number_of_layers():
 
 def test_weights_that_are_gathered_in_a_loop_count_in_every_iteration():
     mesh = sharding.make_mesh(config.Mesh())
-    rows = sharding.activation_sharding(mesh).rows
+    shard_rows = sharding.activation_sharding(mesh).activations
     x = jax.device_put(jnp.ones((ROWS, WIDTH)), sharding.batch_sharding(mesh))
     stack = jax.device_put(
         jnp.ones((LAYERS, WIDTH, WIDTH)), NamedSharding(mesh, PartitionSpec(None, "data"))
     )
 
     def function(x: jax.Array, stack: jax.Array) -> jax.Array:
-        return jax.lax.scan(lambda x, w: (rows(jnp.tanh(rows(x) @ w)), None), x, stack)[0]
+        return jax.lax.scan(lambda x, w: (shard_rows(jnp.tanh(shard_rows(x) @ w)), None), x, stack)[
+            0
+        ]
 
     traffic = hlo_analysis.measure_traffic(hlo_text(function, x, stack), 1)
     assert set(traffic.collectives) == {"all-gather"}
