@@ -358,7 +358,7 @@ def without_times(data: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.slow
 def test_a_killed_and_resumed_run_has_the_report_of_a_run_without_a_kill(environment, tmp_path):
     flags = ["--config.log.samples_every=2"]
-    straight = tmp_path / "straight"
+    straight = tmp_path / "straight" / "run"
     finished = train_tiny(environment, straight, *flags)
     assert finished.returncode == 0, finished.stderr
     killed_and_resumed(environment, tmp_path / "run", 6, 0.0, flags)
