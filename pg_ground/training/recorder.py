@@ -203,12 +203,15 @@ class Recorder:
     ) -> None:
         """Writes a checkpoint with the state of every process."""
         self._write_bad_records()
-        own = {"batches": batches.get_state(), "bad_records": self.bad_records.get_state()}
+        process_state = {
+            "batches": batches.get_state(),
+            "bad_records": self.bad_records.get_state(),
+        }
         record = {
             "stage": stage,
             "window": self._window,
             "best": self._best,
-            "processes": multiprocess.all_gather(own | dict(output.saved)),
+            "processes": multiprocess.all_gather(process_state | dict(output.saved)),
         }
         with progress.phase("checkpoint"):
             self.checkpoints.save(step, state, record)
