@@ -46,7 +46,7 @@ class _Package(ModuleType):
     `from pg_ground.train import main` and `importlib.import_module` work.
     """
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         if not (name in _DEFINED_IN and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 

@@ -282,14 +282,17 @@ def paste_masks(
 
 
 def pairwise_mask_iou(
-    a: Bool[Array, "... P M M"], b: Bool[Array, "... K M M"]
+    a: Bool[Array, "... P H W"], b: Bool[Array, "... K H W"]
 ) -> Float[Array, "... P K"]:
     """Returns the IoU in [0, 1] of each mask of `a` with each mask of `b`; 0 if both are empty."""
     xp = _namespace(a, b)
+    # Counts of cells must be exact. float32 holds every integer up to 2^24. Masks on a device have
+    # 64 x 64 cells or so, but a photograph on the host can have more than 2^24 pixels.
+    dtype = np.float64 if xp is np else np.float32
     cells = a.shape[-1] * a.shape[-2]
-    a = a.reshape(*a.shape[:-2], cells).astype(np.float32)
-    b = b.reshape(*b.shape[:-2], cells).astype(np.float32)
-    overlap = a @ xp.swapaxes(b, -1, -2)  # counts of cells, exact in float32
+    a = a.reshape(*a.shape[:-2], cells).astype(dtype)
+    b = b.reshape(*b.shape[:-2], cells).astype(dtype)
+    overlap = a @ xp.swapaxes(b, -1, -2)
     union = a.sum(axis=-1)[..., :, None] + b.sum(axis=-1)[..., None, :] - overlap
     return overlap / xp.maximum(union, 1)
 
@@ -404,7 +407,7 @@ def detect(
     )
 
 
-def _namespace(*arrays: Any) -> Any:
+def _namespace(*arrays: object) -> Any:
     """Returns numpy if all arguments are numpy arrays or Python numbers, else jax.numpy."""
     if all(isinstance(array, np.ndarray | np.generic | float | int) for array in arrays):
         return np

@@ -97,7 +97,7 @@ class Arguments:
 
     def __init__(
         self,
-        values: Any,
+        values: flags.FlagValues,
         settings: Config | None = None,
         positional: Sequence[str] = (),
         group: ProcessGroup | None = None,
@@ -471,10 +471,7 @@ def _quoted(argument: str) -> str:
 PACKAGE = Path(__file__).parent
 
 RECIPE_FOLDERS = (PACKAGE, PACKAGE.parent)
-"""The folders that hold `configs/`:
-
-the package in a wheel, the top of the repository in a checkout.
-"""
+"""The folders that hold `configs/`: the package in a wheel, the repository in a checkout."""
 
 _package_numbers = itertools.count()
 

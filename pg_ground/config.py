@@ -78,7 +78,7 @@ class Range(NamedTuple):
 
 
 def setting(
-    default: Any,
+    default: object,
     help: str,
     *,
     minimum: int | float | None = None,
@@ -819,7 +819,7 @@ def template() -> config_dict.ConfigDict:
     return _to_config_dict(Config())
 
 
-def section(value: Any) -> config_dict.ConfigDict:
+def section(value: object) -> config_dict.ConfigDict:
     """Returns a dataclass of this file (for example a `Source`) as a `ConfigDict`, so that flags
     can set its fields."""
     return _to_config_dict(value)
@@ -839,7 +839,7 @@ def parse(config: Mapping[str, Any] | config_dict.ConfigDict) -> Config:
     return parsed
 
 
-def parse_model(tree: Any, path: str) -> Model:
+def parse_model(tree: object, path: str) -> Model:
     """Returns the `Model` that a mapping describes; `path` is its place for error messages.
 
     Raises:
@@ -878,16 +878,16 @@ def _to_config_dict(value: Any) -> config_dict.ConfigDict:
     return tree
 
 
-def _type_behind_none(owner: Any, name: str) -> type:
+def _type_behind_none(owner: object, name: str) -> type:
     hint = typing.get_type_hints(type(owner))[name]
     return next(kind for kind in typing.get_args(hint) if kind is not types.NoneType)
 
 
-def _type_name(hint: Any) -> str:
+def _type_name(hint: object) -> str:
     return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
 
 
-def _build(kind: type, tree: Any, path: str) -> Any:
+def _build(kind: type, tree: object, path: str) -> Any:
     if not isinstance(tree, Mapping):
         fields = ", ".join(f.name for f in dataclasses.fields(kind))
         raise UserError(f"{path} is {tree!r}, but it is a section with {fields}")
@@ -899,7 +899,7 @@ def _build(kind: type, tree: Any, path: str) -> Any:
     return kind(**values)
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
+def _convert(hint: object, value: object, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, path)
     origin = typing.get_origin(hint)
@@ -918,7 +918,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     return value
 
 
-def _convert_union(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
+def _convert_union(kinds: tuple[Any, ...], value: object, path: str) -> Any:
     if value is None and types.NoneType in kinds:
         return None
     tuples = [kind for kind in kinds if typing.get_origin(kind) is tuple]
@@ -954,7 +954,7 @@ def _check_ranges(value: Any, path: str) -> None:
                     _check_ranges(entry, f"{child_path}.{name}")
 
 
-def _need(ok: bool, path: str, value: Any, right: str) -> None:
+def _need(ok: bool, path: str, value: object, right: str) -> None:
     if not ok:
         raise UserError(f"{path} is {value!r}: it must be {right}")
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from pg_ground.types import UserError
 
@@ -43,11 +44,11 @@ SCALE = "_scale"
 """Added to the name of a frozen int8 matrix to name its scales: see `models.quantization`."""
 
 
-def flatten(tree: Any) -> dict[str, Any]:
+def flatten(tree: PyTree) -> dict[str, Any]:
     """Returns the leaves of a tree of dicts by their slash-joined names, sorted."""
     leaves: dict[str, Any] = {}
 
-    def walk(node: Any, path: tuple[str, ...]) -> None:
+    def walk(node: PyTree, path: tuple[str, ...]) -> None:
         if isinstance(node, Mapping):
             for name in sorted(node):
                 walk(node[name], (*path, name))
@@ -70,19 +71,19 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def map_named(f: Callable[[str, Any], Any], tree: Any) -> Any:
+def map_named(f: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
     """Returns the tree of `f(name, leaf)`."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: f("/".join(str(key.key) for key in path), leaf), tree
     )
 
 
-def join(*trees: Any) -> dict[str, Any]:
+def join(*trees: PyTree) -> dict[str, Any]:
     """Returns one tree with the leaves of all. A later tree replaces leaves of the same name."""
     return unflatten({name: leaf for tree in trees for name, leaf in flatten(tree).items()})
 
 
-def pick(tree: Any, is_picked: Callable[[str], bool]) -> dict[str, Any]:
+def pick(tree: PyTree, is_picked: Callable[[str], bool]) -> dict[str, Any]:
     """Returns the tree of the leaves for whose names `is_picked` is True."""
     return unflatten({name: leaf for name, leaf in flatten(tree).items() if is_picked(name)})
 

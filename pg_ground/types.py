@@ -2,25 +2,30 @@
 
 Glossary:
 
-    source       one dataset as an entry of a config: a uri and the paths of its fields record
-    one entry of a source, as it is stored question     a prompt about one image, made from a
-    record; a record can make several prefix       image and prompt: computed once per question
-    completion   the tokens that the policy samples after a prefix; also called the suffix group
-    the G completions of one question rollout      the groups of a batch with their
-    log-probabilities answer       boxes, points and masks that are read from a completion gold
-    the annotation of a question: the right answer reward       how good a completion is; NaN if the
-    reward does not apply to it advantage    how much better a completion (or a token) is than what
-    it is compared with stage        one phase of a run with its own optimizer state: "sft" or
-    "grpo" policy       the model that is trained; the reference policy is its state at the start of
-    the stage trained, frozen   parameters that the optimizer changes, and parameters that it does
-    not
+    source          one dataset, as an entry of a config: a uri and the paths of its fields
+    record          one entry of a source, as it is stored
+    question        a prompt about one image, made from a record. A record can make several.
+    prefix          image and prompt. The prefix is computed once per question.
+    completion      the tokens that the policy samples after a prefix; also called the suffix
+    group           the G completions of one question
+    rollout         the groups of a batch with their log-probabilities
+    answer          boxes, points and masks that are read from a completion
+    gold            the annotation of a question: the right answer
+    reward          how good a completion is; NaN if the reward does not apply to it
+    advantage       how much better a completion (or a token) is than its baseline
+    stage           one phase of a run with its own optimizer state: "sft" or "grpo"
+    policy          the model that is trained
+    reference       the policy at the start of the stage
+    trained         parameters that the optimizer changes
+    frozen          parameters that the optimizer does not change
 
 Axes, in every signature of the package:
 
-    B prompts (one image each)    G completions of one prompt     L prompt tokens          T
-    completion tokens K boxes or points             C names in a question           W tokens of a
-    name       S prefix length (image + text) H W pixels                    D width
-    N heads                  V vocabulary M cells along a mask's side
+    B  prompts (one image each)     G  completions of one prompt     L  prompt tokens
+    T  completion tokens            K  boxes or points               C  names in a question
+    W  tokens of a name             S  prefix length (image + text)  H W  pixels
+    D  width                        N  heads                         V  vocabulary
+    M  cells along a mask's side
 
 Coordinates: `yxyx` and `yx` are fractions of the original image in [0, 1]. A name that ends in
 `_px` is in pixels.
@@ -35,24 +40,31 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, PyTree, UInt8
 
 Array = jax.Array | np.ndarray
 """An array on a device, or on the host before it is placed or after it is fetched."""
 
 Params = Mapping[str, Any]
-"""A tree of parameters:
-
-nested dicts by big_vision's names. Leaves are arrays, or `jax.ShapeDtypeStruct` if abstract.
+"""Parameters: nested dicts by big_vision's names. Leaves are arrays, or `jax.ShapeDtypeStruct` if
+abstract.
 """
 
 Metrics = dict[str, Any]
 """Numbers by name: float32 scalars on the device, floats on the host."""
 
-BOXES, POINTS, TEXT = 0, 1, 2
-"""What a question asks for:
+Record = Mapping[str, Any]
+"""A record of a source: values by field. A value is JSON, an image, an array or bytes."""
 
-the values of `Gold.target`. Rewards on token ids cannot read a TEXT answer.
+JsonObject = Mapping[str, Any]
+"""A JSON object to read."""
+
+JsonDict = dict[str, Any]
+"""A JSON object to change."""
+
+BOXES, POINTS, TEXT = 0, 1, 2
+"""The values of `Gold.target`: the kind of answer that a question asks for. Rewards on token ids
+cannot read a TEXT answer.
 """
 
 POLICY = "policy"
@@ -133,10 +145,7 @@ class Gold(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One question on the host:
-
-    an image of the model's size, its text and its annotation. K is not padded.
-    """
+    """One question on the host, with an image of the model's size. K is not padded."""
 
     image: UInt8[np.ndarray, "H W 3"]
     size: tuple[int, int]
@@ -286,7 +295,7 @@ class TrainState(NamedTuple):
     """Number of finished steps in this stage."""
     params: Mapping[str, Params]
     """The trainable trees by name: `POLICY`, and for example a critic."""
-    opt_state: Any
+    opt_state: PyTree
     """State of the optax chain over all trainable trees."""
     kl_coef: Float[Array, ""] | np.float32 = np.float32(0)
     """Weight of the KL to the reference policy, if `grpo.kl_target` steers it."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +30,7 @@ from pg_ground.training.setup import init_params, make_setup
 from pg_ground.training.stage import Runtime, Stage, StepOutput
 from pg_ground.training.stages import make_stages
 from pg_ground.training.timing import StepTimer
+from pg_ground.types import JsonDict
 
 T = TypeVar("T")
 
@@ -55,7 +56,7 @@ RunStep = Callable[[int, StepTimer], StepOutput]
 """Dispatches the step with this number."""
 
 
-def bench(config: Config, steps: int) -> dict[str, Any]:
+def bench(config: Config, steps: int) -> JsonDict:
     """Returns the measured time of each phase of the last stage, and its roofline time.
 
     Raises:
@@ -157,7 +158,7 @@ def _read_timing(read_seconds: Callable[[], dict[str, float]], output: StepOutpu
 
 def measured_rates(
     inputs: Inputs, stage: Stage, timings: list[StepTiming], step_s: float
-) -> dict[str, Any]:
+) -> JsonDict:
     """Returns the device peaks, each phase beside its roofline, and rates per second."""
     config = inputs.setup.config
     peaks = roofline.device_peaks(inputs.mesh, jnp.dtype(config.model.dtype))
@@ -196,12 +197,12 @@ class CompilationCounter:
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
         jax.monitoring.register_event_listener(self._on_event)
 
-    def _on_duration(self, event: str, duration_secs: float, **_: Any) -> None:
+    def _on_duration(self, event: str, duration_secs: float, **_: object) -> None:
         # Tracing, lowering, and compiling or reading from the cache.
         if event.startswith("/jax/core/compile/"):
             self._seconds += duration_secs
 
-    def _on_event(self, event: str, **_: Any) -> None:
+    def _on_event(self, event: str, **_: object) -> None:
         if event == "/jax/compilation_cache/cache_hits":
             self._cache_hits += 1
 

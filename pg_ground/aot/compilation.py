@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pg_ground.aot import hlo_analysis, jobs, tpu_specs
 from pg_ground.aot.tpu_specs import CHIPS, GIB, Chip
@@ -31,7 +31,7 @@ from pg_ground.reporting.tables import Table, ascii_table
 from pg_ground.training.memory_table import memory_table
 from pg_ground.training.setup import make_setup
 from pg_ground.training.stages import make_stages
-from pg_ground.types import UserError
+from pg_ground.types import JsonDict, UserError
 
 MEMORY_REPORT = "after_optimizations-memory-usage-report.txt"
 OPTIMISED_HLO = "after_optimizations.txt"
@@ -92,7 +92,7 @@ class CompileResult(NamedTuple):
 
     text: str
     """For people."""
-    document: dict[str, Any]
+    document: JsonDict
     """For programs, as JSON; empty if libtpu is not installed."""
     fits: bool
 
@@ -138,7 +138,7 @@ def compile_run(
 
 
 def compile_programs(
-    settings: dict[str, Any], topology: str, names: Sequence[str], full: bool = False
+    settings: JsonDict, topology: str, names: Sequence[str], full: bool = False
 ) -> list[ProgramReport]:
     """Returns the reports of the named programs.
 
@@ -366,7 +366,7 @@ def _table_row(report: ProgramReport, chip: Chip) -> list[str]:
     ]
 
 
-def report_document(reports: Sequence[ProgramReport], topology: str, chip: Chip) -> dict[str, Any]:
+def report_document(reports: Sequence[ProgramReport], topology: str, chip: Chip) -> JsonDict:
     """Returns everything in the reports as a JSON document."""
     return {
         "topology": topology,
@@ -376,7 +376,7 @@ def report_document(reports: Sequence[ProgramReport], topology: str, chip: Chip)
     }
 
 
-def _program_document(report: ProgramReport, chip: Chip) -> dict[str, Any]:
+def _program_document(report: ProgramReport, chip: Chip) -> JsonDict:
     compiler_bytes = report.bytes_by_kind["activations"]
     return {
         "compile_s": report.compile_s,

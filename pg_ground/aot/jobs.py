@@ -4,11 +4,12 @@ compiled for a TPU topology.
 
 import json
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
+import jax
+from jax import stages
 from jax.sharding import Mesh
 
 from pg_ground.aot import flops, tpu_specs
@@ -19,7 +20,7 @@ from pg_ground.training.evaluation import all_programs
 from pg_ground.training.program import Program, jit_program
 from pg_ground.training.setup import make_setup
 from pg_ground.training.stages import make_stages
-from pg_ground.types import UserError
+from pg_ground.types import JsonObject, UserError
 
 FACTS_FILE = "facts.json"
 """Written in the directory of a compilation just before XLA compiles the program."""
@@ -48,7 +49,7 @@ def stage_name(config: Config, mesh: AnyMesh, program: str) -> str:
     return owners[0] if owners else stages[-1].name
 
 
-def trace(program: Program, config: Config, mesh: AnyMesh) -> Any:
+def trace(program: Program, config: Config, mesh: AnyMesh) -> stages.Traced:
     """Returns the traced function of a program (`jax.stages.Traced`)."""
     return jit_program(program, config.mesh, cast(Mesh, mesh)).trace(*program.arguments)
 
@@ -82,7 +83,7 @@ def compile_program(config: Config, topology: str, name: str, directory: Path) -
     (directory / DONE_FILE).write_text(json.dumps({"seconds": seconds}))
 
 
-def topology_devices(topology: str) -> list[Any]:
+def topology_devices(topology: str) -> list[jax.Device]:
     """Returns the devices of a TPU slice that need not exist.
 
     Raises:
@@ -91,7 +92,7 @@ def topology_devices(topology: str) -> list[Any]:
     from jax.experimental import topologies
 
     version, shape, slices = tpu_specs.parse_topology(topology)
-    options: Mapping[str, Any] = {}
+    options: JsonObject = {}
     if all(side == "1" for side in shape.split("x")):
         options = {"chips_per_host_bounds": [1, 1, 1]}
     if slices > 1:

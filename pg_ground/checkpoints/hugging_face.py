@@ -5,7 +5,7 @@ shards.
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from einops import EinopsError, rearrange
@@ -355,5 +355,5 @@ def _hub_tensors(
             yield row.hub_names[j].format(i=i), rearrange(block, f"{axes} -> {hub_axes}")
 
 
-def _write_json(path: Path, value: Any) -> None:
+def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pg_ground.config import Model, Text, Vision
-from pg_ground.types import UserError
+from pg_ground.types import JsonDict, UserError
 from pg_ground.vocab import BOS, EOS, PAD
 
 FILLER_ROWS = 64
@@ -48,7 +48,7 @@ def read_config(folder: Path) -> HubConfig:
     is_gemma2 = decoder == "gemma2"
     _check_constants(path, text)
 
-    def count(section: dict[str, Any], name: str, default: int) -> int:
+    def count(section: JsonDict, name: str, default: int) -> int:
         return _positive(path, name, section.get(name, default), int)
 
     def softcap(name: str, default: float) -> float:
@@ -75,7 +75,7 @@ def read_config(folder: Path) -> HubConfig:
     )
 
 
-def _read_paligemma(path: Path) -> dict[str, Any]:
+def _read_paligemma(path: Path) -> JsonDict:
     """Returns the content of a `config.json`. Raises UserError if its model is not a PaliGemma."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -92,16 +92,14 @@ def _read_paligemma(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _section(
-    path: Path, settings: dict[str, Any], name: str, default: dict[str, Any]
-) -> dict[str, Any]:
+def _section(path: Path, settings: JsonDict, name: str, default: JsonDict) -> JsonDict:
     section = settings.get(name, default)
     if not isinstance(section, dict):
         raise UserError(f"{path}: {name} is {section!r:.60}, but it must be an object")
     return section
 
 
-def _check_constants(path: Path, text: dict[str, Any]) -> None:
+def _check_constants(path: Path, text: JsonDict) -> None:
     """Raises UserError if RoPE or the norms differ from the constants that every PaliGemma has."""
     rope = text.get("rope_parameters") or text
     constants = (
@@ -124,7 +122,7 @@ def _positive(path: Path, name: str, value: Any, number: type) -> Any:
     return value
 
 
-def to_hub_config(model: Model, dtype: str) -> dict[str, Any]:
+def to_hub_config(model: Model, dtype: str) -> JsonDict:
     """Returns the `config.json` of a model. Every layer has full attention, and the final soft-cap
     is the model's.
 
@@ -148,9 +146,9 @@ def to_hub_config(model: Model, dtype: str) -> dict[str, Any]:
     }
 
 
-def _text_config(model: Model, dtype: str) -> dict[str, Any]:
+def _text_config(model: Model, dtype: str) -> JsonDict:
     text = model.text
-    decoder: dict[str, Any] = {
+    decoder: JsonDict = {
         "model_type": "gemma",
         "hidden_size": text.width,
         "intermediate_size": text.mlp_dim,
@@ -196,7 +194,7 @@ def _check_gemma1(text: Text) -> None:
         )
 
 
-def _vision_config(model: Model, dtype: str) -> dict[str, Any]:
+def _vision_config(model: Model, dtype: str) -> JsonDict:
     vision: Vision = model.vision
     return {
         "model_type": "siglip_vision_model",
@@ -214,7 +212,7 @@ def _vision_config(model: Model, dtype: str) -> dict[str, Any]:
     }
 
 
-def preprocessor_config(model: Model) -> dict[str, Any]:
+def preprocessor_config(model: Model) -> JsonDict:
     """Returns the `preprocessor_config.json` of a model: square images with values in [-1, 1]."""
     return {
         "image_processor_type": "SiglipImageProcessor",

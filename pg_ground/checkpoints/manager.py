@@ -10,18 +10,17 @@ All processes of a run write a checkpoint together. `DIR/<step>/` has three item
 """
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from jaxtyping import PyTree
 
 from pg_ground.checkpoints.run_directory import BEST
 from pg_ground.params import AbstractParams, flatten
-from pg_ground.types import POLICY, Params, TrainState, UserError
+from pg_ground.types import POLICY, JsonDict, JsonObject, Params, TrainState, UserError
 
 
 class Checkpoints:
@@ -50,7 +49,7 @@ class Checkpoints:
         """Returns the step of the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, record: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: TrainState, record: JsonObject) -> None:
         """Starts to write a checkpoint. Returns when the state is copied to the host."""
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params[POLICY]),
@@ -59,7 +58,7 @@ class Checkpoints:
         )
         self._manager.save(step, args=items)
 
-    def record(self, step: int) -> dict[str, Any]:
+    def record(self, step: int) -> JsonDict:
         """Returns the JSON record of a checkpoint."""
         items = ocp.args.Composite(record=ocp.args.JsonRestore())
         return self._manager.restore(step, args=items)["record"]
@@ -87,7 +86,7 @@ class Checkpoints:
         return TrainState(params=params, **fields)
 
 
-def _without_policy(state: TrainState) -> dict[str, Any]:
+def _without_policy(state: TrainState) -> JsonDict:
     """Returns the state without the policy's parameters, which have an item of their own."""
     fields = {name: leaf for name, leaf in state._asdict().items() if name != "params"}
     other_params = {name: tree for name, tree in state.params.items() if name != POLICY}
@@ -102,7 +101,7 @@ def save_tree(path: Path, tree: Params) -> None:
         checkpointer.save(path.absolute(), tree, force=True)
 
 
-def restore_tree(path: Path, abstract: Params) -> Any:
+def restore_tree(path: Path, abstract: Params) -> PyTree:
     """Returns the tree at `path` with the shapes, dtypes and shardings of `abstract`.
 
     Raises:

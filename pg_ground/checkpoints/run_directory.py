@@ -1,17 +1,18 @@
 """Paths and settings in the working directory of a run.
 
-WORKDIR/config.json                the run's settings WORKDIR/checkpoints/<step>/params  trained
-parameters; the newest `checkpoint.keep` steps stay WORKDIR/best/<step>/params         parameters
-with the best evaluation, if `checkpoint.best` names a metric WORKDIR/frozen
-parameters that are not trained, written once
+WORKDIR/config.json                the settings of the run
+WORKDIR/checkpoints/<step>/params  trained parameters; the newest `checkpoint.keep` steps stay
+WORKDIR/best/<step>/params         parameters with the best evaluation, if `checkpoint.best`
+                                   names a metric
+WORKDIR/frozen                     parameters that are not trained, written once
 """
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pg_ground import config
-from pg_ground.types import UserError
+from pg_ground.types import JsonDict, UserError
 
 BEST = "best"
 
@@ -105,7 +106,7 @@ def steps(workdir: Path) -> list[int]:
     ]
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> JsonDict:
     """Returns the JSON object in `file`.
 
     Raises:

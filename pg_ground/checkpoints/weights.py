@@ -8,7 +8,7 @@ into its shards.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ from pg_ground.params import (
     is_scale,
     unflatten,
 )
-from pg_ground.types import Params, UserError
+from pg_ground.types import JsonObject, Params, UserError
 
 MODEL_FILE = "model.json"
 """The sizes of the model, beside the parameters in an orbax directory that `convert` writes."""
@@ -282,6 +282,6 @@ def _convert_one_by_one(
     return {name: params[name] for name in abstract}
 
 
-def _place(arrays: Mapping[str, Any], abstract: AbstractParams) -> dict[str, jax.Array]:
+def _place(arrays: JsonObject, abstract: AbstractParams) -> dict[str, jax.Array]:
     """Returns the arrays with the shardings of `abstract`, if it has shardings."""
     return {name: jax.device_put(array, abstract[name].sharding) for name, array in arrays.items()}

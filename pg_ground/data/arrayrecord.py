@@ -19,7 +19,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 from google.protobuf.message import DecodeError
 
 from pg_ground.data.records import BadRecord, Records, to_path
-from pg_ground.types import FilePath, UserError, expand_path
+from pg_ground.types import FilePath, JsonDict, UserError, expand_path
 
 EXAMPLE_PROTO = """
 name: "example.proto" package: "pg_ground" syntax: "proto3"
@@ -91,7 +91,7 @@ class ArrayRecords:
     def __init__(
         self,
         source: ArrayRecordDataSource,
-        decode: Callable[[bytes], dict[str, Any]],
+        decode: Callable[[bytes], JsonDict],
         root: FilePath | None,
     ):
         self._source = source
@@ -105,7 +105,7 @@ class ArrayRecords:
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> JsonDict:
         try:
             data = self._source[range(len(self))[index]]
         except RuntimeError as error:  # array_record raises nothing else
@@ -138,7 +138,7 @@ def open_array_record(location: str) -> Records:
     return ArrayRecords(ArrayRecordDataSource(spans), decode_any, to_path(files[0]).parent)
 
 
-def write_array_record(path: str | os.PathLike[str], records: Iterable[dict[str, Any]]) -> int:
+def write_array_record(path: str | os.PathLike[str], records: Iterable[JsonDict]) -> int:
     """Writes records to `path`, and returns their number.
 
     Until the last record is written, the file has the name `path`.partial.
@@ -167,7 +167,7 @@ def write_array_record(path: str | os.PathLike[str], records: Iterable[dict[str,
     return count
 
 
-def encode(record: dict[str, Any]) -> bytes:
+def encode(record: JsonDict) -> bytes:
     """Returns a record as bytes that `decode` reads.
 
     A record is made of dicts, lists, None, numbers, texts, bytes and numeric numpy arrays.
@@ -182,7 +182,7 @@ def encode(record: dict[str, Any]) -> bytes:
     return data
 
 
-def decode(data: bytes) -> dict[str, Any]:
+def decode(data: bytes) -> JsonDict:
     """Returns the record that `encode` turned into `data`.
 
     Its arrays share the memory of `data` and are read-only.
@@ -205,7 +205,7 @@ def decode(data: bytes) -> dict[str, Any]:
     return record
 
 
-def decode_any(data: bytes) -> dict[str, Any]:
+def decode_any(data: bytes) -> JsonDict:
     """Returns the record of a `tf.train.Example`, or of the bytes of `encode`.
 
     Raises:
@@ -214,7 +214,7 @@ def decode_any(data: bytes) -> dict[str, Any]:
     return decode_example(data) if data.startswith(EXAMPLE_TAG) else decode(data)
 
 
-def decode_example(data: bytes) -> dict[str, Any]:
+def decode_example(data: bytes) -> JsonDict:
     """Returns the features of a `tf.train.Example` by their own names, such as `objects/bbox`.
 
     A feature with one value is that value; other features are lists. Bytes that are text become

@@ -2,10 +2,9 @@
 
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from pg_ground.types import UserError
+from pg_ground.types import JsonDict, Record, UserError
 
 MIN_RECORDS = 100
 """The smallest number of records that a share is taken of: one bad record of one is not 100 %."""
@@ -18,7 +17,7 @@ class BadRecords:
         self._lock = threading.Lock()
         self._size: dict[str, int] = {}
         self._read: Counter[str] = Counter()
-        self._entries: dict[str, dict[int, dict[str, Any]]] = {}
+        self._entries: dict[str, dict[int, JsonDict]] = {}
 
     def read(self, source: str, size: int, n: int = 1) -> None:
         """Counts `n` records as read, good or bad. `size` is the number of the source's records."""
@@ -36,7 +35,7 @@ class BadRecords:
         """Returns the number of different bad records of each kind."""
         return dict(Counter(entry["kind"] for entry in self.entries()))
 
-    def entries(self) -> list[dict[str, Any]]:
+    def entries(self) -> list[JsonDict]:
         """Returns source, index, kind and message of every bad record, by source and index."""
         with self._lock:
             return [
@@ -45,13 +44,13 @@ class BadRecords:
                 for index in sorted(entries)
             ]
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> JsonDict:
         """Returns all counts and entries as JSON."""
         entries = self.entries()
         with self._lock:
             return {"size": dict(self._size), "read": dict(self._read), "entries": entries}
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
+    def set_state(self, state: Record) -> None:
         """Restores what `get_state` returned."""
         with self._lock:
             self._size = dict(state["size"])
@@ -87,7 +86,7 @@ class BadRecords:
         return bad > max_share * read or bad == size
 
 
-def merge_bad_records(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def merge_bad_records(states: Sequence[Record]) -> JsonDict:
     """Returns the states of several `BadRecords` as one state."""
     read: Counter[str] = Counter()
     for state in states:

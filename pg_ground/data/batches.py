@@ -7,7 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import grain
 import jax
@@ -21,7 +21,7 @@ from pg_ground.data.batch_rows import stack_rows
 from pg_ground.data.datasets import Examples, open_examples
 from pg_ground.data.mixture import Mixture, Row, UnusableRow, prepare_row
 from pg_ground.tokenizer import Tokenizer
-from pg_ground.types import Batch, UserError
+from pg_ground.types import Batch, JsonDict, JsonObject, UserError
 
 BLOCK_ROWS = 8
 """Rows that a thread or a worker prepares before it hands them over."""
@@ -40,11 +40,11 @@ class BatchIterator(Protocol):
 
     def __next__(self) -> Batch: ...
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> JsonDict:
         """Returns the state after the last batch that was returned, as JSON."""
         ...
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
+    def set_state(self, state: JsonObject) -> None:
         """Continues after the batch at which `get_state` returned `state`."""
         ...
 
@@ -109,11 +109,11 @@ class TrainingBatches:
         self._next = 0
         self._stream: Generator[Row] | None = None
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> JsonDict:
         """Returns how many of this process's rows were read, and how many it has in a batch."""
         return {"next": self._next, "rows": len(self._rows)}
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
+    def set_state(self, state: JsonObject) -> None:
         """Continues where `get_state` was called.
 
         If that process had another number of rows, continues with the first batch of which that
@@ -204,7 +204,7 @@ class PrefetchIterator:
         self._put = put
         self._state = batches.get_state()
         self._pool = ThreadPoolExecutor(1)
-        self._pending: deque[Future[tuple[Batch, dict[str, Any]]]] = deque()
+        self._pending: deque[Future[tuple[Batch, JsonDict]]] = deque()
 
     def __enter__(self) -> "PrefetchIterator":
         return self
@@ -221,7 +221,7 @@ class PrefetchIterator:
         while len(self._pending) < PREFETCH_BATCHES:
             self._pending.append(self._pool.submit(self._next_batch))
 
-    def _next_batch(self) -> tuple[Batch, dict[str, Any]]:
+    def _next_batch(self) -> tuple[Batch, JsonDict]:
         batch = jax.block_until_ready(self._put(next(self._batches)))
         return batch, self._batches.get_state()
 
@@ -231,11 +231,11 @@ class PrefetchIterator:
         batch, self._state = self._pending.popleft().result()
         return batch
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> JsonDict:
         """Returns the state after the last batch that was returned."""
         return self._state
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
+    def set_state(self, state: JsonObject) -> None:
         """Drops the prepared batches and continues from `state`."""
         for future in self._pending:
             future.cancel()
@@ -287,7 +287,7 @@ def training_batches(
     return TrainingBatches(mixture, data, rows, batch_size, bad_records)
 
 
-def merge_batch_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def merge_batch_states(states: Sequence[JsonObject]) -> JsonDict:
     """Returns a state from which any number of processes can continue.
 
     It stands before the first batch of which no process has read a row. Without bad records all

@@ -1,7 +1,5 @@
 """The questions of one source by index."""
 
-from typing import Any
-
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -13,7 +11,7 @@ from pg_ground.data.record_fields import count_elements, field_at, list_path
 from pg_ground.data.records import BadRecord, Records, image_folder
 from pg_ground.data.sampling import sample_indices
 from pg_ground.data.sources import open_records
-from pg_ground.types import Example, UserError
+from pg_ground.types import Example, JsonDict, UserError
 
 
 class Examples:
@@ -72,7 +70,7 @@ class Examples:
         row = int(np.searchsorted(self._starts, index, side="right")) - 1
         return int(self._record_indices[row]), index - int(self._starts[row])
 
-    def record(self, index: int, draw: int = 0) -> tuple[dict[str, Any], int]:
+    def record(self, index: int, draw: int = 0) -> tuple[JsonDict, int]:
         """Returns the record of question `index`, and the element of its list.
 
         If the source draws elements at random, the element depends on the number `draw`.

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 
+from pg_ground.boxes import encode_loc
 from pg_ground.config import Fetch, Source
 from pg_ground.data.box_formats import (
     BOX_ORDERS,
@@ -24,8 +25,7 @@ from pg_ground.data.images import open_image, resize
 from pg_ground.data.masks import to_masks
 from pg_ground.data.record_fields import field_at, fill_template
 from pg_ground.data.records import BadRecord
-from pg_ground.types import BOXES, POINTS, TEXT, Boxes, Example, FilePath, Points
-from pg_ground.vocab import LOC_MAX
+from pg_ground.types import BOXES, POINTS, TEXT, Boxes, Example, FilePath, Points, Record
 
 TARGETS = {"boxes": BOXES, "points": POINTS, "text": TEXT}
 """The values of `Source.target`."""
@@ -64,7 +64,7 @@ class Objects(NamedTuple):
 
 
 def to_example(
-    record: Mapping[str, Any],
+    record: Record,
     source: Source,
     source_name: str,
     index: int,
@@ -137,9 +137,7 @@ def to_example(
     )
 
 
-def image_value(
-    record: Mapping[str, Any], source: Source, element: int, fetch: Fetch | None
-) -> Any:
+def image_value(record: Record, source: Source, element: int, fetch: Fetch | None) -> Any:
     """Returns a record's image value. If it is a url and `fetch` is not None, returns the bytes.
 
     Raises:
@@ -152,9 +150,7 @@ def image_value(
     return cached(value, sha256, fetch)
 
 
-def read_question(
-    record: Mapping[str, Any], source: Source, element: int
-) -> tuple[str, Annotation]:
+def read_question(record: Record, source: Source, element: int) -> tuple[str, Annotation]:
     """Returns the prompt of a record and its objects. The image is not opened.
 
     Raises:
@@ -195,7 +191,7 @@ def select_objects(
     if len(fractions) < 2:
         return np.arange(len(fractions))
     first: dict[tuple[str, bytes], int] = {}
-    for i, (label, row) in enumerate(zip(labels, _loc_bins(fractions), strict=True)):
+    for i, (label, row) in enumerate(zip(labels, encode_loc(fractions), strict=True)):
         first.setdefault((label, row.tobytes()), i)
     indices = np.array(sorted(first.values()), np.int64)
     if limit and len(indices) > limit:
@@ -205,7 +201,7 @@ def select_objects(
 
 def format_answer(
     source: Source,
-    record: Mapping[str, Any],
+    record: Record,
     element: int,
     fractions: Float[np.ndarray, "K N"],
     labels: Sequence[str],
@@ -237,11 +233,10 @@ def _json_text(
 def loc_text(fractions: Float[np.ndarray, "K N"], names: Sequence[str]) -> str:
     """Returns `<locYYYY><locXXXX>… name`, with " ; " between objects; a name "" is left out.
 
-    The bin of a fraction is `clip(round_half_even(fraction * 1023), 0, 1023)`, as in big_vision's
-    pp/segmentation ops.
+    The bins are those of `boxes.encode_loc`, as in big_vision's pp/segmentation ops.
     """
     texts = []
-    for bins, name in zip(_loc_bins(fractions), names, strict=True):
+    for bins, name in zip(encode_loc(fractions), names, strict=True):
         loc = "".join(f"<loc{code:04d}>" for code in bins)
         texts.append(f"{loc} {name}" if name else loc)
     return " ; ".join(texts)
@@ -295,7 +290,7 @@ def to_yx(value: Any, point_format: str, size: tuple[int, int]) -> Float[np.ndar
 
 
 def _objects(
-    record: Mapping[str, Any],
+    record: Record,
     source: Source,
     annotation: Annotation,
     element: int,
@@ -338,7 +333,7 @@ def _name_indices(
     return np.array([names.index(label) if label else 0 for label in labels], np.int32)
 
 
-def _boxes_by_label(value: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...]]:
+def _boxes_by_label(value: Record) -> tuple[list[Any], tuple[str, ...]]:
     """Returns the boxes of `{label: list of boxes}` in one list, and the label of each."""
     rows: list[Any] = []
     labels: list[str] = []
@@ -350,7 +345,7 @@ def _boxes_by_label(value: Mapping[str, Any]) -> tuple[list[Any], tuple[str, ...
     return rows, tuple(labels)
 
 
-def _to_pairs(value: Any) -> Any:
+def _to_pairs(value: object) -> Any:
     """Returns points that are {x, y} objects as [x, y] pairs. Returns other values unchanged."""
     points = [value] if isinstance(value, Mapping) else value
     if not isinstance(points, list) or not points:
@@ -363,7 +358,7 @@ def _to_pairs(value: Any) -> Any:
     return [[point["x"], point["y"]] for point in points]
 
 
-def _to_labels(value: Any, count: int) -> tuple[str, ...]:
+def _to_labels(value: object, count: int) -> tuple[str, ...]:
     """Returns one name for each of `count` objects."""
     names = value if isinstance(value, list) else [value] * count
     if len(names) != count:
@@ -375,7 +370,7 @@ def _to_labels(value: Any, count: int) -> tuple[str, ...]:
     return tuple(" ".join(str(name).split()) for name in names)
 
 
-def _to_rows(value: Any, width: int, kind: str) -> Float[np.ndarray, "K width"]:
+def _to_rows(value: object, width: int, kind: str) -> Float[np.ndarray, "K width"]:
     """Returns one row of numbers, or a list of rows, as an array. Raises BadRecord(`kind`)."""
     try:
         rows = np.asarray(value, np.float64)
@@ -391,7 +386,7 @@ def _to_rows(value: Any, width: int, kind: str) -> Float[np.ndarray, "K width"]:
     return rows
 
 
-def _wrong_shape(value: Any, width: int, kind: str) -> BadRecord:
+def _wrong_shape(value: object, width: int, kind: str) -> BadRecord:
     text = " ".join(repr(value).split())
     return BadRecord(kind, f"{text:.80} is not {width} numbers, and not a list of {width} numbers")
 
@@ -404,7 +399,3 @@ def _row_text(rows: Float[np.ndarray, "K N"], i: int) -> str:
 
 def _size_text(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
-
-
-def _loc_bins(fractions: Float[np.ndarray, "K N"]) -> Int[np.ndarray, "K N"]:
-    return np.clip(np.rint(fractions * LOC_MAX), 0, LOC_MAX).astype(np.int32)

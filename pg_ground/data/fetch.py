@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 from urllib.parse import urljoin
 
 from urllib3 import HTTPResponse
@@ -38,7 +38,7 @@ from urllib3.util import Url, parse_url
 
 from pg_ground.config import Fetch
 from pg_ground.data.records import BadRecord
-from pg_ground.types import UserError, expand_path
+from pg_ground.types import JsonDict, UserError, expand_path
 
 MAX_REDIRECTS = 5
 
@@ -266,7 +266,7 @@ def _read_blob(digest: str, fetch: Fetch) -> bytes | None:
     return content if hashlib.sha256(content).hexdigest() == digest else None
 
 
-def _read_memo(url: str, fetch: Fetch) -> dict[str, Any]:
+def _read_memo(url: str, fetch: Fetch) -> JsonDict:
     """Returns what is remembered of `url`: its sha256, or kind and message of a failure, or {}."""
     try:
         return json.loads(_memo_path(url, fetch).read_bytes())
@@ -274,7 +274,7 @@ def _read_memo(url: str, fetch: Fetch) -> dict[str, Any]:
         return {}
 
 
-def _write_memo(url: str, fetch: Fetch, fields: dict[str, Any]) -> None:
+def _write_memo(url: str, fetch: Fetch, fields: JsonDict) -> None:
     _write_atomically(_memo_path(url, fetch), json.dumps({"url": url, **fields}).encode())
 
 

@@ -15,7 +15,7 @@ from pg_ground.types import FilePath
 
 
 def to_masks(
-    value: Any, count: int, size: tuple[int, int], cells: int, root: FilePath | None
+    value: object, count: int, size: tuple[int, int], cells: int, root: FilePath | None
 ) -> Bool[np.ndarray, "K M M"]:
     """Returns the masks of `count` objects as `cells` x `cells` grids over the whole image.
 
@@ -57,13 +57,13 @@ def whole_masks(
     return masks
 
 
-def _has_one_mask_per_object(value: Any, count: int) -> bool:
+def _has_one_mask_per_object(value: object, count: int) -> bool:
     if not isinstance(value, list) or _is_polygon(value):
         return False
     return count != 1 or not value or not all(map(_is_polygon, value))
 
 
-def _is_polygon(value: Any) -> bool:
+def _is_polygon(value: object) -> bool:
     if not isinstance(value, list) or not value:
         return False
     return not any(isinstance(item, list | Mapping | bytes | str) for item in value)
@@ -76,7 +76,9 @@ def _to_cells(mask: Bool[np.ndarray, "H W"], cells: int) -> Bool[np.ndarray, "M 
     return is_half_covered if is_half_covered.any() else coverage > 0
 
 
-def _to_pixels(value: Any, size: tuple[int, int], root: FilePath | None) -> Bool[np.ndarray, "H W"]:
+def _to_pixels(
+    value: object, size: tuple[int, int], root: FilePath | None
+) -> Bool[np.ndarray, "H W"]:
     if isinstance(value, list):
         return _fill_polygons([value] if _is_polygon(value) else value, size)
     if isinstance(value, Mapping) and "counts" in value:

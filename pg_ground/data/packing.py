@@ -17,12 +17,12 @@ from pg_ground.data.examples import image_value
 from pg_ground.data.images import load_image
 from pg_ground.data.records import BadRecord, Records, image_folder
 from pg_ground.data.sources import open_records
-from pg_ground.types import FilePath, UserError
+from pg_ground.types import FilePath, JsonDict, UserError
 
 
 def pack(
     sections: Sequence[Mapping[str, Source]], fetch: Fetch, folder: FilePath, num_shards: int
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, JsonDict]:
     """Writes each source into `num_shards` files in `folder`.
 
     Args:
@@ -85,7 +85,7 @@ def _packed_records(
     indices: Sequence[int],
     counts: Counter[str],
     bar: Any,
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[JsonDict]:
     """Yields records with their images in them. Counts them as "records", or by kind of fault."""
     for index in indices:
         bar.update()
@@ -100,7 +100,7 @@ def _packed_records(
         yield _to_plain(record)
 
 
-def encoded_image(image: Any, root: FilePath | None) -> bytes:
+def encoded_image(image: object, root: FilePath | None) -> bytes:
     """Returns the bytes of an image file unchanged, or a PNG of pixels.
 
     Raises:
@@ -118,7 +118,7 @@ def encoded_image(image: Any, root: FilePath | None) -> bytes:
     return file.getvalue()
 
 
-def _set_field(record: dict[str, Any], path: str, value: Any) -> None:
+def _set_field(record: JsonDict, path: str, value: object) -> None:
     """Sets the field at a dotted path. Copies the inner dicts, so that the source's stay as is."""
     *parents, last = path.split(".")
     for name in parents:
@@ -132,7 +132,7 @@ def _set_field(record: dict[str, Any], path: str, value: Any) -> None:
     record[last] = value
 
 
-def _to_plain(value: Any) -> Any:
+def _to_plain(value: object) -> Any:
     """Returns a value with numpy scalars and tuples as Python's numbers and lists."""
     if isinstance(value, dict):
         return {str(name): _to_plain(inner) for name, inner in value.items()}

@@ -11,12 +11,12 @@ import jinja2.sandbox
 
 from pg_ground.config import Source
 from pg_ground.data.records import BadRecord
-from pg_ground.types import UserError, expand_path
+from pg_ground.types import Record, UserError, expand_path
 
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 
 
-def field_at(record: Mapping[str, Any], path: str, element: int = 0) -> Any:
+def field_at(record: Record, path: str, element: int = 0) -> Any:
     """Returns the value at a dotted path. Through a list of objects, returns the list of values.
 
     `objects.bbox` reads {"objects": {"bbox": [..]}} and {"objects": [{"bbox": ..}, {"bbox": ..}]}.
@@ -28,7 +28,7 @@ def field_at(record: Mapping[str, Any], path: str, element: int = 0) -> Any:
     return _descend(record, path.split("."), path, element)
 
 
-def _descend(value: Any, names: Sequence[str], path: str, element: int) -> Any:
+def _descend(value: object, names: Sequence[str], path: str, element: int) -> Any:
     if not names:
         return value
     if isinstance(value, list):
@@ -75,7 +75,7 @@ def list_path(source: Source) -> str:
     return lists[0] if lists else ""
 
 
-def count_elements(record: Mapping[str, Any], path: str) -> int:
+def count_elements(record: Record, path: str) -> int:
     """Returns the number of elements of the list at `path`.
 
     Raises:
@@ -87,7 +87,7 @@ def count_elements(record: Mapping[str, Any], path: str) -> int:
     return len(value)
 
 
-def fill_template(template: str, record: Mapping[str, Any], phrase: str, element: int = 0) -> str:
+def fill_template(template: str, record: Record, phrase: str, element: int = 0) -> str:
     """Returns `template` with every `{field}` replaced, and with single spaces.
 
     A template that is the name of a Jinja file (NAME.jinja) is rendered in a sandbox, with the
@@ -122,7 +122,7 @@ def fill_template(template: str, record: Mapping[str, Any], phrase: str, element
     return " ".join(_PLACEHOLDER.sub(field_text, template).split())
 
 
-def _has_field(record: Mapping[str, Any], path: str, element: int) -> bool:
+def _has_field(record: Record, path: str, element: int) -> bool:
     try:
         field_at(record, path, element)
     except BadRecord:
@@ -145,7 +145,7 @@ def _jinja_template(path: str) -> jinja2.Template:
         raise UserError(f"prompt template {path} is not valid Jinja: {error}") from None
 
 
-def _render(path: str, fields: Mapping[str, Any]) -> str:
+def _render(path: str, fields: Record) -> str:
     template = _jinja_template(path)
     try:
         return template.render(fields)

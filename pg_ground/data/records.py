@@ -1,12 +1,12 @@
 """What every reader of a source has in common: records by index, bad records, and paths."""
 
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from etils import epath
 
 from pg_ground.config import Source
-from pg_ground.types import FilePath, expand_path
+from pg_ground.types import FilePath, JsonDict, expand_path
 
 
 class BadRecord(Exception):
@@ -31,7 +31,7 @@ class Records(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int, /) -> dict[str, Any]:
+    def __getitem__(self, index: int, /) -> JsonDict:
         """Returns record `index`, or raises `BadRecord`."""
         ...
 

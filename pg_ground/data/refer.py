@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from pg_ground.config import nearest
 from pg_ground.data.records import BadRecord, Records, to_path
 from pg_ground.data.tables import split_options
-from pg_ground.types import FilePath, UserError
+from pg_ground.types import FilePath, JsonDict, UserError
 
 DATASETS = ("refcoco", "refcoco+", "refcocog", "combined")
 
@@ -39,15 +39,15 @@ class Ref(NamedTuple):
     dataset: str
     split: str
     """The split that the entry belongs to. In `combined` it may differ from the entry's split."""
-    entry: dict[str, Any]
+    entry: JsonDict
 
 
 class Coco(NamedTuple):
     """COCO annotations by their ids."""
 
-    images: dict[int, dict[str, Any]]
-    annotations: dict[int, dict[str, Any]]
-    categories: dict[int, dict[str, Any]]
+    images: dict[int, JsonDict]
+    annotations: dict[int, JsonDict]
+    categories: dict[int, JsonDict]
 
 
 class Refs:
@@ -68,7 +68,7 @@ class Refs:
     def __len__(self) -> int:
         return len(self._refs)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> JsonDict:
         dataset, _, ref = self._refs[index]
         coco = self._coco[dataset]
         annotation = _look_up(coco.annotations, "annotation", ref, "ann_id")
@@ -196,7 +196,7 @@ def _read_refs(folder: FilePath, dataset: str, split_by: str, source: str) -> li
     return [Ref(dataset, _canonical_split(entry["split"]), entry) for entry in entries]
 
 
-def _is_ref(entry: Any) -> bool:
+def _is_ref(entry: object) -> bool:
     if not isinstance(entry, dict):
         return False
     types = {"split": str, "image_id": int, "ann_id": int}
@@ -262,9 +262,7 @@ def _read_coco(path: FilePath, ids: set[int], source: str) -> Coco:
     return Coco({i: row for i, row in images.items() if i in image_ids}, annotations, categories)
 
 
-def _look_up(
-    table: dict[int, dict[str, Any]], kind: str, row: dict[str, Any], name: str
-) -> dict[str, Any]:
+def _look_up(table: dict[int, JsonDict], kind: str, row: JsonDict, name: str) -> JsonDict:
     """Returns the row of `table` with the id `row[name]`. Raises BadRecord (missing_`kind`)."""
     try:
         return table[row[name]]

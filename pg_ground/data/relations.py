@@ -25,7 +25,7 @@ from jaxtyping import Int
 
 from pg_ground.config import nearest
 from pg_ground.data.records import BadRecord, Records
-from pg_ground.types import FilePath, UserError
+from pg_ground.types import FilePath, JsonDict, UserError
 
 TASKS = {"2d": "box", "depth": "depth", "distance": "xyz"}
 """The field of an object that each task needs."""
@@ -193,7 +193,7 @@ class Questions:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> JsonDict:
         number, *object_indices, relation, template = self.rows[index].tolist()
         scene = self.scenes[number]
         objects = [scene["objects"][i] for i in object_indices if i >= 0]

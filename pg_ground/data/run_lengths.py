@@ -3,26 +3,24 @@
 The runs go down the columns of the mask, and they alternate. The first run is background.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 import numpy as np
 from jaxtyping import Bool
 
 from pg_ground.data.records import BadRecord
+from pg_ground.types import JsonDict, Record
 
 MAX_PIXELS = 2**28
 """The largest mask that is decoded. A few numbers in a record can claim any size."""
 
 
-def encode(mask: Bool[np.ndarray, "H W"]) -> dict[str, Any]:
+def encode(mask: Bool[np.ndarray, "H W"]) -> JsonDict:
     """Returns the run lengths of a mask, uncompressed."""
     flat = mask.T.reshape(-1)
     edges = np.flatnonzero(np.diff(np.concatenate([[False], flat])))
     return {"size": list(mask.shape), "counts": np.diff([0, *edges.tolist(), flat.size]).tolist()}
 
 
-def decode(run_lengths: Mapping[str, Any]) -> Bool[np.ndarray, "H W"]:
+def decode(run_lengths: Record) -> Bool[np.ndarray, "H W"]:
     """Returns the mask of run lengths, whose counts are a list or COCO's compressed string.
 
     pycocotools does not decode them: if the counts end too early, it returns arbitrary memory.

@@ -10,13 +10,12 @@ thousand scenes cannot memorise them.
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from pg_ground.config import nearest
-from pg_ground.types import UserError
+from pg_ground.types import JsonDict, UserError
 
 SPLITS = {"train": 0, "heldout": 1}
 
@@ -70,7 +69,7 @@ class Scenes:
     def __len__(self) -> int:
         return self.scenes
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> JsonDict:
         rng = np.random.default_rng([SPLITS[self.split], self.seed, int(index)])
         kinds = _draw_kinds(rng, self.shapes, self.colours, self.forms)
         boxes = _draw_boxes(rng, self.shapes)
@@ -108,7 +107,7 @@ def open_scenes(split: str, options: Mapping[str, str]) -> Scenes:
     if split not in SPLITS:
         raise UserError(f"{uri} does not exist: {nearest(split, SPLITS)}")
     types = {f.name: f.type for f in fields(Scenes) if f.name not in ("split", "root")}
-    values: dict[str, Any] = {}
+    values: JsonDict = {}
     for name, text in options.items():
         if name not in types:
             raise UserError(f"{uri} has no option {name}: {nearest(name, types)}")

@@ -3,7 +3,7 @@
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from jaxtyping import Int
 from pg_ground.config import nearest
 from pg_ground.data.records import BadRecord, Records, to_path
 from pg_ground.data.sampling import sample_indices
-from pg_ground.types import FilePath, UserError, expand_path
+from pg_ground.types import FilePath, JsonDict, Record, UserError, expand_path
 
 CANNOT_OPEN = (OSError, ImportError)
 """Opening a path raises these. etils raises ImportError if a remote file system has no client."""
@@ -71,7 +71,7 @@ class JsonLines:
     def __len__(self) -> int:
         return len(self._spans)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> JsonDict:
         where = f"byte {self._spans[index][0]} of {self._path.name}"
         try:
             record = json.loads(self._line(index))
@@ -101,7 +101,7 @@ class RecordList:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> JsonDict:
         record = self.entries[index]
         if not isinstance(record, dict):
             raise BadRecord(
@@ -141,7 +141,7 @@ class Parquet:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> JsonDict:
         row = range(len(self))[index]
         group = int(np.searchsorted(self._starts, row, "right")) - 1
         try:
@@ -196,7 +196,7 @@ class Joined:
     def __len__(self) -> int:
         return len(self.index)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> JsonDict:
         return self.sources[self.source[index]][int(self.index[index])]
 
 
@@ -478,7 +478,7 @@ def _open_json_file(name: str, folder: FilePath) -> Records:
     return open_json_lines(location) if location.endswith(".jsonl") else open_json(location)
 
 
-def _coco_images(value: Any, with_crowd: bool, uri: str) -> list[dict[str, Any]]:
+def _coco_images(value: object, with_crowd: bool, uri: str) -> list[JsonDict]:
     """Returns one record for each image of COCO's instances."""
     lists = ("images", "annotations", "categories")
     if not isinstance(value, dict) or not all(isinstance(value.get(name), list) for name in lists):
@@ -528,7 +528,7 @@ def _bad_coco_entry(list_name: str, entry: Any, error: Exception, uri: str) -> U
     return UserError(f"source {uri}: the entry {which} of {list_name} {fault}")
 
 
-def _split_by_category(image: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _split_by_category(image: Record) -> list[JsonDict]:
     """Returns an image's record in parts, one for each of its categories."""
     common = {key: image[key] for key in ("image", "width", "height")}
     parts = {

@@ -19,7 +19,7 @@ from pg_ground.config import nearest
 from pg_ground.data.arrayrecord import ArrayRecords, count_records, text_or_bytes
 from pg_ground.data.records import BadRecord, Records, to_path
 from pg_ground.data.tables import list_names, split_options
-from pg_ground.types import UserError, expand_path
+from pg_ground.types import JsonDict, UserError, expand_path
 
 with epy.lazy_imports():  # an optional dependency, which takes 0.3 s to import
     import tensorflow_datasets as tfds
@@ -98,7 +98,7 @@ def _find_builder(name: str, data_dir: str | None, source: str) -> Any:
         ) from error
 
 
-def _wrong_format_text(folder: Any, formats: list[str], source: str) -> str:
+def _wrong_format_text(folder: object, formats: list[str], source: str) -> str:
     command = f"tfds convert_format --dataset_version_dir={folder} --out_file_format={FILE_FORMAT}"
     return (
         f"{source}: {folder} holds {', '.join(formats)}, which only TensorFlow reads; prepare the "
@@ -125,7 +125,7 @@ def _split_sizes(splits: Any) -> str:
     return list_names([f"{name} ({split.num_examples})" for name, split in splits.items()])
 
 
-def _decode(features: Any, parser: Any, data: bytes) -> dict[str, Any]:
+def _decode(features: Any, parser: Any, data: bytes) -> JsonDict:
     try:
         return _to_plain(features, parser.parse_example(data))
     except CANNOT_PARSE as error:

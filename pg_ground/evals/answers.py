@@ -1,10 +1,10 @@
 """Boxes and points of a completion in loc tokens, as the fields of a row's `prediction`."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from pg_ground.rewards.locations import loc_token_segments
 from pg_ground.tokenizer import Tokenizer
+from pg_ground.types import JsonDict
 from pg_ground.vocab import LOC_MAX
 
 DIGITS = 4
@@ -13,7 +13,7 @@ DIGITS = 4
 
 def loc_answers(
     tokens: Sequence[int], tokenizer: Tokenizer, size: tuple[int, int]
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, list[JsonDict]]:
     """Returns the labelled boxes and points of a completion, in pixels of an image of `size`
     (width, height).
     """

@@ -1,8 +1,8 @@
 """The benchmarks, each with its protocol and its size, and the metrics of rows (`eval.json`)."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,13 +10,13 @@ from pg_ground.config import nearest
 from pg_ground.evals import counting, cv_bench, environment, grounding, pointing, segmentation
 from pg_ground.evals.intervals import intervals
 from pg_ground.evals.rows import SAMPLED, Columns, Row, column, without_scores
-from pg_ground.types import UserError
+from pg_ground.types import JsonDict, JsonObject, UserError
 
 
 class Kind(NamedTuple):
     """The functions that compute the metrics of a benchmark from its rows."""
 
-    score: Callable[[Row], dict[str, Any]]
+    score: Callable[[Row], JsonDict]
     """Returns the scores of one row."""
     means: Callable[[Sequence[Row]], Columns]
     """Returns a number of each scored row, for the metrics that are means over rows."""
@@ -166,7 +166,7 @@ def check_question_count(rows: Sequence[Row], name: str) -> None:
         cv_bench.check_task_counts(rows, benchmark.tasks)
 
 
-def score_rows(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def score_rows(rows: Sequence[Row]) -> list[JsonDict]:
     """Returns rows with the scores of their benchmarks. Earlier scores are dropped."""
     return [without_scores(row) | _kind(row).score(row) for row in rows]
 
@@ -235,14 +235,14 @@ def _question_count(rows: Sequence[Row]) -> int:
     return len({str(row["id"]) for row in rows})
 
 
-def make_report(rows: Sequence[Row]) -> dict[str, Any]:
+def make_report(rows: Sequence[Row]) -> JsonDict:
     """Returns the content of `eval.json` for scored rows.
 
     It has all `named_metrics` and, for each source, the benchmark, the protocol, counts and
     intervals. If there is one source, its metrics also stand at the top under their short names. A
     file of another program has only these, because its source has no name.
     """
-    sources: dict[str, dict[str, Any]] = {}
+    sources: dict[str, JsonDict] = {}
     short_metrics: dict[str, float] = {}
     for (source, mode), group in group_by_source(rows).items():
         values, columns = compute_metrics(group)
@@ -259,7 +259,7 @@ def make_report(rows: Sequence[Row]) -> dict[str, Any]:
     return summary | short_metrics | {"intervals": ranges} | named
 
 
-def _source_summary(rows: Sequence[Row]) -> dict[str, Any]:
+def _source_summary(rows: Sequence[Row]) -> JsonDict:
     """Returns the benchmark, protocol and counts of the rows of one source, without intervals."""
     benchmark = rows[0]["benchmark"]
     return {
@@ -271,7 +271,7 @@ def _source_summary(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def table_rows(report: Mapping[str, Any]) -> list[list[str]]:
+def table_rows(report: JsonObject) -> list[list[str]]:
     """Returns the metrics of a report as table rows: name, value and 95 % interval.
 
     Shares are shown in percent.

@@ -1,15 +1,15 @@
 """Scores of answers that are one number, and of answers that are text."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from pg_ground.evals.rows import Columns, Row, column
+from pg_ground.types import JsonDict
 
 
-def score_count(row: Row) -> dict[str, Any]:
+def score_count(row: Row) -> JsonDict:
     """Returns whether the number of an answer equals the ground truth, and its absolute error."""
     predicted, gold = row["prediction"]["number"], row["gold"]["number"]
-    scores: dict[str, Any] = {
+    scores: JsonDict = {
         "correct": int(predicted == gold),
         "valid": int(predicted is not None),
     }
@@ -30,7 +30,7 @@ def means_count(rows: Sequence[Row]) -> Columns:
     }
 
 
-def score_text(row: Row) -> dict[str, Any]:
+def score_text(row: Row) -> JsonDict:
     """Returns whether an answer equals the ground-truth text.
 
     `parsers.words` has removed differences of case, blanks and a final full stop.

@@ -1,13 +1,12 @@
 """CV-Bench (Cambrian-1, arXiv 2406.16860): its records, its scores and its published formula."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
 from pg_ground.evals.rows import Columns, Row, column
 from pg_ground.rewards.parsers import option
-from pg_ground.types import UserError
+from pg_ground.types import JsonDict, JsonObject, UserError
 
 TASKS = {"Relation": 650, "Count": 788, "Depth": 600, "Distance": 600}
 """Number of questions of each task in the published test split."""
@@ -16,7 +15,7 @@ QUALITATIVE = ("Relation", "Depth", "Distance")
 SOURCES = ("ADE20K", "COCO", "Omni3D")
 
 
-def gold(record: Mapping[str, Any], name: str) -> dict[str, Any]:
+def gold(record: JsonObject, name: str) -> JsonDict:
     """Returns the ground truth of a record of `nyu-visionx/CV-Bench`.
 
     It has the letter of the right option, the choices, the task and the source.
@@ -52,7 +51,7 @@ def check_task_counts(rows: Sequence[Row], tasks: Sequence[str]) -> None:
         )
 
 
-def score(row: Row) -> dict[str, Any]:
+def score(row: Row) -> JsonDict:
     """Returns whether the option that an answer names is the right one."""
     letter = row["prediction"]["choice"]
     return {"correct": int(letter == row["gold"]["choice"]), "valid": int(letter is not None)}

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from pg_ground.types import UserError
+from pg_ground.types import JsonDict, UserError
 
 MAX_DETECTIONS = 100
 """Number of boxes that count for each label and image: the boxes with the highest scores."""
@@ -102,9 +102,7 @@ def average_precision(predicted: Sequence[Predicted], gold: Sequence[Annotated])
     return Precision(ap, ap50, ap75, ar100, by_label, total - len(predicted_boxes))
 
 
-def _gold_annotations(
-    truth: Annotated, image: int, categories: dict[str, int]
-) -> list[dict[str, Any]]:
+def _gold_annotations(truth: Annotated, image: int, categories: dict[str, int]) -> list[JsonDict]:
     """Returns the ground-truth boxes of an image in COCO's form, without ids."""
     crowds = np.zeros(len(truth.labels), bool) if truth.crowd is None else truth.crowd
     annotations = []
@@ -120,7 +118,7 @@ def _gold_annotations(
 
 def _predicted_annotations(
     prediction: Predicted, image: int, categories: dict[str, int]
-) -> list[dict[str, Any]]:
+) -> list[JsonDict]:
     """Returns the predicted boxes of an image in COCO's form, without ids.
 
     Boxes whose label no ground-truth box has are left out. A box that is not finite becomes a box
@@ -140,7 +138,7 @@ def _predicted_annotations(
     return annotations
 
 
-def _annotation(image: int, category: int, xyxy: Float[np.ndarray, "4"]) -> dict[str, Any]:
+def _annotation(image: int, category: int, xyxy: Float[np.ndarray, "4"]) -> JsonDict:
     """Returns a box in COCO's form, without an id."""
     x1, y1, x2, y2 = map(float, xyxy)
     width, height = max(x2 - x1, 0.0), max(y2 - y1, 0.0)
@@ -153,7 +151,7 @@ def _annotation(image: int, category: int, xyxy: Float[np.ndarray, "4"]) -> dict
     }
 
 
-def _coco(annotations: list[dict[str, Any]]) -> COCO:
+def _coco(annotations: list[JsonDict]) -> COCO:
     """Returns pycocotools' index of boxes. Ids count from 1, because pycocotools reads a match with
     id 0 as no match."""
     numbered = [{"id": number, **box} for number, box in enumerate(annotations, 1)]

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 
 from pg_ground.evals.rows import Columns, Row, column
-from pg_ground.types import UserError
+from pg_ground.types import JsonDict, UserError
 
 PASS_REWARD = 0.5
 """A rollout passes if its reward is at least this."""
 
 
-def score(row: Row) -> dict[str, Any]:
+def score(row: Row) -> JsonDict:
     """Returns whether a rollout passes.
 
     Raises:

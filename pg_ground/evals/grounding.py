@@ -1,7 +1,6 @@
 """Scores of boxes: of one object (referring expressions), and of several objects."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool
@@ -18,7 +17,7 @@ from pg_ground.boxes import (
     pairwise_iou,
 )
 from pg_ground.evals.rows import Columns, Row, column
-from pg_ground.types import UserError
+from pg_ground.types import JsonDict, JsonObject, UserError
 
 IOU_PERCENT = (30, 50, 75, 95)
 """Thresholds of IoU for accuracy, in percent."""
@@ -27,7 +26,7 @@ DUPLICATE_IOU = 0.5
 """A box duplicates an earlier box of the same label in the same answer from this IoU."""
 
 
-def score_one(row: Row) -> dict[str, Any]:
+def score_one(row: Row) -> JsonDict:
     """Returns the scores of the first box of an answer against the one ground-truth box.
 
     This is RefCOCO's protocol with plain IoU. A missing box, or a box without area, is not `valid`
@@ -46,7 +45,7 @@ def score_one(row: Row) -> dict[str, Any]:
     predicted = [box["xyxy_px"] for box in row["prediction"]["boxes"]]
     first, target = host_boxes([predicted[0] if predicted else None, gold[0]["xyxy_px"]])
     overlap = float(iou(first, target))
-    scores: dict[str, Any] = {
+    scores: JsonDict = {
         "iou": overlap,
         "correct": int(overlap >= 0.5),
         "valid": int(is_proper(first)),
@@ -72,7 +71,7 @@ def means_one(rows: Sequence[Row]) -> Columns:
     }
 
 
-def score_set(row: Row) -> dict[str, Any]:
+def score_set(row: Row) -> JsonDict:
     """Returns the scores of all boxes of an answer against all ground-truth boxes.
 
     Boxes are matched one to one for the largest total IoU. Only boxes of the same label match, but
@@ -121,9 +120,7 @@ def count_duplicates(row: Row) -> int:
     return int(np.tril(same, -1).any(axis=-1).sum())
 
 
-def _same_label(
-    a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]
-) -> Bool[np.ndarray, "P K"]:
+def _same_label(a: Sequence[JsonObject], b: Sequence[JsonObject]) -> Bool[np.ndarray, "P K"]:
     """Returns whether box i of `a` and box j of `b` have the same label."""
     same = [[first["label"] == second["label"] for second in b] for first in a]
     return np.array(same, bool).reshape(len(a), len(b))
@@ -172,5 +169,5 @@ def detection_aggregates(rows: Sequence[Row]) -> dict[str, float]:
     return aggregates(rows) | defined
 
 
-def _boxes_and_labels(boxes: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, list[str]]:
+def _boxes_and_labels(boxes: Sequence[JsonObject]) -> tuple[np.ndarray, list[str]]:
     return host_boxes(box["xyxy_px"] for box in boxes), [box["label"] for box in boxes]

@@ -1,15 +1,14 @@
 """Scores of points: all points against all objects, and one click against one element."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float
 
 from pg_ground.boxes import contains, f_measure, host_boxes, match
 from pg_ground.evals.rows import Columns, Row, column
-from pg_ground.types import UserError
+from pg_ground.types import JsonDict, JsonObject, UserError
 
 Point = Sequence[float | int]
 """x and y in pixels."""
@@ -18,7 +17,7 @@ HIT_DISTANCE = 0.05
 """A point hits an object without mask and box within this share of the image's diagonal."""
 
 
-def score_set(row: Row) -> dict[str, Any]:
+def score_set(row: Row) -> JsonDict:
     """Returns precision, recall, F1 and distances of the points of an answer.
 
     Points and objects are matched one to one for the largest number of hits (Molmo's protocol,
@@ -36,7 +35,7 @@ def score_set(row: Row) -> dict[str, Any]:
     inside = _hits(row, readable, distance)
     objects = inside.shape[1]
     hits = float(inside[match(inside.astype(np.float64))].sum())
-    scores: dict[str, Any] = {
+    scores: JsonDict = {
         "hits": hits,
         "predicted": len(points),
         "annotated": objects,
@@ -101,7 +100,7 @@ def means_set(rows: Sequence[Row]) -> Columns:
     return columns | {"invalid_fraction": 1 - column(rows, "valid")}
 
 
-def score_click(row: Row) -> dict[str, Any]:
+def score_click(row: Row) -> JsonDict:
     """Returns whether the first point lies in the ground-truth box (with edges), and distances.
 
     This is ScreenSpot's protocol (arXiv 2401.10935). An answer that is a box counts by the centre
@@ -110,7 +109,7 @@ def score_click(row: Row) -> dict[str, Any]:
     """
     click = _click(row["prediction"])
     target = row["gold"]["boxes"][0]["xyxy_px"]
-    scores: dict[str, Any] = {
+    scores: JsonDict = {
         "valid": int(click is not None),
         "correct": int(click is not None and in_boxes([target], click)[0]),
     }
@@ -120,7 +119,7 @@ def score_click(row: Row) -> dict[str, Any]:
     return scores
 
 
-def _click(prediction: Mapping[str, Any]) -> Point | None:
+def _click(prediction: JsonObject) -> Point | None:
     """Returns the first point of an answer, or the centre of its first box. None if unreadable."""
     points, boxes = prediction.get("points", []), prediction.get("boxes", [])
     if points:
@@ -163,7 +162,7 @@ def in_boxes(boxes: Sequence[Sequence[float | int]], point: Point) -> Bool[np.nd
     return np.asarray(contains(edges, np.array(point, np.float64), slack))
 
 
-def covers(mask: Mapping[str, Any], point: Point, size: Sequence[float | int] | None) -> bool:
+def covers(mask: JsonObject, point: Point, size: Sequence[float | int] | None) -> bool:
     """Returns whether a mask covers a point.
 
     Args:

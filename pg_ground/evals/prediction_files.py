@@ -17,7 +17,7 @@ from pg_ground.evals.benchmarks import find_benchmark
 from pg_ground.evals.box_format_check import check_box_format
 from pg_ground.evals.rows import FROM_FILE, check_unique
 from pg_ground.rewards import locations, parsers
-from pg_ground.types import UserError
+from pg_ground.types import JsonDict, JsonObject, UserError
 
 USUAL_PATHS: dict[str, tuple[str, ...]] = {
     "pred": (),
@@ -70,12 +70,12 @@ def parse_fields(text: str) -> dict[str, str]:
 
 
 def read_rows(
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[JsonObject],
     path: Path,
     benchmark: str,
     fields: Mapping[str, str],
     formats: Formats,
-) -> list[dict[str, Any]]:
+) -> list[JsonDict]:
     """Returns the rows of the records of a file.
 
     Args:
@@ -115,7 +115,7 @@ def read_rows(
     return rows
 
 
-def _question_fields(values: Mapping[str, Any], index: int) -> dict[str, Any]:
+def _question_fields(values: JsonObject, index: int) -> JsonDict:
     """Returns the fields of a row that do not depend on the benchmark.
 
     Args:
@@ -138,7 +138,7 @@ def _check_fields(
     kind: str,
     benchmark: str,
     fields: Mapping[str, str],
-    first_record: Mapping[str, Any],
+    first_record: JsonObject,
     path: Path,
 ) -> None:
     """Raises UserError if the benchmark cannot be computed from these fields."""
@@ -164,7 +164,7 @@ def _check_formats(formats: Formats) -> None:
 
 
 def _read_columns(
-    records: Sequence[Mapping[str, Any]], fields: Mapping[str, str], path: Path
+    records: Sequence[JsonObject], fields: Mapping[str, str], path: Path
 ) -> dict[str, list[Any]]:
     """Returns the values of all records, by name. Names that the file does not have are absent."""
     usual = {
@@ -185,7 +185,7 @@ def _read_columns(
 
 
 def _read_column(
-    records: Sequence[Mapping[str, Any]], field: str, path: Path, is_required: bool
+    records: Sequence[JsonObject], field: str, path: Path, is_required: bool
 ) -> list[Any]:
     """Returns the value of each record at a dotted path. A record without the field has None.
 
@@ -208,7 +208,7 @@ def _read_column(
     return values
 
 
-def _value_at(record: Mapping[str, Any], field: str) -> Any:
+def _value_at(record: JsonObject, field: str) -> Any:
     """Returns the value at a dotted path. Numbers in the path are positions in lists.
 
     Raises:
@@ -234,7 +234,7 @@ def _image_sizes(columns: Mapping[str, Sequence[Any]], count: int) -> list[list[
     return [_image_size(pair) for pair in pairs]
 
 
-def _image_size(pair: Any) -> list[float] | None:
+def _image_size(pair: object) -> list[float] | None:
     if not isinstance(pair, list | tuple) or len(pair) != 2:
         return None
     sides = [parsers.number(side, strict=False) for side in pair]
@@ -262,7 +262,7 @@ class _AnswerReader(NamedTuple):
         default = self.formats.points if self.kind == "points" else self.formats.boxes
         return self.formats.gold or default
 
-    def read_gold(self) -> list[dict[str, Any]]:
+    def read_gold(self) -> list[JsonDict]:
         """Returns the ground truth of each row.
 
         Raises:
@@ -280,7 +280,7 @@ class _AnswerReader(NamedTuple):
             )
         return [answer for answer in gold if answer is not None]
 
-    def _gold_answer(self, index: int) -> dict[str, Any] | None:
+    def _gold_answer(self, index: int) -> JsonDict | None:
         """Returns the ground truth of a row, or None if it cannot be read."""
         if self.kind == "reward":
             return {}
@@ -300,7 +300,7 @@ class _AnswerReader(NamedTuple):
             return None
         return {"boxes": boxes}
 
-    def _gold_choice(self, value: Any, index: int) -> dict[str, Any] | None:
+    def _gold_choice(self, value: object, index: int) -> JsonDict | None:
         choices = self._choices(index)
         letter = parsers.option(value, choices, strict=False)
         if letter is None:
@@ -309,14 +309,14 @@ class _AnswerReader(NamedTuple):
         about = {name: self.columns[name][index] for name in names}
         return {"choice": letter, "choices": choices, **about}
 
-    def _gold_points(self, value: Any, index: int) -> dict[str, Any] | None:
+    def _gold_points(self, value: object, index: int) -> JsonDict | None:
         points = self._objects(value, 2, self.gold_format, index, self.prediction_format)
         if any(point["xy_px"] is None for point in points):
             return None
         masks = {"masks": self.columns["masks"][index]} if "masks" in self.columns else {}
         return {"points": points, **masks}
 
-    def read_prediction(self, index: int) -> dict[str, Any]:
+    def read_prediction(self, index: int) -> JsonDict:
         """Returns the prediction of a row. An unreadable object stays, without coordinates."""
         value = self.columns["pred"][index]
         if self.kind == "reward":
@@ -342,8 +342,8 @@ class _AnswerReader(NamedTuple):
         return list(map(str, choices)) if isinstance(choices, list) else []
 
     def _objects(
-        self, value: Any, width: int, format_name: str, index: int, other_format: str
-    ) -> list[dict[str, Any]]:
+        self, value: object, width: int, format_name: str, index: int, other_format: str
+    ) -> list[JsonDict]:
         """Returns the boxes (`width` 4) or points (`width` 2) of a value, in pixels.
 
         Args:
@@ -379,7 +379,7 @@ class _AnswerReader(NamedTuple):
             )
         return size or [1.0, 1.0]
 
-    def check_box_format(self, gold: Sequence[Mapping[str, Any]]) -> None:
+    def check_box_format(self, gold: Sequence[JsonObject]) -> None:
         """Raises UserError if the predicted boxes are in another format than the ground truth.
 
         Boxes are paired in the order in which they are written. Loc tokens have one format only, so

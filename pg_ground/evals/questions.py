@@ -1,7 +1,7 @@
 """Turns one question of a batch, its ground truth and a completion into the fields of a row."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from pg_ground.evals import answers, benchmarks, cv_bench
 from pg_ground.evals.rows import GREEDY
 from pg_ground.rewards import locations, parsers
 from pg_ground.tokenizer import Tokenizer
-from pg_ground.types import Array, Batch, Boxes, Points, UserError
+from pg_ground.types import Array, Batch, Boxes, JsonDict, JsonObject, Points, UserError
 
 
 class EvalTask(NamedTuple):
@@ -37,7 +37,7 @@ class EvalTask(NamedTuple):
         return benchmarks.find_benchmark(self.benchmark, "benchmark").kind
 
 
-def question_row(task: EvalTask, batch: Batch, slot: int, tokenizer: Tokenizer) -> dict[str, Any]:
+def question_row(task: EvalTask, batch: Batch, slot: int, tokenizer: Tokenizer) -> JsonDict:
     """Returns the row of a question without an answer: the prompt, the image and the ground truth.
 
     Args:
@@ -64,15 +64,15 @@ def question_row(task: EvalTask, batch: Batch, slot: int, tokenizer: Tokenizer) 
     }
 
 
-def image_name(value: Any) -> str | None:
+def image_name(value: object) -> str | None:
     """Returns the file name or URL in an image field. Returns None for pixels and unnamed bytes."""
     value = value.get("path") if isinstance(value, Mapping) else value
     return value if isinstance(value, str) else None
 
 
 def gold_answer(
-    task: EvalTask, batch: Batch, slot: int, record: Mapping[str, Any], tokenizer: Tokenizer
-) -> dict[str, Any]:
+    task: EvalTask, batch: Batch, slot: int, record: JsonObject, tokenizer: Tokenizer
+) -> JsonDict:
     """Returns the ground truth of a question, in the form that its benchmark reads.
 
     Raises:
@@ -98,7 +98,7 @@ def gold_answer(
 
 def _gold_objects(
     objects: Boxes | Points, key: str, names: Sequence[str], slot: int, size: tuple[int, int]
-) -> list[dict[str, Any]]:
+) -> list[JsonDict]:
     """Returns the annotated boxes or points of a question, with labels, in pixels of the image."""
     corners = np.asarray(objects[0][slot], np.float64).reshape(len(objects.valid[slot]), -1, 2)
     pixels = corners[..., ::-1] * size  # (y, x) fractions to (x, y) pixels
@@ -111,7 +111,7 @@ def _gold_objects(
     ]
 
 
-def _gold_masks(task: EvalTask, batch: Batch, slot: int, object_count: int) -> dict[str, Any]:
+def _gold_masks(task: EvalTask, batch: Batch, slot: int, object_count: int) -> JsonDict:
     """Returns the ground-truth masks of a question as run lengths.
 
     The result has `mask` if the benchmark compares masks. This mask has the resolution of the
@@ -134,11 +134,11 @@ def _gold_masks(task: EvalTask, batch: Batch, slot: int, object_count: int) -> d
 
 def read_prediction(
     task: EvalTask,
-    question: Mapping[str, Any],
+    question: JsonObject,
     text: str,
     tokens: Sequence[int],
     tokenizer: Tokenizer,
-) -> dict[str, Any]:
+) -> JsonDict:
     """Returns the prediction that a completion writes, in the form that the benchmark reads.
 
     Args:
@@ -161,7 +161,7 @@ def read_prediction(
     return answers.loc_answers(tokens, tokenizer, (width, height))
 
 
-def _written_objects(text: str, width: int, key: str) -> list[dict[str, Any]]:
+def _written_objects(text: str, width: int, key: str) -> list[JsonDict]:
     """Returns the boxes (`width` 4) or points (`width` 2) that a JSON answer writes in pixels."""
     return [
         {"label": location.label, key: location.numbers and list(location.numbers)}
@@ -169,7 +169,7 @@ def _written_objects(text: str, width: int, key: str) -> list[dict[str, Any]]:
     ]
 
 
-def with_scores(prediction: Mapping[str, Any], confidence: Float[Array, " K"]) -> dict[str, Any]:
+def with_scores(prediction: JsonObject, confidence: Float[Array, " K"]) -> JsonDict:
     """Returns a prediction whose boxes have scores.
 
     Scores are rounded to six digits. Further digits depend on the number of devices.

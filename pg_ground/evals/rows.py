@@ -27,16 +27,16 @@ A row of a model also has `index`, `malformed`, `unfinished`, `reward`, `suffix_
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from pg_ground.types import UserError
+from pg_ground.types import JsonDict, JsonObject, UserError
 
-Row = Mapping[str, Any]
+Row = JsonObject
 
 Columns = dict[str, Float[np.ndarray, " N"]]
 """A number of each of N rows, by the name of the metric. NaN means that a row does not count."""
@@ -80,7 +80,7 @@ def column(rows: Sequence[Row], name: str) -> Float[np.ndarray, " N"]:
     return np.array(values, np.float64)
 
 
-def without_scores(row: Row) -> dict[str, Any]:
+def without_scores(row: Row) -> JsonDict:
     """Returns a row without the fields that its benchmark computed."""
     required = {name: row[name] for name in REQUIRED_FIELDS}
     return required | {name: row[name] for name in OPTIONAL_FIELDS if name in row}
@@ -100,7 +100,7 @@ def _to_json(row: Row) -> str:
     return json.dumps(row) if _SURROGATE.search(line) else line
 
 
-def read_records(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def read_records(path: Path) -> tuple[list[JsonDict], JsonDict]:
     """Returns the records of a file of predictions, and its header.
 
     The file is a JSON list, JSON lines, or an object with a list of records. The header holds the
@@ -131,7 +131,7 @@ def read_records(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     return records, header
 
 
-def _split_object(document: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+def _split_object(document: JsonObject) -> tuple[list[Any], JsonDict]:
     """Returns the list of records in an object, and the values of the object that are not lists.
 
     The records are `results`, or the first list that is not empty.
@@ -156,7 +156,7 @@ def _parse(text: str, path: Path) -> Any:
     return value
 
 
-def _is_record_list(value: Any) -> bool:
+def _is_record_list(value: object) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
@@ -185,7 +185,7 @@ def _parse_lines(text: str, path: Path, document_error: Exception) -> list[Any]:
     return records
 
 
-def is_row_file(records: Sequence[Mapping[str, Any]]) -> bool:
+def is_row_file(records: Sequence[JsonObject]) -> bool:
     """Returns whether records are rows that this package wrote."""
     return all(name in records[0] for name in REQUIRED_FIELDS)
 

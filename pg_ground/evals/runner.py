@@ -1,7 +1,7 @@
 """Answers held-out questions with a policy, greedily and by sampling, and scores the answers."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from pg_ground.evals.questions import EvalTask, question_row, read_prediction, w
 from pg_ground.evals.rows import GREEDY, SAMPLED
 from pg_ground.parallel import multiprocess, sharding
 from pg_ground.tokenizer import Tokenizer
-from pg_ground.types import Batch, Params, Rollout, UserError
+from pg_ground.types import Batch, JsonDict, JsonObject, Params, Rollout, UserError
 
 
 class EvalContext(NamedTuple):
@@ -41,7 +41,7 @@ class Evaluation(NamedTuple):
 
     metrics: dict[str, float]
     """`eval/<source>/<metric>`. Shares are fractions of 1."""
-    predictions: list[dict[str, Any]]
+    predictions: list[JsonDict]
     """Scored rows (`pg_ground.evals.rows`): one for each question, mode and rollout."""
     bad_records: dict[str, int]
     """Number of bad records of each kind in `EvalContext.bad_records`."""
@@ -108,7 +108,7 @@ def evaluate_sources(
     Raises:
       UserError: too many records of a source are bad, or a benchmark cannot use a record.
     """
-    predictions: list[dict[str, Any]] = []
+    predictions: list[JsonDict] = []
     for task in make_tasks(context.settings, sources):
         local_rows = list(answered_rows(task, programs, params, context))
         # Processes that share the mesh axis `model` hold the same rows. The dict drops repeats.
@@ -146,9 +146,7 @@ def default_benchmark(source: config.Source) -> str:
     return {"boxes": "rec", "points": "pointing"}[source.target]
 
 
-def with_benchmark_name(
-    rows: Sequence[dict[str, Any]], is_configured: bool
-) -> list[dict[str, Any]]:
+def with_benchmark_name(rows: Sequence[JsonDict], is_configured: bool) -> list[JsonDict]:
     """Returns rows with the benchmark name that they may carry.
 
     The name becomes `refcoco_val@512` if only 512 questions of a fixed-size benchmark were
@@ -173,7 +171,7 @@ def with_benchmark_name(
 
 def answered_rows(
     task: EvalTask, programs: EvalPrograms, params: Params, context: EvalContext
-) -> Iterator[tuple[RowKey, dict[str, Any]]]:
+) -> Iterator[tuple[RowKey, JsonDict]]:
     """Yields the rows of this process, each with its position."""
     settings = context.settings
     batch_rows = sharding.local_rows(context.mesh, settings.batch_size)
@@ -217,7 +215,7 @@ def answer_batch(
     batch: Batch,
     slots: Sequence[int],
     key: PRNGKeyArray,
-) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
+) -> Iterator[tuple[int, int, int, JsonDict]]:
     """Yields (mode, slot, rollout, row) for every answer to the questions of a batch.
 
     Args:
@@ -260,9 +258,9 @@ def read_completions(
     programs: EvalPrograms,
     batch: Batch,
     completions: Completions,
-    questions: Mapping[int, Mapping[str, Any]],
+    questions: Mapping[int, JsonObject],
     tokenizer: Tokenizer,
-) -> dict[tuple[int, int], dict[str, Any]]:
+) -> dict[tuple[int, int], JsonDict]:
     """Returns the fields that completions add to the rows of questions, by (slot, rollout)."""
     tokens = completions.rollout.tokens
     texts = [[tokenizer.decode(ids.tolist()) for ids in group] for group in tokens]
@@ -300,7 +298,7 @@ def mask_predictions(
     decode_masks: Wrapped | None,
     texts: Sequence[Sequence[str]],
     sizes: Mapping[int, Sequence[int]],
-) -> dict[tuple[int, int], dict[str, Any]]:
+) -> dict[tuple[int, int], JsonDict]:
     """Returns the box and the mask that each text writes, by (slot, rollout).
 
     One call decodes the masks of all texts, so that the program has one shape.

@@ -3,16 +3,15 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from pg_ground.evals import benchmarks, prediction_files, rows
 from pg_ground.reporting.files import write_atomically
-from pg_ground.types import UserError
+from pg_ground.types import JsonDict, JsonObject, UserError
 
 
 def rescore(
     path: Path, benchmark: str, fields: Mapping[str, str], formats: prediction_files.Formats
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[JsonDict, list[JsonDict]]:
     """Returns the content of `eval.json` for a file of predictions, and its scored rows.
 
     Args:
@@ -56,7 +55,7 @@ def _check_benchmarks(unscored: Sequence[rows.Row], path: Path) -> None:
         benchmarks.check_question_count(group, names[0])
 
 
-def _score_row(row: rows.Row, index: int, path: Path) -> dict[str, Any]:
+def _score_row(row: rows.Row, index: int, path: Path) -> JsonDict:
     try:
         return benchmarks.score_rows([row])[0]
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
@@ -68,16 +67,16 @@ def _score_row(row: rows.Row, index: int, path: Path) -> dict[str, Any]:
 
 
 def _claims(
-    header: Mapping[str, Any],
-    records: Sequence[Mapping[str, Any]],
-    scored: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
+    header: JsonObject,
+    records: Sequence[JsonObject],
+    scored: Sequence[JsonObject],
+) -> JsonDict:
     """Returns what a file of another program says about its own predictions, as `file_says`.
 
     These are the numbers in its header. If its records have `correct`, `correct_agrees` counts the
     records whose `correct` equals ours.
     """
-    claims: dict[str, Any] = {
+    claims: JsonDict = {
         name: value
         for name, value in header.items()
         if isinstance(value, int | float) and not isinstance(value, bool)
@@ -91,7 +90,7 @@ def _claims(
     return {"file_says": claims} if claims else {}
 
 
-def write_results(out: Path, report: Mapping[str, Any], scored: Sequence[rows.Row]) -> Path:
+def write_results(out: Path, report: JsonObject, scored: Sequence[rows.Row]) -> Path:
     """Writes `eval.json` and `predictions.jsonl` to the folder `out`.
 
     Returns:

@@ -8,15 +8,16 @@ Answers are scored as in big_vision's evaluator of RefCOCO masks,
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 
-from pg_ground.boxes import host_boxes, iou
+from pg_ground.boxes import host_boxes, iou, pairwise_mask_iou
 from pg_ground.data import run_lengths
 from pg_ground.evals.rows import Columns, Row, column
+from pg_ground.types import JsonDict
 from pg_ground.vocab import LOC_MAX, SEG_TOKENS
 
 CODES = 16
@@ -90,7 +91,7 @@ def answer(
     valid: bool | np.bool_,
     decoded: Float[np.ndarray, "64 64"],
     size: tuple[int, int],
-) -> dict[str, Any]:
+) -> JsonDict:
     """Returns the prediction of a row: the box in pixels of the image, and the mask as run lengths.
 
     The decoded mask is resized linearly into the box. The corners of the box are truncated to
@@ -119,19 +120,13 @@ def answer(
     return {"boxes": [box], "points": [], "mask": run_lengths.encode(mask)}
 
 
-def _mask_iou(a: Bool[np.ndarray, "H W"], b: Bool[np.ndarray, "H W"]) -> float:
-    intersection = np.sum(a & b)
-    return float(intersection / max(a.sum() + b.sum() - intersection, 1))
-
-
-def score(row: Row) -> dict[str, Any]:
+def score(row: Row) -> JsonDict:
     """Returns the IoU of the masks, the IoU of the boxes, and whether the answer has a mask."""
     prediction, gold = row["prediction"], row["gold"]
     mask_iou = 0.0
     if prediction["mask"] is not None:
-        mask_iou = _mask_iou(
-            run_lengths.decode(prediction["mask"]), run_lengths.decode(gold["mask"])
-        )
+        masks = [run_lengths.decode(row["mask"])[None] for row in (prediction, gold)]
+        mask_iou = float(pairwise_mask_iou(*masks)[0, 0])
     box = prediction["boxes"][0]["xyxy_px"] if prediction["boxes"] else None
     box_iou = iou(*host_boxes([box, gold["boxes"][0]["xyxy_px"]]))
     return {

@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from pg_ground.types import Array
 
 
-def in_blocks(f: Callable[..., Any], block: int, axes: tuple[int, ...], *arrays: Array) -> Any:
+def in_blocks(
+    f: Callable[..., PyTree], block: int, axes: tuple[int, ...], *arrays: Array
+) -> PyTree:
     """Returns `f(*arrays)`, computed over at most `block` slots at a time.
 
     The backward pass recomputes each block. Blocks have nearly equal sizes. The last block is

@@ -290,7 +290,7 @@ class Decoder(nn.Module):
             self.config.vocab_size, self.config.width, self.coordinate_init, self.hooks
         )
 
-        def over_layers(*in_axes: Any) -> dict[str, Any]:
+        def over_layers(*in_axes: object) -> dict[str, Any]:
             axes = {
                 "variable_axes": {"params": 0},
                 "split_rngs": {"params": True, "dropout": True},

@@ -13,12 +13,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from pg_ground.config import Lora
 from pg_ground.models.quantization import QuantizedMatrix, dequantize, stored
 from pg_ground.params import DOWN, UP, flatten, is_adapter, is_scale, matrix_axes, unflatten
-from pg_ground.types import Array
+from pg_ground.types import Array, Params
 
 
 def low_rank(
@@ -65,7 +66,7 @@ def low_rank(
     return y * (lora.alpha / lora.rank)
 
 
-def merge(params: Any, lora: Lora) -> dict[str, Any]:
+def merge(params: Params, lora: Lora) -> dict[str, Any]:
     """Returns parameters without adapters that compute the same as `params` with adapters.
 
     Sums are float32, layer by layer. The result has the wider dtype of base and adapter, because
@@ -77,7 +78,9 @@ def merge(params: Any, lora: Lora) -> dict[str, Any]:
     return unflatten({name: merged(flat, name, lora) for name in names})
 
 
-def merged(flat: Mapping[str, Any], name: str, lora: Lora, dtype: Any = None) -> Array:
+def merged(
+    flat: Mapping[str, Array], name: str, lora: Lora, dtype: DTypeLike | None = None
+) -> Array:
     """Returns the named parameter, merged with its adapter if it has one.
 
     Args:

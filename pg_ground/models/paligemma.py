@@ -14,22 +14,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Bool, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Bool, Float, Int, PRNGKeyArray, PyTree, UInt8
 
 from pg_ground.config import Model
 from pg_ground.models.blocks import in_blocks
 from pg_ground.models.gemma import Decoder, KeyValues, softcap
 from pg_ground.models.siglip import Tower
 from pg_ground.params import AbstractParams, flatten, is_multiplied, map_named
-from pg_ground.types import NO_HOOKS, Array, PrefixCache, ShardingHooks, SuffixCache
-
-Params = Any
-"""A tree of arrays under big_vision's names: `img/…` and `llm/…`."""
+from pg_ground.types import NO_HOOKS, Array, Params, PrefixCache, ShardingHooks, SuffixCache
 
 Image = Float[Array, "B H W 3"] | UInt8[Array, "B H W 3"]
 """Floats in [-1, 1], or bytes."""
 
-Score = Callable[[Float[Array, "B G t D"], Float[Array, "B G t V"], Int[Array, "B G t"]], Any]
+Score = Callable[[Float[Array, "B G t D"], Float[Array, "B G t V"], Int[Array, "B G t"]], PyTree]
 """(hidden, logits, tokens) → a tree of `[B, G, t]` arrays.
 
 `hidden` are the hidden states after the final norm, in the dtype of activations, at the positions
@@ -240,7 +237,7 @@ class PaliGemma:
         tokens: Int[Array, "B G T"],
         score: Score,
         dropout_key: PRNGKeyArray | None = None,
-    ) -> Any:
+    ) -> PyTree:
         """Returns `score`'s tree of `[B, G, T]` arrays for `tokens`, teacher-forced.
 
         The logits of at most `config.logits_block` completion tokens are in memory at a time, in
@@ -262,7 +259,7 @@ class PaliGemma:
         )
 
     def _apply(
-        self, params: Params, method: str, *args: Any, dropout_key: PRNGKeyArray | None = None
+        self, params: Params, method: str, *args: object, dropout_key: PRNGKeyArray | None = None
     ) -> Any:
         rngs = {} if dropout_key is None else {"dropout": dropout_key}
         return self.network.apply({"params": params}, *args, method=method, rngs=rngs)
@@ -288,9 +285,9 @@ class PaliGemma:
     def _logits(
         self, table: Float[Array, "V D"], hidden: Float[Array, "... D"]
     ) -> Float[Array, "... V"]:
-        table = table.astype(
-            hidden.dtype
-        )  # here and not before a loop: gradients of its turns add up in the table's own dtype
+        # The cast stands inside the loop over blocks: the gradients of the blocks add up in the
+        # table's dtype then, and not in the dtype of activations.
+        table = table.astype(hidden.dtype)
         logits = jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
         cap = self.config.text.final_softcap
         return softcap(logits, cap) if cap else logits

@@ -12,7 +12,6 @@ Trained parameters cannot be int8, because int8 has no gradient.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +88,7 @@ def product(equation: str, x: Float[Array, "..."], matrix: Matrix) -> Float[Arra
     return y * jnp.expand_dims(scale, absent).astype(x.dtype)
 
 
-def stored(params: Mapping[str, Any], name: str) -> Matrix:
+def stored(params: Mapping[str, Array], name: str) -> Matrix:
     """Returns the named parameter from a flat tree: quantized if its scale is in the tree."""
     if name + SCALE not in params:
         return params[name]

@@ -74,9 +74,9 @@ def cache_bytes(architecture: Architecture, mesh: AnyMesh, work: DeviceWork) -> 
 
 
 def forward_bytes(architecture: Architecture, mesh: AnyMesh, work: DeviceWork) -> float:
-    """Returns the bytes of a forward pass without gradients:
+    """Returns the bytes of a forward pass without gradients.
 
-    the largest layer, its weights, and logits.
+    These are the activations of the largest layer, the layer's weights, and logits.
     """
     text, vision = _layer_bytes(architecture, mesh, work, copies=2)
     block = min(work.tokens, architecture.model.logits_block)
@@ -87,9 +87,9 @@ def forward_bytes(architecture: Architecture, mesh: AnyMesh, work: DeviceWork) -
 def sampling_bytes(
     architecture: Architecture, mesh: AnyMesh, work: DeviceWork, gathered: bool
 ) -> float:
-    """Returns the bytes of sampling without its caches:
+    """Returns the bytes of sampling without its caches.
 
-    the larger of the prefix pass and the logits of one token.
+    This is the larger of the prefix pass and the logits of one token.
     """
     prefix = max(_layer_bytes(architecture, mesh, work._replace(group=0), copies=2))
     logits = _logits_bytes(architecture, work, 1, copies=4)
@@ -156,9 +156,9 @@ def _layer_bytes(
 
 
 def _gathered_layer_bytes(architecture: Architecture, mesh: AnyMesh) -> float:
-    """Returns the bytes of one layer's gathered matrices, twice:
+    """Returns the bytes of one layer's gathered matrices, twice.
 
-    in use, and either in transfer or as gradients.
+    One copy is in use. The other copy is in transfer, or it holds gradients.
     """
     text = architecture.model.text
     if mesh.shape["data"] == 1:

@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pg_ground.types import UserError
+from pg_ground.types import JsonDict, JsonObject, UserError
 
 EXPLICIT_ADDRESS = re.compile(r"(?P<address>(?P<host>.+):\d+),(?P<index>\d+)/(?P<count>[1-9]\d*)")
 """HOST:PORT of process 0, then this process's number and the number of processes."""
@@ -76,7 +76,7 @@ def initialize(distributed: str) -> str:
     if not distributed:
         return ""
     address = _parse_address(distributed)
-    arguments: dict[str, Any] = {}
+    arguments: JsonDict = {}
     if address:
         arguments = {
             "coordinator_address": address["address"],
@@ -134,7 +134,7 @@ def print_once(text: str) -> None:
         print(text, flush=True)
 
 
-def all_gather(value: Any) -> list[Any]:
+def all_gather(value: object) -> list[Any]:
     """Returns the values of all processes, by process index.
 
     All processes must call it at the same point.
@@ -181,9 +181,9 @@ def sum_over_processes(counts: Mapping[str, float]) -> dict[str, float]:
     return {name: sum(process_counts[name] for process_counts in all_counts) for name in counts}
 
 
-def flatten_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_settings(tree: JsonObject, prefix: str = "") -> JsonDict:
     """Returns the values of nested dicts by dotted name."""
-    values: dict[str, Any] = {}
+    values: JsonDict = {}
     for name, value in tree.items():
         if isinstance(value, dict):
             values |= flatten_settings(value, f"{prefix}{name}.")
@@ -192,7 +192,7 @@ def flatten_settings(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any
     return values
 
 
-def check_same_settings(settings: Mapping[str, Any]) -> None:
+def check_same_settings(settings: JsonObject) -> None:
     """Raises UserError in every process if the processes have different settings.
 
     Args:
@@ -260,7 +260,7 @@ class ProcessGroup:
         self._connections: list[socket.socket] = []
         self._watchers: list[threading.Thread] = []
 
-    def start(self, settings: Mapping[str, Any]) -> None:
+    def start(self, settings: JsonObject) -> None:
         """Connects the processes and checks that their settings are the same.
 
         jax may be used before this call.

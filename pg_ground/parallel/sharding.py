@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int
+from jaxtyping import Int, PyTree
 
 from pg_ground import config
 from pg_ground.types import Array, ShardingHooks, UserError
@@ -94,7 +94,7 @@ def enable_compilation_cache(c: config.Mesh) -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path(c.compile_cache).expanduser()))
 
 
-def make_mesh(c: config.Mesh, devices: Sequence[Any] | None = None) -> Mesh:
+def make_mesh(c: config.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh over the first `replica · data · model` devices.
 
     The axis types are Auto: the compiler propagates shardings from the arguments. (`jax.make_mesh`
@@ -165,7 +165,7 @@ def activation_sharding(mesh: AnyMesh) -> ShardingHooks:
     the whole batch instead.
     """
 
-    def constrain(*spec: Any) -> Callable[[Array], jax.Array]:
+    def constrain(*spec: str | tuple[str, ...] | None) -> Callable[[Array], jax.Array]:
         sharding = NamedSharding(mesh, PartitionSpec(*spec))
         return lambda x: jax.lax.with_sharding_constraint(x, sharding)
 
@@ -208,7 +208,7 @@ def check_rules(rules: Sequence[Rule], names: Sequence[str]) -> None:
         )
 
 
-def infer_shardings(mesh: AnyMesh, tree: Any, rules: Sequence[Rule] = ()) -> Any:
+def infer_shardings(mesh: AnyMesh, tree: PyTree, rules: Sequence[Rule] = ()) -> PyTree:
     """Returns a sharding for each leaf of `tree`: by the first rule that matches its name.
 
     The name of a leaf is its path of dict keys. An optimizer's average of a parameter therefore has
@@ -285,7 +285,7 @@ def _spec_by_rule(
     return spec
 
 
-def gathered_shardings(mesh: AnyMesh, tree: Any, rules: Sequence[Rule] = ()) -> Any:
+def gathered_shardings(mesh: AnyMesh, tree: PyTree, rules: Sequence[Rule] = ()) -> PyTree:
     """Returns the shardings of `infer_shardings` without the `data` axis."""
 
     def without_data(sharding: NamedSharding) -> NamedSharding:
@@ -301,7 +301,7 @@ def compiler_options(c: config.Mesh, mesh: Mesh) -> dict[str, str]:
     return defaults | dict(option.split("=", 1) for option in c.compiler_options)
 
 
-def bytes_per_device(tree: Any) -> float:
+def bytes_per_device(tree: PyTree) -> float:
     """Returns the bytes per device of a tree of abstract arrays (shape, dtype, sharding)."""
 
     def shard_bytes(leaf: Any) -> float:
@@ -332,7 +332,7 @@ def local_rows(mesh: Mesh, batch_size: int) -> Int[np.ndarray, " rows"]:
     return np.unique([row for (part,) in indices.values() for row in range(batch_size)[part]])
 
 
-def put_batch(mesh: Mesh, batch: Any) -> Any:
+def put_batch(mesh: Mesh, batch: PyTree) -> PyTree:
     """Returns global arrays `[B, …]`, made of the rows that each process passes."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(
@@ -340,7 +340,7 @@ def put_batch(mesh: Mesh, batch: Any) -> Any:
     )
 
 
-def fetch_local_rows(mesh: Mesh, tree: Any) -> Any:
+def fetch_local_rows(mesh: Mesh, tree: PyTree) -> PyTree:
     """Returns this process's rows (`local_rows`) of global arrays `[B, …]` as NumPy arrays.
 
     The inverse of `put_batch`.

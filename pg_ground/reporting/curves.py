@@ -2,13 +2,14 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from pg_ground.reporting.run_files import Run
 from pg_ground.reporting.tables import is_shown
+from pg_ground.types import JsonDict, JsonObject
 
 MAX_POINTS = 400
 """A longer curve is reduced to about this many points. Its extremes stay."""
@@ -60,7 +61,7 @@ class Curve(NamedTuple):
     """NaN is a gap."""
 
 
-def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def charts(runs: Sequence[Run]) -> list[JsonDict]:
     """Returns the charts of a page as JSON.
 
     The charts of one run show groups of metrics. The charts of several runs show one metric each,
@@ -80,7 +81,7 @@ def charts(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def _chart_lines(
     runs: Sequence[Run], curves: Sequence[Sequence[Curve]], group: Sequence[str]
-) -> list[dict[str, Any]]:
+) -> list[JsonDict]:
     """Returns the curves of one chart."""
     lines = []
     for index, (run, run_curves) in enumerate(zip(runs, curves, strict=True)):
@@ -128,7 +129,7 @@ def _label(name: str) -> str:
     return label.removesuffix("_fraction").removesuffix("_s").removesuffix("_per")
 
 
-def curves_of(metrics: Sequence[Mapping[str, Any]]) -> list[Curve]:
+def curves_of(metrics: Sequence[JsonObject]) -> list[Curve]:
     """Returns one curve for each metric, in order of first appearance. A null is NaN, a gap."""
     curves: dict[str, Curve] = {}
     for row in metrics:
@@ -141,7 +142,7 @@ def curves_of(metrics: Sequence[Mapping[str, Any]]) -> list[Curve]:
     return list(curves.values())
 
 
-def stage_starts(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
+def stage_starts(metrics: Sequence[JsonObject]) -> list[tuple[str, int]]:
     """Returns the name of each stage and the step that it starts after.
 
     That step is the last step of the stage before.
@@ -155,11 +156,11 @@ def stage_starts(metrics: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
     return starts
 
 
-def _points(curve: Curve, starts: Sequence[tuple[str, int]]) -> dict[str, Any]:
+def _points(curve: Curve, starts: Sequence[tuple[str, int]]) -> JsonDict:
     """Returns the points of a curve, and of its running mean within each stage if it is noisy."""
     values = np.array(curve.values)
     indices = thinned(values)
-    points: dict[str, Any] = {
+    points: JsonDict = {
         "steps": [curve.steps[i] for i in indices],
         "values": _numbers(values[indices]),
     }

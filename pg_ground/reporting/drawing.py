@@ -6,12 +6,14 @@ import base64
 import bisect
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
+
+from pg_ground.types import JsonObject
 
 Color = tuple[int, int, int]
 
@@ -108,8 +110,8 @@ def panel(
 def draw_answer(
     image: UInt8[np.ndarray, "H W 3"],
     size: tuple[int, int],
-    boxes_px: Sequence[Mapping[str, Any]],
-    points_px: Sequence[Mapping[str, Any]],
+    boxes_px: Sequence[JsonObject],
+    points_px: Sequence[JsonObject],
 ) -> Image.Image:
     """Returns an image at its original size with an answer drawn on it. Each label has a colour.
 
@@ -126,7 +128,7 @@ def draw_answer(
     color = {label: LABEL_COLORS[i % len(LABEL_COLORS)] for i, label in enumerate(labels)}
     line_px = max(2, round(min(size) / 160))
 
-    def shape(item: Mapping[str, Any], xy: Sequence[float | int]) -> Shape:
+    def shape(item: JsonObject, xy: Sequence[float | int]) -> Shape:
         yx = _swapped(xy)
         fractions = [v / (height if i % 2 == 0 else width) for i, v in enumerate(yx)]
         label = str(item["label"])

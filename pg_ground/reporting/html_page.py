@@ -3,7 +3,6 @@
 import html
 import json
 from importlib import resources
-from typing import Any
 
 from pg_ground.reporting.tables import Table, cell_text, is_number_column
 
@@ -11,7 +10,7 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-s
 """Content Security Policy (W3C): a browser loads nothing but the content of the page itself."""
 
 
-def page(title: str, body: str, data: Any = None, script: str = "") -> str:
+def page(title: str, body: str, data: object = None, script: str = "") -> str:
     """Returns a whole HTML page.
 
     Args:

@@ -20,7 +20,7 @@ from tensorboardX import SummaryWriter
 
 from pg_ground.reporting.files import naming
 from pg_ground.reporting.progress import Progress
-from pg_ground.types import UserError
+from pg_ground.types import JsonDict, JsonObject, UserError
 
 FILE = "metrics.jsonl"
 
@@ -97,7 +97,7 @@ def open_metrics(
     workdir: Path,
     resume_step: int | None,
     project: str = "",
-    settings: Mapping[str, Any] | None = None,
+    settings: JsonObject | None = None,
 ) -> MetricsWriter:
     """Returns a writer that continues after `resume_step`, or that starts over if it is None.
 
@@ -142,7 +142,7 @@ def _wandb() -> Any:
 
 
 def _open_mirror(
-    workdir: Path, resume_step: int | None, project: str, settings: Mapping[str, Any] | None
+    workdir: Path, resume_step: int | None, project: str, settings: JsonObject | None
 ) -> Any:
     """Returns the run at Weights & Biases: a new one, or the run that `wandb.json` names.
 
@@ -168,7 +168,7 @@ def _open_mirror(
     return run
 
 
-def read_metrics(workdir: Path) -> list[dict[str, Any]]:
+def read_metrics(workdir: Path) -> list[JsonDict]:
     """Returns the lines of `metrics.jsonl` in order, with None for null.
 
     A last line that a kill has cut off is left out.
@@ -179,7 +179,7 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
     return [row for _, row in _lines(workdir)]
 
 
-def _lines(workdir: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+def _lines(workdir: Path) -> Iterator[tuple[bytes, JsonDict]]:
     """Yields the bytes (newline included) and the values of each whole line."""
     path = workdir / FILE
     if not path.exists():
@@ -196,7 +196,7 @@ def _lines(workdir: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
             )
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def _row(line: bytes) -> JsonDict | None:
     """Returns the values of a line, or None if the line is cut off or is not a metrics line."""
     if not line.endswith(b"\n"):
         return None

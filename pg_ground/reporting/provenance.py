@@ -5,11 +5,11 @@ import os
 import platform
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from pg_ground.reporting.files import write_atomically
+from pg_ground.types import JsonDict
 
 FILE = "hardware.json"
 
@@ -36,7 +36,7 @@ def record_machine(workdir: Path, resumed_step: int | None) -> None:
     write_atomically(file, json.dumps(machines, indent=1) + "\n")
 
 
-def describe_machine() -> dict[str, Any]:
+def describe_machine() -> JsonDict:
     """Returns the devices, the host, the versions of jax and Python, and the commit of the
     package."""
     return {

@@ -11,9 +11,8 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from pg_ground.reporting.files import write_atomically
 from pg_ground.reporting.rollout_pictures import UNSCORED, VIRIDIS
 from pg_ground.reporting.run_files import SAMPLES_BYTES, Run, distinct_names, read_run
 from pg_ground.reporting.tables import Table, results_table
+from pg_ground.types import JsonDict, JsonObject
 
 FILE = "report.html"
 
@@ -67,7 +67,7 @@ def report_html(runs: Sequence[Run]) -> str:
     return html_page.page(f"{title} · pg_ground", body, _script_data(runs), "report.js")
 
 
-def _script_data(runs: Sequence[Run]) -> dict[str, Any]:
+def _script_data(runs: Sequence[Run]) -> JsonDict:
     """Returns the curves and the rollouts, which the script of the page draws."""
     return {
         "viridis": VIRIDIS,
@@ -217,8 +217,8 @@ def evaluations(run: Run) -> dict[str, dict[str, float]]:
 
 # settings
 
-DEFAULTS: Mapping[str, Any] = flatten_settings(dataclasses.asdict(config.Config()))
-SOURCE_DEFAULTS: Mapping[str, Any] = dataclasses.asdict(config.Source())
+DEFAULTS: JsonObject = flatten_settings(dataclasses.asdict(config.Config()))
+SOURCE_DEFAULTS: JsonObject = dataclasses.asdict(config.Source())
 
 
 def _settings(runs: Sequence[Run]) -> Iterator[str]:
@@ -236,7 +236,7 @@ def _settings(runs: Sequence[Run]) -> Iterator[str]:
         yield _details(f"{prefix}every setting", f"<pre>{html.escape(text)}</pre>")
 
 
-def _differences(names: Sequence[str], settings: Sequence[Mapping[str, Any]]) -> Table:
+def _differences(names: Sequence[str], settings: Sequence[JsonObject]) -> Table:
     """Returns the settings that are not the same in all runs."""
     rows = []
     for name in sorted(set().union(*settings)):
@@ -250,14 +250,14 @@ def _details(summary: str, content: str) -> str:
     return f"<details><summary>{html.escape(summary)}</summary>{content}</details>"
 
 
-def _is_changed(name: str, value: Any) -> bool:
+def _is_changed(name: str, value: object) -> bool:
     """Returns whether a setting has another value than its default."""
     source_field = re.fullmatch(r"\w+\.sources\..+\.(\w+)", name)
     default = SOURCE_DEFAULTS.get(source_field[1]) if source_field else DEFAULTS.get(name)
     return _value_text(value) != _value_text(default)
 
 
-def _value_text(value: Any) -> str:
+def _value_text(value: object) -> str:
     """Returns a setting as text: "" for None, a text as it is, JSON for all else."""
     if value is None:
         return ""
@@ -308,7 +308,7 @@ def _phase_seconds(run: Run) -> dict[str, dict[str, float]]:
 
     A line of `metrics.jsonl` holds the mean of its steps.
     """
-    by_stage: dict[str, list[Mapping[str, Any]]] = {}
+    by_stage: dict[str, list[JsonObject]] = {}
     for line in run.metrics:
         if "time/step_s" in line:
             by_stage.setdefault(line["stage"], []).append(line)

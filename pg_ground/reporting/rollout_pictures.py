@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from pg_ground.reporting import drawing
 from pg_ground.reporting.drawing import GOLD, HALO, INK, PAD_PX, PAPER, TEXT_PX, Color, Shape
-from pg_ground.types import POINTS, TEXT, Answer, Batch, Boxes, Gold, Points, Rewards
+from pg_ground.types import POINTS, TEXT, Answer, Batch, Boxes, Gold, JsonDict, Points, Rewards
 from pg_ground.vocab import LOC_MAX
 
 Scale = tuple[float, float]
@@ -202,7 +202,7 @@ def rollout_record(
     completions: Sequence[str],
     gold: str,
     names: Sequence[str],
-) -> dict[str, Any]:
+) -> JsonDict:
     """Returns one prompt and its completions as JSON, for a page that draws them. NaN is null.
 
     Shapes are fractions: `[y1, x1, y2, x2]` and `[y, x]`. `image` is a square. `size`, the width
@@ -232,10 +232,10 @@ def rollout_record(
     }
 
 
-def _shape_records(annotation: Gold | Answer, index: Any, names: Sequence[str]) -> dict[str, Any]:
+def _shape_records(annotation: Gold | Answer, index: Any, names: Sequence[str]) -> JsonDict:
     """Returns the boxes and the points at an index as JSON."""
 
-    def records(coordinates: Any, slots: Boxes | Points) -> list[dict[str, Any]]:
+    def records(coordinates: Any, slots: Boxes | Points) -> list[JsonDict]:
         used = np.asarray(slots.valid[index])
         labels = np.asarray(slots.label[index])[used]
         return [

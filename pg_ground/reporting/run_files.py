@@ -1,13 +1,13 @@
 """The files of a run that a report reads: settings, metrics, rollouts, hardware."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pg_ground.reporting import provenance
 from pg_ground.reporting.metric_writers import read_metrics
-from pg_ground.types import UserError
+from pg_ground.types import JsonObject, UserError
 
 SAMPLES_BYTES = 3 * 2**20
 """Largest size of the rollouts on one page, in bytes."""
@@ -17,15 +17,15 @@ class Run(NamedTuple):
     """The content of the files of a run."""
 
     name: str
-    config: Mapping[str, Any]
+    config: JsonObject
     """The content of `config.json`."""
-    metrics: Sequence[Mapping[str, Any]]
+    metrics: Sequence[JsonObject]
     """The lines of `metrics.jsonl`."""
-    samples: Sequence[Mapping[str, Any]]
+    samples: Sequence[JsonObject]
     """The steps that the gallery shows. Each is the content of one `samples/*.json`."""
     omitted_samples: int
     """The number of steps that the gallery does not show, because the page would be too large."""
-    machines: Sequence[Mapping[str, Any]]
+    machines: Sequence[JsonObject]
     """The content of `hardware.json`."""
 
     @property

@@ -76,7 +76,7 @@ def ascii_table(table: Table) -> str:
     return "\n".join(text for text in lines if text)
 
 
-def cell_text(value: Any) -> str:
+def cell_text(value: object) -> str:
     """Returns the text of a cell: four decimals for a fraction, – for None."""
     if value is None:
         return "–"

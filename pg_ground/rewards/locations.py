@@ -234,7 +234,7 @@ _LABEL_KEYS = ("label", "name", "category")
 _SCORE_KEYS = ("score", "confidence", "Confidence")
 
 
-def read_any(value: Any, width: int) -> list[Location]:
+def read_any(value: object, width: int) -> list[Location]:
     """Returns the boxes (`width` 4) or points (`width` 2) of an answer in any form.
 
     The value may be a list, an object, `{label: boxes}`, or a text with any of these, with loc
@@ -394,7 +394,7 @@ def _load(text: str) -> Any:
     return value
 
 
-def _numbers(values: Any, width: int, strict: bool) -> tuple[float, ...] | None:
+def _numbers(values: object, width: int, strict: bool) -> tuple[float, ...] | None:
     """Returns `width` finite numbers; None if there are others.
 
     A number in quotes is a number unless `strict`.
@@ -405,5 +405,5 @@ def _numbers(values: Any, width: int, strict: bool) -> tuple[float, ...] | None:
     return numbers if all(map(math.isfinite, numbers)) else None
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return value if isinstance(value, str) else ""

@@ -14,7 +14,7 @@ text.
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 
 class Sections(NamedTuple):
@@ -99,7 +99,7 @@ _NUMBER = re.compile(
 )
 
 
-def number(value: Any, strict: bool) -> float | None:
+def number(value: object, strict: bool) -> float | None:
     """Returns the one number that an answer names, in digits or as a word up to twenty.
 
     The value is None for none or several.
@@ -129,7 +129,7 @@ def _from_words_or_digits(text: str) -> float:
     return float(text.replace(",", ""))
 
 
-def json_number(value: Any, strict: bool) -> float:
+def json_number(value: object, strict: bool) -> float:
     """Returns a JSON number as a float.
 
     The value is NaN for any other value, and for a number that is not finite or too large.
@@ -148,7 +148,7 @@ def json_number(value: Any, strict: bool) -> float:
     return as_float if math.isfinite(as_float) else math.nan
 
 
-def words(value: Any) -> str:
+def words(value: object) -> str:
     """Returns an answer as text to compare: lower case, single blanks, without a last full stop."""
     return " ".join(answer_text(str(value), strict=False).lower().split()).removesuffix(".")
 
@@ -161,7 +161,7 @@ _NAMED_LETTER = re.compile(
 _LETTER = re.compile(r"([A-Fa-f])(?:[.:)](?:\s.*)?)?", re.DOTALL)
 
 
-def option(value: Any, choices: Sequence[str] = (), *, strict: bool) -> str | None:
+def option(value: object, choices: Sequence[str] = (), *, strict: bool) -> str | None:
     """Returns the letter of the one option that an answer names: `(B)`, `B` or `B. left`.
 
     The result is None if the answer names no option, several options, or an option that is not

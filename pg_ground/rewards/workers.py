@@ -35,7 +35,7 @@ from jaxtyping import Float
 from pg_ground.config import RewardWorkerSettings
 from pg_ground.rewards import worker_process
 from pg_ground.rewards.worker_process import OUT_OF_MEMORY, Call, Outcome, Setup
-from pg_ground.types import UserError, nearest
+from pg_ground.types import JsonDict, JsonObject, UserError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def load_reward(spec: str) -> UserReward:
     return UserReward(*SIGNATURES[parameters], function)
 
 
-def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def merge_states(states: Sequence[JsonObject]) -> JsonDict:
     """Returns the states of several `RewardWorkers` (see `get_state`) as one state."""
     first_error: dict[str, str] = {}
     for state in states:
@@ -240,7 +240,7 @@ class RewardWorkers:
                     f"first with: {self._first_error[name]}"
                 )
 
-    def get_state(self) -> dict[str, Any]:
+    def get_state(self) -> JsonDict:
         """Returns the counts as JSON, for an exact resume.
 
         Scores that were submitted and whose result nobody has taken are not in the counts.
@@ -251,7 +251,7 @@ class RewardWorkers:
             "first_error": dict(self._first_error),
         }
 
-    def set_state(self, state: Mapping[str, Any]) -> None:
+    def set_state(self, state: JsonObject) -> None:
         """Continues from a state of `get_state`."""
         self._calls = Counter(state["calls"])
         self._errors = Counter(state["errors"])

@@ -1,4 +1,4 @@
-"""Reinforcement:
+"""Reinforcement learning: rollout, advantages, objectives, loss and update.
 
-rollout, rewards, advantages, loss, update. Models and data are handed in, never imported.
+Models and data are arguments. This package never imports them.
 """

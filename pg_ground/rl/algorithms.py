@@ -98,7 +98,7 @@ class Algorithm(NamedTuple):
     """Truncated completions leave the loss, but stay in the statistics of their group (DAPO,
     arXiv 2503.14476)."""
 
-    def override(self, **changes: Any) -> "Algorithm":
+    def override(self, **changes: object) -> "Algorithm":
         """Returns the row with other components or options.
 
         Options of the row that are not named stay.

@@ -4,6 +4,7 @@ trainer's.
 TIS truncates the weight, MIS masks it. Modes have TRL's names (vllm_importance_sampling_mode).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Annotated
 
@@ -41,30 +42,19 @@ def token_mask(
     return jnp.where(inside, ratio, 0)
 
 
-def sequence_truncate(
-    log_ratio: Array, mask: Array, *,
-    importance_sampling_floor: Floor = 0.0, importance_sampling_cap: Cap = 3.0,
-) -> Array:  # fmt: skip
-    """Returns `token_truncate` of the probability of the whole completion."""
-    return token_truncate(
-        whole_sequence(log_ratio, mask), mask,
-        importance_sampling_floor=importance_sampling_floor,
-        importance_sampling_cap=importance_sampling_cap,
-    )  # fmt: skip
+def for_whole_sequence(correction: Correction) -> Correction:
+    """Returns `correction` of the probability of the whole completion, with the same options."""
 
+    @functools.wraps(correction)
+    def of_sequence(log_ratio: Array, mask: Array, **options: float) -> Array:
+        return correction(whole_sequence(log_ratio, mask), mask, **options)
 
-def sequence_mask(
-    log_ratio: Array, mask: Array, *,
-    importance_sampling_floor: Floor = 0.0, importance_sampling_cap: Cap = 3.0,
-) -> Array:  # fmt: skip
-    """Returns `token_mask` of the probability of the whole completion."""
-    return token_mask(
-        whole_sequence(log_ratio, mask), mask,
-        importance_sampling_floor=importance_sampling_floor,
-        importance_sampling_cap=importance_sampling_cap,
-    )  # fmt: skip
+    return of_sequence
 
 
 IMPORTANCE_SAMPLING_MODES: dict[str, Correction] = {
-    mode.__name__: mode for mode in (token_truncate, token_mask, sequence_truncate, sequence_mask)
+    "token_truncate": token_truncate,
+    "token_mask": token_mask,
+    "sequence_truncate": for_whole_sequence(token_truncate),
+    "sequence_mask": for_whole_sequence(token_mask),
 }

@@ -15,9 +15,8 @@ from pg_ground.types import Array
 from pg_ground.vocab import LOC_MAX, LOC_TOKENS, Vocab
 
 MAX_LOG_RATIO = 20.0
-"""Log-ratios are clipped to ± this value before exp:
-
-a sum over a long completion would overflow float32.
+"""Log-ratios are clipped to ± this value before exp. The sum over a long completion would overflow
+float32.
 """
 
 

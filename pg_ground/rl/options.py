@@ -38,7 +38,7 @@ class Declaration:
     option: Option
 
 
-def declaration(annotation: Any, default: Any) -> Declaration:
+def declaration(annotation: object, default: object) -> Declaration:
     """Returns the declaration that `Annotated[type, Option(...)]` with this default makes."""
     kind, option = typing.get_args(annotation)[:2]
     return Declaration(kind, default, option)

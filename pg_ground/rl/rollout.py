@@ -37,6 +37,27 @@ class _Loop(NamedTuple):
     alive: Bool[jax.Array, "B G"]
     """True for completions without EOS."""
 
+    @classmethod
+    def empty(cls, cache: SuffixCache, shape: tuple[int, int, int]) -> "_Loop":
+        return cls(
+            t=jnp.int32(0),
+            cache=cache,
+            tokens=jnp.full(shape, PAD, jnp.int32),
+            mask=jnp.zeros(shape, bool),
+            logps=jnp.zeros(shape, jnp.float32),
+            alive=jnp.ones(shape[:2], bool),
+        )
+
+    def append(self, tokens: Int[Array, "B G"], logps: Float[Array, "B G"]) -> "_Loop":
+        """Returns the loop after token `t`. A completion that has ended gets PAD."""
+        return self._replace(
+            t=self.t + 1,
+            tokens=self.tokens.at[:, :, self.t].set(jnp.where(self.alive, tokens, PAD)),
+            mask=self.mask.at[:, :, self.t].set(self.alive),
+            logps=self.logps.at[:, :, self.t].set(jnp.where(self.alive, logps, 0)),
+            alive=self.alive & (tokens != EOS),
+        )
+
 
 def sample(
     model: Policy,
@@ -66,8 +87,7 @@ def sample(
       top_k: keeps this many of the most likely tokens; 0 keeps all.
       suppress_tokens: ids that are never drawn.
     """
-    cache, first_logits = model.prefill(params, image, prompt, prompt_mask)
-    shape = (prompt.shape[0], group_size, max_new_tokens)
+    prefix, first_logits = model.prefill(params, image, prompt, prompt_mask)
     temperature = jnp.broadcast_to(jnp.asarray(temperature, jnp.float32), (group_size,))
     scale = jnp.where(temperature > 0, temperature, 1.0)[:, None]
     vocab_size = first_logits.shape[-1]
@@ -77,45 +97,34 @@ def sample(
         logits: Float[Array, "B G V"], t: Int[Array, ""]
     ) -> tuple[Int[Array, "B G"], Float[Array, "B G"]]:
         logps = jax.nn.log_softmax(logits / scale)
-        allowed = jnp.where(suppressed, -jnp.inf, logps)
-        if top_k:
-            threshold = jax.lax.top_k(allowed, top_k)[0][..., -1:]
-            allowed = jnp.where(allowed >= threshold, allowed, -jnp.inf)
-        if top_p < 1:
-            allowed = nucleus(allowed, top_p)
-        token_key = jax.random.fold_in(key, t)
-        drawn = jax.lax.platform_dependent(
-            token_key, allowed, tpu=jax.random.categorical, default=categorical
-        )
+        allowed = _restricted(jnp.where(suppressed, -jnp.inf, logps), top_k, top_p)
+        drawn = _categorical_of_platform(jax.random.fold_in(key, t), allowed)
         tokens = jnp.where(temperature > 0, drawn, jnp.argmax(allowed, axis=-1))
         return tokens, jnp.take_along_axis(logps, tokens[..., None], axis=-1)[..., 0]
 
-    def write(loop: _Loop, logits: Float[Array, "B G V"]) -> _Loop:
-        tokens, logps = draw(logits, loop.t)
-        return loop._replace(
-            t=loop.t + 1,
-            tokens=loop.tokens.at[:, :, loop.t].set(jnp.where(loop.alive, tokens, PAD)),
-            mask=loop.mask.at[:, :, loop.t].set(loop.alive),
-            logps=loop.logps.at[:, :, loop.t].set(jnp.where(loop.alive, logps, 0)),
-            alive=loop.alive & (tokens != EOS),
-        )
-
     def step(loop: _Loop) -> _Loop:
         last = jax.lax.dynamic_slice_in_dim(loop.tokens, loop.t - 1, 1, axis=2)
-        logits, suffix = model.extend(params, cache, loop.cache, last)
-        return write(loop._replace(cache=suffix), jnp.asarray(logits)[:, :, 0])
+        logits, suffix = model.extend(params, prefix, loop.cache, last)
+        return loop._replace(cache=suffix).append(*draw(jnp.asarray(logits)[:, :, 0], loop.t))
 
-    empty = _Loop(
-        t=jnp.int32(0),
-        cache=model.suffix_cache(cache, group_size, max_new_tokens),
-        tokens=jnp.full(shape, PAD, jnp.int32),
-        mask=jnp.zeros(shape, bool),
-        logps=jnp.zeros(shape, jnp.float32),
-        alive=jnp.ones(shape[:2], bool),
-    )
-    start = write(empty, jnp.broadcast_to(first_logits[:, None], (*shape[:2], vocab_size)))
+    shape = (prompt.shape[0], group_size, max_new_tokens)
+    empty = _Loop.empty(model.suffix_cache(prefix, group_size, max_new_tokens), shape)
+    every_completion = (*shape[:2], vocab_size)
+    start = empty.append(*draw(jnp.broadcast_to(first_logits[:, None], every_completion), empty.t))
     end = jax.lax.while_loop(lambda loop: (loop.t < max_new_tokens) & loop.alive.any(), step, start)
     return Rollout(end.tokens, end.mask, end.logps, loss_mask=end.mask)
+
+
+def _restricted(logps: Float[Array, "... V"], top_k: int, top_p: float) -> Float[Array, "... V"]:
+    """Returns `logps` with -inf for the tokens that `top_k` or `top_p` excludes."""
+    if top_k:
+        threshold = jax.lax.top_k(logps, top_k)[0][..., -1:]
+        logps = jnp.where(logps >= threshold, logps, -jnp.inf)
+    return nucleus(logps, top_p) if top_p < 1 else logps
+
+
+def _categorical_of_platform(key: PRNGKeyArray, logits: Float[Array, "... V"]) -> Int[Array, "..."]:
+    return jax.lax.platform_dependent(key, logits, tpu=jax.random.categorical, default=categorical)
 
 
 def categorical(key: PRNGKeyArray, logits: Float[Array, "... V"]) -> Int[Array, "..."]:

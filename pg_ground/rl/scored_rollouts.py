@@ -1,7 +1,4 @@
-"""Scored rollouts:
-
-completions with their rewards, refilled by dynamic sampling, then turned into a policy batch.
-"""
+"""Completions with their rewards. Dynamic sampling refills them. They become a policy batch."""
 
 from collections.abc import Mapping
 from typing import NamedTuple

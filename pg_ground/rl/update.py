@@ -1,12 +1,12 @@
 """Pure update steps: from a batch to a new `TrainState`, supervised and by policy gradient."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Bool, Float, PRNGKeyArray
+from jaxtyping import Bool, Float, PRNGKeyArray, PyTree
 
 from pg_ground.params import join
 from pg_ground.rl.algorithms import Algorithm
@@ -16,7 +16,7 @@ from pg_ground.rl.token_selection import TokenSelection, TokenStatistics
 from pg_ground.types import POLICY, Array, Batch, Metrics, Params, Rollout, TrainState
 from pg_ground.vocab import EOS, Vocab
 
-LossAndMetrics = Callable[[Any, Any], tuple[Float[Array, ""], tuple[Metrics, Metrics]]]
+LossAndMetrics = Callable[[PyTree, PyTree], tuple[Float[Array, ""], tuple[Metrics, Metrics]]]
 """`(trainable trees, part of a batch)` to a loss and two dicts of metrics.
 
 Losses and the metrics of the first dict are summed over the parts. The metrics of the second dict
@@ -46,9 +46,9 @@ class Scorer(Protocol):
         prompt: Array,
         prompt_mask: Array,
         tokens: Array,
-        score: Callable[..., Any],
-        dropout_key: Any,
-    ) -> Any: ...
+        score: Callable[..., PyTree],
+        dropout_key: PRNGKeyArray | None,
+    ) -> PyTree: ...
 
 
 @jax.named_scope("update")
@@ -294,7 +294,7 @@ def apply_gradients(
 
 
 def accumulate_gradients(
-    loss: LossAndMetrics, trees: Mapping[str, Params], batch: Any, parts: int
+    loss: LossAndMetrics, trees: Mapping[str, Params], batch: PyTree, parts: int
 ) -> tuple[Mapping[str, Params], Metrics]:
     """Returns the gradient of `loss` summed over `parts` parts of `batch`, and the metrics.
 
@@ -305,7 +305,7 @@ def accumulate_gradients(
         grads, (sums, maxima) = gradient(trees, batch)
         return grads, sums | maxima
 
-    def add_part(total: Any, part: Any) -> tuple[Any, None]:
+    def add_part(total: PyTree, part: PyTree) -> tuple[PyTree, None]:
         grads, (sums, maxima) = gradient(trees, part)
         total_grads, total_sums, total_maxima = total
         added = jax.tree.map(jnp.add, (total_grads, total_sums), (grads, sums))
@@ -319,7 +319,7 @@ def accumulate_gradients(
     return grads, sums | maxima
 
 
-def split(tree: Any, parts: int) -> Any:
+def split(tree: PyTree, parts: int) -> PyTree:
     """Returns `[B, …]` leaves as `[parts, B / parts, …]`.
 
     Part i has the rows i, i + parts, … If B is sharded over devices, it stays sharded within each

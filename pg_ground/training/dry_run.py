@@ -1,7 +1,6 @@
-"""A dry run:
+"""A dry run samples and scores one batch, and shows each completion with all its rewards.
 
-samples and scores one batch, and shows each completion with all its rewards. It learns and writes
-nothing.
+It learns nothing and writes nothing.
 """
 
 import json

@@ -1,7 +1,4 @@
-"""Evaluation during a run:
-
-its program for `compile` and the memory model, and the function that the recorder calls.
-"""
+"""Evaluation during a run: its program, and the function that the recorder calls."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,6 +1,7 @@
-"""GRPO and its relatives:
+"""The stage of GRPO and its relatives.
 
-sample groups of completions, score them, compare them within the group, update the policy.
+A step samples groups of completions, scores them, compares them within the group, and updates the
+policy.
 """
 
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ from pg_ground.types import (
     POLICY,
     Array,
     Batch,
+    JsonDict,
     Metrics,
     Params,
     Rollout,
@@ -234,7 +236,7 @@ class GrpoStage:
         self,
         scored: ScoredRollouts,
         ref_logps: Array | None,
-        weights: dict[str, Any],
+        weights: JsonDict,
         kl_coef: Array,
     ) -> tuple[PolicyBatch, Metrics]:
         """Returns the policy batch, and the metrics of rewards and completions."""
@@ -390,9 +392,9 @@ class GrpoStage:
         )
 
     def _reference_memory(self) -> dict[str, float]:
-        """Returns the bytes of the reference policy:
+        """Returns the bytes of the reference policy: a second copy of the trained parameters.
 
-        the trained parameters once more. Frozen parameters are shared.
+        Both policies share the frozen parameters.
         """
         if not self.has_reference:
             return {}

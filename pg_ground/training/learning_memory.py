@@ -1,10 +1,10 @@
 """Memory of the programs that learn: the update of every stage."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from pg_ground.parallel import memory_model, sharding
 from pg_ground.params import is_multiplied, map_named
@@ -17,7 +17,7 @@ def learning_memory(
     setup: Setup,
     state: TrainState,
     *,
-    inputs: Any,
+    inputs: PyTree,
     questions: int,
     group: int,
     tokens: int,

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from pg_ground.checkpoints import manager, run_directory
 from pg_ground.config import Config
@@ -35,7 +36,7 @@ from pg_ground.training.setup import Setup, init_params, make_setup
 from pg_ground.training.stage import Runtime, Stage
 from pg_ground.training.stages import make_stages
 from pg_ground.training.timing import StepTimer
-from pg_ground.types import POLICY, Params, TrainState, UserError
+from pg_ground.types import POLICY, JsonObject, Params, TrainState, UserError
 
 
 class Inputs(NamedTuple):
@@ -117,7 +118,7 @@ def run_stages(
     names = [stage.name for stage in inputs.stages]
     first = names.index(record["stage"]) if record else 0
     for stage in inputs.stages[first:]:
-        saved: Mapping[str, Any] = {}
+        saved: JsonObject = {}
         if resumed_step is not None and stage.name == record["stage"]:
             state = checkpoints.restore(resumed_step, stage.abstract_state())
             saved = recorder.restore(record)
@@ -273,7 +274,7 @@ def size_line(setup: Setup, stage: Stage) -> str:
     """Returns in words the number of parameters, how many are trained, and the bytes of both and
     of the optimizer."""
 
-    def count_and_bytes(tree: Any) -> tuple[int, int]:
+    def count_and_bytes(tree: PyTree) -> tuple[int, int]:
         sizes = [(int(np.prod(leaf.shape)), leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree)]
         return sum(n for n, _ in sizes), sum(n * width for n, width in sizes)
 

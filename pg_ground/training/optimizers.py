@@ -1,15 +1,16 @@
 """The optax chain of a stage."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 from optax.contrib import MuonDimensionNumbers, muon
 
 from pg_ground.config import Optimizer
 from pg_ground.params import map_named, matrix_axes
+from pg_ground.types import Array
 
 
 def schedule(settings: Optimizer, steps: int) -> optax.Schedule:
@@ -53,7 +54,7 @@ def make_optimizer(
     if not factors or all(factor == 1 for factor in factors.values()):
         return optax.chain(clip, step)
 
-    def scale(updates: Any, _: Any) -> Any:
+    def scale(updates: PyTree, _: PyTree) -> PyTree:
         return map_named(lambda name, update: update * factors.get(name, 1.0), updates)
 
     return optax.chain(clip, step, optax.stateless(scale))
@@ -68,18 +69,18 @@ def clip_by_norm(norm: float) -> optax.GradientTransformation:
     third of an update of 274 million parameters on a CPU).
     """
 
-    def scale(updates: Any, _: Any) -> Any:
+    def scale(updates: PyTree, _: PyTree) -> PyTree:
         factor = jnp.minimum(1.0, norm / optax.tree.norm(updates))
         return jax.tree.map(lambda update: update * factor.astype(update.dtype), updates)
 
     return optax.stateless(scale)
 
 
-def muon_dimensions(params: Any) -> Any:
+def muon_dimensions(params: PyTree) -> PyTree:
     """Returns the tree of `params` with the matrix axes of each matrix, and None for every other
     parameter."""
 
-    def dimensions(name: str, leaf: Any) -> MuonDimensionNumbers | None:
+    def dimensions(name: str, leaf: Array) -> MuonDimensionNumbers | None:
         axes = matrix_axes(name)
         if axes is None:
             return None

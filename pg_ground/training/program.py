@@ -5,10 +5,11 @@ model need to know.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from pg_ground import config
 from pg_ground.parallel import memory_model, sharding
@@ -37,11 +38,11 @@ class Memory(NamedTuple):
 class Program(NamedTuple):
     """A function of a stage and how it is compiled."""
 
-    function: Callable[..., Any]
-    arguments: tuple[Any, ...]
+    function: Callable[..., PyTree]
+    arguments: tuple[PyTree, ...]
     """Abstract arguments: shapes, dtypes and shardings."""
     donate_argnums: tuple[int, ...] = ()
-    out_shardings: Any = None
+    out_shardings: PyTree = None
     """Shardings of the results; None leaves them to the compiler."""
     memory: Memory = Memory({}, {}, 0.0)
     decode_steps: int = 0
@@ -53,7 +54,7 @@ class Program(NamedTuple):
     """True if `function` is already the result of `jax.jit`."""
 
 
-def jit_program(program: Program, mesh_settings: config.Mesh, mesh: Mesh) -> Any:
+def jit_program(program: Program, mesh_settings: config.Mesh, mesh: Mesh) -> Callable[..., PyTree]:
     """Returns the jitted function of a program, with the compiler options of this mesh."""
     if program.is_jitted:
         return program.function

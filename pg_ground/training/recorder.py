@@ -1,6 +1,5 @@
-"""The recorder:
-
-writes metrics, evaluations, pictures, checkpoints and the report between the steps of a run.
+"""The recorder works between the steps of a run. It writes metrics, evaluations, pictures,
+checkpoints and the report.
 """
 
 import json
@@ -12,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -28,7 +27,7 @@ from pg_ground.reporting.metric_writers import MetricsWriter
 from pg_ground.reporting.tables import ascii_table
 from pg_ground.rewards import workers
 from pg_ground.training.stage import RolloutSamples, StepOutput
-from pg_ground.types import POLICY, Params, TrainState, UserError, nearest
+from pg_ground.types import POLICY, JsonDict, JsonObject, Params, TrainState, UserError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +95,7 @@ class Recorder:
         """Number of steps of all stages."""
         return sum(self._stage_steps.values())
 
-    def restore(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+    def restore(self, record: JsonObject) -> JsonObject:
         """Restores the recorder from a checkpoint's record.
 
         Returns the values that this process saved.
@@ -267,7 +266,7 @@ class Recorder:
         kinds = Counter(entry["kind"] for entry in self._all_bad_records())
         return {f"data/bad_records/{kind}": float(count) for kind, count in kinds.items()}
 
-    def _all_bad_records(self) -> list[dict[str, Any]]:
+    def _all_bad_records(self) -> list[JsonDict]:
         """Returns the bad records of all processes, each once."""
         entries = {
             (entry["source"], entry["index"]): entry
@@ -322,7 +321,7 @@ def metric_goodness(metric: str, metrics: Mapping[str, float]) -> float:
     return -math.inf if math.isnan(value) else value
 
 
-def process_record(parts: Sequence[Mapping[str, Any]], index: int, count: int) -> Mapping[str, Any]:
+def process_record(parts: Sequence[JsonObject], index: int, count: int) -> JsonObject:
     """Returns the saved values that process `index` of `count` resumes from.
 
     If the number of processes has changed, all resume from the furthest position in the data.
@@ -331,7 +330,7 @@ def process_record(parts: Sequence[Mapping[str, Any]], index: int, count: int) -
     if len(parts) == count:
         return parts[index]
     counted = parts if index == 0 else []
-    record: dict[str, Any] = {
+    record: JsonDict = {
         "batches": merge_batch_states([part["batches"] for part in parts]),
         "bad_records": merge_bad_records([part["bad_records"] for part in counted]),
     }

@@ -10,7 +10,7 @@ from pg_ground.reporting import rollout_pictures
 from pg_ground.rl.scored_rollouts import ScoredRollouts
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.training.stage import RolloutSamples
-from pg_ground.types import Array
+from pg_ground.types import Array, JsonDict
 
 
 def draw_samples(
@@ -25,7 +25,7 @@ def draw_samples(
     local, local_advantages = sharding.fetch_local_rows(mesh, (scored, advantages))
     batch = local.batch
     panels: list[Any] = []
-    records: list[dict[str, Any]] = []
+    records: list[JsonDict] = []
     for row in range(min(count, len(batch.prompt))):
         prompt = tokenizer.decode(batch.prompt[row][batch.prompt_mask[row]].tolist()).strip()
         texts = [tokenizer.decode(tokens.tolist()) for tokens in local.rollout.tokens[row]]

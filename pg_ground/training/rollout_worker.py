@@ -1,10 +1,10 @@
-"""The rollout worker:
+"""The rollout worker generates completions on the devices.
 
-generates completions on the devices and scores them there and in the workers of text rewards.
+It scores them on the devices and in the worker processes of text rewards.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,14 +24,14 @@ from pg_ground.rl.update import split, unsplit
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.training.reward_functions import load_device_rewards, weighted_rewards
 from pg_ground.training.timing import StepTimer
-from pg_ground.types import BOXES, POINTS, Array, Batch, Params, Rollout
+from pg_ground.types import BOXES, POINTS, Array, Batch, JsonDict, Params, Rollout
 
 FRESH_GROUPS_KEY = 2**20
 PARTS_KEY = 2**20 + 1
 UPDATE_KEY = 2**20 + 2
-"""Numbers that a step's key is folded with:
+"""Numbers to fold into a step's key: for fresh groups, for parts of a batch and for the update.
 
-for fresh groups, for parts of a batch and for the update. No token has them.
+The key of token t is folded with t, so these numbers are larger than any t.
 """
 
 TARGET_NAMES = {BOXES: "boxes", POINTS: "points"}
@@ -94,7 +94,7 @@ class RolloutWorker:
         """Returns the number of errors of each text reward so far."""
         return self._reward_workers.errors()
 
-    def reward_state(self) -> dict[str, Any]:
+    def reward_state(self) -> JsonDict:
         """Returns the counts of the text rewards, for a checkpoint."""
         return self._reward_workers.get_state()
 

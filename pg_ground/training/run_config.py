@@ -1,6 +1,6 @@
-"""The settings of a run in its working directory:
+"""The settings of a run in its working directory.
 
-written at the start, compared when the run resumes.
+The first start writes them. A run that resumes compares its settings with them.
 """
 
 import dataclasses

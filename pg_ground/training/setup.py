@@ -1,7 +1,4 @@
-"""The setup that all stages of a run share:
-
-the model, the layout of its parameters, optimizers and train states.
-"""
+"""The setup that all stages share: model, layout of the parameters, optimizers, train states."""
 
 from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
@@ -9,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from pg_ground import config
 from pg_ground.checkpoints import weights
@@ -126,7 +125,7 @@ def abstract_params(
     return trained, {name: leaf for name, leaf in placed.items() if name not in trained}
 
 
-def with_shardings(tree: Any, shardings: Any) -> Any:
+def with_shardings(tree: PyTree, shardings: PyTree) -> PyTree:
     """Returns abstract arrays with the shapes and dtypes of `tree` and these shardings."""
     return jax.tree.map(
         lambda leaf, placement: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement),
@@ -141,7 +140,7 @@ def init_params(config: Config, model: PaliGemma, abstract: AbstractParams) -> P
     They come from `config.init` if it is set. New adapters do nothing yet. All other parameters are
     random.
     """
-    loaded: dict[str, Any] = {}
+    loaded: dict[str, Array] = {}
     if config.init:
         checkpoint = weights.open_checkpoint(
             expand_path(config.init), config.model, config.resample_positions
@@ -154,7 +153,7 @@ def init_params(config: Config, model: PaliGemma, abstract: AbstractParams) -> P
         loaded = checkpoint.read(in_checkpoint)
     missing = {name: leaf for name, leaf in abstract.items() if name not in loaded}
 
-    def init_missing() -> dict[str, Any]:
+    def init_missing() -> dict[str, Array]:
         params = flatten(model.init(jax.random.key(config.seed)))
         return cast_params(params, missing)
 
@@ -215,7 +214,7 @@ def learning_rates(settings: StageSettings) -> np.ndarray:
     return np.asarray(schedule(np.arange(per_step - 1, settings.steps * per_step, per_step)))
 
 
-def abstract_rows(shape: tuple[int, ...], dtype: Any, mesh: AnyMesh) -> Any:
+def abstract_rows(shape: tuple[int, ...], dtype: DTypeLike, mesh: AnyMesh) -> Any:
     """Returns the abstract array of this shape, sharded along its first axis B."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding(mesh))
 
@@ -237,7 +236,7 @@ def abstract_batch(setup: Setup, questions: int) -> Batch:
     side = setup.config.model.image_size
     slots = data.max_boxes
 
-    def rows(*shape: int, dtype: Any = jnp.int32) -> Any:
+    def rows(*shape: int, dtype: DTypeLike = jnp.int32) -> Any:
         return abstract_rows((questions, *shape), dtype, setup.mesh)
 
     boxes = Boxes(rows(slots, 4, dtype=jnp.float32), rows(slots), rows(slots, dtype=jnp.bool_))

@@ -6,7 +6,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from jax.sharding import Mesh
 from PIL import Image
@@ -16,7 +16,9 @@ from pg_ground.tokenizer import Tokenizer
 from pg_ground.training.program import Program
 from pg_ground.training.setup import StageSettings
 from pg_ground.training.timing import StepTimer
-from pg_ground.types import Array, Metrics, Params, TrainState
+from pg_ground.types import Array, JsonDict, JsonObject, Metrics, Params, TrainState
+
+NO_STATE: JsonObject = {}
 
 
 class RolloutSamples(NamedTuple):
@@ -24,7 +26,7 @@ class RolloutSamples(NamedTuple):
 
     sheet: Image.Image
     """The completions drawn on their images."""
-    prompts: list[dict[str, Any]]
+    prompts: list[JsonDict]
     """The records that `reporting.rollout_pictures.rollout_record` makes."""
 
 
@@ -41,7 +43,7 @@ class StepOutput(NamedTuple):
     """bool[B, G, T], True for sampled tokens; None if the stage samples nothing."""
     draw_samples: Callable[[], RolloutSamples] | None = None
     """Draws the completions of this step; None if the stage samples nothing."""
-    saved: Mapping[str, Any] = {}
+    saved: JsonObject = NO_STATE
     """JSON values of this process for the checkpoint's record."""
 
 
@@ -53,7 +55,7 @@ class Runtime(NamedTuple):
     tokenizer: Tokenizer
     workdir: Path | None
     """None if nothing is written, as in a benchmark."""
-    saved: Mapping[str, Any] = {}
+    saved: JsonObject = NO_STATE
     """JSON values that `StepOutput.saved` had in the checkpoint that the run resumes from."""
 
 
@@ -104,9 +106,9 @@ class Stage(Protocol):
         ...
 
     def open(self, runtime: Runtime, state: TrainState) -> AbstractContextManager[None]:
-        """Prepares the steps:
+        """Prepares the steps: jitted programs, the reference policy and reward workers.
 
-        jitted programs, reference policy, reward workers. Leaving the context ends the workers.
+        Leaving the context ends the workers.
         """
         ...
 

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 
@@ -63,6 +63,6 @@ class StepTimer:
         return value
 
 
-def _time_when_ready(value: Any) -> float:
+def _time_when_ready(value: object) -> float:
     jax.block_until_ready(value)
     return time.perf_counter()
