@@ -1,6 +1,6 @@
-"""A policy of two matrices, for laws that hold for every policy:
+"""A policy of three matrices tests rules that every policy obeys.
 
-its update compiles in a second.
+Its update compiles in a second.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ WIDTH = 6
 
 @dataclass(frozen=True)
 class Bigram:
-    """Predicts a token from the token before it and from the means of image and prompt."""
+    """Predicts a token from the previous token and from the means of image and prompt."""
 
     config: Model = PG1
 
@@ -34,8 +34,8 @@ class Bigram:
         dropout_key: Any = None,
     ) -> Any:
         """Returns `score`'s tree of `[B, G, T]` arrays, as `PaliGemma.completion_scores` does."""
-        words = jnp.where(prompt_mask[..., None], params["embedding"][prompt], 0).mean(axis=1)
-        context = words + image.mean(axis=(1, 2)) @ params["image"]
+        prompt_embeddings = jnp.where(prompt_mask[..., None], params["embedding"][prompt], 0)
+        context = prompt_embeddings.mean(axis=1) + image.mean(axis=(1, 2)) @ params["image"]
         start = jnp.broadcast_to(prompt[:, None, :1], (*tokens.shape[:2], 1))
         previous = jnp.concatenate([start, tokens[..., :-1]], axis=-1)
         hidden = jnp.tanh(params["embedding"][previous] + context[:, None, None])
@@ -45,7 +45,7 @@ class Bigram:
 
 
 def random_bigram() -> Tiny:
-    """Returns a policy and random parameters."""
+    """Returns a bigram policy with random parameters."""
     rng = np.random.default_rng(0)
     vocab_size = PG1.text.vocab_size
     shapes = {"embedding": (vocab_size, WIDTH), "image": (3, WIDTH), "head": (WIDTH, vocab_size)}

@@ -1,5 +1,7 @@
-"""`parse` takes what fits and nothing else, every setting has a reader, and every recipe in
-`configs/` parses."""
+"""`parse` accepts every valid setting and refuses all others.
+
+Other tests check that some code reads each setting, and that every recipe in `configs/` parses.
+"""
 
 import ast
 import dataclasses
@@ -21,8 +23,11 @@ RECIPES = sorted((ROOT / "configs").glob("[a-z]*.py"))
 BOXES = Source(uri="synthetic:train", boxes="box")
 
 
-def usable(**changes) -> dict:
-    """Returns the smallest tree that parses, with `changes` by dotted name."""
+def valid_tree(**changes) -> dict:
+    """Returns the smallest tree that parses, with `changes` by name.
+
+    A name has `__` for each dot: `grpo__group_size` is the setting grpo.group_size.
+    """
     tree = {"sft": {"sources": {"a": {"uri": "jsonl:x", "boxes": "box"}}}}
     tree["grpo"] = {"sources": dict(tree["sft"]["sources"])}
     tree = json.loads(json.dumps(tree))
@@ -35,56 +40,57 @@ def usable(**changes) -> dict:
     return tree
 
 
-def refusal(tree: dict | ConfigDict) -> str:
-    with pytest.raises(UserError) as refused:
+def error_message(tree: dict | ConfigDict) -> str:
+    """Returns the message of the error that `parse` raises. The message has one line."""
+    with pytest.raises(UserError) as error:
         parse(tree)
-    text = str(refused.value)
-    assert "\n" not in text
-    return text
+    message = str(error.value)
+    assert "\n" not in message
+    return message
 
 
 def sections(kind: type = Config) -> list[type]:
-    """Returns the dataclass and those of its fields, down to the leaves."""
-    found = [kind]
+    """Returns the dataclass and the dataclasses of its fields, down to the leaves."""
+    dataclass_types = [kind]
     for hint in typing.get_type_hints(kind).values():
         for inner in (hint, *typing.get_args(hint)):
             if dataclasses.is_dataclass(inner):
-                found += [s for s in sections(inner) if s not in found]
-    return found
+                dataclass_types += [s for s in sections(inner) if s not in dataclass_types]
+    return dataclass_types
 
 
-# what fits
+# Valid settings
 
 
-def test_what_is_not_said_has_its_default():
-    found = parse(usable(grpo__group_size=4))
-    assert found.grpo == dataclasses.replace(
+def test_an_absent_setting_has_its_default():
+    settings = parse(valid_tree(grpo__group_size=4))
+    assert settings.grpo == dataclasses.replace(
         Grpo(), group_size=4, sources={"a": Source(uri="jsonl:x", boxes="box")}
     )
-    assert found.model == Config().model and found.seed == 0
+    assert settings.model == Config().model and settings.seed == 0
 
 
-def test_whole_numbers_are_floats_where_a_float_is_wanted():
-    found = parse(usable(grpo__temperature=1, grpo__clip_low=0, grpo__rewards={"iou": 1}))
-    assert type(found.grpo.temperature) is float and type(found.grpo.clip_low) is float
-    assert found.grpo.rewards == {"iou": 1.0} and type(found.grpo.rewards["iou"]) is float
+def test_a_whole_number_becomes_a_float_if_the_setting_is_a_float():
+    grpo = parse(valid_tree(grpo__temperature=1, grpo__clip_low=0, grpo__rewards={"iou": 1})).grpo
+    assert type(grpo.temperature) is float and type(grpo.clip_low) is float
+    assert grpo.rewards == {"iou": 1.0} and type(grpo.rewards["iou"]) is float
 
 
 def test_template_and_parse_are_inverses():
     tree = template()
     for stage in (tree.sft, tree.grpo, tree.eval):
         stage.sources = {"a": section(BOXES)}
-    one = {"a": BOXES}
+    sources = {"a": BOXES}
     expected = Config(
-        sft=Sft(sources=one),
-        grpo=Grpo(sources=one),
-        eval=dataclasses.replace(Config().eval, sources=one),
+        sft=Sft(sources=sources),
+        grpo=Grpo(sources=sources),
+        eval=dataclasses.replace(Config().eval, sources=sources),
     )
     assert parse(tree) == expected
     assert parse(tree.lock()) == expected
 
 
-def test_template_takes_a_value_where_the_default_is_none():
+def test_template_accepts_a_value_for_a_setting_with_default_none():
     tree = template()
     tree.sft.sources = tree.grpo.sources = {"a": section(BOXES)}
     assert parse(tree).grpo.clip_low is None
@@ -92,7 +98,7 @@ def test_template_takes_a_value_where_the_default_is_none():
     assert parse(tree).grpo.clip_low == 0.1
 
 
-def test_a_locked_recipe_refuses_a_new_name():
+def test_a_locked_recipe_refuses_a_name_that_does_not_exist():
     tree = template().lock()
     with pytest.raises(AttributeError):
         tree.grpo.group_sise = 4
@@ -107,18 +113,18 @@ def test_every_recipe_is_locked_and_parses(path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=[path.stem for path in RECIPES])
-def test_config_json_is_the_config(path):
-    """What a run writes down at its start, and reads back at its end or when it resumes."""
+def test_a_config_written_as_json_parses_back(path):
+    """A run writes config.json at its start. It reads the file at its end and when it resumes."""
     module = importlib.import_module(f"configs.{path.stem}")
-    found = parse(module.get_config())
-    assert parse(json.loads(json.dumps(dataclasses.asdict(found)))) == found
+    settings = parse(module.get_config())
+    assert parse(json.loads(json.dumps(dataclasses.asdict(settings)))) == settings
 
 
-def test_there_are_recipes():
+def test_the_tiny_recipe_is_in_the_list():
     assert "tiny" in [path.stem for path in RECIPES]
 
 
-# what does not
+# Invalid settings
 
 
 @pytest.mark.parametrize(
@@ -137,8 +143,8 @@ def test_there_are_recipes():
         ("gpro", "config.gpro does not exist: did you mean grpo?"),
     ],
 )
-def test_a_name_that_does_not_exist_is_given_in_full_with_the_nearest(name, message):
-    assert refusal(usable(**{name: 1})).startswith(message)
+def test_the_error_for_an_unknown_name_has_the_full_name_and_the_nearest_name(name, message):
+    assert error_message(valid_tree(**{name: 1})).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -171,8 +177,8 @@ def test_a_name_that_does_not_exist_is_given_in_full_with_the_nearest(name, mess
         ("grpo__rewards", "iou", "config.grpo.rewards is 'iou', but it must be"),
     ],
 )
-def test_a_value_of_another_type_is_refused_by_its_full_name(name, value, message):
-    assert refusal(usable(**{name: value})).startswith(message)
+def test_the_error_for_a_value_of_another_type_has_the_full_name(name, value, message):
+    assert error_message(valid_tree(**{name: value})).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -242,11 +248,12 @@ def test_a_value_of_another_type_is_refused_by_its_full_name(name, value, messag
             "nothing_savable",
             "config.model.remat is 'nothing_savable': it must be one of none, ",
         ),
+        # `jax.checkpoint_policies.save_only_these_names` returns a policy. It is no policy itself.
         (
             "model__remat",
             "save_only_these_names",
             "config.model.remat is 'save_only_these_names'",
-        ),  # makes a policy, is none
+        ),
         (
             "model__dtype",
             "float16",
@@ -336,58 +343,62 @@ def test_a_value_of_another_type_is_refused_by_its_full_name(name, value, messag
     ],
 )
 def test_a_value_that_no_run_could_use_is_refused(name, value, message):
-    assert refusal(usable(**{name: value})).startswith(message)
+    assert error_message(valid_tree(**{name: value})).startswith(message)
 
 
 def test_stages_that_do_not_run_need_no_sources():
-    tree = usable(stages=["grpo"])
+    tree = valid_tree(stages=["grpo"])
     del tree["sft"]
     assert parse(tree).stages == ("grpo",)
-    assert refusal({"stages": ["sft"]}).startswith("config.sft.sources is {}")
+    assert error_message({"stages": ["sft"]}).startswith("config.sft.sources is {}")
 
 
-# no dead settings
+# Each setting has a reader
 
 
 def attributes_read(source: str) -> set[str]:
-    """Returns the names that `source` reads as attributes of something."""
+    """Returns the names of the attributes that `source` reads."""
     return {
-        n.attr
-        for n in ast.walk(ast.parse(source))
-        if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
+        node.attr
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
     }
 
 
-def read_outside_of_config() -> set[str]:
-    """Returns the attributes that the package reads, `config.py` aside:
+def attributes_read_outside_config() -> set[str]:
+    """Returns the attributes that the package reads outside `config.py`.
 
-    to check a setting is not to heed it.
+    `config.py` does not count, because it only checks the values of settings.
     """
     files = [path for path in (ROOT / "pg_ground").rglob("*.py") if path.name != "config.py"]
     return set().union(*(attributes_read(path.read_text(encoding="utf-8")) for path in files))
 
 
-def unread(kind: type, read: set[str]) -> list[str]:
+def unread_settings(kind: type, read_names: set[str]) -> list[str]:
+    """Returns the settings of a dataclass whose names are not in `read_names`."""
     return [
-        f"{s.__name__}.{f.name}"
-        for s in sections(kind)
-        for f in dataclasses.fields(s)
-        if f.name not in read
+        f"{section_type.__name__}.{field.name}"
+        for section_type in sections(kind)
+        for field in dataclasses.fields(section_type)
+        if field.name not in read_names
     ]
 
 
 def test_every_setting_has_a_reader():
-    """An option of an algorithm is a parameter of the component that reads it, so it has a
-    reader by construction."""
-    assert unread(Config, read_outside_of_config() | set(SETTINGS)) == []
+    """An option of an algorithm always has a reader.
+
+    The option is a parameter of the component that reads it.
+    """
+    assert unread_settings(Config, attributes_read_outside_config() | set(SETTINGS)) == []
 
 
-def test_a_setting_without_a_reader_would_be_found():
+def test_unread_settings_returns_a_setting_without_a_reader():
     @dataclasses.dataclass(frozen=True)
-    class Planted(Sft):
+    class SftWithUnreadSetting(Sft):
         nobody_reads_this: int = 0
 
-    assert unread(Planted, read_outside_of_config()) == ["Planted.nobody_reads_this"]
+    unread = unread_settings(SftWithUnreadSetting, attributes_read_outside_config())
+    assert unread == ["SftWithUnreadSetting.nobody_reads_this"]
     assert {s.__name__ for s in sections()} == {
         name
         for name, value in vars(config).items()
@@ -395,7 +406,6 @@ def test_a_setting_without_a_reader_would_be_found():
     }
 
 
-def test_every_setting_has_a_default_that_parses_back():
+def test_every_setting_has_a_default():
     for kind in sections():
-        made = kind()
-        assert dataclasses.asdict(made).keys() == typing.get_type_hints(kind).keys()
+        assert dataclasses.asdict(kind()).keys() == typing.get_type_hints(kind).keys()

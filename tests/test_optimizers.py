@@ -1,4 +1,4 @@
-"""The optax chain of a stage."""
+"""The optax chain of a stage has a schedule, a clip and an optimizer."""
 
 from functools import partial
 
@@ -17,6 +17,7 @@ from pg_ground.training import optimizers
 
 
 def tiny_params():
+    """Returns random parameters of a model with all kinds of matrices."""
     vision = config.Vision(width=8, depth=2, mlp_dim=16, num_heads=2, patch_size=8)
     text = config.Text(
         width=12,
@@ -34,10 +35,9 @@ def tiny_params():
 def test_warm_up_rises_to_the_peak_and_the_schedule_ends_at_zero():
     for name in ("linear", "cosine"):
         rate = optimizers.schedule(config.Optimizer(lr=2.0, schedule=name, warmup_steps=10), 110)
-        assert [float(rate(s)) for s in (0, 5, 10)] == [0.0, 1.0, 2.0]
-        assert float(rate(60)) == pytest.approx(1.0) and float(rate(110)) == pytest.approx(
-            0.0, abs=1e-7
-        )
+        assert [float(rate(step)) for step in (0, 5, 10)] == [0.0, 1.0, 2.0]
+        assert float(rate(60)) == pytest.approx(1.0)
+        assert float(rate(110)) == pytest.approx(0.0, abs=1e-7)
     assert float(optimizers.schedule(config.Optimizer(lr=2.0), 110)(500)) == 2.0
 
 
@@ -49,41 +49,40 @@ def test_muon_takes_every_matrix_of_the_layers_and_nothing_else():
     )
     names = {name for name, spec in zip(flatten(params), specs, strict=True) if spec is not None}
     assert all(name.startswith(("img/", "llm/layers/")) for name in names)
-    ends = {end for end, _, _ in MATRICES}
-    assert {end for end in ends if any(name.endswith(end) for name in names)} == ends
+    suffixes = {suffix for suffix, _, _ in MATRICES}
+    assert {
+        suffix for suffix in suffixes if any(name.endswith(suffix) for name in names)
+    } == suffixes
     assert not any(
         word in name for name in names for word in ("embedd", "norm", "bias", "LayerNorm")
     )
 
 
-def test_a_muon_update_is_orthogonal_matrix_by_matrix():
+def test_the_muon_update_of_each_matrix_is_orthogonal():
     params = tiny_params()
     rng = np.random.default_rng(0)
     grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
     chain = optimizers.make_optimizer(config.Optimizer(name="muon", lr=1.0, clip_norm=0.0), 10)
     state = chain.init(params)
     updates, _ = chain.update(grads, state, params)
-    flat = flatten(updates)
-    query = flat[
-        "llm/layers/attn/q_einsum/w"
-    ]  # [layers, heads, D, H]: one D x (heads·H) matrix a layer
-    for layer in query:
+    # The shape is [layers, heads, D, H]: each layer has one D × (heads·H) matrix.
+    query_update = flatten(updates)["llm/layers/attn/q_einsum/w"]
+    for layer in query_update:
         matrix = np.moveaxis(np.asarray(layer), 1, 0).reshape(12, -1)
-        values = np.linalg.svd(matrix, compute_uv=False)
-        values = values / values.mean()
-        assert (
-            values.min() > 0.5 and values.max() < 1.5
-        )  # five Newton-Schulz steps leave singular values within about 0.7..1.2
+        singular_values = np.linalg.svd(matrix, compute_uv=False)
+        singular_values = singular_values / singular_values.mean()
+        # Five Newton-Schulz steps leave singular values within about 0.7..1.2.
+        assert singular_values.min() > 0.5 and singular_values.max() < 1.5
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
-def test_clipping_is_optaxs(scale):
+def test_clip_by_norm_equals_optaxs(scale):
     grads = {"a": scale * jnp.linspace(-1, 1, 12).reshape(3, 4), "b": jnp.full(5, scale * 0.1)}
-    found, expected = (
+    clipped, expected = (
         clip.update(grads, clip.init(grads))[0]
         for clip in (optimizers.clip_by_norm(1.5), optax.clip_by_global_norm(1.5))
     )
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), clipped, expected)
 
 
 def test_clipping_bounds_the_gradient_that_the_optimizer_sees():

@@ -99,9 +99,8 @@ def test_tokens_outside_the_loss_mask_have_no_gradient(pg1, rollout):
 
 
 def test_tokens_outside_the_loss_mask_are_read(pg1, rollout):
-    """The model attends to a tool's output:
-
-    other observations give other gradients of the policy's own tokens.
+    """The model attends to a tool's output. Other observations give other gradients of the
+    policy's tokens.
     """
     batch, completions = rollout
     advantages = random_advantages(B, G, 1)
@@ -114,9 +113,8 @@ def test_tokens_outside_the_loss_mask_are_read(pg1, rollout):
 
 
 def test_a_critic_is_trained_beside_the_policy(pg1, rollout):
-    """A value head on hidden states:
-
-    its tree has a name, its loss reaches it, and its values make advantages per token.
+    """The critic is a value head on hidden states. Its tree has a name, its loss reaches the tree,
+    and its values make advantages per token.
     """
     batch, completions = rollout
     width = pg1.model.config.text.width
