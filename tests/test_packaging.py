@@ -94,9 +94,9 @@ def test_the_sdist_holds_the_repository(archives):
 @pytest.mark.slow
 def test_an_installed_wheel_trains_outside_the_checkout(archives, tmp_path):
     """The environment is empty before, and everything comes from the wheel's requirements."""
-    venv.create(tmp_path / "venv", with_pip=False)
+    venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q"]
+    pip = [str(python), "-m", "pip", "install", "-q"]
     installed = subprocess.run([*pip, str(archives[0])], capture_output=True, text=True)
     assert installed.returncode == 0, installed.stdout + installed.stderr
 
