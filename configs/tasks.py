@@ -24,8 +24,8 @@ open_vocabulary     RLLaVA. {"image": "1.jpg", "problem": "Detect all dogs …",
                     earns 1 if there is no object (10).
 counting            RLLaVA. {"image_path": "1.jpg", "question": "cows", "ground_truth": 8}.
                     Several numbers are no answer (9).
-single_box          EasyDistill. The data is that of grounding. Reversed boxes earn 0 (3). No reward
-                    is above 1 (4) or rounded (6).
+single_box          EasyDistill. It has the same data as grounding. Reversed boxes earn 0 (3).
+                    No reward is above 1 (4) or rounded (6).
 multi_box           EasyDistill. [{"image_path": "1.jpg", "instruction": "…",
                     "abs_box": {"0": [[x1, y1, x2, y2]], "1": []}}], one list of all records as
                     published. Its uri is json:FILE. All classes count (1). The rewards themselves

@@ -36,7 +36,7 @@ def _equation_flops(equation: Any, while_trip_count: int) -> int:
         return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // out_features
     if name == "while":
         return while_trip_count * count(params["body_jaxpr"].jaxpr, while_trip_count)
-    if name == "cond":  # for example the variants of a platform, of which one is compiled
+    if name == "cond":  # for example the variants of a platform: one variant is compiled
         return max(count(branch.jaxpr, while_trip_count) for branch in params["branches"])
     repeats = params["length"] if name == "scan" else 1
     return repeats * sum(count(inner, while_trip_count) for inner in _inner_jaxprs(params))

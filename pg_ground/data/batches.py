@@ -116,8 +116,8 @@ class TrainingBatches:
     def set_state(self, state: JsonObject) -> None:
         """Continues where `get_state` was called.
 
-        If that process had another number of rows, continues with the first batch of which that
-        process had read nothing.
+        If that process had another number of rows, continues with the first batch that has none of
+        the rows that the process had read.
         """
         self.close()
         position = int(state["next"])
@@ -290,8 +290,8 @@ def training_batches(
 def merge_batch_states(states: Sequence[JsonObject]) -> JsonDict:
     """Returns a state from which any number of processes can continue.
 
-    It stands before the first batch of which no process has read a row. Without bad records all
-    processes are there. With bad records some processes are ahead: the rows that the others had
+    The state stands before the first batch that no process has begun. Without bad records every
+    process stands there. With bad records some processes are ahead. The rows that the others had
     not read are left out, and no row is read twice.
     """
     next_batch = max(-(-int(state["next"]) // int(state["rows"])) for state in states)

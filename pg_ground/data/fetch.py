@@ -267,7 +267,7 @@ def _read_blob(digest: str, fetch: Fetch) -> bytes | None:
 
 
 def _read_memo(url: str, fetch: Fetch) -> JsonDict:
-    """Returns what is remembered of `url`: its sha256, or kind and message of a failure, or {}."""
+    """Returns the memo of `url`: its sha256, or kind and message of a failure, or {}."""
     try:
         return json.loads(_memo_path(url, fetch).read_bytes())
     except (FileNotFoundError, ValueError):

@@ -350,8 +350,8 @@ def open_coco(location: str) -> Records:
 
     With `ask=image` there is one record for each image: `image` (its file name), `width`, `height`,
     and for each object an entry of `categories`, `boxes` (x, y, w, h in pixels) and `iscrowd`.
-    With `ask=category` there is one record for each category of which an image has objects, with
-    `category` instead of `categories`. With `ask=list`, a record of `ask=image` also has `classes`:
+    With `ask=category` an image has one record for each category of its objects, with `category`
+    instead of `categories`. With `ask=list`, a record of `ask=image` also has `classes`:
     the different categories in their order, "cat ; dog". An image without objects stays. Regions
     that stand for a crowd of objects are left out, unless `crowd=1`.
 

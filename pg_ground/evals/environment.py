@@ -64,6 +64,6 @@ def aggregates(rows: Sequence[Row]) -> dict[str, float]:
 def pass_at(k: int, rollouts: int, passed: int) -> float:
     """Returns the unbiased estimate of the probability that at least one of k rollouts passes.
 
-    It is 1 - C(n - c, k) / C(n, k) for n rollouts of which c pass (arXiv 2107.03374).
+    It is 1 - C(n - c, k) / C(n, k) for n rollouts if c of them pass (arXiv 2107.03374).
     """
     return 1.0 - math.comb(rollouts - passed, k) / math.comb(rollouts, k)

@@ -110,8 +110,7 @@ def question_table(
 
 
 def verdict(scored: ScoredRollouts, errors: dict[str, int]) -> str:
-    """Returns the statistics of each reward over the batch, and in words what is wrong with
-    them."""
+    """Returns the statistics of each reward over the batch, and in words each fault of them."""
     rewards = scored.rewards
     rows = []
     remarks = []

@@ -41,8 +41,8 @@ class Best(NamedTuple):
 
 
 class Recorder:
-    """Writes the record of one run in step with its checkpoints: a resumed run writes what the
-    first run would have written.
+    """Writes the record of one run in step with its checkpoints. A resumed run continues the
+    record as if the first run had not ended.
 
     Every process has a recorder with the same numbers. Only process 0 has a `writer`, and only it
     writes.

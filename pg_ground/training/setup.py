@@ -21,6 +21,7 @@ from pg_ground.params import SCALE, AbstractParams, flatten, is_adapter, lr_fact
 from pg_ground.training import optimizers
 from pg_ground.types import (
     POLICY,
+    Array,
     Batch,
     Boxes,
     Gold,
