@@ -80,11 +80,11 @@ PaliGemma 2 transfers.
 
 
 def random_params(model: PaliGemma) -> Any:
-    """Returns normal parameters of one size, biases and norm scales included: what is 0 or 1 at
-    first could hide a mistake.
+    """Returns normally distributed parameters. Biases and norm scales are random too: values of 0
+    or 1 could hide a mistake.
 
-    0.25 makes attention logits and vocabulary logits of a few units, so that softmax is neither
-    flat nor saturated.
+    A standard deviation of 0.25 makes attention logits and vocabulary logits of a few units. Then
+    softmax is neither flat nor saturated.
     """
     rng = np.random.default_rng(0)
     shapes = unflatten(model.abstract_params())
@@ -92,13 +92,13 @@ def random_params(model: PaliGemma) -> Any:
 
 
 B, G, L, T = 8, 3, 6, 7
-"""Of `inputs`. B is a multiple of the eight devices and of the micro-batches; T is no multiple of
-blocks of 3 slots.
+"""The axes of `inputs`. B is a multiple of the eight devices and of the micro-batches. T is no
+multiple of 3, so the last block of 3 slots is not full.
 """
 
 
 class Inputs(NamedTuple):
-    """What `completion_logps` takes after the parameters."""
+    """The arguments of `completion_logps` after the parameters."""
 
     image: jax.Array
     prompt: jax.Array
@@ -123,36 +123,35 @@ def inputs(model: PaliGemma, seed: int = 0) -> Inputs:
 
 
 CLOSE = 1e-5
-"""How near two ways of computing a tiny model's log-probabilities are, in float32: it knows a
-number to 2^-24 = 6e-8 of its size.
+"""The bound for two ways to compute log-probabilities of a tiny model in float32.
 
-Logits stay below 10, and each is the end of two layers of sums over at most 40 terms; taken in
-another order, these differ by some ten roundings of the largest number on the way: 1e-5 = 17 · 10 ·
-6e-8. A gradient adds such terms up over the tokens of a batch. Its error is measured against the
-parameter's whole norm, in which the roundings of single entries average out.
+float32 rounds a number to 2^-24 = 6e-8 of its size. Logits stay below 10. Each logit is the end of
+two layers of sums over at most 40 terms. In another order, the sums differ by about ten roundings
+of the largest number on the way: 1e-5 = 17 · 10 · 6e-8. A gradient adds these terms over the tokens
+of a batch. Its error is compared with the norm of the whole parameter: in the norm, the roundings
+of single entries average out.
 """
 
 
-def assert_close_trees(found: Any, expected: Any, bound: float = CLOSE) -> None:
-    """Fails where a leaf is further from the expected one than `bound` of its norm, and of 1e-3 of
-    the whole tree's norm.
+def assert_close_trees(actual: Any, expected: Any, bound: float = CLOSE) -> None:
+    """Fails if the error of a leaf is larger than `bound` · (norm of the leaf + 1e-3 · norm of the
+    tree).
 
-    The second part is for leaves whose gradient is a small rest of large terms, as that of the key
-    bias, which is 0 in theory.
+    The second term is for leaves whose gradient is a small difference of large terms. For example,
+    the gradient of the key bias is 0 in theory.
     """
-    whole = float(optax.tree.norm(expected))
+    tree_norm = float(optax.tree.norm(expected))
     for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
     ):
-        a, b = np.asarray(a), np.asarray(b)
-        off, size = np.linalg.norm(a - b), np.linalg.norm(b)
-        assert off <= bound * (size + 1e-3 * whole), (
-            f"{jax.tree_util.keystr(path)}: off by {off}, of {size}"
-        )
+        error = np.linalg.norm(np.asarray(a) - np.asarray(b))
+        norm = np.linalg.norm(np.asarray(b))
+        name = jax.tree_util.keystr(path)
+        assert error <= bound * (norm + 1e-3 * tree_norm), f"{name}: error {error}, norm {norm}"
 
 
 def unlabelled(image: Any, prompt: Any, prompt_mask: Any, suffix: Any, suffix_mask: Any) -> Batch:
-    """Returns a batch whose gold is empty: learning steps do not read it."""
+    """Returns a batch without annotations: learning steps do not read them."""
     b = len(prompt)
     none, zeros = jnp.zeros((b, 1), bool), jnp.zeros((b, 1), jnp.int32)
     gold = Gold(
@@ -184,9 +183,10 @@ def tiny(request) -> Tiny:
     return request.getfixturevalue(request.param)
 
 
-def beside(name: str) -> Path:
-    """Returns a folder that stands beside the project and is no part of it; a test that needs it
-    skips where it is not.
+def shared_folder(name: str) -> Path:
+    """Returns the folder `../shared/name`, which is no part of the project.
+
+    A test that needs the folder skips if it is absent.
     """
     path = Path(__file__).parents[2] / "shared" / name
     if not path.is_dir():
@@ -196,14 +196,14 @@ def beside(name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Other implementations' numbers."""
-    return beside("golden")
+    """Numbers of other implementations."""
+    return shared_folder("golden")
 
 
 @pytest.fixture(scope="session")
 def data() -> Path:
     """Real annotations, photographs and predictions."""
-    return beside("data")
+    return shared_folder("data")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,4 @@
-"""Laws of `pg_ground.reporting.files`:
-
-a file is written in one step, and an error names its file.
-"""
+"""`pg_ground.reporting.files` writes a file in one step, and its errors name the file."""
 
 import errno
 

@@ -1,8 +1,8 @@
-"""Training from a checkpoint as a user does it: adapters or a part of the model are trained.
+"""A user trains adapters, or a part of the model, from a checkpoint.
 
 The frozen parameters are stored once.
 
-Checkpoints here have the layout of the published ones; their sizes are those of configs/tiny.py.
+These checkpoints have the layout of published checkpoints and the sizes of configs/tiny.py.
 """
 
 import json
@@ -52,9 +52,9 @@ def base(tiny, tmp_path_factory) -> tuple[Path, dict]:
 
 @pytest.fixture(scope="module")
 def adapted(environment, base, tmp_path_factory):
-    """A run of both stages that trained adapters on that directory, and what it printed."""
+    """The directory and the output of a run that trained adapters on `base` in both stages."""
     workdir = tmp_path_factory.mktemp("runs") / "adapted"
-    done = run(
+    finished = run(
         environment,
         "train",
         "--config=configs/tiny.py",
@@ -62,47 +62,56 @@ def adapted(environment, base, tmp_path_factory):
         *ADAPTERS,
         f"--workdir={workdir}",
     )
-    assert done.returncode == 0, done.stderr
-    return workdir, done.stdout
+    assert finished.returncode == 0, finished.stderr
+    return workdir, finished.stdout
 
 
-def test_only_adapters_are_trained_saved_and_referred_to(adapted, base, tiny):
-    workdir, printed = adapted
-    every = PaliGemma(replace(tiny, lora=SETTINGS)).abstract_params()
-    mine = {name for name in every if is_adapter(name)}
+def test_only_adapters_are_trained_and_saved_as_policy_and_reference(adapted, base, tiny):
+    workdir, output = adapted
+    abstract = PaliGemma(replace(tiny, lora=SETTINGS)).abstract_params()
+    adapter_names = {name for name in abstract if is_adapter(name)}
     for folder in (run_directory.newest(workdir) / "params", workdir / "reference"):
-        assert manager.describe(folder).keys() == mine
-    kept = manager.describe(workdir / "frozen")
-    assert kept.keys() == every.keys() - mine and {leaf.dtype for leaf in kept.values()} == {
-        jnp.dtype("bfloat16")
-    }
-    trained, total = (sum(every[name].size for name in names) for names in (mine, every))
+        assert manager.describe(folder).keys() == adapter_names
+    frozen = manager.describe(workdir / "frozen")
+    assert frozen.keys() == abstract.keys() - adapter_names
+    assert {leaf.dtype for leaf in frozen.values()} == {jnp.dtype("bfloat16")}
+    trained, total = (
+        sum(abstract[name].size for name in names) for names in (adapter_names, abstract)
+    )
     frozen_bytes = 2 * (total - trained)
     assert re.search(
         rf"^{total:,} parameters \({4 * trained + frozen_bytes:,} bytes\), "
         rf"{trained:,} of them trained "
-        rf"\({4 * trained:,} bytes\); optimizer [\d,]+ bytes$", printed, re.MULTILINE,
-    ), printed[:300]  # fmt: skip
-    rest = [array for name, array in arrays(workdir).items() if name.startswith("rest")]
-    assert (
-        2 * trained < sum(array.size for array in rest) < 2 * trained + 10
-    )  # adam: two moments of each, and counters
+        rf"\({4 * trained:,} bytes\); optimizer [\d,]+ bytes$", output, re.MULTILINE,
+    ), output[:300]  # fmt: skip
+    optimizer_size = sum(
+        array.size for name, array in arrays(workdir).items() if name.startswith("rest")
+    )
+    # Adam has two moments of each trained parameter, and a few counters.
+    assert 2 * trained < optimizer_size < 2 * trained + 10
 
 
-def test_what_is_frozen_is_the_checkpoint_bit_for_bit(adapted, base):
-    kept = manager.describe(adapted[0] / "frozen")
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
-        for name, leaf in kept.items()
+def load_tree(folder: Path) -> dict[str, jax.Array]:
+    """Returns the saved arrays of a folder by name, on one device."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device)
+        for name, leaf in manager.describe(folder).items()
     }
-    kept = flatten(manager.restore_tree(adapted[0] / "frozen", unflatten(like)))
+    return flatten(manager.restore_tree(folder, unflatten(abstract)))
+
+
+def test_frozen_parameters_equal_the_checkpoint_bit_for_bit(adapted, base):
+    frozen = load_tree(adapted[0] / "frozen")
     for name, leaf in flatten(base[1]).items():
-        np.testing.assert_array_equal(np.asarray(kept[name]), np.asarray(leaf), err_msg=name)
+        np.testing.assert_array_equal(np.asarray(frozen[name]), np.asarray(leaf), err_msg=name)
 
 
-def test_the_run_starts_at_its_checkpoint_and_moves(adapted, base):
-    """GRPO starts after SFT moved the adapters. Its reference is the policy at its start."""
+def test_a_run_starts_at_its_checkpoint_and_changes_only_adapted_matrices(adapted, base):
+    """SFT moves the adapters before GRPO starts.
+
+    The reference of GRPO is the policy at the start of GRPO.
+    """
     _, trained = weights.load(adapted[0], dtype="float32")
     moved = {
         name: float(np.abs(np.asarray(leaf) - np.asarray(flatten(base[1])[name], np.float32)).max())
@@ -112,46 +121,42 @@ def test_the_run_starts_at_its_checkpoint_and_moves(adapted, base):
         (change > 0) == name.startswith(("llm/layers/attn", "llm/layers/mlp"))
         for name, change in moved.items()
     ), moved
-    written = rows(adapted[0])
-    kl = [row["policy/kl"] for row in written if "policy/kl" in row]
-    assert kl[0] < kl[-1] and kl[-1] > 0
-    assert max(row.get("policy/logp_diff_max", 0) for row in written) < 1e-4
+    metrics = rows(adapted[0])
+    kl = [row["policy/kl"] for row in metrics if "policy/kl" in row]
+    assert kl[0] < kl[-1]
+    assert kl[-1] > 0
+    assert max(row.get("policy/logp_diff_max", 0) for row in metrics) < 1e-4
 
 
 @pytest.mark.slow
-def test_evaluate_and_convert_take_the_merged_policy(adapted, environment, tmp_path):
+def test_evaluate_and_convert_use_the_merged_policy(adapted, environment, tmp_path):
     workdir, _ = adapted
-    done = run(
+    finished = run(
         environment,
         "evaluate",
         "--config=configs/tiny.py",
         f"--workdir={workdir}",
         f"--out={tmp_path}",
     )
-    assert done.returncode == 0, done.stderr
-    found, last = json.loads((tmp_path / "eval.json").read_text()), rows(workdir)[-1]
+    assert finished.returncode == 0, finished.stderr
+    metrics = json.loads((tmp_path / "eval.json").read_text())
+    last_row = rows(workdir)[-1]
     for name in ("eval/boxes/mean_iou", "eval/points/point_in_box"):
-        assert found[name] == pytest.approx(last[name], abs=0.05)
-    done = run(environment, "convert", str(workdir), str(tmp_path / "hf"), "--dtype=float32")
-    assert done.returncode == 0 and done.stdout == f"{tmp_path / 'hf'}\n", done.stderr
+        assert metrics[name] == pytest.approx(last_row[name], abs=0.05)
+    finished = run(environment, "convert", str(workdir), str(tmp_path / "hf"), "--dtype=float32")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout == f"{tmp_path / 'hf'}\n"
     for name, leaf in flatten(weights.load(tmp_path / "hf")[1]).items():
         expected = flatten(weights.load(workdir, dtype="float32")[1])[name]
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(expected), err_msg=name)
 
 
 def test_merging_a_trained_run_keeps_its_logits(adapted, tiny):
-    """Merged adapters of a run give the same logits, and the same parameters that it exports."""
+    """The logits of merged adapters and of exported parameters equal the logits of the run."""
     workdir, _ = adapted
     model = PaliGemma(replace(tiny, lora=SETTINGS))
-    like = {}
-    for folder in (workdir / "frozen", run_directory.newest(workdir) / "params"):
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        found = {
-            n: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
-            for n, x in manager.describe(folder).items()
-        }
-        like |= flatten(manager.restore_tree(folder, unflatten(found)))
-    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), join(like, {}))
+    saved = load_tree(workdir / "frozen") | load_tree(run_directory.newest(workdir) / "params")
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), join(saved, {}))
     rng = np.random.default_rng(0)
     inputs = (
         jnp.asarray(rng.uniform(-1, 1, (4, 32, 32, 3)), jnp.float32),
@@ -162,23 +167,22 @@ def test_merging_a_trained_run_keeps_its_logits(adapted, tiny):
 
     def logits(model: PaliGemma, params: dict) -> list[np.ndarray]:
         prefix, first = model.prefill(params, *inputs)
-        rest, _ = model.extend(
+        later, _ = model.extend(
             params, prefix, model.suffix_cache(prefix, *tokens.shape[1:]), tokens
         )
-        return [np.asarray(first), np.asarray(rest)]
+        return [np.asarray(first), np.asarray(later)]
 
-    found = logits(model, params)
-    assert all(np.ptp(array) > 1 for array in found)
+    expected = logits(model, params)
+    assert all(np.ptp(array) > 1 for array in expected)
     for merged in (lora.merge(params, SETTINGS), weights.load(workdir, dtype="float32")[1]):
-        for left, right in zip(logits(PaliGemma(tiny), merged), found, strict=True):
-            np.testing.assert_allclose(left, right, rtol=0, atol=2e-3)
+        for array, expected_array in zip(logits(PaliGemma(tiny), merged), expected, strict=True):
+            np.testing.assert_allclose(array, expected_array, rtol=0, atol=2e-3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("lines", "delay_s"), [(3, 1.5), (6, 0.2)], ids=["sft", "grpo"]
-)  # the first checkpoint is at step 4
-def test_a_killed_run_resumes_without_the_checkpoint_it_came_from(
+# The first checkpoint is at step 4.
+@pytest.mark.parametrize(("lines", "delay_s"), [(3, 1.5), (6, 0.2)], ids=["sft", "grpo"])
+def test_a_killed_run_resumes_without_the_checkpoint_of_its_start(
     adapted, base, environment, tmp_path, lines, delay_s
 ):
     workdir = tmp_path / "run"
@@ -198,14 +202,14 @@ def test_a_killed_run_resumes_without_the_checkpoint_it_came_from(
     assert_same_run(adapted[0], workdir)
 
 
-def test_parts_can_be_frozen_and_slowed_by_pattern(environment, base, tmp_path):
-    table = "((r'img/.*', 0), (r'llm/embedder/.*', 0.001), (r'.*', 1))"
+def test_lr_factors_freeze_parts_and_slow_parts_by_pattern(environment, base, tmp_path):
+    lr_factors = "((r'img/.*', 0), (r'llm/embedder/.*', 0.001), (r'.*', 1))"
     flags = (
         "--config.stages=sft",
-        f"--config.lr_factors={table}",
+        f"--config.lr_factors={lr_factors}",
         "--config.sft.optimizer.lr=0.01",
     )
-    done = run(
+    finished = run(
         environment,
         "train",
         "--config=configs/tiny.py",
@@ -213,10 +217,10 @@ def test_parts_can_be_frozen_and_slowed_by_pattern(environment, base, tmp_path):
         *flags,
         f"--workdir={tmp_path / 'run'}",
     )
-    assert done.returncode == 0, done.stderr
-    found = flatten(weights.load(tmp_path / "run")[1])
+    assert finished.returncode == 0, finished.stderr
+    trained = flatten(weights.load(tmp_path / "run")[1])
     moved = {
-        name: float(np.abs(np.asarray(found[name]) - np.asarray(leaf, np.float32)).max())
+        name: float(np.abs(np.asarray(trained[name]) - np.asarray(leaf, np.float32)).max())
         for name, leaf in flatten(base[1]).items()
     }
     assert not any(change for name, change in moved.items() if name.startswith("img/"))
@@ -224,7 +228,7 @@ def test_parts_can_be_frozen_and_slowed_by_pattern(environment, base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (
             ["--config.lr_factors=(('img/.*', 0),)"],
@@ -253,15 +257,17 @@ def test_parts_can_be_frozen_and_slowed_by_pattern(environment, base, tmp_path):
         ),
     ],
 )
-def test_settings_that_do_not_fit_the_checkpoint_end_in_one_line(base, tmp_path, flags, said):
-    done = run_here(
+def test_a_setting_that_does_not_fit_the_checkpoint_gives_an_error_of_one_line(
+    base, tmp_path, flags, message
+):
+    finished = run_here(
         "train",
         "--config=configs/tiny.py",
         f"--config.init={base[0]}",
         *flags,
         f"--workdir={tmp_path / 'run'}",
     )
-    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, (
-        done.stderr
-    )
+    assert finished.returncode == 2, finished.stderr
+    assert message in finished.stderr
+    assert finished.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()

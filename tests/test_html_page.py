@@ -1,7 +1,4 @@
-"""Laws of HTML pages and of tables:
-
-a page is whole and safe, and the columns of a table line up.
-"""
+"""An HTML page is complete and safe, and the columns of a text table line up."""
 
 import json
 import re
@@ -45,13 +42,13 @@ def test_a_table_on_a_page_has_its_texts_escaped():
     assert "<b>" not in text
 
 
-def test_data_cannot_end_its_element():
-    evil = "</script><script>alert(1)</script>"
-    text = html_page.page(evil, "", {"a": evil, "é": "漢"}, "report.js")
+def test_data_cannot_end_its_script_element():
+    script = "</script><script>alert(1)</script>"
+    text = html_page.page(script, "", {"a": script, "é": "漢"}, "report.js")
     assert "alert" in text
-    assert evil not in text
+    assert script not in text
     elements = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
-    assert [json.loads(element) for element in elements] == [{"a": evil, "é": "漢"}]
+    assert [json.loads(element) for element in elements] == [{"a": script, "é": "漢"}]
 
 
 def test_a_page_without_a_script_has_no_script_element():

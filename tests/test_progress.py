@@ -1,7 +1,4 @@
-"""Laws of `pg_ground.reporting.progress`:
-
-the position of a run is in every record and on the terminal.
-"""
+"""The position of a run is in every log record and on the terminal."""
 
 import io
 import logging
@@ -91,26 +88,26 @@ def test_logs_go_to_stderr_inside_a_block_and_nothing_remains(capsys):
 
 
 def test_a_record_starts_below_an_open_progress_line(monkeypatch):
-    out = Terminal()
-    monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(sys, "stderr", out)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
     progress.Progress().show(1, 9, "sft", {})
     progress.LogHandler().emit(record())
-    assert re.search(r"sft  1/9\n\d{4}.* compiled 3 programs\n$", out.getvalue())
+    assert re.search(r"sft  1/9\n\d{4}.* compiled 3 programs\n$", terminal.getvalue())
 
 
 # progress line
 
 
 def test_the_progress_line_has_step_metrics_speed_and_time_left():
-    values = {
+    metrics = {
         "reward/total": 0.75,
         "policy/kl": 0.01,
         "time/step_s": 2.0,
         "optim/lr": 1e-6,
         "perf/images_per_s": 16.0,
     }
-    line = progress.progress_line(40, 100, "grpo", {**values, "accuracy": 0.5})
+    line = progress.progress_line(40, 100, "grpo", {**metrics, "accuracy": 0.5})
     assert line == "grpo  40/100  reward 0.75  acc 0.5  kl 0.01  16 examples/s  2m00s left"
 
 
@@ -121,51 +118,52 @@ class Terminal(io.StringIO):
 
 def test_a_terminal_has_one_line_that_is_overwritten_and_evaluations_remain(monkeypatch):
     monkeypatch.setenv("COLUMNS", "30")
-    out = Terminal()
-    monkeypatch.setattr(sys, "stdout", out)
-    shown = progress.Progress()
-    shown.show(1, 90, "grpo", {"reward/total": 0.25})
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    display = progress.Progress()
+    display.show(1, 90, "grpo", {"reward/total": 0.25})
     metrics = {"reward/total": 0.5, "policy/kl": 0.125, "perf/images_per_s": 1234.0}
-    shown.show(2, 90, "grpo", metrics)
-    shown.show(2, 90, "grpo", {"eval/val/acc50": 0.75})
-    shown.show(3, 90, "grpo", {"reward/total": 0.5})
-    shown.end()
-    shown.end()
-    lines = out.getvalue().split("\r\x1b[K")[1:]
+    display.show(2, 90, "grpo", metrics)
+    display.show(2, 90, "grpo", {"eval/val/acc50": 0.75})
+    display.show(3, 90, "grpo", {"reward/total": 0.5})
+    display.end()
+    display.end()
+    lines = terminal.getvalue().split("\r\x1b[K")[1:]
     assert lines[0] == "grpo  1/90  reward 0.25"
     assert len(lines[1]) == 29, "a longer line could not be overwritten"
     assert lines[2] == "grpo  2/90  val: acc50 0.75\n"
-    assert lines[3] == "grpo  3/90  reward 0.5  acc 0\n", "the newest accuracy, cut to the width"
+    # The last line has the newest accuracy, and is cut to the width of the terminal.
+    assert lines[3] == "grpo  3/90  reward 0.5  acc 0\n"
 
 
-def test_a_log_has_a_line_a_minute_and_each_evaluation_and_the_last_line(monkeypatch, caplog):
+def test_a_log_has_one_line_per_minute_each_evaluation_and_the_last_step(monkeypatch, caplog):
     caplog.set_level(logging.INFO, "pg_ground")
-    now = [0.0]
-    out = io.StringIO()
-    monkeypatch.setattr(sys, "stdout", out)
-    shown = progress.Progress(clock=lambda: now[0])
+    seconds = [0.0]
+    stdout = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stdout)
+    display = progress.Progress(clock=lambda: seconds[0])
     for step in range(1, 301):
-        now[0] += 1.0
-        shown.show(step, 300, "sft", {"sft/loss": 1.0}, keep=step == 300)
+        seconds[0] += 1.0
+        display.show(step, 300, "sft", {"sft/loss": 1.0}, keep=step == 300)
         if step == 100:
-            shown.show(step, 300, "sft", {"eval/val/acc50": 0.5})
+            display.show(step, 300, "sft", {"eval/val/acc50": 0.5})
     steps = [int(re.match(r"sft +(\d+)/300  ", line)[1]) for line in caplog.messages]
     assert steps == [1, 61, 100, 160, 220, 280, 300]
-    assert out.getvalue() == ""
+    assert stdout.getvalue() == ""
 
 
 def test_the_progress_line_of_an_evaluation_names_the_benchmarks():
-    values = {
+    metrics = {
         "eval/val/acc50": 0.5,
         "eval/val/acc95": 0.1,
         "eval/val/mean_iou": 0.25,
         "eval/clicks/hit": 0.9,
     }
-    line = progress.progress_line(0, 9, "sft", values)
+    line = progress.progress_line(0, 9, "sft", metrics)
     assert line == "sft  0/9  val: acc50 0.5 mean_iou 0.25  clicks: hit 0.9"
 
 
-def test_the_progress_line_is_one_line_whatever_the_numbers():
+def test_the_progress_line_is_one_line_if_a_number_is_not_finite():
     line = progress.progress_line(1, 2, "sft", {"sft/loss": math.nan, "time/step_s": math.inf})
     assert "\n" not in line
     assert "loss nan" in line

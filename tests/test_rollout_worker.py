@@ -1,6 +1,6 @@
-"""What a configured set of rewards becomes:
+"""Configured rewards become functions on the device, or worker processes that read text.
 
-functions on the device, workers for text, and what has a say.
+Other tests here check weights, dynamic sampling, the baseline, and the examples of text rewards.
 """
 
 import jax
@@ -42,7 +42,7 @@ def test_rewards_without_a_weight_are_refused(weights):
     }
 
 
-def test_a_weight_may_move_evenly_from_one_value_to_another():
+def test_a_weight_may_move_linearly_from_one_value_to_another():
     weights = {"iou": 1.0, "format": (1.0, 0.2, 4)}
     assert [weights_at(weights, step)["format"] for step in (0, 1, 2, 4, 9)] == pytest.approx(
         [1.0, 0.8, 0.6, 0.2, 0.2]
@@ -50,7 +50,7 @@ def test_a_weight_may_move_evenly_from_one_value_to_another():
     assert weights_at(weights, 7)["iou"] == 1.0
 
 
-def test_rewards_of_a_users_file_are_told_apart_by_their_parameters(tmp_path):
+def test_the_parameters_of_a_users_reward_decide_whether_it_runs_on_the_device(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
         "import jax.numpy as jnp\n"
@@ -58,9 +58,8 @@ def test_rewards_of_a_users_file_are_told_apart_by_their_parameters(tmp_path):
         "def short(completion, example):\n    return -len(completion)\n"
     )
     c = Grpo(rewards={f"{file}:wide": 1.0, f"{file}:short": 0.5, "iou": 1.0})
-    assert set(load_device_rewards(c)) == {f"{file}:wide", "iou"} and make_reward_workers(
-        c
-    ).names == (f"{file}:short",)
+    assert set(load_device_rewards(c)) == {f"{file}:wide", "iou"}
+    assert make_reward_workers(c).names == (f"{file}:short",)
 
 
 def test_a_users_device_reward_with_a_fault_is_named(tmp_path):
@@ -72,11 +71,11 @@ def test_a_users_device_reward_with_a_fault_is_named(tmp_path):
         "def infinite(answer, batch, settings):\n    return jnp.full(answer.finished.shape, "
         "jnp.inf)\n"
     )
-    given = sampled([[0.0, 1.0]])
+    groups = scored_groups([[0.0, 1.0]])
     rewards = load_device_rewards(
         Grpo(rewards={f"{file}:{name}": 1.0 for name in ("raises", "flat", "infinite")})
     )
-    arguments = (given.answer, given.batch, Grpo().reward_settings)
+    arguments = (groups.answer, groups.batch, Grpo().reward_settings)
     with pytest.raises(UserError, match=r"mine.py:raises failed: KeyError: 'x'"):
         rewards[f"{file}:raises"](*arguments)
     with pytest.raises(
@@ -86,9 +85,8 @@ def test_a_users_device_reward_with_a_fault_is_named(tmp_path):
     assert np.isnan(rewards[f"{file}:infinite"](*arguments)).all()
 
 
-def sampled(totals: list[list[float]], first: int = 0) -> ScoredRollouts:
-    """Returns groups with these rewards, numbered from `first` on in `index` and in their
-    tokens."""
+def scored_groups(totals: list[list[float]], first: int = 0) -> ScoredRollouts:
+    """Returns groups with these rewards. The index and the tokens of row i are `first` + i."""
     total = jnp.asarray(totals, jnp.float32)
     b, g = total.shape
     batch = unlabelled(
@@ -107,28 +105,24 @@ def sampled(totals: list[list[float]], first: int = 0) -> ScoredRollouts:
 
 
 def test_groups_without_spread_are_replaced_in_order_and_the_others_stay():
-    kept = sampled([[1, 1], [0, 1], [0.1, 0.1], [np.nan, 0.3]])
-    fresh = sampled([[0, 0], [0, 2], [5, 5], [3, 0]], first=10)
-    found = jax.jit(refill)(kept, fresh)
-    assert found.batch.index.tolist() == [11, 1, 13, 3]
-    assert found.rollout.tokens[:, 0, 0].tolist() == [11, 1, 13, 3]
-    np.testing.assert_allclose(found.rewards.total, [[0, 2], [0, 1], [3, 0], [np.nan, 0.3]])
-    assert has_spread(found).tolist() == [True, True, True, False]
-    again = jax.jit(refill)(found, sampled([[1, 1]] * 4, first=20))
-    np.testing.assert_array_equal(again.rewards.total, found.rewards.total)
+    groups = scored_groups([[1, 1], [0, 1], [0.1, 0.1], [np.nan, 0.3]])
+    fresh = scored_groups([[0, 0], [0, 2], [5, 5], [3, 0]], first=10)
+    refilled = jax.jit(refill)(groups, fresh)
+    assert refilled.batch.index.tolist() == [11, 1, 13, 3]
+    assert refilled.rollout.tokens[:, 0, 0].tolist() == [11, 1, 13, 3]
+    np.testing.assert_allclose(refilled.rewards.total, [[0, 2], [0, 1], [3, 0], [np.nan, 0.3]])
+    assert has_spread(refilled).tolist() == [True, True, True, False]
+    unchanged = jax.jit(refill)(refilled, scored_groups([[1, 1]] * 4, first=20))
+    np.testing.assert_array_equal(unchanged.rewards.total, refilled.rewards.total)
 
 
-def test_defect_16_groups_are_kept_by_their_spread_and_not_by_their_mean():
-    """RLLaVA keeps groups whose mean is inside (.01, .99):
+def test_defect_16_the_spread_of_a_group_decides_and_not_its_mean():
+    """RLLaVA keeps the groups whose mean is inside (.01, .99).
 
-    of rewards that are no probabilities it keeps what teaches nothing.
+    If rewards are no probabilities, it keeps groups that teach nothing.
     """
-    assert has_spread(sampled([[0.5, 0.5], [1.2, 1.2], [0.0, 0.005], [1.0, 1.4]])).tolist() == [
-        False,
-        False,
-        True,
-        True,
-    ]
+    groups = scored_groups([[0.5, 0.5], [1.2, 1.2], [0.0, 0.005], [1.0, 1.4]])
+    assert has_spread(groups).tolist() == [False, False, True, True]
 
 
 def test_a_reward_is_named_once():
@@ -139,24 +133,23 @@ def test_a_reward_is_named_once():
         load_device_rewards(Grpo(rewards={"count_graded": 1.0}, text_rewards={"count_graded": 1.0}))
 
 
-def test_the_greedy_completion_is_taken_out_and_compared_with():
-    given = sampled([[1, 0, 0.5], [0, 0, 0.25]])
-    found = split_off_greedy(given.rollout, given.answer, given.rewards, given.batch)
-    assert found.rollout.tokens.shape == (2, 2, 3) and found.baseline.tolist() == [0.5, 0.25]
-    advantages = compute_advantages(found, None, {"iou": 1.0}, 0.0, ALGORITHMS["remax"]).advantages[
-        ..., 0
-    ]
+def test_the_greedy_completion_becomes_the_baseline():
+    groups = scored_groups([[1, 0, 0.5], [0, 0, 0.25]])
+    scored = split_off_greedy(groups.rollout, groups.answer, groups.rewards, groups.batch)
+    assert scored.rollout.tokens.shape == (2, 2, 3)
+    assert scored.baseline.tolist() == [0.5, 0.25]
+    remax = ALGORITHMS["remax"]
+    advantages = compute_advantages(scored, None, {"iou": 1.0}, 0.0, remax).advantages[..., 0]
     np.testing.assert_allclose(advantages, [[0.5, -0.5], [-0.25, -0.25]])
 
 
 def test_a_penalty_in_the_reward_moves_advantages():
-    given = sampled([[1.0, 0.0], [0.0, 1.0]])
-    ref = (
-        jnp.zeros(given.rollout.logps.shape).at[0, 0].set(-1.0)
-    )  # the policy likes this one more than the reference: 3 nats
-    row = ALGORITHMS["rloo"]
-    found = compute_advantages(given, ref, {"iou": 1.0}, 0.1, row).advantages[..., 0]
-    np.testing.assert_allclose(found, [[0.7, -0.7], [-1, 1]], rtol=1e-6)
+    groups = scored_groups([[1.0, 0.0], [0.0, 1.0]])
+    # The policy gives the first completion 3 nats more than the reference does.
+    ref_logps = jnp.zeros(groups.rollout.logps.shape).at[0, 0].set(-1.0)
+    rloo = ALGORITHMS["rloo"]
+    advantages = compute_advantages(groups, ref_logps, {"iou": 1.0}, 0.1, rloo).advantages[..., 0]
+    np.testing.assert_allclose(advantages, [[0.7, -0.7], [-1, 1]], rtol=1e-6)
 
 
 def test_a_text_reward_sees_the_question_in_pixels_and_words():
@@ -168,18 +161,14 @@ def test_a_text_reward_sees_the_question_in_pixels_and_words():
     row = to_batch_row(to_example(record, source, "s", 7, 28, None), tokens, data, 3)
     batch = jax.tree.map(lambda leaf: np.asarray(leaf)[None], row)
     question = text_question(batch, 0, tokens)
-    assert (
-        question.prompt == "detect a cat"
-        and question.target == "boxes"
-        and question.labels == ("a cat",)
-    )
+    assert question.prompt == "detect a cat"
+    assert question.target == "boxes"
+    assert question.labels == ("a cat",)
     np.testing.assert_allclose(question.boxes, [[10, 20, 60, 45]], atol=1e-4)
-    assert (
-        question.size == (100, 50)
-        and question.source == "3"
-        and question.index == 7
-        and question.points == ()
-    )
+    assert question.size == (100, 50)
+    assert question.source == "3"
+    assert question.index == 7
+    assert question.points == ()
     assert question.gold == tokens.decode(
         tokens.suffix("<loc0409><loc0102><loc0921><loc0614> a cat")
     )
@@ -188,13 +177,11 @@ def test_a_text_reward_sees_the_question_in_pixels_and_words():
     completions, examples = texts_of(
         batch, Rollout(ids, ids > 0, np.zeros(ids.shape), ids > 0), tokens
     )
-    assert (
-        completions[0].startswith("<loc0001>")
-        and completions[1] == ""
-        and [e.length for e in examples] == [4, 0]
-    )
+    assert completions[0].startswith("<loc0001>")
+    assert completions[1] == ""
+    assert [example.length for example in examples] == [4, 0]
 
 
-def test_parts_of_a_batch_are_put_together_again_in_order():
+def test_unsplit_is_the_inverse_of_split():
     x = jnp.arange(12)
     np.testing.assert_array_equal(unsplit(split(x, 3)), x)

@@ -1,4 +1,4 @@
-"""Tests of configs/tasks.py (it parses, reads samples and trains) and of the names in docs/."""
+"""The recipes of configs/tasks.py parse, read samples and train. The docs use names that exist."""
 
 import ast
 import importlib
@@ -26,7 +26,7 @@ from pg_ground.training.rollout_worker import text_question
 from pg_ground.types import UserError
 
 SAMPLES = ROOT.parent / "shared" / "data"
-needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="shared/data is not here")
+needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="shared/data does not exist")
 REWARD_PAGE, ALGORITHM_PAGE = (
     (ROOT / "docs" / f"{name}.md").read_text() for name in ("rewards", "algorithms")
 )
@@ -36,41 +36,44 @@ def recipe(name: str, *flags: str) -> config.Config:
     return cli.parse_config([f"--config={ROOT}/configs/tasks.py:{name}", *flags])
 
 
-def picture(path: Path) -> str:
+def write_picture(path: Path) -> str:
+    """Writes a random picture of 96 × 72 pixels and returns its file name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (72, 96, 3), np.uint8)).save(path)
     return path.name
 
 
-def lines(path: Path, records: list[dict]) -> str:
+def write_records(path: Path, records: list[dict]) -> str:
+    """Writes a JSONL file and returns its uri."""
     path.write_text("\n".join(map(json.dumps, records)))
     return f"jsonl:{path}"
 
 
-def questions(name: str, uri: str) -> Examples:
+def open_questions(name: str, uri: str) -> Examples:
+    """Returns the questions of a recipe after a check of their lengths."""
     c = recipe(name, f"--config.grpo.sources.questions.uri={uri}")
-    found = open_examples("questions", c.grpo.sources["questions"], c.data, 28)
-    check_budgets([measure_budget(found, tokenizer.load(), c.data)], c.data)
-    return found
+    examples = open_examples("questions", c.grpo.sources["questions"], c.data, 28)
+    check_budgets([measure_budget(examples, tokenizer.load(), c.data)], c.data)
+    return examples
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_recipe_names_what_exists_and_one_flag_gives_both_stages_their_data(name):
+def test_a_recipe_uses_names_that_exist_and_one_flag_sets_the_data_of_both_stages(name):
     for weights in ("", "+pg2_3b_448"):
         c = recipe(name + weights, "--config.grpo.sources.questions.uri=jsonl:mine")
-        assert set(c.grpo.rewards) <= set(REWARDS) and set(c.grpo.text_rewards) <= set(TEXT_REWARDS)
-        assert (
-            weighted_rewards(c.grpo)
-            and make_algorithm(c.grpo.algorithm, c.grpo.algorithm_overrides) is not None
-            and c.grpo.batch_size % c.grpo.minibatches == 0
-        )
-        assert c.sft.sources == c.grpo.sources and c.sft.sources["questions"].uri == "jsonl:mine"
+        assert set(c.grpo.rewards) <= set(REWARDS)
+        assert set(c.grpo.text_rewards) <= set(TEXT_REWARDS)
+        assert weighted_rewards(c.grpo)
+        assert make_algorithm(c.grpo.algorithm, c.grpo.algorithm_overrides) is not None
+        assert c.grpo.batch_size % c.grpo.minibatches == 0
+        assert c.sft.sources == c.grpo.sources
+        assert c.sft.sources["questions"].uri == "jsonl:mine"
     assert f"\n{name} " in (ROOT / "configs/tasks.py").read_text(), (
-        "the docstring says what its data look like"
+        "the docstring of configs/tasks.py must show a line of the data"
     )
 
 
-def test_a_task_that_does_not_exist_is_told_with_the_nearest():
+def test_the_error_of_an_unknown_task_names_the_nearest_task():
     with pytest.raises(UserError, match="did you mean counting"):
         recipe("countin")
 
@@ -84,21 +87,20 @@ def test_a_task_that_does_not_exist_is_told_with_the_nearest():
         ("single_box", "refcoco/triples.jsonl"),
     ],
 )
-def test_samples_are_questions_of_a_recipe(name, file):
-    found = questions(name, f"jsonl:{SAMPLES / file}")
-    assert all(
-        re.fullmatch(r"(<loc\d{4}>)+( .+)?", found[i].suffix) for i in range(0, len(found), 30)
-    )
+def test_a_recipe_reads_published_samples(name, file):
+    examples = open_questions(name, f"jsonl:{SAMPLES / file}")
+    for i in range(0, len(examples), 30):
+        assert re.fullmatch(r"(<loc\d{4}>)+( .+)?", examples[i].suffix)
 
 
 @needs_samples
-def test_pixmo_counts_are_answered_after_thinking(tmp_path):
+def test_the_answer_to_a_pixmo_count_starts_with_thinking(tmp_path):
     records = [
         json.loads(line)
         for line in (SAMPLES / "counting/pixmo_count_val540.jsonl").read_text().splitlines()
     ]
-    picture(tmp_path / records[0]["image_path"])
-    example = questions("counting", lines(tmp_path / "c.jsonl", records))[0]
+    write_picture(tmp_path / records[0]["image_path"])
+    example = open_questions("counting", write_records(tmp_path / "c.jsonl", records))[0]
     assert example.prompt == "answer en how many cows are there?"
     assert example.suffix == "<think>I see 8 cows.</think> <answer>8</answer>"
 
@@ -109,10 +111,10 @@ def test_easydistills_classes_are_the_names_of_the_answer(tmp_path):
     for record in records:
         Image.new("RGB", (record["width"], record["height"])).save(tmp_path / record["image_path"])
     (tmp_path / "m.json").write_text(json.dumps(records))
-    found = questions("multi_box", f"json:{tmp_path}/m.json")
-    assert found[0].names == ("0", "2")
+    examples = open_questions("multi_box", f"json:{tmp_path}/m.json")
+    assert examples[0].names == ("0", "2")
     with pytest.raises(BadRecord, match="no area"):
-        found[2]  # [641, 422, 643, 422], as published
+        examples[2]  # the published box is [641, 422, 643, 422]
 
 
 GOLD = {
@@ -142,16 +144,17 @@ GOLD = {
 @pytest.mark.parametrize("name", GOLD)
 def test_the_supervised_answer_earns_the_most_in_its_own_recipe(name, tmp_path):
     record, expected = GOLD[name]
-    picture(tmp_path / "1.png")
-    found = questions(
-        name, lines(tmp_path / "q.jsonl", [record | {TASKS[name].source.image: "1.png"}])
+    write_picture(tmp_path / "1.png")
+    examples = open_questions(
+        name, write_records(tmp_path / "q.jsonl", [record | {TASKS[name].source.image: "1.png"}])
     )
-    tokens, c = tokenizer.load(), recipe(name)
-    row = prepare_row(found, 0, tokens, c.data, 0, 0)
+    tokens = tokenizer.load()
+    c = recipe(name)
+    row = prepare_row(examples, 0, tokens, c.data, 0, 0)
     assert not isinstance(row, UnusableRow)
+    question = text_question(stack_rows([row]), 0, tokens)
     scores = {
-        reward: TEXT_REWARDS[reward](found[0].suffix, text_question(stack_rows([row]), 0, tokens))
-        for reward in c.grpo.text_rewards
+        reward: TEXT_REWARDS[reward](examples[0].suffix, question) for reward in c.grpo.text_rewards
     }
     assert scores == pytest.approx(expected)
 
@@ -162,9 +165,9 @@ def test_counting_trains_end_to_end(environment, tmp_path):
         {"image_path": f"{i}.png", "question": "cows", "ground_truth": i % 3 + 1} for i in range(8)
     ]
     for record in records:
-        picture(tmp_path / record["image_path"])
-    uri = lines(tmp_path / "c.jsonl", records)
-    done = run(
+        write_picture(tmp_path / record["image_path"])
+    uri = write_records(tmp_path / "c.jsonl", records)
+    finished = run(
         environment,
         "train",
         "--config=configs/tasks.py:counting",
@@ -176,12 +179,13 @@ def test_counting_trains_end_to_end(environment, tmp_path):
         "--config.log.every=1",
         "--config.log.samples_every=0",
     )
-    assert done.returncode == 0, done.stderr
-    seen = [row for row in rows(tmp_path / "run") if row["stage"] == "grpo"]
-    assert len(seen) == 2
-    for row in seen:
+    assert finished.returncode == 0, finished.stderr
+    grpo_rows = [row for row in rows(tmp_path / "run") if row["stage"] == "grpo"]
+    assert len(grpo_rows) == 2
+    for row in grpo_rows:
         assert {f"reward/{name}" for name in TASKS["counting"].text_rewards} <= row.keys()
-        assert row["reward/errors/count_exact"] == 0 and row["policy/kl"] >= 0
+        assert row["reward/errors/count_exact"] == 0
+        assert row["policy/kl"] >= 0
 
 
 PAGES = [page.read_text() for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
@@ -191,53 +195,57 @@ DOCSTRINGS = [
 ]
 
 
-def printed() -> list[str]:
+def documented_commands() -> list[str]:
     """Returns the commands with a recipe in README, docs/ and the docstrings of configs/."""
-    texts = [block for page in PAGES for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)]
-    lines = "\n".join([*texts, *DOCSTRINGS]).replace("\\\n", " ")
-    return re.findall(r"-m pg_ground\.(\w+ --config=configs/[^&#\n]*)", lines)
+    blocks = [block for page in PAGES for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)]
+    text = "\n".join([*blocks, *DOCSTRINGS]).replace("\\\n", " ")
+    return re.findall(r"-m pg_ground\.(\w+ --config=configs/[^&#\n]*)", text)
 
 
-@pytest.mark.parametrize("command", printed())
-def test_a_printed_command_names_settings_that_exist_and_the_data_it_needs(command):
+@pytest.mark.parametrize("command", documented_commands())
+def test_a_documented_command_has_settings_that_exist_and_the_data_that_it_needs(command):
     module, *flags = command.replace("=configs/", f"={ROOT}/configs/").split()
     c = cli.parse_config([flag for flag in flags if flag.startswith("--config")])
     sections = {"sft": c.sft.sources, "grpo": c.grpo.sources, "eval": c.eval.sources}
-    given = {flag.partition(".sources.")[2].partition("=")[0] for flag in flags}
+    flag_sources = {flag.partition(".sources.")[2].partition("=")[0] for flag in flags}
     for section in {"look": sections, "train": (*c.stages, "eval"), "compile": ()}[module]:
         for name, source in sections[section].items():
             assert (
                 source.uri.startswith(("synthetic:", "relations:synthetic:"))
-                or f"{name}.uri" in given
+                or f"{name}.uri" in flag_sources
             ), f"{section}/{name} is {source.uri}"
 
 
-def test_there_are_printed_commands():
-    assert {command.split()[0] for command in printed()} >= {"train", "look"} and len(printed()) > 9
+def test_the_docs_have_commands():
+    commands = documented_commands()
+    assert {command.split()[0] for command in commands} >= {"train", "look"}
+    assert len(commands) > 9
 
 
 def test_a_setting_in_a_sentence_has_a_name_and_a_value_that_exist(tmp_path):
-    recipe = tmp_path / "recipe.py"
-    recipe.write_text(
+    recipe_file = tmp_path / "recipe.py"
+    recipe_file.write_text(
         "from pg_ground import config\n\ndef get_config():\n    c = config.template()\n"
         '    source = config.section(config.Source(uri="synthetic:train", boxes="box"))\n'
         '    c.sft.sources = c.grpo.sources = c.eval.sources = {"boxes": source}\n    return c\n'
     )
-    found = re.findall(
+    settings = re.findall(
         r"--(config\.(?!\w+\.sources)[\w.]+)=('[^']*'|[^\s`…]+)", "\n".join([*PAGES, *DOCSTRINGS])
     )
-    assert len(found) > 12
-    for name, value in found:
+    assert len(settings) > 12
+    for name, value in settings:
         quote = "'"
-        cli.parse_config([f"--config={recipe}", f"--{name}={value.strip(quote)}"])
+        cli.parse_config([f"--config={recipe_file}", f"--{name}={value.strip(quote)}"])
 
 
-def test_a_command_in_a_sentence_has_the_flags_without_which_it_does_not_run():
-    found = re.findall(r"`python (-m pg_ground\.\w+|benchmarks/\w+\.py)([^`]*)`", "\n".join(PAGES))
-    assert len(found) > 12
-    for program, flags in found:
+def test_a_command_in_a_sentence_has_the_flags_that_it_requires():
+    commands = re.findall(
+        r"`python (-m pg_ground\.\w+|benchmarks/\w+\.py)([^`]*)`", "\n".join(PAGES)
+    )
+    assert len(commands) > 12
+    for program, flags in commands:
         if program.startswith("-m") and not flags:
-            continue  # the name of a program, not how it is called
+            continue  # the sentence only names the program
         if program.startswith("-m"):
             required = importlib.import_module(program.split()[1]).COMMAND.required
         else:
@@ -245,11 +253,11 @@ def test_a_command_in_a_sentence_has_the_flags_without_which_it_does_not_run():
         assert not [name for name in required if f"--{name}=" not in flags], f"{program}{flags}"
 
 
-def example(language: str) -> str:
-    """Returns the example of docs/rewards.md that stands under a mark."""
-    found = re.search(rf"<!-- {language} -->\n```python\n(.*?)```", REWARD_PAGE, re.DOTALL)
-    assert found, language
-    return found[1]
+def example(mark: str) -> str:
+    """Returns the example under the comment `<!-- mark -->` in docs/rewards.md."""
+    match = re.search(rf"<!-- {mark} -->\n```python\n(.*?)```", REWARD_PAGE, re.DOTALL)
+    assert match, mark
+    return match[1]
 
 
 def test_the_examples_of_docs_rewards_train(environment, tmp_path):
@@ -267,15 +275,17 @@ def get_config():
     c.log.every = 1
     return c.lock()
 """)
-    done = run(environment, "train", f"--config={tmp_path}/recipe.py", f"--workdir={tmp_path}/run")
-    assert done.returncode == 0, done.stderr
-    seen = rows(tmp_path / "run")
-    assert sum("policy/loss" in row for row in seen) == 3
-    last = [row for row in seen if "policy/loss" in row][-1]
-    assert 0 <= last[f"reward/{tmp_path}/rewards.py:centred"] <= 1
+    finished = run(
+        environment, "train", f"--config={tmp_path}/recipe.py", f"--workdir={tmp_path}/run"
+    )
+    assert finished.returncode == 0, finished.stderr
+    training_rows = [row for row in rows(tmp_path / "run") if "policy/loss" in row]
+    assert len(training_rows) == 3
+    last_row = training_rows[-1]
+    assert 0 <= last_row[f"reward/{tmp_path}/rewards.py:centred"] <= 1
     for name in ("brief", "share_of_longest"):
-        assert 0 < last[f"reward/{tmp_path}/words.py:{name}"] <= 1
-        assert last[f"reward/errors/{tmp_path}/words.py:{name}"] == 0
+        assert 0 < last_row[f"reward/{tmp_path}/words.py:{name}"] <= 1
+        assert last_row[f"reward/errors/{tmp_path}/words.py:{name}"] == 0
 
 
 def table(page: str, head: str) -> str:
@@ -292,7 +302,7 @@ def table(page: str, head: str) -> str:
     ],
     ids=["rewards", "text_rewards", "algorithms"],
 )
-def test_a_table_of_the_docs_has_every_name_and_no_other(names, text):
+def test_a_table_of_the_docs_has_every_name_and_no_other_name(names, text):
     listed = [cell.split("|")[1] for cell in text.splitlines()[2:]]
     assert sorted(re.findall(r"`(\w+)`", "".join(listed))) == sorted(names)
 
@@ -315,8 +325,10 @@ def test_the_table_of_algorithms_describes_the_rows():
         assert objective == row.objective.__name__
         assert loss_agg_mode == row.loss_agg_mode.__name__
         numbers = [float(number) for number in re.findall(r"[\d.]+(?:e-\d)?", clip)]
-        options = [row.option(option) for option in ("clip_low", "clip_high", "ratio_cap")]
-        assert numbers == [n for n in options if n is not None and np.isfinite(n)], name
+        options = [row.option(setting) for setting in ("clip_low", "clip_high", "ratio_cap")]
+        assert numbers == [
+            option for option in options if option is not None and np.isfinite(option)
+        ], name
         assert float(kl.split()[0].strip(",")) == row.kl_coef
         assert ("in the reward" in kl) == row.kl_in_reward
         estimator = re.search(r"`(\w+)", kl)
