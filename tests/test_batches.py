@@ -342,6 +342,7 @@ def three_sources(folder: Path) -> dict[str, Source]:
     }
 
 
+@pytest.mark.slow
 def test_five_hundred_batches_have_their_shares_and_no_example_twice_in_an_epoch(tmp_path, tokens):
     rows = seen(list(islice(train(three_sources(tmp_path), tokens), 500)))
     shares = Counter(source for source, _ in rows)

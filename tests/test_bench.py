@@ -55,6 +55,7 @@ def test_weights_are_read_once_per_token(config):
     assert four.bytes - none.bytes < eight.bytes - four.bytes
 
 
+@pytest.mark.slow
 def test_every_phase_of_a_step_is_reported(config, monkeypatch):
     monkeypatch.setattr(roofline, "fastest_run", partial(roofline.fastest_run, repeats=1))
     result = benchmark.bench(replace(config, data=replace(config.data, check_records=0)), steps=2)

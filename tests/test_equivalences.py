@@ -273,7 +273,11 @@ def test_sampler_and_trainer_give_the_same_log_probabilities(tiny, rollout_of):
 
 
 @pytest.mark.parametrize(
-    "shape", [config.Mesh(), config.Mesh(replica=2, model=2)], ids=["data", "all axes"]
+    "shape",
+    [
+        pytest.param(config.Mesh(), id="data", marks=pytest.mark.slow),
+        pytest.param(config.Mesh(replica=2, model=2), id="all axes"),
+    ],
 )
 def test_tokens_are_the_same_on_one_device_and_on_eight(pg1, monkeypatch, shape):
     """Arrays up to 4 MiB are not split in earnest; here all are, and activations have sharding
@@ -342,6 +346,9 @@ def test_control_ids_are_never_sampled_even_by_a_model_that_wants_nothing_else(t
 
 @pytest.mark.parametrize(
     "tiny", ["pg1", pytest.param("pg2", marks=pytest.mark.slow)], indirect=True
+)
+@pytest.mark.parametrize(
+    "tiny", ["pg2", pytest.param("pg1", marks=pytest.mark.slow)], indirect=True
 )
 def test_a_value_head_sees_the_hidden_states_of_a_plain_forward_pass(tiny):
     """A dense vector on the hidden states, as a critic has it: equal values, and equal gradients in

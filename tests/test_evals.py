@@ -63,7 +63,14 @@ PUBLISHED = {
 """Accuracy and number of unreadable answers of published files of predictions."""
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("baseline_rec_results_refcoco_val", marks=pytest.mark.slow),
+        pytest.param("baseline_rec_results_refcocog_val", marks=pytest.mark.slow),
+        "original_cot_rec_results_refcoco_val",
+    ],
+)
 def test_published_predictions_give_their_published_numbers(data, name):
     path = data / "predictions" / f"{name}.json"
     report, scored = scoring.rescore(path, "rec", FIELDS, PIXELS)

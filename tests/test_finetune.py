@@ -66,6 +66,7 @@ def adapted(environment, base, tmp_path_factory):
     return workdir, finished.stdout
 
 
+@pytest.mark.slow
 def test_only_adapters_are_trained_and_saved_as_policy_and_reference(adapted, base, tiny):
     workdir, output = adapted
     abstract = PaliGemma(replace(tiny, lora=SETTINGS)).abstract_params()
@@ -101,12 +102,14 @@ def load_tree(folder: Path) -> dict[str, jax.Array]:
     return flatten(manager.restore_tree(folder, unflatten(abstract)))
 
 
+@pytest.mark.slow
 def test_frozen_parameters_equal_the_checkpoint_bit_for_bit(adapted, base):
     frozen = load_tree(adapted[0] / "frozen")
     for name, leaf in flatten(base[1]).items():
         np.testing.assert_array_equal(np.asarray(frozen[name]), np.asarray(leaf), err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_starts_at_its_checkpoint_and_changes_only_adapted_matrices(adapted, base):
     """SFT moves the adapters before GRPO starts.
 
@@ -151,6 +154,7 @@ def test_evaluate_and_convert_use_the_merged_policy(adapted, environment, tmp_pa
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(expected), err_msg=name)
 
 
+@pytest.mark.slow
 def test_merging_a_trained_run_keeps_its_logits(adapted, tiny):
     """The logits of merged adapters and of exported parameters equal the logits of the run."""
     workdir, _ = adapted

@@ -147,11 +147,12 @@ SFT_STEPS = [("sft", 1), ("sft", 2), ("sft", 3)]
 GRPO_STEPS = [("grpo", 4), ("grpo", 5), ("grpo", 6)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("run", "expected_steps"),
     [
         ("sft_of_two", SFT_STEPS),
-        pytest.param("run_of_two", SFT_STEPS + GRPO_STEPS, marks=pytest.mark.slow),
+        ("run_of_two", SFT_STEPS + GRPO_STEPS),
     ],
 )
 def test_files_and_lines_are_written_once(request, run, expected_steps):

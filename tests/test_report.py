@@ -406,6 +406,7 @@ def test_a_sample_file_describes_its_picture(tiny_run):
             assert item["reward"] == pytest.approx(total, abs=2e-4)
 
 
+@pytest.mark.slow
 def test_a_report_that_cannot_be_written_does_not_end_the_run(environment, tmp_path, tiny_run):
     workdir = tmp_path / "run"
     (workdir / "report.html.tmp").mkdir(parents=True)  # a folder where the file is written

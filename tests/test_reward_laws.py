@@ -333,6 +333,7 @@ def check_random_tokens(count: int) -> None:
             assert np.nanmin(scores) >= low and np.nanmax(scores) <= high, name
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_random_answers_are_scored_within_range():
     check_random_tokens(100_000)
 

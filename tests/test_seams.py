@@ -4,6 +4,7 @@ trees beside the policy.
 Each test uses a seam on a tiny real model, as a stage with that feature would use it.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from pg_ground.rl.loss import policy_loss
 from pg_ground.rl.objectives import token_mean
 from pg_ground.rl.scored_rollouts import PolicyBatch
 from pg_ground.rl.update import accumulate_gradients, apply_gradients, grpo_update
-from pg_ground.types import POLICY, Array, Batch, Rollout, TrainState
+from pg_ground.types import POLICY, Array, Batch, Metrics, Rollout, TrainState
 
 CRITIC = "critic"
 DAPO = ALGORITHMS["dapo"]
@@ -38,23 +39,25 @@ def rollout(pg1) -> tuple[Batch, Rollout]:
     return batch, Rollout(x.tokens, x.mask, logps, x.mask & ~observation)
 
 
-def grpo_step(pg1: Any, policy_batch: PolicyBatch, num_iterations: int = 1) -> Any:
-    """Returns the train state and the metrics after one step of plain gradient descent.
+@pytest.fixture(scope="module")
+def grpo_step(pg1) -> Callable[[PolicyBatch], tuple[TrainState, Metrics]]:
+    """A step of plain gradient descent from the parameters of `pg1`.
 
-    The momentum is the gradient.
+    The momentum of its train state is the gradient.
     """
     optimizer = optax.sgd(0.1, momentum=0.9)
     trees = {POLICY: pg1.params}
     state = TrainState(jnp.int32(0), trees, optimizer.init(trees))
 
-    def step(state: TrainState, policy_batch: PolicyBatch) -> Any:
+    @jax.jit
+    def step(policy_batch: PolicyBatch) -> tuple[TrainState, Metrics]:
         return grpo_update(
             state, {}, policy_batch, jax.random.key(0),
             model=pg1.model, optimizer=optimizer, algorithm=DAPO,
-            temperature=1.0, grad_accum_steps=2, minibatches=1, num_iterations=num_iterations,
+            temperature=1.0, grad_accum_steps=2, minibatches=1, num_iterations=1,
         )  # fmt: skip
 
-    return jax.jit(step)(state, policy_batch)
+    return step
 
 
 def random_advantages(*shape: int) -> Array:
@@ -65,24 +68,24 @@ def gradient_norm(state: TrainState) -> float:
     return float(optax.tree.norm(state.opt_state[0].trace))
 
 
-def test_advantages_of_tokens_go_through_the_whole_update(pg1, rollout):
+def test_advantages_of_tokens_go_through_the_whole_update(grpo_step, rollout):
     """[B, G, T] advantages that are equal within a completion give the update of [B, G, 1]."""
     batch, completions = rollout
     advantages = random_advantages(B, G, 1)
-    by_completion, _ = grpo_step(pg1, PolicyBatch(batch, completions, advantages, None))
+    by_completion, _ = grpo_step(PolicyBatch(batch, completions, advantages, None))
     by_token = jnp.broadcast_to(advantages, (B, G, T))
-    state, _ = grpo_step(pg1, PolicyBatch(batch, completions, by_token, None))
+    state, _ = grpo_step(PolicyBatch(batch, completions, by_token, None))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-6),
         state.params,
         by_completion.params,
     )
-    other, _ = grpo_step(pg1, PolicyBatch(batch, completions, random_advantages(B, G, T), None))
+    other, _ = grpo_step(PolicyBatch(batch, completions, random_advantages(B, G, T), None))
     moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), other.params, state.params)
     assert max(map(float, jax.tree.leaves(moved))) > 1e-4
 
 
-def test_tokens_outside_the_loss_mask_have_no_gradient(pg1, rollout):
+def test_tokens_outside_the_loss_mask_have_no_gradient(grpo_step, rollout):
     """Only a tool's output has an advantage here.
 
     The gradient is exactly 0, and the metrics do not count those tokens.
@@ -90,25 +93,25 @@ def test_tokens_outside_the_loss_mask_have_no_gradient(pg1, rollout):
     batch, completions = rollout
     is_observation = completions.mask & ~completions.loss_mask
     advantages = jnp.where(is_observation, 1.0, 0.0)
-    state, metrics = grpo_step(pg1, PolicyBatch(batch, completions, advantages, None))
+    state, metrics = grpo_step(PolicyBatch(batch, completions, advantages, None))
     assert gradient_norm(state) == 0.0
     trained_too = completions._replace(loss_mask=completions.mask)
-    state, other_metrics = grpo_step(pg1, PolicyBatch(batch, trained_too, advantages, None))
+    state, other_metrics = grpo_step(PolicyBatch(batch, trained_too, advantages, None))
     assert gradient_norm(state) > 1e-3
     assert metrics["policy/entropy"] != other_metrics["policy/entropy"]
 
 
-def test_tokens_outside_the_loss_mask_are_read(pg1, rollout):
+def test_tokens_outside_the_loss_mask_are_read(grpo_step, rollout):
     """The model attends to a tool's output. Other observations give other gradients of the
     policy's tokens.
     """
     batch, completions = rollout
     advantages = random_advantages(B, G, 1)
-    state, _ = grpo_step(pg1, PolicyBatch(batch, completions, advantages, None))
+    state, _ = grpo_step(PolicyBatch(batch, completions, advantages, None))
     is_observation = completions.mask & ~completions.loss_mask
     other_tokens = jnp.where(is_observation, 7, completions.tokens)
     changed = completions._replace(tokens=other_tokens)
-    other, _ = grpo_step(pg1, PolicyBatch(batch, changed, advantages, None))
+    other, _ = grpo_step(PolicyBatch(batch, changed, advantages, None))
     assert abs(gradient_norm(state) - gradient_norm(other)) > 1e-4
 
 

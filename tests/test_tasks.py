@@ -260,6 +260,7 @@ def example(mark: str) -> str:
     return match[1]
 
 
+@pytest.mark.slow
 def test_the_examples_of_docs_rewards_train(environment, tmp_path):
     (tmp_path / "rewards.py").write_text(example("device"))
     (tmp_path / "words.py").write_text(example("text"))
