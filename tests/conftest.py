@@ -177,9 +177,9 @@ def pg2() -> Tiny:
     return Tiny(model, random_params(model))
 
 
-@pytest.fixture(scope="session", params=["pg1", "pg2"])
+@pytest.fixture(scope="session", params=[pytest.param("pg1", marks=pytest.mark.slow), "pg2"])
 def tiny(request) -> Tiny:
-    """Both tiny models, one after the other."""
+    """Both tiny models, one after the other. PG2 has every part that PG1 has."""
     return request.getfixturevalue(request.param)
 
 

@@ -347,9 +347,6 @@ def test_control_ids_are_never_sampled_even_by_a_model_that_wants_nothing_else(t
 @pytest.mark.parametrize(
     "tiny", ["pg1", pytest.param("pg2", marks=pytest.mark.slow)], indirect=True
 )
-@pytest.mark.parametrize(
-    "tiny", ["pg2", pytest.param("pg1", marks=pytest.mark.slow)], indirect=True
-)
 def test_a_value_head_sees_the_hidden_states_of_a_plain_forward_pass(tiny):
     """A dense vector on the hidden states, as a critic has it: equal values, and equal gradients in
     the head and the policy.

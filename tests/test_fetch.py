@@ -16,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from absl import flags
 
 from pg_ground import cli, prefetch
 from pg_ground.config import Config, Data, Eval, Grpo, Sft, Source
@@ -721,7 +721,10 @@ def test_urls_of_a_config(config, server):
 
 def test_the_command_counts_on_stdout_and_asks_again_with_retry_failed(config, server, capsys):
     def run(retry_failed: bool) -> dict[str, int]:
-        prefetch.main(cli.Arguments(SimpleNamespace(retry_failed=retry_failed), config))
+        values = flags.FlagValues()
+        prefetch.COMMAND.define_flags(values)
+        values([prefetch.COMMAND.name, f"--retry_failed={retry_failed}"])
+        prefetch.main(cli.Arguments(values, config))
         out, err = capsys.readouterr()
         assert "4 images" in err
         return json.loads(out)

@@ -206,6 +206,7 @@ def test_a_killed_run_resumes_without_the_checkpoint_of_its_start(
     assert_same_run(adapted[0], workdir)
 
 
+@pytest.mark.slow
 def test_lr_factors_freeze_parts_and_slow_parts_by_pattern(environment, base, tmp_path):
     lr_factors = "((r'img/.*', 0), (r'llm/embedder/.*', 0.001), (r'.*', 1))"
     flags = (

@@ -204,6 +204,7 @@ def test_dropout_needs_a_key_and_follows_it():
     assert len({losses[0], losses[1], losses[3]}) == 3
 
 
+@pytest.mark.slow
 def test_dropout_keeps_the_mean():
     """An adapter's output is linear in its input, so its mean over keys is that without dropout."""
     settings = replace(EVERYWHERE, dropout=0.3, pattern="img/head/kernel")

@@ -317,7 +317,7 @@ MESHES = {
     [
         pytest.param("2 replicas", marks=pytest.mark.slow),
         pytest.param("2 to a matrix", marks=pytest.mark.slow),
-        "both",
+        pytest.param("both", marks=pytest.mark.slow),
     ],
 )
 def test_any_mesh_makes_the_step_of_one_device(pg2, whole_steps, monkeypatch, name):
@@ -365,7 +365,7 @@ def test_two_updates_are_policy_gradients_against_the_policy_that_sampled(pg2, w
     assert_close_trees(step_state.params[POLICY], second_params)
     momentum = step_state.opt_state[0].trace[POLICY]
     assert_close_trees(momentum, second_opt_state[0].trace)
-    with pytest.raises(AssertionError, match="off by"):
+    with pytest.raises(AssertionError, match="error .*, norm"):
         assert_close_trees(momentum, first_opt_state[0].trace)
     # Without an importance-sampling correction, only this metric reads the sampler's
     # log-probabilities. It compares them with the policy before the first update.

@@ -49,7 +49,7 @@ def assert_same(params, expected_params) -> None:
         np.testing.assert_array_equal(arrays[name], array, err_msg=name)
 
 
-@pytest.fixture(scope="module", params=SMALL)
+@pytest.fixture(scope="module", params=[pytest.param("pg1", marks=pytest.mark.slow), "pg2"])
 def saved(request, tmp_path_factory) -> tuple[config.Model, dict, Path]:
     """A small model, its parameters and the `.npz` file with the parameters."""
     model = PaliGemma(SMALL[request.param])
