@@ -119,16 +119,8 @@ def to_example(
         size=size,
         prompt=prompt,
         suffix=format_answer(source, record, element, fractions, objects.labels, size),
-        boxes=Boxes(
-            objects.yxyx,
-            _name_indices(objects.labels, names, len(objects.yxyx)),
-            np.ones(len(objects.yxyx), bool),
-        ),
-        points=Points(
-            objects.yx,
-            _name_indices(objects.labels, names, len(objects.yx)),
-            np.ones(len(objects.yx), bool),
-        ),
+        boxes=Boxes(objects.yxyx, *_label_and_valid(objects.labels, names, len(objects.yxyx))),
+        points=Points(objects.yx, *_label_and_valid(objects.labels, names, len(objects.yx))),
         target=TARGETS[source.target] if source.suffix == "loc" else TEXT,
         names=names,
         masks=objects.masks,
@@ -324,13 +316,17 @@ def _take(objects: Objects, indices: Int[np.ndarray, " n"]) -> Objects:
     return Objects(yxyx, yx, masks, tuple(objects.labels[i] for i in indices))
 
 
-def _name_indices(
+def _label_and_valid(
     labels: Sequence[str], names: Sequence[str], count: int
-) -> Int[np.ndarray, " count"]:
-    """Returns the index of each object's name in `names`; zeros if the counts differ."""
+) -> tuple[Int[np.ndarray, " count"], Bool[np.ndarray, " count"]]:
+    """Returns the fields `label` and `valid` of `count` slots that are all used.
+
+    `label` is the index of each object's name in `names`; zeros if the counts differ.
+    """
+    valid = np.ones(count, bool)
     if len(labels) != count:
-        return np.zeros(count, np.int32)
-    return np.array([names.index(label) if label else 0 for label in labels], np.int32)
+        return np.zeros(count, np.int32), valid
+    return np.array([names.index(label) if label else 0 for label in labels], np.int32), valid
 
 
 def _boxes_by_label(value: Record) -> tuple[list[Any], tuple[str, ...]]:
