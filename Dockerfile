@@ -2,7 +2,8 @@
 # The commands of pg_ground on a CPU.
 #
 #   docker build -t pg-ground .
-#   docker run --rm -v "$PWD/runs:/runs" pg-ground train --config=configs/quickstart.py --workdir=/runs/quickstart
+#   docker run --rm -v "$PWD/runs:/runs" pg-ground \
+#       train --config=configs/quickstart.py --workdir=/runs/quickstart
 #
 # The installed package ships the recipes, so `configs/quickstart.py` works in any directory.
 FROM python:3.13-slim

@@ -20,7 +20,8 @@ buffers. A speed is the median over the turns. A ratio is the median over the pa
 time counts this process and its children. The script prints a table and one JSON object.
 
 The second form reads metrics.jsonl of a run. It prints the median share of a step that is
-`time/data_s`, over the lines of each stage. Needs torch (`pip install pg_ground[test]`).
+`time/data_s`, over the lines of each stage. Needs torch
+(`pip install 'pg-ground[interop]'`).
 """
 
 import json

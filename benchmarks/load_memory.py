@@ -1,8 +1,8 @@
-"""Measures the peak host memory of loading a checkpoint onto 8 virtual CPU devices.
+"""Measures the peak host memory of loading a checkpoint onto virtual CPU devices.
 
 On a CPU the parameters count too.
 
-python benchmarks/load_memory.py --params=/data/random_pg1_3b.npz [--dtype=bfloat16]
+python benchmarks/load_memory.py --params=/data/random_pg1_3b.npz [--dtype=bfloat16] [--devices=8]
 
 Prints one JSON object. `over_bytes` is the peak memory of the process minus the size of the
 checkpoint.

@@ -1,11 +1,11 @@
 """Writes a checkpoint of a published variant with random weights, to measure loading and memory.
 
-python benchmarks/random_checkpoint.py --variant=pg1_3b --image_size=224
---out=/data/random_pg1_3b.npz [--dtype=bfloat16]
+python benchmarks/random_checkpoint.py --variant=pg1_3b --image_size=224 \\
+    --out=/data/random_pg1_3b.npz [--dtype=bfloat16]
 
-NAME.npz is big_vision's format, another name a Hugging Face directory. Weights are normal with
-standard deviation 0.02, the same every time; nothing but one block (or one shard of a directory) is
-held in memory.
+NAME.npz is big_vision's format, NAME.orbax an orbax directory, another name a Hugging Face
+directory. Weights are normal with standard deviation 0.02, and the same every time. One block of
+an .npz, or one shard of a Hugging Face directory, is in memory at a time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,12 +22,12 @@ from pg_ground.params import flatten
 
 
 def random_tensor(name: str, shape: tuple[int, ...], dtype: str, seed: int) -> StoredTensor:
-    """Returns a tensor whose blocks are drawn when they are asked for."""
+    """Returns a tensor whose blocks are drawn when they are read."""
 
     def blocks() -> Iterator[tuple[BlockIndex, np.ndarray]]:
         rng = np.random.default_rng(seed)
-        for where, size in block_indices(name, shape, np.dtype(dtype).itemsize):
-            yield where, (0.02 * rng.standard_normal(size, np.float32)).astype(dtype)
+        for index, size in block_indices(name, shape, np.dtype(dtype).itemsize):
+            yield index, (0.02 * rng.standard_normal(size, np.float32)).astype(dtype)
 
     return StoredTensor(shape, np.dtype(dtype), blocks)
 

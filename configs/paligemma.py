@@ -7,19 +7,20 @@ python -m pg_ground.train --config=configs/paligemma.py:pg2_3b_448 --workdir=run
     --config.eval.sources.boxes.uri=jsonl:/data/val.jsonl
 
 The argument is VARIANT_PIXELS. VARIANT is pg1_3b, pg2_3b, pg2_10b or pg2_28b. PIXELS is 224, 448 or
-896. The recipe trains adapters on a frozen bfloat16 base. `:pg2_3b_448_full` trains every
-     parameter.
+896. The recipe trains adapters on a frozen bfloat16 base. With `:pg2_3b_448_full` it trains every
+parameter.
 
 - `init` is a big_vision `.npz`, a Hugging Face directory, or a run.
 - `data.tokenizer` is big_vision's paligemma_tokenizer.model, the tokenizer.model of a Hugging Face
   directory, or the tokenizer of plain Gemma.
-- A line of the data is {"image": "1.jpg", "expression": "left dog",
-  "bbox_xyxy": [12.0, 30.5, 200.0, 180.0]}. The images are in `images/` beside the file. Other field
-  names and formats go into `boxes()` below.
+- A line of the data has this form. The images are in `images/` beside the file. Other field names
+  and formats go into `boxes()` below.
 
-Hardware: `python benchmarks/trained_bytes.py` prints the memory of parameters and optimizer (6.1
-GB for the adapters of pg1_3b). Activations come on top. Time and results are not measured: no
-published weights were available.
+    {"image": "1.jpg", "expression": "left dog", "bbox_xyxy": [12.0, 30.5, 200.0, 180.0]}
+
+Hardware: `python benchmarks/trained_bytes.py` prints the memory of parameters and optimizer: 6.1 GB
+for the adapters of pg1_3b. Activations need more. Time and results are not measured: no published
+weights were available.
 """
 
 from ml_collections import ConfigDict

@@ -3,10 +3,13 @@
 python -m pg_ground.train --config=configs/photos.py --workdir=runs/photos \\
     --config.grpo.sources.photos.uri=jsonl:PATH/triples.jsonl
 
-A line of the file is {"image": "1.jpg", "expression": "left dog", "bbox_xyxy": [12.0, 30.5,
-200.0, 180.0]}. The images are in `images/` beside the file. Other field names and formats go into
-the entry below. configs/paligemma.py does the same from published weights. The model here is
-small and has PaliGemma 1's shape.
+A line of the file:
+
+    {"image": "1.jpg", "expression": "left dog", "bbox_xyxy": [12.0, 30.5, 200.0, 180.0]}
+
+The images are in `images/` beside the file. Other field names and formats go into the entry below.
+configs/paligemma.py does the same from published weights. The model here is small and has PaliGemma
+1's shape.
 
 Hardware: any CPU. Time: about two minutes for 20 steps. Expected: the model learns nothing in 20
 steps from random weights. The pictures in `samples/` show the photographs, the annotated boxes

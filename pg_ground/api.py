@@ -1,6 +1,6 @@
 """Trains and evaluates from Python, for notebooks and scripts.
 
-The functions take a `Config`, or what a recipe's `get_config` returns:
+The functions take a `Config`, or the `ConfigDict` that a recipe's `get_config` returns:
 
     from configs import tiny  # `from pg_ground.configs import tiny` in an installed package
     import pg_ground
@@ -30,11 +30,11 @@ logger = logging.getLogger(__name__)
 def train(config: Config | ConfigDict, workdir: str | Path) -> Path:
     """Trains every stage of a config and returns the path of `report.html`.
 
-    The same call on the same directory continues from the newest checkpoint, bit for bit. The
-    function does what the command `train` does in one process.
+    The same call on the same directory continues from the newest checkpoint, bit for bit. In one
+    process the command `train` does the same.
 
     Args:
-      config: a `Config`, or what `get_config` of a recipe returns.
+      config: a `Config`, or the `ConfigDict` of a recipe.
       workdir: the directory of the run. It gets `config.json`, `metrics.jsonl`, `checkpoints/`,
         `samples/`, `tb/` and `report.html`.
 
@@ -59,7 +59,7 @@ def evaluate(
     `eval/boxes/acc50`.
 
     Args:
-      config: a `Config`, or what `get_config` of a recipe returns.
+      config: a `Config`, or the `ConfigDict` of a recipe.
       workdir: the directory of a run. Its newest checkpoint is evaluated.
       params: a checkpoint: a big_vision `.npz`, a Hugging Face directory, or RUN/best. Give
         exactly one of `workdir` and `params`.

@@ -25,7 +25,7 @@ else:
     Array = Any  # pg_ground.types imports JAX
 
 ONE_BIN = 1 / LOC_MAX
-"""Side of one loc bin. A gold box with a smaller side is widened to it, so that the box has a
+"""Side of one loc bin. A gold box with a smaller side counts as one bin wide, so that it has a
 scale.
 """
 
@@ -75,7 +75,7 @@ def host_boxes(rows: Iterable[Sequence[float | int] | None]) -> Float[np.ndarray
 def is_proper(yxyx: Float[Array, "... 4"]) -> Bool[Array, "..."]:
     """Returns whether each box has a height and a width.
 
-    NaN is not proper, nor is an area that underflows to 0.
+    A box with NaN is not proper. On the host, a box whose area underflows to 0 is not either.
     """
     proper = (yxyx[..., 2] > yxyx[..., 0]) & (yxyx[..., 3] > yxyx[..., 1])
     if _namespace(yxyx) is np:  # JAX boxes are loc bins, whose areas are at least 1e-6
@@ -272,9 +272,10 @@ def paste_masks(
     def paste(values: Array, box: Array) -> Array:
         proper = is_proper(box)
         scale = jnp.where(proper, sides(box), 1) * mask_size / side
+        # The result is 0 outside the box.
         resized = jax.image.scale_and_translate(
             values, (mask_size, mask_size), (0, 1), scale, box[:2] * mask_size, "linear"
-        )  # 0 outside the box
+        )
         return proper & (resized > 0)
 
     flat = jax.vmap(paste)(decoded.reshape(-1, *decoded.shape[-2:]), yxyx.reshape(-1, 4))

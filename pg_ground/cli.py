@@ -4,8 +4,8 @@ Flags are absl flags. `--config=FILE` and `--config.a.b=VALUE` are config flags 
 Every call of `parse` makes its own `absl.flags.FlagValues`, so that one process can run several
 commands. `config.parse` decides which settings exist and which values they take.
 
-Exit codes: 0 done; 2 the user can mend the cause; 3 another process of the run ended; 1 any other
-error, with a traceback.
+Exit codes: 0 done; 2 the user can mend the cause; 3 another process of the run ended, or a program
+of `compile` does not fit; 1 any other error, with a traceback.
 """
 
 import ast
@@ -124,7 +124,7 @@ class Arguments:
         return self._config
 
     def start_processes(self, settings: Mapping[str, Any]) -> None:
-        """Connects the processes of a run, once each has set its devices up.
+        """Connects the processes of a run. Each process must have set up its devices before.
 
         Args:
           settings: values that must be the same in all processes, besides the config.

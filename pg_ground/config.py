@@ -328,7 +328,7 @@ class Fetch:
     concurrency: int = setting(16, "images that `prefetch` fetches at the same time", above=0)
     retries: int = setting(
         3,
-        "tries after the first, if another can help: no connection, status 408, 425, 429 or 5xx",
+        "tries after the first for no connection and for status 408, 425, 429 and 5xx",
         minimum=0,
     )
     backoff_s: float = setting(
@@ -466,7 +466,7 @@ class RewardSettings:
         0, "length from which overlong is -1; 0 is the maximum length of a completion", minimum=0
     )
     overlong_cache_tokens: int = setting(
-        4, "tokens before that length over which overlong falls from 0", above=0
+        4, "tokens before overlong_max_tokens over which overlong falls from 0 to -1", above=0
     )
     detection_normalise: bool = setting(
         True, "whether detection is divided by the larger number of boxes, gold or predicted"
@@ -623,7 +623,7 @@ class Eval:
     )
     every_epochs: float = setting(
         0.0,
-        "the same in passes over the questions of a stage; 0 is none",
+        "passes over the questions of a stage between evaluations, in place of every; 0 is none",
         minimum=0,
         below=math.inf,
     )
@@ -678,7 +678,7 @@ class Mesh:
         -1, "devices along the axis that splits prompts and parameters (FSDP); -1 is all"
     )
     replica: int = setting(
-        1, "groups of such devices: each has all parameters and a share of the prompts", minimum=1
+        1, "groups of devices that each hold all parameters and a share of the prompts", minimum=1
     )
     model: int = setting(
         1, "devices that share each matrix of a layer (tensor parallel)", minimum=1
@@ -687,7 +687,7 @@ class Mesh:
         (), "(pattern of names, axis of each dimension), tried before sharding.RULES"
     )
     compiler_options: tuple[str, ...] = setting(
-        (), 'XLA options as "name=value", in place of sharding.TPU_COMPILER_OPTIONS'
+        (), 'XLA options as "name=value", added to sharding.TPU_COMPILER_OPTIONS or replacing them'
     )
     cpu_devices: int = setting(
         0,
@@ -840,7 +840,10 @@ def parse(config: Mapping[str, Any] | config_dict.ConfigDict) -> Config:
 
 
 def parse_model(tree: object, path: str) -> Model:
-    """Returns the `Model` that a mapping describes; `path` is its place for error messages.
+    """Returns the `Model` that a mapping describes.
+
+    Args:
+      path: the dotted name of the mapping in error messages.
 
     Raises:
       UserError: a name does not exist, or a value has another type.

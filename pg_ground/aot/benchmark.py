@@ -231,7 +231,7 @@ class CompileTimer(StepTimer):
 
 
 def traced_idle_share(run_step: RunStep, numbers: Iterable[int], timer: StepTimer) -> float | None:
-    """Returns the idle share of some traced steps, as `idle_share` does."""
+    """Returns the `idle_share` of some traced steps."""
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # tracing Python would slow down the host
     with tempfile.TemporaryDirectory() as folder:

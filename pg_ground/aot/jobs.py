@@ -57,7 +57,7 @@ def trace(program: Program, config: Config, mesh: AnyMesh) -> stages.Traced:
 def compile_program(config: Config, topology: str, name: str, directory: Path) -> None:
     """Compiles a program.
 
-    Before that it writes `FACTS_FILE` into `directory`, and after it `DONE_FILE`.
+    It writes `FACTS_FILE` into `directory` just before XLA compiles, and `DONE_FILE` at the end.
 
     Raises:
       UserError: there is no such topology or no libtpu, or the mesh does not divide a batch.

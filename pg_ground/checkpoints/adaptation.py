@@ -29,10 +29,10 @@ logger = logging.getLogger(__name__)
 def with_loc_rows(
     path: Path, tensors: dict[str, StoredTensor], model: Model | None
 ) -> dict[str, StoredTensor]:
-    """Returns `tensors` with embedding rows for the loc and seg tokens, if the table is that of a
-    plain Gemma.
+    """Returns `tensors` with embedding rows for the loc and seg tokens, if the table belongs to
+    a plain Gemma.
 
-    A plain Gemma table has 256,000 or 256,128 rows, or 1,152 rows less than the vocabulary of
+    A plain Gemma table has 256,000 or 256,128 rows, or 1,152 rows fewer than the vocabulary of
     `model`. The new rows are normal with standard deviation 0.02, as in big_vision's `extend_rows`,
     and the same every time.
     """
@@ -100,9 +100,8 @@ def _quantized(name: str, tensor: StoredTensor, part: str) -> StoredTensor:
     abstract = values if part == "values" else scale
 
     def blocks() -> Iterator[tuple[BlockIndex, np.ndarray]]:
-        if not tensor_files.stack_axes(
-            name
-        ):  # its blocks are rows, and a scale needs whole columns
+        if not tensor_files.stack_axes(name):
+            # The blocks are rows, and a scale needs whole columns.
             matrix = quantization.quantize(name, tensor_files.read_whole(tensor))
             yield (slice(0, abstract.shape[0]),), np.asarray(getattr(matrix, part))
             return

@@ -21,8 +21,7 @@ def convert(source: Path, target: Path, dtype: str) -> None:
     """Writes the checkpoint at `source` to `target`, in the format that the name of `target`
     selects.
 
-    Adapters are merged, and int8 matrices become float32. The final soft-cap stays as `source` says
-    it.
+    Adapters are merged, and int8 matrices become float32. The final soft-cap of `source` is kept.
 
     Args:
       dtype: dtype of all tensors; "" keeps their dtypes.

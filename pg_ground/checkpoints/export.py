@@ -52,8 +52,9 @@ def write(
     dtype: str = "",
     extra_files: Sequence[Path] = (),
 ) -> None:
-    """Writes tensors as `save` writes parameters. A Hugging Face directory gets copies of
-    `extra_files`.
+    """Writes tensors as `save` writes parameters.
+
+    A Hugging Face directory gets copies of `extra_files`.
     """
     if path.exists():
         raise UserError(f"{path} exists already: remove it, or choose another name")

@@ -58,8 +58,9 @@ class Tensor(NamedTuple):
     dtype: np.dtype
 
     def read(self, rows: slice | None = None) -> np.ndarray:
-        """Returns all values, or some rows. The file is opened anew each time, so that its memory
-        can be released.
+        """Returns all values, or some rows.
+
+        The file is opened anew each time, so that its memory can be released.
         """
         try:
             with safe_open(self.path, framework="numpy") as file:

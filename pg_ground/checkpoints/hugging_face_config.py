@@ -27,8 +27,9 @@ class HubConfig(NamedTuple):
 
 
 def read_config(folder: Path) -> HubConfig:
-    """Returns the settings of a directory's `config.json`. Absent settings have the defaults of
-    transformers.
+    """Returns the settings of a directory's `config.json`.
+
+    Absent settings have the defaults of transformers.
 
     Raises:
       UserError: the file does not exist, does not belong to a PaliGemma, or has a constant that no
@@ -114,8 +115,9 @@ def _check_constants(path: Path, text: JsonDict) -> None:
 
 
 def _positive(path: Path, name: str, value: Any, number: type) -> Any:
-    """Returns `value`. Raises UserError if it is not a number above 0 (a whole number if `number`
-    is int).
+    """Returns `value`.
+
+    Raises UserError if it is not a number above 0 (a whole number if `number` is int).
     """
     if isinstance(value, bool) or not isinstance(value, (int, number)) or value <= 0:
         raise UserError(f"{path}: {name} is {value!r}, but it must be a number above 0")
@@ -123,8 +125,9 @@ def _positive(path: Path, name: str, value: Any, number: type) -> Any:
 
 
 def to_hub_config(model: Model, dtype: str) -> JsonDict:
-    """Returns the `config.json` of a model. Every layer has full attention, and the final soft-cap
-    is the model's.
+    """Returns the `config.json` of a model.
+
+    Every layer has full attention, and the final soft-cap is the model's.
 
     Raises:
       UserError: the model is a Gemma 1 that scales queries or logits as only Gemma 2 can.

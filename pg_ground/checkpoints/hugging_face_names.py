@@ -1,8 +1,8 @@
 """One table of parameter names and shapes: big_vision's and Hugging Face's.
 
-Hugging Face checkpoints come with three spellings of the names: the hub's, the one of transformers
-5 in memory, and the mix that its `save_pretrained` writes. All three are read. The hub's spelling
-is written, because all versions read it.
+Hugging Face checkpoints come with three spellings of the names: the spelling of the hub, the
+spelling that transformers 5 has in memory, and the mix that its `save_pretrained` writes. All three
+are read. The hub's spelling is written, because all versions read it.
 """
 
 from typing import NamedTuple

@@ -24,8 +24,9 @@ from pg_ground.types import POLICY, JsonDict, JsonObject, Params, TrainState, Us
 
 
 class Checkpoints:
-    """The checkpoints in one directory. The end of the `with` block waits until everything is
-    written.
+    """The checkpoints in one directory.
+
+    The end of the `with` block waits until everything is written.
     """
 
     def __init__(self, directory: Path, keep: int):
@@ -94,8 +95,9 @@ def _without_policy(state: TrainState) -> JsonDict:
 
 
 def save_tree(path: Path, tree: Params) -> None:
-    """Writes a tree of arrays and waits until it is complete. A failed write leaves nothing at
-    `path`.
+    """Writes a tree of arrays and waits until it is complete.
+
+    A failed write leaves nothing at `path`.
     """
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.absolute(), tree, force=True)

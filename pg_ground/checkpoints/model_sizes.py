@@ -40,8 +40,8 @@ def patch_count(model: Model) -> int:
 def model_from_shapes(shapes: Shapes, path: str) -> Model:
     """Returns the sizes that big_vision's parameter shapes imply.
 
-    Shapes do not tell the scale of queries and the soft-caps. If the shapes are those of a
-    published decoder, they are taken from it. For other decoders, queries are scaled by
+    Shapes do not tell the scale of queries and the soft-caps. If a published decoder has these
+    shapes, its scale and its soft-caps are taken. For other decoders, queries are scaled by
     head_dim**-0.5, and attention is soft-capped at 50 in a Gemma 2.
 
     Raises:
@@ -119,8 +119,8 @@ def resolve_model(
       stored: sizes of the checkpoint.
       requested: sizes that the caller wants; None means the stored sizes.
       resample: position embeddings of another resolution are resampled.
-      has_scales: the checkpoint itself says its query scale and its soft-cap, so that they must
-        agree.
+      has_scales: the checkpoint states its query scale and its soft-cap, so the model must have
+        the same.
 
     Raises:
       UserError: the resolutions differ and `resample` is False, or attention is scaled differently.
@@ -149,8 +149,9 @@ def resolve_model(
 
 
 def check_fit(path: str | Path, in_file: Shapes, in_model: Shapes) -> None:
-    """Raises UserError if names or shapes differ. The error lists every missing name, unknown name
-    and other shape.
+    """Raises UserError if names or shapes differ.
+
+    The error lists every missing name, unknown name and other shape.
     """
     wrong = [
         f"{name}: missing, {in_model[name]} in the model"

@@ -86,8 +86,9 @@ def read_whole(tensor: StoredTensor) -> np.ndarray:
 def read_sharded(
     tensors: Mapping[str, StoredTensor], abstract: AbstractParams
 ) -> dict[str, jax.Array]:
-    """Returns the tensors that `abstract` names as arrays with its dtypes and shardings. Reads one
-    tensor after the other.
+    """Returns the tensors that `abstract` names as arrays with its dtypes and shardings.
+
+    Reads one tensor after the other.
     """
     return {name: _sharded_array(tensors[name], leaf) for name, leaf in abstract.items()}
 
@@ -235,8 +236,9 @@ def _npz_blocks(
 
 
 def save_npz(path: Path, tensors: Mapping[str, StoredTensor], dtype: str) -> None:
-    """Writes a big_vision `.npz` block by block, with names under `params/`. With `dtype` "" each
-    tensor keeps its dtype.
+    """Writes a big_vision `.npz` block by block, with names under `params/`.
+
+    With `dtype` "" each tensor keeps its dtype.
     """
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         for name, tensor in tensors.items():
@@ -255,7 +257,8 @@ def save_npz(path: Path, tensors: Mapping[str, StoredTensor], dtype: str) -> Non
 
 
 def _npz_dtype(dtype: np.dtype) -> np.dtype:
-    """Returns the dtype in the file. numpy files cannot name bfloat16, so big_vision writes a
-    2-byte void.
+    """Returns the dtype in the file.
+
+    numpy files cannot name bfloat16, so big_vision writes a 2-byte void.
     """
     return np.dtype("V2") if dtype == ml_dtypes.bfloat16 else dtype

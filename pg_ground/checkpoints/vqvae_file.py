@@ -11,8 +11,9 @@ from pg_ground.types import UserError
 
 
 def load(path: str | Path, encoder: bool = False) -> dict[str, jax.Array]:
-    """Returns the codebook and the decoder weights in float32. With `encoder`, also the weights
-    that `encode` needs.
+    """Returns the codebook and the decoder weights in float32.
+
+    With `encoder`, also the weights that `encode` needs.
 
     Raises:
       UserError: the file does not exist, or a weight is missing or has another shape.

@@ -77,15 +77,15 @@ def load(
     Args:
       path: a big_vision `.npz`, a Hugging Face directory, a run (its newest checkpoint, or
         RUN/best; adapters are merged), or an orbax directory that `convert` wrote.
-      sizes: the sizes that the model must have; None takes those of the checkpoint.
+      sizes: the sizes that the model must have; None takes the sizes of the checkpoint.
       mesh: devices over which the parameters are sharded; None means the first device.
       dtype: dtype of all parameters; "" keeps the dtypes of the checkpoint.
       resample_positions: position embeddings of another resolution than `sizes.image_size` are
         resampled as in big_vision. Without it they are an error.
 
     Raises:
-      UserError: the path does not exist, is not a PaliGemma, or its names and shapes are not those
-        of `sizes`. The error lists all of them.
+      UserError: the path does not exist, is not a PaliGemma, or its names and shapes differ from
+        `sizes`. The error lists all differences.
     """
     checkpoint = open_checkpoint(path, sizes, resample_positions)
     abstract = {
@@ -109,7 +109,7 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Returns the checkpoint at `path`. Only names and shapes are read.
 
-    The other arguments are those of `load`.
+    The other arguments mean the same as in `load`.
 
     Args:
       keep_final_softcap: the final soft-cap of a Hugging Face `config.json` stays on.

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from pg_ground.types import JsonDict, Record, UserError
 
 MIN_RECORDS = 100
-"""The smallest number of records that a share is taken of: one bad record of one is not 100 %."""
+"""The share of bad records is taken of at least this many records.
+
+Otherwise a bad first record would be a share of 100 %.
+"""
 
 
 class BadRecords:

@@ -92,7 +92,7 @@ def to_example(
       folder: the folder that file names of images are relative to.
       element: which element of a list the source's paths with `[]` read.
       seed: with `index`, decides which objects `source.max_objects` keeps.
-      resize_by: one of `config.RESIZES`.
+      resize_by: a value of `data.resize`.
       mask_size: cells along each side of the objects' masks; 0 reads no masks.
       fetch: settings for images at http(s) urls; None refuses urls.
 

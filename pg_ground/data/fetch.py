@@ -1,4 +1,4 @@
-"""Images at urls, each fetched once into a folder that is addressed by content.
+"""Images at urls. Each is fetched once into a folder in which the hash of a file is its name.
 
 `CACHE/blobs/ab/<sha256>` holds contents. `CACHE/urls/<sha256 of the url>.json` says which content a
 url had, or why it never gives an image. Such a final failure is remembered, so that a resumed run

@@ -35,12 +35,12 @@ def whole_masks(
     """Returns the masks of `count` objects in pixels of the annotation. No mask is empty.
 
     Args:
-      value: one mask, or a list with a mask for each object. A mask is one of these:
-        a COCO polygon [x1, y1, x2, y2, …] in pixels, or a list of polygons, which are filled as
-        COCO's own tools fill them;
-        COCO's run lengths {counts, size}, compressed or not;
-        an image, as `open_image` takes it, in which every pixel that is not black is the object.
-        With `count` 1, a list of polygons is the mask of the one object.
+      value: one mask, or a list with a mask for each object. A mask has one of three forms. The
+        first is a COCO polygon [x1, y1, x2, y2, …] in pixels, or a list of polygons; COCO's own
+        tools fill them in the same way. The second is COCO's run lengths {counts, size},
+        compressed or not. The third is an image, as `open_image` takes it, in which every pixel
+        that is not black belongs to the object. With `count` 1, a list of polygons is the mask of
+        the one object.
       count: number of objects.
       size: width and height of the image in pixels.
       root: the folder that names of image files are relative to.

@@ -17,9 +17,9 @@ PROBED_IMAGES = 16
 """Questions of a source whose images are opened."""
 
 CORNER = 0.3
-"""A share of both axes.
+"""The part of each axis, from 0, in which coordinates of a wrong unit lie.
 
-Percent that is read as pixels lies within it, in every image with sides from 334 pixels on.
+Percent values that are read as pixels lie in it if the sides of the image have at least 334 pixels.
 """
 
 FINER_EXTENT = {"px": 100, "bin": 100, "percent": 1}
@@ -122,8 +122,8 @@ def check_units(dataset: Examples, indices: Sequence[int]) -> None:
     """Raises UserError if no image can be used, or if the coordinates are probably in another unit.
 
     Percent or fractions that are read as pixels lie in one corner, and so do fractions that are
-    read as percent. Real objects are taken for that only if they are, in all of the questions,
-    within 100 pixels (or 100 bins, or 1 percent) of the corner.
+    read as percent. Right coordinates cause this error only if all objects of all these questions
+    are within 100 pixels (or 100 bins, or 1 percent) of the corner.
     """
     examples: list[Example] = []
     failures: list[str] = []

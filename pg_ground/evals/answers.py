@@ -14,8 +14,10 @@ DIGITS = 4
 def loc_answers(
     tokens: Sequence[int], tokenizer: Tokenizer, size: tuple[int, int]
 ) -> dict[str, list[JsonDict]]:
-    """Returns the labelled boxes and points of a completion, in pixels of an image of `size`
-    (width, height).
+    """Returns the labelled boxes and points of a completion, in pixels of the image.
+
+    Args:
+      size: width and height of the image.
     """
     width, height = size
     boxes, points = [], []

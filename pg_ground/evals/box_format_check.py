@@ -43,8 +43,8 @@ def check_box_format(
 ) -> None:
     """Raises UserError if boxes fit the ground truth badly, and another format fits well.
 
-    If not all image sizes are known, the scale is estimated. It is the median ratio of gold and
-    predicted coordinates, for each axis.
+    If an image size is not known, the scale of each axis is estimated: it is the median ratio of
+    gold and predicted coordinates.
 
     Args:
       predicted: boxes with their numbers as the file writes them, to be read in `format_name`.

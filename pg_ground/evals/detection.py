@@ -152,8 +152,10 @@ def _annotation(image: int, category: int, xyxy: Float[np.ndarray, "4"]) -> Json
 
 
 def _coco(annotations: list[JsonDict]) -> COCO:
-    """Returns pycocotools' index of boxes. Ids count from 1, because pycocotools reads a match with
-    id 0 as no match."""
+    """Returns pycocotools' index of boxes.
+
+    Ids count from 1, because pycocotools reads a match with id 0 as no match.
+    """
     numbered = [{"id": number, **box} for number, box in enumerate(annotations, 1)]
     coco = COCO()
     dataset: Any = {"images": [], "categories": [], "annotations": numbered}

@@ -1,4 +1,7 @@
-"""Bootstrap confidence intervals of means. They resample images, as rows of an image depend."""
+"""Bootstrap confidence intervals of means.
+
+They resample images, not rows, because the rows of one image depend on each other.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -23,8 +23,8 @@ def score_set(row: Row) -> JsonDict:
     Points and objects are matched one to one for the largest number of hits (Molmo's protocol,
     arXiv 2409.17146). A hit lies in the mask of the object. Without masks, a hit lies in the box of
     the object or on its edge. Without boxes, a hit lies within `HIT_DISTANCE` of its point.
-    `point_in_box` compares the first point with the first box. `distance_px` is the mean distance
-    of the point pairs whose total distance is smallest.
+    `point_in_box` compares the first point with the first box. For `distance_px`, points and
+    ground-truth points are matched for the smallest total distance; the value is the mean distance.
 
     Raises:
       UserError: the ground truth has only points, and the size of the image is not known.
@@ -70,7 +70,8 @@ def _hits(
       distance: distance of the points from the T ground-truth points.
     """
     gold, size = row["gold"], row["size_px"]
-    boxes, masks = [box["xyxy_px"] for box in gold.get("boxes", [])], gold.get("masks", [])
+    boxes = [box["xyxy_px"] for box in gold.get("boxes", [])]
+    masks = gold.get("masks", [])
     if masks:
         inside = [[covers(mask, point, size) for mask in masks] for point in points]
         return np.array(inside, bool).reshape(len(points), len(masks))

@@ -306,8 +306,8 @@ class _AnswerReader(NamedTuple):
         if letter is None:
             return None
         names = [name for name in ("task", "source") if name in self.columns]
-        about = {name: self.columns[name][index] for name in names}
-        return {"choice": letter, "choices": choices, **about}
+        labels = {name: self.columns[name][index] for name in names}
+        return {"choice": letter, "choices": choices, **labels}
 
     def _gold_points(self, value: object, index: int) -> JsonDict | None:
         points = self._objects(value, 2, self.gold_format, index, self.prediction_format)

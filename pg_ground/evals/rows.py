@@ -203,11 +203,11 @@ def check_rows(rows: Sequence[Row], path: Path) -> None:
     check_unique(keys, path, "source, id, mode, rollout")
 
 
-def check_unique(keys: Sequence[Any], path: Path, what: str) -> None:
+def check_unique(keys: Sequence[Any], path: Path, key_fields: str) -> None:
     """Raises UserError, with counts, if two rows have the same key.
 
     Args:
-      what: the fields of the key, for the error message.
+      key_fields: the fields of the key, for the error message.
     """
     first_row: dict[str, int] = {}
     repeated = []
@@ -217,6 +217,7 @@ def check_unique(keys: Sequence[Any], path: Path, what: str) -> None:
     if repeated:
         key = str(keys[repeated[0]])
         raise UserError(
-            f"--predictions={path}: {len(repeated)} of {len(keys)} rows repeat the {what} of an "
-            f"earlier row, first row {repeated[0]}, which repeats row {first_row[key]} ({key:.60})"
+            f"--predictions={path}: {len(repeated)} of {len(keys)} rows repeat the {key_fields} of "
+            f"an earlier row, first row {repeated[0]}, which repeats row {first_row[key]} "
+            f"({key:.60})"
         )

@@ -125,7 +125,7 @@ def score(row: Row) -> JsonDict:
     prediction, gold = row["prediction"], row["gold"]
     mask_iou = 0.0
     if prediction["mask"] is not None:
-        masks = [run_lengths.decode(row["mask"])[None] for row in (prediction, gold)]
+        masks = [run_lengths.decode(fields["mask"])[None] for fields in (prediction, gold)]
         mask_iou = float(pairwise_mask_iou(*masks)[0, 0])
     box = prediction["boxes"][0]["xyxy_px"] if prediction["boxes"] else None
     box_iou = iou(*host_boxes([box, gold["boxes"][0]["xyxy_px"]]))

@@ -19,8 +19,7 @@ def in_blocks(
     padded with zeros, and its padding is removed from the result.
 
     Args:
-      f: returns a tree of arrays. Their slots are at the axis at which the first of `arrays` has
-        them.
+      f: returns a tree of arrays. Their slots are at the same axis as in the first of `arrays`.
       axes: the axis of the slots in each array.
     """
     length = arrays[0].shape[axes[0]]

@@ -40,7 +40,7 @@ class KeyValues(NamedTuple):
 class Seen(NamedTuple):
     """Keys and values with their mask.
 
-    Those of a prompt are `[B, S, K, H]`. Those of a completion are `[B, G, S, K, H]`.
+    Keys of a prompt are `[B, S, K, H]`. Keys of a completion are `[B, G, S, K, H]`.
     """
 
     kv: KeyValues
@@ -82,8 +82,8 @@ class Einsum(nn.Module):
     def __call__(self, equation: str, x: Float[Array, "..."]) -> Float[Array, "..."]:
         w = matrix_param(self, "w", normal_by_fan_in(self.fan_in_axes), self.shape)
         y = product(equation, x, w)
-        more = low_rank(self, "w", equation, x, self.shape, self.lora)
-        return y if more is None else y + more
+        adapter_term = low_rank(self, "w", equation, x, self.shape, self.lora)
+        return y if adapter_term is None else y + adapter_term
 
 
 class RMSNorm(nn.Module):
@@ -202,13 +202,13 @@ class FeedForward(nn.Module):
         gating = matrix_param(self, "gating_einsum", normal_by_fan_in((1,)), up)
         linear = matrix_param(self, "linear", normal_by_fan_in((0,)), down)
         gate, value = both_products(x, gating)
-        more = low_rank(self, "gating_einsum", "BGtD,cDF->cBGtF", x, up, self.lora)
-        if more is not None:
-            gate, value = gate + more[0], value + more[1]
+        adapter_term = low_rank(self, "gating_einsum", "BGtD,cDF->cBGtF", x, up, self.lora)
+        if adapter_term is not None:
+            gate, value = gate + adapter_term[0], value + adapter_term[1]
         hidden = nn.gelu(gate, approximate=True) * value
         y = product("BGtF,FD->BGtD", hidden, linear)
-        more = low_rank(self, "linear", "BGtF,FD->BGtD", hidden, down, self.lora)
-        return y if more is None else y + more
+        adapter_term = low_rank(self, "linear", "BGtF,FD->BGtD", hidden, down, self.lora)
+        return y if adapter_term is None else y + adapter_term
 
 
 def both_products(x: Float[Array, "B G t D"], matrix: Matrix) -> tuple[Array, Array]:
@@ -344,7 +344,7 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "B S D"], Float[Array, "B G t D"]]:
         """Returns the final hidden states of prefixes and of their completions.
 
-        The results are those of two calls. Each layer computes both, so its weights are gathered
+        Two calls would return the same. Here each layer computes both, so its weights are gathered
         once and no cache is kept.
         """
         prefix_mask = prefix_mask[:, None]

@@ -1,9 +1,11 @@
 """Low-rank adapters on the matrices of the model (LoRA, arXiv 2106.09685).
 
-If the config's pattern matches the name of a matrix W, the product is x W + (alpha / rank) · (x A)
-B. A is random and B is zero at the start, so the policy starts as the base, bit for bit. The
-factors are beside the matrix in the tree of parameters, and are stacked over layers as the matrix
-is.
+If the config's pattern matches the name of a matrix W, the product is
+
+    x W + (alpha / rank) · (x A) B
+
+A is random and B is zero at the start, so the policy starts as the base, bit for bit. The factors
+are beside the matrix in the tree of parameters. Like the matrix, they are stacked over layers.
 """
 
 import re

@@ -43,7 +43,7 @@ class Network(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        how = (
+        options = (
             jnp.dtype(c.dtype),
             c.remat,
             c.scan_unroll,
@@ -52,8 +52,8 @@ class Network(nn.Module):
             c.lora,
             self.hooks,
         )
-        self.img = Tower(c.vision, c.text.width, *how)
-        self.llm = Decoder(c.text, *how)
+        self.img = Tower(c.vision, c.text.width, *options)
+        self.llm = Decoder(c.text, *options)
 
     def prefix(
         self, image: Image, prompt: Int[Array, "B L"], prompt_mask: Bool[Array, "B L"]
@@ -117,7 +117,7 @@ class Network(nn.Module):
     ) -> tuple[Float[Array, "B D"], Float[Array, "B G t D"]]:
         """Returns the hidden states of the last prompt token and of t completion tokens.
 
-        The results are those of `prefix` and `suffix`.
+        `prefix` and `suffix` would return the same.
         """
         x, mask = self._embed_prefix(image, prompt, prompt_mask)
         t = tokens.shape[2]
@@ -285,8 +285,8 @@ class PaliGemma:
     def _logits(
         self, table: Float[Array, "V D"], hidden: Float[Array, "... D"]
     ) -> Float[Array, "... V"]:
-        # The cast stands inside the loop over blocks: the gradients of the blocks add up in the
-        # table's dtype then, and not in the dtype of activations.
+        # The cast is inside the loop over blocks. So the gradients of the blocks add up in the
+        # table's dtype, and not in the dtype of activations.
         table = table.astype(hidden.dtype)
         logits = jnp.einsum("...D,VD->...V", hidden, table, preferred_element_type=jnp.float32)
         cap = self.config.text.final_softcap

@@ -32,8 +32,8 @@ class Dense(nn.Module):
         kernel = matrix_param(self, "kernel", self.init(inner, outer), self.shape)
         bias = self.param("bias", nn.initializers.zeros, tuple(self.shape[axis] for axis in outer))
         y = product(self.equation, x, kernel)
-        more = low_rank(self, "kernel", self.equation, x, self.shape, self.lora)
-        return (y if more is None else y + more) + bias.astype(x.dtype)
+        adapter_term = low_rank(self, "kernel", self.equation, x, self.shape, self.lora)
+        return (y if adapter_term is None else y + adapter_term) + bias.astype(x.dtype)
 
 
 class MlpBlock(nn.Module):

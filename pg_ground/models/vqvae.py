@@ -2,7 +2,8 @@
 
 A code is one of 128 vectors.
 
-The weights are big_vision's `vae-oid.npz`. Names and axes are those of the file, and so torch's.
+The weights are big_vision's `vae-oid.npz`. The file has torch's names and order of axes, and so has
+this module.
 """
 
 import jax
@@ -22,7 +23,7 @@ CODEBOOK = "_vq_vae._embedding"
 
 DOWN = ("encoder.0", "encoder.2", "encoder.4", "encoder.6")
 UP = ("decoder.4", "decoder.6", "decoder.8", "decoder.10")
-RESIDUAL = tuple((f"net.{place}", side) for place, side in ((0, 3), (2, 3), (4, 1)))
+RESIDUAL = tuple((f"net.{index}", side) for index, side in ((0, 3), (2, 3), (4, 1)))
 
 DECODER = {
     "decoder.0": 1,
@@ -118,21 +119,23 @@ def _residual(
 def expected_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """Returns the shapes that weights must have.
 
-    Widths are those of the file. The input width of a layer is the output width of the layer
+    Widths are as in the file. The input width of a layer is the output width of the layer
     before.
     """
     depth = shapes[CODEBOOK][-1] if shapes[CODEBOOK] else 0
-    right: dict[str, tuple[int, ...]] = {CODEBOOK: (SEG_TOKENS, depth)}
+    expected: dict[str, tuple[int, ...]] = {CODEBOOK: (SEG_TOKENS, depth)}
     for layers, first, last in ((DECODER, depth, 1), (ENCODER, 1, depth)):
-        taken = first
+        input_width = first
         for layer, side in layers.items():
             if f"{layer}.bias" not in shapes:
                 continue
-            inner = taken if ".net." in layer else (shapes[f"{layer}.bias"] or (0,))[0]
-            made = last if layer == list(layers)[-1] else inner
-            right[f"{layer}.weight"] = (
-                (taken, made, side, side) if layer in UP else (made, taken, side, side)
+            width = input_width if ".net." in layer else (shapes[f"{layer}.bias"] or (0,))[0]
+            output_width = last if layer == list(layers)[-1] else width
+            expected[f"{layer}.weight"] = (
+                (input_width, output_width, side, side)
+                if layer in UP
+                else (output_width, input_width, side, side)
             )
-            right[f"{layer}.bias"] = (made,)
-            taken = made
-    return right
+            expected[f"{layer}.bias"] = (output_width,)
+            input_width = output_width
+    return expected

@@ -124,7 +124,7 @@ def _end_after_timeout(distributed: str) -> None:
 
 
 def is_main_process() -> bool:
-    """Returns whether this process is process 0. It writes the files and lines of the run."""
+    """Returns whether this process is process 0, which writes the files and lines of the run."""
     return jax.process_index() == 0
 
 
@@ -193,14 +193,14 @@ def flatten_settings(tree: JsonObject, prefix: str = "") -> JsonDict:
 
 
 def check_same_settings(settings: JsonObject) -> None:
-    """Raises UserError in every process if the processes have different settings.
+    """Checks that all processes have the same settings.
 
     Args:
       settings: values by dotted name.
 
     Raises:
-      UserError: settings differ, or jax has several processes that have not joined with
-        `initialize`.
+      UserError: settings differ (every process raises it), or jax has several processes that have
+        not joined with `initialize`.
     """
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise UserError(

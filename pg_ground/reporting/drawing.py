@@ -1,5 +1,6 @@
-"""Pictures of images with boxes, points and captions. PIL draws them, and nothing is written to
-disk.
+"""Pictures of images with boxes, points and captions.
+
+PIL draws them, and nothing is written to disk.
 """
 
 import base64
@@ -306,7 +307,7 @@ def _draw_label(
 def _label_anchors(extent: Extent, occupied: Sequence[Extent]) -> list[Extent]:
     """Returns the extent of a shape and the smallest extent around it.
 
-    The label of a point may so stand beside the box that holds the point.
+    So the label of a point may stand beside the box that holds the point.
     """
     around = [
         e

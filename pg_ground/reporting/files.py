@@ -23,7 +23,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Adds the name of a file to an OSError that has none, as `write` on a full disk raises it."""
+    """Adds the name of a file to an OSError without one, for example of `write` on a full disk."""
     try:
         yield
     except OSError as error:

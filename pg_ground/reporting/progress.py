@@ -221,7 +221,7 @@ def accuracy(metrics: Mapping[str, float]) -> float | None:
 
 
 def progress_line(step: int, total: int, stage: str, metrics: Mapping[str, float]) -> str:
-    """Returns one line: stage, step of total, main metrics, questions a second, time left."""
+    """Returns one line: stage, step of total, main metrics, examples a second, time left."""
     words = [f"{stage:<4} {step:>{len(str(total))}}/{total}"]
     words += [f"{short} {metrics[name]:.4g}" for name, short in TERMINAL_METRICS if name in metrics]
     words += _eval_words(metrics)

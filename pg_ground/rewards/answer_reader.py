@@ -233,8 +233,8 @@ def _decode(
     """Returns the masks of boxes over the whole image; all False for a box without a mask.
 
     Args:
-      most: masks for which a completion has room. Only so many slots are decoded: with masks,
-        four in five slots for boxes are empty.
+      most: largest number of masks that fit into a completion. Only this number of slots is
+        decoded. If all boxes have masks, four of five slots for boxes are empty.
     """
     codes, yxyx, _ = _to_slots(has_mask, most, codes, yxyx)
     cells = boxes.paste_masks(decode_masks(codes), yxyx, mask_size)

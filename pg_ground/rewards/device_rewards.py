@@ -39,8 +39,11 @@ DUPLICATE_WEIGHT = 0.3
 """Cost of a duplicate detection, as in the released settings of arXiv 2302.08242."""
 
 RELEASED_SHARES = (0.1, 0, 0.2, 0, 0.2, 0, 0, 0.3, 0, 0.2)
-"""Shares of the thresholds in big_vision's mean. Its code stores results under the threshold's
-first decimal, so that a later threshold with the same decimal overwrites an earlier one."""
+"""Shares of the thresholds in big_vision's mean.
+
+Its code stores results under the threshold's first decimal. A later threshold with the same decimal
+overwrites an earlier one.
+"""
 
 
 def iou(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:

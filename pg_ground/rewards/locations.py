@@ -40,8 +40,9 @@ class Reading(NamedTuple):
 
     locations: tuple[Location, ...]
     ok: bool
-    """The whole text follows the grammar, and all boxes are proper. An accuracy uses `locations`, a
-    format reward uses `ok`.
+    """The whole text follows the grammar, and all boxes are proper.
+
+    Rewards for accuracy use `locations`. Rewards for the format use `ok`.
     """
 
 

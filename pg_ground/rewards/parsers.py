@@ -1,5 +1,6 @@
-"""Readers of answers in text: sections, numbers, options, relations, agents' turns. `locations`
-reads boxes and points.
+"""Readers of answers in text: sections, numbers, options, relations and agents' turns.
+
+`locations` has the readers of boxes and points.
 
 Rewards and benchmarks use the same readers. A reader has an argument `strict` if the two differ on
 purpose. A reward reads with `strict=True`: it pays only for the form that the prompt asks for, so
@@ -106,7 +107,7 @@ def number(value: object, strict: bool) -> float | None:
 
     Args:
       value: a text, a JSON number, or a list with one of them.
-      strict: the number must be the whole answer, but for a full stop. "8 cows" is 8 for a
+      strict: the number must be the whole answer, except for a full stop. "8 cows" is 8 for a
         benchmark and None for a reward.
     """
     if isinstance(value, list | tuple) and len(value) == 1:

@@ -1,4 +1,4 @@
-"""The question that a text reward sees beside a completion."""
+"""The question that a text reward gets together with a completion."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -21,7 +21,7 @@ class TextExample(NamedTuple):
     target: str
     """"boxes", "points" or "text"."""
     source: str
-    """Position of the source among the config's entries."""
+    """Position of the source among the config's entries, as text."""
     index: int
     """Record number within the source."""
     length: int

@@ -353,8 +353,7 @@ def _check_choices(row: Algorithm) -> None:
     if row.importance_sampling_mode is not None and row.objective is vespo:
         raise UserError(
             "config.grpo.importance_sampling_mode multiplies the loss, but the objective vespo has "
-            "its own weight: "
-            "choose one of the two"
+            "its own weight: choose one of the two"
         )
     if floor is not None and floor > row.option("importance_sampling_cap"):
         raise UserError("config.grpo.importance_sampling_floor is above importance_sampling_cap")
@@ -417,6 +416,5 @@ def _check_functions(spec: str, row: Algorithm) -> None:
         if len(positional) != count:
             raise UserError(
                 f"config.grpo.algorithm {spec}: {field} takes {len(positional)} positional "
-                "arguments, "
-                f"but the loss passes {count}"
+                f"arguments, but the loss passes {count}"
             )

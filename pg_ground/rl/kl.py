@@ -50,7 +50,7 @@ def absolute(gap: Array, ratio: Array) -> Array:
 def absolute_value(values: Array) -> Array:
     """Returns absolute values whose gradient at 0 is 0.
 
-    `jnp.abs` has gradient 1 there, and a ratio starts at 0 gap.
+    `jnp.abs` has gradient 1 there, and every gap and log-ratio is 0 at the first update.
     """
     return values * jnp.sign(values)
 

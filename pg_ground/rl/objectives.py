@@ -170,10 +170,8 @@ def seq_mean_token_sum(mask: Bool[Array, "B G T"]) -> Float[Array, "B G T"]:
 
 
 def seq_mean_token_sum_norm(mask: Bool[Array, "B G T"]) -> Float[Array, "B G T"]:
-    """Returns weights that sum over tokens and divide by the token budget B·G·T (Dr.
-
-    GRPO, arXiv 2503.20783).
-    """
+    """Returns weights that sum over tokens and divide by the token budget B·G·T (Dr. GRPO, arXiv
+    2503.20783)."""
     return mask / mask.size
 
 

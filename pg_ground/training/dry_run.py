@@ -66,8 +66,10 @@ def dry_run(config: Config, workdir: Path | None) -> str:
 
 
 def _with_checkpoint(inputs: Inputs, workdir: Path) -> tuple[Inputs, GrpoStage, Params]:
-    """Returns inputs and stage for the model of a checkpoint, and its parameters with merged or
-    own adapters."""
+    """Returns inputs and stage for the model of a run, and the parameters of its newest checkpoint.
+
+    Adapters are merged, so the model has none.
+    """
     config = inputs.setup.config
     model, params = weights.load(workdir, config.model, mesh=inputs.mesh)
     model = PaliGemma(model.config, sharding.activation_sharding(inputs.mesh))

@@ -60,7 +60,7 @@ from pg_ground.vocab import CONTROL
 
 
 class GrpoStage:
-    """The reinforced stage. Its section is `config.grpo`."""
+    """The stage of reinforcement learning. Its section is `config.grpo`."""
 
     name = "grpo"
     phases = MappingProxyType({"rollout": "rollout", "score": "reference", "update": "update"})

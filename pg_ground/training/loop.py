@@ -49,8 +49,7 @@ class Inputs(NamedTuple):
 
 
 def train(config: Config, workdir: Path) -> Path:
-    """Returns the path of the report of a run, after every stage has run or has been found
-    finished.
+    """Runs the stages of a run that are not finished, and returns the path of its report.
 
     Raises:
       UserError: something in `config` does not fit the data, the devices, the checkpoint or the run
@@ -144,8 +143,8 @@ def run_stage(
 ) -> TrainState:
     """Returns the state at the end of a stage."""
     timer = StepTimer()
-    place = partial(sharding.put_batch, runtime.mesh)
-    with PrefetchIterator(stream, place) as batches, stage.open(runtime, state):
+    put_batch = partial(sharding.put_batch, runtime.mesh)
+    with PrefetchIterator(stream, put_batch) as batches, stage.open(runtime, state):
         for number in range(int(state.step), stage.settings.steps):
             progress.set_step(stage.name, recorder.offset(stage.name) + number + 1)
             read_seconds = timer.start_step()
@@ -182,8 +181,7 @@ def has_checkpoint(workdir: Path) -> bool:
         if steps != steps_by_process[0]:
             raise UserError(
                 f"process 0 finds the checkpoints {steps_by_process[0]} in {workdir}, process "
-                f"{index} {steps}: --workdir "
-                f"must be on a file system that all processes share"
+                f"{index} {steps}: --workdir must be on a file system that all processes share"
             )
     return bool(steps_by_process[0])
 
@@ -245,7 +243,8 @@ def check_text_lengths(
 ) -> None:
     """Prints the longest texts of every source.
 
-    Raises UserError if they exceed the configured lengths.
+    Raises:
+      UserError: a text is longer than its configured length.
     """
     if not config.data.check_records:
         return

@@ -61,8 +61,8 @@ def make_optimizer(
 
 
 def clip_by_norm(norm: float) -> optax.GradientTransformation:
-    """Returns a transformation that scales gradients down to a global norm of `norm` if theirs is
-    larger.
+    """Returns a transformation that scales gradients down to the global norm `norm` if their norm
+    is larger.
 
     It multiplies by one factor, unlike `optax.clip_by_global_norm`. XLA fuses the product into the
     next operation, but writes out a quotient and reads it twice (docs/performance.md, 2026-11-22: a

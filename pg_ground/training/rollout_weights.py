@@ -2,8 +2,8 @@
 
 A decoder reads every weight for every token. Sharded weights would be gathered again for each
 token, so they are gathered and cast once per step. Norms keep their dtype, because they are
-computed in float32: sampler and trainer stay one function.
-int8 matrices stay int8: they are the fewest bytes to read.
+computed in float32: sampler and trainer stay one function. int8 matrices stay int8, because a
+decoder then reads the fewest bytes.
 """
 
 from collections.abc import Callable

@@ -42,8 +42,7 @@ def check_run_config(workdir: Path, config: Config) -> None:
     if not all(is_visible):
         raise UserError(
             f"process {is_visible.index(False)} does not find {file}, which process 0 has written: "
-            "--workdir must be on a "
-            f"file system that all processes share"
+            "--workdir must be on a file system that all processes share"
         )
 
 

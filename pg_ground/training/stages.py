@@ -1,4 +1,7 @@
-"""The stages that exist, by name. A new stage is one module and one entry of `STAGES`."""
+"""The stages that exist, by name.
+
+A new stage is one module, one entry of `STAGES`, and one section and one name in `config.STAGES`.
+"""
 
 from collections.abc import Callable
 
