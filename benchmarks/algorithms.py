@@ -11,7 +11,6 @@ the share of clipped tokens, the programs that were compiled, and seconds per st
 import io
 import json
 import logging
-import math
 import re
 import shutil
 import statistics
@@ -98,13 +97,14 @@ def compare(algorithm: str, steps: int, start: Path, out: Path) -> dict[str, Any
         "clip_fraction": statistics.mean(line["policy/clip_fraction"] for line in steps_lines),
         "compiled": {name: programs.count(name) for name in sorted(set(programs))},
         "step_s": statistics.median(line["time/step_s"] for line in steps_lines[2:]),
-        "finite": not any(math.isnan(line["policy/loss"]) for line in steps_lines),
+        # JSON has no NaN: it is null in metrics.jsonl.
+        "finite": all(line["policy/loss"] is not None for line in steps_lines),
     }
 
 
 def first_and_last_third(lines: Sequence[dict[str, float]], metric: str) -> list[float]:
     """Returns the mean of a metric in the first and in the last third of the steps."""
-    values = [line[metric] for line in lines]
+    values = [line[metric] for line in lines if line[metric] is not None]
     third = max(1, len(values) // 3)
     return [statistics.mean(values[:third]), statistics.mean(values[-third:])]
 

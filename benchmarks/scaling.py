@@ -29,7 +29,7 @@ from pg_ground.rl.scored_rollouts import PolicyBatch
 from pg_ground.training.program import Program, jit_program
 from pg_ground.training.setup import init_params, make_setup
 from pg_ground.training.stages import make_stages
-from pg_ground.types import POLICY, UserError
+from pg_ground.types import POLICY, UserError, nearest
 
 # The peers are programs, and import one another as top-level modules.
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
@@ -156,7 +156,7 @@ def main(argv: Sequence[str]) -> None:
     axes = flags["axes"].split(",")
     for axis in axes:
         if axis not in AXES:
-            raise UserError(f"--axes={flags['axes']}: {config.nearest(axis, AXES)}")
+            raise UserError(f"--axes={flags['axes']}: {nearest(axis, AXES)}")
     document = {}
     rows = []
     for axis in axes:

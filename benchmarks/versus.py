@@ -49,9 +49,8 @@ from typing import Any, NamedTuple
 from peers.work import SIZES, Work
 
 from pg_ground import cli
-from pg_ground.config import nearest
 from pg_ground.reporting.tables import Table, ascii_table
-from pg_ground.types import UserError
+from pg_ground.types import UserError, nearest
 
 PROGRAMS = Path(__file__).parent / "peers"
 

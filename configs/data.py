@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from pg_ground import config
 from pg_ground.config import Source
-from pg_ground.types import UserError
+from pg_ground.types import UserError, nearest
 
 ENTRIES: dict[str, Source] = {
     # ---- Referring expressions: one question for each sentence ----
@@ -188,7 +188,7 @@ def get_config(argument: str = "refcoco_refer") -> ConfigDict:
     unknown = [name for name in names if name not in ENTRIES]
     if unknown:
         raise UserError(
-            f"configs/data.py:{unknown[0]} does not exist: {config.nearest(unknown[0], ENTRIES)}"
+            f"configs/data.py:{unknown[0]} does not exist: {nearest(unknown[0], ENTRIES)}"
         )
     c = config.template()
     c.stages = ("sft",)

@@ -52,7 +52,7 @@ from ml_collections import ConfigDict
 
 from pg_ground import config
 from pg_ground.config import Source
-from pg_ground.types import UserError
+from pg_ground.types import UserError, nearest
 
 from . import paligemma
 from .data import ENTRIES
@@ -183,7 +183,7 @@ def get_config(argument: str = "grounding") -> ConfigDict:
     """Returns the settings of a task, or of TASK+MODEL with a model of configs/paligemma.py."""
     name, _, variant = argument.partition("+")
     if name not in TASKS:
-        raise UserError(f"configs/tasks.py:{name} does not exist: {config.nearest(name, TASKS)}")
+        raise UserError(f"configs/tasks.py:{name} does not exist: {nearest(name, TASKS)}")
     task = TASKS[name]
     c = paligemma.get_config(variant).unlock() if variant else small()
     c.stages = ("sft", "grpo")

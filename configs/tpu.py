@@ -41,8 +41,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from pg_ground import config
-from pg_ground.types import UserError
+from pg_ground.types import UserError, nearest
 
 from . import paligemma
 
@@ -100,7 +99,7 @@ def get_config(name: str = "pg1_3b_224_v5e_8") -> ConfigDict:
       UserError: there is no recipe of this name.
     """
     if name not in RECIPES:
-        raise UserError(f"configs/tpu.py:{name} does not exist: {config.nearest(name, RECIPES)}")
+        raise UserError(f"configs/tpu.py:{name} does not exist: {nearest(name, RECIPES)}")
     recipe = RECIPES[name]
     c = paligemma.get_config(recipe.model + ("" if recipe.lora else "_full")).unlock()
     c.model.logits_block = recipe.logits_block

@@ -12,6 +12,7 @@ The functions take a `Config`, or the `ConfigDict` that a recipe's `get_config` 
 """
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -21,6 +22,7 @@ from pg_ground.config import Config
 from pg_ground.evals import evaluation
 from pg_ground.evals.runner import Evaluation
 from pg_ground.parallel import sharding
+from pg_ground.reporting import progress
 from pg_ground.training import loop
 from pg_ground.types import expand_path
 
@@ -44,7 +46,10 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> Path:
     """
     parsed = parse(config)
     prepare_devices(parsed)
-    return loop.train(parsed, Path(expand_path(str(workdir))))
+    # A script or a notebook that has set up no logging still sees the progress.
+    has_logs = logging.getLogger("pg_ground").hasHandlers()
+    with nullcontext() if has_logs else progress.logs_to_stderr():
+        return loop.train(parsed, Path(expand_path(str(workdir))))
 
 
 def evaluate(

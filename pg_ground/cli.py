@@ -109,10 +109,6 @@ class Arguments:
         self._config = settings
 
     @property
-    def has_config(self) -> bool:
-        return self._config is not None
-
-    @property
     def config(self) -> Config:
         """The settings.
 

@@ -50,6 +50,8 @@ def main(args: cli.Arguments) -> None:
         raise UserError(f"--topology is needed: one of {tpu_specs.topology_names()}")
     jax.config.update("jax_platforms", "cpu")  # with libtpu installed, jax would look for a TPU
     if args.flags.search:
+        if args.flags.json or args.flags.programs or args.flags.full:
+            raise UserError("--search takes none of --json, --programs and --full")
         print(compilation.search_batch_size(args.config, topology))
         return
     result = compilation.compile_run(args.config, topology, args.flags.programs, args.flags.full)

@@ -7,6 +7,7 @@ refuses a wrong name with its full path. Each setting declares its help text and
 is defined. Library functions take their own section, not the root.
 """
 
+import copy
 import dataclasses
 import math
 import re
@@ -64,7 +65,8 @@ class Range(NamedTuple):
             return f"one of {', '.join(self.choices)}"
         if self.regex:
             return "a regular expression"
-        low = f"[{self.minimum:g}" if self.minimum is not None else f"({self.above}"
+        above = -math.inf if self.above is None else self.above
+        low = f"({above:g}" if self.minimum is None else f"[{self.minimum:g}"
         if self.maximum is not None:
             return f"in {low}, {self.maximum:g}]"
         if self.below is not None and math.isfinite(self.below):
@@ -95,7 +97,7 @@ def setting(
     bounds = Range(minimum, above, maximum, below, choices, regex)
     metadata = {"help": help, "range": None if bounds == Range() else bounds}
     if isinstance(default, dict) or dataclasses.is_dataclass(default):
-        return field(default_factory=lambda: default, metadata=metadata)
+        return field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -504,12 +506,8 @@ AlgorithmSettings = dataclasses.make_dataclass(
             setting(
                 None,
                 declared.help,
-                minimum=None
-                if declared.choices or declared.minimum == -math.inf
-                else declared.minimum,
-                maximum=None
-                if declared.choices or declared.maximum == math.inf
-                else declared.maximum,
+                minimum=None if declared.minimum == -math.inf else declared.minimum,
+                maximum=None if declared.maximum == math.inf else declared.maximum,
             ),
         )
         for name, declared in algorithms.SETTINGS.items()
@@ -727,6 +725,13 @@ class Config:
     checkpoint: Checkpoint = setting(Checkpoint(), "checkpoints")
     mesh: Mesh = setting(Mesh(), "devices")
 
+    @property
+    def sources_by_section(self) -> dict[str, Mapping[str, Source]]:
+        """The sources of every stage and of the evaluation, by the name of the section."""
+        return {stage: self.stage_settings(stage).sources for stage in STAGES} | {
+            "eval": self.eval.sources
+        }
+
     def stage_settings(self, name: str) -> Any:
         """Returns the section of a stage: `Sft` or `Grpo`."""
         return getattr(self, name)
@@ -751,7 +756,6 @@ RENAMED: Mapping[str, str] = {
     "grpo.mask_unfinished": "grpo.mask_truncated_completions",
     "grpo.judging": "grpo.reward_workers",
     "grpo.judging.workers": "grpo.reward_workers.count",
-    "grpo.reward_workers.workers": "grpo.reward_workers.count",
     "*.sources.*.asks": "*.sources.*.target",
 }
 """Old names of settings and their new names, for one release. A `*` stands for any one name."""
@@ -1057,10 +1061,7 @@ def _check_batches(c: Config) -> None:
 
 
 def _check_sources(c: Config) -> None:
-    for name, entries in (
-        *((stage, c.stage_settings(stage).sources) for stage in STAGES),
-        ("eval", c.eval.sources),
-    ):
+    for name, entries in c.sources_by_section.items():
         for source_name, source in entries.items():
             _check_source(source, f"config.{name}.sources.{source_name}")
 

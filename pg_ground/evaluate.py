@@ -24,6 +24,12 @@ from pg_ground.parallel import multiprocess
 from pg_ground.reporting.tables import Table, ascii_table, results_table
 from pg_ground.types import UserError
 
+POLICY_FLAGS = ("config", "workdir", "params", cli.DISTRIBUTED)
+"""Flags that a file of predictions does not take."""
+
+PREDICTIONS_FLAGS = ("benchmark", "fields", "box_format", "point_format", "gold_format")
+"""Flags that a policy does not take."""
+
 
 def define_flags(values: flags.FlagValues) -> None:
     cli.define_path(values, "workdir", "A run. Its newest checkpoint is evaluated.")
@@ -53,6 +59,11 @@ COMMAND = cli.Command(
 
 
 def main(args: cli.Arguments) -> None:
+    flags_of_others = POLICY_FLAGS if args.flags.predictions else PREDICTIONS_FLAGS
+    for name in flags_of_others:
+        if args.flags[name].present:
+            mode = "a file of predictions" if args.flags.predictions else "a policy"
+            raise UserError(f"--{name} has no meaning for {mode}; see pg-ground evaluate --help")
     if args.flags.predictions:
         _score_predictions(args)
     else:
@@ -91,8 +102,6 @@ def _evaluate_policy(args: cli.Arguments) -> None:
         raise UserError(
             "one of --workdir=RUN, --params=CHECKPOINT and --predictions=FILE is needed"
         )
-    if not args.config.eval.sources:
-        raise UserError("config.eval.sources is empty: there is nothing to measure on")
     path = Path(workdir or params)
     out = Path(args.flags.out or (path if path.is_dir() else path.parent))
     sharding.set_cpu_devices(args.config.mesh)

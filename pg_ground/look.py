@@ -32,11 +32,7 @@ def main(args: cli.Arguments) -> None:
     if args.flags.n < 1:
         raise UserError(f"--n is {args.flags.n}: it must be above 0")
     config = args.config
-    sources = {
-        "sft": config.sft.sources,
-        "grpo": config.grpo.sources,
-        "eval": config.eval.sources,
-    }
+    sources = config.sources_by_section
     out = Path(args.flags.out)
     print(write_gallery(out, sources, config.data, config.model.image_size, args.flags.n))
 

@@ -37,7 +37,7 @@ def main(args: cli.Arguments) -> None:
     if not 1 <= args.flags.num_shards <= 99_999:
         raise UserError(f"--num_shards={args.flags.num_shards}: it must be from 1 to 99999")
     config = args.config
-    sections = (config.sft.sources, config.grpo.sources, config.eval.sources)
+    sections = tuple(config.sources_by_section.values())
     directory = to_path(args.flags.out)
     packed = pack(sections, config.data.fetch, directory, args.flags.num_shards)
     print(json.dumps(packed, indent=1))

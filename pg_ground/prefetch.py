@@ -37,7 +37,7 @@ COMMAND = cli.Command(
 
 def main(args: cli.Arguments) -> None:
     config = args.config
-    sections = (config.sft.sources, config.grpo.sources, config.eval.sources)
+    sections = tuple(config.sources_by_section.values())
     urls = image_urls(sections, config.data, config.seed)
     with tqdm(unit=" images", file=sys.stderr) as bar:
         outcomes = fetch.prefetch(

@@ -3,8 +3,11 @@
 import dataclasses
 import importlib
 import inspect
+import logging
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -13,6 +16,7 @@ from commands import ROOT
 import pg_ground
 from configs import tiny
 from pg_ground import api
+from pg_ground.training import loop
 from pg_ground.types import UserError
 
 COMMANDS_WITH_A_FUNCTION = ("train", "evaluate", "predict")
@@ -98,6 +102,19 @@ def test_a_config_is_checked():
 def test_evaluate_needs_a_run_or_a_checkpoint():
     with pytest.raises(UserError, match="workdir"):
         pg_ground.evaluate(tiny.get_config())
+
+
+def test_train_shows_its_log_if_nothing_else_does(tmp_path, monkeypatch, capsys):
+    """A script that has set up no logging still sees the progress."""
+
+    def report(config: Any, workdir: Path) -> Path:
+        logging.getLogger("pg_ground.training").info("step 1 of 2")
+        return workdir / "report.html"
+
+    monkeypatch.setattr(loop, "train", report)
+    monkeypatch.setattr(logging.getLogger("pg_ground"), "propagate", False)  # pytest has a handler
+    assert pg_ground.train(tiny.get_config(), tmp_path) == tmp_path / "report.html"
+    assert "step 1 of 2" in capsys.readouterr().err
 
 
 def test_devices_that_exist_are_used_if_jax_has_started(caplog):

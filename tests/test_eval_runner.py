@@ -52,12 +52,14 @@ PERFECT = {
 """Metrics of a policy that writes the ground truth."""
 
 
-def copying_programs(tokenizer: Tokenizer, settings: config.Eval) -> EvalPrograms:
+def copying_programs(
+    tokenizer: Tokenizer, settings: config.Eval, reward: str = "iou"
+) -> EvalPrograms:
     """Returns the programs of a policy that writes the ground-truth suffix of every question."""
     sizes = dataclasses.replace(PG1.text, vocab_size=tokenizer.vocab.size)
     model = PaliGemma(dataclasses.replace(PG1, text=sizes))
     programs = make_eval_programs(
-        model, tokenizer.vocab, settings, {"iou": 1.0}, config.RewardSettings()
+        model, tokenizer.vocab, settings, config.Grpo(rewards={reward: 1.0})
     )
 
     def answer(_: Any, batch: Batch, temperature: Any, key: Any, group_size: int) -> Completions:
@@ -95,6 +97,28 @@ def test_a_policy_that_writes_the_ground_truth_is_perfect(evaluation, name):
     source, metric = name.split("/")
     for prefix in ("", "sampled_"):
         assert evaluation.metrics[f"eval/{source}/{prefix}{metric}"] == PERFECT[name]
+
+
+def test_the_environment_takes_a_reward_of_a_users_file(tmp_path):
+    """A user's reward that training accepts is a reward of the benchmark too."""
+    file = tmp_path / "mine.py"
+    file.write_text("def half(answer, batch, settings):\n    return 0.5 * answer.finished\n")
+    settings = config.Eval(
+        sources={"boxes": BOXES}, benchmarks={"boxes": "environment"}, examples=2, batch_size=2
+    )
+    tokenizer = load_tokenizer()
+    programs = copying_programs(tokenizer, settings, f"{file}:half")
+    context = EvalContext(
+        settings, DATA, 0, tokenizer, sharding.make_mesh(config.Mesh(data=1)), BadRecords()
+    )
+    sources = runner.open_eval_sources(settings, DATA, PG1.image_size)
+    evaluation = runner.evaluate_sources(programs, {}, sources, context)
+    assert [row["reward"] for row in evaluation.predictions] == 4 * [0.5]
+
+
+def test_a_text_target_is_measured_as_text():
+    source = Source(uri=SCENES, target="text", suffix="answer.jinja")
+    assert runner.default_benchmark(source) == "text"
 
 
 def test_every_question_has_one_row_for_each_answer(evaluation):

@@ -115,6 +115,7 @@ def test_rows_hold_any_text(tmp_path):
             "row 1 .id 1. is not a row of rec",
         ),
         ({"benchmark": "counting"}, "has rows of the benchmarks counting and rec"),
+        ({"gold": {"boxes": [{"label": "", "xyxy_px": [5, 5, 5, 9]}]}}, "gold box .* has no area"),
     ],
 )
 def test_rows_that_were_edited_wrongly_are_refused(edit, message, tmp_path):
@@ -591,6 +592,25 @@ def test_intervals_resample_images_and_repeat():
     low, high = first["x"]
     normal_width = 2 * 1.96 * single["x"].std() / np.sqrt(200)
     assert high - low == pytest.approx(normal_width, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--predictions=p.json", "--workdir=run"], "--workdir has no meaning for a file"),
+        (
+            ["--predictions=p.json", "--config=configs/tiny.py"],
+            "--config has no meaning",
+        ),
+        (
+            ["--config=configs/tiny.py", "--workdir=run", "--benchmark=rec"],
+            "--benchmark has no",
+        ),
+    ],
+)
+def test_a_flag_of_the_other_mode_is_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        call("evaluate", *arguments)
 
 
 def test_flags_of_the_command_have_either_spelling(data, capsys, tmp_path):

@@ -101,6 +101,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "workers",
             "answer_reader",
             "device_rewards",
+            "reward_functions",
         ),
     ),
     (
@@ -155,7 +156,6 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "memory_table",
             "learning_memory",
             "rollout_weights",
-            "reward_functions",
             "rollout_worker",
             "rollout_samples",
             "run_config",

@@ -669,6 +669,13 @@ my_row = ALGORITHMS["grpo"]._replace(objective=squared, loss_agg_mode=token_mean
 my_row = my_row._replace(kl_coef=0.0, options={"pull": 3.0})
 short = ALGORITHMS["grpo"]._replace(objective=lambda log_ratio, logps: log_ratio)
 number = 3
+misspelt = my_row._replace(options={"pul": 3.0})
+
+def named(log_ratio, logps, advantages, mask, *, form: str = "square", pull):
+    return pull * log_ratio, jnp.zeros_like(mask)
+
+with_text = my_row._replace(objective=named, options={"form": "cube", "pull": 1.0})
+without_value = my_row._replace(objective=named, options={})
 """
 
 
@@ -697,11 +704,18 @@ def test_a_row_of_a_users_file_is_an_algorithm(users_file, random_batch):
         ("mine.py:number", "is a int: it must be a pg_ground.rl.algorithms.Algorithm"),
         ("mine.py:short", "objective takes 2 positional arguments, but the loss passes 4"),
         ("other.py:my_row", "there is no file"),
+        ("mine.py:misspelt", "no component of the row reads the option pul: did you mean pull"),
+        ("mine.py:without_value", "the option pull has no default: set it in options"),
     ],
 )
 def test_a_users_row_that_cannot_be_used_is_refused(users_file, name, message):
     with pytest.raises(UserError, match=message):
         algorithm_of(Grpo(algorithm=f"{users_file.parent}/{name}"))
+
+
+def test_an_option_of_a_users_component_need_not_be_a_number(users_file):
+    row = algorithm_of(Grpo(algorithm=f"{users_file}:with_text"))
+    assert row.options == {"form": "cube", "pull": 1.0}
 
 
 def test_an_option_is_a_setting_with_the_range_of_its_component():

@@ -128,6 +128,14 @@ def test_files_images_and_pixels_give_the_same_prediction(params, tmp_path):
             assert answer == expected
 
 
+def test_a_16_bit_image_has_the_pixels_of_its_file(tmp_path):
+    values = np.linspace(0, 2**16 - 1, 60 * 40).reshape(60, 40).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as image:
+        np.testing.assert_array_equal(read_image(image), read_image(tmp_path / "a.png"))
+    assert read_image(tmp_path / "a.png")[-1, -1].tolist() == [255] * 3
+
+
 def test_a_wrong_tokenizer_or_image_is_refused():
     model = PaliGemma(replace(PG1, text=replace(PG1.text, vocab_size=1664)))
     with pytest.raises(UserError, match="has 2048 tokens, but the model .* has 1664"):

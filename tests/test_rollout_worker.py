@@ -13,6 +13,11 @@ from pg_ground.config import Data, Grpo, Source
 from pg_ground.data.batch_rows import to_batch_row
 from pg_ground.data.examples import to_example
 from pg_ground.rewards.answer_reader import read_answer
+from pg_ground.rewards.reward_functions import (
+    load_device_rewards,
+    make_reward_workers,
+    weighted_rewards,
+)
 from pg_ground.rl.algorithms import ALGORITHMS
 from pg_ground.rl.scored_rollouts import (
     ScoredRollouts,
@@ -24,11 +29,6 @@ from pg_ground.rl.scored_rollouts import (
 )
 from pg_ground.rl.update import split, unsplit
 from pg_ground.tokenizer import load
-from pg_ground.training.reward_functions import (
-    load_device_rewards,
-    make_reward_workers,
-    weighted_rewards,
-)
 from pg_ground.training.rollout_worker import text_question, texts_of
 from pg_ground.types import Rewards, Rollout, UserError
 

@@ -16,6 +16,7 @@ from pg_ground.data import run_lengths
 from pg_ground.evals import benchmarks, runner, segmentation
 from pg_ground.evals.segmentation import read, write
 from pg_ground.models import vqvae
+from pg_ground.types import UserError
 from pg_ground.vocab import EOS, LOC_MAX, vocab_of_size
 
 VOCAB = vocab_of_size(1664)
@@ -63,6 +64,14 @@ def score_answer(bins, valid, decoded, gold_mask, gold_yxyx) -> dict[str, Any]:
     }
     row = json.loads(json.dumps(row))
     return row | segmentation.score(row)
+
+
+def test_masks_of_different_sizes_are_refused():
+    gold_mask = np.ones((40, 60), bool)
+    row = score_answer([0, 0, 500, 500], True, np.ones((64, 64)), gold_mask, [0, 0, 1, 1])
+    turned = {**row, "gold": {**row["gold"], "mask": run_lengths.encode(gold_mask.T)}}
+    with pytest.raises(UserError, match=r"the masks have sizes \(40, 60\) and \(60, 40\)"):
+        segmentation.score(turned)
 
 
 def scores(row: dict[str, Any]) -> tuple[float, Any, int]:

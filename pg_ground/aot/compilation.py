@@ -24,14 +24,16 @@ from typing import NamedTuple
 
 from pg_ground.aot import hlo_analysis, jobs, tpu_specs
 from pg_ground.aot.tpu_specs import CHIPS, GIB, Chip
-from pg_ground.config import Config, Model, nearest
+from pg_ground.config import Config, Model
 from pg_ground.parallel import sharding
 from pg_ground.parallel.memory_model import KINDS
 from pg_ground.reporting.tables import Table, ascii_table
 from pg_ground.training.memory_table import memory_table
 from pg_ground.training.setup import make_setup
 from pg_ground.training.stages import make_stages
-from pg_ground.types import JsonDict, UserError
+from pg_ground.types import JsonDict, UserError, nearest
+
+logger = logging.getLogger(__name__)
 
 MEMORY_REPORT = "after_optimizations-memory-usage-report.txt"
 OPTIMISED_HLO = "after_optimizations.txt"
@@ -304,7 +306,7 @@ def search_batch_size(config: Config, topology: str) -> str:
         reports = compile_programs(settings, topology, names)
         largest = max(report.hbm_bytes for report in reports)
         trials.append(f"{batch_size}: {largest / GIB:.2f} GiB")
-        logging.info("batch size %s", trials[-1])
+        logger.info("batch size %s", trials[-1])
         return largest <= chip.hbm_bytes
 
     step = tpu_specs.device_count(topology) // config.mesh.model * stage.settings.parts_per_step

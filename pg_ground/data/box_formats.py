@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from pg_ground.boxes import corners
-from pg_ground.config import nearest
-from pg_ground.types import UserError
+from pg_ground.types import UserError, nearest
 from pg_ground.vocab import LOC_MAX
 
 BOX_ORDERS = ("xyxy", "yxyx", "xywh", "cxcywh")

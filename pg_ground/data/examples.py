@@ -138,8 +138,15 @@ def image_value(record: Record, source: Source, element: int, fetch: Fetch | Non
     value = field_at(record, source.image, element)
     if not is_url(value) or fetch is None:
         return value
-    sha256 = field_at(record, source.image_sha256, element) if source.image_sha256 else None
-    return cached(value, sha256, fetch)
+    return cached(value, image_sha256(record, source, element), fetch)
+
+
+def image_sha256(record: Record, source: Source, element: int) -> str | None:
+    """Returns the sha256 that a record has for its image; None if the source has no such field."""
+    if not source.image_sha256:
+        return None
+    value = field_at(record, source.image_sha256, element)
+    return None if value is None else str(value)
 
 
 def read_question(record: Record, source: Source, element: int) -> tuple[str, Annotation]:

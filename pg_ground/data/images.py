@@ -81,12 +81,16 @@ def _decode(file: Any, name: str) -> Image.Image:
         with Image.open(file) as image:
             ImageOps.exif_transpose(image, in_place=True)
             image.load()  # now, while the file is open
-            # An image that is RGB already is not copied.
-            return image if image.mode == "RGB" else _to_eight_bits(image).convert("RGB")
+            return to_rgb(image)
     except UnidentifiedImageError as error:
         raise BadRecord("corrupt_image", f"{name}: no image format that Pillow knows") from error
     except CANNOT_DECODE as error:
         raise BadRecord("corrupt_image", f"{name}: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Returns the image as RGB. An image that is RGB already is not copied."""
+    return image if image.mode == "RGB" else _to_eight_bits(image).convert("RGB")
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pg_ground.config import Data, Source
 from pg_ground.data import fetch
 from pg_ground.data.datasets import open_examples
+from pg_ground.data.examples import image_sha256
 from pg_ground.data.record_fields import field_at
 from pg_ground.data.records import BadRecord
 
@@ -33,10 +34,8 @@ def image_urls(
             try:
                 record, element = dataset.record(index)
                 url = field_at(record, source.image, element)
-                sha256 = (
-                    field_at(record, source.image_sha256, element) if source.image_sha256 else None
-                )
+                sha256 = image_sha256(record, source, element)
             except BadRecord:
                 continue
             if fetch.is_url(url):
-                yield url, None if sha256 is None else str(sha256)
+                yield url, sha256

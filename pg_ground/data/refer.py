@@ -10,10 +10,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from pg_ground.config import nearest
 from pg_ground.data.records import BadRecord, Records, to_path
 from pg_ground.data.tables import split_options
-from pg_ground.types import FilePath, JsonDict, UserError
+from pg_ground.types import FilePath, JsonDict, UserError, nearest
 
 DATASETS = ("refcoco", "refcoco+", "refcocog", "combined")
 

@@ -23,9 +23,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from pg_ground.config import nearest
 from pg_ground.data.records import BadRecord, Records
-from pg_ground.types import FilePath, JsonDict, UserError
+from pg_ground.types import FilePath, JsonDict, UserError, nearest
 
 TASKS = {"2d": "box", "depth": "depth", "distance": "xyz"}
 """The field of an object that each task needs."""

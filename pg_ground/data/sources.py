@@ -7,7 +7,6 @@ dataset. A config entry says what the fields mean, and `examples.py` reads them.
 from collections.abc import Callable
 from urllib.parse import parse_qsl
 
-from pg_ground.config import nearest
 from pg_ground.data import synthetic
 from pg_ground.data.arrayrecord import open_array_record
 from pg_ground.data.hub import open_hub
@@ -16,7 +15,7 @@ from pg_ground.data.refer import open_refer
 from pg_ground.data.relations import open_relations
 from pg_ground.data.tables import open_coco, open_json, open_json_lines, open_parquet, open_yaml
 from pg_ground.data.tfds import open_tfds
-from pg_ground.types import UserError
+from pg_ground.types import UserError, nearest
 
 
 def open_records(uri: str, entry: str = "") -> Records:

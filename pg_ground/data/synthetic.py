@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from pg_ground.config import nearest
-from pg_ground.types import JsonDict, UserError
+from pg_ground.types import JsonDict, UserError, nearest
 
 SPLITS = {"train": 0, "heldout": 1}
 

@@ -14,10 +14,9 @@ import pyarrow.parquet as pq
 import yaml
 from jaxtyping import Int
 
-from pg_ground.config import nearest
 from pg_ground.data.records import BadRecord, Records, to_path
 from pg_ground.data.sampling import sample_indices
-from pg_ground.types import FilePath, JsonDict, Record, UserError, expand_path
+from pg_ground.types import FilePath, JsonDict, Record, UserError, expand_path, nearest
 
 CANNOT_OPEN = (OSError, ImportError)
 """Opening a path raises these. etils raises ImportError if a remote file system has no client."""

@@ -15,11 +15,10 @@ from etils import epy
 from google.protobuf.json_format import ParseError
 from google.protobuf.message import DecodeError
 
-from pg_ground.config import nearest
 from pg_ground.data.arrayrecord import ArrayRecords, count_records, text_or_bytes
 from pg_ground.data.records import BadRecord, Records, to_path
 from pg_ground.data.tables import list_names, split_options
-from pg_ground.types import JsonDict, UserError, expand_path
+from pg_ground.types import JsonDict, UserError, expand_path, nearest
 
 with epy.lazy_imports():  # an optional dependency, which takes 0.3 s to import
     import tensorflow_datasets as tfds

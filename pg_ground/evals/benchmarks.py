@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pg_ground.config import nearest
 from pg_ground.evals import counting, cv_bench, environment, grounding, pointing, segmentation
 from pg_ground.evals.intervals import intervals
 from pg_ground.evals.rows import SAMPLED, Columns, Row, column, without_scores
-from pg_ground.types import JsonDict, JsonObject, UserError
+from pg_ground.types import JsonDict, JsonObject, UserError, nearest
 
 
 class Kind(NamedTuple):

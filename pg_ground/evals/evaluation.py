@@ -41,9 +41,7 @@ def evaluate(
     )
     model = PaliGemma(model.config, sharding.activation_sharding(mesh))
     check_vocab_size(tokenizer, model.config.text.vocab_size)
-    programs = make_eval_programs(
-        model, tokenizer.vocab, config.eval, config.grpo.rewards, config.grpo.reward_settings
-    )
+    programs = make_eval_programs(model, tokenizer.vocab, config.eval, config.grpo)
     sources = open_eval_sources(config.eval, config.data, config.model.image_size)
     context = EvalContext(config.eval, config.data, config.seed, tokenizer, mesh, BadRecords())
     return evaluate_sources(programs, loaded_params, sources, context)

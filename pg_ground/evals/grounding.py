@@ -44,6 +44,8 @@ def score_one(row: Row) -> JsonDict:
         )
     predicted = [box["xyxy_px"] for box in row["prediction"]["boxes"]]
     first, target = host_boxes([predicted[0] if predicted else None, gold[0]["xyxy_px"]])
+    if not is_proper(target):
+        raise UserError(f"row {row['id']}: the gold box {gold[0]['xyxy_px']} has no area")
     overlap = float(iou(first, target))
     scores: JsonDict = {
         "iou": overlap,

@@ -11,7 +11,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image, ImageOps
 
 from pg_ground.checkpoints import weights
-from pg_ground.data.images import load_image, resize
+from pg_ground.data.images import load_image, resize, to_rgb
 from pg_ground.data.records import BadRecord
 from pg_ground.evals.answers import loc_answers
 from pg_ground.models import PaliGemma
@@ -113,7 +113,7 @@ def read_image(image: ImageLike, setting: str = "image") -> UInt8[np.ndarray, "H
       UserError: there is no such file, or it is not an image.
     """
     if isinstance(image, Image.Image):
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
     value = expand_path(str(image)) if isinstance(image, str | Path) else image
     try:
         return load_image(value, Path())

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pg_ground.boxes import host_boxes, is_proper
-from pg_ground.config import nearest
 from pg_ground.data.box_formats import (
     BOX_ORDERS,
     POINT_ORDERS,
@@ -17,7 +16,7 @@ from pg_ground.evals.benchmarks import find_benchmark
 from pg_ground.evals.box_format_check import check_box_format
 from pg_ground.evals.rows import FROM_FILE, check_unique
 from pg_ground.rewards import locations, parsers
-from pg_ground.types import JsonDict, JsonObject, UserError
+from pg_ground.types import JsonDict, JsonObject, UserError, nearest
 
 USUAL_PATHS: dict[str, tuple[str, ...]] = {
     "pred": (),

@@ -1,6 +1,5 @@
 """The compiled functions of an evaluation: they answer, score, reward and decode masks."""
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,8 @@ from pg_ground import config
 from pg_ground.checkpoints import vqvae_file
 from pg_ground.models import PaliGemma, vqvae
 from pg_ground.rewards import answer_reader, device_rewards
+from pg_ground.rewards.answer_reader import DecodeMasks
+from pg_ground.rewards.reward_functions import load_device_rewards
 from pg_ground.rl.rollout import sample
 from pg_ground.types import Answer, Array, Batch, Params, Rollout, expand_path
 from pg_ground.vocab import Vocab
@@ -47,19 +48,19 @@ def make_eval_programs(
     model: PaliGemma,
     vocab: Vocab,
     settings: config.Eval,
-    rewards: Mapping[str, config.Weight],
-    reward_settings: config.RewardSettings,
+    grpo: config.Grpo,
 ) -> EvalPrograms:
     """Returns the programs of an evaluation. Each program compiles on its first call.
 
     Args:
-      rewards: `grpo.rewards`. The benchmark `environment` reports their weighted sum.
+      grpo: the benchmark `environment` reports the weighted sum of its rewards on token ids.
     """
+    decode_masks = make_mask_decoder(Path(expand_path(settings.vqvae))) if settings.vqvae else None
     return EvalPrograms(
         _make_answer(model, vocab, settings.max_new_tokens),
         _make_suffix_nll(model),
-        _make_reward(vocab, rewards, reward_settings),
-        make_mask_decoder(Path(expand_path(settings.vqvae))) if settings.vqvae else None,
+        _make_reward(vocab, grpo, decode_masks),
+        decode_masks,
     )
 
 
@@ -89,22 +90,30 @@ def _make_suffix_nll(model: PaliGemma) -> Wrapped:
     return jax.jit(suffix_nll)
 
 
-def _make_reward(
-    vocab: Vocab, rewards: Mapping[str, config.Weight], settings: config.RewardSettings
-) -> Wrapped:
-    weights = {name: _final_weight(weight) for name, weight in rewards.items()}
-
+def _make_reward(vocab: Vocab, grpo: config.Grpo, decode_masks: DecodeMasks | None) -> Wrapped:
     def reward(batch: Batch, rollout: Rollout) -> Float[Array, "1 G"]:
-        functions = {name: device_rewards.get_reward(name) for name in weights}
-        parsed = _parse(rollout, batch, vocab)
-        return device_rewards.score(parsed, batch, weights, settings, functions).total
+        # Rewards are loaded here, because other benchmarks need none.
+        functions = load_device_rewards(grpo)
+        weights = {name: _final_weight(grpo.rewards[name]) for name in functions}
+        parsed = _parse(rollout, batch, vocab, decode_masks)
+        return device_rewards.score(parsed, batch, weights, grpo.reward_settings, functions).total
 
     return jax.jit(reward)
 
 
-def _parse(rollout: Rollout, batch: Batch, vocab: Vocab) -> Answer:
+def _parse(
+    rollout: Rollout, batch: Batch, vocab: Vocab, decode_masks: DecodeMasks | None = None
+) -> Answer:
     gold = batch.gold
-    return answer_reader.read_answer(rollout.tokens, rollout.mask, gold.target, gold.names, vocab)
+    return answer_reader.read_answer(
+        rollout.tokens,
+        rollout.mask,
+        gold.target,
+        gold.names,
+        vocab,
+        decode_masks,
+        gold.masks.shape[-1],
+    )
 
 
 def make_mask_decoder(path: Path) -> Wrapped:

@@ -143,7 +143,7 @@ def default_benchmark(source: config.Source) -> str:
         return "counting"
     if "{" in source.suffix:
         return "text"
-    return {"boxes": "rec", "points": "pointing"}[source.target]
+    return {"boxes": "rec", "points": "pointing", "text": "text"}[source.target]
 
 
 def with_benchmark_name(rows: Sequence[JsonDict], is_configured: bool) -> list[JsonDict]:

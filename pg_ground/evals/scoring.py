@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pg_ground.data.records import BadRecord
 from pg_ground.evals import benchmarks, prediction_files, rows
 from pg_ground.reporting.files import write_atomically
 from pg_ground.types import JsonDict, JsonObject, UserError
@@ -55,10 +56,17 @@ def _check_benchmarks(unscored: Sequence[rows.Row], path: Path) -> None:
         benchmarks.check_question_count(group, names[0])
 
 
+EDITED_ROW_ERRORS = (
+    *(LookupError, TypeError, ValueError, ArithmeticError, AttributeError),
+    BadRecord,
+)
+"""Errors that scoring raises for a row whose fields were changed by hand."""
+
+
 def _score_row(row: rows.Row, index: int, path: Path) -> JsonDict:
     try:
         return benchmarks.score_rows([row])[0]
-    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+    except EDITED_ROW_ERRORS as error:
         # Only a row that was edited by hand can fail here.
         raise UserError(
             f"--predictions={path}: row {index} (id {row['id']!r:.40}) is not a row of "

@@ -17,7 +17,7 @@ from PIL import Image
 from pg_ground.boxes import host_boxes, iou, pairwise_mask_iou
 from pg_ground.data import run_lengths
 from pg_ground.evals.rows import Columns, Row, column
-from pg_ground.types import JsonDict
+from pg_ground.types import JsonDict, UserError
 from pg_ground.vocab import LOC_MAX, SEG_TOKENS
 
 CODES = 16
@@ -125,8 +125,12 @@ def score(row: Row) -> JsonDict:
     prediction, gold = row["prediction"], row["gold"]
     mask_iou = 0.0
     if prediction["mask"] is not None:
-        masks = [run_lengths.decode(fields["mask"])[None] for fields in (prediction, gold)]
-        mask_iou = float(pairwise_mask_iou(*masks)[0, 0])
+        predicted, target = (run_lengths.decode(answer["mask"]) for answer in (prediction, gold))
+        if predicted.shape != target.shape:
+            raise UserError(
+                f"row {row['id']}: the masks have sizes {predicted.shape} and {target.shape}"
+            )
+        mask_iou = float(pairwise_mask_iou(predicted[None], target[None])[0, 0])
     box = prediction["boxes"][0]["xyxy_px"] if prediction["boxes"] else None
     box_iou = iou(*host_boxes([box, gold["boxes"][0]["xyxy_px"]]))
     return {

@@ -279,7 +279,7 @@ def _draw_label(
       extent: of the shape.
       occupied: extents of all shapes and of the labels that are drawn already.
     """
-    text = one_line(shape.label)
+    text = printable(shape.label)
     pad = 3
     width = round(font.getlength(text)) + 2 * pad
     is_scalable = isinstance(font, ImageFont.FreeTypeFont)
@@ -376,7 +376,7 @@ def _wrapped(text: str, font: Any, width: int) -> list[str]:
     lines = []
     line = ""
     # No letter is narrower than two pixels, so no text beyond this cut could be visible.
-    for piece in re.findall(r"[^\s>]*>|[^\s>]+|\s+", one_line(text)[: CAPTION_LINES * width]):
+    for piece in re.findall(r"[^\s>]*>|[^\s>]+|\s+", printable(text)[: CAPTION_LINES * width]):
         if line and font.getlength(line + piece.rstrip()) > width:
             lines.append(line.rstrip())
             line = ""
@@ -400,6 +400,6 @@ def _fitting_letters(line: str, font: Any, width: int) -> int:
     return max(1, bisect.bisect_right(lengths, width, key=lambda n: font.getlength(line[: n + 1])))
 
 
-def one_line(text: str) -> str:
+def printable(text: str) -> str:
     """Returns the text with a space for each letter that cannot be printed."""
     return "".join(letter if letter.isprintable() else " " for letter in text)

@@ -243,7 +243,9 @@ def _gold(example: TextExample, read: Grammar, target: str) -> Sequence[Location
     """
     annotated = example.points if target == "points" else example.boxes
     if example.target == target or (example.target == "text" and annotated):
-        labels = example.labels or ("",) * len(annotated)
+        # The labels may belong to the boxes of a question that also has points.
+        is_labelled = len(example.labels) == len(annotated)
+        labels = example.labels if is_labelled else ("",) * len(annotated)
         return [Location(xy, label) for xy, label in zip(annotated, labels, strict=True)]
     reading = read(example.gold)
     legible = all(location.numbers is not None for location in reading.locations)

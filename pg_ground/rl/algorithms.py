@@ -205,7 +205,6 @@ class Setting(NamedTuple):
     help: str
     minimum: int | float = -math.inf
     maximum: int | float = math.inf
-    choices: tuple[str, ...] = ()
 
 
 def row_options() -> dict[str, Declaration]:
@@ -234,7 +233,8 @@ def make_settings() -> dict[str, Setting]:
     name."""
     settings = {}
     for field, components in CHOICES.items():
-        settings[field] = Setting(str, f"{field} of the algorithm", choices=tuple(components))
+        names = ", ".join(components)
+        settings[field] = Setting(str, f"in place of the row's {field}; one of {names}")
     declarations: dict[str, list[Declaration]] = {
         name: [declared] for name, declared in row_options().items()
     }
@@ -340,7 +340,8 @@ def _check_ranges(row: Algorithm) -> None:
         for name, declared in options_of(component).items():
             value = row.options.get(name, declared.default)
             low, high = declared.option.minimum, declared.option.maximum
-            if not low <= value <= high:
+            is_bounded = low > -math.inf or high < math.inf  # a user's option need not be a number
+            if is_bounded and not low <= value <= high:
                 bounds = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
                 raise UserError(
                     f"config.grpo.{name} is {value:g}: {component.__name__} needs a value {bounds}"
@@ -350,12 +351,13 @@ def _check_ranges(row: Algorithm) -> None:
 def _check_choices(row: Algorithm) -> None:
     """Raises UserError for components that cancel each other."""
     floor = row.option("importance_sampling_floor")
+    cap = row.option("importance_sampling_cap")
     if row.importance_sampling_mode is not None and row.objective is vespo:
         raise UserError(
             "config.grpo.importance_sampling_mode multiplies the loss, but the objective vespo has "
             "its own weight: choose one of the two"
         )
-    if floor is not None and floor > row.option("importance_sampling_cap"):
+    if floor is not None and cap is not None and floor > cap:
         raise UserError("config.grpo.importance_sampling_floor is above importance_sampling_cap")
 
 
@@ -388,6 +390,7 @@ def load_algorithm(spec: str) -> Algorithm:
             f"pg_ground.rl.algorithms.Algorithm, for example ALGORITHMS['grpo']._replace(...)"
         )
     _check_functions(spec, row)
+    _check_options(spec, row)
     return row
 
 
@@ -417,4 +420,24 @@ def _check_functions(spec: str, row: Algorithm) -> None:
             raise UserError(
                 f"config.grpo.algorithm {spec}: {field} takes {len(positional)} positional "
                 f"arguments, but the loss passes {count}"
+            )
+
+
+def _check_options(spec: str, row: Algorithm) -> None:
+    """Raises UserError if no component reads an option of a user's row, or if an option has
+    neither a default nor a value."""
+    declared: dict[str, Declaration] = {}
+    for field in CHOICES:
+        declared |= options_of(getattr(row, field))
+    for name in row.options:
+        if name not in declared:
+            raise UserError(
+                f"config.grpo.algorithm {spec}: no component of the row reads the option {name}: "
+                f"{nearest(name, declared)}"
+            )
+    for name, declared_option in declared.items():
+        if declared_option.default is inspect.Parameter.empty and name not in row.options:
+            raise UserError(
+                f"config.grpo.algorithm {spec}: the option {name} has no default: set it in "
+                "options={…}"
             )

@@ -240,17 +240,22 @@ def grpo_update(
     if kl_target:
         completions = policy_batch.rollout.mask.shape[0] * policy_batch.rollout.mask.shape[1]
         metrics["policy/kl_coef"] = state.kl_coef
-        state = steer_kl_coef(state, metrics["policy/kl"], kl_target, completions / kl_horizon)
+        state = steer_kl_coef(state, metrics["policy/kl"], kl_target, completions, kl_horizon)
     return state._replace(step=step + 1), metrics
 
 
 def steer_kl_coef(
-    state: TrainState, kl: Float[Array, ""], kl_target: float, share_of_horizon: float
+    state: TrainState, kl: Float[Array, ""], kl_target: float, completions: int, kl_horizon: int
 ) -> TrainState:
     """Returns the state with a `kl_coef` that moves `kl` towards `kl_target` (Ziegler et al.
-    2019, section 2.2)."""
+    2019, section 2.2).
+
+    Args:
+      completions: completions of this step.
+      kl_horizon: completions over which the coefficient can change by 20 %.
+    """
     error = jnp.clip(kl / kl_target - 1, -0.2, 0.2)
-    return state._replace(kl_coef=state.kl_coef * (1 + error * share_of_horizon))
+    return state._replace(kl_coef=state.kl_coef * (1 + error * completions / kl_horizon))
 
 
 def completion_logps(

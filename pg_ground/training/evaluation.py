@@ -23,9 +23,7 @@ from pg_ground.types import Params
 def eval_programs(setup: Setup) -> EvalPrograms:
     """Returns the jitted programs of an evaluation."""
     config = setup.config
-    return make_eval_programs(
-        setup.model, setup.vocab, config.eval, config.grpo.rewards, config.grpo.reward_settings
-    )
+    return make_eval_programs(setup.model, setup.vocab, config.eval, config.grpo)
 
 
 def make_evaluate(

@@ -24,6 +24,7 @@ from pg_ground.params import join
 from pg_ground.reporting import progress
 from pg_ground.rewards import device_rewards
 from pg_ground.rewards.answer_reader import DecodeMasks
+from pg_ground.rewards.reward_functions import load_device_rewards, make_reward_workers
 from pg_ground.rl import advantages, scored_rollouts
 from pg_ground.rl.algorithms import Algorithm, make_algorithm
 from pg_ground.rl.kl import k1
@@ -33,7 +34,6 @@ from pg_ground.rl.update import completion_logps, grpo_update
 from pg_ground.training import setup as setups
 from pg_ground.training.learning_memory import learning_memory
 from pg_ground.training.program import Memory, Program, jit_program
-from pg_ground.training.reward_functions import load_device_rewards, make_reward_workers
 from pg_ground.training.rollout_samples import draw_samples
 from pg_ground.training.rollout_weights import (
     AbstractRolloutWeights,
@@ -94,7 +94,7 @@ class GrpoStage:
         check_algorithm(self.algorithm, settings)
         load_device_rewards(settings)
         make_reward_workers(settings)
-        parts = settings.grad_accum_steps * settings.minibatches
+        parts = settings.parts_per_step
         for divisor, setting in (
             (parts, "grpo.batch_size / grad_accum_steps / minibatches"),
             (settings.rollout_parts, "grpo.batch_size / rollout_parts"),
@@ -318,7 +318,7 @@ class GrpoStage:
         the reference policy."""
         settings = self.settings
         setup = self.setup
-        parts = settings.grad_accum_steps * settings.minibatches
+        parts = settings.parts_per_step
 
         @jax.named_scope("reference")
         def reference(ref_params: Params, frozen: Params, batch: Batch, rollout: Rollout) -> Array:

@@ -10,7 +10,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from pg_ground.config import Optimizer
 from pg_ground.params import map_named, matrix_axes
-from pg_ground.types import Array
+from pg_ground.types import POLICY, Array
 
 
 def schedule(settings: Optimizer, steps: int) -> optax.Schedule:
@@ -35,7 +35,7 @@ def make_optimizer(
     muon.
 
     Args:
-      factors: factors of the learning rate by parameter name; a parameter without one has factor 1.
+      factors: factors of the learning rate by name (`policy/…`) of every trained parameter.
         The norm is clipped before the factors.
     """
     lr = schedule(settings, steps)
@@ -54,8 +54,12 @@ def make_optimizer(
     if not factors or all(factor == 1 for factor in factors.values()):
         return optax.chain(clip, step)
 
+    def factor_of(name: str) -> float:
+        # Only the policy has factors. Other trained trees, such as a critic, have factor 1.
+        return factors[name] if name.startswith(f"{POLICY}/") else 1.0
+
     def scale(updates: PyTree, _: PyTree) -> PyTree:
-        return map_named(lambda name, update: update * factors.get(name, 1.0), updates)
+        return map_named(lambda name, update: update * factor_of(name), updates)
 
     return optax.chain(clip, step, optax.stateless(scale))
 

@@ -16,13 +16,13 @@ from pg_ground.parallel import sharding
 from pg_ground.reporting import progress
 from pg_ground.rewards import answer_reader, device_rewards
 from pg_ground.rewards.answer_reader import DecodeMasks
+from pg_ground.rewards.reward_functions import load_device_rewards, weighted_rewards
 from pg_ground.rewards.text_rewards import TextExample
 from pg_ground.rewards.workers import PendingScores, RewardWorkers
 from pg_ground.rl import scored_rollouts
 from pg_ground.rl.scored_rollouts import ScoredRollouts
 from pg_ground.rl.update import split, unsplit
 from pg_ground.tokenizer import Tokenizer
-from pg_ground.training.reward_functions import load_device_rewards, weighted_rewards
 from pg_ground.training.timing import StepTimer
 from pg_ground.types import BOXES, POINTS, Array, Batch, JsonDict, Params, Rollout
 

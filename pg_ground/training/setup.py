@@ -21,7 +21,6 @@ from pg_ground.params import SCALE, AbstractParams, flatten, is_adapter, lr_fact
 from pg_ground.training import optimizers
 from pg_ground.types import (
     POLICY,
-    Array,
     Batch,
     Boxes,
     Gold,
@@ -72,8 +71,6 @@ class StageSettings(Protocol):
     def steps(self) -> int: ...
     @property
     def batch_size(self) -> int: ...
-    @property
-    def grad_accum_steps(self) -> int: ...
     @property
     def updates_per_step(self) -> int: ...
     @property
@@ -141,7 +138,7 @@ def init_params(config: Config, model: PaliGemma, abstract: AbstractParams) -> P
     They come from `config.init` if it is set. New adapters do nothing yet. All other parameters are
     random.
     """
-    loaded: dict[str, Array] = {}
+    loaded: dict[str, jax.Array] = {}
     if config.init:
         checkpoint = weights.open_checkpoint(
             expand_path(config.init), config.model, config.resample_positions
@@ -154,7 +151,7 @@ def init_params(config: Config, model: PaliGemma, abstract: AbstractParams) -> P
         loaded = checkpoint.read(in_checkpoint)
     missing = {name: leaf for name, leaf in abstract.items() if name not in loaded}
 
-    def init_missing() -> dict[str, Array]:
+    def init_missing() -> dict[str, Any]:
         params = flatten(model.init(jax.random.key(config.seed)))
         return cast_params(params, missing)
 

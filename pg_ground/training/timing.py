@@ -24,8 +24,6 @@ class StepTimer:
         self._laps: list[tuple[str, Future[float]]] = []
         self._last_end = 0.0
         self._is_read = True
-        self.phase = ""
-        """The phase that was dispatched last."""
 
     def start_step(self) -> Callable[[], dict[str, float]]:
         """Starts a step.
@@ -58,7 +56,6 @@ class StepTimer:
 
         It is the result of `phase`, and must not be donated to a later program.
         """
-        self.phase = phase
         self._laps.append((phase, self._waiter.submit(_time_when_ready, value)))
         return value
 

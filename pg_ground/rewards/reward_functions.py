@@ -1,4 +1,5 @@
-"""The rewards of a GRPO stage: functions on token ids, and the worker processes of text rewards."""
+"""The rewards that `config.grpo` names: functions on token ids, and the worker processes of text
+rewards."""
 
 from collections.abc import Callable
 from typing import Any
