@@ -5,6 +5,7 @@ The memory model answers if libtpu is not installed.
 
 import importlib.util
 import json
+import math
 import os
 import re
 import subprocess
@@ -12,14 +13,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from commands import call
 
 from pg_ground import cli, config
-from pg_ground.aot import compilation, tpu_specs
-from pg_ground.aot.jobs import make_programs
+from pg_ground.aot import compilation, hlo_proto, tpu_specs
+from pg_ground.aot.bounds import find_violation, make_bounds
+from pg_ground.aot.hlo_proto import Buffer, Program
+from pg_ground.aot.jobs import make_programs, trace
 from pg_ground.aot.tpu_specs import CHIPS, GIB, TOPOLOGIES
 from pg_ground.parallel import sharding
+from pg_ground.training.evaluation import all_programs
+from pg_ground.training.setup import make_setup
+from pg_ground.training.stages import make_stages
 from pg_ground.types import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -148,22 +155,78 @@ def test_the_search_finds_the_largest_multiple_that_fits():
     assert compilation.largest_multiple(lambda batch_size: False, 8, 64) == 0
 
 
-MEMORY_REPORT = """Memory Space: default (color=0)
-Total bytes: 8644457472 (8.05GiB)
-  cumulative_size;       size;       offset; used_by_n_values; shapes_list
-  ------------------------------------------------------------
-  288.00MiB(  8%);  288.00MiB;   2053308416;               10; f32[64,8,2,32144]
-    1.41GiB( 19%);    1.12GiB;   2657288192;                5; 5×f32[18,2048,2048]
-"""
-
-
-def test_the_memory_report_of_xla_is_read():
-    assert compilation.hbm_bytes_of(MEMORY_REPORT) == 8644457472
-    buffers = compilation.largest_buffers(MEMORY_REPORT)
-    assert [(round(size / 2**20), shapes) for size, shapes in buffers] == [
-        (1147, "5×f32[18,2048,2048]"),
-        (288, "f32[64,8,2,32144]"),
+def test_the_memory_of_a_program_is_the_sum_of_its_buffers_in_hbm():
+    buffers = (
+        Buffer(300, 0, ("f32[64] a",)),
+        Buffer(500, 0, ("bf16[2] b", "f32[] c")),
+        Buffer(900, 1, ("bf16[8] in_vmem",)),
+        *(Buffer(1, 0, (f"s32[] i.{i}",)) for i in range(4)),
+    )
+    program = Program({}, 0, buffers)
+    assert compilation.buffer_bytes(program) == 804
+    assert compilation.largest_buffers(program, 2) == [
+        (500.0, "bf16[2] b, f32[] c"),
+        (300.0, "f32[64] a"),
     ]
+
+
+def tiny_bounds(program: str) -> tuple[dict[str, Any], float]:
+    """Returns the bounds of a program of configs/tiny.py on four devices, and the bytes of its
+    weights."""
+    c = parsed(recipe="configs/tiny.py")
+    mesh = sharding.make_mesh(config.Mesh(), jax.devices()[:4])
+    setup = make_setup(c, mesh, None)
+    programs = all_programs(setup, make_stages(setup))
+    jaxpr = trace(programs[program], c, mesh).jaxpr.jaxpr
+    bounds = make_bounds(setup, mesh, programs[program], jaxpr, trip_count=1)
+    weights = sum(4.0 * math.prod(leaf.shape) for leaf in setup.trained.values())
+    return json.loads(json.dumps(bounds._asdict())), weights
+
+
+def test_figures_outside_the_bounds_of_arithmetic_are_found():
+    """The figures that a wrong reading of libtpu 0.0.50 gave were 2.7 to 176 times too large."""
+    bounds, weights = tiny_bounds("update")
+    low, high = bounds["hbm_traffic"]
+    assert 0 < low < high < 1000 * weights
+    memory = 2 * bounds["memory"][0]
+    right = {"hbm_traffic": 2 * low, "collectives": 3 * weights, "memory": memory}
+    assert find_violation(bounds, **right) is None
+    for name, value in (
+        ("hbm_traffic", 0.5 * low),
+        ("hbm_traffic", 1.1 * high),
+        ("collectives", 20 * weights),
+        ("memory", 0.4 * memory),
+    ):
+        violation = find_violation(bounds, **{**right, name: value})
+        assert violation and re.search(r"but arithmetic allows .* to ", violation)
+
+
+@needs_libtpu
+def test_a_planted_fault_of_the_reader_is_found(tmp_path, monkeypatch):
+    """Each operand counts as the whole tuple around it, as in a wrong reading of libtpu 0.0.50."""
+    read_hlo = hlo_proto.read_hlo
+
+    def read_wrongly(data: bytes) -> Program:
+        program = read_hlo(data)
+        return program._replace(
+            computations={
+                number: computation._replace(
+                    instructions=tuple(
+                        instruction._replace(shape=computation.instructions[0].shape)
+                        if instruction.operation == "get-tuple-element"
+                        else instruction
+                        for instruction in computation.instructions
+                    )
+                )
+                for number, computation in program.computations.items()
+            }
+        )
+
+    c = parsed("--config.grpo.batch_size=64")
+    assert compilation.compile_run(c, "v5e:2x4", ["rollout"]).fits
+    monkeypatch.setattr(hlo_proto, "read_hlo", read_wrongly)
+    with pytest.raises(compilation.UnreadableProgramError, match="rollout of libtpu .* wrongly"):
+        compilation.compile_run(c, "v5e:2x4", ["rollout"])
 
 
 @needs_libtpu

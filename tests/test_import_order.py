@@ -172,8 +172,10 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
         "aot",
         (
             "tpu_specs",
+            "hlo_proto",
             "hlo_analysis",
             "flops",
+            "bounds",
             "jobs",
             "compile_worker",
             "compilation",

@@ -11,7 +11,6 @@ import importlib.util
 import json
 import logging
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -19,10 +18,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
-from pg_ground.aot import hlo_analysis, jobs, tpu_specs
+from pg_ground.aot import hlo_analysis, hlo_proto, jobs, tpu_specs
+from pg_ground.aot.bounds import find_violation
 from pg_ground.aot.tpu_specs import CHIPS, GIB, Chip
 from pg_ground.config import Config, Model
 from pg_ground.parallel import sharding
@@ -35,10 +36,9 @@ from pg_ground.types import JsonDict, UserError, nearest
 
 logger = logging.getLogger(__name__)
 
-MEMORY_REPORT = "after_optimizations-memory-usage-report.txt"
-OPTIMISED_HLO = "after_optimizations.txt"
-"""Ends of the names of the files that XLA writes. It writes the memory report last, long before it
-has generated code."""
+OPTIMISED_HLO = ".after_optimizations.hlo.pb"
+"""The end of the name of the file in which XLA writes the optimised program with its buffers. XLA
+writes it long before it has generated code, and also if the buffers do not fit."""
 
 PARALLEL_COMPILATIONS = 2
 
@@ -87,6 +87,10 @@ class ProgramReport(NamedTuple):
     def mfu(self, chip: Chip) -> float:
         """Returns the useful operations as a share of the chip's peak over the roofline time."""
         return self.useful_flops / chip.flops / max(self.roofline_seconds(chip).values())
+
+
+class UnreadableProgramError(Exception):
+    """A figure of XLA's program is outside the bounds of arithmetic, so none can be trusted."""
 
 
 class CompileResult(NamedTuple):
@@ -208,19 +212,19 @@ def compiler_environment(directory: Path) -> dict[str, str]:
         "TPU_WORKER_HOSTNAMES": "localhost",
         # Without this the second of two processes fails on a lock file.
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "XLA_FLAGS": f"--xla_dump_to={directory} --xla_dump_hlo_as_text",
+        "XLA_FLAGS": f"--xla_dump_to={directory} --xla_dump_hlo_as_proto",
         "JAX_ENABLE_COMPILATION_CACHE": "false",
     }
 
 
 def _has_report(directory: Path) -> bool:
-    """Returns whether XLA has written the whole memory report of the program."""
-    reports = _dumped_files(directory, MEMORY_REPORT)
-    return bool(reports) and time.time() - reports[0].stat().st_mtime > 0.5
+    """Returns whether XLA has written the whole optimised program."""
+    files = _dumped_files(directory)
+    return bool(files) and time.time() - files[0].stat().st_mtime > 0.5
 
 
-def _dumped_files(directory: Path, ending: str) -> list[Path]:
-    """Returns the files with this ending that XLA wrote for the program.
+def _dumped_files(directory: Path) -> list[Path]:
+    """Returns the files with the optimised program.
 
     Files of the small programs before it (for example random keys) are left out.
     """
@@ -230,26 +234,33 @@ def _dumped_files(directory: Path, ending: str) -> list[Path]:
     start = facts.stat().st_mtime
     return [
         file
-        for file in directory.glob(f"*.{ending}")
+        for file in directory.glob(f"*{OPTIMISED_HLO}")
         if "cpu_after" not in file.name and file.stat().st_mtime >= start
     ]
 
 
 def _read_report(name: str, directory: Path, seconds: float) -> ProgramReport:
-    reports = _dumped_files(directory, MEMORY_REPORT)
-    if not reports:
+    files = _dumped_files(directory)
+    if not files:
         log = (directory / "log").read_text(errors="replace")
         raise UserError(f"compiling {name}: {_last_message(log)}")
     facts = json.loads((directory / jobs.FACTS_FILE).read_text())
-    memory_report = reports[0].read_text()
+    program = hlo_proto.read_hlo(files[0].read_bytes())
     # "inside" lies in the program's own memory, "beside" lies in the chip's memory next to it.
     inside = facts["inside"]
     beside = facts["beside"]
-    program_bytes = hbm_bytes_of(memory_report)
+    program_bytes = buffer_bytes(program)
     bytes_by_kind = {kind: beside.get(kind, 0.0) + inside.get(kind, 0.0) for kind in KINDS}
     bytes_by_kind["activations"] = program_bytes - sum(inside.values())
-    hlo = _dumped_files(directory, OPTIMISED_HLO)[0].read_text()
     done = directory / jobs.DONE_FILE
+    traffic = hlo_analysis.measure_traffic(program, facts["while_trip_count"])
+    link_bytes = sum(size for _, size in traffic.collectives.values())
+    violation = find_violation(facts["bounds"], traffic.hbm_bytes, link_bytes, program_bytes)
+    if violation:
+        raise UnreadableProgramError(
+            f"the program {name} of libtpu {version('libtpu')} (jax {version('jax')}) was read "
+            f"wrongly: {violation}. Another version of libtpu may help"
+        )
     return ProgramReport(
         program=name,
         compile_s=json.loads(done.read_text())["seconds"] if done.exists() else seconds,
@@ -258,8 +269,8 @@ def _read_report(name: str, directory: Path, seconds: float) -> ProgramReport:
         estimated_activations=facts["expected"],
         flops=facts["flops"],
         useful_flops=facts["useful_flops"],
-        traffic=hlo_analysis.measure_traffic(hlo, facts["while_trip_count"]),
-        largest_buffers=largest_buffers(memory_report),
+        traffic=traffic,
+        largest_buffers=largest_buffers(program),
     )
 
 
@@ -270,22 +281,22 @@ def _last_message(log: str) -> str:
     return messages[-1][:400] if messages else "the process ended without a message"
 
 
-def hbm_bytes_of(memory_report: str) -> float:
-    """Returns the total bytes of the default memory space (HBM) in XLA's memory report."""
-    match = re.search(r"Memory Space: default.*?\nTotal bytes: (\d+)", memory_report)
-    assert match, "XLA's memory report has no default memory space"
-    return float(match[1])
+def buffer_bytes(program: hlo_proto.Program) -> int:
+    """Returns the bytes of HBM that XLA has assigned to a program: arguments, results, constants
+    and everything in between."""
+    return sum(
+        buffer.bytes for buffer in program.buffers if buffer.memory_space == hlo_analysis.HBM
+    )
 
 
-def largest_buffers(memory_report: str, count: int = 5) -> list[tuple[float, str]]:
-    """Returns bytes and contents of the largest buffers in XLA's memory report.
+def largest_buffers(program: hlo_proto.Program, count: int = 5) -> list[tuple[float, str]]:
+    """Returns bytes and contents of the largest buffers in HBM.
 
     A buffer may hold several arrays in turn.
     """
-    unit_bytes = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-    rows = re.findall(r"\);\s+([\d.]+)(B|KiB|MiB|GiB);\s+\d+;\s+\d+; (.*)", memory_report)
-    buffers = [(float(number) * unit_bytes[unit], shapes.strip()) for number, unit, shapes in rows]
-    return sorted(buffers, reverse=True)[:count]
+    buffers = [buffer for buffer in program.buffers if buffer.memory_space == hlo_analysis.HBM]
+    buffers.sort(key=lambda buffer: buffer.bytes, reverse=True)
+    return [(float(buffer.bytes), ", ".join(buffer.contents)) for buffer in buffers[:count]]
 
 
 def search_batch_size(config: Config, topology: str) -> str:

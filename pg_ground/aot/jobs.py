@@ -13,6 +13,7 @@ from jax import stages
 from jax.sharding import Mesh
 
 from pg_ground.aot import flops, tpu_specs
+from pg_ground.aot.bounds import make_bounds
 from pg_ground.config import Config
 from pg_ground.parallel import sharding
 from pg_ground.parallel.sharding import AnyMesh
@@ -64,17 +65,20 @@ def compile_program(config: Config, topology: str, name: str, directory: Path) -
     """
     mesh = sharding.make_mesh(config.mesh, topology_devices(topology))
     hbm_bytes = tpu_specs.CHIPS[tpu_specs.parse_topology(topology)[0]].hbm_bytes
-    program = make_programs(config, mesh, hbm_bytes)[name]
+    setup = make_setup(config, mesh, hbm_bytes)
+    program = all_programs(setup, make_stages(setup))[name]
     start = time.monotonic()
     traced = trace(program, config, mesh)
     trip_count = program.decode_steps or 1
+    jaxpr = traced.jaxpr.jaxpr
     facts = {
-        "flops": flops.count(traced.jaxpr.jaxpr, trip_count) / mesh.size,
+        "flops": flops.count(jaxpr, trip_count) / mesh.size,
         "useful_flops": useful_flops(config, mesh, name, trip_count) / mesh.size,
         "inside": program.memory.inside,
         "beside": program.memory.beside,
         "expected": program.memory.activations,
         "while_trip_count": trip_count,
+        "bounds": make_bounds(setup, mesh, program, jaxpr, trip_count)._asdict(),
     }
     lowered = traced.lower()
     (directory / FACTS_FILE).write_text(json.dumps(facts))
