@@ -12,6 +12,7 @@ The functions take a `Config`, or the `ConfigDict` that a recipe's `get_config` 
 """
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from pg_ground.types import expand_path
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config | ConfigDict, workdir: str | Path) -> Path:
+def train(config: Config | ConfigDict, workdir: str | Path, *, accept: Sequence[str] = ()) -> Path:
     """Trains every stage of a config and returns the path of `report.html`.
 
     The same call on the same directory continues from the newest checkpoint, bit for bit. In one
@@ -39,6 +40,8 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> Path:
       config: a `Config`, or the `ConfigDict` of a recipe.
       workdir: the directory of the run. It gets `config.json`, `metrics.jsonl`, `checkpoints/`,
         `samples/`, `tb/` and `report.html`.
+      accept: names of settings that may differ from the run that is already in `workdir`. Steps can
+        be added without it if the learning rate is constant.
 
     Raises:
       UserError: a setting does not fit the data, the devices, the checkpoint, or the run that is
@@ -49,7 +52,7 @@ def train(config: Config | ConfigDict, workdir: str | Path) -> Path:
     # A script or a notebook that has set up no logging still sees the progress.
     has_logs = logging.getLogger("pg_ground").hasHandlers()
     with nullcontext() if has_logs else progress.logs_to_stderr():
-        return loop.train(parsed, Path(expand_path(str(workdir))))
+        return loop.train(parsed, Path(expand_path(str(workdir))), accept)
 
 
 def evaluate(

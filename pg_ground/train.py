@@ -25,6 +25,9 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_boolean(
         "dry_run", False, "Show the rewards of one batch, and train nothing.", flag_values=values
     )
+    flags.DEFINE_list(
+        "accept", [], "Settings that may differ from the run in --workdir.", flag_values=values
+    )
     cli.define_distributed(values)
 
 
@@ -51,7 +54,7 @@ def main(args: cli.Arguments) -> None:
     if args.flags.dry_run:
         print(dry_run(args.config, Path(workdir) if workdir else None))
     else:
-        multiprocess.print_once(str(train(args.config, Path(workdir))))
+        multiprocess.print_once(str(train(args.config, Path(workdir), args.flags.accept)))
 
 
 if __name__ == "__main__":

@@ -114,6 +114,11 @@ def arrays(workdir: Path) -> dict[str, np.ndarray]:
 def assert_same_run(workdir: Path, other_workdir: Path) -> None:
     """Fails if the metrics or the newest checkpoints of two runs differ in any bit."""
     assert rows(workdir) == rows(other_workdir)
+    assert_same_arrays(workdir, other_workdir)
+
+
+def assert_same_arrays(workdir: Path, other_workdir: Path) -> None:
+    """Fails if the newest checkpoints of two runs differ in any bit."""
     first, second = arrays(workdir), arrays(other_workdir)
     assert first.keys() == second.keys()
     assert len(first) > 30

@@ -107,7 +107,7 @@ def test_evaluate_needs_a_run_or_a_checkpoint():
 def test_train_shows_its_log_if_nothing_else_does(tmp_path, monkeypatch, capsys):
     """A script that has set up no logging still sees the progress."""
 
-    def report(config: Any, workdir: Path) -> Path:
+    def report(config: Any, workdir: Path, accept: Any) -> Path:
         logging.getLogger("pg_ground.training").info("step 1 of 2")
         return workdir / "report.html"
 

@@ -9,7 +9,16 @@ import sys
 
 import numpy as np
 import pytest
-from commands import ROOT, assert_same_run, killed_and_resumed, rows, run, run_here, train_tiny
+from commands import (
+    ROOT,
+    assert_same_arrays,
+    assert_same_run,
+    killed_and_resumed,
+    rows,
+    run,
+    run_here,
+    train_tiny,
+)
 from PIL import Image
 
 from pg_ground.__main__ import COMMANDS
@@ -79,13 +88,34 @@ def test_other_settings_in_the_same_directory_are_refused(tiny_run):
     flags = ("--config=configs/tiny.py", f"--workdir={tiny_run}", "--config.grpo.group_size=2")
     finished = run_here("train", *flags)
     assert finished.returncode == 2
-    line = r"error: .*config\.grpo\.group_size is 2, was 4.*--workdir\n"
+    line = r"error: .*config\.grpo\.group_size is 2, was 4.*--accept=grpo\.group_size\n"
     assert re.fullmatch(line, finished.stderr), finished.stderr
 
 
 def test_a_resumed_run_equals_a_run_without_a_kill(tiny_run, environment, tmp_path):
     killed_and_resumed(environment, tmp_path / "run", lines=6, delay_s=0.0)
     assert_same_run(tiny_run, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_finished_run_that_gets_more_steps_equals_a_longer_run(tiny_run, environment, tmp_path):
+    """The learning rate of configs/tiny.py is constant, so it does not depend on the steps."""
+    extended, longer = tmp_path / "extended", tmp_path / "longer"
+    shutil.copytree(tiny_run, extended)
+    for workdir in (extended, longer):
+        arguments = ["--config=configs/tiny.py", f"--workdir={workdir}", "--config.grpo.steps=12"]
+        finished = run(environment, "train", *arguments)
+        assert finished.returncode == 0, finished.stderr
+    assert_same_arrays(extended, longer)
+    extended_lines, longer_lines = (
+        {line["step"]: line for line in rows(workdir) if "reward/total" in line}
+        for workdir in (extended, longer)
+    )
+    assert list(extended_lines) == list(longer_lines) == [8, 10, 12, 14, 16, 18]
+    for step, line in extended_lines.items():
+        numbers = {name for name in line if not name.startswith(("time/", "perf/"))}
+        longer_line = longer_lines[step]
+        assert {name: line[name] for name in numbers} == {n: longer_line[n] for n in numbers}
 
 
 @pytest.mark.slow

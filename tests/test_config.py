@@ -399,11 +399,14 @@ def test_unread_settings_returns_a_setting_without_a_reader():
 
     unread = unread_settings(SftWithUnreadSetting, attributes_read_outside_config())
     assert unread == ["SftWithUnreadSetting.nobody_reads_this"]
-    assert {s.__name__ for s in sections()} == {
+    declared = {
         name
         for name, value in vars(config).items()
         if dataclasses.is_dataclass(value) and value.__module__ == config.__name__
     }
+    # From Python 3.12 on, a dataclass made by a function has the module of its caller.
+    declared.discard("AlgorithmSettings")  # the base class of Grpo
+    assert {section_type.__name__ for section_type in sections()} == declared
 
 
 def test_every_setting_has_a_default():

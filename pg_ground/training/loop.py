@@ -48,8 +48,11 @@ class Inputs(NamedTuple):
     stages: list[Stage]
 
 
-def train(config: Config, workdir: Path) -> Path:
+def train(config: Config, workdir: Path, accept: Sequence[str] = ()) -> Path:
     """Runs the stages of a run that are not finished, and returns the path of its report.
+
+    Args:
+      accept: settings that may differ from the run that is already in `workdir`.
 
     Raises:
       UserError: something in `config` does not fit the data, the devices, the checkpoint or the run
@@ -63,7 +66,7 @@ def train(config: Config, workdir: Path) -> Path:
     streams = {stage.name: open_batches(inputs, stage, bad_records) for stage in inputs.stages}
     eval_sources = open_eval_sources(config.eval, config.data, config.model.image_size)
     check_text_lengths(config, inputs.tokenizer, streams, eval_sources)
-    check_run_config(workdir, config)
+    check_run_config(workdir, config, accept)
     frozen = store_frozen(workdir, inputs.setup.frozen, all_params)
     trained = None if all_params is None else pick(all_params, inputs.setup.trained.__contains__)
     del all_params
