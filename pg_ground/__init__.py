@@ -54,6 +54,9 @@ class _Package(ModuleType):
 sys.modules[__name__].__class__ = _Package
 
 
+__version__ = "0.2.0"
+
+
 def __getattr__(name: str) -> Any:
     """Imports a public name when it is first used."""
     if name not in _DEFINED_IN:
@@ -62,5 +65,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Lists the public names too, so that an editor completes them."""
-    return sorted({*globals(), *__all__})
+    """Lists the public names, and nothing that they are made of."""
+    return [*__all__, "__doc__", "__version__"]

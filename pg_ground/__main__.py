@@ -42,7 +42,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Runs the command that the first argument names. Prints the commands if there is none."""
     name, *others = (sys.argv[1:] if argv is None else argv) or [""]
     if name in ("", "help", "--help", "-h"):
-        print(overview())
+        try:
+            print(overview(), flush=True)
+        except BrokenPipeError:  # the reader has ended, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(141)
         sys.exit(0)
     if name not in COMMANDS:
         mend = nearest(name, COMMANDS)

@@ -12,7 +12,9 @@ import ast
 import dataclasses
 import itertools
 import keyword
+import os
 import re
+import select
 import sys
 import textwrap
 import traceback
@@ -50,6 +52,10 @@ MENDABLE = (
 A full disk is not among them.
 """
 
+EXIT_INTERRUPTED = 130
+EXIT_CLOSED_PIPE = 141
+"""Exit codes of a shell for a program that a signal ended: 128 + SIGINT and 128 + SIGPIPE."""
+
 COLUMNS = 100
 
 SETTINGS_HELP = """\
@@ -83,7 +89,8 @@ class Command(NamedTuple):
     """The value of --config if the flag is absent."""
     distributed: bool = False
     """Whether several processes may run the command together."""
-
+    after_interrupt: str = ""
+    """Says how to go on after Ctrl-C."""
     is_script: bool = False
     """Whether the command is a file outside the package."""
 
@@ -148,11 +155,10 @@ def run(
             # Joining comes before the config file runs, because the file may ask jax for a device.
             group = ProcessGroup(_distributed(argv) if command.distributed else "")
             main(parse(command, argv, group))
+            sys.stdout.flush()
         except (Exception, KeyboardInterrupt) as error:
             joined = group is not None and group.joined
-            if isinstance(error, KeyboardInterrupt) and not joined:
-                raise
-            code = report_error(error, joined)
+            code = report_error(error, joined, command.after_interrupt)
     if group is None:
         sys.exit(code)
     group.exit(code)
@@ -164,22 +170,30 @@ def run_script(main: Callable[[Sequence[str]], None]) -> NoReturn:
     with progress.logs_to_stderr():
         try:
             main(sys.argv[1:])
-        except Exception as error:
+            sys.stdout.flush()
+        except (Exception, KeyboardInterrupt) as error:
             code = report_error(error)
     sys.exit(code)
 
 
-def report_error(error: BaseException, joined: bool = False) -> int:
+def report_error(error: BaseException, joined: bool = False, after_interrupt: str = "") -> int:
     """Prints why a command ended, and returns its exit code.
 
-    The last line says the step, the stage and the phase of a run, if a step has begun.
+    The last line says the step, the stage and the phase of a run, if a step has begun. Nothing is
+    printed if the reader of stdout has ended, as `head` does.
 
     Args:
       joined: whether other processes belong to the run.
+      after_interrupt: says how to go on after Ctrl-C.
     """
+    if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+        return EXIT_CLOSED_PIPE
     progress.end_line()
     position = str(progress.position())
-    if isinstance(error, (UserError, *MENDABLE)):
+    if isinstance(error, KeyboardInterrupt):
+        more = f": {after_interrupt}" if after_interrupt else ""
+        code, words = EXIT_INTERRUPTED, [f"stopped by Ctrl-C{more}"]
+    elif isinstance(error, (UserError, *MENDABLE)):
         code, words = 2, [one_line(str(error))]
     elif joined and multiprocess.is_lost_process(error):
         code, words = 3, [multiprocess.lost_process_line(str(error)).removeprefix("error: ")]
@@ -192,6 +206,23 @@ def report_error(error: BaseException, joined: bool = False) -> int:
     details = f" ({', '.join(words[1:])})" if words[1:] else ""
     print(f"error: {words[0]}{details}", file=sys.stderr)
     return code
+
+
+def _stdout_is_closed() -> bool:
+    """Returns whether stdout is a pipe that nobody reads any more.
+
+    Python then writes to the null device at its exit, where it would print an error otherwise.
+    """
+    try:
+        number = sys.stdout.fileno()
+    except OSError:  # stdout is no file, as in a test
+        return False
+    poll = select.poll()
+    poll.register(number, select.POLLOUT)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return True
 
 
 def one_line(text: str) -> str:
@@ -264,7 +295,7 @@ def parse(command: Command, argv: Sequence[str], group: ProcessGroup | None = No
     tree = values["config"].value if command.takes_config else None
     settings = None if tree is None else config.parse(tree)
     if values["help"].value:
-        print(help_text(command, values, settings))
+        print(help_text(command, values, settings), flush=True)
         sys.exit(0)
     _check_complete(command, values, positional)
     return Arguments(values, settings, positional, group)

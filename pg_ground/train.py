@@ -39,6 +39,7 @@ COMMAND = cli.Command(
     define_flags=define_flags,
     required=("config",),
     distributed=True,
+    after_interrupt="the same command continues from the newest checkpoint",
 )
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import inspect
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,11 @@ def test_importing_the_package_imports_no_jax():
 def test_every_public_name_has_a_docstring(name):
     assert inspect.getdoc(getattr(pg_ground, name))
     assert name in dir(pg_ground) and f"    {name} " in pg_ground.__doc__
+
+
+def test_dir_is_the_api():
+    assert dir(pg_ground) == sorted([*pg_ground.__all__, "__doc__", "__version__"])
+    assert re.fullmatch(r"\d+\.\d+\.\d+", pg_ground.__version__)
 
 
 @pytest.mark.parametrize("name", [name for name in pg_ground.__all__ if name != "Config"])

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import re
+import subprocess
 import sys
 
 import pytest
@@ -393,13 +394,29 @@ def test_a_fault_of_the_program_ends_with_1_a_traceback_and_the_position(capsys)
     )
 
 
-def test_an_interrupt_is_raised(capsys):
-    with pytest.raises(KeyboardInterrupt):
-        cli.run(TRAIN, interrupted, [TINY])
+def test_an_interrupt_ends_with_130_and_one_line_that_says_how_to_go_on(capsys):
+    code, lines = end_of(KeyboardInterrupt(), capsys, progress.Position("grpo", 9, "update"))
+    assert code == 130
+    assert lines == [
+        "error: stopped by Ctrl-C: the same command continues from the newest checkpoint "
+        "(at step 9 of grpo, phase update)"
+    ]
 
 
-def interrupted(_: cli.Arguments) -> None:
-    raise KeyboardInterrupt
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help", TINY]], ids=["", "train"])
+def test_a_reader_that_ends_early_is_no_error(arguments):
+    """`pg-ground train --help | head` closes the pipe before the command has written everything."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pg_ground", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 141
 
 
 def test_a_script_ends_as_a_command_does(capsys, monkeypatch):

@@ -4,8 +4,10 @@ import json
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from commands import (
     ROOT,
     assert_same_arrays,
     assert_same_run,
+    command,
     killed_and_resumed,
     rows,
     run,
@@ -94,6 +97,28 @@ def test_other_settings_in_the_same_directory_are_refused(tiny_run):
 
 def test_a_resumed_run_equals_a_run_without_a_kill(tiny_run, environment, tmp_path):
     killed_and_resumed(environment, tmp_path / "run", lines=6, delay_s=0.0)
+    assert_same_run(tiny_run, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_run_that_is_interrupted_says_how_to_go_on_and_continues(tiny_run, environment, tmp_path):
+    process = subprocess.Popen(
+        command("train", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}"),
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    file = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None and not (file.exists() and file.read_bytes().count(b"\n") >= 6):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    last_line = process.communicate()[1].splitlines()[-1]
+    assert process.returncode == 130
+    assert last_line.startswith("error: stopped by Ctrl-C: the same command continues from the")
+    finished = train_tiny(environment, tmp_path / "run")
+    assert finished.returncode == 0, finished.stderr
     assert_same_run(tiny_run, tmp_path / "run")
 
 
