@@ -20,7 +20,7 @@ from commands import call
 from pg_ground import cli, config
 from pg_ground.aot import compilation, hlo_proto, tpu_specs
 from pg_ground.aot.bounds import find_violation, make_bounds
-from pg_ground.aot.hlo_proto import Buffer, Program
+from pg_ground.aot.hlo_proto import Buffer, Program, Shape
 from pg_ground.aot.jobs import make_programs, trace
 from pg_ground.aot.tpu_specs import CHIPS, GIB, TOPOLOGIES
 from pg_ground.parallel import sharding
@@ -156,17 +156,21 @@ def test_the_search_finds_the_largest_multiple_that_fits():
 
 
 def test_the_memory_of_a_program_is_the_sum_of_its_buffers_in_hbm():
+    scalar, row, matrix = (
+        Shape("f32", dimensions, 4 * math.prod(dimensions), 0, ())
+        for dimensions in ((), (5,), (5, 25))
+    )
     buffers = (
-        Buffer(300, 0, ("f32[64] a",)),
-        Buffer(500, 0, ("bf16[2] b", "f32[] c")),
-        Buffer(900, 1, ("bf16[8] in_vmem",)),
-        *(Buffer(1, 0, (f"s32[] i.{i}",)) for i in range(4)),
+        Buffer(300, 0, (row,)),
+        Buffer(500, 0, (scalar, row, matrix, scalar, row)),
+        Buffer(900, 1, (matrix,)),  # in VMEM
+        *(Buffer(1, 0, (scalar,)) for _ in range(4)),
     )
     program = Program({}, 0, buffers)
     assert compilation.buffer_bytes(program) == 804
-    assert compilation.largest_buffers(program, 2) == [
-        (500.0, "bf16[2] b, f32[] c"),
-        (300.0, "f32[64] a"),
+    assert compilation.largest_buffers(program, count=2, shapes=2) == [
+        (500.0, "f32[5,25], 2 x f32[5]"),
+        (300.0, "f32[5]"),
     ]
 
 

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
@@ -289,14 +290,25 @@ def buffer_bytes(program: hlo_proto.Program) -> int:
     )
 
 
-def largest_buffers(program: hlo_proto.Program, count: int = 5) -> list[tuple[float, str]]:
+def largest_buffers(
+    program: hlo_proto.Program, count: int = 5, shapes: int = 4
+) -> list[tuple[float, str]]:
     """Returns bytes and contents of the largest buffers in HBM.
 
-    A buffer may hold several arrays in turn.
+    A buffer can hold many arrays. The `shapes` largest shapes among them are named, with the number
+    of arrays: "5 x f32[18,2048,2048], bf16[64,8,2,32144]".
     """
     buffers = [buffer for buffer in program.buffers if buffer.memory_space == hlo_analysis.HBM]
     buffers.sort(key=lambda buffer: buffer.bytes, reverse=True)
-    return [(float(buffer.bytes), ", ".join(buffer.contents)) for buffer in buffers[:count]]
+    return [(float(buffer.bytes), _contents_text(buffer, shapes)) for buffer in buffers[:count]]
+
+
+def _contents_text(buffer: hlo_proto.Buffer, shapes: int) -> str:
+    numbers = Counter(buffer.contents)
+    largest = sorted(numbers, key=lambda shape: shape.bytes, reverse=True)[:shapes]
+    return ", ".join(
+        f"{numbers[shape]} x {shape}" if numbers[shape] > 1 else str(shape) for shape in largest
+    )
 
 
 def search_batch_size(config: Config, topology: str) -> str:

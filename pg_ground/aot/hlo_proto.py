@@ -178,8 +178,8 @@ class Buffer(NamedTuple):
 
     bytes: int
     memory_space: int
-    contents: tuple[str, ...]
-    """Shape and name of each array that the buffer holds in turn."""
+    contents: tuple[Shape, ...]
+    """The arrays that the buffer holds, at the same time or in turn."""
 
 
 class Program(NamedTuple):
@@ -277,13 +277,12 @@ def _buffers(computations: Mapping[int, Computation], assignment: Any) -> tuple[
     }
     positions = {buffer.id: buffer.defined_at for buffer in assignment.logical_buffers}
 
-    def contents(logical_buffer: int) -> str:
+    def contents(logical_buffer: int) -> Shape:
         position = positions[logical_buffer]
-        instruction = instructions[position.instruction_id]
-        shape = instruction.shape
+        shape = instructions[position.instruction_id].shape
         for index in position.shape_index:
             shape = shape.parts[index]
-        return f"{shape} {instruction.name}"
+        return shape
 
     return tuple(
         Buffer(
