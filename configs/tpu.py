@@ -8,33 +8,33 @@ python -m pg_ground.train --config=configs/tpu.py:pg1_3b_224_v5e_8 --distributed
 The argument is a name in `RECIPES`. Data, weights and rewards are those of configs/paligemma.py.
 Each prompt has 8 completions of 64 tokens. docs/tpu.md leads from an empty cloud project to a run.
 
-Each recipe was compiled ahead of time for its slice on 2026-11-21 (benchmarks/results has all
+Each recipe was compiled ahead of time for its slice on 2026-11-27 (benchmarks/results has all
 columns). No such run has been timed. The table shows GiB a chip and seconds at best, for sampling
 and for the update, and the resource that binds the update.
 
                                                  GiB:          s at best:       update
 recipe                   slice      prompts  sampling  update  sampling  update   bound by
-pg1_3b_224_v5e_8         v5e:2x4        128      10.4     9.1      0.44    1.20   FLOPs
-pg1_3b_224_v5p_8         v5p:2x2x1      256      16.3    23.3      0.55    2.05   FLOPs
-pg1_3b_448_v5e_8         v5e:2x4         64      10.5     9.6      0.47    1.20   FLOPs
+pg1_3b_224_v5e_8         v5e:2x4        128      10.3     8.7      0.43    1.20   FLOPs
+pg1_3b_224_v5p_8         v5p:2x2x1      256      16.4    23.3      0.55    2.05   FLOPs
+pg1_3b_448_v5e_8         v5e:2x4         64      10.4     9.3      0.44    1.20   FLOPs
 pg1_3b_448_v5p_8         v5p:2x2x1      128      16.1    25.4      0.56    2.07   FLOPs
-pg2_3b_224_v5e_8         v5e:2x4        128      11.9     9.1      0.57    1.32   FLOPs
-pg2_3b_224_v5p_8         v5p:2x2x1      256      21.5    25.1      0.64    2.27   FLOPs
-pg2_3b_448_v5e_8         v5e:2x4         64      11.6     9.9      0.58    1.33   FLOPs
-pg2_3b_448_v5p_8         v5p:2x2x1      128      20.9    24.8      0.58    2.28   FLOPs
-pg1_3b_224_lora_v5e_1    v5e:1x1          8       6.1     7.4      0.39    0.43   FLOPs
-pg1_3b_224_lora_v5e_8    v5e:2x4        256       7.7    13.7      0.65    1.72   FLOPs
-pg1_3b_224_lora_v5p_8    v5p:2x2x1      256       9.7    20.9      0.56    1.47   FLOPs
-pg1_3b_448_lora_v5e_8    v5e:2x4         96       8.0    12.9      0.57    1.25   FLOPs
-pg1_3b_448_lora_v5p_8    v5p:2x2x1      128      11.3    22.5      0.56    1.43   FLOPs
-pg2_3b_224_lora_v5e_8    v5e:2x4        256      10.2    13.1      0.87    1.95   FLOPs
-pg2_3b_224_lora_v5p_8    v5p:2x2x1      256      14.6    20.3      0.70    1.67   FLOPs
-pg2_3b_448_lora_v5e_8    v5e:2x4        128       9.6    15.1      0.94    1.90   FLOPs
-pg2_3b_448_lora_v5p_8    v5p:2x2x1      128      14.0    21.6      0.66    1.63   FLOPs
-pg2_10b_224_v5e_64       v5e:8x8        256       7.5     7.4      0.49    1.18   FLOPs
-pg2_10b_224_v5p_16       v5p:2x2x2      128      37.1    24.9      0.88    2.02   FLOPs
-pg2_28b_224_v5p_16       v5p:2x2x2       64      49.6    59.7      6.27    2.99   FLOPs
-pg1_3b_224_v5e_256       v5e:16x16     1024       6.2     1.8      0.34    0.30   FLOPs
+pg2_3b_224_v5e_8         v5e:2x4        128      11.9     9.1      0.50    1.32   FLOPs
+pg2_3b_224_v5p_8         v5p:2x2x1      256      21.7    24.9      0.57    2.27   FLOPs
+pg2_3b_448_v5e_8         v5e:2x4         64      11.6     9.6      0.53    1.33   FLOPs
+pg2_3b_448_v5p_8         v5p:2x2x1      128      20.7    24.5      0.58    2.28   FLOPs
+pg1_3b_224_lora_v5e_1    v5e:1x1          8       6.0     7.4      0.34    0.43   FLOPs
+pg1_3b_224_lora_v5e_8    v5e:2x4        256       7.7    13.4      0.65    1.72   FLOPs
+pg1_3b_224_lora_v5p_8    v5p:2x2x1      256       9.7    21.0      0.56    1.47   FLOPs
+pg1_3b_448_lora_v5e_8    v5e:2x4         96       7.9    13.1      0.54    1.25   FLOPs
+pg1_3b_448_lora_v5p_8    v5p:2x2x1      128      11.3    22.3      0.56    1.43   FLOPs
+pg2_3b_224_lora_v5e_8    v5e:2x4        256      10.2    13.5      0.73    1.95   FLOPs
+pg2_3b_224_lora_v5p_8    v5p:2x2x1      256      14.8    20.4      0.58    1.67   FLOPs
+pg2_3b_448_lora_v5e_8    v5e:2x4        128       9.7    15.1      0.85    1.90   FLOPs
+pg2_3b_448_lora_v5p_8    v5p:2x2x1      128      13.7    21.6      0.58    1.63   FLOPs
+pg2_10b_224_v5e_64       v5e:8x8        256       7.5     7.6      0.43    1.18   FLOPs
+pg2_10b_224_v5p_16       v5p:2x2x2      128      37.1    25.0      0.65    2.02   FLOPs
+pg2_28b_224_v5p_16       v5p:2x2x2       64      49.6    59.3      6.27    2.99   FLOPs
+pg1_3b_224_v5e_256       v5e:16x16     1024       6.1     1.6      0.32    0.30   FLOPs
 """
 
 from typing import NamedTuple
