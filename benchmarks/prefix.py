@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> None:
         image, prompt, prompt_mask = inputs
         mask = jnp.ones(tokens.shape, bool)
         logps = model.completion_logps(params, image, prompt, prompt_mask, tokens, mask)[0]
-        return logps.mean()
+        return jnp.mean(logps)
 
     def generate(params: Params, inputs: Inputs, key: jax.Array, group: int) -> Rollout:
         image, prompt, prompt_mask = inputs

@@ -25,7 +25,7 @@ from pg_ground.evals.runner import Evaluation
 from pg_ground.parallel import sharding
 from pg_ground.reporting import progress
 from pg_ground.training import loop
-from pg_ground.types import expand_path
+from pg_ground.types import local_path
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def train(config: Config | ConfigDict, workdir: str | Path, *, accept: Sequence[
     # A script or a notebook that has set up no logging still sees the progress.
     has_logs = logging.getLogger("pg_ground").hasHandlers()
     with nullcontext() if has_logs else progress.logs_to_stderr():
-        return loop.train(parsed, Path(expand_path(str(workdir))), accept)
+        return loop.train(parsed, local_path(workdir, "workdir"), accept)
 
 
 def evaluate(

@@ -35,7 +35,7 @@ from pg_ground.config import Config
 from pg_ground.parallel import multiprocess
 from pg_ground.parallel.multiprocess import ProcessGroup
 from pg_ground.reporting import progress
-from pg_ground.types import UserError, expand_path, nearest
+from pg_ground.types import UserError, expand_path, local_path, nearest
 
 DISTRIBUTED = "distributed"
 """The flag that names the other processes of a run: see `multiprocess.initialize`."""
@@ -245,20 +245,34 @@ def _distributed(argv: Sequence[str]) -> str:
 
 
 class _PathParser(flags.ArgumentParser):
-    """Expands a leading ~ of a path."""
+    """Expands a leading ~ of a path, and refuses an address if the path must be local."""
+
+    def __init__(self, name: str, remote: bool):
+        self._name = name
+        self._remote = remote
 
     def parse(self, argument: str) -> str:
-        return expand_path(argument)
+        if self._remote or not argument:
+            return expand_path(argument)
+        return str(local_path(argument, f"--{self._name}"))
 
     def flag_type(self) -> str:
         return "path"
 
 
 def define_path(
-    values: flags.FlagValues, name: str, help_text: str, default: str | None = ""
+    values: flags.FlagValues,
+    name: str,
+    help_text: str,
+    default: str | None = "",
+    remote: bool = False,
 ) -> None:
-    """Defines a flag whose value is a path. A leading ~ is the home directory."""
-    flags.DEFINE(_PathParser(), name, default, help_text, flag_values=values)
+    """Defines a flag whose value is a path. A leading ~ is the home directory.
+
+    Args:
+      remote: whether an address such as gs://bucket/folder is accepted.
+    """
+    flags.DEFINE(_PathParser(name, remote), name, default, help_text, flag_values=values)
 
 
 def define_distributed(values: flags.FlagValues) -> None:

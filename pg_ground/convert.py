@@ -7,13 +7,11 @@ DST selects the format: NAME.npz, NAME.orbax, or else a Hugging Face directory, 
 tokenizer files of SRC. DST is written under another name and renamed when it is complete.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from pg_ground import cli
 from pg_ground.checkpoints.conversion import DTYPES, convert
-from pg_ground.types import UserError, expand_path
+from pg_ground.types import UserError, local_path
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -39,7 +37,9 @@ COMMAND = cli.Command(
 def main(args: cli.Arguments) -> None:
     if args.flags.dtype not in ("", *DTYPES):
         raise UserError(f"--dtype={args.flags.dtype}: it must be one of {', '.join(DTYPES)}")
-    source, target = (Path(expand_path(path)) for path in args.positional)
+    source, target = (
+        local_path(path, name) for name, path in zip(("SRC", "DST"), args.positional, strict=True)
+    )
     convert(source, target, args.flags.dtype)
     print(target)
 

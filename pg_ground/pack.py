@@ -19,7 +19,9 @@ from pg_ground.types import UserError
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    cli.define_path(values, "out", "Directory for the files: a path or a gs:// address.", None)
+    cli.define_path(
+        values, "out", "Directory for the files: a path or a gs:// address.", None, remote=True
+    )
     flags.DEFINE_integer("num_shards", 16, "Files of each source.", flag_values=values)
 
 
@@ -39,7 +41,10 @@ def main(args: cli.Arguments) -> None:
     config = args.config
     sections = tuple(config.sources_by_section.values())
     directory = to_path(args.flags.out)
-    packed = pack(sections, config.data.fetch, directory, args.flags.num_shards)
+    try:
+        packed = pack(sections, config.data.fetch, directory, args.flags.num_shards)
+    except ImportError as error:  # etils names the package for the file system
+        raise UserError(f"--out={args.flags.out}: {error}") from None
     print(json.dumps(packed, indent=1))
 
 

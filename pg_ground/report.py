@@ -12,7 +12,7 @@ from absl import flags
 
 from pg_ground import cli
 from pg_ground.reporting.report import FILE, write_page
-from pg_ground.types import UserError, expand_path
+from pg_ground.types import UserError, local_path
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -34,7 +34,7 @@ COMMAND = cli.Command(
 
 
 def main(args: cli.Arguments) -> None:
-    workdirs = [Path(expand_path(path)) for path in (*args.flags.workdir, *args.positional)]
+    workdirs = [local_path(path, "--workdir") for path in (*args.flags.workdir, *args.positional)]
     if not workdirs:
         raise UserError("--workdir=DIR is needed: the directory of a run, or of several runs")
     if len(workdirs) > 1 and not args.flags.out:

@@ -5,13 +5,12 @@ A model of plain Gemma gets the loc and seg pieces.
 
 from collections.abc import Sequence
 from importlib import resources
-from pathlib import Path
 from typing import NamedTuple
 
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from pg_ground.types import UserError, expand_path
+from pg_ground.types import UserError, local_path
 from pg_ground.vocab import (
     BOS,
     EOS,
@@ -113,7 +112,7 @@ def _bytes_of(path: str) -> bytes:
     if not path:
         return (resources.files("pg_ground.assets") / "tiny.model").read_bytes()
     try:
-        return Path(expand_path(path)).read_bytes()
+        return local_path(path, "config.data.tokenizer").read_bytes()
     except OSError as e:
         raise UserError(
             f"tokenizer {path}: {e.strerror or e}; data.tokenizer names a sentencepiece .model file"

@@ -33,6 +33,7 @@ Coordinates: `yxyx` and `yx` are fractions of the original image in [0, 1]. A na
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,6 +88,27 @@ def expand_path(path: str) -> str:
     function.
     """
     return os.path.expanduser(path)
+
+
+def local_path(path: str | os.PathLike[str], name: str) -> Path:
+    """Returns a path of the local file system. A leading `~` is the home directory.
+
+    A Python `Path` of gs://bucket would be a local folder `gs:`, and what is written there would be
+    lost.
+
+    Args:
+      name: the flag, the setting or the argument, for the error.
+
+    Raises:
+      UserError: `path` is an address such as gs://bucket/run.
+    """
+    text = os.fspath(path)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
+        raise UserError(
+            f"{name}={text} is an address, but it must be a local path: only the data of a config "
+            "and --out of pack can be addresses. Copy the files, or mount the bucket"
+        )
+    return Path(expand_path(text))
 
 
 class UserError(Exception):

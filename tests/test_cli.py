@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from absl import flags
-from commands import ROOT, call
+from commands import ROOT, call, run_here
 
 from pg_ground import __main__ as program
 from pg_ground import cli
@@ -429,3 +429,28 @@ def test_a_script_ends_as_a_command_does(capsys, monkeypatch):
         cli.run_script(main)
     assert ended.value.code == 2
     assert capsys.readouterr().err == "error: --a does not exist: there are b, help\n"
+
+
+ADDRESSES = {
+    "train": ["--config=configs/tiny.py", "--workdir=gs://bucket/run"],
+    "train, weights": ["--config=configs/tiny.py", "--workdir=w", "--config.init=gs://b/w.npz"],
+    "evaluate": ["--config=configs/tiny.py", "--params=s3://bucket/w.npz"],
+    "evaluate, out": ["--config=configs/tiny.py", "--params=w.npz", "--out=gs://bucket/out"],
+    "predict": ["--params=gs://bucket/w.npz", "--image=a.png", "--prompt=x"],
+    "predict, image": ["--params=w.npz", "--image=gs://bucket/a.png", "--prompt=x"],
+    "report": ["gs://bucket/run"],
+    "look": ["--config=configs/tiny.py", "--out=gs://bucket/look.html"],
+    "convert": ["run", "gs://bucket/out.npz"],
+    "compile": ["--config=configs/tiny.py", "--topology=v5e:2x4", "--json=gs://bucket/o.json"],
+}
+
+
+@pytest.mark.parametrize("name", ADDRESSES)
+def test_an_address_for_a_local_path_is_refused_and_nothing_is_written(name, tmp_path):
+    """`Path("gs://bucket/run")` is a local folder `gs:`, where results would be lost."""
+    arguments = [argument.replace("configs/", f"{ROOT}/configs/") for argument in ADDRESSES[name]]
+    finished = run_here(name.partition(",")[0], *arguments, cwd=tmp_path)
+    assert finished.returncode == 2
+    assert re.match(r"error: \S+=(gs|s3)://\S+ is an address, but it must be a", finished.stderr)
+    assert finished.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -39,7 +39,7 @@ from pg_ground.params import (
     is_scale,
     unflatten,
 )
-from pg_ground.types import JsonObject, Params, UserError
+from pg_ground.types import JsonObject, Params, UserError, local_path
 
 MODEL_FILE = "model.json"
 """The sizes of the model, beside the parameters in an orbax directory that `convert` writes."""
@@ -117,7 +117,7 @@ def open_checkpoint(
     Raises:
       UserError: as `load` does.
     """
-    path = Path(path)
+    path = local_path(path, "params")
     if not path.is_dir():
         if path.exists() or path.suffix == ".npz":
             return _open_files(path, tensor_files.open_npz(path), None, sizes, resample_positions)

@@ -38,7 +38,7 @@ from urllib3.util import Url, parse_url
 
 from pg_ground.config import Fetch
 from pg_ground.data.records import BadRecord
-from pg_ground.types import JsonDict, UserError, expand_path
+from pg_ground.types import JsonDict, UserError, local_path
 
 MAX_REDIRECTS = 5
 
@@ -242,7 +242,7 @@ def _folder(fetch: Fetch) -> Path:
         raise UserError(
             "config.data.fetch.cache_dir is '': it must name a folder for the images at urls"
         )
-    return Path(expand_path(fetch.cache_dir))
+    return local_path(fetch.cache_dir, "config.data.fetch.cache_dir")
 
 
 def _blob_path(digest: str, fetch: Fetch) -> Path:

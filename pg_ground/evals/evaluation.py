@@ -11,7 +11,7 @@ from pg_ground.models import PaliGemma
 from pg_ground.parallel import sharding
 from pg_ground.tokenizer import check_vocab_size
 from pg_ground.tokenizer import load as load_tokenizer
-from pg_ground.types import UserError, expand_path
+from pg_ground.types import UserError, local_path
 
 
 def evaluate(
@@ -49,7 +49,8 @@ def evaluate(
 
 def _checkpoint_path(workdir: str | Path | None, params: str | Path | None) -> Path:
     """Returns the one path of the two that is set."""
-    paths = [Path(expand_path(str(path))) for path in (workdir, params) if path]
+    named = {"workdir": workdir, "params": params}
+    paths = [local_path(path, name) for name, path in named.items() if path]
     if len(paths) != 1:
         raise UserError("evaluate needs workdir=RUN or params=CHECKPOINT, and not both")
     return paths[0]

@@ -18,7 +18,7 @@ from pg_ground.models import PaliGemma
 from pg_ground.rl.rollout import sample
 from pg_ground.tokenizer import Tokenizer, check_vocab_size
 from pg_ground.tokenizer import load as load_tokenizer
-from pg_ground.types import Array, Params, Rollout, UserError, expand_path
+from pg_ground.types import Array, Params, Rollout, UserError, local_path
 
 ImageLike = str | Path | Image.Image | np.ndarray
 """A file name, an image, or pixels: uint8[H, W, 3] or uint8[H, W]."""
@@ -114,7 +114,7 @@ def read_image(image: ImageLike, setting: str = "image") -> UInt8[np.ndarray, "H
     """
     if isinstance(image, Image.Image):
         return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
-    value = expand_path(str(image)) if isinstance(image, str | Path) else image
+    value = str(local_path(image, setting)) if isinstance(image, str | Path) else image
     try:
         return load_image(value, Path())
     except BadRecord as bad:
@@ -134,7 +134,7 @@ def predict_file(
     Raises:
       UserError: the checkpoint, the tokenizer or the image cannot be used.
     """
-    path = Path(expand_path(str(params)))
+    path = local_path(params, "params")
     loaded_tokenizer = load_tokenizer(tokenizer or weights.tokenizer_path(path))
     pixels = read_image(image, "--image")
     model, loaded_params = weights.load(path)

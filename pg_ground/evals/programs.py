@@ -15,7 +15,7 @@ from pg_ground.rewards import answer_reader, device_rewards
 from pg_ground.rewards.answer_reader import DecodeMasks
 from pg_ground.rewards.reward_functions import load_device_rewards
 from pg_ground.rl.rollout import sample
-from pg_ground.types import Answer, Array, Batch, Params, Rollout, expand_path
+from pg_ground.types import Answer, Array, Batch, Params, Rollout, local_path
 from pg_ground.vocab import Vocab
 
 
@@ -55,7 +55,11 @@ def make_eval_programs(
     Args:
       grpo: the benchmark `environment` reports the weighted sum of its rewards on token ids.
     """
-    decode_masks = make_mask_decoder(Path(expand_path(settings.vqvae))) if settings.vqvae else None
+    decode_masks = (
+        make_mask_decoder(local_path(settings.vqvae, "config.eval.vqvae"))
+        if settings.vqvae
+        else None
+    )
     return EvalPrograms(
         _make_answer(model, vocab, settings.max_new_tokens),
         _make_suffix_nll(model),

@@ -15,7 +15,6 @@ so one table of rules gives the shardings of both.
 import math
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,7 +23,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Int, PyTree
 
 from pg_ground import config
-from pg_ground.types import Array, ShardingHooks, UserError
+from pg_ground.types import Array, ShardingHooks, UserError, expand_path
 
 BATCH_AXES = ("replica", "data")
 """The mesh axes that split the batch axis B."""
@@ -91,7 +90,7 @@ def enable_compilation_cache(c: config.Mesh) -> None:
     # jax adds this attribute at import.
     folder = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     if c.compile_cache and folder is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(c.compile_cache).expanduser()))
+        jax.config.update("jax_compilation_cache_dir", expand_path(c.compile_cache))
 
 
 def make_mesh(c: config.Mesh, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -23,6 +23,7 @@ from pg_ground.types import (
     Array,
     Batch,
     Boxes,
+    Metrics,
     Points,
     Rewards,
     Rollout,
@@ -352,7 +353,7 @@ def reward_metrics(
     answer: Answer,
     rewards: Rewards,
     weights: Mapping[str, float | Float[Array, ""]],
-) -> dict[str, Float[Array, ""]]:
+) -> Metrics:
     """Returns the means of rewards, raw and weighted, and statistics of the completions.
 
     A mean is over the completions to which the reward applies.

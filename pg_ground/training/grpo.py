@@ -7,7 +7,6 @@ policy.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -54,7 +53,7 @@ from pg_ground.types import (
     Rollout,
     TrainState,
     UserError,
-    expand_path,
+    local_path,
 )
 from pg_ground.vocab import CONTROL
 
@@ -161,7 +160,7 @@ class GrpoStage:
         path = self.setup.config.eval.vqvae
         if not path:
             return None
-        return partial(vqvae.decode, vqvae_file.load(Path(expand_path(path))))
+        return partial(vqvae.decode, vqvae_file.load(local_path(path, "config.eval.vqvae")))
 
     def step(
         self, state: TrainState, batches: BatchIterator, number: int, timer: StepTimer

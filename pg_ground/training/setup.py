@@ -28,7 +28,7 @@ from pg_ground.types import (
     Points,
     TrainState,
     UserError,
-    expand_path,
+    local_path,
 )
 from pg_ground.vocab import Vocab, vocab_of_size
 
@@ -141,7 +141,7 @@ def init_params(config: Config, model: PaliGemma, abstract: AbstractParams) -> P
     loaded: dict[str, jax.Array] = {}
     if config.init:
         checkpoint = weights.open_checkpoint(
-            expand_path(config.init), config.model, config.resample_positions
+            local_path(config.init, "config.init"), config.model, config.resample_positions
         )
         in_checkpoint = {
             name: leaf
