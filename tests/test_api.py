@@ -44,6 +44,15 @@ def test_every_public_name_has_a_docstring(name):
     assert name in dir(pg_ground) and f"    {name} " in pg_ground.__doc__
 
 
+def test_the_reference_has_every_public_name_and_no_name_that_does_not_exist():
+    names = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text("utf-8"), re.M)
+    objects = []
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        objects.append(getattr(importlib.import_module(module), attribute))
+    assert all(getattr(pg_ground, name) in objects for name in pg_ground.__all__)
+
+
 def test_dir_is_the_api():
     assert dir(pg_ground) == sorted([*pg_ground.__all__, "__doc__", "__version__"])
     assert re.fullmatch(r"\d+\.\d+\.\d+", pg_ground.__version__)
