@@ -3,8 +3,9 @@
 SRC is a checkpoint that `pg_ground.load` reads: an .npz, a Hugging Face directory, the working
 directory of a run, one checkpoint of a run, or an orbax directory. LoRA adapters are merged.
 
-DST selects the format: NAME.npz, NAME.orbax, or else a Hugging Face directory, which also gets the
-tokenizer files of SRC. DST is written under another name and renamed when it is complete.
+DST selects the format: NAME.npz, NAME.orbax, or else a Hugging Face directory. transformers'
+AutoProcessor and AutoModelForImageTextToText load that directory, with the tokenizer of SRC. DST is
+written under another name and renamed when it is complete.
 """
 
 from absl import flags
@@ -20,6 +21,9 @@ def define_flags(values: flags.FlagValues) -> None:
         "",
         f"{', '.join(DTYPES)}. Every tensor keeps its dtype if the flag is absent.",
         flag_values=values,
+    )
+    cli.define_path(
+        values, "tokenizer", "A sentencepiece model for DST, in place of the tokenizer of SRC."
     )
 
 
@@ -40,7 +44,7 @@ def main(args: cli.Arguments) -> None:
     source, target = (
         local_path(path, name) for name, path in zip(("SRC", "DST"), args.positional, strict=True)
     )
-    convert(source, target, args.flags.dtype)
+    convert(source, target, args.flags.dtype, args.flags.tokenizer)
     print(target)
 
 

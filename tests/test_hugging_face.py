@@ -3,9 +3,12 @@
 The logits are equal in both directions.
 """
 
+import dataclasses
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +16,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import PG1, PG2, inputs, random_params
+from PIL import Image
 
-from pg_ground.checkpoints import export, hugging_face, weights
+from pg_ground.assets import make_tokenizer
+from pg_ground.checkpoints import export, hugging_face, manager, weights
 from pg_ground.checkpoints.conversion import convert
+from pg_ground.config import Config, Model, Sft, Source
+from pg_ground.evals.prediction import predict
 from pg_ground.models import PaliGemma
 from pg_ground.params import flatten
 from pg_ground.rl.rollout import sample
+from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.types import UserError
 
 LAYOUTS = ("", "hub_layout", "hub_layout_bf16", "sharded")
@@ -131,6 +139,64 @@ def test_convert_copies_the_tokenizer(folder, golden, tmp_path):
     source, copy = (tmp_path / f"{name}/tokenizer.model" for name in ("src", "dst"))
     assert copy.read_bytes() == source.read_bytes()
     assert weights.tokenizer_path(tmp_path / "dst") == str(copy)
+
+
+def write_run(workdir: Path, sizes: Model) -> Any:
+    """Writes the files of a finished run with random parameters, and returns the parameters."""
+    params = random_params(PaliGemma(sizes))
+    sources = {"boxes": Source(uri="synthetic:scenes", boxes="box")}
+    settings = Config(model=sizes, stages=("sft",), sft=Sft(sources=sources))
+    (workdir / "checkpoints" / "6").mkdir(parents=True)
+    (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(settings)))
+    manager.save_tree(workdir / "checkpoints" / "6" / "params", params)
+    return params
+
+
+@pytest.mark.parametrize("sizes", [PG1, PG2], ids=["pg1", "pg2"])
+@pytest.mark.needs("torch", "transformers")
+@pytest.mark.filterwarnings("ignore")  # torch and transformers have warnings of their own
+def test_transformers_answers_as_we_do_from_an_exported_run(sizes, tmp_path):
+    """The processor of the exported directory makes pixels and ids of a photograph and a prompt."""
+    import torch
+    import transformers
+
+    sizes = replace(sizes, text=replace(sizes.text, vocab_size=2048))  # the package's tokenizer
+    params = write_run(tmp_path / "run", sizes)
+    convert(tmp_path / "run", tmp_path / "hf", "")
+    pixels = (
+        np.random.default_rng(0).integers(0, 255, (5, 7, 3), np.uint8).repeat(9, 0).repeat(9, 1)
+    )
+    image, prompt = Image.fromarray(pixels), "detect red circle ; blue square"
+
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "hf")
+    hf_model = transformers.AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "hf", attn_implementation="eager"
+    )
+    inputs_of_hf = processor(text=f"<image>{prompt}", images=image, return_tensors="pt")
+    inputs_of_hf.pop("labels", None)
+    # Without token types, the prefix of transformers has causal attention.
+    inputs_of_hf["token_type_ids"] = torch.zeros_like(inputs_of_hf["input_ids"])
+    length = inputs_of_hf["input_ids"].shape[1]
+    generated = hf_model.generate(**inputs_of_hf, max_new_tokens=6, do_sample=False)
+    expected = processor.decode(generated[0, length:], skip_special_tokens=True)
+
+    model, _ = weights.load(tmp_path / "run")
+    answer = predict(model, params, image, prompt, load_tokenizer(), max_new_tokens=6)
+    patches = (sizes.image_size // sizes.vision.patch_size) ** 2
+    ids = inputs_of_hf["input_ids"][0, patches:].tolist()
+    assert ids == load_tokenizer().prefix(prompt)
+    assert answer["text"] == expected and len(expected) > 10
+
+
+def test_an_exported_checkpoint_without_a_tokenizer_says_so(tmp_path, caplog):
+    sizes = replace(PG1, text=replace(PG1.text, vocab_size=2048))
+    export.save(tmp_path / "a.npz", random_params(PaliGemma(sizes)))
+    convert(tmp_path / "a.npz", tmp_path / "without", "")
+    assert "a.npz has no tokenizer, so none is written: --tokenizer=FILE" in caplog.text
+    assert not (tmp_path / "without" / "tokenizer.model").exists()
+    tokenizer = Path(make_tokenizer.__file__).with_name("tiny.model")
+    convert(tmp_path / "a.npz", tmp_path / "with", "", str(tokenizer))
+    assert load_tokenizer(str(tmp_path / "with" / "tokenizer.model")).vocab.size == 2048
 
 
 CAPPED = replace(PG2, text=replace(PG2.text, final_softcap=30.0, query_scale=144**-0.5))

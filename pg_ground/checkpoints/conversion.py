@@ -2,12 +2,18 @@
 directories.
 """
 
+import json
+import logging
 from pathlib import Path
 
 import jax
 
 from pg_ground.checkpoints import export, tensor_files, weights
-from pg_ground.types import UserError
+from pg_ground.tokenizer import check_vocab_size
+from pg_ground.tokenizer import load as load_tokenizer
+from pg_ground.types import JsonObject, UserError
+
+logger = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -17,7 +23,20 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def convert(source: Path, target: Path, dtype: str) -> None:
+TOKENIZER_CONFIG: JsonObject = {
+    "tokenizer_class": "GemmaTokenizer",
+    "processor_class": "PaliGemmaProcessor",
+    "bos_token": "<bos>",
+    "eos_token": "<eos>",
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+    "add_bos_token": False,
+    "add_eos_token": False,
+}
+"""`tokenizer_config.json` for a sentencepiece model. `PaliGemmaProcessor` writes BOS itself."""
+
+
+def convert(source: Path, target: Path, dtype: str, tokenizer: str = "") -> None:
     """Writes the checkpoint at `source` to `target`, in the format that the name of `target`
     selects.
 
@@ -25,9 +44,11 @@ def convert(source: Path, target: Path, dtype: str) -> None:
 
     Args:
       dtype: dtype of all tensors; "" keeps their dtypes.
+      tokenizer: the sentencepiece model for a Hugging Face directory; "" takes that of `source`.
 
     Raises:
-      UserError: `source` cannot be read, `target` exists, or the format cannot express the model.
+      UserError: `source` cannot be read, `target` exists, the format cannot express the model, or
+        the tokenizer has another number of tokens.
     """
     if target.exists():
         raise UserError(f"{target} exists already: remove it, or choose another name")
@@ -41,5 +62,33 @@ def convert(source: Path, target: Path, dtype: str) -> None:
         }
         arrays = checkpoint.read(on_host)
         tensors = {name: tensor_files.from_array(name, array) for name, array in arrays.items()}
-    tokenizer_files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    export.write(target, tensors, checkpoint.model.config, dtype, tokenizer_files)
+    model = checkpoint.model.config
+    is_hub_directory = target.suffix not in (".npz", ".orbax")
+    files = tokenizer_files(source, tokenizer, model.text.vocab_size) if is_hub_directory else {}
+    export.write(target, tensors, model, dtype, files)
+
+
+def tokenizer_files(source: Path, tokenizer: str, vocab_size: int) -> dict[str, bytes]:
+    """Returns the files with which transformers loads a tokenizer, by name.
+
+    The files of a Hugging Face directory are copied. For a run they hold the tokenizer of the run.
+
+    Args:
+      source: the checkpoint.
+      tokenizer: a sentencepiece model in place of that of `source`; "" for none.
+      vocab_size: number of tokens of the model.
+    """
+    config = {"tokenizer_config.json": (json.dumps(TOKENIZER_CONFIG, indent=1) + "\n").encode()}
+    copies = {name: source / name for name in TOKENIZER_FILES if (source / name).is_file()}
+    if copies and not tokenizer:
+        return config | {name: path.read_bytes() for name, path in copies.items()}
+    path = tokenizer or weights.tokenizer_path(source)
+    if path is None:
+        logger.warning(
+            "%s has no tokenizer, so none is written: --tokenizer=FILE adds one for transformers",
+            source,
+        )
+        return {}
+    loaded = load_tokenizer(path)
+    check_vocab_size(loaded, vocab_size)
+    return config | {"tokenizer.model": loaded.pieces.serialized_model_proto()}

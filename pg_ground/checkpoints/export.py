@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from pg_ground.checkpoints import hugging_face, manager, tensor_files
 from pg_ground.checkpoints.tensor_files import StoredTensor
@@ -50,11 +50,12 @@ def write(
     tensors: Mapping[str, StoredTensor],
     model: Model | None,
     dtype: str = "",
-    extra_files: Sequence[Path] = (),
+    extra_files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> None:
     """Writes tensors as `save` writes parameters.
 
-    A Hugging Face directory gets copies of `extra_files`.
+    Args:
+      extra_files: content of further files of a Hugging Face directory, by name.
     """
     if path.exists():
         raise UserError(f"{path} exists already: remove it, or choose another name")
@@ -69,8 +70,8 @@ def write(
             _save_orbax(partial, replace(model, lora=Lora()), tensors, dtype)
         else:
             hugging_face.save_directory(partial, model, tensors, dtype)
-            for file in extra_files:
-                shutil.copy(file, partial / file.name)
+            for name, content in extra_files.items():
+                (partial / name).write_bytes(content)
         partial.rename(path)
 
 

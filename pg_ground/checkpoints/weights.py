@@ -145,14 +145,17 @@ def _is_hugging_face(folder: Path) -> bool:
     return (folder / "config.json").is_file() and not run_directory.is_run(folder)
 
 
-def tokenizer_path(path: Path) -> str:
-    """Returns the sentencepiece model of a run or a Hugging Face directory; "" if it has none."""
+def tokenizer_path(path: Path) -> str | None:
+    """Returns the sentencepiece model of a run or a Hugging Face directory; None if it has none.
+
+    "" is the tokenizer of this package, with which the run was trained.
+    """
     if not path.is_dir():
-        return ""
+        return None
     if (path / "tokenizer.model").is_file():
         return str(path / "tokenizer.model")
     if (path / MODEL_FILE).is_file() or _is_hugging_face(path):
-        return ""
+        return None
     workdir = run_directory.find_checkpoint(path).workdir
     return run_directory.run_config(workdir).data.tokenizer
 

@@ -1,5 +1,6 @@
 """Answers one prompt about one image: text, boxes and points."""
 
+import logging
 from functools import partial
 from pathlib import Path
 from typing import TypedDict, cast
@@ -22,6 +23,8 @@ from pg_ground.types import Array, Params, Rollout, UserError, local_path
 
 ImageLike = str | Path | Image.Image | np.ndarray
 """A file name, an image, or pixels: uint8[H, W, 3] or uint8[H, W]."""
+
+logger = logging.getLogger(__name__)
 
 
 class LabelledBox(TypedDict):
@@ -128,14 +131,21 @@ def predict_file(
     """Returns the answer of a checkpoint to a prompt about an image file, and the image.
 
     Args:
-      tokenizer: path of a sentencepiece model. "" is the tokenizer beside the checkpoint, or the
-        small tokenizer of this package if the checkpoint has none.
+      tokenizer: path of a sentencepiece model. "" is the tokenizer of the checkpoint. If the
+        checkpoint has none, it is the small tokenizer of this package, with a warning.
 
     Raises:
       UserError: the checkpoint, the tokenizer or the image cannot be used.
     """
     path = local_path(params, "params")
-    loaded_tokenizer = load_tokenizer(tokenizer or weights.tokenizer_path(path))
+    tokenizer_path = tokenizer or weights.tokenizer_path(path)
+    if tokenizer_path is None:
+        logger.warning(
+            "%s has no tokenizer, so the small tokenizer of this package is used: --tokenizer=FILE "
+            "names another",
+            path,
+        )
+    loaded_tokenizer = load_tokenizer(tokenizer_path or "")
     pixels = read_image(image, "--image")
     model, loaded_params = weights.load(path)
     answer = predict(model, loaded_params, pixels, prompt, loaded_tokenizer, max_new_tokens)
