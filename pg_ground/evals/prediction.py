@@ -139,14 +139,14 @@ def predict_file(
     """
     path = local_path(params, "params")
     tokenizer_path = tokenizer or weights.tokenizer_path(path)
+    loaded_tokenizer = load_tokenizer(tokenizer_path or "")
+    pixels = read_image(image, "--image")
+    model, loaded_params = weights.load(path)
     if tokenizer_path is None:
         logger.warning(
             "%s has no tokenizer, so the small tokenizer of this package is used: --tokenizer=FILE "
             "names another",
             path,
         )
-    loaded_tokenizer = load_tokenizer(tokenizer_path or "")
-    pixels = read_image(image, "--image")
-    model, loaded_params = weights.load(path)
     answer = predict(model, loaded_params, pixels, prompt, loaded_tokenizer, max_new_tokens)
     return answer, pixels
