@@ -719,6 +719,11 @@ def test_urls_of_a_config(config, server):
     ]
 
 
+def test_drawn_scenes_have_no_urls_to_wait_for():
+    sources = {"scenes": Source(uri="synthetic:train?scenes=2000000000", boxes="box")}
+    assert list(prefetching.image_urls([sources], Data(), seed=0)) == []
+
+
 def test_the_command_counts_on_stdout_and_asks_again_with_retry_failed(config, server, capsys):
     def run(retry_failed: bool) -> dict[str, int]:
         values = flags.FlagValues()

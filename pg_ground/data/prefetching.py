@@ -28,6 +28,9 @@ def image_urls(
     """
     names = {source: name for section in sections for name, source in section.items()}
     for source, name in names.items():
+        # Drawn scenes have no urls, and there are millions of them.
+        if source.uri.startswith(("synthetic:", "relations:synthetic:")):
+            continue
         # No image is opened here, so the image size does not matter.
         dataset = open_examples(name, source, data, image_size=1, seed=seed)
         for index in range(len(dataset)):
