@@ -10,6 +10,7 @@ of `compile` does not fit; 1 any other error, with a traceback.
 
 import ast
 import dataclasses
+import inspect
 import itertools
 import keyword
 import os
@@ -191,8 +192,9 @@ def report_error(error: BaseException, joined: bool = False, after_interrupt: st
     progress.end_line()
     position = str(progress.position())
     if isinstance(error, KeyboardInterrupt):
+        at = f" at {position}" if position else ""
         more = f": {after_interrupt}" if after_interrupt else ""
-        code, words = EXIT_INTERRUPTED, [f"stopped by Ctrl-C{more}"]
+        code, words, position = EXIT_INTERRUPTED, [f"stopped by Ctrl-C{at}{more}"], ""
     elif isinstance(error, (UserError, *MENDABLE)):
         code, words = 2, [one_line(str(error))]
     elif joined and multiprocess.is_lost_process(error):
@@ -363,6 +365,10 @@ def _check_complete(command: Command, values: flags.FlagValues, positional: list
     """Raises UserError if a flag or an argument is missing, or if there is one too many."""
     for name in command.required:
         if values[name].value is None:
+            if name == "config" and positional and positional[0].partition(":")[0].endswith(".py"):
+                raise UserError(
+                    f"{positional[0]!r} is not a flag: did you mean --config={positional[0]}?"
+                )
             raise UserError(f"--{name} is needed: {command.program} needs {command.needs}")
     any_number = any("…" in name for name in command.arguments)
     if positional and not command.arguments:
@@ -480,7 +486,7 @@ def _config_first(argv: Sequence[str], default: str) -> list[str]:
             file = value
         else:
             file = next(arguments, "")
-            if not file:
+            if not file or file.startswith("--"):
                 raise UserError(f"{name} has no value: flags look like --name=value")
     last_index = {argument.partition("=")[0]: i for i, argument in enumerate(others)}
     others = [
@@ -533,7 +539,17 @@ def load(path: str) -> config_dict.ConfigDict:
             raise UserError(
                 f"--config={path}: {name} has no function get_config, which returns the config"
             )
-        return recipe.get_config(argument) if colon else recipe.get_config()
+        if colon and not inspect.signature(recipe.get_config).parameters:
+            raise UserError(
+                f"--config={path}: get_config() of {name} takes no argument after the :"
+            )
+        settings = recipe.get_config(argument) if colon else recipe.get_config()
+        if not isinstance(settings, config_dict.ConfigDict):
+            raise UserError(
+                f"--config={path}: get_config() of {name} returns {type(settings).__name__}: it "
+                "must return a ConfigDict, for example config.template()"
+            )
+        return settings
     except UserError:
         raise
     # A config file is a user's program. Whatever it raises is reported in one line.

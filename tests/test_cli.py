@@ -213,6 +213,18 @@ ERRORS = {
         ["--workdir=x"],
         "--config is needed: pg-ground train needs --config=FILE and --workdir=DIR (or --dry_run)",
     ),
+    "a file without its flag": (
+        ["configs/tiny.py:a", "--workdir=x"],
+        "'configs/tiny.py:a' is not a flag: did you mean --config=configs/tiny.py:a?",
+    ),
+    "a flag in place of a file": (
+        ["--config", "--workdir=x"],
+        "--config has no value: flags look like --name=value",
+    ),
+    "an argument of a recipe that takes none": (
+        [f"{TINY}:small"],
+        f"{TINY}:small: get_config() of {TINY.removeprefix('--config=')} takes no argument",
+    ),
     "no flag": ([TINY, "runs/x"], "'runs/x' is not a flag: flags look like --name=value"),
     "a value that no run could use": (
         [TINY, "--config.grpo.group_size=1"],
@@ -235,6 +247,10 @@ def test_an_error_is_one_line_that_names_the_flag(name):
         ("def get_config():\n    raise ValueError('a\\nb')", r"does not run: ValueError: a b$"),
         ("raise SystemExit(4)", r"does not run: SystemExit: 4"),
         ("x = 1", r"has no function get_config"),
+        (
+            "def get_config():\n    pass",
+            r"get_config\(\) of .*\.py returns NoneType: it must return",
+        ),
         ("def get_config(a):\n    return a", r"does not run: TypeError: get_config\(\) missing"),
     ],
 )
@@ -398,8 +414,8 @@ def test_an_interrupt_ends_with_130_and_one_line_that_says_how_to_go_on(capsys):
     code, lines = end_of(KeyboardInterrupt(), capsys, progress.Position("grpo", 9, "update"))
     assert code == 130
     assert lines == [
-        "error: stopped by Ctrl-C: the same command continues from the newest checkpoint "
-        "(at step 9 of grpo, phase update)"
+        "error: stopped by Ctrl-C at step 9 of grpo, phase update: the same command continues from "
+        "the newest checkpoint"
     ]
 
 

@@ -116,7 +116,8 @@ def test_a_run_that_is_interrupted_says_how_to_go_on_and_continues(tiny_run, env
     process.send_signal(signal.SIGINT)
     last_line = process.communicate()[1].splitlines()[-1]
     assert process.returncode == 130
-    assert last_line.startswith("error: stopped by Ctrl-C: the same command continues from the")
+    assert last_line.startswith("error: stopped by Ctrl-C at step ")
+    assert last_line.endswith(": the same command continues from the newest checkpoint")
     finished = train_tiny(environment, tmp_path / "run")
     assert finished.returncode == 0, finished.stderr
     assert_same_run(tiny_run, tmp_path / "run")
