@@ -17,7 +17,7 @@ Two more arms spend the same compute on SFT alone, with the loose boxes and with
 `python benchmarks/quickstart.py` runs all three arms over several seeds and prints one table.
 
 Hardware: two CPU cores. Time: about four minutes. Expected, on held-out scenes with three seeds:
-acc@.5 is 0.20-0.24 after SFT and 0.62-0.74 after GRPO (2026-11-21, commit 5151723). The README has
+acc@.5 is 0.18-0.25 after SFT and 0.63-0.76 after GRPO (2026-11-27, commit 25e7811). The README has
 the whole table.
 """
 
