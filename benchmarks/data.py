@@ -21,7 +21,7 @@ time counts this process and its children. The script prints a table and one JSO
 
 The second form reads metrics.jsonl of a run. It prints the median share of a step that is
 `time/data_s`, over the lines of each stage. Needs torch
-(`pip install 'pg-ground[interop]'`).
+(`pip install -e '.[interop]'`).
 """
 
 import json

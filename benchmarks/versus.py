@@ -16,7 +16,7 @@ Peers:
 
 A peer that is not installed is reported and left out:
 
-    pip install 'pg-ground[peers]'    (torch 2.13.0, transformers 5.23.0, trl 1.16.0)
+    pip install -e '.[peers]'    (torch 2.13.0, transformers 5.23.0, trl 1.16.0)
     git clone https://github.com/google-research/big_vision
     git -C big_vision checkout 0127fb6; pip install tensorflow    (which big_vision imports)
     and then --big_vision=big_vision

@@ -2,7 +2,7 @@
 
 The command answers whether the programs fit, and how long they take at best. It prints the memory,
 the time at the roofline and the collectives of each program. It needs no TPU, but
-libtpu: pip install 'pg-ground[tpu]'. Without libtpu the memory model answers.
+libtpu: pip install libtpu. Without libtpu the memory model answers.
 
 Without --full a compilation is stopped once XLA has assigned memory. That answers whether the
 programs fit, and takes seconds; generating the code would take minutes. Exit code 0: the programs

@@ -351,7 +351,9 @@ class Data:
     """How records become batches. All sources share these settings."""
 
     tokenizer: str = setting(
-        "", 'path of a PaliGemma sentencepiece model; "" is the small one of the package'
+        "",
+        "a PaliGemma sentencepiece model, or a Hugging Face directory or ORG/NAME on the Hub with "
+        'one; "" is the small one of the package',
     )
     prompt_length: int = setting(32, "tokens of a prompt, BOS and newline included", above=0)
     suffix_length: int = setting(16, "tokens of a suffix, EOS included", above=0)
@@ -704,7 +706,9 @@ class Config:
 
     seed: int = setting(0, "seed of parameters, data order and sampling", minimum=0)
     init: str = setting(
-        "", 'checkpoint to start from (.npz, Hugging Face directory, or a run); "" is random'
+        "",
+        "checkpoint to start from: .npz, Hugging Face directory, ORG/NAME on the Hub, or a run; "
+        '"" is random',
     )
     resample_positions: bool = setting(
         False, "whether `init` can have another image_size: position embeddings are then resampled"

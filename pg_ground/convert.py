@@ -11,6 +11,7 @@ written under another name and renamed when it is complete.
 from absl import flags
 
 from pg_ground import cli
+from pg_ground.assets.hub_download import local_checkpoint
 from pg_ground.checkpoints.conversion import DTYPES, convert
 from pg_ground.types import UserError, local_path
 
@@ -41,9 +42,8 @@ COMMAND = cli.Command(
 def main(args: cli.Arguments) -> None:
     if args.flags.dtype not in ("", *DTYPES):
         raise UserError(f"--dtype={args.flags.dtype}: it must be one of {', '.join(DTYPES)}")
-    source, target = (
-        local_path(path, name) for name, path in zip(("SRC", "DST"), args.positional, strict=True)
-    )
+    source, target = args.positional
+    source, target = local_checkpoint(source, "SRC"), local_path(target, "DST")
     convert(source, target, args.flags.dtype, args.flags.tokenizer)
     print(target)
 

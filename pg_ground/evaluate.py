@@ -33,7 +33,11 @@ PREDICTIONS_FLAGS = ("benchmark", "fields", "box_format", "point_format", "gold_
 
 def define_flags(values: flags.FlagValues) -> None:
     cli.define_path(values, "workdir", "A run. Its newest checkpoint is evaluated.")
-    cli.define_path(values, "params", "A checkpoint: .npz, Hugging Face directory, or RUN/best.")
+    cli.define_path(
+        values,
+        "params",
+        "A checkpoint: .npz, Hugging Face directory, ORG/NAME on the Hub, or RUN/best.",
+    )
     cli.define_path(values, "out", "Directory for eval.json and predictions.jsonl.")
     cli.define_path(values, "predictions", "A file of predictions, instead of a policy.")
     texts = {
@@ -103,6 +107,8 @@ def _evaluate_policy(args: cli.Arguments) -> None:
             "one of --workdir=RUN, --params=CHECKPOINT and --predictions=FILE is needed"
         )
     path = Path(workdir or params)
+    if not args.flags.out and not path.exists() and not path.suffix:
+        raise UserError(f"--params={params} is no file or folder here: --out=DIR is needed")
     out = Path(args.flags.out or (path if path.is_dir() else path.parent))
     sharding.set_cpu_devices(args.config.mesh)
     sharding.enable_compilation_cache(args.config.mesh)

@@ -18,7 +18,12 @@ from pg_ground.types import UserError
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    cli.define_path(values, "params", "The policy: .npz, Hugging Face directory, or run.", None)
+    cli.define_path(
+        values,
+        "params",
+        "The policy: .npz, Hugging Face directory, ORG/NAME on the Hub, or run.",
+        None,
+    )
     cli.define_path(values, "image", "The image: a file that PIL reads.", None)
     flags.DEFINE_string("prompt", None, 'The prompt: "detect red circle".', flag_values=values)
     cli.define_path(values, "out", "File for the picture with the answer drawn on it.")

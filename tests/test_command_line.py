@@ -95,6 +95,7 @@ def test_other_settings_in_the_same_directory_are_refused(tiny_run):
     assert re.fullmatch(line, finished.stderr), finished.stderr
 
 
+@pytest.mark.slow
 def test_a_resumed_run_equals_a_run_without_a_kill(tiny_run, environment, tmp_path):
     killed_and_resumed(environment, tmp_path / "run", lines=6, delay_s=0.0)
     assert_same_run(tiny_run, tmp_path / "run")

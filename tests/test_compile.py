@@ -106,7 +106,7 @@ def test_without_libtpu_the_memory_model_answers(monkeypatch, capsys, prompts, c
     assert ended.value.code == code
     output = capsys.readouterr().out
     assert "GiB per device, by arithmetic" in output
-    assert "pip install 'pg-ground[tpu]'" in output
+    assert "pip install libtpu" in output
 
 
 def test_parameters_and_optimizer_have_the_size_of_the_published_checkpoint():

@@ -613,6 +613,7 @@ def test_a_flag_of_the_other_mode_is_refused(arguments, message):
         call("evaluate", *arguments)
 
 
+@pytest.mark.slow
 def test_flags_of_the_command_have_either_spelling(data, capsys, tmp_path):
     path = data / "predictions" / "baseline_rec_results_refcocog_val.json"
     for flag in ("--box-format=xyxy_px", "--box_format=xyxy_px"):

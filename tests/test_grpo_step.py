@@ -101,6 +101,7 @@ def write_text_reward_recipe(folder: Path, reward: str) -> str:
     return f"--config={path}"
 
 
+@pytest.mark.slow
 def test_metrics_of_a_step_name_every_part_of_the_algorithm(straight, recipe):
     file = Path(recipe.partition("=")[2]).with_name("mine.py")
     steps = [row for row in rows(straight) if "reward/total" in row]
@@ -137,6 +138,7 @@ def test_a_dry_run_shows_every_reward_and_writes_nothing(recipe, environment, tm
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_reward_that_always_fails_ends_the_run(environment, tmp_path):
     (tmp_path / "mine.py").write_text("def never(completion, example):\n    return 1 / 0\n")
     recipe = write_text_reward_recipe(tmp_path, f"{tmp_path}/mine.py:never")
@@ -153,6 +155,7 @@ def test_an_unknown_text_reward_is_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_metrics_are_plain_numbers(straight):
     for line in (straight / "metrics.jsonl").read_text().splitlines():
         assert all(isinstance(value, int | float | str) for value in json.loads(line).values())

@@ -68,6 +68,7 @@ def test_every_layout_loads_to_the_same_parameters(folder, layout):
     assert model == weights.load(folder / "as_bv_f32.npz")[0]
 
 
+@pytest.mark.slow
 def test_logits_equal_the_logits_of_transformers(folder):
     """The test compares every position that predicts a token.
 

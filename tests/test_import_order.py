@@ -36,7 +36,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
     # model, a batch and a device only through `types` and its own Protocols.
     ("", ("config",)),
     ("", ("boxes", "tokenizer")),
-    ("assets", ("make_tokenizer",)),
+    ("assets", ("make_tokenizer", "hub_download")),
     ("parallel", ("sharding", "multiprocess", "memory_model")),
     ("models", ("quantization", "blocks", "lora", "siglip", "gemma", "paligemma", "vqvae")),
     (

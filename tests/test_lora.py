@@ -192,6 +192,7 @@ def test_a_checkpoint_in_bfloat16_can_stay_so_while_it_is_frozen():
         )
 
 
+@pytest.mark.slow
 def test_dropout_needs_a_key_and_follows_it():
     model, base, fresh = adapted(PG2, replace(EVERYWHERE, dropout=0.5))
     params = filled(fresh)

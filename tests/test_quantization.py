@@ -117,9 +117,8 @@ def test_log_probabilities_stay_near_those_of_float32(sizes):
     assert 1e-4 < np.median(error) < 0.06 and error.max() < 5 * 0.06
 
 
-@pytest.mark.parametrize(
-    "sizes", [pytest.param(PG1, id="pg1", marks=pytest.mark.slow), pytest.param(PG2, id="pg2")]
-)
+@pytest.mark.slow
+@models
 def test_adapters_learn_on_a_frozen_int8_base(sizes):
     """A supervised step moves every adapter that has a gradient, lowers the loss, and leaves the
     base as it is.

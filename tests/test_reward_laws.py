@@ -210,6 +210,7 @@ def test_gaussians_do_not_see_the_scale_of_an_axis(predicted, gold, scale):
         np.testing.assert_allclose(scaled, plain, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(
     gold=FRACTIONS,

@@ -1,6 +1,7 @@
 """Which settings a run can change when it continues."""
 
 import dataclasses
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,18 @@ def test_a_section_accepts_all_its_settings(tmp_path):
 def test_a_change_that_makes_no_sense_is_refused(tmp_path, config, accept, message):
     with pytest.raises(UserError, match=message):
         check_run_config(write_run(tmp_path, 8), config, accept)
+
+
+def test_a_mount_that_renames_no_folders_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    """gcsfuse gives EMFILE for a bucket without hierarchical namespace."""
+
+    def refuse(self: Path, target: Path) -> Path:
+        raise OSError(errno.EMFILE, "Too many open files", str(self))
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(UserError, match="folders cannot be renamed there .Too many open files"):
+        check_run_config(tmp_path / "run", OLD)
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_nothing_can_be_accepted_before_the_first_checkpoint(tmp_path):

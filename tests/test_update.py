@@ -383,6 +383,7 @@ def test_unsplit_is_the_inverse_of_split_and_each_part_has_rows_of_every_device(
         np.testing.assert_array_equal(update.unsplit(split_rows), x)
 
 
+@pytest.mark.slow
 def test_gradients_of_matrices_are_gathered_in_the_dtype_of_their_products(pg1):
     """The gradients of matrices have the parameters' dtype float32, but are bfloat16 numbers.
 

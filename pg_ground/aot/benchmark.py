@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pg_ground.aot import roofline
+from pg_ground.assets.hub_download import tokenizer_file
 from pg_ground.config import Config
 from pg_ground.data.bad_records import BadRecords
 from pg_ground.data.batches import PrefetchIterator
@@ -101,7 +102,7 @@ def prepare_benchmark(config: Config) -> Inputs:
     Raises:
       UserError: settings do not fit the devices, the rewards or the algorithm.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(tokenizer_file(config.data.tokenizer))
     mesh = sharding.make_mesh(config.mesh)
     setup = make_setup(config, mesh, sharding.hbm_bytes(mesh), tokenizer.vocab)
     return Inputs(setup, mesh, tokenizer, make_stages(setup))

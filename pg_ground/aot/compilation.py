@@ -1,9 +1,9 @@
 """Compiles the programs of a run for TPUs that this machine does not have.
 
-The reports show memory, traffic and the roofline time. Needs `pip install 'pg-ground[tpu]'`
-(libtpu) and no TPU. Each program is compiled in a process of its own, see `compile_worker.py`. By
-default a process is stopped once XLA has assigned memory. This answers whether the program fits,
-and takes seconds. Generating the code would take minutes.
+The reports show memory, traffic and the roofline time. This needs libtpu (`pip install libtpu`) and
+no TPU. Each program is compiled in a process of its own, see `compile_worker.py`. By default a
+process is stopped once XLA has assigned memory. This answers whether the program fits, and takes
+seconds. Generating the code would take minutes.
 """
 
 import dataclasses
@@ -131,7 +131,7 @@ def compile_run(
     if importlib.util.find_spec("libtpu") is None:
         chosen = {name: programs[name] for name in names}
         estimates = memory_table(chosen, chip.hbm_bytes, topology)
-        hint = "libtpu is not installed, so XLA was not asked: pip install 'pg-ground[tpu]'"
+        hint = "libtpu is not installed, so XLA was not asked: pip install libtpu"
         fits = all(float(row[1]) <= chip.hbm_bytes / GIB for row in estimates.rows)
         return CompileResult(f"{ascii_table(estimates)}\n{hint}", {}, fits)
     reports = compile_programs(dataclasses.asdict(config), topology, names, full)

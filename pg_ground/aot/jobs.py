@@ -107,8 +107,8 @@ def topology_devices(topology: str) -> list[jax.Device]:
         )
         return list(description.devices)
     except Exception as error:  # libtpu's errors have several types
-        message = str(error).strip().splitlines()[0][:300]
-        raise UserError(f"--topology={topology}: {message}; is pg-ground[tpu] installed?") from None
+        message = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+        raise UserError(f"--topology={topology}: {message}; is libtpu installed?") from None
 
 
 def useful_flops(config: Config, mesh: AnyMesh, name: str, trip_count: int) -> float:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from pg_ground.assets.hub_download import tokenizer_file
 from pg_ground.checkpoints import export, tensor_files, weights
 from pg_ground.tokenizer import check_vocab_size
 from pg_ground.tokenizer import load as load_tokenizer
@@ -89,6 +90,6 @@ def tokenizer_files(source: Path, tokenizer: str, vocab_size: int) -> dict[str, 
             source,
         )
         return {}
-    loaded = load_tokenizer(path)
+    loaded = load_tokenizer(tokenizer_file(path, "--tokenizer"))
     check_vocab_size(loaded, vocab_size)
     return config | {"tokenizer.model": loaded.pieces.serialized_model_proto()}

@@ -141,7 +141,7 @@ def _check_exists(path: Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:300]
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def remove_tree(path: Path) -> None:

@@ -8,6 +8,7 @@ WORKDIR/frozen                     parameters that are not trained, written once
 """
 
 import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,6 +105,34 @@ def steps(workdir: Path) -> list[int]:
         for folder in (workdir / "checkpoints").glob("*")
         if folder.name.isdigit() and (folder / "params").is_dir()
     ]
+
+
+def check_can_rename(workdir: Path) -> None:
+    """Raises UserError if folders in `workdir` cannot be renamed.
+
+    Orbax writes a checkpoint into a folder and renames the folder when it is complete. A bucket
+    without hierarchical namespace that is mounted with gcsfuse renames no folders. The run would
+    end at its first checkpoint, hours after its start.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    probe, renamed = workdir / ".rename_probe", workdir / ".renamed_probe"
+    for folder in (probe, renamed):
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        probe.mkdir()
+        (probe / "file").write_bytes(b"")
+        probe.rename(renamed)
+    except OSError as error:
+        if isinstance(error, PermissionError):
+            raise
+        raise UserError(
+            f"--workdir={workdir}: folders cannot be renamed there ({error.strerror}), but a "
+            "checkpoint needs that. If it is a mounted bucket, create the bucket with "
+            "--enable-hierarchical-namespace, or mount it with --rename-dir-limit=100000"
+        ) from error
+    finally:
+        for folder in (probe, renamed):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_json(file: Path) -> JsonDict:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from pg_ground import config
+from pg_ground.assets.hub_download import local_checkpoint
 from pg_ground.checkpoints import adaptation, hugging_face, manager, run_directory, tensor_files
 from pg_ground.checkpoints.hugging_face_config import HubConfig
 from pg_ground.checkpoints.model_sizes import (
@@ -39,7 +40,7 @@ from pg_ground.params import (
     is_scale,
     unflatten,
 )
-from pg_ground.types import JsonObject, Params, UserError, local_path
+from pg_ground.types import JsonObject, Params, UserError
 
 MODEL_FILE = "model.json"
 """The sizes of the model, beside the parameters in an orbax directory that `convert` writes."""
@@ -117,7 +118,7 @@ def open_checkpoint(
     Raises:
       UserError: as `load` does.
     """
-    path = local_path(path, "params")
+    path = local_checkpoint(path, "params")
     if not path.is_dir():
         if path.exists() or path.suffix == ".npz":
             return _open_files(path, tensor_files.open_npz(path), None, sizes, resample_positions)

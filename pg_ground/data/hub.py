@@ -11,20 +11,16 @@ from fsspec.utils import glob_translate
 from huggingface_hub import HfApi, get_cached_repo_tree, metadata_load, snapshot_download
 from huggingface_hub.errors import (
     CachedRepoTreeNotFoundError,
-    GatedRepoError,
     HFValidationError,
-    HTTPError,  # pyright: ignore[reportPrivateImportUsage]: its HTTP client is private
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
+from pg_ground.assets.hub_download import CANNOT_GET, reason
 from pg_ground.data.records import Records
 from pg_ground.data.tables import list_names, one_line, open_parquet_files, split_options
 from pg_ground.types import UserError
-
-CANNOT_GET = (HTTPError, OSError, ValueError)
-"""huggingface_hub raises these if a dataset is missing or private, or if the Hub is down."""
 
 Splits = dict[tuple[str, str], list[str]]
 """Files by (config, split).
@@ -119,29 +115,11 @@ def _snapshot(repo: str, revision: str | None, is_offline: bool, files: Iterable
 
 
 def _reason(repo: str, revision: str | None, error: Exception) -> str:
-    match error:
-        case GatedRepoError():
-            page = f"https://huggingface.co/datasets/{repo}"
-            return f"accept its terms at {page}, and log in (hf auth login)"
-        case RepositoryNotFoundError():
-            return (
-                f"the Hub has no dataset {repo!r}, "
-                f"or it is private and you are not logged in (hf auth login)"
-            )
-        case RevisionNotFoundError():
-            return f"{repo} has no revision {revision!r}"
-        case HFValidationError():
-            return f"{one_line(error)}; the form is hf:ORG/NAME@SPLIT"
-        case LocalEntryNotFoundError():
-            return (
-                f"{repo} at {revision or 'main'} is not in the cache, or not all of it, "
-                f"and nothing can be downloaded now"
-            )
-        case _:
-            return (
-                f"the Hub does not give it ({one_line(error):.200}); "
-                f"offline=1 reads what is in the cache"
-            )
+    text = reason(repo, revision, error, "dataset")
+    if isinstance(error, HFValidationError):
+        return f"{text}; the form is hf:ORG/NAME@SPLIT"
+    known = (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError)
+    return text if isinstance(error, known) else f"{text}; offline=1 reads what is in the cache"
 
 
 def _declared_splits(readme: Path, files: Iterable[str], uri: str) -> Splits:

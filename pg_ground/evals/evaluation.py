@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from pg_ground.assets.hub_download import local_checkpoint, tokenizer_file
 from pg_ground.checkpoints import weights
 from pg_ground.config import Config
 from pg_ground.data.bad_records import BadRecords
@@ -35,7 +36,7 @@ def evaluate(
         raise UserError("config.eval.sources is empty: add a source to evaluate on")
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(mesh, config.eval.batch_size, "eval.batch_size")
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(tokenizer_file(config.data.tokenizer))
     model, loaded_params = weights.load(
         path, config.model, mesh=mesh, resample_positions=config.resample_positions
     )
@@ -49,8 +50,8 @@ def evaluate(
 
 def _checkpoint_path(workdir: str | Path | None, params: str | Path | None) -> Path:
     """Returns the one path of the two that is set."""
-    named = {"workdir": workdir, "params": params}
-    paths = [local_path(path, name) for name, path in named.items() if path]
+    paths = [local_path(workdir, "workdir")] if workdir else []
+    paths += [local_checkpoint(params, "params")] if params else []
     if len(paths) != 1:
         raise UserError("evaluate needs workdir=RUN or params=CHECKPOINT, and not both")
     return paths[0]

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image, ImageOps
 
+from pg_ground.assets.hub_download import local_checkpoint, tokenizer_file
 from pg_ground.checkpoints import weights
 from pg_ground.data.images import load_image, resize, to_rgb
 from pg_ground.data.records import BadRecord
@@ -137,9 +138,9 @@ def predict_file(
     Raises:
       UserError: the checkpoint, the tokenizer or the image cannot be used.
     """
-    path = local_path(params, "params")
+    path = local_checkpoint(params, "--params")
     tokenizer_path = tokenizer or weights.tokenizer_path(path)
-    loaded_tokenizer = load_tokenizer(tokenizer_path or "")
+    loaded_tokenizer = load_tokenizer(tokenizer_file(tokenizer_path or "", "--tokenizer"))
     pixels = read_image(image, "--image")
     model, loaded_params = weights.load(path)
     if tokenizer_path is None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from PIL import Image
 
+from pg_ground.assets.hub_download import tokenizer_file
 from pg_ground.config import Data, Source
 from pg_ground.data.datasets import open_examples
 from pg_ground.data.records import BadRecord
@@ -55,7 +56,8 @@ def write_gallery(
       examples: the number of examples of each source.
     """
     opened = open_sources(sources, data, image_size)
-    write_atomically(out, gallery_html(opened, examples, load_tokenizer(data.tokenizer)))
+    tokenizer = load_tokenizer(tokenizer_file(data.tokenizer))
+    write_atomically(out, gallery_html(opened, examples, tokenizer))
     return out
 
 

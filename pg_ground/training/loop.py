@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from pg_ground.assets.hub_download import tokenizer_file
 from pg_ground.checkpoints import manager, run_directory
 from pg_ground.config import Config
 from pg_ground.data.bad_records import BadRecords
@@ -163,7 +164,7 @@ def prepare(config: Config) -> Inputs:
       UserError: settings do not fit the devices, the rewards, the algorithms or the tokenizer.
     """
     metric_writers.check_mirror(config.log.wandb)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = load_tokenizer(tokenizer_file(config.data.tokenizer))
     mesh = sharding.make_mesh(config.mesh)
     setup = make_setup(config, mesh, sharding.hbm_bytes(mesh), tokenizer.vocab)
     stages = make_stages(setup)

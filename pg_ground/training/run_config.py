@@ -47,6 +47,8 @@ def check_run_config(workdir: Path, config: Config, accept: Sequence[str] = ()) 
       UserError: the directory holds a checkpoint of a run with other settings, or the processes do
         not share the directory.
     """
+    if multiprocess.is_main_process():
+        run_directory.check_can_rename(workdir)
     if run_directory.steps(workdir):
         _check_can_continue(workdir, config, accept)
     elif accept:

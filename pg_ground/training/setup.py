@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from pg_ground import config
+from pg_ground.assets.hub_download import local_checkpoint
 from pg_ground.checkpoints import weights
 from pg_ground.config import Config
 from pg_ground.models import PaliGemma
@@ -28,7 +29,6 @@ from pg_ground.types import (
     Points,
     TrainState,
     UserError,
-    local_path,
 )
 from pg_ground.vocab import Vocab, vocab_of_size
 
@@ -141,7 +141,7 @@ def init_params(config: Config, model: PaliGemma, abstract: AbstractParams) -> P
     loaded: dict[str, jax.Array] = {}
     if config.init:
         checkpoint = weights.open_checkpoint(
-            local_path(config.init, "config.init"), config.model, config.resample_positions
+            local_checkpoint(config.init, "config.init"), config.model, config.resample_positions
         )
         in_checkpoint = {
             name: leaf

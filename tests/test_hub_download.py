@@ -1,0 +1,174 @@
+"""Checkpoints on a Hub: a server on loopback answers as the Hugging Face Hub does."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from commands import ROOT
+from conftest import PG1, random_params
+from PIL import Image
+
+from pg_ground.assets import make_tokenizer
+from pg_ground.assets.hub_download import local_checkpoint
+from pg_ground.checkpoints import export
+from pg_ground.checkpoints.conversion import convert
+from pg_ground.models import PaliGemma
+from pg_ground.types import UserError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SIZES = replace(PG1, text=replace(PG1.text, vocab_size=2048))
+"""As many tokens as the package's tokenizer has."""
+TOKENIZER = Path(make_tokenizer.__file__).with_name("tiny.model")
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The parts of the Hub's interface that a download uses. `files` are those of org/tiny."""
+
+    files: dict[str, bytes] = {}  # noqa: RUF012
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if "/org/gated" in path:
+            self.send(403, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access denied"})
+        elif not path.startswith(("/api/models/org/tiny", "/org/tiny/")):
+            self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        elif "/nowhere" in path:
+            self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        elif "/tree/" in path:
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": sha256(data).hexdigest()}
+                for name, data in self.files.items()
+            ]
+            self.send(200, json.dumps(tree).encode(), {"Content-Type": "application/json"})
+        elif path.startswith("/api/"):
+            siblings = [{"rfilename": name} for name in self.files]
+            info = {"id": "org/tiny", "modelId": "org/tiny", "sha": COMMIT, "siblings": siblings}
+            self.send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+        else:
+            data = self.files[path.rpartition("/")[2]]
+            headers = {"ETag": f'"{sha256(data).hexdigest()}"', "X-Repo-Commit": COMMIT}
+            self.send(200, data, headers)
+
+    def send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+RECIPE = """
+from configs import tiny
+from pg_ground import config
+
+def get_config():
+    c = tiny.get_config().unlock()
+    c.stages = ("sft",)
+    c.model = config.section(config.parse_model(MODEL, "model"))
+    c.sft.update(steps=1, batch_size=8)
+    c.sft.optimizer.update(lr=0.0, warmup_steps=0, schedule="constant")
+    return c
+"""
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Iterator[dict[str, str]]:
+    """The environment of a process for which a server on loopback is the Hub."""
+    folder = tmp_path_factory.mktemp("hub")
+    export.save(folder / "a.npz", random_params(PaliGemma(SIZES)))
+    convert(folder / "a.npz", folder / "hf", "", str(TOKENIZER))
+    Hub.files = {path.name: path.read_bytes() for path in (folder / "hf").iterdir()}
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    yield {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(folder / "cache"), "NO_PROXY": "*"}
+    server.shutdown()
+    server.server_close()
+
+
+def run(hub: dict[str, str], *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pg_ground", *arguments]
+    environment = {**hub, **changes}
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_the_hub_predicts_trains_and_converts(hub, tmp_path):
+    image = tmp_path / "a.png"
+    Image.fromarray(np.full((30, 40, 3), 99, np.uint8)).save(image)
+    predict = ("predict", f"--image={image}", "--prompt=detect cat", "--max_new_tokens=4")
+    first = run(hub, *predict, "--params=org/tiny")
+    assert first.returncode == 0, first.stderr
+    offline = run(hub, *predict, "--params=org/tiny@main", HF_HUB_OFFLINE="1")
+    assert (offline.returncode, offline.stdout) == (0, first.stdout), offline.stderr
+
+    converted = run(hub, "convert", "org/tiny", str(tmp_path / "b.npz"))
+    assert converted.returncode == 0, converted.stderr
+    local = run(hub, *predict, f"--params={tmp_path / 'b.npz'}")
+    assert local.stdout == first.stdout, local.stderr
+
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(RECIPE.replace("MODEL", repr(dataclasses.asdict(SIZES))))
+    train = ("train", f"--config={recipe}", f"--workdir={tmp_path / 'run'}")
+    absent = run(hub, *train, "--config.init=org/absent")
+    assert absent.returncode == 2
+    message = "config.init=org/absent: no such file or folder, and the Hub has no model"
+    assert message in absent.stderr.splitlines()[-1]
+    tokenizer = "--config.data.tokenizer=org/tiny"
+    trained = run(hub, *train, "--config.init=org/tiny", tokenizer)
+    assert trained.returncode == 0, trained.stderr
+    again = run(hub, *predict, f"--params={tmp_path / 'run'}")
+    assert again.stdout == first.stdout, again.stderr  # a learning rate of 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("org/gated", "accept its terms at https://huggingface.co/org/gated, and log in"),
+        ("org/absent", "the Hub has no model 'org/absent', or it is private"),
+        ("org/tiny@nowhere", "org/tiny has no revision 'nowhere'"),
+    ],
+)
+def test_a_checkpoint_that_the_hub_does_not_give_is_one_line(hub, name, message):
+    finished = run(hub, "predict", f"--params={name}", "--image=README.md", "--prompt=x")
+    assert finished.returncode == 2
+    line = f"error: --params={name}: no such file or folder, and {message}"
+    assert finished.stderr.splitlines()[-1].startswith(line), finished.stderr
+
+
+@pytest.mark.slow
+def test_a_checkpoint_outside_the_cache_is_one_line_without_network(hub, tmp_path):
+    finished = run(
+        hub, "predict", "--params=org/tiny", "--image=README.md", "--prompt=x",
+        HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path),
+    )  # fmt: skip
+    assert finished.returncode == 2
+    assert "org/tiny at main is not in the cache" in finished.stderr
+
+
+def test_a_local_path_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "tiny").mkdir(parents=True)
+    assert local_checkpoint("org/tiny", "--params") == Path("org/tiny")
+    assert local_checkpoint("org/absent.npz", "--params") == Path("org/absent.npz")
+    assert local_checkpoint("a/b/c", "--params") == Path("a/b/c")
+    with pytest.raises(UserError, match="--params=gs://bucket/a is an address"):
+        local_checkpoint("gs://bucket/a", "--params")
