@@ -442,6 +442,7 @@ def test_mask_iou_is_1_for_the_right_masks_within_names():
     np.testing.assert_allclose([one, doubled], [2 / 3, 4 / 5], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_score_of_a_step_reads_masks_if_it_has_a_decoder():
     """The rollout worker passes the decoder of `config.eval.vqvae` to this function."""
     rollout = make_rollout(f"{loc(*BOX)}{codes(2)} cat ; {loc(*OTHER)}{codes(2)} dog", length=96)

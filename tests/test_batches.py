@@ -514,7 +514,8 @@ def test_a_closed_stream_continues_where_it_was(tmp_path, tokens, workers):
     batches.close()
 
 
-@pytest.mark.parametrize("count", [1_000, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1_000, 10_000])
 def test_one_record_in_ten_mutated(tmp_path, tokens, count):
     """Exactly the unusable records are listed by number, and the others are unchanged."""
     (tmp_path / "i.jpg").write_bytes(jpeg(7))

@@ -39,6 +39,7 @@ def test_a_phase_needs_the_longer_of_its_two_times():
     assert shares["mfu"] == pytest.approx(1 / 3)
 
 
+@pytest.mark.slow
 def test_the_prefix_is_counted_once_per_prompt(config):
     """A larger group adds only completions. If prefixes were repeated, the work would double."""
     flops = {}

@@ -324,6 +324,7 @@ def test_matching_is_the_best_of_all_permutations(shape):
     np.testing.assert_allclose(on_host, expected, rtol=0, atol=5 * 2**-23)
 
 
+@pytest.mark.slow
 @PRECISIONS
 def test_similarity_of_sets_equals_the_micro_f_of_all_classes(seeds, dtype):
     # sides of 70 px in 2,000: see above

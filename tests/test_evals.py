@@ -85,6 +85,7 @@ def test_published_predictions_give_their_published_numbers(data, name):
     assert report["images"] < 2000
 
 
+@pytest.mark.slow
 def test_written_rows_give_the_same_numbers_and_rows(data, tmp_path):
     path = data / "predictions" / "baseline_rec_results_refcoco_val.json"
     report, scored = scoring.rescore(path, "rec", FIELDS, PIXELS)

@@ -162,6 +162,7 @@ def step(model: PaliGemma, frozen: Any, params: Any, dropout_key: Any = None) ->
     return compiled(model)(frozen, params, dropout_key)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_part_is_that_part_of_the_whole_gradient():
     """Freezing changes nothing but what is differentiated."""
     model, base, fresh = adapted(PG2)
@@ -176,6 +177,7 @@ def test_the_gradient_of_a_part_is_that_part_of_the_whole_gradient():
         assert np.abs(expected).max() > 0, name
 
 
+@pytest.mark.slow
 def test_a_checkpoint_in_bfloat16_can_stay_so_while_it_is_frozen():
     model, base, fresh = adapted(PG2)
     small = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), base)

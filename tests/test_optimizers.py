@@ -58,6 +58,7 @@ def test_muon_takes_every_matrix_of_the_layers_and_nothing_else():
     )
 
 
+@pytest.mark.slow
 def test_the_muon_update_of_each_matrix_is_orthogonal():
     params = tiny_params()
     rng = np.random.default_rng(0)

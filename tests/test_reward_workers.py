@@ -244,6 +244,7 @@ def test_defect_26_an_exception_in_a_reward_kills_the_run(files, caplog):
     )
 
 
+@pytest.mark.slow
 def test_scores_and_counts_do_not_depend_on_the_number_of_workers(files):
     names = ("length", "raising", "dying", "batch", "waits")
     completions = [COMPLETIONS[i % 3] + "." * (i % 7) if i % 29 else "bad" for i in range(75)]

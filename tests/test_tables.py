@@ -591,6 +591,7 @@ def test_reader_survives_pickling_and_threads(tmp_path, number):
     assert len(pickle.dumps(records)) < 20_000
 
 
+@pytest.mark.slow
 def test_hundred_thousand_records_open_in_about_a_second(tmp_path):
     rows = [
         {
