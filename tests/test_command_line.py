@@ -178,6 +178,7 @@ def test_the_best_parameters_stay_and_give_their_metric_again(environment, tmp_p
 # other commands
 
 
+@pytest.mark.slow
 def test_evaluate_repeats_the_metrics_of_the_run(tiny_run, environment, tmp_path):
     arguments = ["--config=configs/tiny.py", f"--workdir={tiny_run}", f"--out={tmp_path}"]
     finished = run(environment, "evaluate", *arguments)

@@ -41,7 +41,9 @@ class Reference(NamedTuple):
     batch: Batch
 
 
-@pytest.fixture(scope="module", params=["bigvision_pg1", "bigvision_pg2"])
+@pytest.fixture(
+    scope="module", params=[pytest.param("bigvision_pg1", marks=pytest.mark.slow), "bigvision_pg2"]
+)
 def reference(request, golden) -> Reference:
     folder = golden / request.param
     sizes = json.loads((folder / "config.json").read_text())["config"]

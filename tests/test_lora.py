@@ -93,7 +93,15 @@ def test_without_its_section_the_model_ignores_adapters():
     )
 
 
-@pytest.mark.parametrize("pattern", [".*", "llm/layers/.*", "img/.*", ".*/(q_einsum/w|linear)"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        ".*",
+        pytest.param("llm/layers/.*", marks=pytest.mark.slow),
+        pytest.param("img/.*", marks=pytest.mark.slow),
+        ".*/(q_einsum/w|linear)",
+    ],
+)
 def test_merged_parameters_compute_what_the_adapters_do(pattern):
     model, base, fresh = adapted(PG2, replace(EVERYWHERE, pattern=pattern))
     whole = join(base, filled(fresh))

@@ -63,7 +63,9 @@ def logps(model: PaliGemma, params: Any) -> np.ndarray:
     return np.asarray(jax.jit(lambda p: model.completion_logps(p, *inputs(model))[0])(params))
 
 
-models = pytest.mark.parametrize("sizes", [PG1, PG2], ids=["pg1", "pg2"])
+models = pytest.mark.parametrize(
+    "sizes", [pytest.param(PG1, id="pg1", marks=pytest.mark.slow), pytest.param(PG2, id="pg2")]
+)
 
 
 @models

@@ -101,6 +101,7 @@ def test_tokens_outside_the_loss_mask_have_no_gradient(grpo_step, rollout):
     assert metrics["policy/entropy"] != other_metrics["policy/entropy"]
 
 
+@pytest.mark.slow
 def test_tokens_outside_the_loss_mask_are_read(grpo_step, rollout):
     """The model attends to a tool's output. Other observations give other gradients of the
     policy's tokens.

@@ -185,6 +185,7 @@ def test_micro_batches_do_not_change_a_step_of_rows_that_read_the_whole_batch(po
     )
 
 
+@pytest.mark.slow
 def test_minibatches_are_optimizer_steps_one_after_the_other(policy):
     """The second optimizer step starts at the result of the first.
 
@@ -258,7 +259,7 @@ def on_devices(mesh: Any, args: tuple[Any, ...], num_states: int) -> tuple[Any, 
     return (*sharded, *(sharding.put_batch(mesh, tree) for tree in args[num_states:]))
 
 
-@pytest.mark.parametrize("stage", ["sft", "grpo"])
+@pytest.mark.parametrize("stage", [pytest.param("sft", marks=pytest.mark.slow), "grpo"])
 def test_eight_devices_make_the_step_of_one(request, whole_steps, monkeypatch, stage):
     """Real runs do not split arrays up to 4 MiB. This test splits all arrays."""
     monkeypatch.setattr(sharding, "SMALL_BYTES", 0)

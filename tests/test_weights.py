@@ -376,6 +376,7 @@ def test_a_run_with_adapters_on_int8_loads_merged(saved, tmp_path):
     assert_same(weights.load(tmp_path / "a.npz")[1], loaded)
 
 
+@pytest.mark.slow
 def test_a_run_without_its_frozen_parameters_is_refused_with_a_missing_name(saved, tmp_path):
     adapted = replace(saved[0], lora=Lora(rank=2))
     params = PaliGemma(adapted).init(jax.random.key(0))
