@@ -219,9 +219,9 @@ def _trip_count(program: Program, loop: Instruction, condition: int, default: in
 
     This is XLA's own count, or the constant that the counter stays below, or `default`.
     """
-    known = _known_trip_count(loop.backend_config)
-    if known is not None:
-        return known
+    noted_count = _known_trip_count(loop.backend_config)
+    if noted_count is not None:
+        return noted_count
     instructions = program.computations[condition].instructions
     constants = {i.id: i.literal for i in instructions if i.literal is not None}
     compares = [i for i in instructions if i.comparison == "LT"]

@@ -45,7 +45,8 @@ def convert(source: Path, target: Path, dtype: str, tokenizer: str = "") -> None
 
     Args:
       dtype: dtype of all tensors; "" keeps their dtypes.
-      tokenizer: the sentencepiece model for a Hugging Face directory; "" takes that of `source`.
+      tokenizer: the sentencepiece model for a Hugging Face directory; "" takes the tokenizer of
+        `source`.
 
     Raises:
       UserError: `source` cannot be read, `target` exists, the format cannot express the model, or
@@ -76,7 +77,7 @@ def tokenizer_files(source: Path, tokenizer: str, vocab_size: int) -> dict[str, 
 
     Args:
       source: the checkpoint.
-      tokenizer: a sentencepiece model in place of that of `source`; "" for none.
+      tokenizer: a sentencepiece model that replaces the tokenizer of `source`; "" for none.
       vocab_size: number of tokens of the model.
     """
     config = {"tokenizer_config.json": (json.dumps(TOKENIZER_CONFIG, indent=1) + "\n").encode()}

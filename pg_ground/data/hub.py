@@ -118,8 +118,8 @@ def _reason(repo: str, revision: str | None, error: Exception) -> str:
     text = reason(repo, revision, error, "dataset")
     if isinstance(error, HFValidationError):
         return f"{text}; the form is hf:ORG/NAME@SPLIT"
-    known = (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError)
-    return text if isinstance(error, known) else f"{text}; offline=1 reads what is in the cache"
+    explained = (RepositoryNotFoundError, RevisionNotFoundError, LocalEntryNotFoundError)
+    return text if isinstance(error, explained) else f"{text}; offline=1 reads what is in the cache"
 
 
 def _declared_splits(readme: Path, files: Iterable[str], uri: str) -> Splits:
