@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from pg_ground import cli
-from pg_ground.reporting.files import write_atomically
 from pg_ground.reporting.metric_writers import read_metrics
 from pg_ground.reporting.tables import Table, ascii_table
+from pg_ground.storage.files import write_atomically
 from pg_ground.types import UserError
 
 CONFIG = "configs/quickstart.py"

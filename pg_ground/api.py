@@ -24,13 +24,15 @@ from pg_ground.evals import evaluation
 from pg_ground.evals.runner import Evaluation
 from pg_ground.parallel import sharding
 from pg_ground.reporting import progress
+from pg_ground.storage.paths import FilePath, to_path
 from pg_ground.training import loop
-from pg_ground.types import local_path
 
 logger = logging.getLogger(__name__)
 
 
-def train(config: Config | ConfigDict, workdir: str | Path, *, accept: Sequence[str] = ()) -> Path:
+def train(
+    config: Config | ConfigDict, workdir: str | FilePath, *, accept: Sequence[str] = ()
+) -> FilePath:
     """Trains every stage of a config and returns the path of `report.html`.
 
     The same call on the same directory continues from the newest checkpoint, bit for bit. In one
@@ -52,7 +54,7 @@ def train(config: Config | ConfigDict, workdir: str | Path, *, accept: Sequence[
     # A script or a notebook that has set up no logging still sees the progress.
     has_logs = logging.getLogger("pg_ground").hasHandlers()
     with nullcontext() if has_logs else progress.logs_to_stderr():
-        return loop.train(parsed, local_path(workdir, "workdir"), accept)
+        return loop.train(parsed, to_path(workdir, "workdir"), accept)
 
 
 def evaluate(

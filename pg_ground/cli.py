@@ -36,7 +36,8 @@ from pg_ground.config import Config
 from pg_ground.parallel import multiprocess
 from pg_ground.parallel.multiprocess import ProcessGroup
 from pg_ground.reporting import progress
-from pg_ground.types import UserError, expand_path, local_path, nearest
+from pg_ground.storage.paths import is_bucket_error, to_path
+from pg_ground.types import UserError, nearest
 
 DISTRIBUTED = "distributed"
 """The flag that names the other processes of a run: see `multiprocess.initialize`."""
@@ -195,8 +196,8 @@ def report_error(error: BaseException, joined: bool = False, after_interrupt: st
         at = f" at {position}" if position else ""
         more = f": {after_interrupt}" if after_interrupt else ""
         code, words, position = EXIT_INTERRUPTED, [f"stopped by Ctrl-C{at}{more}"], ""
-    elif isinstance(error, (UserError, *MENDABLE)):
-        code, words = 2, [one_line(str(error))]
+    elif isinstance(error, (UserError, *MENDABLE)) or is_bucket_error(error):
+        code, words = 2, [_mendable_text(error)]
     elif joined and multiprocess.is_lost_process(error):
         code, words = 3, [multiprocess.lost_process_line(str(error)).removeprefix("error: ")]
     else:
@@ -208,6 +209,13 @@ def report_error(error: BaseException, joined: bool = False, after_interrupt: st
     details = f" ({', '.join(words[1:])})" if words[1:] else ""
     print(f"error: {words[0]}{details}", file=sys.stderr)
     return code
+
+
+def _mendable_text(error: BaseException) -> str:
+    text = one_line(str(error))[:500]
+    if isinstance(error, FileNotFoundError) and error.filename is None:  # of a bucket
+        return f"there is no file or folder {text}"
+    return text if isinstance(error, (UserError, *MENDABLE)) else f"a bucket cannot be used: {text}"
 
 
 def _stdout_is_closed() -> bool:
@@ -247,16 +255,13 @@ def _distributed(argv: Sequence[str]) -> str:
 
 
 class _PathParser(flags.ArgumentParser):
-    """Expands a leading ~ of a path, and refuses an address if the path must be local."""
+    """Expands a leading ~ of a path, and refuses an address that cannot be read or written."""
 
-    def __init__(self, name: str, remote: bool):
+    def __init__(self, name: str):
         self._name = name
-        self._remote = remote
 
     def parse(self, argument: str) -> str:
-        if self._remote or not argument:
-            return expand_path(argument)
-        return str(local_path(argument, f"--{self._name}"))
+        return str(to_path(argument, f"--{self._name}")) if argument else ""
 
     def flag_type(self) -> str:
         return "path"
@@ -267,14 +272,9 @@ def define_path(
     name: str,
     help_text: str,
     default: str | None = "",
-    remote: bool = False,
 ) -> None:
-    """Defines a flag whose value is a path. A leading ~ is the home directory.
-
-    Args:
-      remote: whether an address such as gs://bucket/folder is accepted.
-    """
-    flags.DEFINE(_PathParser(name, remote), name, default, help_text, flag_values=values)
+    """Defines a flag whose value is a path or an address. A leading ~ is the home directory."""
+    flags.DEFINE(_PathParser(name), name, default, help_text, flag_values=values)
 
 
 def define_distributed(values: flags.FlagValues) -> None:

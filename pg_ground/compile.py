@@ -11,14 +11,14 @@ fit; 3: they do not fit.
 
 import json
 import sys
-from pathlib import Path
 
 import jax
 from absl import flags
 
 from pg_ground import cli
 from pg_ground.aot import compilation, tpu_specs
-from pg_ground.reporting.files import write_atomically
+from pg_ground.storage.files import write_atomically
+from pg_ground.storage.paths import to_path
 from pg_ground.types import UserError
 
 
@@ -57,7 +57,9 @@ def main(args: cli.Arguments) -> None:
     result = compilation.compile_run(args.config, topology, args.flags.programs, args.flags.full)
     print(result.text)
     if args.flags.json and result.document:
-        write_atomically(Path(args.flags.json), json.dumps(result.document, indent=1) + "\n")
+        write_atomically(
+            to_path(args.flags.json, "--json"), json.dumps(result.document, indent=1) + "\n"
+        )
     sys.exit(0 if result.fits else 3)
 
 

@@ -6,14 +6,22 @@ directory of a run, one checkpoint of a run, or an orbax directory. LoRA adapter
 DST selects the format: NAME.npz, NAME.orbax, or else a Hugging Face directory. transformers'
 AutoProcessor and AutoModelForImageTextToText load that directory, with the tokenizer of SRC. DST is
 written under another name and renamed when it is complete.
+
+--push=ORG/NAME also uploads that directory to the Hugging Face Hub, with a model card (README.md):
+the stages of the run, its rewards and its held-out metrics.
 """
+
+from pathlib import Path
 
 from absl import flags
 
 from pg_ground import cli
-from pg_ground.assets.hub_download import local_checkpoint
 from pg_ground.checkpoints.conversion import DTYPES, convert
-from pg_ground.types import UserError, local_path
+from pg_ground.reporting.model_card import model_card
+from pg_ground.storage.downloads import checkpoint_path
+from pg_ground.storage.paths import to_path
+from pg_ground.storage.uploads import create_repository, push
+from pg_ground.types import UserError
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -25,6 +33,12 @@ def define_flags(values: flags.FlagValues) -> None:
     )
     cli.define_path(
         values, "tokenizer", "A sentencepiece model for DST, in place of the tokenizer of SRC."
+    )
+    flags.DEFINE_string(
+        "push", "", "ORG/NAME: uploads DST to the Hugging Face Hub.", flag_values=values
+    )
+    flags.DEFINE_boolean(
+        "private", True, "Whether --push makes a private model.", flag_values=values
     )
 
 
@@ -43,9 +57,22 @@ def main(args: cli.Arguments) -> None:
     if args.flags.dtype not in ("", *DTYPES):
         raise UserError(f"--dtype={args.flags.dtype}: it must be one of {', '.join(DTYPES)}")
     source, target = args.positional
-    source, target = local_checkpoint(source, "SRC"), local_path(target, "DST")
-    convert(source, target, args.flags.dtype, args.flags.tokenizer)
+    source, target = checkpoint_path(source, "SRC"), to_path(target, "DST")
+    repo = args.flags.push
+    if not repo:
+        convert(source, target, args.flags.dtype, args.flags.tokenizer)
+        print(target)
+        return
+    if not isinstance(target, Path) or target.suffix in (".npz", ".orbax"):
+        raise UserError(
+            f"--push={repo} uploads a Hugging Face directory, but DST is {target}: choose a folder "
+            "of this machine"
+        )
+    create_repository(repo, args.flags.private)
+    card = model_card(source, repo)
+    convert(source, target, args.flags.dtype, args.flags.tokenizer, card)
     print(target)
+    print(push(target, repo, f"{source.name}, exported by pg_ground"))
 
 
 if __name__ == "__main__":

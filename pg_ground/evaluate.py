@@ -13,7 +13,6 @@ then. docs/evaluation.md describes the benchmarks and their protocols.
 """
 
 import json
-from pathlib import Path
 
 from absl import flags
 
@@ -22,6 +21,8 @@ from pg_ground.evals import benchmarks, prediction_files
 from pg_ground.evals.scoring import rescore, write_results
 from pg_ground.parallel import multiprocess
 from pg_ground.reporting.tables import Table, ascii_table, results_table
+from pg_ground.storage.downloads import KAGGLE
+from pg_ground.storage.paths import FilePath, to_path
 from pg_ground.types import UserError
 
 POLICY_FLAGS = ("config", "workdir", "params", cli.DISTRIBUTED)
@@ -76,7 +77,7 @@ def main(args: cli.Arguments) -> None:
 
 def _score_predictions(args: cli.Arguments) -> None:
     """Prints the metrics of a file of predictions, and writes them if --out is set."""
-    path = Path(args.flags.predictions)
+    path = to_path(args.flags.predictions, "--predictions")
     formats = prediction_files.Formats(
         args.flags.box_format, args.flags.point_format, args.flags.gold_format
     )
@@ -92,7 +93,7 @@ def _score_predictions(args: cli.Arguments) -> None:
     if "file_says" in document:
         print(f"the file itself says: {json.dumps(document['file_says'])}")
     if args.flags.out:
-        print(write_results(Path(args.flags.out), document, rows))
+        print(write_results(to_path(args.flags.out, "--out"), document, rows))
 
 
 def _evaluate_policy(args: cli.Arguments) -> None:
@@ -106,21 +107,33 @@ def _evaluate_policy(args: cli.Arguments) -> None:
         raise UserError(
             "one of --workdir=RUN, --params=CHECKPOINT and --predictions=FILE is needed"
         )
-    path = Path(workdir or params)
-    if not args.flags.out and not path.exists() and not path.suffix:
-        raise UserError(f"--params={params} is no file or folder here: --out=DIR is needed")
-    out = Path(args.flags.out or (path if path.is_dir() else path.parent))
+    out = _results_folder(args)
     sharding.set_cpu_devices(args.config.mesh)
     sharding.enable_compilation_cache(args.config.mesh)
     args.start_processes({"--params": params, "--workdir": workdir})
     evaluation = evaluate(args.config, workdir=workdir, params=params)
     if multiprocess.is_main_process():
         # every process has read every record, so process 0 knows all bad records
-        run = {"params": str(path), "bad_records": evaluation.bad_records}
+        run = {"params": workdir or params, "bad_records": evaluation.bad_records}
         document = benchmarks.make_report(evaluation.predictions) | {"run": run}
         write_results(out, document, evaluation.predictions)
-    multiprocess.print_once(ascii_table(results_table("held out", {str(path): evaluation.metrics})))
+    multiprocess.print_once(
+        ascii_table(results_table("held out", {workdir or params: evaluation.metrics}))
+    )
     multiprocess.print_once(str(out / "eval.json"))
+
+
+def _results_folder(args: cli.Arguments) -> FilePath:
+    """Returns the folder for the results of a policy: --out, or the folder of the policy."""
+    if args.flags.out:
+        return to_path(args.flags.out, "--out")
+    name = args.flags.workdir or args.flags.params
+    if name.startswith(KAGGLE):
+        raise UserError(f"--params={name} is no file or folder here: --out=DIR is needed")
+    path = to_path(name, "--params")
+    if not path.exists() and not path.suffix:
+        raise UserError(f"--params={name} is no file or folder here: --out=DIR is needed")
+    return path if path.is_dir() else path.parent
 
 
 if __name__ == "__main__":

@@ -4,12 +4,11 @@ The ground truth is drawn too. Use the page to check the paths and the box forma
 a run. The page needs no other file.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from pg_ground import cli
 from pg_ground.reporting.gallery import write_gallery
+from pg_ground.storage.paths import to_path
 from pg_ground.types import UserError
 
 
@@ -33,7 +32,7 @@ def main(args: cli.Arguments) -> None:
         raise UserError(f"--n is {args.flags.n}: it must be above 0")
     config = args.config
     sources = config.sources_by_section
-    out = Path(args.flags.out)
+    out = to_path(args.flags.out, "--out")
     print(write_gallery(out, sources, config.data, config.model.image_size, args.flags.n))
 
 

@@ -14,14 +14,12 @@ from absl import flags
 
 from pg_ground import cli
 from pg_ground.data.packing import pack
-from pg_ground.data.records import to_path
+from pg_ground.storage.paths import to_path
 from pg_ground.types import UserError
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    cli.define_path(
-        values, "out", "Directory for the files: a path or a gs:// address.", None, remote=True
-    )
+    cli.define_path(values, "out", "Directory for the files: a path or a gs:// address.", None)
     flags.DEFINE_integer("num_shards", 16, "Files of each source.", flag_values=values)
 
 
@@ -40,7 +38,7 @@ def main(args: cli.Arguments) -> None:
         raise UserError(f"--num_shards={args.flags.num_shards}: it must be from 1 to 99999")
     config = args.config
     sections = tuple(config.sources_by_section.values())
-    directory = to_path(args.flags.out)
+    directory = to_path(args.flags.out, "--out")
     try:
         packed = pack(sections, config.data.fetch, directory, args.flags.num_shards)
     except ImportError as error:  # etils names the package for the file system

@@ -6,14 +6,14 @@ The JSON on stdout has text, boxes and points, in pixels of the image.
 """
 
 import json
-from pathlib import Path
 
 from absl import flags
 
 from pg_ground import cli
 from pg_ground.evals.prediction import predict_file
 from pg_ground.reporting import drawing
-from pg_ground.reporting.files import write_atomically
+from pg_ground.storage.files import write_atomically
+from pg_ground.storage.paths import to_path
 from pg_ground.types import UserError
 
 
@@ -46,8 +46,8 @@ def main(args: cli.Arguments) -> None:
     if args.flags.max_new_tokens < 1:
         raise UserError(f"--max_new_tokens={args.flags.max_new_tokens}: it must be above 0")
     answer, image = predict_file(
-        Path(args.flags.params),
-        Path(args.flags.image),
+        args.flags.params,
+        args.flags.image,
         args.flags.prompt,
         args.flags.tokenizer,
         args.flags.max_new_tokens,
@@ -56,7 +56,7 @@ def main(args: cli.Arguments) -> None:
     if args.flags.out:
         size = (image.shape[1], image.shape[0])
         picture = drawing.draw_answer(image, size, answer["boxes"], answer["points"])
-        write_atomically(Path(args.flags.out), drawing.png_bytes(picture))
+        write_atomically(to_path(args.flags.out, "--out"), drawing.png_bytes(picture))
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@ other file to show it. Several runs share one page: their curves lie over one an
 stand side by side, the settings that differ are listed, and each run has its gallery.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from pg_ground import cli
 from pg_ground.reporting.report import FILE, write_page
-from pg_ground.types import UserError, local_path
+from pg_ground.storage.paths import to_path
+from pg_ground.types import UserError
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -34,14 +33,14 @@ COMMAND = cli.Command(
 
 
 def main(args: cli.Arguments) -> None:
-    workdirs = [local_path(path, "--workdir") for path in (*args.flags.workdir, *args.positional)]
+    workdirs = [to_path(path, "--workdir") for path in (*args.flags.workdir, *args.positional)]
     if not workdirs:
         raise UserError("--workdir=DIR is needed: the directory of a run, or of several runs")
     if len(workdirs) > 1 and not args.flags.out:
         raise UserError(
             f"--out=FILE is needed: {len(workdirs)} runs share one page, which belongs to no run"
         )
-    out = Path(args.flags.out) if args.flags.out else workdirs[0] / FILE
+    out = to_path(args.flags.out, "--out") if args.flags.out else workdirs[0] / FILE
     print(write_page(workdirs, out))
 
 

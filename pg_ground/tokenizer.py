@@ -10,7 +10,8 @@ from typing import NamedTuple
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from pg_ground.types import UserError, local_path
+from pg_ground.storage.paths import to_path
+from pg_ground.types import UserError
 from pg_ground.vocab import (
     BOS,
     EOS,
@@ -112,7 +113,7 @@ def _bytes_of(path: str) -> bytes:
     if not path:
         return (resources.files("pg_ground.assets") / "tiny.model").read_bytes()
     try:
-        return local_path(path, "config.data.tokenizer").read_bytes()
+        return to_path(path, "config.data.tokenizer").read_bytes()
     except OSError as e:
         raise UserError(
             f"tokenizer {path}: {e.strerror or e}; data.tokenizer names a sentencepiece .model file"

@@ -9,12 +9,11 @@ from the initial policy, and prints every completion with its rewards.
 On a TPU pod, or on several machines, start the same command with --distributed on every host.
 """
 
-from pathlib import Path
-
 from absl import flags
 
 from pg_ground import cli
 from pg_ground.parallel import multiprocess, sharding
+from pg_ground.storage.paths import to_path
 from pg_ground.training.dry_run import dry_run
 from pg_ground.training.loop import train
 from pg_ground.types import UserError
@@ -53,9 +52,11 @@ def main(args: cli.Arguments) -> None:
     sharding.enable_compilation_cache(args.config.mesh)
     args.start_processes({"--workdir": workdir})
     if args.flags.dry_run:
-        print(dry_run(args.config, Path(workdir) if workdir else None))
+        print(dry_run(args.config, to_path(workdir, "--workdir") if workdir else None))
     else:
-        multiprocess.print_once(str(train(args.config, Path(workdir), args.flags.accept)))
+        multiprocess.print_once(
+            str(train(args.config, to_path(workdir, "--workdir"), args.flags.accept))
+        )
 
 
 if __name__ == "__main__":

@@ -32,15 +32,11 @@ Coordinates: `yxyx` and `yx` are fractions of the original image in [0, 1]. A na
 """
 
 import difflib
-import os
-import re
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from etils import epath
 from jaxtyping import Bool, Float, Int, PyTree, UInt8
 
 Array = jax.Array | np.ndarray
@@ -70,45 +66,6 @@ cannot read a TEXT answer.
 
 POLICY = "policy"
 """The name of the policy's tree among the trainable trees of a `TrainState`."""
-
-
-FilePath = Path | epath.Path
-"""A local path, or a path of etils for a remote file system such as gs://.
-
-Both have the same methods.
-"""
-
-
-def expand_path(path: str) -> str:
-    """Returns `path` with a leading `~` or `~user` replaced by the home directory.
-
-    Other paths stay as they are.
-
-    A shell does not expand `~` inside `--workdir=~/run` or inside a uri, so every opener calls this
-    function.
-    """
-    return os.path.expanduser(path)
-
-
-def local_path(path: str | os.PathLike[str], name: str) -> Path:
-    """Returns a path of the local file system. A leading `~` is the home directory.
-
-    A Python `Path` of gs://bucket would be a local folder `gs:`, and what is written there would be
-    lost.
-
-    Args:
-      name: the flag, the setting or the argument, for the error.
-
-    Raises:
-      UserError: `path` is an address such as gs://bucket/run.
-    """
-    text = os.fspath(path)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", text):
-        raise UserError(
-            f"{name}={text} is an address, but it must be a local path: only the data of a config "
-            "and --out of pack can be addresses. Copy the files, or mount the bucket"
-        )
-    return Path(expand_path(text))
 
 
 class UserError(Exception):

@@ -245,6 +245,7 @@ INSTALL = {
     "torch": "interop",
     "transformers": "interop",
     "tensorflow_datasets": "interop",
+    "gcsfs": "dev",
     "libtpu": "dev",
     "playwright": "dev",
     "nbclient": "dev",

@@ -1,10 +1,12 @@
-"""`pg_ground.reporting.files` writes a file in one step, and its errors name the file."""
+"""`pg_ground.storage`: a path is local or an address, and a file is written in one step."""
 
 import errno
+from pathlib import Path
 
 import pytest
 
-from pg_ground.reporting import files
+from pg_ground.storage import files, paths
+from pg_ground.types import UserError
 
 
 def test_a_file_is_written_in_one_step_and_leaves_no_temporary_file(tmp_path):
@@ -13,6 +15,19 @@ def test_a_file_is_written_in_one_step_and_leaves_no_temporary_file(tmp_path):
         files.write_atomically(path, content)
         assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode())
     assert [file.name for file in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_every_path_is_local_or_an_address_that_can_be_used(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/a")
+    assert paths.to_path("~/run", "--x") == Path("/home/a/run")
+    assert paths.to_path("C/gs:x", "--x") == Path("C/gs:x")
+    assert str(paths.to_path("hf://datasets/a/b", "--x")) == "hf://datasets/a/b"
+    monkeypatch.setattr(paths.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"--x=gs://b/a: gs:// needs gcsfs: pip install 'pg-gr"):
+        paths.to_path("gs://b/a", "--x")
+    for address in ("gs:/bucket/a", "GS://bucket/a", "http://host/a", "file:///a"):
+        with pytest.raises(UserError, match=f"--x={address} is an address, but only gs://"):
+            paths.to_path(address, "--x")
 
 
 def test_an_error_without_a_file_name_gets_one(tmp_path):

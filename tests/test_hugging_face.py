@@ -21,6 +21,7 @@ from PIL import Image
 from pg_ground.assets import make_tokenizer
 from pg_ground.checkpoints import export, hugging_face, manager, weights
 from pg_ground.checkpoints.conversion import convert
+from pg_ground.checkpoints.run_directory import COMMIT_FILE
 from pg_ground.config import Config, Model, Sft, Source
 from pg_ground.evals.prediction import predict
 from pg_ground.models import PaliGemma
@@ -150,6 +151,7 @@ def write_run(workdir: Path, sizes: Model) -> Any:
     (workdir / "checkpoints" / "6").mkdir(parents=True)
     (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(settings)))
     manager.save_tree(workdir / "checkpoints" / "6" / "params", params)
+    (workdir / "checkpoints" / "6" / COMMIT_FILE).touch()
     return params
 
 

@@ -15,7 +15,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "pg_ground"
 
 ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("", ("types", "vocab", "params")),
+    ("", ("types",)),
+    ("storage", ("paths", "files", "local_copy", "downloads", "uploads")),
+    ("", ("vocab", "params")),
     (
         "rl",
         (
@@ -36,7 +38,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
     # model, a batch and a device only through `types` and its own Protocols.
     ("", ("config",)),
     ("", ("boxes", "tokenizer")),
-    ("assets", ("make_tokenizer", "hub_download")),
+    ("assets", ("make_tokenizer",)),
     ("parallel", ("sharding", "multiprocess", "memory_model")),
     ("models", ("quantization", "blocks", "lora", "siglip", "gemma", "paligemma", "vqvae")),
     (
@@ -107,7 +109,6 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "reporting",
         (
-            "files",
             "tables",
             "progress",
             "html_page",
@@ -119,6 +120,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "curves",
             "gallery",
             "report",
+            "model_card",
         ),
     ),
     (

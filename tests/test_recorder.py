@@ -22,6 +22,7 @@ from pg_ground import config
 from pg_ground.checkpoints.manager import Checkpoints
 from pg_ground.config import Config
 from pg_ground.data.bad_records import BadRecords
+from pg_ground.storage.local_copy import LocalCopy
 from pg_ground.training import loop, optimizers, recorder, timing
 from pg_ground.training.loop import steps_between_evals
 from pg_ground.training.setup import learning_rates
@@ -150,7 +151,14 @@ def test_a_step_is_read_after_the_next_dispatch_and_before_its_evaluation_or_che
 
     c = replace(tiny, sft=replace(tiny.sft, steps=8), checkpoint=replace(tiny.checkpoint, every=5))
     run_recorder = recorder.Recorder(
-        c, tmp_path, None, FakeCheckpoints(events), evaluate, {"sft": 3}, BadRecords(), None
+        c,
+        LocalCopy(tmp_path),
+        None,
+        FakeCheckpoints(events),
+        evaluate,
+        {"sft": 3},
+        BadRecords(),
+        None,
     )
     state = TrainState(jnp.int32(0), {POLICY: {}}, {}, jnp.float32(0))
     batches = NoBatches()
@@ -186,7 +194,7 @@ def test_a_step_is_read_before_its_pictures_and_at_both_ends_of_a_trace(
     )
     checkpoints = FakeCheckpoints(events)
     run_recorder = recorder.Recorder(
-        c, tmp_path, None, checkpoints, lambda _: {}, {"grpo": 0}, BadRecords(), None
+        c, LocalCopy(tmp_path), None, checkpoints, lambda _: {}, {"grpo": 0}, BadRecords(), None
     )  # pyright: ignore[reportArgumentType]
     state = TrainState(jnp.int32(0), {POLICY: {}}, {}, jnp.float32(0))
     batches = NoBatches()

@@ -16,8 +16,9 @@ from pg_ground.data.fetch import cached
 from pg_ground.data.images import load_image
 from pg_ground.data.records import BadRecord
 from pg_ground.data.sources import open_records
+from pg_ground.storage.paths import expand_path
 from pg_ground.tokenizer import load as load_tokenizer
-from pg_ground.types import UserError, expand_path
+from pg_ground.types import UserError
 
 ORIENTED = {
     1: lambda a: a,

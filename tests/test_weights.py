@@ -23,7 +23,14 @@ from jax.sharding import PartitionSpec
 from scipy import ndimage
 
 from pg_ground import config
-from pg_ground.checkpoints import export, manager, model_sizes, tensor_files, weights
+from pg_ground.checkpoints import (
+    export,
+    manager,
+    model_sizes,
+    run_directory,
+    tensor_files,
+    weights,
+)
 from pg_ground.checkpoints.conversion import convert
 from pg_ground.config import DECODERS, Lora
 from pg_ground.models import PaliGemma, lora, quantization
@@ -278,6 +285,7 @@ def write_run(workdir: Path, model: config.Model, params, frozen, **settings) ->
     (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(c)))
     for step, tree in ((3, jax.tree.map(jnp.zeros_like, params)), (20, params)):
         manager.save_tree(workdir / f"checkpoints/{step}/params", tree)
+        (workdir / f"checkpoints/{step}" / run_directory.COMMIT_FILE).touch()
     if frozen:
         manager.save_tree(workdir / "frozen", frozen)
 

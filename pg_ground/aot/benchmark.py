@@ -20,11 +20,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pg_ground.aot import roofline
-from pg_ground.assets.hub_download import tokenizer_file
 from pg_ground.config import Config
 from pg_ground.data.bad_records import BadRecords
 from pg_ground.data.batches import PrefetchIterator
 from pg_ground.parallel import sharding
+from pg_ground.storage.downloads import tokenizer_file
 from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.training.loop import Inputs, open_batches
 from pg_ground.training.setup import init_params, make_setup

@@ -1,1 +1,1 @@
-"""Files that travel with the package, the script that makes them, and files of the Hub."""
+"""Files that travel with the package, the script that makes them."""

@@ -4,7 +4,6 @@ int8.
 
 import logging
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
@@ -15,6 +14,7 @@ from pg_ground.checkpoints.tensor_files import BlockIndex, StoredTensor
 from pg_ground.config import Model
 from pg_ground.models import quantization
 from pg_ground.params import SCALE, AbstractParams
+from pg_ground.storage.paths import FilePath
 from pg_ground.vocab import LOC_TOKENS, SEG_TOKENS
 
 GEMMA_ROWS = 256_000
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 def with_loc_rows(
-    path: Path, tensors: dict[str, StoredTensor], model: Model | None
+    path: FilePath, tensors: dict[str, StoredTensor], model: Model | None
 ) -> dict[str, StoredTensor]:
     """Returns `tensors` with embedding rows for the loc and seg tokens, if the table belongs to
     a plain Gemma.

@@ -4,12 +4,12 @@ directories.
 
 import json
 import logging
-from pathlib import Path
 
 import jax
 
-from pg_ground.assets.hub_download import tokenizer_file
 from pg_ground.checkpoints import export, tensor_files, weights
+from pg_ground.storage.downloads import tokenizer_file
+from pg_ground.storage.paths import FilePath
 from pg_ground.tokenizer import check_vocab_size
 from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.types import JsonObject, UserError
@@ -37,7 +37,13 @@ TOKENIZER_CONFIG: JsonObject = {
 """`tokenizer_config.json` for a sentencepiece model. `PaliGemmaProcessor` writes BOS itself."""
 
 
-def convert(source: Path, target: Path, dtype: str, tokenizer: str = "") -> None:
+def convert(
+    source: FilePath,
+    target: FilePath,
+    dtype: str,
+    tokenizer: str = "",
+    model_card: str = "",
+) -> None:
     """Writes the checkpoint at `source` to `target`, in the format that the name of `target`
     selects.
 
@@ -47,6 +53,7 @@ def convert(source: Path, target: Path, dtype: str, tokenizer: str = "") -> None
       dtype: dtype of all tensors; "" keeps their dtypes.
       tokenizer: the sentencepiece model for a Hugging Face directory; "" takes the tokenizer of
         `source`.
+      model_card: the text of README.md of a Hugging Face directory; "" for none.
 
     Raises:
       UserError: `source` cannot be read, `target` exists, the format cannot express the model, or
@@ -67,10 +74,12 @@ def convert(source: Path, target: Path, dtype: str, tokenizer: str = "") -> None
     model = checkpoint.model.config
     is_hub_directory = target.suffix not in (".npz", ".orbax")
     files = tokenizer_files(source, tokenizer, model.text.vocab_size) if is_hub_directory else {}
+    if model_card and is_hub_directory:
+        files["README.md"] = model_card.encode("utf-8")
     export.write(target, tensors, model, dtype, files)
 
 
-def tokenizer_files(source: Path, tokenizer: str, vocab_size: int) -> dict[str, bytes]:
+def tokenizer_files(source: FilePath, tokenizer: str, vocab_size: int) -> dict[str, bytes]:
     """Returns the files with which transformers loads a tokenizer, by name.
 
     The files of a Hugging Face directory are copied. For a run they hold the tokenizer of the run.

@@ -14,10 +14,12 @@ from pg_ground.checkpoints.weights import MODEL_FILE
 from pg_ground.config import Lora, Model
 from pg_ground.models import lora
 from pg_ground.params import flatten, is_adapter, is_scale, unflatten
+from pg_ground.storage.downloads import upload
+from pg_ground.storage.paths import FilePath, to_path
 from pg_ground.types import Params, UserError
 
 
-def save(path: str | Path, params: Params, model: Model | None = None, dtype: str = "") -> None:
+def save(path: str | FilePath, params: Params, model: Model | None = None, dtype: str = "") -> None:
     """Writes parameters in the format that the name of `path` selects.
 
     `NAME.npz` is big_vision's format, `NAME.orbax` is an orbax directory, and any other name is a
@@ -42,11 +44,11 @@ def save(path: str | Path, params: Params, model: Model | None = None, dtype: st
     if has_adapters or any(map(is_scale, names)):
         params = lora.merge(params, Lora() if model is None else model.lora)
     tensors = {name: tensor_files.from_array(name, leaf) for name, leaf in flatten(params).items()}
-    write(Path(path), tensors, model, dtype)
+    write(to_path(path, "path"), tensors, model, dtype)
 
 
 def write(
-    path: Path,
+    path: FilePath,
     tensors: Mapping[str, StoredTensor],
     model: Model | None,
     dtype: str = "",
@@ -59,24 +61,29 @@ def write(
     """
     if path.exists():
         raise UserError(f"{path} exists already: remove it, or choose another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f"{path.name}.") as folder:
+    if model is None and path.suffix != ".npz":
+        raise UserError(f"{path}: only an .npz can be written without the sizes of the model")
+    beside = path.parent if isinstance(path, Path) else None
+    if beside is not None:
+        beside.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=beside, prefix=f"{path.name}.") as folder:
         partial = Path(folder) / path.name
-        if path.suffix == ".npz":
+        if model is None or path.suffix == ".npz":
             tensor_files.save_npz(partial, tensors, dtype)
-        elif model is None:
-            raise UserError(f"{path}: only an .npz can be written without the sizes of the model")
         elif path.suffix == ".orbax":
             _save_orbax(partial, replace(model, lora=Lora()), tensors, dtype)
         else:
             hugging_face.save_directory(partial, model, tensors, dtype)
             for name, content in extra_files.items():
                 (partial / name).write_bytes(content)
-        partial.rename(path)
+        if isinstance(path, Path):
+            partial.rename(path)
+        else:
+            upload(partial, path)
 
 
 def _save_orbax(
-    folder: Path, model: Model, tensors: Mapping[str, StoredTensor], dtype: str
+    folder: FilePath, model: Model, tensors: Mapping[str, StoredTensor], dtype: str
 ) -> None:
     folder.mkdir()
     arrays = {

@@ -1,6 +1,8 @@
 """Checkpoints of a run, written by orbax: asynchronous, atomic, and sharded as the arrays are.
 
-All processes of a run write a checkpoint together. `DIR/<step>/` has three items:
+The last file of a checkpoint is `commit_success.txt`. No folder is renamed, so a checkpoint can lie
+on a disk, in a bucket (gs://) or in a mounted bucket. All processes of a run write a checkpoint
+together. `DIR/<step>/` has three items:
 
     params   the policy's trained parameters
     rest     everything else of the train state: step, optimizer state, other trained trees
@@ -9,8 +11,6 @@ All processes of a run write a checkpoint together. `DIR/<step>/` has three item
 `WORKDIR/best/<step>/params` holds only the parameters with the best value of a metric.
 """
 
-import shutil
-from pathlib import Path
 from types import TracebackType
 
 import jax
@@ -18,9 +18,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
-from pg_ground.checkpoints.run_directory import BEST
+from pg_ground.checkpoints.run_directory import BEST, is_complete
+from pg_ground.parallel.multiprocess import barrier
 from pg_ground.params import AbstractParams, flatten
+from pg_ground.storage.paths import FilePath, absolute, remove_tree
 from pg_ground.types import POLICY, JsonDict, JsonObject, Params, TrainState, UserError
+
+ATOMICITY = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
 
 
 class Checkpoints:
@@ -29,11 +33,17 @@ class Checkpoints:
     The end of the `with` block waits until everything is written.
     """
 
-    def __init__(self, directory: Path, keep: int):
+    def __init__(self, directory: FilePath, keep: int):
+        if jax.process_index() == 0:
+            _remove_incomplete(directory)
+        barrier("incomplete checkpoints are removed")
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, enable_async_checkpointing=True
+            max_to_keep=keep,
+            create=True,
+            enable_async_checkpointing=True,
+            atomicity_options=ATOMICITY,
         )
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        self._manager = ocp.CheckpointManager(absolute(directory), options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -87,6 +97,13 @@ class Checkpoints:
         return TrainState(params=params, **fields)
 
 
+def _remove_incomplete(directory: FilePath) -> None:
+    """Removes checkpoints that a killed run has begun. Orbax does not write into their folders."""
+    for folder in directory.glob("*"):
+        if folder.name.isdigit() and not is_complete(folder):
+            remove_tree(folder)
+
+
 def _without_policy(state: TrainState) -> JsonDict:
     """Returns the state without the policy's parameters, which have an item of their own."""
     fields = {name: leaf for name, leaf in state._asdict().items() if name != "params"}
@@ -94,16 +111,16 @@ def _without_policy(state: TrainState) -> JsonDict:
     return fields | ({"other_params": other_params} if other_params else {})
 
 
-def save_tree(path: Path, tree: Params) -> None:
+def save_tree(path: FilePath, tree: Params) -> None:
     """Writes a tree of arrays and waits until it is complete.
 
     A failed write leaves nothing at `path`.
     """
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path.absolute(), tree, force=True)
+    with ocp.StandardCheckpointer(atomicity_options=ATOMICITY) as checkpointer:
+        checkpointer.save(absolute(path), tree, force=True)
 
 
-def restore_tree(path: Path, abstract: Params) -> PyTree:
+def restore_tree(path: FilePath, abstract: Params) -> PyTree:
     """Returns the tree at `path` with the shapes, dtypes and shardings of `abstract`.
 
     Raises:
@@ -111,14 +128,14 @@ def restore_tree(path: Path, abstract: Params) -> PyTree:
     """
     _check_exists(path)
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(path.absolute(), abstract)
+        with ocp.StandardCheckpointer(atomicity_options=ATOMICITY) as checkpointer:
+            return checkpointer.restore(absolute(path), abstract)
     # For a damaged file, orbax raises the exception of its storage, with a message of pages.
     except Exception as error:
         raise UserError(f"{path} cannot be restored: {_first_line(error)}") from error
 
 
-def describe(path: Path) -> AbstractParams:
+def describe(path: FilePath) -> AbstractParams:
     """Returns shape and dtype of each array of the tree at `path`, by slash-joined name.
 
     Raises:
@@ -126,7 +143,7 @@ def describe(path: Path) -> AbstractParams:
     """
     _check_exists(path)
     try:
-        metadata = ocp.StandardCheckpointHandler().metadata(epath.Path(path.absolute()))
+        metadata = ocp.StandardCheckpointHandler().metadata(epath.Path(absolute(path)))
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is not a tree of arrays that a run wrote: {error}") from None
     return {
@@ -135,7 +152,7 @@ def describe(path: Path) -> AbstractParams:
     }
 
 
-def _check_exists(path: Path) -> None:
+def _check_exists(path: FilePath) -> None:
     if not path.is_dir():
         raise UserError(f"{path} does not exist: expected a tree of arrays that a run wrote")
 
@@ -144,16 +161,10 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def remove_tree(path: Path) -> None:
-    """Removes the tree at `path`, if there is one."""
-    if path.exists():
-        shutil.rmtree(path)
-
-
-def save_best(workdir: Path, step: int, params: Params) -> Path:
+def save_best(workdir: FilePath, step: int, params: Params) -> FilePath:
     """Writes the best parameters so far and removes older ones. Returns the new folder."""
     folder = workdir / BEST / str(step)
-    if not (folder / "params").is_dir():  # a resumed run reaches the same step with the same values
+    if not is_complete(folder / "params"):  # a resumed run reaches the same step again
         save_tree(folder / "params", params)
     if jax.process_index() == 0:
         for other in folder.parent.iterdir():

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from pg_ground.config import DECODERS, Lora, Model, Text, Vision
 from pg_ground.models.paligemma import PaliGemma
+from pg_ground.storage.paths import FilePath
 from pg_ground.types import UserError
 
 TABLE = "llm/embedder/input_embedding"
@@ -111,7 +111,7 @@ def _check_plausible(shapes: Shapes, path: str) -> None:
 
 
 def resolve_model(
-    path: Path, stored: Model, requested: Model | None, resample: bool, has_scales: bool
+    path: FilePath, stored: Model, requested: Model | None, resample: bool, has_scales: bool
 ) -> Model:
     """Returns the sizes, without adapters, with which a checkpoint is loaded.
 
@@ -148,7 +148,7 @@ def resolve_model(
     return model
 
 
-def check_fit(path: str | Path, in_file: Shapes, in_model: Shapes) -> None:
+def check_fit(path: str | FilePath, in_file: Shapes, in_model: Shapes) -> None:
     """Raises UserError if names or shapes differ.
 
     The error lists every missing name, unknown name and other shape.

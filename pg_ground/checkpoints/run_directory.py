@@ -8,27 +8,37 @@ WORKDIR/frozen                     parameters that are not trained, written once
 """
 
 import json
-import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 from pg_ground import config
+from pg_ground.storage.paths import FilePath
 from pg_ground.types import JsonDict, UserError
 
 BEST = "best"
 
 CONFIG_FILE = "config.json"
 
+SMALL_FILES = ("*.json", "*.jsonl", "samples/*", "tb/*")
+"""The files of a run besides its arrays and its report."""
+
+COMMIT_FILE = "commit_success.txt"
+"""Orbax writes this file when all other files of a folder are written.
+
+A folder that is renamed when it is complete would be no sign in a bucket: gs:// and most mounted
+buckets rename no folders.
+"""
+
 
 class RunCheckpoint(NamedTuple):
     """One checkpoint of a run."""
 
-    workdir: Path
-    folder: Path
+    workdir: FilePath
+    folder: FilePath
     """`workdir/checkpoints/<step>` or `workdir/best/<step>`."""
 
 
-def run_config(workdir: Path) -> config.Config:
+def run_config(workdir: FilePath) -> config.Config:
     """Returns the configuration with which a run was started.
 
     Raises:
@@ -40,13 +50,13 @@ def run_config(workdir: Path) -> config.Config:
     return config.parse(read_json(file))
 
 
-def is_run(folder: Path) -> bool:
+def is_run(folder: FilePath) -> bool:
     """Returns whether `folder` is the working directory of a run: `config.json` lists stages."""
     file = folder / CONFIG_FILE
     return file.is_file() and "stages" in read_json(file)
 
 
-def find_checkpoint(path: Path) -> RunCheckpoint:
+def find_checkpoint(path: FilePath) -> RunCheckpoint:
     """Returns the checkpoint that `path` means.
 
     `path` is a working directory (its newest checkpoint), a run's `best`, a step's folder, or the
@@ -69,13 +79,13 @@ def find_checkpoint(path: Path) -> RunCheckpoint:
     )
 
 
-def best(folder: Path) -> Path:
+def best(folder: FilePath) -> FilePath:
     """Returns the folder of the newest step in a run's `best` folder.
 
     Raises:
       UserError: the folder holds no parameters.
     """
-    step_folders = [step for step in folder.glob("*") if (step / "params").is_dir()]
+    step_folders = [step for step in folder.glob("*") if is_complete(step / "params")]
     if not step_folders:
         raise UserError(
             f"{folder} is empty: "
@@ -84,7 +94,7 @@ def best(folder: Path) -> Path:
     return max(step_folders, key=lambda step: int(step.name))
 
 
-def newest(workdir: Path) -> Path:
+def newest(workdir: FilePath) -> FilePath:
     """Returns the folder of a run's newest checkpoint.
 
     Raises:
@@ -98,44 +108,42 @@ def newest(workdir: Path) -> Path:
     return workdir / "checkpoints" / str(max(numbers))
 
 
-def steps(workdir: Path) -> list[int]:
+def steps(workdir: FilePath) -> list[int]:
     """Returns the steps at which a run has a complete checkpoint."""
     return [
         int(folder.name)
         for folder in (workdir / "checkpoints").glob("*")
-        if folder.name.isdigit() and (folder / "params").is_dir()
+        if folder.name.isdigit() and is_complete(folder)
     ]
 
 
-def check_can_rename(workdir: Path) -> None:
-    """Raises UserError if folders in `workdir` cannot be renamed.
+def is_complete(folder: FilePath) -> bool:
+    """Returns whether everything of a checkpoint, or of one of its trees, is written."""
+    return (folder / COMMIT_FILE).is_file()
 
-    Orbax writes a checkpoint into a folder and renames the folder when it is complete. A bucket
-    without hierarchical namespace that is mounted with gcsfuse renames no folders. The run would
-    end at its first checkpoint, hours after its start.
+
+def check_can_write(workdir: FilePath) -> None:
+    """Raises UserError if a run cannot write its checkpoints to the address `workdir`.
+
+    Otherwise the run would end at its first checkpoint.
     """
-    workdir.mkdir(parents=True, exist_ok=True)
-    probe, renamed = workdir / ".rename_probe", workdir / ".renamed_probe"
-    for folder in (probe, renamed):
-        shutil.rmtree(folder, ignore_errors=True)
-    try:
-        probe.mkdir()
-        (probe / "file").write_bytes(b"")
-        probe.rename(renamed)
-    except OSError as error:
-        if isinstance(error, PermissionError):
-            raise
+    if isinstance(workdir, Path):
+        return
+    if not str(workdir).startswith("gs://"):
         raise UserError(
-            f"--workdir={workdir}: folders cannot be renamed there ({error.strerror}), but a "
-            "checkpoint needs that. If it is a mounted bucket, create the bucket with "
-            "--enable-hierarchical-namespace, or mount it with --rename-dir-limit=100000"
-        ) from error
-    finally:
-        for folder in (probe, renamed):
-            shutil.rmtree(folder, ignore_errors=True)
+            f"--workdir={workdir}: a run can be written to a path of this machine or to gs://"
+        )
+    probe = workdir / ".write_probe"
+    try:
+        probe.write_bytes(b"1")
+        probe.unlink()
+    # The client of the bucket, its transport and its login have exceptions of their own.
+    except Exception as error:
+        words = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"--workdir={workdir}: nothing can be written there ({words})") from error
 
 
-def read_json(file: Path) -> JsonDict:
+def read_json(file: FilePath) -> JsonDict:
     """Returns the JSON object in `file`.
 
     Raises:

@@ -16,6 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from pg_ground.params import AbstractParams
+from pg_ground.storage.paths import FilePath
 from pg_ground.types import UserError
 
 BLOCK_BYTES = 64 * 2**20
@@ -146,7 +147,7 @@ def _copy_block(
     shard[tuple(target)] = block[tuple(source)]
 
 
-def open_npz(path: str | Path) -> dict[str, StoredTensor]:
+def open_npz(path: FilePath) -> dict[str, StoredTensor]:
     """Returns the tensors of a big_vision `.npz` by name, without the prefix `params/`.
 
     big_vision stores bfloat16 as a 2-byte void dtype.
@@ -156,7 +157,7 @@ def open_npz(path: str | Path) -> dict[str, StoredTensor]:
         not a float. A damaged block raises UserError when it is read.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             headers = {
                 member: _read_member_header(archive, member) for member in archive.namelist()
             }
@@ -212,14 +213,18 @@ def _read_header(stream: Any) -> _Header:
 
 
 def _npz_blocks(
-    path: str | Path, member: str, name: str, header: _Header
+    path: FilePath, member: str, name: str, header: _Header
 ) -> Callable[[], Iterator[tuple[BlockIndex, np.ndarray]]]:
     """Returns the function that reads an array of an `.npz` block by block."""
     shape, is_fortran, dtype = header
 
     def blocks() -> Iterator[tuple[BlockIndex, np.ndarray]]:
         try:
-            with zipfile.ZipFile(path) as archive, archive.open(member) as stream:
+            with (
+                path.open("rb") as file,
+                zipfile.ZipFile(file) as archive,
+                archive.open(member) as stream,
+            ):
                 _read_header(stream)
                 if is_fortran:
                     array = np.frombuffer(stream.read(), dtype).reshape(shape[::-1]).T

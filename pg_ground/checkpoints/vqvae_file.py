@@ -1,16 +1,15 @@
 """Reads the weights of the mask VQ-VAE (`models.vqvae`) from big_vision's `vae-oid.npz`."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 
 from pg_ground.checkpoints import tensor_files
 from pg_ground.models.vqvae import CODEBOOK, DECODER, ENCODER, expected_shapes
+from pg_ground.storage.paths import FilePath
 from pg_ground.types import UserError
 
 
-def load(path: str | Path, encoder: bool = False) -> dict[str, jax.Array]:
+def load(path: FilePath, encoder: bool = False) -> dict[str, jax.Array]:
     """Returns the codebook and the decoder weights in float32.
 
     With `encoder`, also the weights that `encode` needs.

@@ -7,7 +7,6 @@ into its shards.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -15,7 +14,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from pg_ground import config
-from pg_ground.assets.hub_download import local_checkpoint
 from pg_ground.checkpoints import adaptation, hugging_face, manager, run_directory, tensor_files
 from pg_ground.checkpoints.hugging_face_config import HubConfig
 from pg_ground.checkpoints.model_sizes import (
@@ -40,6 +38,8 @@ from pg_ground.params import (
     is_scale,
     unflatten,
 )
+from pg_ground.storage.downloads import checkpoint_path, download_folder
+from pg_ground.storage.paths import FilePath
 from pg_ground.types import JsonObject, Params, UserError
 
 MODEL_FILE = "model.json"
@@ -62,7 +62,7 @@ class Checkpoint(NamedTuple):
 
 
 def load(
-    path: str | Path,
+    path: str | FilePath,
     sizes: Model | None = None,
     *,
     mesh: Mesh | None = None,
@@ -103,7 +103,7 @@ def load(
 
 
 def open_checkpoint(
-    path: str | Path,
+    path: str | FilePath,
     sizes: Model | None = None,
     resample_positions: bool = False,
     keep_final_softcap: bool = False,
@@ -118,7 +118,7 @@ def open_checkpoint(
     Raises:
       UserError: as `load` does.
     """
-    path = local_checkpoint(path, "params")
+    path = checkpoint_path(path, "params")
     if not path.is_dir():
         if path.exists() or path.suffix == ".npz":
             return _open_files(path, tensor_files.open_npz(path), None, sizes, resample_positions)
@@ -131,7 +131,7 @@ def open_checkpoint(
         model = config.parse_model(run_directory.read_json(model_file), str(model_file))
         return _open_orbax(path, model, [path / "params"], sizes, resample_positions)
     if _is_hugging_face(path):
-        hub, tensors = hugging_face.open_directory(path)
+        hub, tensors = hugging_face.open_directory(download_folder(path))
         hub = hub if keep_final_softcap else hub._replace(final_softcap=0.0)
         return _open_files(path, tensors, hub, sizes, resample_positions)
     workdir, step = run_directory.find_checkpoint(path)
@@ -142,11 +142,11 @@ def open_checkpoint(
     return _open_orbax(path, model, folders, sizes, resample_positions)
 
 
-def _is_hugging_face(folder: Path) -> bool:
+def _is_hugging_face(folder: FilePath) -> bool:
     return (folder / "config.json").is_file() and not run_directory.is_run(folder)
 
 
-def tokenizer_path(path: Path) -> str | None:
+def tokenizer_path(path: FilePath) -> str | None:
     """Returns the sentencepiece model of a run or a Hugging Face directory; None if it has none.
 
     "" is the tokenizer of this package, with which the run was trained.
@@ -162,7 +162,7 @@ def tokenizer_path(path: Path) -> str | None:
 
 
 def _open_files(
-    path: Path,
+    path: FilePath,
     tensors: dict[str, StoredTensor],
     hub: HubConfig | None,
     sizes: Model | None,
@@ -194,7 +194,7 @@ def _open_files(
 
 
 def _open_orbax(
-    path: Path, stored: Model, folders: Sequence[Path], sizes: Model | None, resample: bool
+    path: FilePath, stored: Model, folders: Sequence[FilePath], sizes: Model | None, resample: bool
 ) -> Checkpoint:
     """Returns the checkpoint of one or two orbax trees: trained and frozen parameters."""
     trees = [manager.describe(folder) for folder in folders]

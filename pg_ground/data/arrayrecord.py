@@ -18,8 +18,9 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from google.protobuf.message import DecodeError
 
-from pg_ground.data.records import BadRecord, Records, to_path
-from pg_ground.types import FilePath, JsonDict, UserError, expand_path
+from pg_ground.data.records import BadRecord, Records
+from pg_ground.storage.paths import FilePath, expand_path, to_path
+from pg_ground.types import JsonDict, UserError
 
 EXAMPLE_PROTO = """
 name: "example.proto" package: "pg_ground" syntax: "proto3"
@@ -135,7 +136,7 @@ def open_array_record(location: str) -> Records:
         names = f"{files[0]} and the other files have" if files[1:] else f"{files[0]} has"
         raise UserError(f"source {uri}: {names} no records")
     spans = [f"{file}[0:{count}]" for file, count in zip(files, counts, strict=True)]
-    return ArrayRecords(ArrayRecordDataSource(spans), decode_any, to_path(files[0]).parent)
+    return ArrayRecords(ArrayRecordDataSource(spans), decode_any, to_path(files[0], "uri").parent)
 
 
 def write_array_record(path: str | os.PathLike[str], records: Iterable[JsonDict]) -> int:
@@ -147,7 +148,7 @@ def write_array_record(path: str | os.PathLike[str], records: Iterable[JsonDict]
       TypeError: a record holds a value that `encode` does not take.
       UserError: the file cannot be written.
     """
-    target = to_path(os.fspath(path))
+    target = to_path(os.fspath(path), "uri")
     partial = target.with_name(target.name + ".partial")
     writer = ArrayRecordWriter(os.fspath(partial), "group_size:1")  # grain reads single records
     if not writer.ok():
@@ -270,7 +271,7 @@ def _find_files(name: str) -> list[str]:
     sharded = re.fullmatch(r"(.+)@([1-9]\d{0,4}|\*)(\.\w+)?", name)
     if sharded:
         return _shard_names(name, *sharded.groups(default=""))
-    path = to_path(name)
+    path = to_path(name, "uri")
     if path.is_dir():
         if (path / "dataset_info.json").exists():
             raise UserError(
@@ -309,7 +310,7 @@ def _glob(pattern: str) -> list[str]:
     """Returns the names of the files that match `pattern`, sorted."""
     parts = pattern.split("/")
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-    folder = to_path("/".join(parts[:fixed]) + "/" if fixed else ".")
+    folder = to_path("/".join(parts[:fixed]) + "/" if fixed else ".", "uri")
     files = folder.glob("/".join(parts[fixed:]))
     return sorted(os.fspath(file) for file in files if file.is_file())
 

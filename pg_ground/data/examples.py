@@ -25,7 +25,8 @@ from pg_ground.data.images import open_image, resize
 from pg_ground.data.masks import to_masks
 from pg_ground.data.record_fields import field_at, fill_template
 from pg_ground.data.records import BadRecord
-from pg_ground.types import BOXES, POINTS, TEXT, Boxes, Example, FilePath, Points, Record
+from pg_ground.storage.paths import FilePath
+from pg_ground.types import BOXES, POINTS, TEXT, Boxes, Example, Points, Record
 
 TARGETS = {"boxes": BOXES, "points": POINTS, "text": TEXT}
 """The values of `Source.target`."""

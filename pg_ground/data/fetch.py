@@ -38,7 +38,8 @@ from urllib3.util import Url, parse_url
 
 from pg_ground.config import Fetch
 from pg_ground.data.records import BadRecord
-from pg_ground.types import JsonDict, UserError, local_path
+from pg_ground.storage.paths import local_path
+from pg_ground.types import JsonDict, UserError
 
 MAX_REDIRECTS = 5
 

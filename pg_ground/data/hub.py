@@ -17,9 +17,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from pg_ground.assets.hub_download import CANNOT_GET, reason
 from pg_ground.data.records import Records
 from pg_ground.data.tables import list_names, one_line, open_parquet_files, split_options
+from pg_ground.storage.downloads import CANNOT_GET, reason
 from pg_ground.types import UserError
 
 Splits = dict[tuple[str, str], list[str]]

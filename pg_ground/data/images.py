@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pg_ground.data.records import BadRecord
-from pg_ground.types import FilePath
+from pg_ground.storage.paths import FilePath
 
 CANNOT_DECODE = (
     OSError,

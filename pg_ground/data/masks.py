@@ -11,7 +11,7 @@ from pycocotools import mask as coco
 from pg_ground.data import run_lengths
 from pg_ground.data.images import load_image
 from pg_ground.data.records import BadRecord
-from pg_ground.types import FilePath
+from pg_ground.storage.paths import FilePath
 
 
 def to_masks(

@@ -17,7 +17,8 @@ from pg_ground.data.examples import image_value
 from pg_ground.data.images import load_image
 from pg_ground.data.records import BadRecord, Records, image_folder
 from pg_ground.data.sources import open_records
-from pg_ground.types import FilePath, JsonDict, UserError
+from pg_ground.storage.paths import FilePath
+from pg_ground.types import JsonDict, UserError
 
 
 def pack(

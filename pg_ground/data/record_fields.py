@@ -11,7 +11,8 @@ import jinja2.sandbox
 
 from pg_ground.config import Source
 from pg_ground.data.records import BadRecord
-from pg_ground.types import Record, UserError, expand_path
+from pg_ground.storage.paths import expand_path
+from pg_ground.types import Record, UserError
 
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 

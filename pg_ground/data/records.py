@@ -1,12 +1,10 @@
 """What every reader of a source has in common: records by index, bad records, and paths."""
 
-from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from etils import epath
-
 from pg_ground.config import Source
-from pg_ground.types import FilePath, JsonDict, expand_path
+from pg_ground.storage.paths import FilePath, expand_path
+from pg_ground.types import JsonDict
 
 
 class BadRecord(Exception):
@@ -34,14 +32,6 @@ class Records(Protocol):
     def __getitem__(self, index: int, /) -> JsonDict:
         """Returns record `index`, or raises `BadRecord`."""
         ...
-
-
-def to_path(name: str) -> FilePath:
-    """Returns the path of a file or folder.
-
-    A leading `~` is the home directory. A name with `://` in it, such as gs://, is remote.
-    """
-    return epath.Path(name) if "://" in name else Path(expand_path(name))
 
 
 def image_folder(records: Records, source: Source) -> FilePath | None:

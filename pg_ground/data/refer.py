@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from pg_ground.data.records import BadRecord, Records, to_path
+from pg_ground.data.records import BadRecord, Records
 from pg_ground.data.tables import split_options
-from pg_ground.types import FilePath, JsonDict, UserError, nearest
+from pg_ground.storage.paths import FilePath, to_path
+from pg_ground.types import JsonDict, UserError, nearest
 
 DATASETS = ("refcoco", "refcoco+", "refcocog", "combined")
 
@@ -115,7 +116,7 @@ def open_refer(location: str) -> Records:
     name, options = split_options(
         "refer", location, ("dataset", "split_by", "split", "images", "coco")
     )
-    folder = to_path(name)
+    folder = to_path(name, "uri")
     dataset, split_by, split = (options.get(name, "") for name in ("dataset", "split_by", "split"))
     if dataset not in DATASETS:
         raise UserError(f"{source}: no dataset {dataset!r}; {nearest(dataset, DATASETS)}")
@@ -133,7 +134,7 @@ def open_refer(location: str) -> Records:
         sizes = ", ".join(f"{name} ({n})" for name, n in Counter(ref.split for ref in refs).items())
         raise UserError(f"{source}: {dataset} has no split {split!r}; there are {sizes or 'none'}")
     coco = _read_all_coco(folder, options.get("coco"), chosen, source)
-    return Refs(chosen, coco, to_path(options["images"]) if "images" in options else folder)
+    return Refs(chosen, coco, to_path(options["images"], "uri") if "images" in options else folder)
 
 
 def _check_folder(folder: FilePath, source: str) -> None:
@@ -235,7 +236,7 @@ def _read_all_coco(
     for ref in refs:
         ids.setdefault(ref.dataset, set()).add(ref.entry["ann_id"])
     if coco:
-        annotations = _read_coco(to_path(coco), set().union(*ids.values()), source)
+        annotations = _read_coco(to_path(coco, "uri"), set().union(*ids.values()), source)
         return dict.fromkeys(ids, annotations)
     name = "instances.json"
     return {

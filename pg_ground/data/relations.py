@@ -24,7 +24,8 @@ import numpy as np
 from jaxtyping import Int
 
 from pg_ground.data.records import BadRecord, Records
-from pg_ground.types import FilePath, JsonDict, UserError, nearest
+from pg_ground.storage.paths import FilePath
+from pg_ground.types import JsonDict, UserError, nearest
 
 TASKS = {"2d": "box", "depth": "depth", "distance": "xyz"}
 """The field of an object that each task needs."""

@@ -16,9 +16,10 @@ from google.protobuf.json_format import ParseError
 from google.protobuf.message import DecodeError
 
 from pg_ground.data.arrayrecord import ArrayRecords, count_records, text_or_bytes
-from pg_ground.data.records import BadRecord, Records, to_path
+from pg_ground.data.records import BadRecord, Records
 from pg_ground.data.tables import list_names, split_options
-from pg_ground.types import JsonDict, UserError, expand_path, nearest
+from pg_ground.storage.paths import expand_path, to_path
+from pg_ground.types import JsonDict, UserError, nearest
 
 with epy.lazy_imports():  # an optional dependency, which takes 0.3 s to import
     import tensorflow_datasets as tfds
@@ -110,7 +111,7 @@ def _prepared_names(name: str, data_dir: str | None) -> str:
     """Returns the prepared dataset in `data_dir` that is nearest to `name`, or all, as a text."""
     if data_dir is None:
         return "data_dir=DIR names another folder"
-    root = to_path(data_dir)
+    root = to_path(data_dir, "uri")
     folders = [
         path.parent
         for pattern in ("*/*", "*/*/*")

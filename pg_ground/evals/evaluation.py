@@ -1,8 +1,5 @@
 """Evaluates a checkpoint or a run on the held-out sources of a config."""
 
-from pathlib import Path
-
-from pg_ground.assets.hub_download import local_checkpoint, tokenizer_file
 from pg_ground.checkpoints import weights
 from pg_ground.config import Config
 from pg_ground.data.bad_records import BadRecords
@@ -10,13 +7,15 @@ from pg_ground.evals.programs import make_eval_programs
 from pg_ground.evals.runner import EvalContext, Evaluation, evaluate_sources, open_eval_sources
 from pg_ground.models import PaliGemma
 from pg_ground.parallel import sharding
+from pg_ground.storage.downloads import checkpoint_path, tokenizer_file
+from pg_ground.storage.paths import FilePath, to_path
 from pg_ground.tokenizer import check_vocab_size
 from pg_ground.tokenizer import load as load_tokenizer
-from pg_ground.types import UserError, local_path
+from pg_ground.types import UserError
 
 
 def evaluate(
-    config: Config, *, workdir: str | Path | None = None, params: str | Path | None = None
+    config: Config, *, workdir: str | FilePath | None = None, params: str | FilePath | None = None
 ) -> Evaluation:
     """Returns the metrics and predictions of a run or a checkpoint on the sources of `config.eval`.
 
@@ -48,10 +47,10 @@ def evaluate(
     return evaluate_sources(programs, loaded_params, sources, context)
 
 
-def _checkpoint_path(workdir: str | Path | None, params: str | Path | None) -> Path:
+def _checkpoint_path(workdir: str | FilePath | None, params: str | FilePath | None) -> FilePath:
     """Returns the one path of the two that is set."""
-    paths = [local_path(workdir, "workdir")] if workdir else []
-    paths += [local_checkpoint(params, "params")] if params else []
+    paths: list[FilePath] = [to_path(workdir, "workdir")] if workdir else []
+    paths += [checkpoint_path(params, "params")] if params else []
     if len(paths) != 1:
         raise UserError("evaluate needs workdir=RUN or params=CHECKPOINT, and not both")
     return paths[0]

@@ -2,7 +2,6 @@
 
 import logging
 from functools import partial
-from pathlib import Path
 from typing import TypedDict, cast
 
 import jax
@@ -11,18 +10,19 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image, ImageOps
 
-from pg_ground.assets.hub_download import local_checkpoint, tokenizer_file
 from pg_ground.checkpoints import weights
 from pg_ground.data.images import load_image, resize, to_rgb
 from pg_ground.data.records import BadRecord
 from pg_ground.evals.answers import loc_answers
 from pg_ground.models import PaliGemma
 from pg_ground.rl.rollout import sample
+from pg_ground.storage.downloads import checkpoint_path, tokenizer_file
+from pg_ground.storage.paths import FilePath, to_path
 from pg_ground.tokenizer import Tokenizer, check_vocab_size
 from pg_ground.tokenizer import load as load_tokenizer
-from pg_ground.types import Array, Params, Rollout, UserError, local_path
+from pg_ground.types import Array, Params, Rollout, UserError
 
-ImageLike = str | Path | Image.Image | np.ndarray
+ImageLike = str | FilePath | Image.Image | np.ndarray
 """A file name, an image, or pixels: uint8[H, W, 3] or uint8[H, W]."""
 
 logger = logging.getLogger(__name__)
@@ -118,16 +118,19 @@ def read_image(image: ImageLike, setting: str = "image") -> UInt8[np.ndarray, "H
     """
     if isinstance(image, Image.Image):
         return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
-    value = str(local_path(image, setting)) if isinstance(image, str | Path) else image
+    value, folder = image, None
+    if isinstance(image, FilePath | str):
+        path = to_path(image, setting)
+        value, folder = path.name, path.parent
     try:
-        return load_image(value, Path())
+        return load_image(value, folder)
     except BadRecord as bad:
-        name = f"{setting}={image}" if isinstance(image, str | Path) else setting
+        name = f"{setting}={image}" if isinstance(image, FilePath | str) else setting
         raise UserError(f"{name}: {bad}") from None
 
 
 def predict_file(
-    params: str | Path, image: str | Path, prompt: str, tokenizer: str, max_new_tokens: int
+    params: str | FilePath, image: str | FilePath, prompt: str, tokenizer: str, max_new_tokens: int
 ) -> tuple[Prediction, UInt8[np.ndarray, "H W 3"]]:
     """Returns the answer of a checkpoint to a prompt about an image file, and the image.
 
@@ -138,7 +141,7 @@ def predict_file(
     Raises:
       UserError: the checkpoint, the tokenizer or the image cannot be used.
     """
-    path = local_checkpoint(params, "--params")
+    path = checkpoint_path(params, "--params")
     tokenizer_path = tokenizer or weights.tokenizer_path(path)
     loaded_tokenizer = load_tokenizer(tokenizer_file(tokenizer_path or "", "--tokenizer"))
     pixels = read_image(image, "--image")

@@ -1,7 +1,6 @@
 """Reads a file of predictions that another program wrote, by the paths of its fields."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from pg_ground.boxes import host_boxes, is_proper
@@ -16,6 +15,7 @@ from pg_ground.evals.benchmarks import find_benchmark
 from pg_ground.evals.box_format_check import check_box_format
 from pg_ground.evals.rows import FROM_FILE, check_unique
 from pg_ground.rewards import locations, parsers
+from pg_ground.storage.paths import FilePath
 from pg_ground.types import JsonDict, JsonObject, UserError, nearest
 
 USUAL_PATHS: dict[str, tuple[str, ...]] = {
@@ -70,7 +70,7 @@ def parse_fields(text: str) -> dict[str, str]:
 
 def read_rows(
     records: Sequence[JsonObject],
-    path: Path,
+    path: FilePath,
     benchmark: str,
     fields: Mapping[str, str],
     formats: Formats,
@@ -138,7 +138,7 @@ def _check_fields(
     benchmark: str,
     fields: Mapping[str, str],
     first_record: JsonObject,
-    path: Path,
+    path: FilePath,
 ) -> None:
     """Raises UserError if the benchmark cannot be computed from these fields."""
     if kind == "mask":
@@ -163,7 +163,7 @@ def _check_formats(formats: Formats) -> None:
 
 
 def _read_columns(
-    records: Sequence[JsonObject], fields: Mapping[str, str], path: Path
+    records: Sequence[JsonObject], fields: Mapping[str, str], path: FilePath
 ) -> dict[str, list[Any]]:
     """Returns the values of all records, by name. Names that the file does not have are absent."""
     usual = {
@@ -184,7 +184,7 @@ def _read_columns(
 
 
 def _read_column(
-    records: Sequence[JsonObject], field: str, path: Path, is_required: bool
+    records: Sequence[JsonObject], field: str, path: FilePath, is_required: bool
 ) -> list[Any]:
     """Returns the value of each record at a dotted path. A record without the field has None.
 
@@ -246,7 +246,7 @@ class _AnswerReader(NamedTuple):
 
     kind: str
     formats: Formats
-    path: Path
+    path: FilePath
     columns: Mapping[str, Sequence[Any]]
     sizes: Sequence[list[float] | None]
 

@@ -1,7 +1,6 @@
 """The compiled functions of an evaluation: they answer, score, reward and decode masks."""
 
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -15,7 +14,8 @@ from pg_ground.rewards import answer_reader, device_rewards
 from pg_ground.rewards.answer_reader import DecodeMasks
 from pg_ground.rewards.reward_functions import load_device_rewards
 from pg_ground.rl.rollout import sample
-from pg_ground.types import Answer, Array, Batch, Params, Rollout, local_path
+from pg_ground.storage.paths import FilePath, to_path
+from pg_ground.types import Answer, Array, Batch, Params, Rollout
 from pg_ground.vocab import Vocab
 
 
@@ -56,9 +56,7 @@ def make_eval_programs(
       grpo: the benchmark `environment` reports the weighted sum of its rewards on token ids.
     """
     decode_masks = (
-        make_mask_decoder(local_path(settings.vqvae, "config.eval.vqvae"))
-        if settings.vqvae
-        else None
+        make_mask_decoder(to_path(settings.vqvae, "config.eval.vqvae")) if settings.vqvae else None
     )
     return EvalPrograms(
         _make_answer(model, vocab, settings.max_new_tokens),
@@ -120,7 +118,7 @@ def _parse(
     )
 
 
-def make_mask_decoder(path: Path) -> Wrapped:
+def make_mask_decoder(path: FilePath) -> Wrapped:
     """Returns the compiled decoder of mask codes, with the VQ-VAE weights of `path`."""
     return jax.jit(partial(vqvae.decode, vqvae_file.load(path)))
 

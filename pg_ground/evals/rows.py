@@ -28,12 +28,12 @@ A row of a model also has `index`, `malformed`, `unfinished`, `reward`, `suffix_
 import json
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from pg_ground.storage.paths import FilePath
 from pg_ground.types import JsonDict, JsonObject, UserError
 
 Row = JsonObject
@@ -100,7 +100,7 @@ def _to_json(row: Row) -> str:
     return json.dumps(row) if _SURROGATE.search(line) else line
 
 
-def read_records(path: Path) -> tuple[list[JsonDict], JsonDict]:
+def read_records(path: FilePath) -> tuple[list[JsonDict], JsonDict]:
     """Returns the records of a file of predictions, and its header.
 
     The file is a JSON list, JSON lines, or an object with a list of records. The header holds the
@@ -142,7 +142,7 @@ def _split_object(document: JsonObject) -> tuple[list[Any], JsonDict]:
     return lists.get(name, []), header
 
 
-def _parse(text: str, path: Path) -> Any:
+def _parse(text: str, path: FilePath) -> Any:
     """Returns the value of a JSON document, or the list of the records of a JSON-lines file.
 
     A document that is one object is a list of one record, unless the object holds records.
@@ -160,7 +160,7 @@ def _is_record_list(value: object) -> bool:
     return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
-def _parse_lines(text: str, path: Path, document_error: Exception) -> list[Any]:
+def _parse_lines(text: str, path: FilePath, document_error: Exception) -> list[Any]:
     """Returns the value of each line.
 
     Args:
@@ -190,7 +190,7 @@ def is_row_file(records: Sequence[JsonObject]) -> bool:
     return all(name in records[0] for name in REQUIRED_FIELDS)
 
 
-def check_rows(rows: Sequence[Row], path: Path) -> None:
+def check_rows(rows: Sequence[Row], path: FilePath) -> None:
     """Raises UserError, with counts, if rows lack a field or are not unique."""
     for name in REQUIRED_FIELDS:
         lacking = [index for index, row in enumerate(rows) if name not in row]
@@ -203,7 +203,7 @@ def check_rows(rows: Sequence[Row], path: Path) -> None:
     check_unique(keys, path, "source, id, mode, rollout")
 
 
-def check_unique(keys: Sequence[Any], path: Path, key_fields: str) -> None:
+def check_unique(keys: Sequence[Any], path: FilePath, key_fields: str) -> None:
     """Raises UserError, with counts, if two rows have the same key.
 
     Args:

@@ -2,16 +2,16 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from pg_ground.data.records import BadRecord
 from pg_ground.evals import benchmarks, prediction_files, rows
-from pg_ground.reporting.files import write_atomically
+from pg_ground.storage.files import write_atomically
+from pg_ground.storage.paths import FilePath
 from pg_ground.types import JsonDict, JsonObject, UserError
 
 
 def rescore(
-    path: Path, benchmark: str, fields: Mapping[str, str], formats: prediction_files.Formats
+    path: FilePath, benchmark: str, fields: Mapping[str, str], formats: prediction_files.Formats
 ) -> tuple[JsonDict, list[JsonDict]]:
     """Returns the content of `eval.json` for a file of predictions, and its scored rows.
 
@@ -44,7 +44,7 @@ def rescore(
     return report, scored
 
 
-def _check_benchmarks(unscored: Sequence[rows.Row], path: Path) -> None:
+def _check_benchmarks(unscored: Sequence[rows.Row], path: FilePath) -> None:
     """Raises UserError if a source has several benchmarks or another number of questions."""
     for (source, mode), group in benchmarks.group_by_source(unscored).items():
         names = sorted({str(row["benchmark"]) for row in group})
@@ -63,7 +63,7 @@ EDITED_ROW_ERRORS = (
 """Errors that scoring raises for a row whose fields were changed by hand."""
 
 
-def _score_row(row: rows.Row, index: int, path: Path) -> JsonDict:
+def _score_row(row: rows.Row, index: int, path: FilePath) -> JsonDict:
     try:
         return benchmarks.score_rows([row])[0]
     except EDITED_ROW_ERRORS as error:
@@ -98,7 +98,7 @@ def _claims(
     return {"file_says": claims} if claims else {}
 
 
-def write_results(out: Path, report: JsonObject, scored: Sequence[rows.Row]) -> Path:
+def write_results(out: FilePath, report: JsonObject, scored: Sequence[rows.Row]) -> FilePath:
     """Writes `eval.json` and `predictions.jsonl` to the folder `out`.
 
     Returns:

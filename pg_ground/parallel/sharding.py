@@ -23,7 +23,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Int, PyTree
 
 from pg_ground import config
-from pg_ground.types import Array, ShardingHooks, UserError, expand_path
+from pg_ground.storage.paths import expand_path
+from pg_ground.types import Array, ShardingHooks, UserError
 
 BATCH_AXES = ("replica", "data")
 """The mesh axes that split the batch axis B."""

@@ -3,18 +3,18 @@ them."""
 
 import html
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
-from pg_ground.assets.hub_download import tokenizer_file
 from pg_ground.config import Data, Source
 from pg_ground.data.datasets import open_examples
 from pg_ground.data.records import BadRecord
 from pg_ground.reporting import drawing, html_page
-from pg_ground.reporting.files import write_atomically
+from pg_ground.storage.downloads import tokenizer_file
+from pg_ground.storage.files import write_atomically
+from pg_ground.storage.paths import FilePath
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.types import POINTS, Boxes, Example, Points
@@ -42,12 +42,12 @@ class OpenSource(NamedTuple):
 
 
 def write_gallery(
-    out: Path,
+    out: FilePath,
     sources: Mapping[str, Mapping[str, Source]],
     data: Data,
     image_size: int,
     examples: int,
-) -> Path:
+) -> FilePath:
     """Writes the page with the first examples of every source, and returns its path.
 
     Args:

@@ -18,8 +18,9 @@ import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
 
-from pg_ground.reporting.files import naming
 from pg_ground.reporting.progress import Progress
+from pg_ground.storage.files import naming
+from pg_ground.storage.paths import FilePath
 from pg_ground.types import JsonDict, JsonObject, UserError
 
 FILE = "metrics.jsonl"
@@ -168,7 +169,7 @@ def _open_mirror(
     return run
 
 
-def read_metrics(workdir: Path) -> list[JsonDict]:
+def read_metrics(workdir: FilePath) -> list[JsonDict]:
     """Returns the lines of `metrics.jsonl` in order, with None for null.
 
     A last line that a kill has cut off is left out.
@@ -179,7 +180,7 @@ def read_metrics(workdir: Path) -> list[JsonDict]:
     return [row for _, row in _lines(workdir)]
 
 
-def _lines(workdir: Path) -> Iterator[tuple[bytes, JsonDict]]:
+def _lines(workdir: FilePath) -> Iterator[tuple[bytes, JsonDict]]:
     """Yields the bytes (newline included) and the values of each whole line."""
     path = workdir / FILE
     if not path.exists():

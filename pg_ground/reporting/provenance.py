@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from pg_ground.reporting.files import write_atomically
+from pg_ground.storage.files import write_atomically
 from pg_ground.types import JsonDict
 
 FILE = "hardware.json"

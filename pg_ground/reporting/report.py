@@ -12,7 +12,6 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -20,10 +19,11 @@ from pg_ground import config
 from pg_ground.parallel.multiprocess import flatten_settings
 from pg_ground.reporting import html_page
 from pg_ground.reporting.curves import charts, curves_of, stage_starts
-from pg_ground.reporting.files import write_atomically
 from pg_ground.reporting.rollout_pictures import UNSCORED, VIRIDIS
 from pg_ground.reporting.run_files import SAMPLES_BYTES, Run, distinct_names, read_run
 from pg_ground.reporting.tables import Table, results_table
+from pg_ground.storage.files import write_atomically
+from pg_ground.storage.paths import FilePath
 from pg_ground.types import JsonDict, JsonObject
 
 FILE = "report.html"
@@ -36,7 +36,7 @@ HEADLINES = (
 RESULTS_NOTE = "sampled_: answers at temperature; all other metrics: greedy answers."
 
 
-def write_report(workdir: Path) -> Path:
+def write_report(workdir: FilePath) -> FilePath:
     """Writes `report.html` of a run, and returns its path.
 
     Equal files of a run give equal bytes.
@@ -44,7 +44,7 @@ def write_report(workdir: Path) -> Path:
     return write_page([workdir], workdir / FILE)
 
 
-def write_page(workdirs: Sequence[Path], path: Path) -> Path:
+def write_page(workdirs: Sequence[FilePath], path: FilePath) -> FilePath:
     """Writes the page of one run, or the comparison of several runs, and returns its path.
 
     Raises:

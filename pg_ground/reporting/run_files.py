@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from pg_ground.reporting import provenance
 from pg_ground.reporting.metric_writers import read_metrics
+from pg_ground.storage.paths import FilePath, absolute, file_size
 from pg_ground.types import JsonObject, UserError
 
 SAMPLES_BYTES = 3 * 2**20
@@ -34,7 +35,7 @@ class Run(NamedTuple):
         return [(stage, self.config[stage]["steps"]) for stage in self.config["stages"]]
 
 
-def read_run(workdir: Path, name: str = "", samples_bytes: int = SAMPLES_BYTES) -> Run:
+def read_run(workdir: FilePath, name: str = "", samples_bytes: int = SAMPLES_BYTES) -> Run:
     """Returns the content of the files of a run.
 
     Args:
@@ -47,10 +48,10 @@ def read_run(workdir: Path, name: str = "", samples_bytes: int = SAMPLES_BYTES) 
     if not (workdir / "config.json").is_file():
         raise UserError(f"{workdir} holds no run: there is no config.json in it")
     files = sorted((workdir / "samples").glob("*.json"), key=_step_text)
-    chosen = evenly_chosen(files, [path.stat().st_size for path in files], samples_bytes)
+    chosen = evenly_chosen(files, [file_size(path) for path in files], samples_bytes)
     hardware = workdir / provenance.FILE
     return Run(
-        name=name or workdir.resolve().name,
+        name=name or absolute(workdir).name,
         config=_read_json(workdir / "config.json"),
         metrics=read_metrics(workdir),
         samples=[_read_json(path) for path in chosen],
@@ -59,7 +60,7 @@ def read_run(workdir: Path, name: str = "", samples_bytes: int = SAMPLES_BYTES) 
     )
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: FilePath) -> Any:
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
@@ -97,18 +98,18 @@ def delete_samples_after(workdir: Path, step: int | None) -> None:
             path.unlink()
 
 
-def _step_text(path: Path) -> str:
+def _step_text(path: FilePath) -> str:
     """Returns the digits of the step in a name that `samples_name` has made."""
     return path.stem.rpartition("_")[2]
 
 
-def distinct_names(workdirs: Sequence[Path]) -> list[str]:
+def distinct_names(workdirs: Sequence[FilePath]) -> list[str]:
     """Returns a name for each directory: the shortest ends of the paths that differ.
 
     Raises:
       UserError: two directories are the same.
     """
-    parts = [path.resolve().parts for path in workdirs]
+    parts = [absolute(path).parts for path in workdirs]
     for depth in range(1, max(map(len, parts))):
         names = ["/".join(path_parts[-depth:]) for path_parts in parts]
         if len(set(names)) == len(names):

@@ -35,7 +35,8 @@ from jaxtyping import Float
 from pg_ground.config import RewardWorkerSettings
 from pg_ground.rewards import worker_process
 from pg_ground.rewards.worker_process import OUT_OF_MEMORY, Call, Outcome, Setup
-from pg_ground.types import JsonDict, JsonObject, UserError, expand_path, nearest
+from pg_ground.storage.paths import expand_path
+from pg_ground.types import JsonDict, JsonObject, UserError, nearest
 
 logger = logging.getLogger(__name__)
 

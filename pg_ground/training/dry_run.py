@@ -5,7 +5,6 @@ It learns nothing and writes nothing.
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +18,7 @@ from pg_ground.models import PaliGemma
 from pg_ground.parallel import sharding
 from pg_ground.reporting.tables import Table, ascii_table
 from pg_ground.rl.scored_rollouts import ScoredRollouts, has_spread, weights_at
+from pg_ground.storage.paths import FilePath
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.training.grpo import GrpoStage
 from pg_ground.training.loop import Inputs, open_batches, prepare
@@ -32,7 +32,7 @@ TEXT_WIDTH = 60
 """Characters of a completion that the table shows."""
 
 
-def dry_run(config: Config, workdir: Path | None) -> str:
+def dry_run(config: Config, workdir: FilePath | None) -> str:
     """Returns the completions of the first batch with their rewards, and whether the policy could
     learn from them.
 
@@ -65,7 +65,7 @@ def dry_run(config: Config, workdir: Path | None) -> str:
     return "\n\n".join([*tables, verdict(scored, errors)])
 
 
-def _with_checkpoint(inputs: Inputs, workdir: Path) -> tuple[Inputs, GrpoStage, Params]:
+def _with_checkpoint(inputs: Inputs, workdir: FilePath) -> tuple[Inputs, GrpoStage, Params]:
     """Returns inputs and stage for the model of a run, and the parameters of its newest checkpoint.
 
     Adapters are merged, so the model has none.

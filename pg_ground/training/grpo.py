@@ -30,6 +30,7 @@ from pg_ground.rl.kl import k1
 from pg_ground.rl.rollout import sample
 from pg_ground.rl.scored_rollouts import PolicyBatch, ScoredRollouts, weights_at
 from pg_ground.rl.update import completion_logps, grpo_update
+from pg_ground.storage.paths import to_path
 from pg_ground.training import setup as setups
 from pg_ground.training.learning_memory import learning_memory
 from pg_ground.training.program import Memory, Program, jit_program
@@ -53,7 +54,6 @@ from pg_ground.types import (
     Rollout,
     TrainState,
     UserError,
-    local_path,
 )
 from pg_ground.vocab import CONTROL
 
@@ -160,7 +160,7 @@ class GrpoStage:
         path = self.setup.config.eval.vqvae
         if not path:
             return None
-        return partial(vqvae.decode, vqvae_file.load(local_path(path, "config.eval.vqvae")))
+        return partial(vqvae.decode, vqvae_file.load(to_path(path, "config.eval.vqvae")))
 
     def step(
         self, state: TrainState, batches: BatchIterator, number: int, timer: StepTimer

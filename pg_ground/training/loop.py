@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -15,7 +14,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from pg_ground.assets.hub_download import tokenizer_file
 from pg_ground.checkpoints import manager, run_directory
 from pg_ground.config import Config
 from pg_ground.data.bad_records import BadRecords
@@ -27,6 +25,9 @@ from pg_ground.parallel import multiprocess, sharding
 from pg_ground.params import AbstractParams, pick, unflatten
 from pg_ground.reporting import metric_writers, progress
 from pg_ground.reporting.tables import Table, ascii_table
+from pg_ground.storage.downloads import tokenizer_file
+from pg_ground.storage.local_copy import open_copy
+from pg_ground.storage.paths import FilePath, remove_tree
 from pg_ground.tokenizer import Tokenizer, check_vocab_size
 from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.training.evaluation import all_programs, make_evaluate
@@ -49,7 +50,7 @@ class Inputs(NamedTuple):
     stages: list[Stage]
 
 
-def train(config: Config, workdir: Path, accept: Sequence[str] = ()) -> Path:
+def train(config: Config, workdir: FilePath, accept: Sequence[str] = ()) -> FilePath:
     """Runs the stages of a run that are not finished, and returns the path of its report.
 
     Args:
@@ -60,6 +61,8 @@ def train(config: Config, workdir: Path, accept: Sequence[str] = ()) -> Path:
         already in `workdir`.
     """
     inputs = prepare(config)
+    if multiprocess.is_main_process():
+        run_directory.check_can_write(workdir)
     is_new = not has_checkpoint(workdir)
     abstract = inputs.setup.trained | inputs.setup.frozen
     all_params = init_params(config, inputs.setup.model, abstract) if is_new else None
@@ -76,16 +79,20 @@ def train(config: Config, workdir: Path, accept: Sequence[str] = ()) -> Path:
         checkpoints = manager.Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
         stack.enter_context(checkpoints)
         resumed_step = checkpoints.latest()
+        is_main = multiprocess.is_main_process()
+        files = stack.enter_context(
+            open_copy(workdir, run_directory.SMALL_FILES if is_main else ())
+        )
         writer = stack.enter_context(
             metric_writers.open_metrics(
-                workdir, resumed_step, config.log.wandb, dataclasses.asdict(config)
+                files.path, resumed_step, config.log.wandb, dataclasses.asdict(config)
             )
-            if multiprocess.is_main_process()
+            if is_main
             else nullcontext()
         )
         recorder = Recorder(
             config,
-            workdir,
+            files,
             writer,
             checkpoints,
             make_evaluate(
@@ -174,7 +181,7 @@ def prepare(config: Config) -> Inputs:
     return Inputs(setup, mesh, tokenizer, stages)
 
 
-def has_checkpoint(workdir: Path) -> bool:
+def has_checkpoint(workdir: FilePath) -> bool:
     """Returns whether the directory has a checkpoint to resume from.
 
     Raises:
@@ -190,7 +197,7 @@ def has_checkpoint(workdir: Path) -> bool:
     return bool(steps_by_process[0])
 
 
-def store_frozen(workdir: Path, frozen: AbstractParams, all_params: Params | None) -> Params:
+def store_frozen(workdir: FilePath, frozen: AbstractParams, all_params: Params | None) -> Params:
     """Returns the frozen parameters.
 
     A new run writes them once beside its checkpoints, so that it does not need `config.init`.
@@ -203,7 +210,7 @@ def store_frozen(workdir: Path, frozen: AbstractParams, all_params: Params | Non
         return manager.restore_tree(path, unflatten(frozen))
     if multiprocess.is_main_process():
         # A run with other settings can have ended before its first checkpoint.
-        manager.remove_tree(path)
+        remove_tree(path)
     multiprocess.barrier("frozen")
     if not frozen:
         return {}

@@ -10,7 +10,6 @@ import statistics
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -22,10 +21,12 @@ from pg_ground.data.bad_records import BadRecords, merge_bad_records
 from pg_ground.data.batches import BatchIterator, merge_batch_states
 from pg_ground.parallel import multiprocess
 from pg_ground.reporting import drawing, progress, provenance, report, run_files
-from pg_ground.reporting.files import write_atomically
 from pg_ground.reporting.metric_writers import MetricsWriter
 from pg_ground.reporting.tables import ascii_table
 from pg_ground.rewards import workers
+from pg_ground.storage.files import write_atomically
+from pg_ground.storage.local_copy import LocalCopy
+from pg_ground.storage.paths import FilePath
 from pg_ground.training.stage import RolloutSamples, StepOutput
 from pg_ground.types import POLICY, JsonDict, JsonObject, Params, TrainState, UserError, nearest
 
@@ -51,7 +52,7 @@ class Recorder:
     def __init__(
         self,
         config: Config,
-        workdir: Path,
+        files: LocalCopy,
         writer: MetricsWriter | None,
         checkpoints: Checkpoints,
         evaluate: Callable[[Params], dict[str, float]],
@@ -60,6 +61,7 @@ class Recorder:
         resumed_step: int | None,
     ):
         """Args:
+        files: the working directory of the run, and its local copy.
         evaluate: trained parameters to held-out metrics.
         eval_every: steps between evaluations of each stage, by the stage's name; 0 is only at its
           end.
@@ -67,7 +69,7 @@ class Recorder:
           written again.
         """
         self.config = config
-        self.workdir = workdir
+        self.files = files
         self.writer = writer
         self.checkpoints = checkpoints
         self.bad_records = bad_records
@@ -82,8 +84,8 @@ class Recorder:
         self._is_tracing = False
         self._report_failed = False
         if writer is not None:
-            run_files.delete_samples_after(workdir, resumed_step)
-            provenance.record_machine(workdir, resumed_step)
+            run_files.delete_samples_after(files.path, resumed_step)
+            provenance.record_machine(files.path, resumed_step)
 
     def offset(self, stage: str) -> int:
         """Returns the number of steps in the stages before `stage`."""
@@ -105,8 +107,8 @@ class Recorder:
         """
         if not {"processes", "best"} <= record.keys():
             raise UserError(
-                f"{self.workdir} has a checkpoint of an earlier version of this package: resume it "
-                "with that version"
+                f"{self.files.folder} has a checkpoint of an earlier version of this package: resume "
+                "it with that version"
             )
         saved = process_record(record["processes"], jax.process_index(), jax.process_count())
         self._window = {name: list(values) for name, values in record["window"].items()}
@@ -124,7 +126,7 @@ class Recorder:
         if self.config.checkpoint.best:
             goodness = metric_goodness(self.config.checkpoint.best, metrics)
             if self._best is None or goodness > self._best.goodness:
-                manager.save_best(self.workdir, step, params)
+                manager.save_best(self.files.folder, step, params)
                 self._best = Best(step, goodness)
         self._update_report()
 
@@ -196,6 +198,7 @@ class Recorder:
         if self.writer is not None:
             self.writer.write(step, stage, metrics)
             self.writer.progress.show(step, self.total_steps, stage, metrics, is_last)
+            self.files.upload_sometimes()
 
     def _save(
         self, step: int, stage: str, state: TrainState, batches: BatchIterator, output: StepOutput
@@ -213,6 +216,8 @@ class Recorder:
             "processes": multiprocess.all_gather(process_state | dict(output.saved)),
         }
         with progress.phase("checkpoint"):
+            # A run that resumes from this checkpoint reads the metrics up to this step.
+            self.files.upload()
             self.checkpoints.save(step, state, record)
         self._update_report()
 
@@ -224,16 +229,17 @@ class Recorder:
             jax.profiler.stop_trace()
             self._is_tracing = False
         if first and step == first - 1 and step < self.total_steps:
-            jax.profiler.start_trace(self.workdir / "profile")
+            jax.profiler.start_trace(self.files.path / "profile")
             self._is_tracing = True
 
     def _write_samples(self, step: int, stage: str, samples: RolloutSamples) -> None:
         if self.writer is None:
             return
         name = run_files.samples_name(stage, step)
-        write_atomically(self.workdir / f"{name}.png", drawing.png_bytes(samples.sheet))
+        write_atomically(self.files.path / f"{name}.png", drawing.png_bytes(samples.sheet))
         record = {"stage": stage, "step": step, "prompts": samples.prompts}
-        write_atomically(self.workdir / f"{name}.json", json.dumps(record, allow_nan=False) + "\n")
+        text = json.dumps(record, allow_nan=False) + "\n"
+        write_atomically(self.files.path / f"{name}.json", text)
         self.writer.picture(step, "samples", samples.sheet)
         self._update_report()
 
@@ -242,7 +248,7 @@ class Recorder:
         if self.writer is None:
             return
         try:
-            report.write_report(self.workdir)
+            report.write_report(self.files.path)
         except Exception as error:
             if not self._report_failed:
                 message = " ".join(str(error).split())
@@ -250,17 +256,19 @@ class Recorder:
                     "%s was not updated: %s: %s", report.FILE, type(error).__name__, message
                 )
             self._report_failed = True
+        self.files.upload_sometimes()
 
-    def close(self) -> Path:
+    def close(self) -> FilePath:
         """Returns the path of the report. Process 0 writes it and prints the table of results."""
         self._write_bad_records()
         if multiprocess.is_main_process():
-            report.write_report(self.workdir)
-            table = report.results(run_files.read_run(self.workdir))
+            report.write_report(self.files.path)
+            self.files.upload()
+            table = report.results(run_files.read_run(self.files.path))
             if table.rows:
                 multiprocess.print_once(ascii_table(table))
         multiprocess.barrier("report")
-        return self.workdir / report.FILE
+        return self.files.folder / report.FILE
 
     def _bad_record_counts(self) -> dict[str, float]:
         kinds = Counter(entry["kind"] for entry in self._all_bad_records())
@@ -279,7 +287,7 @@ class Recorder:
         entries = self._all_bad_records()
         if entries and multiprocess.is_main_process():
             lines = "".join(json.dumps(entry) + "\n" for entry in entries)
-            write_atomically(self.workdir / "bad_records.jsonl", lines)
+            write_atomically(self.files.path / "bad_records.jsonl", lines)
 
 
 def read_metrics(

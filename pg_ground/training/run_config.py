@@ -6,12 +6,12 @@ The first start writes them. A run that resumes compares its settings with them.
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
-from pg_ground.checkpoints import manager, run_directory
+from pg_ground.checkpoints import run_directory
 from pg_ground.config import Config
 from pg_ground.parallel import multiprocess
-from pg_ground.reporting.files import write_atomically
+from pg_ground.storage.files import write_atomically
+from pg_ground.storage.paths import FilePath, remove_tree
 from pg_ground.types import UserError, nearest
 
 MAY_DIFFER = (
@@ -33,7 +33,7 @@ is not read again, because a checkpoint has all parameters.
 """
 
 
-def check_run_config(workdir: Path, config: Config, accept: Sequence[str] = ()) -> None:
+def check_run_config(workdir: FilePath, config: Config, accept: Sequence[str] = ()) -> None:
     """Writes `config.json`, or checks that the run in the directory can continue with `config`.
 
     A run continues bit for bit if its settings are the same. It also continues if only settings of
@@ -47,8 +47,6 @@ def check_run_config(workdir: Path, config: Config, accept: Sequence[str] = ()) 
       UserError: the directory holds a checkpoint of a run with other settings, or the processes do
         not share the directory.
     """
-    if multiprocess.is_main_process():
-        run_directory.check_can_rename(workdir)
     if run_directory.steps(workdir):
         _check_can_continue(workdir, config, accept)
     elif accept:
@@ -59,7 +57,7 @@ def check_run_config(workdir: Path, config: Config, accept: Sequence[str] = ()) 
         if not run_directory.steps(workdir):
             # A run that ended before its first checkpoint can have left parameters of other
             # settings.
-            manager.remove_tree(workdir / run_directory.BEST)
+            remove_tree(workdir / run_directory.BEST)
         write_atomically(file, json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     multiprocess.barrier("run config is written")
     is_visible = multiprocess.all_gather(file.is_file())
@@ -70,7 +68,7 @@ def check_run_config(workdir: Path, config: Config, accept: Sequence[str] = ()) 
         )
 
 
-def _check_can_continue(workdir: Path, config: Config, accept: Sequence[str]) -> None:
+def _check_can_continue(workdir: FilePath, config: Config, accept: Sequence[str]) -> None:
     """Raises UserError if the run in `workdir` cannot continue with `config`."""
     old_config = run_directory.run_config(workdir)
     new = multiprocess.flatten_settings(dataclasses.asdict(config))

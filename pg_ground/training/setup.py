@@ -10,7 +10,6 @@ from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
 from pg_ground import config
-from pg_ground.assets.hub_download import local_checkpoint
 from pg_ground.checkpoints import weights
 from pg_ground.config import Config
 from pg_ground.models import PaliGemma
@@ -19,6 +18,7 @@ from pg_ground.parallel import sharding
 from pg_ground.parallel.memory_model import Architecture
 from pg_ground.parallel.sharding import AnyMesh
 from pg_ground.params import SCALE, AbstractParams, flatten, is_adapter, lr_factors, unflatten
+from pg_ground.storage.downloads import checkpoint_path
 from pg_ground.training import optimizers
 from pg_ground.types import (
     POLICY,
@@ -141,7 +141,7 @@ def init_params(config: Config, model: PaliGemma, abstract: AbstractParams) -> P
     loaded: dict[str, jax.Array] = {}
     if config.init:
         checkpoint = weights.open_checkpoint(
-            local_checkpoint(config.init, "config.init"), config.model, config.resample_positions
+            checkpoint_path(config.init, "config.init"), config.model, config.resample_positions
         )
         in_checkpoint = {
             name: leaf

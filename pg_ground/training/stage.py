@@ -5,13 +5,13 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from jax.sharding import Mesh
 from PIL import Image
 
 from pg_ground.data.batches import BatchIterator
+from pg_ground.storage.paths import FilePath
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.training.program import Program
 from pg_ground.training.setup import StageSettings
@@ -53,7 +53,7 @@ class Runtime(NamedTuple):
     mesh: Mesh
     frozen: Params
     tokenizer: Tokenizer
-    workdir: Path | None
+    workdir: FilePath | None
     """None if nothing is written, as in a benchmark."""
     saved: JsonObject = NO_STATE
     """JSON values that `StepOutput.saved` had in the checkpoint that the run resumes from."""

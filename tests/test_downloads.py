@@ -19,10 +19,10 @@ from conftest import PG1, random_params
 from PIL import Image
 
 from pg_ground.assets import make_tokenizer
-from pg_ground.assets.hub_download import local_checkpoint
 from pg_ground.checkpoints import export
 from pg_ground.checkpoints.conversion import convert
 from pg_ground.models import PaliGemma
+from pg_ground.storage.downloads import checkpoint_path
 from pg_ground.types import UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -167,8 +167,10 @@ def test_a_checkpoint_outside_the_cache_is_one_line_without_network(hub, tmp_pat
 def test_a_local_path_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "tiny").mkdir(parents=True)
-    assert local_checkpoint("org/tiny", "--params") == Path("org/tiny")
-    assert local_checkpoint("org/absent.npz", "--params") == Path("org/absent.npz")
-    assert local_checkpoint("a/b/c", "--params") == Path("a/b/c")
-    with pytest.raises(UserError, match="--params=gs://bucket/a is an address"):
-        local_checkpoint("gs://bucket/a", "--params")
+    assert checkpoint_path("org/tiny", "--params") == Path("org/tiny")
+    assert checkpoint_path("org/absent.npz", "--params") == Path("org/absent.npz")
+    assert checkpoint_path("a/b/c", "--params") == Path("a/b/c")
+    with pytest.raises(UserError, match="--params=ftp://host/a is an address"):
+        checkpoint_path("ftp://host/a", "--params")
+    with pytest.raises(UserError, match="a model of Kaggle is written as kaggle:google/"):
+        checkpoint_path("kaggle:google/paligemma", "--params")

@@ -5,19 +5,25 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from pg_ground.storage.paths import FilePath
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+
+def write_atomically(path: FilePath, content: str | bytes) -> None:
     """Writes `content` to `path` in one step: a reader sees the old file or the new file.
 
-    Missing folders are made.
+    Missing folders are made. An object of a bucket is always written in one step.
 
     Raises:
       OSError: the file cannot be written; the error names it.
     """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    if not isinstance(path, Path):
+        path.write_bytes(data)
+        return
     temporary = path.with_name(path.name + ".tmp")
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        temporary.write_bytes(data)
         os.replace(temporary, path)
 
 

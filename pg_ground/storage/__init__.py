@@ -1,0 +1,1 @@
+"""Files on this machine, in a bucket and on the Hugging Face Hub."""

@@ -1,0 +1,118 @@
+"""Paths of files and folders: on this machine, or at an address such as gs://bucket/run.
+
+Every path of a user goes through `to_path` or `local_path`. A Python `Path` of gs://bucket would be
+a local folder `gs:`, and what is written there would be lost.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+from pathlib import Path
+
+from etils import epath
+from fsspec.config import conf as fsspec_settings
+
+from pg_ground.types import UserError
+
+FilePath = Path | epath.Path
+"""A local path, or a path of etils for an address such as gs://bucket/run.
+
+Both have the same methods. Use `file_size` and `remove_tree` for sizes and for whole folders.
+"""
+
+PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
+"""The schemes of addresses → the package that reads and writes there."""
+
+BUCKET_CLIENTS = ("gcsfs", "google", "s3fs", "botocore", "adlfs", "azure", "aiohttp")
+
+ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/")
+"""The beginning of an address. Names such as gs:/bucket, which lost a slash, are found too."""
+
+# Another process can have written a file since the last listing of its folder.
+for _scheme in ("gs", "gcs", "s3", "az"):
+    fsspec_settings.setdefault(_scheme, {}).setdefault("use_listings_cache", False)
+
+
+def to_path(path: str | os.PathLike[str], name: str) -> FilePath:
+    """Returns the path of a file or a folder, on this machine or at an address.
+
+    A leading `~` is the home directory.
+
+    Args:
+      name: the flag, the setting or the argument, for the error.
+
+    Raises:
+      UserError: the scheme of the address is not among `PACKAGES`, or its package is not installed.
+    """
+    text = os.fspath(path)
+    match = ADDRESS.match(text)
+    if match is None:
+        return Path(expand_path(text))
+    scheme = match["scheme"]
+    if scheme not in PACKAGES or not text.startswith(f"{scheme}://"):
+        known = ", ".join(f"{known}://" for known in PACKAGES)
+        raise UserError(f"{name}={text} is an address, but only {known} can be read and written")
+    if importlib.util.find_spec(PACKAGES[scheme]) is None:
+        extra = "'pg-ground[gcs]'" if scheme == "gs" else PACKAGES[scheme]
+        raise UserError(f"{name}={text}: {scheme}:// needs {PACKAGES[scheme]}: pip install {extra}")
+    return epath.Path(text)
+
+
+def local_path(path: str | os.PathLike[str], name: str) -> Path:
+    """Returns a path of this machine. A leading `~` is the home directory.
+
+    Args:
+      name: the flag, the setting or the argument, for the error.
+
+    Raises:
+      UserError: `path` is an address.
+    """
+    text = os.fspath(path)
+    if is_address(text):
+        raise UserError(
+            f"{name}={text} is an address, but it must be a path of this machine: copy the files, "
+            "or mount the bucket"
+        )
+    return Path(expand_path(text))
+
+
+def expand_path(path: str) -> str:
+    """Returns `path` with a leading `~` or `~user` replaced by the home directory.
+
+    Other paths stay as they are.
+
+    A shell does not expand `~` inside `--workdir=~/run` or inside a uri, so every opener calls this
+    function.
+    """
+    return os.path.expanduser(path)
+
+
+def is_address(path: str | os.PathLike[str]) -> bool:
+    """Returns whether a path has a scheme, such as gs://."""
+    return ADDRESS.match(os.fspath(path)) is not None
+
+
+def is_bucket_error(error: BaseException) -> bool:
+    """Returns whether the client of a bucket, its transport or its login raised `error`."""
+    return type(error).__module__.partition(".")[0] in BUCKET_CLIENTS
+
+
+def absolute(path: FilePath) -> FilePath:
+    """Returns the path from the root of its file system. An address stays as it is."""
+    return path.resolve() if isinstance(path, Path) else path
+
+
+def file_size(path: FilePath) -> int:
+    """Returns the number of bytes of a file."""
+    return path.stat().st_size if isinstance(path, Path) else path.stat().length
+
+
+def remove_tree(path: FilePath) -> None:
+    """Removes a folder with all that is in it, if there is one."""
+    if not path.exists():
+        return
+    if isinstance(path, Path):
+        shutil.rmtree(path)
+    else:
+        path.rmtree(missing_ok=True)
