@@ -49,6 +49,7 @@ class Storage(ThreadingHTTPServer):
         return os.environ | {
             "STORAGE_EMULATOR_HOST": address,
             "TENSORSTORE_GCS_HTTP_URL": address,
+            "CLOUD_STORAGE_EMULATOR_ENDPOINT": address,  # of array_record's reader
             # Otherwise the clients look for a login at the machine's metadata server.
             "GCE_METADATA_ROOT": "localhost:1",
             "NO_GCE_CHECK": "true",

@@ -203,6 +203,25 @@ def test_a_file_that_changed_in_the_bucket_is_downloaded_again(
     assert changed.stderr.splitlines()[-1].endswith("config.json holds a list, not an object")
 
 
+def test_packed_files_are_written_to_the_bucket_and_read_from_it(
+    storage, environment, data, tmp_path
+):
+    remote = environment | storage.environment | {"DATA": "gs://bucket/data"}
+    (tmp_path / "pack.py").write_text(RECIPE.replace("(c.sft, c.grpo, c.eval)", "(c.sft,)"))
+    one_source = '.unlock(); c.grpo.sources = {}; c.eval.sources = {}; c.stages = ("sft",)'
+    recipe = (tmp_path / "pack.py").read_text().replace(".unlock()", one_source)
+    (tmp_path / "pack.py").write_text(recipe.replace('c.checkpoint.best = "eval/scenes/acc50"', ""))
+    flags = [f"--config={tmp_path}/pack.py", "--out=gs://bucket/packed", "--num_shards=2"]
+    packed = run(remote, ["pack", *flags], tmp_path)
+    assert packed.returncode == 0, packed.stderr
+    done = json.loads(packed.stdout)["scenes"]
+    assert done == {"uri": "arrayrecord:gs://bucket/packed/scenes@2.array_record", "records": 12}
+    uri = f"--config.sft.sources.scenes.uri={done['uri']}"
+    train = ["train", flags[0], "--workdir=gs://bucket/packed_run", uri, "--config.sft.steps=1"]
+    finished = run(remote, train, tmp_path)
+    assert finished.returncode == 0, finished.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -1,5 +1,6 @@
 """Checkpoints on a Hub: a server on loopback answers as the Hugging Face Hub does."""
 
+import base64
 import dataclasses
 import json
 import os
@@ -14,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import ROOT
+import yaml
+from commands import ROOT, run_here
 from conftest import PG1, random_params
 from PIL import Image
 
@@ -39,12 +41,42 @@ class Hub(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
+    pushed: list[dict] = []  # noqa: RUF012
+    """The parts of the newest commit, and the request that made the repository."""
+
     def do_HEAD(self) -> None:
         self.do_GET()
 
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Authorization") != "Bearer secret":
+            self.send(401, b'{"error": "Invalid username or password."}', {})
+        elif self.path == "/api/repos/create":
+            self.pushed.append(json.loads(body))
+            url = f"http://{self.headers['Host']}/org/new"
+            self.send(200, json.dumps({"url": url, "name": "org/new"}).encode(), {})
+        elif "/preupload/" in self.path:
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
+            self.send(200, json.dumps({"files": files}).encode(), {})
+        elif "/commit/" in self.path:
+            self.pushed += [json.loads(line) for line in body.splitlines()]
+            url = f"http://{self.headers['Host']}/org/new/commit/{COMMIT}"
+            reply = {"success": True, "commitOid": COMMIT, "commitUrl": url}
+            self.send(200, json.dumps(reply).encode(), {})
+        else:  # /api/validate-yaml
+            self.send(200, b'{"errors": [], "warnings": []}', {})
+
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        if "/org/gated" in path:
+        if "/org/new" in path and self.headers.get("Authorization") != "Bearer secret":
+            self.send(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+        elif path == "/api/models/org/new":
+            info = {"id": "org/new", "modelId": "org/new", "sha": COMMIT, "siblings": []}
+            self.send(200, json.dumps(info).encode(), {"Content-Type": "application/json"})
+        elif "/org/gated" in path:
             self.send(403, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "Access denied"})
         elif not path.startswith(("/api/models/org/tiny", "/org/tiny/")):
             self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
@@ -70,7 +102,7 @@ class Hub(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body)
 
 
@@ -136,6 +168,42 @@ def test_a_checkpoint_of_the_hub_predicts_trains_and_converts(hub, tmp_path):
     assert trained.returncode == 0, trained.stderr
     again = run(hub, *predict, f"--params={tmp_path / 'run'}")
     assert again.stdout == first.stdout, again.stderr  # a learning rate of 0
+
+
+@pytest.mark.slow
+def test_an_exported_run_is_pushed_with_a_model_card(hub, tiny_run, tmp_path):
+    push = ("convert", str(tiny_run), str(tmp_path / "new"), "--push=org/new")
+    refused = run(hub, *push, HF_TOKEN="wrong")
+    assert refused.returncode == 2
+    line = refused.stderr.splitlines()[-1]
+    assert line.startswith("error: --push=org/new: the Hub refuses") and "hf auth login" in line
+    assert not (tmp_path / "new").exists()
+
+    Hub.pushed.clear()
+    pushed = run(hub, *push, HF_TOKEN="secret")
+    assert pushed.returncode == 0, pushed.stderr
+    assert pushed.stdout.splitlines()[-1] == f"{hub['HF_ENDPOINT']}/org/new"
+    assert Hub.pushed[0]["visibility"] == "private"
+    files = {
+        part["value"]["path"]: base64.b64decode(part["value"]["content"])
+        for part in Hub.pushed
+        if part.get("key") == "file"
+    }
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.model", "README.md"} <= files.keys()
+    card = files["README.md"].decode()
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    assert (metadata["license"], metadata["library_name"]) == ("gemma", "transformers")
+    assert "**grpo**, 6 steps" in card and "iou × 1.0, gaussian_point × 1.0" in card
+    assert "| boxes/acc50 | 0.000 | 0.000 | 0.000 |" in card
+    assert str(tiny_run) not in card and "synthetic:" not in card
+
+
+def test_only_a_local_hugging_face_directory_can_be_pushed(tmp_path):
+    for target, message in [("a.npz", "uploads a Hugging Face directory"), ("a", "ORG/NAME")]:
+        repo = "org/a" if target == "a.npz" else "a"
+        finished = run_here("convert", "src", str(tmp_path / target), f"--push={repo}")
+        assert finished.returncode == 2 and message in finished.stderr
 
 
 @pytest.mark.slow

@@ -7,8 +7,10 @@ import functools
 import glob
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -19,6 +21,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, te
 from google.protobuf.message import DecodeError
 
 from pg_ground.data.records import BadRecord, Records
+from pg_ground.storage.files import copy_file
 from pg_ground.storage.paths import FilePath, expand_path, to_path
 from pg_ground.types import JsonDict, UserError
 
@@ -142,13 +145,19 @@ def open_array_record(location: str) -> Records:
 def write_array_record(path: str | os.PathLike[str], records: Iterable[JsonDict]) -> int:
     """Writes records to `path`, and returns their number.
 
-    Until the last record is written, the file has the name `path`.partial.
+    Until the last record is written, the file has the name `path`.partial. A file of a bucket is
+    written on this machine first.
 
     Raises:
       TypeError: a record holds a value that `encode` does not take.
       UserError: the file cannot be written.
     """
     target = to_path(os.fspath(path), "uri")
+    if not isinstance(target, Path):
+        with tempfile.TemporaryDirectory() as folder:
+            count = write_array_record(Path(folder) / target.name, records)
+            copy_file(Path(folder) / target.name, target)
+        return count
     partial = target.with_name(target.name + ".partial")
     writer = ArrayRecordWriter(os.fspath(partial), "group_size:1")  # grain reads single records
     if not writer.ok():

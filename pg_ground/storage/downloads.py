@@ -5,7 +5,6 @@ import importlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from pg_ground.storage.files import copy_file
 from pg_ground.storage.paths import FilePath, expand_path, file_size, remove_tree, to_path
 from pg_ground.types import UserError
 
@@ -40,9 +40,6 @@ FILE_ENDINGS = (".npz", ".orbax", ".model", ".safetensors", ".json")
 
 CACHE = "~/.cache/pg_ground/weights"
 """Holds Hugging Face directories of buckets. `XDG_CACHE_HOME` replaces ~/.cache."""
-
-CHUNK = 2**24
-"""Bytes of a file that are copied at a time."""
 
 
 def checkpoint_path(name: str | FilePath, setting: str) -> FilePath:
@@ -141,18 +138,6 @@ def upload(source: Path, target: FilePath) -> None:
     except BaseException:
         remove_tree(target)
         raise
-
-
-def copy_file(source: FilePath, target: FilePath) -> None:
-    """Copies a file from or to a bucket. A reader of `target` never sees a part of it."""
-    if not isinstance(target, Path):
-        with source.open("rb") as stream, target.open("wb") as output:
-            shutil.copyfileobj(stream, output, CHUNK)
-        return
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
-    with source.open("rb") as stream, partial.open("wb") as output:
-        shutil.copyfileobj(stream, output, CHUNK)
-    partial.replace(target)
 
 
 def reason(repo: str, revision: str | None, error: Exception, kind: str = "model") -> str:

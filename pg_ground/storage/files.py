@@ -2,10 +2,14 @@
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from pg_ground.storage.paths import FilePath
+
+CHUNK = 2**24
+"""Bytes of a file that are copied at a time."""
 
 
 def write_atomically(path: FilePath, content: str | bytes) -> None:
@@ -27,8 +31,20 @@ def write_atomically(path: FilePath, content: str | bytes) -> None:
         os.replace(temporary, path)
 
 
+def copy_file(source: FilePath, target: FilePath) -> None:
+    """Copies a file from or to a bucket. A reader of `target` never sees a part of it."""
+    if not isinstance(target, Path):
+        with source.open("rb") as stream, target.open("wb") as output:
+            shutil.copyfileobj(stream, output, CHUNK)
+        return
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    with source.open("rb") as stream, partial.open("wb") as output:
+        shutil.copyfileobj(stream, output, CHUNK)
+    partial.replace(target)
+
+
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: FilePath) -> Iterator[None]:
     """Adds the name of a file to an OSError without one, for example of `write` on a full disk."""
     try:
         yield

@@ -107,8 +107,8 @@ class Recorder:
         """
         if not {"processes", "best"} <= record.keys():
             raise UserError(
-                f"{self.files.folder} has a checkpoint of an earlier version of this package: resume "
-                "it with that version"
+                f"{self.files.folder} has a checkpoint of an earlier version of this package: "
+                "resume it with that version"
             )
         saved = process_record(record["processes"], jax.process_index(), jax.process_count())
         self._window = {name: list(values) for name, values in record["window"].items()}
