@@ -194,7 +194,7 @@ def test_an_exported_run_is_pushed_with_a_model_card(hub, tiny_run, tmp_path):
     card = files["README.md"].decode()
     metadata = yaml.safe_load(card.split("---\n")[1])
     assert (metadata["license"], metadata["library_name"]) == ("gemma", "transformers")
-    assert "**grpo**, 6 steps" in card and "iou × 1.0, gaussian_point × 1.0" in card
+    assert "**grpo**, 6 steps" in card and "gaussian_point × 1.0, iou × 1.0" in card
     assert "| boxes/acc50 | 0.000 | 0.000 | 0.000 |" in card
     assert str(tiny_run) not in card and "synthetic:" not in card
 
