@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import types
 from collections.abc import Iterator
 from dataclasses import replace
 from hashlib import sha256
@@ -242,3 +243,33 @@ def test_a_local_path_comes_first(tmp_path, monkeypatch):
         checkpoint_path("ftp://host/a", "--params")
     with pytest.raises(UserError, match="a model of Kaggle is written as kaggle:google/"):
         checkpoint_path("kaggle:google/paligemma", "--params")
+
+
+class Kaggle(types.ModuleType):
+    """Stands for kagglehub: it needs an account and the network."""
+
+    def __init__(self, folder: Path):
+        super().__init__("kagglehub")
+        self.folder = folder
+        self.asked: list[str] = []
+
+    def model_download(self, handle: str) -> str:
+        self.asked.append(handle)
+        if "absent" in handle:
+            raise RuntimeError("403 Client Error.\n\nYou don't have permission")
+        return str(self.folder)
+
+
+def test_a_model_of_kaggle_is_its_npz(tmp_path, monkeypatch):
+    kaggle = Kaggle(tmp_path)
+    monkeypatch.setitem(sys.modules, "kagglehub", kaggle)
+    assert checkpoint_path("kaggle:google/paligemma/jax/a", "--params") == tmp_path
+    export.save(tmp_path / "a.npz", {"a": np.zeros(2, np.float32)})
+    path = checkpoint_path("kaggle:google/paligemma/jax/a/2", "config.init")
+    assert path == tmp_path / "a.npz"
+    assert kaggle.asked == ["google/paligemma/jax/a", "google/paligemma/jax/a/2"]
+    with pytest.raises(UserError, match="Kaggle does not give it .403 Client Error. You don't"):
+        checkpoint_path("kaggle:google/paligemma/jax/absent", "config.init")
+    monkeypatch.setitem(sys.modules, "kagglehub", None)
+    with pytest.raises(UserError, match="config.init=kaggle:.* pip install kagglehub"):
+        checkpoint_path("kaggle:google/paligemma/jax/a", "config.init")
