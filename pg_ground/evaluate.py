@@ -120,6 +120,9 @@ def _evaluate_policy(args: cli.Arguments) -> None:
     multiprocess.print_once(
         ascii_table(results_table("held out", {workdir or params: evaluation.metrics}))
     )
+    if evaluation.bad_records:
+        counts = ", ".join(f"{count} {kind}" for kind, count in evaluation.bad_records.items())
+        multiprocess.print_once(f"records that cannot be used, and are left out: {counts}")
     multiprocess.print_once(str(out / "eval.json"))
 
 

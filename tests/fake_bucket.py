@@ -210,6 +210,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        if status in (204, 304):  # the next answer would begin with a body that nobody reads
+            body = b""
         self.send_response(status)
         for name, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
             self.send_header(name, value)

@@ -5,6 +5,7 @@ The same laws hold on a file system that renames no folders, as a mounted bucket
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -59,6 +60,7 @@ def data(tmp_path_factory) -> Path:
         Image.fromarray(pixels).save(folder / f"{number}.png")
         box = [2 + number, 3, 20 + number, 25]
         lines.append(json.dumps({"image": f"{number}.png", "phrase": "red circle", "box": box}))
+    lines.append(json.dumps({"image": "absent.png", "phrase": "red circle", "box": [0, 0, 9, 9]}))
     (folder / "scenes.jsonl").write_text("\n".join(lines))
     model = PaliGemma(config.parse(tiny.get_config()).model)
     export.save(folder / "weights.npz", random_params(model))
@@ -98,6 +100,11 @@ def local_run(environment, data, tmp_path_factory) -> Path:
     train = ["train", f"--config={data}/recipe.py", f"--workdir={folder}/run"]
     finished = run(environment | {"DATA": str(data)}, train, folder)
     assert finished.returncode == 0, finished.stderr
+    said = (
+        r"warning: 3 records cannot be used \(3 missing_image\); first eval/scenes 12: there is no"
+    )
+    assert len(re.findall(said, finished.stderr)) == 1, finished.stderr
+    assert f"all are in {folder}/run/bad_records.jsonl" in finished.stderr
     return folder / "run"
 
 
@@ -215,7 +222,11 @@ def test_packed_files_are_written_to_the_bucket_and_read_from_it(
     packed = run(remote, ["pack", *flags], tmp_path)
     assert packed.returncode == 0, packed.stderr
     done = json.loads(packed.stdout)["scenes"]
-    assert done == {"uri": "arrayrecord:gs://bucket/packed/scenes@2.array_record", "records": 12}
+    assert done == {
+        "uri": "arrayrecord:gs://bucket/packed/scenes@2.array_record",
+        "records": 12,
+        "missing_image": 1,
+    }
     uri = f"--config.sft.sources.scenes.uri={done['uri']}"
     train = ["train", flags[0], "--workdir=gs://bucket/packed_run", uri, "--config.sft.steps=1"]
     finished = run(remote, train, tmp_path)

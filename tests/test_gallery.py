@@ -10,6 +10,7 @@ from PIL import Image
 
 from pg_ground import cli, tokenizer
 from pg_ground.config import Data, Source
+from pg_ground.data.bad_records import BadRecords
 from pg_ground.data.records import BadRecord
 from pg_ground.reporting import drawing, gallery
 from pg_ground.types import BOXES, POINTS, Boxes, Example, Points, UserError
@@ -56,7 +57,7 @@ def count(picture, color):
 
 
 def test_an_example_is_described_and_escaped():
-    text = gallery.gallery_html([opened(example())], 16, tokenizer.load())
+    text = gallery.gallery_html([opened(example())], 16, tokenizer.load(), BadRecords())
     assert "detect &lt;b&gt;" in text
     assert "&lt;loc0001&gt; cat" in text
     assert "jsonl:x&amp;y" in text
@@ -68,14 +69,16 @@ def test_an_example_is_described_and_escaped():
 
 def test_a_bad_record_is_a_line_and_the_other_examples_are_shown():
     bad = BadRecord("corrupt_image", "<cat>.jpg is cut off")
-    text = gallery.gallery_html([opened(example(), bad, example())], 16, tokenizer.load())
+    text = gallery.gallery_html(
+        [opened(example(), bad, example())], 16, tokenizer.load(), BadRecords()
+    )
     assert '<p class="bad">toy 1: corrupt_image: &lt;cat&gt;.jpg is cut off</p>' in text
     assert text.count("<img") == 2
 
 
 def test_a_page_has_at_most_n_examples_of_each_source():
     sources = [opened(*[example()] * 5), opened(*[example()] * 2)]
-    text = gallery.gallery_html(sources, 3, tokenizer.load())
+    text = gallery.gallery_html(sources, 3, tokenizer.load(), BadRecords())
     assert text.count("<img") == 5
     assert "3 of 5 questions" in text
     assert "2 of 2 questions" in text
@@ -119,7 +122,20 @@ def test_a_source_that_does_not_exist_is_named_by_its_setting(tmp_path):
         gallery.open_sources({"grpo": {"toy": missing}, "eval": {"toy": missing}}, DATA, 224)
 
 
-def test_the_command_writes_one_whole_page_of_real_sources(tmp_path, capsys):
+def test_a_source_without_a_usable_example_ends_with_an_error(tmp_path):
+    lines = [{"image": f"{i}.png", "phrase": "dot", "box": [0, 0, 9, 9]} for i in range(3)]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    recipe = write_recipe(tmp_path, f"jsonl:{tmp_path / 'r.jsonl'}")
+    out = tmp_path / "look.html"
+    match = (
+        r"^3 records cannot be used \(3 missing_image\); first sft/toy 0: there is no file .*see"
+    )
+    with pytest.raises(UserError, match=match):
+        call("look", f"--config={recipe}", f"--out={out}")
+    assert out.read_text(encoding="utf-8").count('class="bad"') == 3
+
+
+def test_the_command_writes_one_whole_page_of_real_sources(tmp_path, capsys, caplog):
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(tmp_path / "a.png")
     records = [
@@ -131,6 +147,7 @@ def test_the_command_writes_one_whole_page_of_real_sources(tmp_path, capsys):
     out = tmp_path / "deep" / "look.html"
     call("look", f"--config={recipe}", f"--out={out}")
     assert capsys.readouterr().out == f"{out}\n"
+    assert "2 records cannot be used (1 missing_field, 1 bad_json)" in caplog.text
     text = out.read_text(encoding="utf-8")
     assert text.count("<img") == 1
     assert len(re.findall('class="bad"', text)) == 2

@@ -89,6 +89,18 @@ class BadRecords:
         return bad > max_share * read or bad == size
 
 
+def in_words(entries: Sequence[Record]) -> str:
+    """Returns the number of bad records, their kinds and the first of them as text."""
+    kinds = Counter(entry["kind"] for entry in entries).most_common()
+    counts = ", ".join(f"{count} {kind}" for kind, count in kinds)
+    first = entries[0]
+    noun = "record" if len(entries) == 1 else "records"
+    return (
+        f"{len(entries)} {noun} cannot be used ({counts}); "
+        f"first {first['source']} {first['index']}: {first['message']:.200}"
+    )
+
+
 def merge_bad_records(states: Sequence[Record]) -> JsonDict:
     """Returns the states of several `BadRecords` as one state."""
     read: Counter[str] = Counter()

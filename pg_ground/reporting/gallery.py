@@ -2,6 +2,7 @@
 them."""
 
 import html
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -9,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from pg_ground.config import Data, Source
+from pg_ground.data.bad_records import BadRecords, in_words
 from pg_ground.data.datasets import open_examples
 from pg_ground.data.records import BadRecord
 from pg_ground.reporting import drawing, html_page
@@ -17,7 +19,9 @@ from pg_ground.storage.files import write_atomically
 from pg_ground.storage.paths import FilePath
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.tokenizer import load as load_tokenizer
-from pg_ground.types import POINTS, Boxes, Example, Points
+from pg_ground.types import POINTS, Boxes, Example, Points, UserError
+
+logger = logging.getLogger(__name__)
 
 TITLE = "Examples of the sources"
 
@@ -40,6 +44,11 @@ class OpenSource(NamedTuple):
     source: Source
     examples: Examples
 
+    @property
+    def setting(self) -> str:
+        """Section and name of the source in the config."""
+        return f"{self.sections[0]}/{self.name}"
+
 
 def write_gallery(
     out: FilePath,
@@ -50,14 +59,28 @@ def write_gallery(
 ) -> FilePath:
     """Writes the page with the first examples of every source, and returns its path.
 
+    A warning says how many of these examples cannot be used.
+
     Args:
       sources: the sources of each section of the config, by the name of the section.
       image_size: pixels of a side of the model's image.
       examples: the number of examples of each source.
+
+    Raises:
+      UserError: no example of a source can be used. The page is written all the same.
     """
     opened = open_sources(sources, data, image_size)
     tokenizer = load_tokenizer(tokenizer_file(data.tokenizer))
-    write_atomically(out, gallery_html(opened, examples, tokenizer))
+    bad_records = BadRecords()
+    write_atomically(out, gallery_html(opened, examples, tokenizer, bad_records))
+    for source in opened:
+        entries = [entry for entry in bad_records.entries() if entry["source"] == source.setting]
+        if entries and len(entries) == min(examples, len(source.examples)):
+            raise UserError(
+                f"{in_words(entries)}: no example of this source can be used; see {out}"
+            )
+        if entries:
+            logger.warning("%s", in_words(entries))
     return out
 
 
@@ -80,9 +103,13 @@ def open_sources(
     ]
 
 
-def gallery_html(sources: Sequence[OpenSource], examples: int, tokenizer: Tokenizer) -> str:
-    """Returns the page with the first examples of each source and the token counts of their
-    texts."""
+def gallery_html(
+    sources: Sequence[OpenSource], examples: int, tokenizer: Tokenizer, bad_records: BadRecords
+) -> str:
+    """Returns the page with the first examples of each source and the token counts of their texts.
+
+    Examples that cannot be used are added to `bad_records`.
+    """
     body = [f"<h1>{TITLE}</h1>"]
     for source in sources:
         total = len(source.examples)
@@ -94,16 +121,17 @@ def gallery_html(sources: Sequence[OpenSource], examples: int, tokenizer: Tokeni
             f'<p class="note">{html.escape(note)}</p>',
             '<div class="grid">',
         ]
-        body += [_card(source, index, tokenizer) for index in range(count)]
+        body += [_card(source, index, tokenizer, bad_records) for index in range(count)]
         body += ["</div>"]
     return html_page.page(TITLE, "\n".join(body))
 
 
-def _card(source: OpenSource, index: int, tokenizer: Tokenizer) -> str:
+def _card(source: OpenSource, index: int, tokenizer: Tokenizer, bad_records: BadRecords) -> str:
     """Returns the HTML of one example, or of the reason why its record cannot be used."""
     try:
         example = source.examples[index]
     except BadRecord as error:
+        bad_records.add(source.setting, index, error.kind, str(error))
         text = html.escape(f"{source.name} {index}: {error.kind}: {error}")
         return f'<div class="card"><p class="bad">{text}</p></div>'
     width, height = example.size

@@ -17,7 +17,7 @@ import jax
 from pg_ground.checkpoints import manager
 from pg_ground.checkpoints.manager import Checkpoints
 from pg_ground.config import Config
-from pg_ground.data.bad_records import BadRecords, merge_bad_records
+from pg_ground.data.bad_records import BadRecords, in_words, merge_bad_records
 from pg_ground.data.batches import BatchIterator, merge_batch_states
 from pg_ground.parallel import multiprocess
 from pg_ground.reporting import drawing, progress, provenance, report, run_files
@@ -83,6 +83,7 @@ class Recorder:
         self._best: Best | None = None
         self._is_tracing = False
         self._report_failed = False
+        self._logged_bad_records = 0
         if writer is not None:
             run_files.delete_samples_after(files.path, resumed_step)
             provenance.record_machine(files.path, resumed_step)
@@ -288,6 +289,10 @@ class Recorder:
         if entries and multiprocess.is_main_process():
             lines = "".join(json.dumps(entry) + "\n" for entry in entries)
             write_atomically(self.files.path / "bad_records.jsonl", lines)
+            if len(entries) > self._logged_bad_records:
+                path = self.files.folder / "bad_records.jsonl"
+                logger.warning("%s; all are in %s", in_words(entries), path)
+                self._logged_bad_records = len(entries)
 
 
 def read_metrics(
