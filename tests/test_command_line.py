@@ -87,6 +87,22 @@ def test_a_second_start_of_a_finished_run_changes_nothing(tiny_run, environment,
     assert metrics == (tiny_run / "metrics.jsonl").read_bytes()
 
 
+@pytest.mark.slow
+def test_checkpoints_of_an_older_orbax_without_commit_files_are_continued(
+    tiny_run, environment, tmp_path
+):
+    workdir = shutil.copytree(tiny_run, tmp_path / "run")
+    commit_files = list(workdir.rglob("commit_success.txt"))
+    assert len(commit_files) > 6
+    for path in commit_files:
+        path.unlink()
+    finished = train_tiny(environment, workdir, "--config.grpo.steps=7", "--accept=grpo.steps")
+    assert finished.returncode == 0, finished.stderr
+    lines = (tiny_run / "metrics.jsonl").read_bytes().splitlines()
+    assert (workdir / "metrics.jsonl").read_bytes().splitlines()[: len(lines)] == lines
+    assert (workdir / "checkpoints" / "13").is_dir()
+
+
 def test_other_settings_in_the_same_directory_are_refused(tiny_run):
     flags = ("--config=configs/tiny.py", f"--workdir={tiny_run}", "--config.grpo.group_size=2")
     finished = run_here("train", *flags)

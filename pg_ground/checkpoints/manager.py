@@ -11,6 +11,7 @@ together. `DIR/<step>/` has three items:
 `WORKDIR/best/<step>/params` holds only the parameters with the best value of a metric.
 """
 
+import dataclasses
 from types import TracebackType
 
 import jax
@@ -18,13 +19,17 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
-from pg_ground.checkpoints.run_directory import BEST, is_complete
+from pg_ground.checkpoints.run_directory import BEST, COMMIT_FILE, is_complete
 from pg_ground.parallel.multiprocess import barrier
 from pg_ground.params import AbstractParams, flatten
 from pg_ground.storage.paths import FilePath, absolute, remove_tree
 from pg_ground.types import POLICY, JsonDict, JsonObject, Params, TrainState, UserError
 
 ATOMICITY = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
+
+# A checkpoint is written after the trees beside it (`frozen`, `reference`). So they are complete if
+# there is a checkpoint, also if an older orbax wrote them without commit file.
+READING = dataclasses.replace(ATOMICITY, allow_legacy_atomic_rename=True)
 
 
 class Checkpoints:
@@ -35,8 +40,8 @@ class Checkpoints:
 
     def __init__(self, directory: FilePath, keep: int):
         if jax.process_index() == 0:
-            _remove_incomplete(directory)
-        barrier("incomplete checkpoints are removed")
+            _tidy(directory)
+        barrier("checkpoints are tidy")
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=True,
@@ -97,11 +102,17 @@ class Checkpoints:
         return TrainState(params=params, **fields)
 
 
-def _remove_incomplete(directory: FilePath) -> None:
-    """Removes checkpoints that a killed run has begun. Orbax does not write into their folders."""
-    for folder in directory.glob("*"):
-        if folder.name.isdigit() and not is_complete(folder):
+def _tidy(directory: FilePath) -> None:
+    """Removes the checkpoints that a killed run has begun: orbax does not write over them.
+
+    A complete checkpoint without commit file gets one.
+    """
+    for folder in [path for path in directory.glob("*") if path.name.isdigit()]:
+        if not is_complete(folder):
             remove_tree(folder)
+        elif not (folder / COMMIT_FILE).is_file():
+            for part in (*(path for path in folder.glob("*") if path.is_dir()), folder):
+                (part / COMMIT_FILE).write_bytes(b"")
 
 
 def _without_policy(state: TrainState) -> JsonDict:
@@ -128,7 +139,7 @@ def restore_tree(path: FilePath, abstract: Params) -> PyTree:
     """
     _check_exists(path)
     try:
-        with ocp.StandardCheckpointer(atomicity_options=ATOMICITY) as checkpointer:
+        with ocp.StandardCheckpointer(atomicity_options=READING) as checkpointer:
             return checkpointer.restore(absolute(path), abstract)
     # For a damaged file, orbax raises the exception of its storage, with a message of pages.
     except Exception as error:

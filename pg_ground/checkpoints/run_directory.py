@@ -118,8 +118,18 @@ def steps(workdir: FilePath) -> list[int]:
 
 
 def is_complete(folder: FilePath) -> bool:
-    """Returns whether everything of a checkpoint, or of one of its trees, is written."""
-    return (folder / COMMIT_FILE).is_file()
+    """Returns whether everything of a checkpoint, or of a tree of arrays, is written.
+
+    Orbax notes the time in its metadata just before it writes `COMMIT_FILE`. Older versions of
+    orbax write no such file.
+    """
+    if (folder / COMMIT_FILE).is_file():
+        return True
+    metadata = folder / "_CHECKPOINT_METADATA"
+    try:
+        return read_json(metadata).get("commit_timestamp_nsecs") is not None
+    except (FileNotFoundError, UserError):
+        return False
 
 
 def check_can_write(workdir: FilePath) -> None:

@@ -65,12 +65,12 @@ class LocalCopy:
         self._next_upload = time.monotonic() + UPLOAD_SECONDS
 
     def upload_sometimes(self) -> None:
-        """Uploads if the last upload is `UPLOAD_SECONDS` ago.
+        """Uploads if the last upload is `UPLOAD_SECONDS` ago."""
+        if time.monotonic() >= self._next_upload:
+            self.upload_now_or_warn()
 
-        A failure is logged: the next upload can succeed.
-        """
-        if self._remote is None or time.monotonic() < self._next_upload:
-            return
+    def upload_now_or_warn(self) -> None:
+        """Uploads. A failure is logged: the next upload can succeed."""
         try:
             self.upload()
         # The client of the bucket, its transport and its login have exceptions of their own.
@@ -99,8 +99,10 @@ def open_copy(folder: FilePath, patterns: Sequence[str] = ()) -> Iterator[LocalC
         copy.download(patterns)
         try:
             yield copy
-        finally:
-            copy.upload()
+        except BaseException:
+            copy.upload_now_or_warn()  # the error of the run is worth more than that of an upload
+            raise
+        copy.upload()
 
 
 def _state(path: Path) -> tuple[int, int]:

@@ -24,7 +24,11 @@ Both have the same methods. Use `file_size` and `remove_tree` for sizes and for 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
 """The schemes of addresses → the package that reads and writes there."""
 
-BUCKET_CLIENTS = ("gcsfs", "google", "s3fs", "botocore", "adlfs", "azure", "aiohttp")
+BUCKET_CLIENTS = (
+    *("gcsfs", "google.auth", "google.api_core", "google.cloud"),
+    *("s3fs", "botocore", "adlfs", "azure", "aiohttp"),
+)
+"""Modules whose exceptions say that a bucket cannot be used."""
 
 ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/")
 """The beginning of an address. Names such as gs:/bucket, which lost a slash, are found too."""
@@ -95,7 +99,7 @@ def is_address(path: str | os.PathLike[str]) -> bool:
 
 def is_bucket_error(error: BaseException) -> bool:
     """Returns whether the client of a bucket, its transport or its login raised `error`."""
-    return type(error).__module__.partition(".")[0] in BUCKET_CLIENTS
+    return f"{type(error).__module__}.".startswith(tuple(f"{name}." for name in BUCKET_CLIENTS))
 
 
 def absolute(path: FilePath) -> FilePath:
