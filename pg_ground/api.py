@@ -60,7 +60,7 @@ def train(
 def evaluate(
     config: Config | ConfigDict,
     *,
-    workdir: str | Path | None = None,
+    workdir: str | FilePath | None = None,
     params: str | Path | None = None,
 ) -> Evaluation:
     """Returns the metrics and the predictions of a policy on the sources of `config.eval`.

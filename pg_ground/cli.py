@@ -36,7 +36,7 @@ from pg_ground.config import Config
 from pg_ground.parallel import multiprocess
 from pg_ground.parallel.multiprocess import ProcessGroup
 from pg_ground.reporting import progress
-from pg_ground.storage.paths import is_bucket_error, to_path
+from pg_ground.storage.paths import is_bucket_error, local_path, to_path
 from pg_ground.types import UserError, nearest
 
 DISTRIBUTED = "distributed"
@@ -212,10 +212,12 @@ def report_error(error: BaseException, joined: bool = False, after_interrupt: st
 
 
 def _mendable_text(error: BaseException) -> str:
-    text = one_line(str(error))[:500]
-    if isinstance(error, FileNotFoundError) and error.filename is None:  # of a bucket
+    text = one_line(str(error))
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, FileNotFoundError) and " " not in text:  # of a bucket
         return f"there is no file or folder {text}"
-    return text if isinstance(error, (UserError, *MENDABLE)) else f"a bucket cannot be used: {text}"
+    return text if isinstance(error, MENDABLE) else f"a bucket cannot be used: {text[:500]}"
 
 
 def _stdout_is_closed() -> bool:
@@ -532,6 +534,7 @@ def load(path: str) -> config_dict.ConfigDict:
     name, colon, argument = path.partition(":")
     file = recipe_file(name)
     if file is None:
+        local_path(path, "--config")
         raise UserError(f"--config={path}: there is no file {name}")
     try:
         recipe = run_recipe(file)

@@ -4,8 +4,8 @@ SRC is a checkpoint that `pg_ground.load` reads: an .npz, a Hugging Face directo
 directory of a run, one checkpoint of a run, or an orbax directory. LoRA adapters are merged.
 
 DST selects the format: NAME.npz, NAME.orbax, or else a Hugging Face directory. transformers'
-AutoProcessor and AutoModelForImageTextToText load that directory, with the tokenizer of SRC. DST is
-written under another name and renamed when it is complete.
+AutoProcessor and AutoModelForImageTextToText load that directory, with the tokenizer of SRC. A
+reader never sees a part of DST on this machine: it is renamed when it is complete.
 
 --push=ORG/NAME also uploads that directory to the Hugging Face Hub, with a model card (README.md):
 the stages of the run, its rewards and its held-out metrics.
@@ -59,6 +59,8 @@ def main(args: cli.Arguments) -> None:
     source, target = args.positional
     source, target = checkpoint_path(source, "SRC"), to_path(target, "DST")
     repo = args.flags.push
+    if not repo and args.flags["private"].present:
+        raise UserError("--private says whether --push makes a private model: --push is absent")
     if not repo:
         convert(source, target, args.flags.dtype, args.flags.tokenizer)
         print(target)
@@ -68,8 +70,10 @@ def main(args: cli.Arguments) -> None:
             f"--push={repo} uploads a Hugging Face directory, but DST is {target}: choose a folder "
             "of this machine"
         )
-    create_repository(repo, args.flags.private)
+    if target.exists():
+        raise UserError(f"{target} exists already: remove it, or choose another name")
     card = model_card(source, repo)
+    create_repository(repo, args.flags.private)
     convert(source, target, args.flags.dtype, args.flags.tokenizer, card)
     print(target)
     print(push(target, repo, f"{source.name}, exported by pg_ground"))

@@ -13,6 +13,7 @@ then. docs/evaluation.md describes the benchmarks and their protocols.
 """
 
 import json
+from pathlib import Path
 
 from absl import flags
 
@@ -131,11 +132,11 @@ def _results_folder(args: cli.Arguments) -> FilePath:
     if args.flags.out:
         return to_path(args.flags.out, "--out")
     name = args.flags.workdir or args.flags.params
-    if name.startswith(KAGGLE):
-        raise UserError(f"--params={name} is no file or folder here: --out=DIR is needed")
-    path = to_path(name, "--params")
-    if not path.exists() and not path.suffix:
-        raise UserError(f"--params={name} is no file or folder here: --out=DIR is needed")
+    flag = "--workdir" if args.flags.workdir else "--params"
+    is_elsewhere = name.startswith((KAGGLE, "hf://"))
+    path = Path() if is_elsewhere else to_path(name, flag)
+    if is_elsewhere or (not path.exists() and not path.suffix):
+        raise UserError(f"{flag}={name} is no folder for results: --out=DIR is needed")
     return path if path.is_dir() else path.parent
 
 

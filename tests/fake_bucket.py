@@ -19,6 +19,8 @@ from typing import NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
 BUCKET = "bucket"
+FORBIDDEN = "forbidden"
+"""A bucket that exists, but nobody may use it."""
 
 
 class Stored(NamedTuple):
@@ -103,7 +105,9 @@ class Handler(BaseHTTPRequestHandler):
         before, _, name = path.removeprefix("/storage/v1/b/").partition("/o")
         name = unquote(name.lstrip("/"))
         with self.server.lock:
-            if before != BUCKET:
+            if before == FORBIDDEN:
+                self.send_json(403, {"error": {"code": 403, "message": "no permission"}})
+            elif before != BUCKET:
                 self.send_json(404, {"error": {"code": 404, "message": f"no bucket {before}"}})
             elif method == "POST":
                 self.upload(query, body)

@@ -44,6 +44,7 @@ def get_config():
         part.sources = {"scenes": scenes}
     c.grpo.rewards = {"iou": 1.0, "format": 0.2}
     c.checkpoint.best = "eval/scenes/acc50"
+    c.checkpoint.keep = 9
     return c
 """
 KILL_AT = "checkpoints/6/commit_success.txt"
@@ -201,13 +202,19 @@ def test_a_file_that_changed_in_the_bucket_is_downloaded_again(
 ):
     remote = environment | storage.environment
     remote["XDG_CACHE_HOME"] = str(tmp_path)
-    run(remote, ["convert", "gs://bucket/run", "gs://bucket/hub"], tmp_path)
+    assert run(remote, ["convert", "gs://bucket/run", "gs://bucket/hub"], tmp_path).returncode == 0
     first = run(remote, ["convert", "gs://bucket/hub", "gs://bucket/copy.npz"], tmp_path)
     assert first.returncode == 0, first.stderr
-    storage.put("hub/config.json", b"[]")
+    text = storage.objects["hub/config.json"].data
+    storage.put("hub/config.json", text.replace(b"{", b"[", 1))  # of the same size
     changed = run(remote, ["convert", "gs://bucket/hub", "gs://bucket/copy2.npz"], tmp_path)
     assert changed.returncode == 2
-    assert changed.stderr.splitlines()[-1].endswith("config.json holds a list, not an object")
+    assert "config.json" in changed.stderr.splitlines()[-1]
+
+    storage.put("hub/config.json", text)
+    del storage.objects["hub/model.safetensors"]
+    gone = run(remote, ["convert", "gs://bucket/hub", "gs://bucket/copy3.npz"], tmp_path)
+    assert gone.returncode == 2 and "has neither model.safetensors" in gone.stderr
 
 
 def test_packed_files_are_written_to_the_bucket_and_read_from_it(
@@ -236,7 +243,11 @@ def test_packed_files_are_written_to_the_bucket_and_read_from_it(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["train", "--workdir=gs://absent/run"], "--workdir=gs://absent/run: nothing can be"),
+        (["train", "--workdir=gs://absent/run"], "--workdir=gs://absent/run: a run cannot be"),
+        (["train", "--workdir=gs://forbidden/run"], "--workdir=gs://forbidden/run: a run cannot"),
+        (["evaluate", "--workdir=gs://forbidden/run"], "a bucket cannot be used: Forbidden"),
+        (["look", "--out=gs://forbidden/a.html"], "gs://forbidden/a.html cannot be written"),
+        (["look", "--out=gs://absent/a.html"], "gs://absent/a.html cannot be written"),
         (["evaluate", "--workdir=gs://absent/run"], "gs://absent/run"),
         (["evaluate", "--workdir=gs://bucket/absent"], "gs://bucket/absent"),
         (["evaluate", "--params=gs://bucket/absent.npz"], "gs://bucket/absent.npz: no such file"),
@@ -252,6 +263,45 @@ def test_what_is_not_in_the_bucket_is_one_line(storage, environment, tmp_path, f
     assert last.startswith("error: ") and message in last
     assert "Traceback" not in finished.stderr
     assert not list(tmp_path.rglob("gs:*"))
+
+
+def test_a_checkpoint_that_was_begun_in_the_bucket_does_not_count(
+    storage, bucket_run, environment, local_run, data, tmp_path
+):
+    """The run is killed while it writes the checkpoint of step 10."""
+    for name in storage.names("run/"):
+        if not name.startswith(("run/checkpoints/12", "run/checkpoints/10/commit")):
+            storage.objects[name.replace("run/", "begun/", 1)] = storage.objects[name]
+    begun = "begun/checkpoints/10"
+    assert storage.names(begun)
+    metadata = json.loads(storage.objects[f"{begun}/_CHECKPOINT_METADATA"].data)
+    metadata["commit_timestamp_nsecs"] = None
+    storage.put(f"{begun}/_CHECKPOINT_METADATA", json.dumps(metadata).encode())
+    for name in storage.names("run/checkpoints/6/"):
+        storage.objects[name.replace("run/", "begun/", 1)] = storage.objects[name]
+    remote = environment | storage.environment | {"DATA": "gs://bucket/data"}
+    train = ["train", f"--config={data}/recipe.py", "--workdir=gs://bucket/begun"]
+    resumed = run(remote, train, tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(download(storage, "begun", tmp_path), local_run)
+
+
+def test_images_have_addresses(storage, environment, data, tmp_path):
+    lines = (data / "scenes.jsonl").read_text().splitlines()[:3]
+    (tmp_path / "root.jsonl").write_text("\n".join(lines))
+    named = [json.loads(line) for line in lines]
+    for record in named:
+        record["image"] = f"gs://bucket/data/{record['image']}"
+    (tmp_path / "named.jsonl").write_text("\n".join(map(json.dumps, named)))
+    for name, flag in (("root", "image_root=gs://bucket/data"), ("named", "image=image")):
+        flags = [f"--config.{part}.sources.scenes.{flag}" for part in ("sft", "grpo", "eval")]
+        look = ["look", f"--config={data}/recipe.py", f"--out={tmp_path}/{name}.html", *flags]
+        for part in ("sft", "grpo", "eval"):
+            look.append(f"--config.{part}.sources.scenes.uri=jsonl:{tmp_path}/{name}.jsonl")
+        variables = environment | storage.environment | {"DATA": str(data)}
+        looked = run(variables, look, tmp_path)
+        assert looked.returncode == 0, looked.stderr
+        assert (tmp_path / f"{name}.html").read_text().count("<img") == 3
 
 
 def test_a_run_on_a_mount_that_renames_no_folders(environment, data, local_run, tmp_path):

@@ -478,6 +478,6 @@ def test_an_address_that_cannot_be_used_is_refused_and_nothing_is_written(name, 
     arguments = [argument.replace("configs/", f"{ROOT}/configs/") for argument in ADDRESSES[name]]
     finished = run_here(name.partition(",")[0], *arguments, cwd=tmp_path)
     assert finished.returncode == 2
-    assert re.match(r"error: .*\S+=\S+:/\S+ is an address, but ", finished.stderr)
+    assert re.match(r"error: .*: \S+:/\S+ is an address, but ", finished.stderr)
     assert finished.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())

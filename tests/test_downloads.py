@@ -9,6 +9,7 @@ import sys
 import threading
 import types
 from collections.abc import Iterator
+from contextlib import chdir
 from dataclasses import replace
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,10 +22,13 @@ from commands import ROOT, run_here
 from conftest import PG1, random_params
 from PIL import Image
 
+from pg_ground import config
 from pg_ground.assets import make_tokenizer
 from pg_ground.checkpoints import export
 from pg_ground.checkpoints.conversion import convert
+from pg_ground.checkpoints.run_directory import COMMIT_FILE
 from pg_ground.models import PaliGemma
+from pg_ground.reporting.model_card import model_card
 from pg_ground.storage.downloads import checkpoint_path
 from pg_ground.types import UserError
 
@@ -196,8 +200,33 @@ def test_an_exported_run_is_pushed_with_a_model_card(hub, tiny_run, tmp_path):
     metadata = yaml.safe_load(card.split("---\n")[1])
     assert (metadata["license"], metadata["library_name"]) == ("gemma", "transformers")
     assert "**grpo**, 6 steps" in card and "gaussian_point × 1.0, iou × 1.0" in card
-    assert "| boxes/acc50 | 0.000 | 0.000 | 0.000 |" in card
+    assert "step 12 of 12" in card and "| boxes/acc50 | 0.000 | 0.000 |" in card
     assert str(tiny_run) not in card and "synthetic:" not in card
+
+
+def test_the_card_has_the_metrics_of_the_exported_step_and_no_paths(tmp_path):
+    settings = config.Config(
+        stages=("grpo",),
+        init="runs/base",
+        grpo=config.Grpo(
+            steps=9, algorithm="/home/me/alg.py:mine", text_rewards={"/home/me/mine.py:f": 1.0}
+        ),
+    )
+    run_folder = tmp_path / "run"
+    for step in (4, 9):
+        folder = run_folder / "checkpoints" / str(step)
+        (folder / "params").mkdir(parents=True)
+        (folder / COMMIT_FILE).touch()
+    (run_folder / "config.json").write_text(json.dumps(dataclasses.asdict(settings)))
+    lines = [{"step": step, "stage": "grpo", "eval/a/acc50": step / 10} for step in (0, 4, 9)]
+    (run_folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    card = model_card(run_folder / "checkpoints" / "4", "org/new")
+    assert "| metric | before training | step 4 |" in card and "| a/acc50 | 0.000 | 0.400 |" in card
+    assert "step 4 of 9" in card and "`alg.py:mine`" in card and "mine.py:f × 1.0" in card
+    assert "/home" not in card and "runs/base" in card  # runs/base is no local folder here
+    (tmp_path / "runs" / "base").mkdir(parents=True)
+    with chdir(tmp_path):
+        assert "runs/base" not in model_card(run_folder / "checkpoints" / "4", "org/new")
 
 
 def test_only_a_local_hugging_face_directory_can_be_pushed(tmp_path):
@@ -239,7 +268,7 @@ def test_a_local_path_comes_first(tmp_path, monkeypatch):
     assert checkpoint_path("org/tiny", "--params") == Path("org/tiny")
     assert checkpoint_path("org/absent.npz", "--params") == Path("org/absent.npz")
     assert checkpoint_path("a/b/c", "--params") == Path("a/b/c")
-    with pytest.raises(UserError, match="--params=ftp://host/a is an address"):
+    with pytest.raises(UserError, match="--params: ftp://host/a is an address"):
         checkpoint_path("ftp://host/a", "--params")
     with pytest.raises(UserError, match="a model of Kaggle is written as kaggle:google/"):
         checkpoint_path("kaggle:google/paligemma", "--params")

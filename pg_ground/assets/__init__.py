@@ -1,1 +1,1 @@
-"""Files that travel with the package, the script that makes them."""
+"""Files that travel with the package, and the script that makes them."""

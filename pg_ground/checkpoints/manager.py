@@ -20,9 +20,9 @@ from etils import epath
 from jaxtyping import PyTree
 
 from pg_ground.checkpoints.run_directory import BEST, COMMIT_FILE, is_complete
-from pg_ground.parallel.multiprocess import barrier
+from pg_ground.parallel.multiprocess import all_gather, barrier
 from pg_ground.params import AbstractParams, flatten
-from pg_ground.storage.paths import FilePath, absolute, remove_tree
+from pg_ground.storage.paths import FilePath, absolute, children, remove_tree
 from pg_ground.types import POLICY, JsonDict, JsonObject, Params, TrainState, UserError
 
 ATOMICITY = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
@@ -40,8 +40,8 @@ class Checkpoints:
 
     def __init__(self, directory: FilePath, keep: int):
         if jax.process_index() == 0:
-            _tidy(directory)
-        barrier("checkpoints are tidy")
+            _write_commit_files(directory)
+        barrier("commit files are written")
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             create=True,
@@ -102,16 +102,12 @@ class Checkpoints:
         return TrainState(params=params, **fields)
 
 
-def _tidy(directory: FilePath) -> None:
-    """Removes the checkpoints that a killed run has begun: orbax does not write over them.
-
-    A complete checkpoint without commit file gets one.
-    """
-    for folder in [path for path in directory.glob("*") if path.name.isdigit()]:
-        if not is_complete(folder):
-            remove_tree(folder)
-        elif not (folder / COMMIT_FILE).is_file():
-            for part in (*(path for path in folder.glob("*") if path.is_dir()), folder):
+def _write_commit_files(directory: FilePath) -> None:
+    """Writes the commit files of complete checkpoints that an older orbax wrote without them."""
+    for folder in children(directory):
+        has_none = folder.name.isdigit() and not (folder / COMMIT_FILE).is_file()
+        if has_none and is_complete(folder):
+            for part in (*(path for path in children(folder) if path.is_dir()), folder):
                 (part / COMMIT_FILE).write_bytes(b"")
 
 
@@ -123,10 +119,7 @@ def _without_policy(state: TrainState) -> JsonDict:
 
 
 def save_tree(path: FilePath, tree: Params) -> None:
-    """Writes a tree of arrays and waits until it is complete.
-
-    A failed write leaves nothing at `path`.
-    """
+    """Writes a tree of arrays over an earlier one, and waits until it is complete."""
     with ocp.StandardCheckpointer(atomicity_options=ATOMICITY) as checkpointer:
         checkpointer.save(absolute(path), tree, force=True)
 
@@ -175,10 +168,11 @@ def _first_line(error: Exception) -> str:
 def save_best(workdir: FilePath, step: int, params: Params) -> FilePath:
     """Writes the best parameters so far and removes older ones. Returns the new folder."""
     folder = workdir / BEST / str(step)
-    if not is_complete(folder / "params"):  # a resumed run reaches the same step again
+    # A resumed run reaches the same step again. All processes write, or none.
+    if not all_gather(is_complete(folder / "params"))[0]:
         save_tree(folder / "params", params)
     if jax.process_index() == 0:
-        for other in folder.parent.iterdir():
-            if other != folder:
+        for other in children(folder.parent):
+            if other.name.isdigit() and other.name != folder.name:
                 remove_tree(other)
     return folder

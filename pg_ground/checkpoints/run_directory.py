@@ -7,20 +7,24 @@ WORKDIR/best/<step>/params         parameters with the best evaluation, if `chec
 WORKDIR/frozen                     parameters that are not trained, written once
 """
 
+import importlib
 import json
 from pathlib import Path
 from typing import NamedTuple
 
 from pg_ground import config
-from pg_ground.storage.paths import FilePath
+from pg_ground.storage.paths import GCS_PACKAGES, FilePath, children
 from pg_ground.types import JsonDict, UserError
 
 BEST = "best"
 
 CONFIG_FILE = "config.json"
 
-SMALL_FILES = ("*.json", "*.jsonl", "samples/*", "tb/*")
-"""The files of a run besides its arrays and its report."""
+RECORD_FILES = (
+    *("config.json", "hardware.json", "metrics.jsonl", "bad_records.jsonl", "wandb.json"),
+)
+RECORD_FOLDERS = ("samples", "tb")
+"""The files and folders that a run which resumes reads or continues, besides its arrays."""
 
 COMMIT_FILE = "commit_success.txt"
 """Orbax writes this file when all other files of a folder are written.
@@ -71,6 +75,8 @@ def find_checkpoint(path: FilePath) -> RunCheckpoint:
         return RunCheckpoint(path.parent, best(path))
     step = path.parent if path.name == "params" else path
     if step.parent.name in ("checkpoints", BEST) and (step / "params").is_dir():
+        if not is_complete(step) and not is_complete(step / "params"):
+            raise UserError(f"{step} is not complete: the run ended while it was written")
         return RunCheckpoint(step.parent.parent, step)
     raise UserError(
         f"{path} is not a checkpoint: "
@@ -85,7 +91,10 @@ def best(folder: FilePath) -> FilePath:
     Raises:
       UserError: the folder holds no parameters.
     """
-    step_folders = [step for step in folder.glob("*") if is_complete(step / "params")]
+    # `evaluate` can write files beside the steps.
+    step_folders = [
+        step for step in children(folder) if step.name.isdigit() and is_complete(step / "params")
+    ]
     if not step_folders:
         raise UserError(
             f"{folder} is empty: "
@@ -112,7 +121,7 @@ def steps(workdir: FilePath) -> list[int]:
     """Returns the steps at which a run has a complete checkpoint."""
     return [
         int(folder.name)
-        for folder in (workdir / "checkpoints").glob("*")
+        for folder in children(workdir / "checkpoints")
         if folder.name.isdigit() and is_complete(folder)
     ]
 
@@ -128,7 +137,7 @@ def is_complete(folder: FilePath) -> bool:
     metadata = folder / "_CHECKPOINT_METADATA"
     try:
         return read_json(metadata).get("commit_timestamp_nsecs") is not None
-    except (FileNotFoundError, UserError):
+    except (OSError, UserError):
         return False
 
 
@@ -147,10 +156,19 @@ def check_can_write(workdir: FilePath) -> None:
     try:
         probe.write_bytes(b"1")
         probe.unlink()
+        # Orbax asks for the kind of bucket.
+        importlib.import_module("google.cloud.storage").Client().get_bucket(workdir.parts[2])
+    except ImportError:
+        raise UserError(
+            f"--workdir={workdir} needs google-cloud-storage: pip install {GCS_PACKAGES}"
+        ) from None
     # The client of the bucket, its transport and its login have exceptions of their own.
     except Exception as error:
         words = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"--workdir={workdir}: nothing can be written there ({words})") from error
+        raise UserError(
+            f"--workdir={workdir}: a run cannot be written there ({words}); the account needs "
+            "roles/storage.objectUser and roles/storage.legacyBucketReader"
+        ) from error
 
 
 def read_json(file: FilePath) -> JsonDict:

@@ -139,7 +139,9 @@ def open_array_record(location: str) -> Records:
         names = f"{files[0]} and the other files have" if files[1:] else f"{files[0]} has"
         raise UserError(f"source {uri}: {names} no records")
     spans = [f"{file}[0:{count}]" for file, count in zip(files, counts, strict=True)]
-    return ArrayRecords(ArrayRecordDataSource(spans), decode_any, to_path(files[0], "uri").parent)
+    return ArrayRecords(
+        ArrayRecordDataSource(spans), decode_any, to_path(files[0], f"source {uri}").parent
+    )
 
 
 def write_array_record(path: str | os.PathLike[str], records: Iterable[JsonDict]) -> int:
@@ -152,7 +154,7 @@ def write_array_record(path: str | os.PathLike[str], records: Iterable[JsonDict]
       TypeError: a record holds a value that `encode` does not take.
       UserError: the file cannot be written.
     """
-    target = to_path(os.fspath(path), "uri")
+    target = to_path(path, "write_array_record")
     if not isinstance(target, Path):
         with tempfile.TemporaryDirectory() as folder:
             count = write_array_record(Path(folder) / target.name, records)
@@ -280,7 +282,7 @@ def _find_files(name: str) -> list[str]:
     sharded = re.fullmatch(r"(.+)@([1-9]\d{0,4}|\*)(\.\w+)?", name)
     if sharded:
         return _shard_names(name, *sharded.groups(default=""))
-    path = to_path(name, "uri")
+    path = to_path(name, f"source arrayrecord:{name}")
     if path.is_dir():
         if (path / "dataset_info.json").exists():
             raise UserError(
@@ -319,7 +321,9 @@ def _glob(pattern: str) -> list[str]:
     """Returns the names of the files that match `pattern`, sorted."""
     parts = pattern.split("/")
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
-    folder = to_path("/".join(parts[:fixed]) + "/" if fixed else ".", "uri")
+    folder = to_path(
+        "/".join(parts[:fixed]) + "/" if fixed else ".", f"source arrayrecord:{pattern}"
+    )
     files = folder.glob("/".join(parts[fixed:]))
     return sorted(os.fspath(file) for file in files if file.is_file())
 

@@ -38,7 +38,7 @@ from urllib3.util import Url, parse_url
 
 from pg_ground.config import Fetch
 from pg_ground.data.records import BadRecord
-from pg_ground.storage.paths import local_path
+from pg_ground.storage.paths import PACKAGES, local_path
 from pg_ground.types import JsonDict, UserError
 
 MAX_REDIRECTS = 5
@@ -67,8 +67,13 @@ class _Unreachable(Exception):
 
 
 def is_url(value: object) -> TypeGuard[str]:
-    """Returns whether an image value is a url of any scheme. Otherwise it may be a file name."""
-    return isinstance(value, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value) is not None
+    """Returns whether an image value is a url of any scheme that is not read as a file.
+
+    gs://bucket/a.jpg is a file of a bucket.
+    """
+    if not isinstance(value, str) or value.partition("://")[0] in PACKAGES:
+        return False
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value) is not None
 
 
 def cached(url: str, sha256: str | None, fetch: Fetch, retry_failed: bool = False) -> bytes:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pg_ground.data.records import BadRecord
-from pg_ground.storage.paths import FilePath
+from pg_ground.storage.paths import FilePath, join
 
 CANNOT_DECODE = (
     OSError,
@@ -50,7 +50,7 @@ def open_image(value: object, root: FilePath | None) -> Image.Image | UInt8[np.n
     if isinstance(value, bytes):
         return _decode(io.BytesIO(value), f"{len(value)} bytes")
     if isinstance(value, str) and value and "\0" not in value:
-        return _open_file((root or Path()) / value)
+        return _open_file(join(root or Path(), value))
     raise BadRecord(
         "missing_image", f"the image is {value!r:.60}: it must be pixels, bytes or a file name"
     )
@@ -63,6 +63,8 @@ def _open_file(path: FilePath) -> Image.Image:
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise BadRecord("missing_image", f"there is no file {path}") from None
     except OSError as error:
+        if not isinstance(path, Path):
+            raise  # a bucket that gives no answer now may give one later
         reason = error.strerror or error
         raise BadRecord("missing_image", f"{path} cannot be read: {reason}") from None
 

@@ -4,10 +4,10 @@ import io
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
@@ -17,7 +17,7 @@ from pg_ground.data.examples import image_value
 from pg_ground.data.images import load_image
 from pg_ground.data.records import BadRecord, Records, image_folder
 from pg_ground.data.sources import open_records
-from pg_ground.storage.paths import FilePath
+from pg_ground.storage.paths import FilePath, join
 from pg_ground.types import JsonDict, UserError
 
 
@@ -113,7 +113,7 @@ def encoded_image(image: object, root: FilePath | None) -> bytes:
     if isinstance(image, bytes):
         return image
     if isinstance(image, str):
-        return ((root or epath.Path()) / image).read_bytes()
+        return join(root or Path(), image).read_bytes()
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()

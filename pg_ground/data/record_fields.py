@@ -3,7 +3,6 @@
 import functools
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -11,7 +10,7 @@ import jinja2.sandbox
 
 from pg_ground.config import Source
 from pg_ground.data.records import BadRecord
-from pg_ground.storage.paths import expand_path
+from pg_ground.storage.paths import to_path
 from pg_ground.types import Record, UserError
 
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
@@ -138,7 +137,7 @@ def _jinja_template(path: str) -> jinja2.Template:
         undefined=jinja2.StrictUndefined, autoescape=False
     )
     try:
-        text = Path(expand_path(path)).read_text(encoding="utf-8")
+        text = to_path(path, "prompt").read_text(encoding="utf-8")
         return environment.from_string(text)
     except OSError as error:
         raise UserError(f"prompt template {path}: {error.strerror or error}") from None

@@ -3,7 +3,7 @@
 from typing import Protocol, runtime_checkable
 
 from pg_ground.config import Source
-from pg_ground.storage.paths import FilePath, expand_path
+from pg_ground.storage.paths import FilePath, join
 from pg_ground.types import JsonDict
 
 
@@ -36,4 +36,4 @@ class Records(Protocol):
 
 def image_folder(records: Records, source: Source) -> FilePath | None:
     """Returns the folder of the image files, or None if the records have no files."""
-    return records.root / expand_path(source.image_root) if records.root else None
+    return join(records.root, source.image_root) if records.root else None

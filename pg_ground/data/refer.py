@@ -116,7 +116,7 @@ def open_refer(location: str) -> Records:
     name, options = split_options(
         "refer", location, ("dataset", "split_by", "split", "images", "coco")
     )
-    folder = to_path(name, "uri")
+    folder = to_path(name, source)
     dataset, split_by, split = (options.get(name, "") for name in ("dataset", "split_by", "split"))
     if dataset not in DATASETS:
         raise UserError(f"{source}: no dataset {dataset!r}; {nearest(dataset, DATASETS)}")
@@ -134,7 +134,7 @@ def open_refer(location: str) -> Records:
         sizes = ", ".join(f"{name} ({n})" for name, n in Counter(ref.split for ref in refs).items())
         raise UserError(f"{source}: {dataset} has no split {split!r}; there are {sizes or 'none'}")
     coco = _read_all_coco(folder, options.get("coco"), chosen, source)
-    return Refs(chosen, coco, to_path(options["images"], "uri") if "images" in options else folder)
+    return Refs(chosen, coco, to_path(options["images"], source) if "images" in options else folder)
 
 
 def _check_folder(folder: FilePath, source: str) -> None:
@@ -236,7 +236,7 @@ def _read_all_coco(
     for ref in refs:
         ids.setdefault(ref.dataset, set()).add(ref.entry["ann_id"])
     if coco:
-        annotations = _read_coco(to_path(coco, "uri"), set().union(*ids.values()), source)
+        annotations = _read_coco(to_path(coco, source), set().union(*ids.values()), source)
         return dict.fromkeys(ids, annotations)
     name = "instances.json"
     return {

@@ -206,7 +206,7 @@ def open_json_lines(location: str) -> Records:
     Raises:
       UserError: there is no such file, or it has no lines.
     """
-    return JsonLines(to_path(location, "uri"), f"jsonl:{location}")
+    return JsonLines(to_path(location, f"source jsonl:{location}"), f"jsonl:{location}")
 
 
 def open_json(location: str) -> Records:
@@ -245,7 +245,7 @@ def open_parquet(location: str) -> Records:
         file, or there are no rows.
     """
     uri = f"parquet:{location}"
-    path = to_path(location, "uri")
+    path = to_path(location, f"source {uri}")
     fixed = next((i for i, part in enumerate(path.parts) if set(part) & set("*?[")), None)
     try:
         if path.is_dir():
@@ -325,7 +325,7 @@ def open_yaml(location: str) -> Records:
     """
     uri = f"yaml:{location}"
     name, options = split_options("yaml", location, ("seed",))
-    path = to_path(name, "uri")
+    path = to_path(name, f"source {uri}")
     seed = options.get("seed", "0")
     if not seed.isdecimal():
         raise UserError(f"source {uri}: seed={seed} must be a whole number from 0")
@@ -365,7 +365,7 @@ def open_coco(location: str) -> Records:
     """
     uri = f"coco:{location}"
     name, options = split_options("coco", location, ("ask", "images", "crowd"))
-    path = to_path(name, "uri")
+    path = to_path(name, f"source {uri}")
     ask = options.get("ask", "image")
     crowd = options.get("crowd", "0")
     if ask not in COCO_RECORDS or crowd not in ("0", "1"):
@@ -382,7 +382,7 @@ def open_coco(location: str) -> Records:
     if not records:
         kind = "objects" if ask == "category" else "images"
         raise UserError(f"source {uri}: there are no {kind} in it")
-    root = to_path(options["images"], "uri") if "images" in options else path.parent
+    root = to_path(options["images"], f"source {uri}") if "images" in options else path.parent
     return RecordList(records, path.name, root)
 
 
@@ -425,13 +425,13 @@ def _line_spans(file: Iterable[bytes]) -> list[tuple[int, int]]:
 def _split_key(location: str, uri: str) -> tuple[FilePath, str]:
     """Returns a path and the key after `#`. The key is "" if a file has `#` in its name."""
     try:
-        is_file = "#" not in location or to_path(location, "uri").is_file()
+        is_file = "#" not in location or to_path(location, f"source {uri}").is_file()
     except CANNOT_OPEN as error:
         raise _cannot_open(uri, error) from error
     if is_file:
-        return to_path(location, "uri"), ""
+        return to_path(location, f"source {uri}"), ""
     name, _, key = location.rpartition("#")
-    return to_path(name, "uri"), key
+    return to_path(name, f"source {uri}"), key
 
 
 def _load_json(path: FilePath, uri: str) -> Any:

@@ -111,7 +111,7 @@ def _prepared_names(name: str, data_dir: str | None) -> str:
     """Returns the prepared dataset in `data_dir` that is nearest to `name`, or all, as a text."""
     if data_dir is None:
         return "data_dir=DIR names another folder"
-    root = to_path(data_dir, "uri")
+    root = to_path(data_dir, f"source tfds:{name}")
     folders = [
         path.parent
         for pattern in ("*/*", "*/*/*")

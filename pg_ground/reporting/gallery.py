@@ -73,14 +73,15 @@ def write_gallery(
     tokenizer = load_tokenizer(tokenizer_file(data.tokenizer))
     bad_records = BadRecords()
     write_atomically(out, gallery_html(opened, examples, tokenizer, bad_records))
+    unusable = []
     for source in opened:
         entries = [entry for entry in bad_records.entries() if entry["source"] == source.setting]
-        if entries and len(entries) == min(examples, len(source.examples)):
-            raise UserError(
-                f"{in_words(entries)}: no example of this source can be used; see {out}"
-            )
         if entries:
             logger.warning("%s", in_words(entries))
+        if entries and len(entries) == min(examples, len(source.examples)):
+            unusable.append(source.setting)
+    if unusable:
+        raise UserError(f"no example of {', '.join(unusable)} can be used; see {out}")
     return out
 
 

@@ -199,6 +199,16 @@ def evaluations(run: Run) -> dict[str, dict[str, float]]:
     for stage, steps in run.stages:
         last_step += steps
         moments[last_step] = f"after {stage}"
+    by_step = evaluations_by_step(run)
+    return {
+        moments.get(step, f"step {step}"): values
+        for step, values in by_step.items()
+        if step in moments or step == max(by_step)
+    }
+
+
+def evaluations_by_step(run: Run) -> dict[int, dict[str, float]]:
+    """Returns the held-out metrics of each step at which the run was evaluated."""
     by_step: dict[int, dict[str, float]] = {}
     for line in run.metrics:
         values = {
@@ -208,11 +218,7 @@ def evaluations(run: Run) -> dict[str, dict[str, float]]:
         }
         if values:
             by_step[line["step"]] = values
-    return {
-        moments.get(step, f"step {step}"): values
-        for step, values in by_step.items()
-        if step in moments or step == max(by_step)
-    }
+    return by_step
 
 
 # settings

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from pg_ground.reporting import provenance
 from pg_ground.reporting.metric_writers import read_metrics
-from pg_ground.storage.paths import FilePath, absolute, file_size
+from pg_ground.storage.paths import FilePath, absolute, children, file_size
 from pg_ground.types import JsonObject, UserError
 
 SAMPLES_BYTES = 3 * 2**20
@@ -47,7 +47,9 @@ def read_run(workdir: FilePath, name: str = "", samples_bytes: int = SAMPLES_BYT
     """
     if not (workdir / "config.json").is_file():
         raise UserError(f"{workdir} holds no run: there is no config.json in it")
-    files = sorted((workdir / "samples").glob("*.json"), key=_step_text)
+    files = sorted(
+        (path for path in children(workdir / "samples") if path.suffix == ".json"), key=_step_text
+    )
     chosen = evenly_chosen(files, [file_size(path) for path in files], samples_bytes)
     hardware = workdir / provenance.FILE
     return Run(

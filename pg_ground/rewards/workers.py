@@ -35,7 +35,7 @@ from jaxtyping import Float
 from pg_ground.config import RewardWorkerSettings
 from pg_ground.rewards import worker_process
 from pg_ground.rewards.worker_process import OUT_OF_MEMORY, Call, Outcome, Setup
-from pg_ground.storage.paths import expand_path
+from pg_ground.storage.paths import local_path
 from pg_ground.types import JsonDict, JsonObject, UserError, nearest
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def load_reward(spec: str) -> UserReward:
         of no kind.
     """
     path, _, name = spec.rpartition(":")
-    path = expand_path(path)
+    path = str(local_path(path, "config.grpo.text_rewards"))
     if not Path(path).is_file():
         raise UserError(f"the reward {spec}: there is no file {path}")
     try:

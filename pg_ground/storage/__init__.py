@@ -1,1 +1,1 @@
-"""Files on this machine, in a bucket and on the Hugging Face Hub."""
+"""Files on this machine, in buckets, on the Hugging Face Hub and on Kaggle."""

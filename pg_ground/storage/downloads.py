@@ -6,9 +6,11 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from fsspec.core import url_to_fs
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -20,7 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from pg_ground.storage.files import copy_file
-from pg_ground.storage.paths import FilePath, expand_path, file_size, remove_tree, to_path
+from pg_ground.storage.paths import FilePath, children, expand_path, remove_tree, to_path
 from pg_ground.types import UserError
 
 CANNOT_GET = (HTTPError, OSError, ValueError)
@@ -38,12 +40,21 @@ KAGGLE_NAME = re.compile(r"[\w.-]+/[\w.-]+/[\w.-]+/[\w.-]+(/\d+)?")
 
 FILE_ENDINGS = (".npz", ".orbax", ".model", ".safetensors", ".json")
 
+VERSION_FIELDS = (
+    *("size", "etag", "ETag", "generation", "md5Hash", "updated", "mtime", "LastModified"),
+    *("last_modified", "blob_id"),
+)
+"""Fields that the clients of buckets have for a file: gcsfs, s3fs, adlfs and huggingface_hub."""
+
+LAST_FILES = ("config.json", "model.json", "commit_success.txt")
+
 CACHE = "~/.cache/pg_ground/weights"
 """Holds Hugging Face directories of buckets. `XDG_CACHE_HOME` replaces ~/.cache."""
 
 
 def checkpoint_path(name: str | FilePath, setting: str) -> FilePath:
-    """Returns the path of a checkpoint: `name` itself, or its folder in the cache of the Hub.
+    """Returns the path of a checkpoint: `name` itself, or its place in the cache of the Hub or of
+    Kaggle.
 
     A file or a folder with this name comes first. Files that are not in the cache are downloaded.
 
@@ -118,9 +129,16 @@ def download_folder(folder: FilePath, patterns: Sequence[str] = CHECKPOINT_FILES
         cache = Path(os.environ["XDG_CACHE_HOME"]) / "pg_ground" / "weights"
     target = cache / hashlib.sha256(str(folder).encode()).hexdigest()[:16] / folder.name
     target.mkdir(parents=True, exist_ok=True)
-    for source in (path for pattern in patterns for path in folder.glob(pattern)):
-        status = source.stat()
-        state = json.dumps([file_size(source), status.mtime])
+    sources = [
+        child
+        for child in children(folder)
+        if any(fnmatch(child.name, pattern) for pattern in patterns)
+    ]
+    for stale in {path.name for path in target.iterdir()} - {path.name for path in sources}:
+        if not stale.startswith("."):
+            (target / stale).unlink()
+    for source in sources:
+        state = _version(source)
         file, note = target / source.name, target / f".{source.name}.state"
         if not file.is_file() or not note.is_file() or note.read_text() != state:
             note.unlink(missing_ok=True)
@@ -129,9 +147,20 @@ def download_folder(folder: FilePath, patterns: Sequence[str] = CHECKPOINT_FILES
     return target
 
 
+def _version(path: FilePath) -> str:
+    """Returns size and version of a file in a bucket as text. It differs if the file differs."""
+    file_system, name = url_to_fs(str(path))
+    info = file_system.info(name)
+    return json.dumps({key: str(info[key]) for key in VERSION_FIELDS if key in info})
+
+
 def upload(source: Path, target: FilePath) -> None:
-    """Copies a file or a folder to a bucket. If that fails, nothing is left at `target`."""
-    files = sorted(path for path in source.rglob("*") if path.is_file()) or [source]
+    """Copies a file or a folder to a bucket. If that fails, nothing is left at `target`.
+
+    The files by which a folder is known come last: a folder without them is not read.
+    """
+    files = [path for path in source.rglob("*") if path.is_file()] or [source]
+    files.sort(key=lambda path: (path.name in LAST_FILES, path))
     try:
         for file in files:
             copy_file(file, target / file.relative_to(source) if file != source else target)

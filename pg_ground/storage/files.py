@@ -6,7 +6,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from pg_ground.storage.paths import FilePath
+from pg_ground.storage.paths import FilePath, is_bucket_error
+from pg_ground.types import UserError
 
 CHUNK = 2**24
 """Bytes of a file that are copied at a time."""
@@ -22,7 +23,8 @@ def write_atomically(path: FilePath, content: str | bytes) -> None:
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     if not isinstance(path, Path):
-        path.write_bytes(data)
+        with _naming_address(path):
+            path.write_bytes(data)
         return
     temporary = path.with_name(path.name + ".tmp")
     with naming(path):
@@ -34,13 +36,35 @@ def write_atomically(path: FilePath, content: str | bytes) -> None:
 def copy_file(source: FilePath, target: FilePath) -> None:
     """Copies a file from or to a bucket. A reader of `target` never sees a part of it."""
     if not isinstance(target, Path):
-        with source.open("rb") as stream, target.open("wb") as output:
-            shutil.copyfileobj(stream, output, CHUNK)
+        try:
+            with (
+                _naming_address(target),
+                source.open("rb") as stream,
+                target.open("wb") as output,
+            ):
+                shutil.copyfileobj(stream, output, CHUNK)
+        except BaseException:
+            # The end of the `with` block has completed the object with the part so far.
+            with contextlib.suppress(Exception):
+                target.unlink(missing_ok=True)
+            raise
         return
     partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
     with source.open("rb") as stream, partial.open("wb") as output:
         shutil.copyfileobj(stream, output, CHUNK)
     partial.replace(target)
+
+
+@contextlib.contextmanager
+def _naming_address(path: FilePath) -> Iterator[None]:
+    """Turns the error of a bucket's client into one that names the address."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, FileNotFoundError) and not is_bucket_error(error):
+            raise
+        words = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} cannot be written ({type(error).__name__} {words})") from error
 
 
 @contextlib.contextmanager

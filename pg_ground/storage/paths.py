@@ -1,7 +1,7 @@
 """Paths of files and folders: on this machine, or at an address such as gs://bucket/run.
 
-Every path of a user goes through `to_path` or `local_path`. A Python `Path` of gs://bucket would be
-a local folder `gs:`, and what is written there would be lost.
+Every path that is read or written goes through `to_path` or `local_path`. A Python `Path` of
+gs://bucket would be a local folder `gs:`, and what is written there would be lost.
 """
 
 import importlib.util
@@ -24,14 +24,20 @@ Both have the same methods. Use `file_size` and `remove_tree` for sizes and for 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
 """The schemes of addresses → the package that reads and writes there."""
 
+GCS_PACKAGES = "gcsfs google-cloud-storage google-cloud-storage-control"
+"""The packages of the extra `gcs`."""
+
 BUCKET_CLIENTS = (
     *("gcsfs", "google.auth", "google.api_core", "google.cloud"),
-    *("s3fs", "botocore", "adlfs", "azure", "aiohttp"),
+    *("s3fs", "botocore", "adlfs", "azure", "aiohttp", "requests"),
 )
 """Modules whose exceptions say that a bucket cannot be used."""
 
 ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/")
 """The beginning of an address. Names such as gs:/bucket, which lost a slash, are found too."""
+
+# Otherwise etils reads buckets with TensorFlow if that is installed. Its errors are of other kinds.
+os.environ.setdefault("EPATH_USE_TF", "false")
 
 # Another process can have written a file since the last listing of its folder.
 for _scheme in ("gs", "gcs", "s3", "az"):
@@ -44,7 +50,7 @@ def to_path(path: str | os.PathLike[str], name: str) -> FilePath:
     A leading `~` is the home directory.
 
     Args:
-      name: the flag, the setting or the argument, for the error.
+      name: the flag, the setting, the argument or the source, for the error.
 
     Raises:
       UserError: the scheme of the address is not among `PACKAGES`, or its package is not installed.
@@ -56,10 +62,10 @@ def to_path(path: str | os.PathLike[str], name: str) -> FilePath:
     scheme = match["scheme"]
     if scheme not in PACKAGES or not text.startswith(f"{scheme}://"):
         known = ", ".join(f"{known}://" for known in PACKAGES)
-        raise UserError(f"{name}={text} is an address, but only {known} can be read and written")
+        raise UserError(f"{name}: {text} is an address, but only {known} can be read and written")
     if importlib.util.find_spec(PACKAGES[scheme]) is None:
-        extra = "'pg-ground[gcs]'" if scheme == "gs" else PACKAGES[scheme]
-        raise UserError(f"{name}={text}: {scheme}:// needs {PACKAGES[scheme]}: pip install {extra}")
+        needed = GCS_PACKAGES if scheme == "gs" else PACKAGES[scheme]
+        raise UserError(f"{name}: {text} needs {PACKAGES[scheme]}: pip install {needed}")
     return epath.Path(text)
 
 
@@ -75,7 +81,7 @@ def local_path(path: str | os.PathLike[str], name: str) -> Path:
     text = os.fspath(path)
     if is_address(text):
         raise UserError(
-            f"{name}={text} is an address, but it must be a path of this machine: copy the files, "
+            f"{name}: {text} is an address, but it must be a path of this machine: copy the files, "
             "or mount the bucket"
         )
     return Path(expand_path(text))
@@ -98,8 +104,27 @@ def is_address(path: str | os.PathLike[str]) -> bool:
 
 
 def is_bucket_error(error: BaseException) -> bool:
-    """Returns whether the client of a bucket, its transport or its login raised `error`."""
-    return f"{type(error).__module__}.".startswith(tuple(f"{name}." for name in BUCKET_CLIENTS))
+    """Returns whether the client of a bucket, its transport or its login raised `error`.
+
+    gcsfs raises a plain OSError without a number for a bucket that may not be read.
+    """
+    module = f"{type(error).__module__}."
+    is_client_error = module.startswith(tuple(f"{name}." for name in BUCKET_CLIENTS))
+    return is_client_error or (type(error) is OSError and error.errno is None)
+
+
+def join(folder: FilePath, name: str) -> FilePath:
+    """Returns the path of `name` in `folder`. A `name` that is an address or begins with ~ or /
+    stays as it is."""
+    return to_path(name, str(folder)) if is_address(name) else folder / expand_path(name)
+
+
+def children(folder: FilePath) -> list[FilePath]:
+    """Returns what is in a folder, sorted; nothing if there is no such folder.
+
+    `glob` would read the signs [ and * in the name of the folder as a pattern.
+    """
+    return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
 def absolute(path: FilePath) -> FilePath:
@@ -120,3 +145,4 @@ def remove_tree(path: FilePath) -> None:
         shutil.rmtree(path)
     else:
         path.rmtree(missing_ok=True)
+        path.rmtree(missing_ok=True)  # objects behind an object that stands for a folder

@@ -34,7 +34,8 @@ def push(folder: Path, repo: str, message: str) -> str:
     try:
         HfApi().upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
     except CANNOT_GET as error:
-        raise _refused(repo, error) from error
+        error_line = f"{_refused(repo, error)}. {folder} is complete: hf upload {repo} {folder}"
+        raise UserError(error_line) from error
     return f"{HfApi().endpoint}/{repo}"
 
 

@@ -80,9 +80,8 @@ def train(config: Config, workdir: FilePath, accept: Sequence[str] = ()) -> File
         stack.enter_context(checkpoints)
         resumed_step = checkpoints.latest()
         is_main = multiprocess.is_main_process()
-        files = stack.enter_context(
-            open_copy(workdir, run_directory.SMALL_FILES if is_main else ())
-        )
+        record = (run_directory.RECORD_FILES, run_directory.RECORD_FOLDERS) if is_main else ()
+        files = stack.enter_context(open_copy(workdir, *record))
         writer = stack.enter_context(
             metric_writers.open_metrics(
                 files.path, resumed_step, config.log.wandb, dataclasses.asdict(config)
