@@ -27,7 +27,7 @@ COMMAND = cli.Command(
     name="pack",
     description=__doc__,
     needs="--config=FILE and --out=DIR",
-    example="--config=configs/photos.py --out=gs://bucket/photos --num_shards=16",
+    example="--config=configs/photos.py --out=packed/photos --num_shards=16",
     define_flags=define_flags,
     required=("config", "out"),
 )

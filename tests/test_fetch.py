@@ -677,9 +677,19 @@ def test_prefetch_reads_no_further_ahead_than_it_works(server, fetch):
 
 
 def test_urls_and_file_names_are_distinguished():
-    for value in ("http://a/b.jpg", "HTTPS://a", "ftp://a/b", "s3://a/b"):
+    for value in ("http://a/b.jpg", "HTTPS://a", "ftp://a/b"):
         assert is_url(value)
-    for value in ("images/a.jpg", "/a/b", "C:\\a", "a/http://b", "", None, 3, b"http://a"):
+    for value in (
+        "images/a.jpg",
+        "gs://a/b.jpg",
+        "/a/b",
+        "C:\\a",
+        "a/http://b",
+        "",
+        None,
+        3,
+        b"http://a",
+    ):
         assert not is_url(value)
 
 
