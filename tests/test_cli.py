@@ -450,7 +450,9 @@ def test_a_script_ends_as_a_command_does(capsys, monkeypatch):
 ADDRESSES = {
     "train": ["--config=configs/tiny.py", "--workdir=ftp://host/run"],
     "train, weights": ["--config=configs/tiny.py", "--workdir=w", "--config.init=ftp://b/w.npz"],
-    "train, tokenizer": ["--config=configs/tiny.py", "--workdir=w", "--config.data.tokenizer=ftp://h/t"],
+    "train, tokenizer": [
+        "--config=configs/tiny.py", "--workdir=w", "--config.data.tokenizer=ftp://h/t",
+    ],
     "train, data": [
         "--config=configs/tiny.py", "--workdir=w", "--config.sft.sources.boxes.uri=jsonl:ftp://h/a",
     ],

@@ -30,6 +30,21 @@ def test_every_path_is_local_or_an_address_that_can_be_used(monkeypatch):
             paths.to_path(address, "--x")
 
 
+def test_only_errors_of_a_buckets_client_are_errors_of_a_bucket():
+    def raised(error: Exception, module: str) -> Exception:
+        """Returns the error after code of a module has raised it."""
+        try:
+            exec("raise error", {"__name__": module, "error": error})
+        except Exception as caught:
+            return caught
+        raise AssertionError
+
+    assert paths.is_bucket_error(raised(OSError("Forbidden: a"), "gcsfs.retry"))
+    assert not paths.is_bucket_error(raised(OSError("image is cut off"), "PIL.ImageFile"))
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert not paths.is_bucket_error(raised(full, "gcsfs.core"))
+
+
 def test_an_error_without_a_file_name_gets_one(tmp_path):
     path = tmp_path / "a.txt"
     match = r"No space left on device: '.*a\.txt'"

@@ -45,8 +45,8 @@ def model_card(checkpoint: FilePath, repo: str) -> str:
       checkpoint: a run, one of its checkpoints, or another checkpoint.
       repo: ORG/NAME of the model on the Hub.
     """
-    found = _run_of(checkpoint)
-    run = read_run(found.workdir) if found else None
+    exported = _run_checkpoint(checkpoint)
+    run = read_run(exported.workdir) if exported else None
     base = _base_model(str(run.config.get("init", ""))) if run else ""
     metadata: dict[str, object] = {
         "license": "gemma",
@@ -63,8 +63,8 @@ def model_card(checkpoint: FilePath, repo: str) -> str:
         "This PaliGemma finds objects in images. It answers a phrase such as `detect cat` with "
         "boxes or points.",
     ]
-    if run and found:
-        step = int(found.folder.name)
+    if run and exported:
+        step = int(exported.folder.name)
         parts += ["## Training", *_training(run, step)]
         table = _results(run, step)
         if table.rows:
@@ -73,7 +73,7 @@ def model_card(checkpoint: FilePath, repo: str) -> str:
     return "\n\n".join(parts)
 
 
-def _run_of(checkpoint: FilePath) -> RunCheckpoint | None:
+def _run_checkpoint(checkpoint: FilePath) -> RunCheckpoint | None:
     """Returns the run and the step of a checkpoint, None if it belongs to no run."""
     folders = (checkpoint, *list(checkpoint.parents)[:3])
     is_of_run = any(run_directory.is_run(folder) for folder in folders)

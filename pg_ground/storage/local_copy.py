@@ -20,7 +20,6 @@ logger = logging.getLogger(__name__)
 UPLOAD_SECONDS = 30.0
 """A bucket takes about one write of the same object per second. Metrics can come faster."""
 
-
 DELETED = ("samples/", "tb/")
 """A run that resumes deletes what it will write again."""
 

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 import shutil
+import traceback
 from pathlib import Path
 
 from etils import epath
@@ -108,9 +109,12 @@ def is_bucket_error(error: BaseException) -> bool:
 
     gcsfs raises a plain OSError without a number for a bucket that may not be read.
     """
-    module = f"{type(error).__module__}."
-    is_client_error = module.startswith(tuple(f"{name}." for name in BUCKET_CLIENTS))
-    return is_client_error or (type(error) is OSError and error.errno is None)
+    modules = [type(error).__module__]
+    if type(error) is OSError and error.errno is None:
+        frames = traceback.walk_tb(error.__traceback__)
+        modules += [str(frame.f_globals.get("__name__")) for frame, _ in frames]
+    starts = tuple(f"{name}." for name in BUCKET_CLIENTS)
+    return any(f"{module}.".startswith(starts) for module in modules)
 
 
 def join(folder: FilePath, name: str) -> FilePath:
