@@ -117,10 +117,19 @@ def test_a_resumed_run_equals_a_run_without_a_kill(tiny_run, environment, tmp_pa
     assert_same_run(tiny_run, tmp_path / "run")
 
 
+HEAR_CTRL_C = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""Runs a command that hears Ctrl-C. A shell's background jobs, and what they start, ignore it."""
+
+
 @pytest.mark.slow
 def test_a_run_that_is_interrupted_says_how_to_go_on_and_continues(tiny_run, environment, tmp_path):
+    train = command("train", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}")
     process = subprocess.Popen(
-        command("train", "--config=configs/tiny.py", f"--workdir={tmp_path / 'run'}"),
+        [sys.executable, "-c", HEAR_CTRL_C, *train],
         env=environment,
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
