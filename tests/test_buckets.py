@@ -113,7 +113,7 @@ def run(
     environment: dict[str, str], arguments: list[str], cwd: Path
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pg_ground", *arguments]
-    return subprocess.run(
+    completed = subprocess.run(
         command,
         env={"PYTHONPATH": str(ROOT)} | environment,
         cwd=cwd,
@@ -121,6 +121,8 @@ def run(
         text=True,
         check=False,
     )
+    assert "Traceback" not in completed.stderr, completed.stderr
+    return completed
 
 
 def kill_when(

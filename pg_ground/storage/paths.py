@@ -5,6 +5,7 @@ gs://bucket would be a local folder `gs:`, and what is written there would be lo
 """
 
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -39,6 +40,10 @@ ADDRESS = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/")
 
 # Otherwise etils reads buckets with TensorFlow if that is installed. Its errors are of other kinds.
 os.environ.setdefault("EPATH_USE_TF", "false")
+
+# The reader of gcsfs raises each error, and logs it too, with its traceback. When a program ends, a
+# thread can still be reading an image of the next batch, and the end would look like a crash.
+logging.getLogger("fsspec.prefetcher").setLevel(logging.CRITICAL)
 
 # Another process can have written a file since the last listing of its folder.
 for _scheme in ("gs", "gcs", "s3", "az"):
