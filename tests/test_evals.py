@@ -19,7 +19,7 @@ from pg_ground.data.box_formats import BOX_ORDERS, format_names, image_extent
 from pg_ground.evals import benchmarks, cv_bench, environment, pointing, rows, scoring
 from pg_ground.evals.intervals import intervals
 from pg_ground.evals.prediction_files import Formats
-from pg_ground.rewards import locations, parsers
+from pg_ground.readers import locations, parsers
 from pg_ground.types import UserError
 
 FIELDS = {"pred": "extracted_answer", "gold": "ground_truth"}

@@ -39,6 +39,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("", ("config",)),
     ("", ("boxes", "tokenizer")),
     ("assets", ("make_tokenizer",)),
+    ("readers", ("parsers", "locations")),
     ("parallel", ("sharding", "multiprocess", "memory_model")),
     ("models", ("quantization", "blocks", "lora", "siglip", "gemma", "paligemma", "vqvae")),
     (
@@ -91,8 +92,6 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
     (
         "rewards",
         (
-            "parsers",
-            "locations",
             "text_example",
             "location_rewards",
             "word_rewards",

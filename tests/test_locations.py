@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pg_ground.rewards import locations
-from pg_ground.rewards.locations import Location, Reading
+from pg_ground.readers import locations
+from pg_ground.readers.locations import Location, Reading
 
 BOX = (100.0, 100.0, 200.0, 300.0)
 

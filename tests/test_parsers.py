@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pg_ground.rewards import locations, parsers
-from pg_ground.rewards.parsers import Choice, sections
+from pg_ground.readers import locations, parsers
+from pg_ground.readers.parsers import Choice, sections
 
 GRAMMARS = (
     locations.json_points,

@@ -14,9 +14,10 @@ from pg_ground import boxes, tokenizer
 from pg_ground.config import RewardSettings
 from pg_ground.evals import counting, grounding
 from pg_ground.evals.answers import loc_answers
-from pg_ground.rewards import device_rewards, locations, parsers
+from pg_ground.readers import locations, parsers
+from pg_ground.readers.locations import Location
+from pg_ground.rewards import device_rewards
 from pg_ground.rewards.answer_reader import read_answer
-from pg_ground.rewards.locations import Location
 from pg_ground.rewards.text_rewards import TEXT_REWARDS, TextExample
 from pg_ground.types import BOXES, Batch, Boxes, Gold, Points
 from pg_ground.vocab import LOC_MAX, PAD

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from pg_ground.rewards.locations import loc_token_segments
+from pg_ground.readers.locations import loc_token_segments
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.types import JsonDict
 from pg_ground.vocab import LOC_MAX

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from pg_ground.evals.rows import Columns, Row, column
-from pg_ground.rewards.parsers import option
+from pg_ground.readers.parsers import option
 from pg_ground.types import JsonDict, JsonObject, UserError
 
 TASKS = {"Relation": 650, "Count": 788, "Depth": 600, "Distance": 600}

@@ -14,7 +14,7 @@ from pg_ground.data.box_formats import (
 from pg_ground.evals.benchmarks import find_benchmark
 from pg_ground.evals.box_format_check import check_box_format
 from pg_ground.evals.rows import FROM_FILE, check_unique
-from pg_ground.rewards import locations, parsers
+from pg_ground.readers import locations, parsers
 from pg_ground.storage.paths import FilePath
 from pg_ground.types import JsonDict, JsonObject, UserError, nearest
 

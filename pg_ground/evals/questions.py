@@ -12,7 +12,7 @@ from pg_ground.data.record_fields import field_at
 from pg_ground.data.records import BadRecord
 from pg_ground.evals import answers, benchmarks, cv_bench
 from pg_ground.evals.rows import GREEDY
-from pg_ground.rewards import locations, parsers
+from pg_ground.readers import locations, parsers
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.types import Array, Batch, Boxes, JsonDict, JsonObject, Points, UserError
 

@@ -1,1 +1,1 @@
-"""Rewards on token ids and on text, and the parsers of answers."""
+"""Rewards on token ids and on text."""

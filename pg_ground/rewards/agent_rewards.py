@@ -5,8 +5,8 @@ import math
 import re
 import warnings
 
-from pg_ground.rewards import parsers
-from pg_ground.rewards.locations import MAX_LITERAL
+from pg_ground.readers import parsers
+from pg_ground.readers.locations import MAX_LITERAL
 from pg_ground.rewards.text_example import TextExample, gold_text
 from pg_ground.rewards.word_rewards import answer_words, f1, squad_words
 

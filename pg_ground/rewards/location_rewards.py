@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from pg_ground import boxes
-from pg_ground.rewards import locations
-from pg_ground.rewards.locations import Location, Reading
+from pg_ground.readers import locations
+from pg_ground.readers.locations import Location, Reading
 from pg_ground.rewards.text_example import TextExample
 from pg_ground.vocab import LOC_MAX
 

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable
 
-from pg_ground.rewards import parsers
+from pg_ground.readers import parsers
 from pg_ground.rewards.text_example import TextExample, gold_text
 from pg_ground.rewards.word_rewards import answer_words
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from math_verify import LatexExtractionConfig, parse, verify
 
-from pg_ground.rewards import parsers
+from pg_ground.readers import parsers
 from pg_ground.rewards.text_example import TextExample, gold_text
 
 MAX_MATH = 200

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pg_ground.rewards.parsers import answer_text, json_number, sections
+from pg_ground.readers.parsers import answer_text, json_number, sections
 from pg_ground.vocab import EOS, LOC_TOKENS, SEG_TOKENS, Vocab
 
 MAX_LITERAL = 20_000
