@@ -13,7 +13,7 @@ from pg_ground.data import tables
 from pg_ground.data.arrayrecord import write_array_record
 from pg_ground.data.datasets import open_examples
 from pg_ground.data.fetch import cached
-from pg_ground.data.images import load_image
+from pg_ground.data.images import load_image, open_oriented
 from pg_ground.data.records import BadRecord
 from pg_ground.data.sources import open_records
 from pg_ground.storage.paths import expand_path
@@ -138,6 +138,21 @@ def test_exif_orientation_turns_the_pixels_upright(orientation):
     stored = pixels()
     loaded = load_image(encoded(Image.fromarray(stored), orientation=orientation), None)
     np.testing.assert_array_equal(loaded, ORIENTED[orientation](stored))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_an_opened_image_knows_the_frame_that_its_file_stores(kind, orientation):
+    opened = open_oriented(encoded(Image.fromarray(pixels()), kind, orientation), None)
+    assert (opened.orientation, opened.stored) == (orientation, (7, 5))
+    assert opened.image.size == ((7, 5) if orientation < 5 else (5, 7))
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 255])
+def test_an_orientation_that_exif_does_not_define_turns_nothing(orientation):
+    opened = open_oriented(encoded(Image.fromarray(pixels()), "JPEG", orientation), None)
+    assert (opened.orientation, opened.stored, opened.image.size) == (1, (7, 5), (7, 5))
+    assert open_oriented(pixels(), None)[1:] == (1, (7, 5))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16"])

@@ -25,6 +25,20 @@ CANNOT_DECODE = (
 )
 """Pillow raises these if a file is no image, is cut off, or unpacks to too many pixels."""
 
+ORIENTATION = 0x0112
+"""The EXIF tag that says how a camera was turned."""
+
+
+class Opened(NamedTuple):
+    """A decoded image and the frame in which its file stores it."""
+
+    image: Image.Image | UInt8[np.ndarray, "H W 3"]
+    """RGB, turned upright."""
+    orientation: int
+    """The EXIF orientation of the stored pixels, 1 to 8. 1 is upright."""
+    stored: tuple[int, int]
+    """Width and height of the stored pixels. 5 to 8 exchange the sides of the upright image."""
+
 
 def load_image(value: object, root: FilePath | None) -> UInt8[np.ndarray, "H W 3"]:
     """Returns the pixels of `open_image`."""
@@ -32,7 +46,12 @@ def load_image(value: object, root: FilePath | None) -> UInt8[np.ndarray, "H W 3
 
 
 def open_image(value: object, root: FilePath | None) -> Image.Image | UInt8[np.ndarray, "H W 3"]:
-    """Returns a decoded RGB image, turned upright by its EXIF orientation.
+    """Returns the image of `open_oriented`."""
+    return open_oriented(value, root).image
+
+
+def open_oriented(value: object, root: FilePath | None) -> Opened:
+    """Returns a decoded RGB image, turned upright by its EXIF orientation, and the stored frame.
 
     An alpha channel is dropped. It is not blended.
 
@@ -46,7 +65,8 @@ def open_image(value: object, root: FilePath | None) -> Image.Image | UInt8[np.n
     if isinstance(value, Mapping) and value.keys() <= {"bytes", "path"}:
         value = value["bytes"] if value.get("bytes") else value.get("path")
     if isinstance(value, np.ndarray):
-        return _rgb_from_array(value)
+        pixels = _rgb_from_array(value)
+        return Opened(pixels, 1, (pixels.shape[1], pixels.shape[0]))
     if isinstance(value, bytes):
         return _decode(io.BytesIO(value), f"{len(value)} bytes")
     if isinstance(value, str) and value and "\0" not in value:
@@ -56,7 +76,7 @@ def open_image(value: object, root: FilePath | None) -> Image.Image | UInt8[np.n
     )
 
 
-def _open_file(path: FilePath) -> Image.Image:
+def _open_file(path: FilePath) -> Opened:
     try:
         with path.open("rb") as file:
             return _decode(file, str(path))
@@ -78,16 +98,25 @@ def _rgb_from_array(pixels: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
     return np.repeat(pixels[..., None], 3, axis=2) if is_grey else pixels[..., :3]
 
 
-def _decode(file: Any, name: str) -> Image.Image:
+def _decode(file: Any, name: str) -> Opened:
     try:
         with Image.open(file) as image:
+            orientation = _orientation(image)
             ImageOps.exif_transpose(image, in_place=True)
             image.load()  # now, while the file is open
-            return to_rgb(image)
+            # Pillow's size of a TIFF is upright already before it turns the pixels.
+            stored = image.size[::-1] if orientation >= 5 else image.size
+            return Opened(to_rgb(image), orientation, stored)
     except UnidentifiedImageError as error:
         raise BadRecord("corrupt_image", f"{name}: no image format that Pillow knows") from error
     except CANNOT_DECODE as error:
         raise BadRecord("corrupt_image", f"{name}: {error}") from error
+
+
+def _orientation(image: Image.Image) -> int:
+    """Returns the EXIF orientation of an image. A value that EXIF does not define counts as 1."""
+    value = image.getexif().get(ORIENTATION, 1)
+    return int(value) if value in range(1, 9) else 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
