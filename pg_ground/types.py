@@ -32,7 +32,7 @@ Coordinates: `yxyx` and `yx` are fractions of the original image in [0, 1]. A na
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -81,6 +81,13 @@ def nearest(name: str, names: Iterable[str]) -> str:
     names = sorted(names)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else f"there are {', '.join(names) or 'none'}"
+
+
+def first_problems(problems: Sequence[str], separator: str = "; ", limit: int = 20) -> str:
+    """Returns the first problems of a list, joined, and the number of the others."""
+    more = len(problems) - limit
+    texts = [*problems[:limit], f"and {more} more"] if more > 0 else problems
+    return separator.join(texts)
 
 
 class Boxes(NamedTuple):

@@ -49,6 +49,8 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "vqvae_file",
             "hugging_face_names",
             "hugging_face_config",
+            "safetensors_files",
+            "vocabulary_rows",
             "hugging_face",
             "run_directory",
             "manager",

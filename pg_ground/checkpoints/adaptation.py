@@ -11,17 +11,12 @@ from scipy import ndimage
 from pg_ground.checkpoints import tensor_files
 from pg_ground.checkpoints.model_sizes import POSITIONS, TABLE
 from pg_ground.checkpoints.tensor_files import BlockIndex, StoredTensor
+from pg_ground.checkpoints.vocabulary_rows import GEMMA_ROWS, GEMMA_TABLE_ROWS
 from pg_ground.config import Model
 from pg_ground.models import quantization
 from pg_ground.params import SCALE, AbstractParams
 from pg_ground.storage.paths import FilePath
 from pg_ground.vocab import LOC_TOKENS, SEG_TOKENS
-
-GEMMA_ROWS = 256_000
-"""Entries of the plain Gemma vocabulary, before PaliGemma's loc and seg tokens."""
-
-GEMMA_TABLE_ROWS = (GEMMA_ROWS, 256_128)
-"""Numbers of rows that plain Gemma tables have. Rows beyond the vocabulary are never trained."""
 
 logger = logging.getLogger(__name__)
 

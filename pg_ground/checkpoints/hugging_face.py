@@ -3,15 +3,15 @@ shards.
 """
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from einops import EinopsError, rearrange
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from pg_ground.checkpoints import vocabulary_rows
 from pg_ground.checkpoints.hugging_face_config import (
     FILLER_ROWS,
     HubConfig,
@@ -24,9 +24,9 @@ from pg_ground.checkpoints.hugging_face_names import (
     EMBEDDING,
     HEAD,
     Row,
-    hub_name,
     table,
 )
+from pg_ground.checkpoints.safetensors_files import Tensor, list_tensors
 from pg_ground.checkpoints.tensor_files import (
     BlockIndex,
     StoredTensor,
@@ -35,38 +35,19 @@ from pg_ground.checkpoints.tensor_files import (
     stack_axes,
 )
 from pg_ground.config import Model
-from pg_ground.types import UserError
+from pg_ground.types import UserError, first_problems
 from pg_ground.vocab import BOS, EOS, PAD
 
 SHARD_BYTES = 5 * 10**9
 """Size of the largest file that is written, as on the hub."""
 
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
-"""Names of dtypes in safetensors → in numpy."""
-
 IGNORED = ("position_ids", "rotary_emb.inv_freq")
 """Ends of the names of buffers that old versions wrote. They are not parameters."""
 
+OF_ADAPTERS = (".base_layer.", "lora_A", "lora_B", "lora_embedding_", "lora_magnitude_vector")
+"""Parts of the names of tensors that a PEFT model has before its adapters are merged."""
 
-class Tensor(NamedTuple):
-    """One tensor of a safetensors file."""
-
-    path: Path
-    key: str
-    """Its name in the file, in any of the three spellings."""
-    shape: tuple[int, ...]
-    dtype: np.dtype
-
-    def read(self, rows: slice | None = None) -> np.ndarray:
-        """Returns all values, or some rows.
-
-        The file is opened anew each time, so that its memory can be released.
-        """
-        try:
-            with safe_open(self.path, framework="numpy") as file:
-                return file.get_tensor(self.key) if rows is None else file.get_slice(self.key)[rows]
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.path}: {self.key} cannot be read: {error}") from None
+logger = logging.getLogger(__name__)
 
 
 def open_directory(folder: Path) -> tuple[HubConfig, dict[str, StoredTensor]]:
@@ -75,13 +56,15 @@ def open_directory(folder: Path) -> tuple[HubConfig, dict[str, StoredTensor]]:
 
     Raises:
       UserError: a file, a layer or a tensor is missing, unknown, cut short, or has another shape
-        than in layer 0 (the error lists all of them), or the head is not tied to the embedding.
+        than in layer 0 (the error lists the first 20), the head is not tied to the embedding, the
+        embedding has rows of added tokens, or adapters are not merged.
     """
     hub = read_config(folder)
     files = {
-        name: tensor for name, tensor in _list_tensors(folder).items() if not name.endswith(IGNORED)
+        name: tensor for name, tensor in list_tensors(folder).items() if not name.endswith(IGNORED)
     }
-    head = files.pop(HEAD, None)
+    _check_merged(folder, files)
+    head = _pop_head(folder, files, hub)
     problems: list[str] = []
     tensors: dict[str, StoredTensor] = {}
     used: set[str] = set()
@@ -105,65 +88,40 @@ def open_directory(folder: Path) -> tuple[HubConfig, dict[str, StoredTensor]]:
     if problems:
         raise UserError(
             f"{folder} does not hold a PaliGemma as its config.json describes it: "
-            f"{'; '.join(problems)}"
+            f"{first_problems(problems)}"
         )
+    vocabulary_rows.check_rows(folder, files[EMBED_TOKENS], hub.vocab_size)
     _check_tied(folder, head, files[EMBED_TOKENS])
     return hub, tensors
 
 
-def _list_tensors(folder: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a directory by their names in the hub's spelling."""
-    index = folder / "model.safetensors.index.json"
-    tensors: dict[str, Tensor] = {}
-    for file, names in _list_files(folder, index).items():
-        path = folder / file
-        if not path.is_file():
+def _check_merged(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises UserError if the tensors belong to a PEFT model whose adapters are not merged."""
+    for name, tensor in tensors.items():
+        if any(part in name for part in OF_ADAPTERS):
             raise UserError(
-                f"{path} does not exist, but {index.name} says that it holds {names[0]} "
-                f"and {len(names) - 1} more"
+                f"{folder} holds a PEFT model whose adapters are not merged ({tensor.key}): "
+                "merge_and_unload(), then save_pretrained"
             )
-        tensors |= _tensors_of_file(path)
-        missing = [name for name in names if hub_name(name) not in tensors]
-        if missing:
-            raise UserError(f"{path} lacks {', '.join(missing)}, which {index.name} says it holds")
-    return tensors
 
 
-def _list_files(folder: Path, index: Path) -> dict[str, list[str]]:
-    """Returns the safetensors files of a directory, and the names that the index lists for each."""
-    single = folder / "model.safetensors"
-    if not index.is_file() and not single.is_file():
-        raise UserError(f"{folder} has neither {single.name} nor {index.name}")
-    if not index.is_file():
-        return {single.name: []}
-    try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files: dict[str, list[str]] = {str(file): [] for file in sorted(set(weight_map.values()))}
-        for name, file in weight_map.items():
-            files[file].append(name)
-        return files
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+def _pop_head(folder: Path, tensors: dict[str, Tensor], hub: HubConfig) -> Tensor | None:
+    """Removes the head from `tensors` and returns it.
+
+    If the head is stored and the embedding is not, the head becomes the embedding: safetensors
+    stores one of two tensors that share memory.
+    """
+    head = tensors.pop(HEAD, None)
+    if head is None or EMBED_TOKENS in tensors:
+        return head
+    if not hub.is_tied:
         raise UserError(
-            f"{index} is not an index of safetensors files: {type(error).__name__}: {error}"
-        ) from None
-
-
-def _tensors_of_file(path: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    try:
-        with safe_open(path, framework="numpy") as file:
-            for key in file.keys():  # noqa: SIM118 (it is not a dict)
-                header = file.get_slice(key)
-                dtype = header.get_dtype()
-                if dtype not in DTYPES:
-                    raise UserError(
-                        f"{path}: {key} has dtype {dtype}, not one of {', '.join(DTYPES)}"
-                    )
-                shape = tuple(header.get_shape())
-                tensors[hub_name(key)] = Tensor(path, key, shape, np.dtype(DTYPES[dtype]))
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} cannot be read as safetensors: {error}") from None
-    return tensors
+            f"{folder} has {head.key} and no embed_tokens.weight, and tie_word_embeddings of its "
+            "config.json is false: the embedding is missing"
+        )
+    logger.info("%s: the embedding is read from %s, its tied copy", folder, head.key)
+    tensors[EMBED_TOKENS] = head
+    return None
 
 
 def _names_by_layer(row: Row, tensors: Mapping[str, Tensor]) -> list[list[str]]:
@@ -240,7 +198,7 @@ def _stored_embedding(tensor: Tensor, hub: HubConfig) -> StoredTensor:
     """Returns the embedding table without its filler rows."""
     rows, width = tensor.shape
     vocab_size = rows - FILLER_ROWS if hub.vocab_size is None else hub.vocab_size
-    shape = (min(vocab_size, rows), width)
+    shape = (min(vocab_size, rows), width)  # a plain Gemma's table has fewer rows
 
     def blocks() -> Iterator[tuple[BlockIndex, np.ndarray]]:
         for index, _ in block_indices(EMBEDDING, shape, tensor.dtype.itemsize):
@@ -255,7 +213,12 @@ def _check_tied(folder: Path, head: Tensor | None, embedding: Tensor) -> None:
     """Raises UserError if there is a head that differs from the embedding."""
     if head is None:
         return
-    is_tied = head.shape == embedding.shape and all(
+    if head.shape != embedding.shape:
+        raise UserError(
+            f"{folder}: {head.key} has the shape {head.shape}, and {embedding.key} "
+            f"{embedding.shape}: PaliGemma's head is tied to its embedding"
+        )
+    is_tied = all(
         np.array_equal(head.read(part), embedding.read(part))
         for (part,), _ in block_indices("", head.shape, head.dtype.itemsize)
         if isinstance(part, slice)

@@ -24,6 +24,8 @@ class HubConfig(NamedTuple):
     final_softcap: float
     vocab_size: int | None
     """Without the filler rows; None if `config.json` does not say it."""
+    is_tied: bool = True
+    """Whether the head shares the memory of the embedding."""
 
 
 def read_config(folder: Path) -> HubConfig:
@@ -37,6 +39,7 @@ def read_config(folder: Path) -> HubConfig:
     """
     path = folder / "config.json"
     settings = _read_paligemma(path)
+    _check_float(path, settings)
     # transformers has other defaults for a missing section than for a missing name in a section
     text_default = {"num_attention_heads": 8, "num_key_value_heads": 1}
     text = _section(path, settings, "text_config", text_default)
@@ -73,6 +76,19 @@ def read_config(folder: Path) -> HubConfig:
         attn_softcap=softcap("attn_logit_softcapping", 50.0),
         final_softcap=softcap("final_logit_softcapping", 30.0),
         vocab_size=vocab_size,
+        is_tied=False not in (settings.get("tie_word_embeddings"), text.get("tie_word_embeddings")),
+    )
+
+
+def _check_float(path: Path, settings: JsonDict) -> None:
+    """Raises UserError if the matrices are quantised."""
+    quantization = settings.get("quantization_config")
+    if not quantization:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    raise UserError(
+        f"{path.parent} is quantised ({method!s:.40}), and only float tensors are read: load it in "
+        "transformers, dequantize(), then save_pretrained; or take the directory it was made from"
     )
 
 

@@ -111,8 +111,11 @@ def _decoder(is_gemma2: bool) -> tuple[Row, ...]:
 
 
 def hub_name(name: str) -> str:
-    """Returns the hub's spelling of a tensor name in any of the three spellings."""
-    name = name.removeprefix("model.")
+    """Returns the hub's spelling of a tensor name in any of the three spellings.
+
+    PEFT writes `base_model.model.` before a name.
+    """
+    name = name.removeprefix("base_model.model.").removeprefix("model.")
     if name == "lm_head.weight":
         return HEAD
     for stem, inner in (("vision_tower.", "vision_model."), ("language_model.", "model.")):
