@@ -266,7 +266,9 @@ class Source:
         "", 'where the records are: "jsonl:PATH", "synthetic:SPLIT?side=PIXELS&…" and others'
     )
     image: str = setting(
-        "image", "path of the image: pixels, encoded bytes, a file name or an http(s) address"
+        "image",
+        "path of the image: pixels, encoded bytes or their base64 text, a file name or an http(s) "
+        "address",
     )
     image_sha256: str = setting(
         "", 'path of the hash that a fetched image must have; "" checks none'

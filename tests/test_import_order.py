@@ -65,6 +65,8 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
         "data",
         (
             "records",
+            "image_values",
+            "image_files",
             "images",
             "sampling",
             "box_formats",

@@ -49,7 +49,8 @@ def test_packed_sources_hold_the_same_questions(photos, tmp_path):
         assert (copy.suffix, copy.size) == (original.suffix, original.size)
     record = after.record(0)[0]
     assert record["n"] is None and record["x"] == [1.5, "é"]
-    with Image.open(io.BytesIO(record["meta"]["image"])) as image:
+    assert record["meta"]["image"]["path"] == "0.jpg"
+    with Image.open(io.BytesIO(record["meta"]["image"]["bytes"])) as image:
         assert image.format == "JPEG"
 
 

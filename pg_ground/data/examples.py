@@ -21,6 +21,7 @@ from pg_ground.data.box_formats import (
     to_fractions,
 )
 from pg_ground.data.fetch import cached, is_url
+from pg_ground.data.image_values import image_name, unwrap
 from pg_ground.data.images import open_image, resize
 from pg_ground.data.masks import to_masks
 from pg_ground.data.record_fields import field_at, fill_template
@@ -134,19 +135,21 @@ def image_value(record: Record, source: Source, element: int, fetch: Fetch | Non
     """Returns a record's image value. If it is a url and `fetch` is not None, returns the bytes.
 
     Raises:
-      BadRecord: missing_field, or the reasons of `fetch.cached` if the url cannot be fetched.
+      BadRecord: missing_field, missing_image, or the reasons of `fetch.cached` if the url cannot be
+        fetched.
     """
-    value = field_at(record, source.image, element)
-    if not is_url(value) or fetch is None:
+    value = unwrap(field_at(record, source.image, element))
+    name = None if fetch is None else image_name(value)
+    if fetch is None or not is_url(name):
         return value
-    return cached(value, image_sha256(record, source, element), fetch)
+    return cached(name, image_sha256(record, source, element), fetch)
 
 
 def image_sha256(record: Record, source: Source, element: int) -> str | None:
     """Returns the sha256 that a record has for its image; None if the source has no such field."""
     if not source.image_sha256:
         return None
-    value = field_at(record, source.image_sha256, element)
+    value = unwrap(field_at(record, source.image_sha256, element))
     return None if value is None else str(value)
 
 

@@ -3,7 +3,6 @@
 import io
 import struct
 import zlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +10,10 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pg_ground.data.records import BadRecord
-from pg_ground.storage.paths import FilePath, join
+from pg_ground.data.image_files import find_spelling, missing_file
+from pg_ground.data.image_values import plain_image, unwrap
+from pg_ground.data.records import BadRecord, short, short_path
+from pg_ground.storage.paths import ADDRESS, PACKAGES, FilePath, join
 
 CANNOT_DECODE = (
     OSError,
@@ -38,6 +39,8 @@ class Opened(NamedTuple):
     """The EXIF orientation of the stored pixels, 1 to 8. 1 is upright."""
     stored: tuple[int, int]
     """Width and height of the stored pixels. 5 to 8 exchange the sides of the upright image."""
+    note: str = ""
+    """How the value was read if it is not what it says, in words."""
 
 
 def load_image(value: object, root: FilePath | None) -> UInt8[np.ndarray, "H W 3"]:
@@ -56,37 +59,49 @@ def open_oriented(value: object, root: FilePath | None) -> Opened:
     An alpha channel is dropped. It is not blended.
 
     Args:
-      value: pixels, an encoded image, the name of an image file, or Hugging Face's {bytes, path}.
+      value: pixels, an encoded image, its base64 text or data URI, the name or the file: URI of an
+        image file, Hugging Face's {bytes, path}, or a list of one of these.
       root: the folder that the file name is relative to.
 
     Raises:
       BadRecord: missing_image or corrupt_image.
     """
-    if isinstance(value, Mapping) and value.keys() <= {"bytes", "path"}:
-        value = value["bytes"] if value.get("bytes") else value.get("path")
-    if isinstance(value, np.ndarray):
-        pixels = _rgb_from_array(value)
+    value = unwrap(value)
+    image = plain_image(value)
+    if isinstance(image, np.ndarray):
+        pixels = _rgb_from_array(image)
         return Opened(pixels, 1, (pixels.shape[1], pixels.shape[0]))
-    if isinstance(value, bytes):
-        return _decode(io.BytesIO(value), f"{len(value)} bytes")
-    if isinstance(value, str) and value and "\0" not in value:
-        return _open_file(join(root or Path(), value))
-    raise BadRecord(
-        "missing_image", f"the image is {value!r:.60}: it must be pixels, bytes or a file name"
-    )
+    if isinstance(image, bytes):
+        text = f"the image is base64 text of {len(value)} characters"
+        return _decode(io.BytesIO(image), f"{len(image)} bytes" if image is value else text)
+    return _open_file(root or Path(), image)
 
 
-def _open_file(path: FilePath) -> Opened:
+def _open_file(root: FilePath, name: str) -> Opened:
+    address = ADDRESS.match(name)
+    if address and address["scheme"] not in PACKAGES:
+        raise BadRecord("missing_image", f"the image {short(name)} is an address that is not read")
+    path = join(root, name)
+    try:
+        return _read_file(path)
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        spelling = find_spelling(root, name)
+        if spelling is None:
+            raise missing_file(root, name) from None
+        return _read_file(spelling.path)._replace(note=f"name read {spelling.note}")
+
+
+def _read_file(path: FilePath) -> Opened:
     try:
         with path.open("rb") as file:
-            return _decode(file, str(path))
+            return _decode(file, short_path(path))
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise BadRecord("missing_image", f"there is no file {path}") from None
+        raise
     except OSError as error:
         if not isinstance(path, Path):
             raise  # a bucket that gives no answer now may give one later
         reason = error.strerror or error
-        raise BadRecord("missing_image", f"{path} cannot be read: {reason}") from None
+        raise BadRecord("missing_image", f"{short_path(path)} cannot be read: {reason}") from None
 
 
 def _rgb_from_array(pixels: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:

@@ -14,7 +14,10 @@ from tqdm import tqdm
 from pg_ground.config import Fetch, Source
 from pg_ground.data.arrayrecord import write_array_record
 from pg_ground.data.examples import image_value
+from pg_ground.data.image_files import find_spelling
+from pg_ground.data.image_values import image_name, plain_image
 from pg_ground.data.images import load_image
+from pg_ground.data.record_fields import field_at
 from pg_ground.data.records import BadRecord, Records, image_folder
 from pg_ground.data.sources import open_records
 from pg_ground.storage.paths import FilePath, join
@@ -93,7 +96,11 @@ def _packed_records(
         try:
             record = dict(records[index])
             image = image_value(record, source, 0, fetch)
-            _set_field(record, source.image, encoded_image(image, image_folder(records, source)))
+            content = encoded_image(image, image_folder(records, source))
+            name = image_name(field_at(record, source.image))
+            # The name says which questions are about the same image.
+            packed = {"bytes": content, "path": name} if name else content
+            _set_field(record, source.image, packed)
         except BadRecord as bad:
             counts[bad.kind] += 1
             continue
@@ -108,12 +115,14 @@ def encoded_image(image: object, root: FilePath | None) -> bytes:
       BadRecord: missing_image or corrupt_image.
     """
     pixels = load_image(image, root)
-    if isinstance(image, dict):
-        image = image.get("bytes") or image.get("path")
-    if isinstance(image, bytes):
-        return image
-    if isinstance(image, str):
-        return join(root or Path(), image).read_bytes()
+    content = plain_image(image)
+    if isinstance(content, bytes):
+        return content
+    if isinstance(content, str):
+        folder = root or Path()
+        path = join(folder, content)
+        spelling = None if path.is_file() else find_spelling(folder, content)
+        return (spelling.path if spelling else path).read_bytes()
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG")
     return file.getvalue()

@@ -6,6 +6,7 @@ from pg_ground.config import Data, Source
 from pg_ground.data import fetch
 from pg_ground.data.datasets import open_examples
 from pg_ground.data.examples import image_sha256
+from pg_ground.data.image_values import image_name, unwrap
 from pg_ground.data.record_fields import field_at
 from pg_ground.data.records import BadRecord
 
@@ -36,7 +37,7 @@ def image_urls(
         for index in range(len(dataset)):
             try:
                 record, element = dataset.record(index)
-                url = field_at(record, source.image, element)
+                url = image_name(unwrap(field_at(record, source.image, element)))
                 sha256 = image_sha256(record, source, element)
             except BadRecord:
                 continue

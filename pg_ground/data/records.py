@@ -1,21 +1,79 @@
 """What every reader of a source has in common: records by index, bad records, and paths."""
 
+import difflib
+import reprlib
+from collections.abc import Iterable
 from typing import Protocol, runtime_checkable
 
 from pg_ground.config import Source
 from pg_ground.storage.paths import FilePath, join
 from pg_ground.types import JsonDict
 
+MAX_QUOTE = 60
+"""Characters of a value that an error quotes."""
+
+MAX_MESSAGE = 400
+"""Characters of the longest message of a bad record."""
+
+MAX_NAMES = 10
+"""Fields, files and names that an error lists."""
+
 
 class BadRecord(Exception):
     """A record that cannot be used.
 
-    `kind` is the name under which the record is counted. The text says what is wrong with it.
+    `kind` is the name under which the record is counted. The text says what is wrong with it. A
+    text of more than `MAX_MESSAGE` characters is cut.
     """
 
     def __init__(self, kind: str, message: str):
-        super().__init__(message)
+        super().__init__(clip_text(message, MAX_MESSAGE))
         self.kind = kind
+
+
+def short(value: object, limit: int = MAX_QUOTE) -> str:
+    """Returns `repr(value)` on one line, of about `limit` characters at most.
+
+    A longer value ends in its size: `'/9j/4AAQ…' (18302 characters)`.
+    """
+    size = ""
+    if isinstance(value, str | bytes) and len(value) > limit:
+        size = f" ({len(value)} {'bytes' if isinstance(value, bytes) else 'characters'})"
+    elif isinstance(value, list | tuple) and len(value) > limit // 2:
+        size = f" ({len(value)} elements)"
+    # `repr` of a text of ten megabytes would be built only to be cut.
+    shortener = reprlib.Repr()
+    shortener.maxstring = shortener.maxother = limit
+    shortener.maxlist = shortener.maxtuple = limit // 2
+    shortener.maxdict = shortener.maxset = 10
+    text = repr(value[:limit]) if size and isinstance(value, str | bytes) else shortener.repr(value)
+    return clip_text(" ".join(text.split()), limit) + size
+
+
+def short_path(path: object, limit: int = 120) -> str:
+    """Returns a path as text, or `…` and its last `limit` characters."""
+    text = str(path)
+    return text if len(text) <= limit else f"…{text[-limit:]}"
+
+
+def clip_text(text: str, limit: int) -> str:
+    """Returns `text`, or its first `limit` characters and `…`."""
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def list_names(names: Iterable[object]) -> str:
+    """Returns `a, b, c`; only the first `MAX_NAMES` names, each cut after 40 characters."""
+    texts = [clip_text(" ".join(str(name).split()), 40) for name in names]
+    more = f" and {len(texts) - MAX_NAMES} more" if len(texts) > MAX_NAMES else ""
+    return (", ".join(texts[:MAX_NAMES]) or "none") + more
+
+
+def nearest_name(name: str, names: Iterable[object]) -> str:
+    """Returns `; did you mean NAME?` for the existing name that is most similar, or ""."""
+    texts = [str(candidate)[:100] for candidate in names]
+    by_case = {text.lower(): text for text in texts}
+    matches = difflib.get_close_matches(name[:100].lower(), list(by_case), n=1)
+    return f"; did you mean {by_case[matches[0]]}?" if matches else ""
 
 
 @runtime_checkable

@@ -11,7 +11,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image, ImageOps
 
 from pg_ground.checkpoints import weights
-from pg_ground.data.images import load_image, resize, to_rgb
+from pg_ground.data.images import open_oriented, resize, to_rgb
 from pg_ground.data.records import BadRecord
 from pg_ground.evals.answers import loc_answers
 from pg_ground.models import PaliGemma
@@ -123,10 +123,13 @@ def read_image(image: ImageLike, setting: str = "image") -> UInt8[np.ndarray, "H
         path = to_path(image, setting)
         value, folder = path.name, path.parent
     try:
-        return load_image(value, folder)
+        opened = open_oriented(value, folder)
     except BadRecord as bad:
         name = f"{setting}={image}" if isinstance(image, FilePath | str) else setting
         raise UserError(f"{name}: {bad}") from None
+    if opened.note:
+        logger.warning("%s=%s: %s", setting, image, opened.note)
+    return np.asarray(opened.image)
 
 
 def predict_file(
