@@ -79,7 +79,7 @@ def missing_file(folder: FilePath, name: str) -> BadRecord:
     text = f"there is no file {short_path(path, QUOTED_PATH)}"
     path = join(folder, name.replace("\\", "/"))
     existing = next((parent for parent in path.parents if _is_folder(parent)), None)
-    if existing is None or not isinstance(path, Path):
+    if not isinstance(path, Path) or not isinstance(existing, Path):
         return BadRecord("missing_image", text)
     absent = path.relative_to(existing).parts
     nearest = _nearest(existing, absent[0])

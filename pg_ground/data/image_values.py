@@ -109,14 +109,15 @@ def unwrap(value: object) -> Any:
 
 def _only_item(value: object) -> object:
     while isinstance(value, list | tuple):
-        if not value:
+        items = list(value)
+        if not items:
             raise BadRecord("missing_image", "the image is an empty list")
-        if len(value) > 1:
+        if len(items) > 1:
             raise BadRecord(
                 "missing_image",
-                f"the image is a list of {len(value)}: name one by its number, as in images.0",
+                f"the image is a list of {len(items)}: name one by its number, as in images.0",
             )
-        value = value[0]
+        value = items[0]
     return value
 
 

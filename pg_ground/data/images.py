@@ -66,7 +66,7 @@ def open_oriented(value: object, root: FilePath | None) -> Opened:
     Raises:
       BadRecord: missing_image or corrupt_image.
     """
-    value = unwrap(value)
+    value: Any = unwrap(value)
     image = plain_image(value)
     if isinstance(image, np.ndarray):
         pixels = _rgb_from_array(image)
@@ -120,8 +120,8 @@ def _decode(file: Any, name: str) -> Opened:
             ImageOps.exif_transpose(image, in_place=True)
             image.load()  # now, while the file is open
             # Pillow's size of a TIFF is upright already before it turns the pixels.
-            stored = image.size[::-1] if orientation >= 5 else image.size
-            return Opened(to_rgb(image), orientation, stored)
+            width, height = image.size[::-1] if orientation >= 5 else image.size
+            return Opened(to_rgb(image), orientation, (width, height))
     except UnidentifiedImageError as error:
         raise BadRecord("corrupt_image", f"{name}: no image format that Pillow knows") from error
     except CANNOT_DECODE as error:
