@@ -104,6 +104,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "text_rewards",
             "worker_process",
             "workers",
+            "text_questions",
             "answer_reader",
             "device_rewards",
             "reward_functions",

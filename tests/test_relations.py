@@ -33,8 +33,8 @@ from pg_ground.data.relations import (
 from pg_ground.data.sources import open_records
 from pg_ground.data.tables import RecordList
 from pg_ground.readers import parsers
+from pg_ground.rewards.text_questions import text_question
 from pg_ground.rewards.text_rewards import TEXT_REWARDS, TextExample
-from pg_ground.training.rollout_worker import text_question
 from pg_ground.types import UserError
 
 NAMES = ("chair", "parking meter", "t-shirt", "dog", "hot dog", "man in black")

@@ -18,6 +18,7 @@ from pg_ground.rewards.reward_functions import (
     make_reward_workers,
     weighted_rewards,
 )
+from pg_ground.rewards.text_questions import text_question, texts_of
 from pg_ground.rl.algorithms import ALGORITHMS
 from pg_ground.rl.scored_rollouts import (
     ScoredRollouts,
@@ -29,7 +30,6 @@ from pg_ground.rl.scored_rollouts import (
 )
 from pg_ground.rl.update import split, unsplit
 from pg_ground.tokenizer import load
-from pg_ground.training.rollout_worker import text_question, texts_of
 from pg_ground.types import Rewards, Rollout, UserError
 
 

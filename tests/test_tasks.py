@@ -20,9 +20,9 @@ from pg_ground.data.records import BadRecord
 from pg_ground.data.text_budgets import check_budgets, measure_budget
 from pg_ground.rewards.device_rewards import REWARDS
 from pg_ground.rewards.reward_functions import weighted_rewards
+from pg_ground.rewards.text_questions import text_question
 from pg_ground.rewards.text_rewards import TEXT_REWARDS
 from pg_ground.rl.algorithms import ALGORITHMS, CHOICES, make_algorithm
-from pg_ground.training.rollout_worker import text_question
 from pg_ground.types import UserError
 
 SAMPLES = ROOT.parent / "shared" / "data"

@@ -44,6 +44,8 @@ class Reading(NamedTuple):
 
     Rewards for accuracy use `locations`. Rewards for the format use `ok`.
     """
+    ok_unlabelled: bool = False
+    """The whole text follows the grammar, but that no object has a "label"."""
 
 
 def json_points(text: str) -> Reading:
@@ -72,13 +74,15 @@ def _read_records(text: str, key: str, width: int) -> Reading:
     whole = _load_json(cut.answer)
     entries = [whole] if isinstance(whole, dict) else whole if isinstance(whole, list) else None
     ok = cut.form != "broken" and entries is not None
+    ok_unlabelled = ok and bool(entries)
     locations = []
     for entry in _objects_in_prose(cut.answer, key) if entries is None else entries:
         fields = entry if isinstance(entry, dict) else {}
         label = fields.get("label")
         locations.append(Location(_numbers(fields.get(key), width, strict=True), _text(label)))
         ok &= fields.keys() == {key, "label"} and isinstance(label, str)
-    return _reading(locations, ok)
+        ok_unlabelled &= fields.keys() == {key}
+    return _reading(locations, ok)._replace(ok_unlabelled=_reading(locations, ok_unlabelled).ok)
 
 
 def ovd(text: str) -> Reading:

@@ -48,10 +48,11 @@ def agent(text: str, example: TextExample) -> float:
     """Returns the F1 of a transcript's last answer, in [0, 1.2].
 
     The score is 0.2 of it higher if an act precedes the answer. A transcript that does not end in
-    an answer scores 0. So acts alone earn nothing.
+    an answer scores 0. So acts alone earn nothing. The value is NaN if the gold turn is no answer.
     """
     gold = gold_text(example)
-    if not gold:
+    gold_acts = parsers.turns(gold).acts
+    if not gold or (gold_acts and gold_acts[-1][0] != "answer"):
         return math.nan
     acts = parsers.turns(text).acts
     if not acts or acts[-1][0] != "answer":

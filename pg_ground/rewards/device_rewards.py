@@ -227,7 +227,7 @@ def format(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G
     The whole completion must be an answer of the asked kind that ends in EOS. If there is nothing
     to find, EOS alone is the right answer.
     """
-    silent = answer.finished & (answer.stray == 0) & (_predicted_count(answer, batch) == 0)
+    silent = answer.finished & (answer.mask.sum(axis=-1) == 1)
     proper = jnp.all(boxes.is_proper(answer.boxes.yxyx) | ~answer.boxes.valid, axis=-1)
     nothing_to_find = (_gold_count(batch) == 0)[:, None]
     right = jnp.where(nothing_to_find, silent, answer.grammatical & proper)

@@ -3,6 +3,10 @@
 Coordinates are in pixels of the original image. Predictions and gold locations are matched one to
 one for the largest total similarity, as in `device_rewards`. Missing, spurious and duplicate
 locations lower the score. A location that cannot be read counts as a prediction with similarity 0.
+
+The gold text of a question decides: a reward applies if its own reader can read the gold text, and
+the locations of that text are gold. So no answer earns more than the gold text. The annotation is
+gold only if there is no gold text.
 """
 
 import math
@@ -15,6 +19,7 @@ from jaxtyping import Bool, Float
 from pg_ground import boxes
 from pg_ground.readers import locations
 from pg_ground.readers.locations import Location, Reading
+from pg_ground.readers.parsers import sections
 from pg_ground.rewards.text_example import TextExample
 from pg_ground.vocab import LOC_MAX
 
@@ -34,6 +39,11 @@ MATCH_IOU = 0.5
 COORDINATE_LIMIT_PX = 1e7
 """Coordinates are clipped to this size, so that their products are finite."""
 
+HALF_PIXEL = 0.5 + 1e-3
+"""Slack of a point in a box. The numbers of a JSON answer are whole pixels, so the right answer can
+lie half a pixel outside a narrow box. Boxes are float32, which rounds 10,000 pixels by 1e-3.
+"""
+
 Grammar = Callable[[str], Reading]
 Similarity = Callable[[np.ndarray, np.ndarray, tuple[int, int]], np.ndarray]
 """(predicted, gold, size of the image) to similarities in [0, 1]; the arrays broadcast over their
@@ -44,13 +54,19 @@ leading axes.
 def json_format(text: str, example: TextExample) -> float:
     """Returns 1 for JSON points or boxes of the asked kind, each with a label, else 0.
 
-    An empty list earns 1 only if there is nothing to find.
+    If the objects of the question have no names, labels are not needed. An empty list earns 1 only
+    if there is nothing to find. The value is NaN if the gold text has another form.
     """
     for target, read in (("points", locations.json_points), ("boxes", locations.json_boxes)):
         gold = _gold(example, read, target)
-        if gold is not None:
-            reading = read(text)
-            return float(reading.ok and bool(reading.locations) == bool(gold))
+        if gold is None:
+            continue
+        gold_reading, reading = read(example.gold), read(text)
+        if example.gold.strip() and not (gold_reading.ok or gold_reading.ok_unlabelled):
+            return math.nan
+        has_names = any(location.label for location in gold)
+        follows = reading.ok or (reading.ok_unlabelled and not has_names)
+        return float(follows and bool(reading.locations) == bool(gold))
     return math.nan
 
 
@@ -65,10 +81,14 @@ def json_points_in_boxes(text: str, example: TextExample) -> float:
     The question must ask for points, and the annotation must have the box of each object; else the
     reward is NaN.
     """
-    if example.target != "points" or len(example.boxes) != len(example.points):
+    if "points" not in (example.objects, example.target):
         return math.nan
-    in_place_of_points = example._replace(points=example.boxes)
-    return _matched(text, in_place_of_points, locations.json_points, _inside, "points")
+    points = _gold(example, locations.json_points, "points")
+    if points is None or len(example.boxes) != len(points):
+        return math.nan
+    labels = [point.label for point in points]
+    gold = [Location(box, label) for box, label in zip(example.boxes, labels, strict=True)]
+    return _match(text, gold, example.size, locations.json_points, _inside)
 
 
 def json_boxes(text: str, example: TextExample) -> float:
@@ -145,8 +165,12 @@ def list_iou_squared(text: str, example: TextExample) -> float:
 
 
 def box_tokens_format(text: str, example: TextExample) -> float:
-    """Returns 1 for one proper box in Qwen2-VL's box tokens (RLLaVA's grounding format), else 0."""
-    return _follows_grammar(text, example, locations.box_tokens)
+    """Returns 1 for one proper box in Qwen2-VL's box tokens (RLLaVA's grounding format), else 0.
+
+    The gold text may also be a bare list, as in RLLaVA's data. The bare list itself earns 0 then.
+    """
+    gold_grammars = (locations.box_tokens, locations.list_boxes)
+    return _follows_grammar(text, example, locations.box_tokens, gold_grammars)
 
 
 def ovd_format(text: str, example: TextExample) -> float:
@@ -237,25 +261,55 @@ def ovd(text: str, example: TextExample) -> float:
 
 
 def _gold(example: TextExample, read: Grammar, target: str) -> Sequence[Location] | None:
-    """Returns the annotation, else the locations of the gold text.
+    """Returns the locations of the gold text, else the annotation.
 
-    The value is None if the question asks for something else.
+    The value is None if the question asks for other objects, or has a gold text of another form.
     """
-    annotated = example.points if target == "points" else example.boxes
-    if example.target == target or (example.target == "text" and annotated):
-        # The labels may belong to the boxes of a question that also has points.
-        is_labelled = len(example.labels) == len(annotated)
-        labels = example.labels if is_labelled else ("",) * len(annotated)
-        return [Location(xy, label) for xy, label in zip(annotated, labels, strict=True)]
-    reading = read(example.gold)
-    legible = all(location.numbers is not None for location in reading.locations)
-    if example.target != "text" or not legible or not (reading.ok or reading.locations):
+    if example.objects and (example.objects != target or example.target == target):
+        return None  # the answer is about other objects, or in loc tokens
+    if example.target not in (target, "text"):
         return None
-    return reading.locations
+    if example.gold.strip():
+        reading = read(example.gold)
+        is_legible = all(location.numbers is not None for location in reading.locations)
+        return reading.locations if is_legible and (reading.ok or reading.locations) else None
+    annotated = example.points if target == "points" else example.boxes
+    if example.target == "text" and not annotated:
+        return None
+    # The labels may belong to the boxes of a question that also has points.
+    is_labelled = len(example.labels) == len(annotated)
+    labels = example.labels if is_labelled else ("",) * len(annotated)
+    return [Location(xy, label) for xy, label in zip(annotated, labels, strict=True)]
 
 
-def _follows_grammar(text: str, example: TextExample, read: Grammar) -> float:
-    return math.nan if _gold(example, read, "boxes") is None else float(read(text).ok)
+def _follows_grammar(
+    text: str, example: TextExample, read: Grammar, gold_grammars: Sequence[Grammar] = ()
+) -> float:
+    """Returns 1 if a completion follows a grammar, else 0; NaN if the gold text does not.
+
+    Args:
+      gold_grammars: the grammars that the gold text may have; () is `read` alone.
+    """
+    if _gold(example, read, "boxes") is None:
+        return math.nan
+    gold = example.gold
+    if gold.strip() and not any(grammar(gold).ok for grammar in gold_grammars or (read,)):
+        return math.nan
+    return float(read(text).ok)
+
+
+def _predicted(text: str, gold: Sequence[Location], read: Grammar) -> Sequence[Location]:
+    """Returns the locations of a completion.
+
+    If there is nothing to find, a text without a location must abstain: by an empty text, by `[]`,
+    `{}`, or as the grammar does. Any other text counts as a location that cannot be read.
+    """
+    reading = read(text)
+    if gold or reading.locations or reading.ok:
+        return reading.locations
+    cut = sections(text)
+    abstains = cut.form != "broken" and cut.answer.strip() in ("", "[]", "{}")
+    return () if abstains else (Location(None, score=0.0),)
 
 
 def _matched(
@@ -263,10 +317,18 @@ def _matched(
 ) -> float:
     """Returns the F-measure of the best matching of predicted with gold locations, in [0, 1]."""
     gold = _gold(example, read, target)
-    if gold is None:
-        return math.nan
-    predicted = read(text).locations
-    table = _similarities(predicted, gold, similarity, example.size)
+    return math.nan if gold is None else _match(text, gold, example.size, read, similarity)
+
+
+def _match(
+    text: str,
+    gold: Sequence[Location],
+    size: tuple[int, int],
+    read: Grammar,
+    similarity: Similarity,
+) -> float:
+    predicted = _predicted(text, gold, read)
+    table = _similarities(predicted, gold, similarity, size)
     table = table * _same_label(predicted, gold, read)
     return float(boxes.f_measure(float(boxes.matched_total(table)), *table.shape))
 
@@ -318,7 +380,7 @@ def _distance_gaussian(a: np.ndarray, b: np.ndarray, size: tuple[int, int]) -> n
 
 
 def _inside(a: np.ndarray, b: np.ndarray, _: tuple[int, int]) -> np.ndarray:
-    return np.asarray(boxes.contains(b, a, slack=0.0), float)
+    return np.asarray(boxes.contains(b, a, slack=HALF_PIXEL), float)
 
 
 def _iou(a: np.ndarray, b: np.ndarray, _: tuple[int, int]) -> np.ndarray:
@@ -356,7 +418,7 @@ def _detect(text: str, example: TextExample) -> _Detections | None:
     gold = _gold(example, locations.ovd, "boxes")
     if gold is None:
         return None
-    predicted = locations.ovd(text).locations
+    predicted = _predicted(text, gold, locations.ovd)
     free = _similarities(predicted, gold, _iou, example.size)
     free = free * _same_label(predicted, gold, locations.ovd)
     confidence = np.array([location.score for location in predicted], float)

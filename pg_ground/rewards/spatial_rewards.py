@@ -22,7 +22,7 @@ def spatial_answer(text: str, example: TextExample) -> float:
 
     The answer is a relation (by any of its phrases), an option letter, or yes or no. An answer that
     names none or two of these is wrong. Any other gold, such as an object's name, is compared as by
-    `exact_match`.
+    `exact_match`. A gold without words, such as `[]`, has no right answer: the value is NaN.
     """
     if not gold_text(example):
         return math.nan
@@ -32,7 +32,9 @@ def spatial_answer(text: str, example: TextExample) -> float:
     if gold_choice.kind:
         return 1.0 if parsers.choice(answer) == gold_choice else WRONG
     gold_words = answer_words(gold)
-    return 1.0 if gold_words and answer_words(answer) == gold_words else WRONG
+    if not gold_words:
+        return math.nan
+    return 1.0 if answer_words(answer) == gold_words else WRONG
 
 
 def spatial(text: str, example: TextExample) -> float:

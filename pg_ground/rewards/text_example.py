@@ -26,6 +26,11 @@ class TextExample(NamedTuple):
     """Record number within the source."""
     length: int
     """Tokens of the completion, EOS included."""
+    objects: str = ""
+    """"boxes" or "points": what the question asks for, also if its answer is text (JSON, a count).
+
+    The value is "" for other questions, and if the caller does not say.
+    """
 
 
 TextReward = Callable[[str, TextExample], float]

@@ -17,12 +17,12 @@ from pg_ground.data.batches import TrainingBatches
 from pg_ground.models import PaliGemma
 from pg_ground.parallel import sharding
 from pg_ground.reporting.tables import Table, ascii_table
+from pg_ground.rewards.text_questions import text_question
 from pg_ground.rl.scored_rollouts import ScoredRollouts, has_spread, weights_at
 from pg_ground.storage.paths import FilePath
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.training.grpo import GrpoStage
 from pg_ground.training.loop import Inputs, open_batches, prepare
-from pg_ground.training.rollout_worker import text_question
 from pg_ground.training.setup import init_params
 from pg_ground.training.stage import Runtime
 from pg_ground.training.timing import StepTimer

@@ -17,14 +17,14 @@ from pg_ground.reporting import progress
 from pg_ground.rewards import answer_reader, device_rewards
 from pg_ground.rewards.answer_reader import DecodeMasks
 from pg_ground.rewards.reward_functions import load_device_rewards, weighted_rewards
-from pg_ground.rewards.text_rewards import TextExample
+from pg_ground.rewards.text_questions import texts_of
 from pg_ground.rewards.workers import PendingScores, RewardWorkers
 from pg_ground.rl import scored_rollouts
 from pg_ground.rl.scored_rollouts import ScoredRollouts
 from pg_ground.rl.update import split, unsplit
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.training.timing import StepTimer
-from pg_ground.types import BOXES, POINTS, Array, Batch, JsonDict, Params, Rollout
+from pg_ground.types import Array, Batch, JsonDict, Params, Rollout
 
 FRESH_GROUPS_KEY = 2**20
 PARTS_KEY = 2**20 + 1
@@ -33,8 +33,6 @@ UPDATE_KEY = 2**20 + 2
 
 The key of token t is folded with t, so these numbers are larger than any t.
 """
-
-TARGET_NAMES = {BOXES: "boxes", POINTS: "points"}
 
 
 class Generated(NamedTuple):
@@ -76,6 +74,7 @@ class RolloutWorker:
         self._frozen = frozen
         self._tokenizer = tokenizer
         self._reward_workers = reward_workers
+        self._targets = [source.target for source in settings.sources.values()]
         self._score = jax.jit(make_score(settings, tokenizer, has_greedy, decode_masks))
         self._refill = jax.jit(scored_rollouts.refill)
         self._count_without_spread = jax.jit(
@@ -159,7 +158,7 @@ class RolloutWorker:
     def _submit(self, batch: Batch, rollout: Rollout) -> PendingScores:
         """Waits for the rows of this process and sends their texts to the workers."""
         local_batch, local_rollout = sharding.fetch_local_rows(self._mesh, (batch, rollout))
-        completions, examples = texts_of(local_batch, local_rollout, self._tokenizer)
+        completions, examples = texts_of(local_batch, local_rollout, self._tokenizer, self._targets)
         return self._reward_workers.submit(completions, examples)
 
     def refill(
@@ -230,45 +229,3 @@ def make_score(
         return ScoredRollouts(batch, rollout, answer, scores, None)
 
     return score
-
-
-def texts_of(
-    batch: Batch, rollout: Rollout, tokenizer: Tokenizer
-) -> tuple[list[str], list[TextExample]]:
-    """Returns every completion of a batch on the host as text, prompt by prompt, and the
-    question of each completion."""
-    completions: list[str] = []
-    examples: list[TextExample] = []
-    for row in range(len(batch.prompt)):
-        question = text_question(batch, row, tokenizer)
-        for tokens, mask in zip(rollout.tokens[row], rollout.mask[row], strict=True):
-            completions.append(tokenizer.decode(tokens.tolist()))
-            examples.append(question._replace(length=int(mask.sum())))
-    return completions, examples
-
-
-def text_question(batch: Batch, row: int, tokenizer: Tokenizer) -> TextExample:
-    """Returns a question of a batch on the host, as a text reward sees it. Its `length` is 0."""
-    width, height = (int(side) for side in batch.size[row])
-    gold = batch.gold
-    target = TARGET_NAMES.get(int(gold.target[row]), "text")
-    names = [tokenizer.decode(ids[ids != 0].tolist()).strip() for ids in gold.names[row]]
-    slots = gold.points if target == "points" else gold.boxes
-    labels = slots.label[row][slots.valid[row]]
-    boxes = gold.boxes.yxyx[row][gold.boxes.valid[row]]
-    points = gold.points.yx[row][gold.points.valid[row]]
-    return TextExample(
-        prompt=tokenizer.decode(batch.prompt[row][batch.prompt_mask[row]].tolist()).strip(),
-        gold=tokenizer.decode(batch.suffix[row][batch.suffix_mask[row]].tolist()),
-        boxes=tuple(
-            (float(x1 * width), float(y1 * height), float(x2 * width), float(y2 * height))
-            for y1, x1, y2, x2 in boxes
-        ),
-        points=tuple((float(x * width), float(y * height)) for y, x in points),
-        labels=tuple(names[label] if 0 <= label < len(names) else "" for label in labels),
-        size=(width, height),
-        target=target,
-        source=str(int(batch.source[row])),
-        index=int(batch.index[row]),
-        length=0,
-    )
