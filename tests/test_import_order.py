@@ -74,6 +74,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "masks",
             "synthetic",
             "tables",
+            "coco",
             "hub",
             "arrayrecord",
             "tfds",

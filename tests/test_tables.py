@@ -17,8 +17,9 @@ import yaml
 from PIL import Image
 
 from pg_ground.data import tables
+from pg_ground.data.coco import open_coco
 from pg_ground.data.records import BadRecord, Records
-from pg_ground.data.tables import open_coco, open_json, open_json_lines, open_parquet, open_yaml
+from pg_ground.data.tables import open_json, open_json_lines, open_parquet, open_yaml
 from pg_ground.types import UserError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -504,31 +505,35 @@ def test_coco_asks_about_a_category_or_the_list_of_them(tmp_path):
 
 def test_coco_that_cannot_be_opened_is_refused(tmp_path):
     path = tmp_path / "instances.json"
-    for change, message in (
+    for change, ask, message in (
         (
-            {"categories": None},
+            {"images": None},
+            "image",
             "an object with the keys info, categories, images, annotations, "
-            "but COCO's instances have",
+            "but COCO's instances have the lists",
         ),
-        ({"images": []}, "the entry with id 1 of annotations has no 5, or it is in no other list"),
+        ({"categories": None}, "list", "COCO's instances have the lists"),
         (
-            {"categories": [{"id": 1, "name": "person"}]},
-            "the entry with id 2 of annotations has no 7, or",
+            {"annotations": {"1": {}}},
+            "image",
+            "annotations is an object with the keys 1, but COCO's",
         ),
-        ({"images": [], "annotations": []}, "there are no images in it"),
+        ({"images": []}, "image", "no entry can be used: annotation 0 (id 1) of instances.json: "),
+        ({"images": []}, "image", "there is no image with the id 5"),
+        ({"images": [], "annotations": []}, "image", "there are no images in it"),
         (
-            {"annotations": [{"id": 77, "image_id": 5, "category_id": 1}]},
-            "the entry with id 77 of annotations has no 'bbox'",
+            {"images": [{"id": 3, "width": 5, "height": 5}], "annotations": []},
+            "image",
+            "no entry can be used: image 0 (id 3) of instances.json: there is no file_name",
         ),
-        ({"annotations": ["x"]}, "the entry x of annotations has not COCO's form"),
         (
-            {"images": [{"id": 3, "width": 5, "height": 5}]},
-            "the entry with id 3 of images has no 'file_name'",
+            {"categories": [{"name": "dog"}]},
+            "category",
+            "category 0 of instances.json: there is no id",
         ),
-        ({"categories": [{"name": "dog"}]}, "of categories has no 'id'"),
     ):
         write(path, instances() | change)
-        assert message in refusal(f"coco:{path}")
+        assert message in refusal(f"coco:{path}?ask={ask}")
     write(path, instances() | {"annotations": []})
     assert "there are no objects in it" in refusal(f"coco:{path}?ask=category")
     assert "ask must be one of image, category, list" in refusal(f"coco:{path}?ask=boxes")

@@ -9,21 +9,24 @@ from urllib.parse import parse_qsl
 
 from pg_ground.data import synthetic
 from pg_ground.data.arrayrecord import open_array_record
+from pg_ground.data.coco import open_coco
 from pg_ground.data.hub import open_hub
 from pg_ground.data.records import Records
 from pg_ground.data.refer import open_refer
 from pg_ground.data.relations import open_relations
-from pg_ground.data.tables import open_coco, open_json, open_json_lines, open_parquet, open_yaml
+from pg_ground.data.tables import open_json, open_json_lines, open_parquet, open_yaml
 from pg_ground.data.tfds import open_tfds
 from pg_ground.types import UserError, nearest
 
 
-def open_records(uri: str, entry: str = "") -> Records:
+def open_records(uri: str, entry: str = "", keep_empty: bool = False) -> Records:
     """Returns the records of `uri`.
 
     Args:
       uri: SCHEME:LOCATION.
       entry: the config entry, as `grpo/photos` or `photos`. An error names its setting.
+      keep_empty: whether images without objects are questions. Only `coco:` makes questions of
+        images; the records of the other schemes are the same.
 
     Raises:
       UserError: the scheme does not exist, or the file is missing or has no records.
@@ -34,7 +37,7 @@ def open_records(uri: str, entry: str = "") -> Records:
             raise UserError(
                 f"source {uri}: no scheme {scheme!r}; {nearest(scheme, SCHEMES)} (as in jsonl:PATH)"
             )
-        return SCHEMES[scheme](location)
+        return open_coco(location, keep_empty) if scheme == "coco" else SCHEMES[scheme](location)
     except UserError as error:
         if not entry:
             raise

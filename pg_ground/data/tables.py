@@ -1,4 +1,4 @@
-"""Records in files: JSON lines, JSON lists, parquet, COCO's instances, and YAML lists of files."""
+"""Records in files: JSON lines, JSON lists, parquet, and YAML lists of files."""
 
 import json
 import threading
@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ from jaxtyping import Int
 from pg_ground.data.records import BadRecord, Records
 from pg_ground.data.sampling import sample_indices
 from pg_ground.storage.paths import FilePath, expand_path, to_path
-from pg_ground.types import JsonDict, Record, UserError, nearest
+from pg_ground.types import JsonDict, UserError, nearest
 
 CANNOT_OPEN = (OSError, ImportError)
 """Opening a path raises these. etils raises ImportError if a remote file system has no client."""
@@ -33,9 +33,6 @@ MAX_DECODED_BYTES = 2**28
 
 A photograph takes some 100 KB, so this is a few groups of 100 to 1000 photographs.
 """
-
-COCO_RECORDS = ("image", "category", "list")
-"""The values of the option `ask` of `coco:`."""
 
 
 class JsonLines:
@@ -90,6 +87,13 @@ class JsonLines:
             return file.read(length)
 
 
+class BadEntry(NamedTuple):
+    """An entry of a file that cannot be used: the arguments of its `BadRecord`."""
+
+    kind: str
+    message: str
+
+
 @dataclass(frozen=True)
 class RecordList:
     """Records in memory, as they came out of one JSON file with the name `name`."""
@@ -97,12 +101,16 @@ class RecordList:
     entries: Sequence[Any]
     name: str
     root: FilePath | None
+    notes: tuple[str, ...] = ()
+    """What the start-up table says about the reading of this source."""
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> JsonDict:
         record = self.entries[index]
+        if isinstance(record, BadEntry):
+            raise BadRecord(record.kind, record.message)
         if not isinstance(record, dict):
             raise BadRecord(
                 "bad_json", f"entry {index} of {self.name}: {record!r:.60} is not a JSON object"
@@ -221,14 +229,14 @@ def open_json(location: str) -> Records:
     """
     uri = f"json:{location}"
     path, key = _split_key(location, uri)
-    value = _load_json(path, uri)
+    value = load_json(path, uri)
     for part in key.split(".") if key else ():
         if not isinstance(value, dict) or part not in value:
-            raise UserError(f"source {uri}: no {part!r} in {_describe(value)}")
+            raise UserError(f"source {uri}: no {part!r} in {describe(value)}")
         value = value[part]
     if not isinstance(value, list) or not any(isinstance(entry, dict) for entry in value):
         raise UserError(
-            f"source {uri}: this is {_describe(value)}, but it must be a list of objects, "
+            f"source {uri}: this is {describe(value)}, but it must be a list of objects, "
             f"or have one at a key (json:PATH#key)"
         )
     return RecordList(value, path.name, path.parent)
@@ -345,47 +353,6 @@ def open_yaml(location: str) -> Records:
     return Joined(sources, source, np.concatenate(indices), path.parent)
 
 
-def open_coco(location: str) -> Records:
-    """Returns the objects of COCO's instances as records.
-
-    With `ask=image` there is one record for each image: `image` (its file name), `width`, `height`,
-    and for each object an entry of `categories`, `boxes` (x, y, w, h in pixels) and `iscrowd`.
-    With `ask=category` an image has one record for each category of its objects, with `category`
-    instead of `categories`. With `ask=list`, a record of `ask=image` also has `classes`:
-    the different categories in their order, "cat ; dog". An image without objects stays. Regions
-    that stand for a crowd of objects are left out, unless `crowd=1`.
-
-    Args:
-      location: `FILE?ask=image&images=DIR&crowd=0`. `images` is the folder of the images, by
-        default the folder of FILE.
-
-    Raises:
-      UserError: the file or an option does not exist, the file is no JSON or has not COCO's form,
-        or there are no records in it.
-    """
-    uri = f"coco:{location}"
-    name, options = split_options("coco", location, ("ask", "images", "crowd"))
-    path = to_path(name, f"source {uri}")
-    ask = options.get("ask", "image")
-    crowd = options.get("crowd", "0")
-    if ask not in COCO_RECORDS or crowd not in ("0", "1"):
-        raise UserError(
-            f"source {uri}: ask must be one of {', '.join(COCO_RECORDS)}, and crowd 0 or 1"
-        )
-    records = _coco_images(_load_json(path, uri), crowd == "1", uri)
-    if ask == "category":
-        records = [part for image in records for part in _split_by_category(image)]
-    elif ask == "list":
-        records = [
-            image | {"classes": " ; ".join(dict.fromkeys(image["categories"]))} for image in records
-        ]
-    if not records:
-        kind = "objects" if ask == "category" else "images"
-        raise UserError(f"source {uri}: there are no {kind} in it")
-    root = to_path(options["images"], f"source {uri}") if "images" in options else path.parent
-    return RecordList(records, path.name, root)
-
-
 def split_options(scheme: str, location: str, names: Collection[str]) -> tuple[str, dict[str, str]]:
     """Returns the part before `?`, and the options `a=1&b=2` after it.
 
@@ -434,7 +401,7 @@ def _split_key(location: str, uri: str) -> tuple[FilePath, str]:
     return to_path(name, f"source {uri}"), key
 
 
-def _load_json(path: FilePath, uri: str) -> Any:
+def load_json(path: FilePath, uri: str) -> Any:
     try:
         with path.open("rb") as file:
             return json.load(file)
@@ -460,7 +427,7 @@ def _yaml_entries(path: FilePath, uri: str) -> list[dict[str, str]]:
         value.get("datasets") if isinstance(value, dict) and set(value) == {"datasets"} else None
     )
     if not isinstance(datasets, list) or not datasets:
-        raise UserError(f"source {uri}: this is {_describe(value)}, but the form is {form}")
+        raise UserError(f"source {uri}: this is {describe(value)}, but the form is {form}")
     entries = []
     for position, entry in enumerate(datasets):
         fields = {"sampling_strategy": "all"} | entry if isinstance(entry, dict) else {}
@@ -478,69 +445,6 @@ def _open_json_file(name: str, folder: FilePath) -> Records:
     return open_json_lines(location) if location.endswith(".jsonl") else open_json(location)
 
 
-def _coco_images(value: object, with_crowd: bool, uri: str) -> list[JsonDict]:
-    """Returns one record for each image of COCO's instances."""
-    lists = ("images", "annotations", "categories")
-    if not isinstance(value, dict) or not all(isinstance(value.get(name), list) for name in lists):
-        raise UserError(
-            f"source {uri}: this is {_describe(value)}, "
-            f"but COCO's instances have the lists {', '.join(lists)}"
-        )
-    list_name = ""
-    entry = None
-    try:
-        names = {}
-        records = {}
-        list_name = "categories"
-        for entry in value[list_name]:
-            names[entry["id"]] = entry["name"]
-        list_name = "images"
-        for entry in value[list_name]:
-            records[entry["id"]] = {
-                "image": entry["file_name"],
-                "width": entry["width"],
-                "height": entry["height"],
-                "categories": [],
-                "boxes": [],
-                "iscrowd": [],
-            }
-        list_name = "annotations"
-        for entry in value[list_name]:
-            record = records[entry["image_id"]]
-            name = names[entry["category_id"]]
-            box = entry["bbox"]
-            crowd = entry.get("iscrowd", 0)  # some files of this form do not have it
-            if with_crowd or not crowd:
-                record["categories"].append(name)
-                record["boxes"].append(box)
-                record["iscrowd"].append(crowd)
-    except (KeyError, TypeError) as error:
-        raise _bad_coco_entry(list_name, entry, error, uri) from error
-    return list(records.values())
-
-
-def _bad_coco_entry(list_name: str, entry: Any, error: Exception, uri: str) -> UserError:
-    has_id = isinstance(entry, dict) and "id" in entry
-    which = f"with id {entry['id']}" if has_id else f"{entry!s:.60}"
-    fault = "has not COCO's form"
-    if isinstance(error, KeyError):
-        fault = f"has no {error}, or it is in no other list"
-    return UserError(f"source {uri}: the entry {which} of {list_name} {fault}")
-
-
-def _split_by_category(image: Record) -> list[JsonDict]:
-    """Returns an image's record in parts, one for each of its categories."""
-    common = {key: image[key] for key in ("image", "width", "height")}
-    parts = {
-        name: {**common, "category": name, "boxes": [], "iscrowd": []}
-        for name in image["categories"]
-    }
-    for name, box, crowd in zip(image["categories"], image["boxes"], image["iscrowd"], strict=True):
-        parts[name]["boxes"].append(box)
-        parts[name]["iscrowd"].append(crowd)
-    return list(parts.values())
-
-
 def _cannot_open(uri: str, error: OSError | ImportError) -> UserError:
     text = error.strerror if isinstance(error, OSError) else None
     return UserError(f"source {uri}: {text or one_line(error)}")
@@ -551,7 +455,7 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _describe(value: object) -> str:
+def describe(value: object) -> str:
     """Returns the kind of a value that was read from JSON or YAML, in a few words."""
     if isinstance(value, dict):
         keys = list_names(list(map(str, value)))
