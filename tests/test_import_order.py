@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "pg_ground"
 
 ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("", ("types",)),
-    ("storage", ("paths", "files", "local_copy", "downloads", "uploads")),
+    ("storage", ("paths", "codecs", "files", "local_copy", "downloads", "uploads")),
     ("", ("vocab", "params")),
     (
         "rl",

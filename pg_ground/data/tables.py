@@ -1,5 +1,7 @@
 """Records in files: JSON lines, JSON lists, parquet, and YAML lists of files."""
 
+import codecs
+import io
 import json
 import threading
 from collections import OrderedDict
@@ -16,6 +18,14 @@ from jaxtyping import Int
 
 from pg_ground.data.records import BadRecord, Records
 from pg_ground.data.sampling import sample_indices
+from pg_ground.storage.codecs import (
+    HEAD_BYTES,
+    is_plain,
+    not_utf8,
+    to_utf8,
+    unpack,
+    without_compression,
+)
 from pg_ground.storage.paths import FilePath, expand_path, to_path
 from pg_ground.types import JsonDict, UserError, nearest
 
@@ -38,16 +48,23 @@ A photograph takes some 100 KB, so this is a few groups of 100 to 1000 photograp
 class JsonLines:
     """The lines of a file, each one JSON object. Blank lines are skipped.
 
-    A file above `MAX_BYTES_IN_MEMORY` is opened again for each record.
+    A file above `MAX_BYTES_IN_MEMORY` is opened again for each record. A file that is compressed,
+    or in UTF-16 or UTF-32, stays in memory as UTF-8.
     """
 
     def __init__(self, path: FilePath, uri: str):
         try:
             with path.open("rb") as file:
-                self._spans = _line_spans(file)
-                is_small = bool(self._spans) and sum(self._spans[-1]) <= MAX_BYTES_IN_MEMORY
+                head = file.read(HEAD_BYTES)
                 file.seek(0)
-                self._content = file.read() if is_small else b""
+                if is_plain(head):
+                    self._spans = _line_spans(file)
+                    is_small = bool(self._spans) and sum(self._spans[-1]) <= MAX_BYTES_IN_MEMORY
+                    file.seek(0)
+                    self._content = file.read() if is_small else b""
+                else:
+                    self._content = to_utf8(file.read(), f"source {uri}: {path.name}")
+                    self._spans = _line_spans(io.BytesIO(self._content))
         except CANNOT_OPEN as error:
             raise _cannot_open(uri, error) from error
         if not self._spans:
@@ -55,7 +72,8 @@ class JsonLines:
                 f"source {uri}: the file has no lines; each record is one JSON object on a line"
             )
         self._path = path
-        if self._line(0).lstrip().startswith(b"[") and self._line(-1).rstrip().endswith(b"]"):
+        first = self._line(0).removeprefix(codecs.BOM_UTF8)
+        if first.lstrip().startswith(b"[") and self._line(-1).rstrip().endswith(b"]"):
             raise UserError(
                 f"source {uri}: the file begins with [ and ends with ], as a JSON list does: "
                 f"use json:{path}"
@@ -72,6 +90,8 @@ class JsonLines:
         where = f"byte {self._spans[index][0]} of {self._path.name}"
         try:
             record = json.loads(self._line(index))
+        except UnicodeDecodeError as error:
+            raise BadRecord("bad_json", f"{where}: {not_utf8(error)}") from error
         except (ValueError, RecursionError) as error:
             raise BadRecord("bad_json", f"{where}: {error}") from error
         if not isinstance(record, dict):
@@ -404,9 +424,13 @@ def _split_key(location: str, uri: str) -> tuple[FilePath, str]:
 def load_json(path: FilePath, uri: str) -> Any:
     try:
         with path.open("rb") as file:
-            return json.load(file)
+            data = file.read()
     except CANNOT_OPEN as error:
         raise _cannot_open(uri, error) from error
+    try:
+        return json.loads(unpack(data, f"source {uri}: {path.name}"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"source {uri}: not one JSON value: {not_utf8(error)}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"source {uri}: not one JSON value: {error} (lines of JSON are jsonl:PATH)"
@@ -442,7 +466,8 @@ def _yaml_entries(path: FilePath, uri: str) -> list[dict[str, str]]:
 
 def _open_json_file(name: str, folder: FilePath) -> Records:
     location = name if "://" in name else str(folder / expand_path(name))
-    return open_json_lines(location) if location.endswith(".jsonl") else open_json(location)
+    is_lines = without_compression(location).endswith(".jsonl")
+    return open_json_lines(location) if is_lines else open_json(location)
 
 
 def _cannot_open(uri: str, error: OSError | ImportError) -> UserError:
