@@ -73,6 +73,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "run_lengths",
             "masks",
             "synthetic",
+            "class_names",
             "tables",
             "coco",
             "hub",

@@ -17,6 +17,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from pg_ground.data.class_names import names_of_card
 from pg_ground.data.records import Records
 from pg_ground.data.tables import list_names, one_line, open_parquet_files, split_options
 from pg_ground.storage.downloads import CANNOT_GET, reason
@@ -63,7 +64,8 @@ def open_hub(location: str) -> Records:
     is_offline = options.get("offline") == "1"
     try:
         folder, files = _list_files(repo, revision, is_offline)
-        splits = _declared_splits(folder / "README.md", files, uri) or _usual_splits(files)
+        card = _card(folder / "README.md", uri)
+        splits = _declared_splits(card, files, uri) or _usual_splits(files)
         chosen = _files_of_split(splits, options.get("config", ""), split, uri)
         folder = _snapshot(repo, revision, is_offline, chosen)
     except CANNOT_GET as error:
@@ -72,7 +74,9 @@ def open_hub(location: str) -> Records:
         raise UserError(
             f"source {uri}: {missing[0]} is not in the cache; without offline=1 it is downloaded"
         )
-    return open_parquet_files([folder / file for file in chosen], folder, uri)
+    config = options.get("config") or _config_of(splits, split, chosen)
+    names = names_of_card(card.get("dataset_info"), config)
+    return open_parquet_files([folder / file for file in chosen], folder, uri, names)
 
 
 def _list_files(repo: str, revision: str | None, is_offline: bool) -> tuple[Path, list[str]]:
@@ -122,15 +126,34 @@ def _reason(repo: str, revision: str | None, error: Exception) -> str:
     return text if isinstance(error, explained) else f"{text}; offline=1 reads what is in the cache"
 
 
-def _declared_splits(readme: Path, files: Iterable[str], uri: str) -> Splits:
+def _card(readme: Path, uri: str) -> dict[str, Any]:
+    """Returns the metadata in a dataset's README."""
+    try:
+        return (metadata_load(readme) if readme.is_file() else None) or {}
+    except (yaml.YAMLError, ValueError) as error:
+        raise _bad_card(uri, error) from error
+
+
+def _bad_card(uri: str, error: Exception) -> UserError:
+    return UserError(
+        f"source {uri}: the dataset's README.md has no valid configs: {one_line(error):.200}"
+    )
+
+
+def _config_of(splits: Splits, split: str, files: list[str]) -> str:
+    """Returns the name of the config that has these files as its split."""
+    configs = [config for (config, name), of in splits.items() if (name, of) == (split, files)]
+    return next(filter(None, configs), DEFAULT)
+
+
+def _declared_splits(card: Mapping[str, Any], files: Iterable[str], uri: str) -> Splits:
     """Returns the splits that a README declares.
 
     See https://huggingface.co/docs/hub/datasets-manual-configuration.
     """
     splits: Splits = {}
     try:
-        card = metadata_load(readme) if readme.is_file() else None
-        for config in (card or {}).get("configs", ()):
+        for config in card.get("configs", ()):
             name = config.get("config_name", DEFAULT)
             for split, patterns in _split_patterns(config.get("data_files", ())):
                 matched = _matching_files(files, config.get("data_dir", ""), patterns)
@@ -138,10 +161,8 @@ def _declared_splits(readme: Path, files: Iterable[str], uri: str) -> Splits:
                     splits[name, split] = matched
                     if name == DEFAULT or config.get("default"):
                         splits["", split] = matched
-    except (yaml.YAMLError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"source {uri}: the dataset's README.md has no valid configs: {one_line(error)}"
-        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _bad_card(uri, error) from error
     return splits
 
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import yaml
 from jaxtyping import Int
 
+from pg_ground.data.class_names import Names, names_of_schema, with_class_names
 from pg_ground.data.records import BadRecord, Records
 from pg_ground.data.sampling import sample_indices
 from pg_ground.storage.codecs import (
@@ -144,12 +145,22 @@ class Parquet:
     Parquet cannot read a single row. The row group around a row is decoded, and it stays decoded
     until other groups need the memory. So rows in order cost their own bytes, and rows in random
     order cost a group each. No file stays open. A pickled copy starts with no decoded groups.
+
+    Class numbers become the names that their file declares, or `names` if the file declares none.
     """
 
     def __init__(
-        self, paths: Sequence[FilePath], footers: Sequence[pq.FileMetaData], root: FilePath
+        self,
+        paths: Sequence[FilePath],
+        footers: Sequence[pq.FileMetaData],
+        root: FilePath,
+        names: Names | None = None,
     ):
         self.root = root
+        self._default_names = names or {}
+        declared = [names_of_schema(footer.schema.to_arrow_schema().metadata) for footer in footers]
+        self._names = [in_file or self._default_names for in_file in declared]
+        self.notes = _notes(declared, self._default_names)
         self._paths = paths
         self._footers = footers
         self._groups = [
@@ -164,7 +175,7 @@ class Parquet:
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Parquet, (self._paths, self._footers, self.root)
+        return Parquet, (self._paths, self._footers, self.root, self._default_names)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -172,8 +183,10 @@ class Parquet:
     def __getitem__(self, index: int) -> JsonDict:
         row = range(len(self))[index]
         group = int(np.searchsorted(self._starts, row, "right")) - 1
+        names = self._names[self._groups[group][0]]
         try:
-            return self._row_group(group).slice(row - int(self._starts[group]), 1).to_pylist()[0]
+            rows = self._row_group(group).slice(row - int(self._starts[group]), 1).to_pylist()
+            return with_class_names(rows[0], names) if names else rows[0]
         except CANNOT_PARSE as error:
             file, number = self._groups[group]
             where = f"row group {number} of {self._paths[file].name}"
@@ -210,6 +223,16 @@ class Parquet:
         with self._paths[file].open("rb") as handle:
             parquet = pq.ParquetFile(handle, metadata=self._footers[file], pre_buffer=True)
             return parquet.read_row_group(number)
+
+
+def _notes(declared: Sequence[Names], default: Names) -> tuple[str, ...]:
+    """Returns what the start-up table says about the names of classes."""
+    in_files = {path: len(classes) for names in declared for path, classes in names.items()}
+    if all(declared):
+        default = {}
+    counts = [(path, count, "the file") for path, count in in_files.items()]
+    counts += [(path, len(classes), "the README") for path, classes in default.items()]
+    return tuple(f"{'.'.join(path)}: {n} class names from {where}" for path, n, where in counts)
 
 
 @dataclass(frozen=True)
@@ -296,13 +319,16 @@ def open_parquet(location: str) -> Records:
     return open_parquet_files(paths, root, uri)
 
 
-def open_parquet_files(paths: Sequence[FilePath], root: FilePath, uri: str) -> Parquet:
+def open_parquet_files(
+    paths: Sequence[FilePath], root: FilePath, uri: str, names: Names | None = None
+) -> Parquet:
     """Returns the rows of parquet files. Only the footers of the files are read now.
 
     Args:
       paths: the files, in the order of their rows.
       root: the folder that file names in the rows are relative to.
       uri: the name of the source in errors.
+      names: the names of classes, for files that declare none.
 
     Raises:
       UserError: a file is missing, is no parquet, or has other columns than the first file; or
@@ -330,7 +356,7 @@ def open_parquet_files(paths: Sequence[FilePath], root: FilePath, uri: str) -> P
                 f"source {uri}: only one of {paths[0].name} and {path.name} has "
                 f"{', '.join(different)}; all files need the same columns"
             )
-    rows = Parquet(paths, footers, root)
+    rows = Parquet(paths, footers, root, names)
     if not len(rows):
         names = list_names([path.name for path in paths])
         raise UserError(f"source {uri}: there are no rows in {names}")

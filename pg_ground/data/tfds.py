@@ -16,6 +16,7 @@ from google.protobuf.json_format import ParseError
 from google.protobuf.message import DecodeError
 
 from pg_ground.data.arrayrecord import ArrayRecords, count_records, text_or_bytes
+from pg_ground.data.class_names import class_name
 from pg_ground.data.records import BadRecord, Records
 from pg_ground.data.tables import list_names, split_options
 from pg_ground.storage.paths import expand_path, to_path
@@ -142,7 +143,7 @@ def _to_plain(feature: Any, value: Any) -> Any:
         case tfds.features.Image():
             return value
         case tfds.features.ClassLabel():
-            return _class_name(feature.names, int(value))
+            return class_name(feature.names, int(value), "a class label")
     value = feature.decode_example_np(value)
     if isinstance(value, bytes):
         return text_or_bytes(value)
@@ -158,10 +159,3 @@ def _sequence_items(columns: Any) -> Iterator[Any]:
         return
     for values in zip(*(_sequence_items(column) for column in columns.values()), strict=True):
         yield dict(zip(columns, values, strict=True))
-
-
-def _class_name(names: list[str], index: int) -> str | int | None:
-    """Returns the name of a class; its number if the dataset has no names; None for -1."""
-    if index < 0:
-        return None
-    return index if names[index] == str(index) else names[index]
