@@ -5,7 +5,8 @@ A policy is a run (--workdir) or a checkpoint (--params). It answers the sources
 A file of predictions needs no model and no config: --predictions=FILE --benchmark=NAME --fields=F.
 The file is a JSON list, JSON lines, or an object with `results`. For a predictions.jsonl that this
 command has written, neither --benchmark nor --fields is needed. --fields=pred=a.b,gold=c says which
-fields of a record hold the prediction and the ground truth.
+fields of a record hold the prediction and the ground truth. The format of the answers (Qwen's,
+Gemini's, Molmo's, …) is detected and printed; --answer-format=NAME states it.
 
 Both ways write eval.json and predictions.jsonl to --out. For a policy, --out is the directory of
 the run or of the checkpoint if the flag is absent; for a file of predictions nothing is written
@@ -19,8 +20,10 @@ from absl import flags
 
 from pg_ground import cli
 from pg_ground.evals import benchmarks, prediction_files
+from pg_ground.evals.file_answers import Formats
 from pg_ground.evals.scoring import rescore, write_results
 from pg_ground.parallel import multiprocess
+from pg_ground.readers.answer_formats import AUTO, FORMATS
 from pg_ground.reporting.tables import Table, ascii_table, results_table
 from pg_ground.storage.downloads import KAGGLE
 from pg_ground.storage.paths import FilePath, to_path
@@ -29,7 +32,14 @@ from pg_ground.types import UserError
 POLICY_FLAGS = ("config", "workdir", "params", cli.DISTRIBUTED)
 """Flags that a file of predictions does not take."""
 
-PREDICTIONS_FLAGS = ("benchmark", "fields", "box_format", "point_format", "gold_format")
+PREDICTIONS_FLAGS = (
+    "benchmark",
+    "fields",
+    "answer_format",
+    "box_format",
+    "point_format",
+    "gold_format",
+)
 """Flags that a policy does not take."""
 
 
@@ -45,8 +55,15 @@ def define_flags(values: flags.FlagValues) -> None:
     texts = {
         "benchmark": ("", "Benchmark of --predictions: rec, pointing, counting, detection, …"),
         "fields": ("", "Fields of a prediction record: pred=PATH,gold=PATH,id=PATH,…"),
-        "box_format": ("xyxy_px", "How the predicted boxes are written."),
-        "point_format": ("xy_px", "How the predicted points are written."),
+        "answer_format": (AUTO, f"How answers are written: {', '.join([AUTO, *FORMATS])}."),
+        "box_format": (
+            "",
+            "Unit of the predicted boxes. Absent: the answer format's unit, else xyxy_px.",
+        ),
+        "point_format": (
+            "",
+            "Unit of the predicted points. Absent: the answer format's unit, else xy_px.",
+        ),
         "gold_format": ("", "How the ground truth is written, if it differs."),
     }
     for name, (default, help_text) in texts.items():
@@ -79,8 +96,11 @@ def main(args: cli.Arguments) -> None:
 def _score_predictions(args: cli.Arguments) -> None:
     """Prints the metrics of a file of predictions, and writes them if --out is set."""
     path = to_path(args.flags.predictions, "--predictions")
-    formats = prediction_files.Formats(
-        args.flags.box_format, args.flags.point_format, args.flags.gold_format
+    formats = Formats(
+        args.flags.box_format,
+        args.flags.point_format,
+        args.flags.gold_format,
+        args.flags.answer_format,
     )
     fields = prediction_files.parse_fields(args.flags.fields)
     document, rows = rescore(path, args.flags.benchmark, fields, formats)
@@ -91,6 +111,8 @@ def _score_predictions(args: cli.Arguments) -> None:
     else:
         table = results_table("held out", {str(path): document})
     print(ascii_table(table))
+    for note in document.get("notes", ()):
+        print(note)
     if "file_says" in document:
         print(f"the file itself says: {json.dumps(document['file_says'])}")
     if args.flags.out:

@@ -14,7 +14,7 @@ from pg_ground import config
 from pg_ground.config import Source
 from pg_ground.data.bad_records import BadRecords
 from pg_ground.evals import runner, scoring
-from pg_ground.evals.prediction_files import Formats
+from pg_ground.evals.file_answers import Formats
 from pg_ground.evals.programs import Completions, EvalPrograms, make_eval_programs
 from pg_ground.evals.runner import EvalContext, Evaluation
 from pg_ground.models import PaliGemma

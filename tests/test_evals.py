@@ -17,8 +17,8 @@ from pg_ground.boxes import host_boxes, iou
 from pg_ground.data import run_lengths
 from pg_ground.data.box_formats import BOX_ORDERS, format_names, image_extent
 from pg_ground.evals import benchmarks, cv_bench, environment, pointing, rows, scoring
+from pg_ground.evals.file_answers import Formats
 from pg_ground.evals.intervals import intervals
-from pg_ground.evals.prediction_files import Formats
 from pg_ground.readers import locations, parsers
 from pg_ground.types import UserError
 

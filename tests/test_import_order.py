@@ -39,7 +39,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("", ("config",)),
     ("", ("boxes", "tokenizer")),
     ("assets", ("make_tokenizer",)),
-    ("readers", ("parsers", "locations")),
+    ("readers", ("parsers", "locations", "answer_formats")),
     ("parallel", ("sharding", "multiprocess", "memory_model")),
     ("models", ("quantization", "blocks", "lora", "siglip", "gemma", "paligemma", "vqvae")),
     (
@@ -144,6 +144,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "cv_bench",
             "environment",
             "benchmarks",
+            "file_answers",
             "prediction_files",
             "scoring",
             "programs",

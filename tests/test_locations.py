@@ -165,8 +165,8 @@ def test_special_tokens_are_no_part_of_a_label():
         "<loc0005><loc0006><eos>"
     )
     assert locations.loc_segments(text) == [
-        Location((1, 2, 3, 4), "red car", is_loc=True),
-        Location((5, 6), "", is_loc=True),
+        Location((1, 2, 3, 4), "red car", written="yxyx_bin"),
+        Location((5, 6), "", written="yx_bin"),
     ]
 
 

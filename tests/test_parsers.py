@@ -3,12 +3,13 @@ refuse, and their time.
 """
 
 import time
+from functools import partial
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pg_ground.readers import locations, parsers
+from pg_ground.readers import answer_formats, locations, parsers
 from pg_ground.readers.parsers import Choice, sections
 
 GRAMMARS = (
@@ -24,6 +25,16 @@ READERS = (
     lambda text: locations.read_any(text, 2),
     lambda text: locations.read_any(text, 4),
     locations.loc_segments,
+    locations.first_width,
+    *(
+        partial(answer_formats.read, width=4, form=form)
+        for form in answer_formats.FORMATS.values()
+        if form.read
+    ),
+    answer_formats.detect,
+    lambda text: answer_formats.detect_all([text, "[[012,345,678,901]]", '{"box_2d": [1]}']),
+    answer_formats.without_special_tokens,
+    lambda text: answer_formats.without_echo(text, text[: len(text) // 2]),
     sections,
     lambda text: parsers.number(text, strict=True),
     lambda text: parsers.number(text, strict=False),
@@ -57,6 +68,19 @@ PIECES = st.sampled_from(
         r"\boxed{",
         "<|box_start|>",
         "<|box_end|>",
+        "<loc_7>",
+        "<patch_index_0044>",
+        "<object>",
+        "<ref>",
+        "<box>",
+        "</box>",
+        "<|det|>",
+        "<points x1=",
+        "y1=",
+        '{"box_2d": [',
+        "[[012,345,",
+        "{<10><20>",
+        "<bos>",
         "answer is: ",
         "left",
         "(A)",
@@ -143,6 +167,35 @@ LONG_PIECES = [
     ";",
     '{"box":[1,2,3,4]}',
     "x=1 y=",
+    "<loc_1>",
+    "cat<loc_1>",
+    "<patch_index_0044>",
+    "<phrase>",
+    "<object>",
+    "<ref>",
+    "<box>",
+    "<box>[",
+    "<|box_start|>",
+    "<|box_start|>(",
+    "<|det|>",
+    "<|begin_of_box|>",
+    "<point x",
+    "<points x1=1 ",
+    "x1",
+    "x1=1 y1=1 ",
+    'alt="',
+    '"box_2d":',
+    '"point":[',
+    '"label":"',
+    '"x_min":',
+    '{"xmin":1',
+    "[[012,",
+    "[[012,345,678,901;",
+    "{<1>",
+    "<p>",
+    "<bos>",
+    "<|im_start|>",
+    "assistant:",
 ]
 TEXTS = (
     st.text()

@@ -80,8 +80,8 @@ POINTING = (
     "diagonal of its point; precision, recall and F1 of each answer, averaged"
 )
 SCREENSPOT = (
-    "first point (or centre of the first box) in the ground-truth box, edges included "
-    "(arXiv 2401.10935)"
+    "first point in the ground-truth box, edges included (arXiv 2401.10935); a box counts by its "
+    "centre, if it is written as four numbers or in the tags of a box"
 )
 COUNTING = "the one number of the answer, exact; mae over the answers that can be read"
 CV = "one option letter (or the words of the option); none or several is wrong"

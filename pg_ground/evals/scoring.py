@@ -5,15 +5,19 @@ from collections.abc import Mapping, Sequence
 
 from pg_ground.data.records import BadRecord
 from pg_ground.evals import benchmarks, prediction_files, rows
+from pg_ground.evals.file_answers import Formats
 from pg_ground.storage.files import write_atomically
 from pg_ground.storage.paths import FilePath
 from pg_ground.types import JsonDict, JsonObject, UserError
 
 
 def rescore(
-    path: FilePath, benchmark: str, fields: Mapping[str, str], formats: prediction_files.Formats
+    path: FilePath, benchmark: str, fields: Mapping[str, str], formats: Formats
 ) -> tuple[JsonDict, list[JsonDict]]:
     """Returns the content of `eval.json` for a file of predictions, and its scored rows.
+
+    For a file of another program, `answers` says in which formats the answers were read, if a
+    format was detected or stated, and `notes` are sentences about the file.
 
     Args:
       path: `predictions.jsonl` of this package, or a file of another program.
@@ -26,6 +30,7 @@ def rescore(
       UserError: the file cannot be read as predictions. The message has counts.
     """
     records, header = rows.read_records(path)
+    answers: JsonDict = {}
     if rows.is_row_file(records) and not fields:
         rows.check_rows(records, path)
         unscored = [rows.without_scores(record) for record in records]
@@ -35,10 +40,13 @@ def rescore(
         names = ", ".join(benchmarks.BENCHMARKS)
         raise UserError(f"--benchmark is needed for {path}: one of {names}")
     else:
-        unscored = prediction_files.read_rows(records, path, benchmark, fields, formats)
+        file = prediction_files.read_rows(records, path, benchmark, fields, formats)
+        unscored = file.rows
+        answers = {"answers": file.answers.summary, "notes": file.answers.notes}
     _check_benchmarks(unscored, path)
     scored = [_score_row(row, index, path) for index, row in enumerate(unscored)]
     report = benchmarks.make_report(scored)
+    report |= {name: value for name, value in answers.items() if value}
     if not rows.is_row_file(records):
         report |= _claims(header, records, scored)
     return report, scored

@@ -31,8 +31,14 @@ class Location(NamedTuple):
     label: str = ""
     score: float | None = None
     """Confidence, if the text has one."""
-    is_loc: bool = False
-    """The numbers are loc bins, y before x."""
+    written: str = ""
+    """The order, or the order and the unit, that the text itself states: "yxyx_bin" for loc tokens,
+    "xyxy" for an object with corners as keys. "" means that the text states neither."""
+
+    @property
+    def is_loc(self) -> bool:
+        """The numbers are loc bins, y before x."""
+        return self.written.endswith("_bin")
 
 
 class Reading(NamedTuple):
@@ -180,7 +186,7 @@ def _reading(locations: Sequence[Location], ok: bool) -> Reading:
 
 
 _LOC = re.compile(r"<loc([0-9]{4})>")
-_SPECIAL = re.compile(r"<loc[0-9]{4}>|<seg[0-9]{3}>|<(?:bos|eos|pad)>")
+_SPECIAL = re.compile(r"<loc[0-9]{4}>|<seg[0-9]{3}>|<(?:bos|eos|pad|unk|s)>|</s>")
 
 
 def loc_segments(text: str) -> list[Location]:
@@ -218,7 +224,8 @@ def _token_segment(
 
 
 def _loc_segment(bins: Iterable[int | str], label: str) -> Location:
-    return Location(tuple(float(number) for number in bins), label.strip(), is_loc=True)
+    numbers = tuple(float(number) for number in bins)
+    return Location(numbers, label.strip(), written="yx_bin" if len(numbers) == 2 else "yxyx_bin")
 
 
 _KEYS = (
@@ -234,7 +241,7 @@ _KEYS = (
     "coordinates",
     "coordinate",
 )
-_LIST_KEYS = ("boxes", "points", "objects", "predictions", "answer")
+_LIST_KEYS = ("boxes", "bboxes", "points", "objects", "detections", "predictions", "answer")
 _LABEL_KEYS = ("label", "name", "category")
 _SCORE_KEYS = ("score", "confidence", "Confidence")
 
@@ -270,10 +277,10 @@ def _read_object(value: Mapping[Any, Any], width: int) -> list[Location]:
     label = next((value[key] for key in _LABEL_KEYS if isinstance(value.get(key), str)), "")
     scores = [json_number(value[key], strict=False) for key in _SCORE_KEYS if key in value]
     score = scores[0] if scores else None
-    corners = ("x1", "y1", "x2", "y2") if width == 4 else ("x", "y")
-    if all(key in value for key in corners):
-        numbers = _numbers([value[key] for key in corners], width, strict=False)
-        return [Location(numbers, label, score)]
+    named = _named_numbers(value, width)
+    if named:
+        order, numbers = named
+        return [Location(_numbers(numbers, width, strict=False), label, score, order)]
     for key in _KEYS:
         if key in value:
             return [
@@ -282,13 +289,61 @@ def _read_object(value: Mapping[Any, Any], width: int) -> list[Location]:
             ]
     for key in _LIST_KEYS:
         if key in value:
-            return read_any(value[key], width)
+            return _with_labels(read_any(value[key], width), value)
     return [
         location._replace(label=location.label or str(key))
         for key, part in value.items()
-        if isinstance(part, list)
+        if isinstance(part, list | Mapping)
         for location in read_any(part, width)
     ]
+
+
+_NAMED_NUMBERS: dict[int, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    4: (
+        ("xyxy", ("x1", "y1", "x2", "y2")),
+        ("xyxy", ("x0", "y0", "x1", "y1")),
+        ("xyxy", ("xmin", "ymin", "xmax", "ymax")),
+        ("xyxy", ("left", "top", "right", "bottom")),
+        ("xywh", ("x", "y", "width", "height")),
+        ("xywh", ("x", "y", "w", "h")),
+        ("xywh", ("left", "top", "width", "height")),
+    ),
+    2: (("xy", ("x", "y")),),
+}
+"""The orders and keys of an object whose numbers have names, by their number. Case and "_" do not
+count: `x_min`, `xMin` and `xmin` are one name.
+"""
+
+
+def _named_numbers(value: Mapping[Any, Any], width: int) -> tuple[str, list[Any]] | None:
+    """Returns the order and the numbers of an object whose numbers have names. None if it has none.
+
+    An object with a width or a height is a box, not a point.
+    """
+    plain = {str(key).lower().replace("_", ""): part for key, part in value.items()}
+    for order, keys in _NAMED_NUMBERS[width]:
+        if all(key in plain for key in keys):
+            is_point_of_box = width == 2 and _named_numbers(value, 4) is not None
+            return None if is_point_of_box else (order, [plain[key] for key in keys])
+    return None
+
+
+def _with_labels(read: list[Location], value: Mapping[Any, Any]) -> list[Location]:
+    """Returns locations with the labels and scores of lists beside them, which have their length.
+
+    `{"boxes": [[…], …], "labels": ["cat", …], "scores": […]}` is the form of detectors.
+    """
+    labels, scores = value.get("labels"), value.get("scores")
+    if isinstance(labels, list) and len(labels) == len(read):
+        read = [
+            r._replace(label=r.label or str(label)) for r, label in zip(read, labels, strict=True)
+        ]
+    if isinstance(scores, list) and len(scores) == len(read):
+        numbers = [json_number(score, strict=False) for score in scores]
+        read = [
+            location._replace(score=number) for location, number in zip(read, numbers, strict=True)
+        ]
+    return read
 
 
 def _read_text(text: str, width: int) -> list[Location]:
@@ -311,23 +366,31 @@ _OBJECT = re.compile(r"\{[^{}]*\}")
 def _read_prose(text: str, width: int) -> list[Location]:
     """Returns the locations of objects and of bare numbers between them, in the order of the text.
 
-    An object is `{label: boxes}` from the first "{" to the last "}", else each `{…}` with a key of
-    `_KEYS`.
+    An object reaches from the first "{" to the last "}", or a list of objects from the first "[" to
+    the last "]". Else it is each `{…}` with keys of a location.
     """
-    outer = _outer_dict(text)
-    if isinstance(outer, dict) and not any(key in outer for key in _KEYS):
-        named = _read_object(outer, width)
+    for opening, closing in (("{", "}"), ("[", "]")):
+        start, end = text.find(opening), text.rfind(closing) + 1
+        outer = _load(text[start:end]) if 0 <= start < end else None
+        is_list = isinstance(outer, list) and all(isinstance(part, dict) for part in outer)
+        try:
+            named = read_any(outer, width) if is_list or isinstance(outer, dict) else []
+        except RecursionError:
+            named = []
         if named:
-            before, after = text[: text.find("{")], text[text.rfind("}") + 1 :]
-            return [*_read_bare(before, width), *named, *_read_bare(after, width)]
+            return [*_read_bare(text[:start], width), *named, *_read_bare(text[end:], width)]
     locations: list[Location] = []
     end = 0
     for match in _OBJECT.finditer(text):
         value = _load(match[0])
-        if isinstance(value, dict) and any(key in value for key in _KEYS):
+        if isinstance(value, dict) and _is_location(value, width):
             locations += _read_bare(text[end : match.start()], width) + read_any(value, width)
             end = match.end()
     return locations + _read_bare(text[end:], width)
+
+
+def _is_location(value: Mapping[Any, Any], width: int) -> bool:
+    return any(key in value for key in _KEYS) or _named_numbers(value, width) is not None
 
 
 _NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
@@ -363,6 +426,69 @@ def _runs(text: str, width: int) -> list[list[str]]:
         runs[-1].append(match[0])
         end = match.end()
     return [run for run in runs if len(run) == width]
+
+
+def first_width(value: object) -> int:
+    """Returns 2 if the first location of an answer is a point, 4 if it is a box, 0 without one.
+
+    An object states it by its keys. A list or a bracket in a text states it by the number of its
+    numbers: `[301, 1284], [915, 1284]` are points, also if they stand in one list.
+    """
+    if isinstance(value, str):
+        return _first_width_of_text(value)
+    if isinstance(value, Mapping):
+        return _first_width_of_object(value)
+    if not isinstance(value, list | tuple):
+        return 0
+    if len(value) in (2, 4) and _numbers(value, len(value), strict=False):
+        return len(value)
+    return next(filter(None, map(first_width, value)), 0)
+
+
+def _first_width_of_text(text: str) -> int:
+    answer = answer_text(text, strict=False)
+    if _LOC.search(answer):
+        widths = [len(segment.numbers or ()) for segment in loc_segments(answer)]
+        return next((width for width in widths if width in (2, 4)), 0)
+    value = _load(answer)
+    if isinstance(value, list | dict):
+        try:
+            return first_width(value)
+        except RecursionError:
+            return 0
+    objects = (_load(match[0]) for match in _OBJECT.finditer(answer))
+    widths = [first_width(value) for value in objects if isinstance(value, dict)]
+    if any(widths):
+        return next(filter(None, widths))
+    if _XY.search(answer):
+        return 2
+    return next((len(run) for run in _bracketed_runs(answer) if len(run) in (2, 4)), 0)
+
+
+def _first_width_of_object(value: Mapping[Any, Any]) -> int:
+    for width in (4, 2):
+        if _named_numbers(value, width):
+            return width
+    for key in (*_KEYS, *_LIST_KEYS):
+        if key in value:
+            return first_width(value[key])
+    return next(filter(None, map(first_width, value.values())), 0)
+
+
+_BETWEEN = re.compile(r"[\s,;]+|><")
+
+
+def _bracketed_runs(text: str) -> list[list[str]]:
+    """Returns the numbers of a text. A run ends at other text and at a bracket."""
+    runs: list[list[str]] = [[]]
+    end = 0
+    for match in re.finditer(_NUMBER, text):
+        between = text[end : match.start()]
+        if runs[-1] and not _BETWEEN.fullmatch(between):
+            runs.append([])
+        runs[-1].append(match[0])
+        end = match.end()
+    return runs
 
 
 def _objects_in_prose(text: str, key: str) -> list[Any]:
