@@ -111,6 +111,8 @@ def _score_predictions(args: cli.Arguments) -> None:
     else:
         table = results_table("held out", {str(path): document})
     print(ascii_table(table))
+    if "questions" in document.get("resampled", ""):
+        print("95 %: questions are resampled, because images have no names (--fields=…,image=PATH)")
     for note in document.get("notes", ()):
         print(note)
     if "file_says" in document:

@@ -13,7 +13,7 @@ from conftest import PG1
 from pg_ground import config
 from pg_ground.config import Source
 from pg_ground.data.bad_records import BadRecords
-from pg_ground.evals import runner, scoring
+from pg_ground.evals import benchmarks, runner, scoring
 from pg_ground.evals.file_answers import Formats
 from pg_ground.evals.programs import Completions, EvalPrograms, make_eval_programs
 from pg_ground.evals.runner import EvalContext, Evaluation
@@ -130,6 +130,15 @@ def test_every_question_has_one_row_for_each_answer(evaluation):
     modes = [row["mode"] for row in evaluation.predictions]
     assert modes.count("greedy") == len(SOURCES) * 6
     assert evaluation.bad_records == {}
+
+
+def test_questions_about_one_drawn_image_share_its_identity(evaluation):
+    images: dict[int, set[str]] = {}
+    for row in evaluation.predictions:
+        images.setdefault(row["id"], set()).add(row["image"])
+    assert len(images) == 6 and all(len(names) == 1 for names in images.values())
+    assert len(set.union(*images.values())) == 6
+    assert benchmarks.make_report(evaluation.predictions)["sources"]["boxes@6"]["images"] == 6
 
 
 def test_optional_fields_of_rows(evaluation):

@@ -18,6 +18,7 @@ from pg_ground.data import run_lengths
 from pg_ground.data.box_formats import BOX_ORDERS, format_names, image_extent
 from pg_ground.evals import benchmarks, cv_bench, environment, pointing, rows, scoring
 from pg_ground.evals.file_answers import Formats
+from pg_ground.evals.image_identity import image_identity
 from pg_ground.evals.intervals import intervals
 from pg_ground.readers import locations, parsers
 from pg_ground.types import UserError
@@ -593,6 +594,83 @@ def test_intervals_resample_images_and_repeat():
     low, high = first["x"]
     normal_width = 2 * 1.96 * single["x"].std() / np.sqrt(200)
     assert high - low == pytest.approx(normal_width, rel=0.15)
+
+
+def rollout_rows(repeats: int, images: Sequence[Any]) -> list[dict[str, Any]]:
+    """Returns scored rows of 100 questions, of which 44 are always answered right."""
+    row = {"source": "", "benchmark": "environment", "size_px": None, "mode": "given"}
+    row |= {"prompt": "", "text": "", "prediction": {}, "gold": {}}
+    return benchmarks.score_rows(
+        [
+            {**row, "id": q, "rollout": r, "image": images[q], "reward": float(q % 25 < 11)}
+            for q in range(100)
+            for r in range(repeats)
+        ]
+    )
+
+
+def test_equal_rollouts_of_a_question_do_not_narrow_the_interval():
+    no_names = [None] * 100
+    once, often = (benchmarks.make_report(rollout_rows(repeats, no_names)) for repeats in (1, 8))
+    assert once["intervals"]["pass_rate"] == often["intervals"]["pass_rate"] == [0.34, 0.54]
+    assert (often["resampled"], often["images"], often["n"]) == ("questions", 0, 100)
+    named = benchmarks.make_report(rollout_rows(8, [f"{q}.jpg" for q in range(100)]))
+    assert named["intervals"]["pass_rate"] == [0.34, 0.54]
+    assert (named["resampled"], named["images"]) == ("images", 100)
+    # four questions on each image that agree with each other: a quarter of the clusters
+    shared = benchmarks.make_report(rollout_rows(8, [f"{q // 4}.jpg" for q in range(100)]))
+    low, high = shared["intervals"]["pass_rate"]
+    assert shared["images"] == 25 and high - low > 0.2
+    mixed = benchmarks.make_report(rollout_rows(8, ["0.jpg", *[None] * 99]))
+    assert (mixed["resampled"], mixed["images"]) == ("images and questions", 1)
+
+
+def test_rollouts_of_another_program_are_one_cluster_for_each_question(tmp_path, capsys):
+    records = [{"id": q, "rollout": r, "reward": q % 2} for q in range(20) for r in range(5)]
+    (tmp_path / "p.json").write_text(json.dumps(records))
+    call(
+        "evaluate",
+        f"--predictions={tmp_path}/p.json",
+        "--benchmark=environment",
+        "--fields=pred=reward",
+        f"--out={tmp_path}",
+    )
+    assert "questions are resampled, because images have no names" in capsys.readouterr().out
+    low, high = json.loads((tmp_path / "eval.json").read_text())["intervals"]["pass_rate"]
+    assert high - low >= 0.4
+
+
+@pytest.mark.parametrize(
+    ("image", "identity"),
+    [
+        ("a.jpg", "a.jpg"),
+        (7, 7),
+        ({"path": "a.jpg", "bytes": None}, "a.jpg"),
+        (["a.jpg"], "a.jpg"),
+        ({"path": None}, None),
+        (None, None),
+        ([1, 2], None),
+        ("data:image/png;base64,iVBORw0KGgo=", "sha256:"),
+    ],
+)
+def test_the_image_of_a_row_is_its_name_or_a_hash(image, identity, tmp_path):
+    record = box_records([BOX], image=image)[0]
+    (row,) = score_records(tmp_path, [record])[1]
+    if identity == "sha256:":
+        assert row["image"].startswith(identity) and len(row["image"]) == 23
+    else:
+        assert row["image"] == identity
+
+
+def test_an_image_without_a_name_is_known_by_its_content():
+    pixels = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    values = [pixels, pixels[::-1], pixels.reshape(2, 8, 3), b"one", b"two", {"bytes": b"one"}]
+    names = [image_identity(value, 0) for value in values]
+    assert len(set(names)) == 5 and names[3] == names[5]
+    assert image_identity(pixels.copy(), 1) == names[0]
+    packed = {"path": "a.jpg", "bytes": b"one"}
+    assert image_identity(packed, 0) == image_identity("a.jpg", 0) == "a.jpg"
+    assert [image_identity(None, number) for number in (3, 4)] == ["record 3", "record 4"]
 
 
 @pytest.mark.parametrize(

@@ -133,6 +133,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
         "evals",
         (
             "rows",
+            "image_identity",
             "intervals",
             "answers",
             "box_format_check",

@@ -8,7 +8,7 @@ import numpy as np
 
 from pg_ground.evals import counting, cv_bench, environment, grounding, pointing, segmentation
 from pg_ground.evals.intervals import intervals
-from pg_ground.evals.rows import SAMPLED, Columns, Row, column, without_scores
+from pg_ground.evals.rows import SAMPLED, Columns, Row, cluster, column, without_scores
 from pg_ground.types import JsonDict, JsonObject, UserError, nearest
 
 
@@ -247,7 +247,7 @@ def make_report(rows: Sequence[Row]) -> JsonDict:
         values, columns = compute_metrics(group)
         prefix = _mode_prefix(mode)
         summary = sources.setdefault(source, _source_summary(group))
-        ranges = intervals(columns, [row["image"] for row in group])
+        ranges = intervals(columns, list(map(cluster, group)))
         summary["intervals"] |= {prefix + name: ends for name, ends in ranges.items()}
         short_metrics |= {prefix + name: value for name, value in values.items()}
     named = {} if "" in sources else {**named_metrics(rows), "sources": sources}
@@ -261,11 +261,13 @@ def make_report(rows: Sequence[Row]) -> JsonDict:
 def _source_summary(rows: Sequence[Row]) -> JsonDict:
     """Returns the benchmark, protocol and counts of the rows of one source, without intervals."""
     benchmark = rows[0]["benchmark"]
+    clusters = set(map(cluster, rows))
     return {
         "benchmark": benchmark,
         "protocol": find_benchmark(benchmark, "benchmark").protocol,
         "n": _question_count(rows),
-        "images": len({str(row["image"]) for row in rows if row["image"] is not None}),
+        "images": sum(kind == "image" for kind, _ in clusters),
+        "resampled": " and ".join(sorted({f"{kind}s" for kind, _ in clusters})),
         "intervals": {},
     }
 

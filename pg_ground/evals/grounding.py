@@ -16,7 +16,7 @@ from pg_ground.boxes import (
     match,
     pairwise_iou,
 )
-from pg_ground.evals.rows import Columns, Row, column
+from pg_ground.evals.rows import Columns, Row, cluster, column
 from pg_ground.types import JsonDict, JsonObject, UserError
 
 IOU_PERCENT = (30, 50, 75, 95)
@@ -131,12 +131,10 @@ def _same_label(a: Sequence[JsonObject], b: Sequence[JsonObject]) -> Bool[np.nda
 def aggregates(rows: Sequence[Row]) -> dict[str, float]:
     """Returns the number of duplicate boxes for each image, and the median of `size_ratio`.
 
-    A row whose image is not known counts as one image.
+    A question whose image is not known counts as one image.
     """
-    images = {
-        index if row["image"] is None else str(row["image"]) for index, row in enumerate(rows)
-    }
-    metrics = {"duplicates_per_image": float(column(rows, "duplicates").sum() / len(images))}
+    images = len(set(map(cluster, rows)))
+    metrics = {"duplicates_per_image": float(column(rows, "duplicates").sum() / images)}
     ratios = column(rows, "size_ratio")
     ratios = ratios[~np.isnan(ratios)]
     if len(ratios):

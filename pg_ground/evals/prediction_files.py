@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from pg_ground.evals.benchmarks import find_benchmark
 from pg_ground.evals.file_answers import FileAnswers, Formats, check_formats, read_answers
+from pg_ground.evals.image_identity import stated_image
 from pg_ground.evals.rows import FROM_FILE, check_unique
 from pg_ground.readers import parsers
 from pg_ground.storage.paths import FilePath
@@ -111,7 +112,7 @@ def _question_fields(values: JsonObject, index: int) -> JsonDict:
     return {
         "source": "",
         "id": values.get("id", index),
-        "image": image if isinstance(image, str | int) else None,
+        "image": stated_image(image),
         "mode": FROM_FILE,
         "rollout": values.get("rollout", 0),
         "prompt": values.get("prompt", ""),

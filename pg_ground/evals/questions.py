@@ -1,6 +1,6 @@
 """Turns one question of a batch, its ground truth and a completion into the fields of a row."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from pg_ground.data.datasets import Examples
 from pg_ground.data.record_fields import field_at
 from pg_ground.data.records import BadRecord
 from pg_ground.evals import answers, benchmarks, cv_bench
+from pg_ground.evals.image_identity import image_identity
 from pg_ground.evals.rows import GREEDY
 from pg_ground.readers import locations, parsers
 from pg_ground.tokenizer import Tokenizer
@@ -48,12 +49,13 @@ def question_row(task: EvalTask, batch: Batch, slot: int, tokenizer: Tokenizer) 
     """
     index = int(batch.index[slot])
     record, element = task.examples.record(index)
+    image = field_at(record, task.examples.source.image, element)
     return {
         "source": task.source,
         "benchmark": task.benchmark,
         "id": index,
         "index": index,
-        "image": image_name(field_at(record, task.examples.source.image, element)),
+        "image": image_identity(image, task.examples.locate(index)[0]),
         "size_px": list(_image_size(batch, slot)),
         "mode": GREEDY,
         "rollout": 0,
@@ -62,12 +64,6 @@ def question_row(task: EvalTask, batch: Batch, slot: int, tokenizer: Tokenizer) 
         "prediction": {},
         "gold": gold_answer(task, batch, slot, record, tokenizer),
     }
-
-
-def image_name(value: object) -> str | None:
-    """Returns the file name or URL in an image field. Returns None for pixels and unnamed bytes."""
-    value = value.get("path") if isinstance(value, Mapping) else value
-    return value if isinstance(value, str) else None
 
 
 def gold_answer(

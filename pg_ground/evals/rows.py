@@ -7,7 +7,8 @@ these fields:
                  "" if the row comes from a file of another program.
     benchmark    a name in `benchmarks.BENCHMARKS`
     id           id of the question within its source. (source, id, mode, rollout) is unique.
-    image        file name or URL of the image, or null. Confidence intervals resample images.
+    image        file name or URL of the image, else a hash of its content, or null if it is not
+                 known. Confidence intervals resample images, and questions without an image.
     size_px      [width, height] of the image. null if coordinates are fractions of a 1 x 1 image.
     mode         "greedy", "sampled", or "given" if the row comes from a file of another program
     rollout      number of the sampled answer, from 0. It is 0 for greedy answers.
@@ -78,6 +79,16 @@ def column(rows: Sequence[Row], name: str) -> Float[np.ndarray, " N"]:
     """Returns a field of each row as float64. A row without the field, or with null, has NaN."""
     values = [np.nan if row.get(name) is None else float(row[name]) for row in rows]
     return np.array(values, np.float64)
+
+
+def cluster(row: Row) -> tuple[str, str]:
+    """Returns what a confidence interval draws: the image of a row, else its question.
+
+    All rollouts of a question are in one cluster.
+    """
+    if row["image"] is None:
+        return "question", str(row["id"])
+    return "image", str(row["image"])
 
 
 def without_scores(row: Row) -> JsonDict:
