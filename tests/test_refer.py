@@ -396,3 +396,181 @@ def test_a_ref_without_a_field_is_bad(tmp_path):
     with pytest.raises(BadRecord, match="sentences") as bad:
         open_refer(uri(folder, "refcoco_unc", "train"))[0]
     assert bad.value.kind == "missing_field"
+
+
+def rewrite(folder: Path, refs: Any = None, coco: Any = None) -> None:
+    """Changes the refs and the annotations of refcoco in place, by two functions."""
+    path = folder / "refcoco" / "refs(unc).p"
+    with path.open("rb") as file:
+        entries = pickle.load(file)
+    path.write_bytes(pickle.dumps(refs(entries) if refs else entries))
+    path = folder / "refcoco" / "instances.json"
+    value = json.loads(path.read_text())
+    if coco:
+        coco(value)
+    path.write_text(json.dumps(value))
+
+
+def five(folder: Path) -> Path:
+    return small(folder, {"refcoco_unc": [("train", number) for number in range(5)]})
+
+
+def good_and_bad(folder: Path, split: str = "train") -> tuple[list[int], list[tuple[str, str]]]:
+    """Returns the ref_id of the good refs, and kind and message of the bad ones."""
+    records = open_refer(uri(folder, "refcoco_unc", split))
+    good, bad = [], []
+    for index in range(len(records)):
+        try:
+            good.append(records[index]["ref_id"])
+        except BadRecord as fault:
+            bad.append((fault.kind, str(fault)))
+    return good, bad
+
+
+@pytest.mark.parametrize(
+    ("table", "change", "entries"),
+    [
+        ("images", {"id": 0}, r"entries 0 \(0.jpg\) and 3 \(3.jpg\) of images .* id 0"),
+        ("images", {"id": "1"}, r"entries 1 \(1.jpg\) and 3 \(3.jpg\) of images .* id '1'"),
+        ("annotations", {"id": 4.0}, r"entries 3 and 4 of annotations .* id 4"),
+        ("annotations", {"id": 2, "bbox": [9, 9, 9, 9]}, r"entries 2 and 3 of annotations"),
+    ],
+)
+def test_two_instances_with_the_same_id_are_refused(tmp_path, table, change, entries):
+    folder = five(tmp_path)
+    rewrite(folder, coco=lambda coco: coco[table][3].update(change))
+    with pytest.raises(UserError, match=f"instances.json: {entries}") as refused:
+        good_and_bad(folder)
+    assert "\n" not in str(refused.value)
+
+
+def test_two_categories_with_the_same_id_are_refused(tmp_path):
+    folder = five(tmp_path)
+    rewrite(folder, coco=lambda coco: coco["categories"].append({"id": 1, "name": "dog"}))
+    with pytest.raises(UserError, match=r"entries 0 \(cat\) and 1 \(dog\) of categories"):
+        good_and_bad(folder)
+    # An id that no ref names is refused too.
+    folder = five(tmp_path / "b")
+    rewrite(folder, coco=lambda coco: coco["annotations"].extend([{"id": 77}, {"id": 77}]))
+    with pytest.raises(UserError, match="entries 5 and 6 of annotations"):
+        good_and_bad(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (lambda ref: None, "bad_entry", "ref 3 of refs(unc).p is None, not a dict"),
+        (lambda ref: "x" * 9000, "bad_entry", "not a dict"),
+        (lambda ref: ref | {"ann_id": None}, "missing_field", "ann_id is None"),
+        (lambda ref: ref | {"ann_id": [3]}, "bad_entry", "ref 3 of refs(unc).p: ann_id is [3]"),
+        (lambda ref: ref | {"image_id": True}, "bad_entry", "image_id is True"),
+        (lambda ref: ref | {"split": None}, "missing_field", "split is None"),
+        (lambda ref: ref | {"split": 1}, "bad_entry", "split is 1"),
+        (lambda ref: ref | {"ann_id": 99}, "missing_annotation", "the ann_id 99"),
+        (lambda ref: ref | {"image_id": 4}, "bad_entry", "is about image 4, but its annotation 3"),
+        (
+            lambda ref: ref | {"sentences": None},
+            "missing_field",
+            "ref of ann_id 3 has no sentences",
+        ),
+        (
+            lambda ref: {name: value for name, value in ref.items() if name != "split"},
+            "missing_field",
+            "split is None",
+        ),
+    ],
+)
+def test_a_bad_ref_is_one_bad_record(tmp_path, change, kind, message):
+    folder = five(tmp_path)
+    rewrite(folder, refs=lambda refs: [*refs[:3], change(refs[3]), refs[4]])
+    good, bad = good_and_bad(folder)
+    assert good == [100, 101, 102, 104] and [kind for kind, _ in bad] == [kind]
+    assert message in bad[0][1] and len(bad[0][1]) < 300
+    with pytest.raises(UserError, match="no split 'val'; there are train"):
+        good_and_bad(folder, "val")
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"bbox": []}, "bad_box", "annotation 3: bbox is [], not 4 numbers"),
+        ({"bbox": None}, "bad_box", "annotation 3: bbox is None"),
+        ({"bbox": [1, 2, 3]}, "bad_box", "annotation 3: bbox is [1, 2, 3]"),
+        ({"image_id": 77}, "missing_image", "no image with the image_id 77"),
+        ({"image_id": None}, "missing_image", "no image with the image_id None"),
+        ({"category_id": [1]}, "missing_category", "category_id [1]"),
+    ],
+)
+def test_a_bad_annotation_is_one_bad_record(tmp_path, change, kind, message):
+    folder = five(tmp_path)
+    rewrite(folder, coco=lambda coco: coco["annotations"][3].update(change))
+    good, bad = good_and_bad(folder)
+    assert good == [100, 101, 102, 104] and bad[0][0] == kind and message in bad[0][1]
+
+
+def test_entries_that_no_ref_names_may_be_anything(tmp_path):
+    folder = five(tmp_path)
+
+    def noise(coco: dict[str, Any]) -> None:
+        for table in coco.values():
+            table += [None, 5, {"id": None}, {"name": "x"}]
+
+    rewrite(folder, coco=noise)
+    assert good_and_bad(folder) == ([100, 101, 102, 103, 104], [])
+
+
+def test_ids_of_refs_match_by_value(tmp_path):
+    folder = five(tmp_path)
+
+    def text_ids(coco: dict[str, Any]) -> None:
+        for entry in coco["images"] + coco["annotations"]:
+            entry["id"] = str(entry["id"])
+
+    rewrite(folder, coco=text_ids)
+    assert good_and_bad(folder) == ([100, 101, 102, 103, 104], [])
+    rewrite(folder, refs=lambda refs: [ref | {"ann_id": f"{ref['ann_id']}"} for ref in refs])
+    assert good_and_bad(folder) == ([100, 101, 102, 103, 104], [])
+
+
+def test_fields_that_are_not_needed_are_not_required(tmp_path):
+    folder = five(tmp_path)
+
+    def drop(coco: dict[str, Any]) -> None:
+        for image in coco["images"]:
+            del image["width"], image["height"]
+        for annotation in coco["annotations"]:
+            del annotation["segmentation"], annotation["category_id"]
+        coco["categories"] = []
+
+    needed = ("split", "image_id", "ann_id", "sentences")
+    rewrite(folder, lambda refs: [{name: ref[name] for name in needed} for ref in refs], drop)
+    records = open_refer(uri(folder, "refcoco_unc", "train"))
+    assert records[2] == {
+        "image": "2.jpg",
+        "image_id": 2,
+        "ann_id": 2,
+        "bbox": [1, 2, 3, 4],
+        "sentences": [{"raw": "refcoco_unc 2", "sent": ""}],
+        "split": "train",
+        "dataset": "refcoco",
+    }
+
+
+def test_combined_keeps_bad_refs_out_of_the_choice_of_images(tmp_path):
+    folder = small(
+        tmp_path,
+        {
+            "refcoco_unc": [("train", 1), ("train", 2), ("val", 3)],
+            "refcoco+_unc": [("train", 3), ("testA", 2)],
+            "refcocog_umd": [("train", 6), ("test", 7), ("val", 8)],
+        },
+    )
+    rewrite(folder, refs=lambda refs: [None, {"split": "val", "image_id": 6}, *refs])
+    records = open_refer(uri(folder, "combined", "train"))
+    images = []
+    for index in range(len(records)):
+        try:
+            images.append(records[index]["image_id"])
+        except BadRecord as bad:
+            images.append(bad.kind)
+    assert images == [6, "bad_entry", 1]

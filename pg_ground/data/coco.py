@@ -274,11 +274,7 @@ def _add_annotation(
         raise BadRecord("missing_image", _no_such(entry, "image_id", images))
     if category is None and needs_name:
         raise BadRecord("missing_category", _no_such(entry, "category_id", categories))
-    box = _box(entry.get("bbox"))
-    if box is None:
-        has_box = "bbox" in entry
-        reason = f"bbox is {short(entry['bbox'])}, not 4 numbers" if has_box else "there is no bbox"
-        raise BadRecord("bad_box", reason)
+    box = read_bbox(entry)
     image.categories.append(category or Category(None))
     image.boxes.append(box)
     image.iscrowd.append(int(crowd))
@@ -299,25 +295,30 @@ def _no_such(entry: JsonDict, name: str, keys: Iterable[Key]) -> str:
     return text if other is None else f"{text}; there are ids such as {short(other)}"
 
 
-def _box(value: object) -> list[Any] | None:
-    """Returns a list of 4 finite numbers. Numbers as text become floats."""
-    if not isinstance(value, list) or len(value) != 4:
-        return None
-    numbers = [number_of(item) if isinstance(item, str) else item for item in value]
-    for number in numbers:
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            return None
-        if not math.isfinite(number):
-            return None
+def read_bbox(annotation: JsonDict) -> list[Any]:
+    """Returns the 4 numbers of an annotation's `bbox`. Numbers as text become floats.
+
+    Raises:
+      BadRecord: bad_box, if they are not 4 finite numbers.
+    """
+    if "bbox" not in annotation:
+        raise BadRecord("bad_box", "there is no bbox")
+    value = annotation["bbox"]
+    numbers = [_number(item) for item in value] if isinstance(value, list) else []
+    if len(numbers) != 4 or None in numbers:
+        raise BadRecord("bad_box", f"bbox is {short(value)}, not 4 numbers")
     return numbers
 
 
-def number_of(text: str) -> float | None:
-    """Returns the number that a text is; None for other texts."""
+def _number(value: object) -> int | float | None:
+    """Returns a finite number, also of a text; None for other values."""
     try:
-        return float(text)
+        number = float(value) if isinstance(value, str) else value
     except ValueError:
         return None
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _to_records(

@@ -10,8 +10,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from pg_ground.data.records import BadRecord, Records
-from pg_ground.data.tables import split_options
+from pg_ground.data.coco import SINGULAR, Key, id_key, positions_by_id, read_bbox
+from pg_ground.data.records import BadRecord, Records, clip_text, short
+from pg_ground.data.tables import BadEntry, split_options
+from pg_ground.storage.codecs import unpack
 from pg_ground.storage.paths import FilePath, to_path
 from pg_ground.types import JsonDict, UserError, nearest
 
@@ -37,17 +39,20 @@ class Ref(NamedTuple):
     """One entry of a refs file."""
 
     dataset: str
-    split: str
-    """The split that the entry belongs to. In `combined` it may differ from the entry's split."""
-    entry: JsonDict
+    split: str | None
+    """The split that the ref belongs to. In `combined` it may differ from the entry's split.
+
+    None is the split of an entry that does not name its split.
+    """
+    entry: JsonDict | BadEntry
 
 
 class Coco(NamedTuple):
-    """COCO annotations by their ids."""
+    """COCO annotations by the keys of their ids."""
 
-    images: dict[int, JsonDict]
-    annotations: dict[int, JsonDict]
-    categories: dict[int, JsonDict]
+    images: dict[Key, JsonDict]
+    annotations: dict[Key, JsonDict]
+    categories: dict[Key, JsonDict]
 
 
 class Refs:
@@ -70,30 +75,47 @@ class Refs:
 
     def __getitem__(self, index: int) -> JsonDict:
         dataset, _, ref = self._refs[index]
+        if isinstance(ref, BadEntry):
+            raise BadRecord(ref.kind, ref.message)
         coco = self._coco[dataset]
         annotation = _look_up(coco.annotations, "annotation", ref, "ann_id")
         image = _look_up(coco.images, "image", annotation, "image_id")
-        category = _look_up(coco.categories, "category", annotation, "category_id")
-        try:
-            return {
-                "image": image["file_name"],
-                "image_id": ref["image_id"],
-                "ref_id": ref["ref_id"],
-                "ann_id": ref["ann_id"],
-                "category": category["name"],
-                "width": image["width"],
-                "height": image["height"],
-                "bbox": annotation["bbox"],
-                "segmentation": annotation["segmentation"],
-                "sentences": ref["sentences"],
-                "split": ref["split"],
-                "dataset": dataset,
-            }
-        except KeyError as error:
+        if id_key(ref["image_id"]) != id_key(annotation["image_id"]):
             raise BadRecord(
-                "missing_field",
-                f"there is no {error} in the ref, its annotation, image or category",
-            ) from error
+                "bad_entry",
+                f"the ref is about image {short(ref['image_id'])}, but its annotation "
+                f"{short(ref['ann_id'])} is of image {short(annotation['image_id'])}",
+            )
+        record = {
+            "image": _required(image, "file_name", "image", ref),
+            "image_id": ref["image_id"],
+            "ann_id": ref["ann_id"],
+            "bbox": _bbox(annotation, ref),
+            "sentences": _required(ref, "sentences", "ref", ref),
+            "dataset": dataset,
+        }
+        if annotation.get("category_id") is not None:
+            category = _look_up(coco.categories, "category", annotation, "category_id")
+            record |= {"category": category["name"]} if "name" in category else {}
+        optional = ((ref, ("ref_id", "split")), (image, ("width", "height")))
+        for entry, names in (*optional, (annotation, ("segmentation",))):
+            record |= {name: entry[name] for name in names if name in entry}
+        return record
+
+
+def _required(entry: JsonDict, name: str, kind: str, ref: JsonDict) -> Any:
+    if entry.get(name) is None:
+        raise BadRecord(
+            "missing_field", f"the {kind} of ann_id {short(ref['ann_id'])} has no {name}"
+        )
+    return entry[name]
+
+
+def _bbox(annotation: JsonDict, ref: JsonDict) -> list[Any]:
+    try:
+        return read_bbox(annotation)
+    except BadRecord as bad:
+        raise BadRecord(bad.kind, f"annotation {short(ref['ann_id'])}: {bad}") from None
 
 
 def open_refer(location: str) -> Records:
@@ -129,10 +151,13 @@ def open_refer(location: str) -> Records:
     parts = COMBINED if dataset == "combined" else ((dataset, split_by),)
     refs = [ref for part in parts for ref in _read_refs(folder, *part, source)]
     refs = list(_combined_splits(refs)) if dataset == "combined" else refs
-    chosen = [ref for ref in refs if ref.split == _canonical_split(split)]
-    if not chosen:
-        sizes = ", ".join(f"{name} ({n})" for name, n in Counter(ref.split for ref in refs).items())
-        raise UserError(f"{source}: {dataset} has no split {split!r}; there are {sizes or 'none'}")
+    chosen = [ref for ref in refs if ref.split in (_canonical_split(split), None)]
+    if not any(isinstance(ref.entry, dict) for ref in chosen):
+        sizes = Counter(ref.split for ref in refs if isinstance(ref.entry, dict))
+        existing = ", ".join(f"{name} ({n})" for name, n in sizes.items())
+        raise UserError(
+            f"{source}: {dataset} has no split {split!r}; there are {existing or 'none'}"
+        )
     coco = _read_all_coco(folder, options.get("coco"), chosen, source)
     return Refs(chosen, coco, to_path(options["images"], source) if "images" in options else folder)
 
@@ -158,11 +183,15 @@ def _combined_splits(refs: Sequence[Ref]) -> Iterable[Ref]:
 
     Leaves out the train refs whose image is in another split too.
     """
-    held_out = {ref.entry["image_id"] for ref in refs if ref.split != "train"}
+    held_out = {_image_key(ref) for ref in refs if ref.split != "train"} - {None}
     for ref in refs:
-        if ref.split == "train" and ref.entry["image_id"] in held_out:
+        if ref.split == "train" and _image_key(ref) in held_out:
             continue
         yield ref._replace(split="test") if ref.split in ("testA", "testB") else ref
+
+
+def _image_key(ref: Ref) -> Key | None:
+    return id_key(ref.entry["image_id"]) if isinstance(ref.entry, dict) else None
 
 
 def _folder_with(folder: FilePath, dataset: str, name: str) -> FilePath:
@@ -188,19 +217,29 @@ def _read_refs(folder: FilePath, dataset: str, split_by: str, source: str) -> li
             f"{source}: {path} is no pickle of refs, or not all of one: "
             f"{str(error) or type(error).__name__}"
         ) from error
-    if not isinstance(entries, list) or not all(map(_is_ref, entries)):
+    values = entries if isinstance(entries, list) else [entries]
+    refs = [_to_ref(value, dataset, f"ref {i} of {name}") for i, value in enumerate(values)]
+    if refs and not any(isinstance(ref.entry, dict) for ref in refs):
         raise UserError(
-            f"{source}: {path} holds {entries!r:.60}, "
+            f"{source}: {path} holds {short(entries)}, "
             f"not a list of refs with split, image_id and ann_id"
         )
-    return [Ref(dataset, _canonical_split(entry["split"]), entry) for entry in entries]
+    return refs
 
 
-def _is_ref(entry: object) -> bool:
+def _to_ref(entry: object, dataset: str, where: str) -> Ref:
+    """Returns an entry of a refs file. It must have split, image_id and ann_id."""
     if not isinstance(entry, dict):
-        return False
-    types = {"split": str, "image_id": int, "ann_id": int}
-    return all(isinstance(entry.get(name), kind) for name, kind in types.items())
+        return Ref(dataset, None, BadEntry("bad_entry", f"{where} is {short(entry)}, not a dict"))
+    split = entry.get("split")
+    has_split = isinstance(split, str)
+    missing = [name for name in ("image_id", "ann_id") if id_key(entry.get(name)) is None]
+    missing += [] if has_split else ["split"]
+    if missing:
+        text = f"{where}: {missing[0]} is {short(entry.get(missing[0]))}"
+        kind = "missing_field" if entry.get(missing[0]) is None else "bad_entry"
+        return Ref(dataset, _canonical_split(split) if has_split else None, BadEntry(kind, text))
+    return Ref(dataset, _canonical_split(split), entry)
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -232,9 +271,10 @@ def _read_all_coco(
       refs: the refs whose annotations are read.
       source: the beginning of an error's text.
     """
-    ids: dict[str, set[int]] = {}
+    ids: dict[str, set[Key | None]] = {}
     for ref in refs:
-        ids.setdefault(ref.dataset, set()).add(ref.entry["ann_id"])
+        if isinstance(ref.entry, dict):
+            ids.setdefault(ref.dataset, set()).add(id_key(ref.entry["ann_id"]))
     if coco:
         annotations = _read_coco(to_path(coco, source), set().union(*ids.values()), source)
         return dict.fromkeys(ids, annotations)
@@ -245,28 +285,46 @@ def _read_all_coco(
     }
 
 
-def _read_coco(path: FilePath, ids: set[int], source: str) -> Coco:
-    """Returns the annotations with these ids, and their images and categories."""
+def _read_coco(path: FilePath, ids: set[Key | None], source: str) -> Coco:
+    """Returns the annotations with these ids, and their images and categories.
+
+    Raises:
+      UserError: the file cannot be read or has another form, or two entries of one list have the
+        same id.
+    """
     try:
-        content = json.loads(path.read_bytes())
-        tables = (content["images"], content["annotations"], content["categories"])
-        images, annotations, categories = ({row["id"]: row for row in table} for table in tables)
-        annotations = {i: row for i, row in annotations.items() if i in ids}
-        image_ids = {row["image_id"] for row in annotations.values()}
+        content = json.loads(unpack(path.read_bytes(), f"{source}: {path.name}"))
+        tables = [content[name] for name in SINGULAR]
     except (OSError, ImportError) as error:
         raise UserError(f"{source}: {error}; coco=FILE names COCO annotations elsewhere") from error
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(
-            f"{source}: {path} does not hold COCO's images, annotations and categories: {error!r}"
-        ) from error
-    return Coco({i: row for i, row in images.items() if i in image_ids}, annotations, categories)
+        raise UserError(_no_coco(path, source, repr(error))) from error
+    by_key = []
+    for name, table in zip(SINGULAR, tables, strict=True):
+        if not isinstance(table, list):
+            raise UserError(_no_coco(path, source, f"{name} is {short(table)}"))
+        positions = positions_by_id(table, name, f"{source}: {path.name}")
+        if table and not positions:
+            raise UserError(_no_coco(path, source, f"no entry of {name} has an id"))
+        by_key.append({key: table[position] for key, position in positions.items()})
+    images, annotations, categories = by_key
+    annotations = {key: row for key, row in annotations.items() if key in ids}
+    image_keys = {id_key(row.get("image_id")) for row in annotations.values()}
+    return Coco(
+        {key: row for key, row in images.items() if key in image_keys}, annotations, categories
+    )
 
 
-def _look_up(table: dict[int, JsonDict], kind: str, row: JsonDict, name: str) -> JsonDict:
+def _no_coco(path: FilePath, source: str, reason: str) -> str:
+    text = clip_text(reason, 200)
+    return f"{source}: {path} does not hold COCO's images, annotations and categories: {text}"
+
+
+def _look_up(table: dict[Key, JsonDict], kind: str, row: JsonDict, name: str) -> JsonDict:
     """Returns the row of `table` with the id `row[name]`. Raises BadRecord (missing_`kind`)."""
-    try:
-        return table[row[name]]
-    except (KeyError, TypeError) as error:
+    key = id_key(row.get(name))
+    if key is None or key not in table:
         raise BadRecord(
-            f"missing_{kind}", f"there is no {kind} with the {name} {row.get(name)}"
-        ) from error
+            f"missing_{kind}", f"there is no {kind} with the {name} {short(row.get(name))}"
+        )
+    return table[key]
