@@ -376,6 +376,13 @@ class Data:
         "hugging_face (bicubic)",
         choices=("antialias", "big_vision", "hugging_face"),
     )
+    deep_images: str = setting(
+        "dtype",
+        "how 16-bit, 32-bit and float images become 8 bits: dtype scales the range of the type (16 "
+        "bits by 65535; 32 bits by 255 or 65535 if all values fit; floats are 0 to 1), percentile "
+        "stretches the 1st to 99th percentile of each image",
+        choices=("dtype", "percentile"),
+    )
     fetch: Fetch = setting(Fetch(), "how images at addresses are fetched")
     read_threads: int = setting(
         2,

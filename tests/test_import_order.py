@@ -67,6 +67,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "records",
             "image_values",
             "image_files",
+            "pixel_depth",
             "images",
             "sampling",
             "box_formats",

@@ -141,8 +141,8 @@ def test_a_wrong_tokenizer_or_image_is_refused():
     with pytest.raises(UserError, match="has 2048 tokens, but the model .* has 1664"):
         predict(model, {}, np.zeros((8, 8, 3), np.uint8), "detect cat")
     model = PaliGemma(replace(PG1, text=replace(PG1.text, vocab_size=2048)))
-    with pytest.raises(UserError, match="image: pixels are float64"):
-        predict(model, {}, np.zeros((8, 8, 3)), "detect cat")
+    with pytest.raises(UserError, match="image: the pixels are float64 from 200 to 200"):
+        predict(model, {}, np.full((8, 8, 3), 200.0), "detect cat")
 
 
 def test_the_command_prints_json_and_draws_a_picture_that_opens(params, tmp_path, environment):

@@ -121,6 +121,7 @@ class Examples:
                 element=element,
                 seed=self._seed,
                 resize_by=self._data.resize,
+                deep_images=self._data.deep_images,
                 mask_size=self._data.mask_size,
                 fetch=self._data.fetch,
             )

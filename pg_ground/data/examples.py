@@ -76,6 +76,7 @@ def to_example(
     element: int = 0,
     seed: int = 0,
     resize_by: str = "antialias",
+    deep_images: str = "dtype",
     mask_size: int = 0,
     fetch: Fetch | None = None,
 ) -> Example:
@@ -95,6 +96,7 @@ def to_example(
       element: which element of a list the source's paths with `[]` read.
       seed: with `index`, decides which objects `source.max_objects` keeps.
       resize_by: a value of `data.resize`.
+      deep_images: a value of `data.deep_images`.
       mask_size: cells along each side of the objects' masks; 0 reads no masks.
       fetch: settings for images at http(s) urls; None refuses urls.
 
@@ -103,7 +105,7 @@ def to_example(
         bad_text, or empty.
     """
     prompt, annotation = read_question(record, source, element)
-    image = open_image(image_value(record, source, element, fetch), folder)
+    image = open_image(image_value(record, source, element, fetch), folder, deep_images)
     size = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
     asks_points = source.target == "points"
     objects = _objects(record, source, annotation, element, size, mask_size, folder)

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pg_ground.data.image_files import find_spelling, missing_file
 from pg_ground.data.image_values import plain_image, unwrap
+from pg_ground.data.pixel_depth import DEEP_MODES, to_eight_bits
 from pg_ground.data.records import BadRecord, short, short_path
 from pg_ground.storage.paths import ADDRESS, PACKAGES, FilePath, join
 
@@ -43,17 +44,29 @@ class Opened(NamedTuple):
     """How the value was read if it is not what it says, in words."""
 
 
-def load_image(value: object, root: FilePath | None) -> UInt8[np.ndarray, "H W 3"]:
+def load_image(
+    value: object, root: FilePath | None, deep_images: str = "dtype"
+) -> UInt8[np.ndarray, "H W 3"]:
     """Returns the pixels of `open_image`."""
-    return np.asarray(open_image(value, root))
+    return np.asarray(open_image(value, root, deep_images))
 
 
-def open_image(value: object, root: FilePath | None) -> Image.Image | UInt8[np.ndarray, "H W 3"]:
+def load_nonzero(value: object, root: FilePath | None) -> Bool[np.ndarray, "H W"]:
+    """Returns which pixels of an image are not black. `value` is as in `open_oriented`.
+
+    Numbers of objects in 16 bits are small: as brightness they would be black.
+    """
+    return np.asarray(load_image(value, root, "nonzero").any(axis=-1))
+
+
+def open_image(
+    value: object, root: FilePath | None, deep_images: str = "dtype"
+) -> Image.Image | UInt8[np.ndarray, "H W 3"]:
     """Returns the image of `open_oriented`."""
-    return open_oriented(value, root).image
+    return open_oriented(value, root, deep_images).image
 
 
-def open_oriented(value: object, root: FilePath | None) -> Opened:
+def open_oriented(value: object, root: FilePath | None, deep_images: str = "dtype") -> Opened:
     """Returns a decoded RGB image, turned upright by its EXIF orientation, and the stored frame.
 
     An alpha channel is dropped. It is not blended.
@@ -62,39 +75,48 @@ def open_oriented(value: object, root: FilePath | None) -> Opened:
       value: pixels, an encoded image, its base64 text or data URI, the name or the file: URI of an
         image file, Hugging Face's {bytes, path}, or a list of one of these.
       root: the folder that the file name is relative to.
+      deep_images: how 16-bit, 32-bit and float pixels become 8 bits: a method of `to_eight_bits`.
 
     Raises:
       BadRecord: missing_image or corrupt_image.
     """
-    value: Any = unwrap(value)
-    image = plain_image(value)
+    inner: Any = unwrap(value)
+    image = plain_image(inner)
     if isinstance(image, np.ndarray):
-        pixels = _rgb_from_array(image)
-        return Opened(pixels, 1, (pixels.shape[1], pixels.shape[0]))
+        pixels = _rgb_from_array(image, deep_images)
+        note = "" if image.dtype == np.uint8 else _depth_note(image.dtype, deep_images)
+        return Opened(pixels, 1, (pixels.shape[1], pixels.shape[0]), note)
     if isinstance(image, bytes):
-        text = f"the image is base64 text of {len(value)} characters"
-        return _decode(io.BytesIO(image), f"{len(image)} bytes" if image is value else text)
-    return _open_file(root or Path(), image)
+        is_text = image is not inner
+        name = f"the image is base64 text of {len(inner)} characters" if is_text else ""
+        return _decode(io.BytesIO(image), name or f"{len(image)} bytes", deep_images)
+    return _open_file(root or Path(), image, deep_images)
 
 
-def _open_file(root: FilePath, name: str) -> Opened:
+def _depth_note(dtype: object, deep_images: str) -> str:
+    return f"{dtype} pixels scaled by {deep_images}"
+
+
+def _open_file(root: FilePath, name: str, deep_images: str) -> Opened:
     address = ADDRESS.match(name)
     if address and address["scheme"] not in PACKAGES:
         raise BadRecord("missing_image", f"the image {short(name)} is an address that is not read")
     path = join(root, name)
     try:
-        return _read_file(path)
+        return _read_file(path, deep_images)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         spelling = find_spelling(root, name)
         if spelling is None:
             raise missing_file(root, name) from None
-        return _read_file(spelling.path)._replace(note=f"name read {spelling.note}")
+        opened = _read_file(spelling.path, deep_images)
+        notes = [f"name read {spelling.note}", opened.note]
+        return opened._replace(note="; ".join(filter(None, notes)))
 
 
-def _read_file(path: FilePath) -> Opened:
+def _read_file(path: FilePath, deep_images: str) -> Opened:
     try:
         with path.open("rb") as file:
-            return _decode(file, short_path(path))
+            return _decode(file, short_path(path), deep_images)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise
     except OSError as error:
@@ -104,16 +126,19 @@ def _read_file(path: FilePath) -> Opened:
         raise BadRecord("missing_image", f"{short_path(path)} cannot be read: {reason}") from None
 
 
-def _rgb_from_array(pixels: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
-    is_grey = pixels.ndim == 2
-    has_channels = is_grey or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))
-    if pixels.dtype != np.uint8 or not has_channels or 0 in pixels.shape:
-        shape = f"{pixels.dtype}{list(pixels.shape)}"
-        raise BadRecord("corrupt_image", f"pixels are {shape}, but they must be uint8[H, W, 3]")
-    return np.repeat(pixels[..., None], 3, axis=2) if is_grey else pixels[..., :3]
+def _rgb_from_array(pixels: np.ndarray, deep_images: str) -> UInt8[np.ndarray, "H W 3"]:
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or 0 in pixels.shape:
+        raise BadRecord(
+            "corrupt_image",
+            f"pixels are {pixels.dtype}{list(pixels.shape)}, but they must be [H, W] or [H, W, 3]",
+        )
+    pixels = to_eight_bits(pixels[..., :3], deep_images)
+    return np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels
 
 
-def _decode(file: Any, name: str) -> Opened:
+def _decode(file: Any, name: str, deep_images: str) -> Opened:
     try:
         with Image.open(file) as image:
             orientation = _orientation(image)
@@ -121,9 +146,12 @@ def _decode(file: Any, name: str) -> Opened:
             image.load()  # now, while the file is open
             # Pillow's size of a TIFF is upright already before it turns the pixels.
             width, height = image.size[::-1] if orientation >= 5 else image.size
-            return Opened(to_rgb(image), orientation, (width, height))
+            note = _depth_note(image.mode, deep_images) if image.mode in DEEP_MODES else ""
+            return Opened(to_rgb(image, deep_images), orientation, (width, height), note)
     except UnidentifiedImageError as error:
         raise BadRecord("corrupt_image", f"{name}: no image format that Pillow knows") from error
+    except BadRecord as bad:
+        raise BadRecord(bad.kind, f"{name}: {bad}") from None
     except CANNOT_DECODE as error:
         raise BadRecord("corrupt_image", f"{name}: {error}") from error
 
@@ -134,19 +162,17 @@ def _orientation(image: Image.Image) -> int:
     return int(value) if value in range(1, 9) else 1
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Returns the image as RGB. An image that is RGB already is not copied."""
-    return image if image.mode == "RGB" else _to_eight_bits(image).convert("RGB")
+def to_rgb(image: Image.Image, deep_images: str = "dtype") -> Image.Image:
+    """Returns the image as RGB. An image that is RGB already is not copied.
 
-
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    """Returns the upper byte of a 16-bit grey image, and other images unchanged.
-
-    Pillow's own conversion of 16 bits to RGB saturates instead of scaling.
+    Raises:
+      BadRecord: corrupt_image, by `to_eight_bits`.
     """
-    if not image.mode.startswith("I;16"):
+    if image.mode == "RGB":
         return image
-    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in DEEP_MODES:
+        image = Image.fromarray(to_eight_bits(np.asarray(image), deep_images))
+    return image.convert("RGB")
 
 
 def resize(

@@ -9,7 +9,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from pg_ground.data import run_lengths
-from pg_ground.data.images import load_image
+from pg_ground.data.images import load_nonzero
 from pg_ground.data.records import BadRecord
 from pg_ground.storage.paths import FilePath
 
@@ -84,7 +84,7 @@ def _to_pixels(
     if isinstance(value, Mapping) and "counts" in value:
         return run_lengths.decode(value)
     try:
-        return np.asarray(load_image(value, root).any(axis=-1))
+        return load_nonzero(value, root)
     except BadRecord as bad:
         raise BadRecord("bad_mask", f"the mask is no image: {bad}") from None
 

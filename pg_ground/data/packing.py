@@ -16,7 +16,7 @@ from pg_ground.data.arrayrecord import write_array_record
 from pg_ground.data.examples import image_value
 from pg_ground.data.image_files import find_spelling
 from pg_ground.data.image_values import image_name, plain_image
-from pg_ground.data.images import load_image
+from pg_ground.data.images import load_image, load_nonzero
 from pg_ground.data.record_fields import field_at
 from pg_ground.data.records import BadRecord, Records, image_folder
 from pg_ground.data.sources import open_records
@@ -109,12 +109,12 @@ def _packed_records(
 
 
 def encoded_image(image: object, root: FilePath | None) -> bytes:
-    """Returns the bytes of an image file unchanged, or a PNG of pixels.
+    """Returns the bytes of an image file unchanged, or pixels as a PNG or a TIFF.
 
     Raises:
       BadRecord: missing_image or corrupt_image.
     """
-    pixels = load_image(image, root)
+    load_nonzero(image, root)  # any range of values will do: a setting of the reader scales them
     content = plain_image(image)
     if isinstance(content, bytes):
         return content
@@ -123,8 +123,17 @@ def encoded_image(image: object, root: FilePath | None) -> bytes:
         path = join(folder, content)
         spelling = None if path.is_file() else find_spelling(folder, content)
         return (spelling.path if spelling else path).read_bytes()
+    return _encode_pixels(content)
+
+
+def _encode_pixels(pixels: np.ndarray) -> bytes:
+    """Returns an image file of pixels, with the depth of grey pixels if Pillow can write it."""
+    grey = pixels[..., 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels
+    type_name = "float32" if grey.dtype.kind == "f" else grey.dtype.name
+    is_deep = grey.ndim == 2 and type_name in ("uint16", "int32", "float32")
+    image = Image.fromarray(grey.astype(type_name) if is_deep else load_image(pixels, None))
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
+    image.save(file, "TIFF" if is_deep else "PNG")
     return file.getvalue()
 
 

@@ -23,7 +23,7 @@ from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.types import Array, Params, Rollout, UserError
 
 ImageLike = str | FilePath | Image.Image | np.ndarray
-"""A file name, an image, or pixels: uint8[H, W, 3] or uint8[H, W]."""
+"""A file name, an image, or pixels: uint8[H, W, 3], uint8[H, W], or floats from 0 to 1."""
 
 logger = logging.getLogger(__name__)
 
@@ -116,19 +116,18 @@ def read_image(image: ImageLike, setting: str = "image") -> UInt8[np.ndarray, "H
     Raises:
       UserError: there is no such file, or it is not an image.
     """
-    if isinstance(image, Image.Image):
-        return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
-    value, folder = image, None
+    value, folder, name = image, None, setting
     if isinstance(image, FilePath | str):
         path = to_path(image, setting)
-        value, folder = path.name, path.parent
+        value, folder, name = path.name, path.parent, f"{setting}={image}"
     try:
+        if isinstance(image, Image.Image):
+            return np.asarray(to_rgb(ImageOps.exif_transpose(image)))
         opened = open_oriented(value, folder)
     except BadRecord as bad:
-        name = f"{setting}={image}" if isinstance(image, FilePath | str) else setting
         raise UserError(f"{name}: {bad}") from None
     if opened.note:
-        logger.warning("%s=%s: %s", setting, image, opened.note)
+        logger.warning("%s: %s", name, opened.note)
     return np.asarray(opened.image)
 
 
