@@ -1,6 +1,7 @@
 import importlib.util
 import io
 import json
+import logging
 import pickle
 import threading
 import time
@@ -355,6 +356,34 @@ def test_yaml_joins_sampled_files_in_order(tmp_path):
         + [{"b": i} for i in range(10)]
     )
     assert all_of(records) == expected and records.root == tmp_path and isinstance(records, Records)
+
+
+def test_a_json_path_is_relative_to_the_working_directory_as_in_easydistill(
+    tmp_path, monkeypatch, caplog
+):
+    recipe = tmp_path / "recipe"
+    for folder, value in ((tmp_path / "data", "here"), (recipe / "data", "beside the YAML file")):
+        folder.mkdir(parents=True)
+        write(folder / "a.json", [{"n": value}])
+        (folder / "b.jsonl").write_text(json.dumps({"n": value}))
+    write(recipe / "data" / "only.json", [{"n": "only"}])
+    names = ("data/a.json", "data/b.jsonl", "data/only.json", "../data/a.json")
+    path = easy_distill(recipe, [{"json_path": name} for name in names])
+    for folder, expected in (
+        (tmp_path, ["here", "here", "only", "here"]),
+        (recipe, ["beside the YAML file", "beside the YAML file", "only", "here"]),
+        (tmp_path / "data", ["beside the YAML file", "beside the YAML file", "only", "here"]),
+    ):
+        monkeypatch.chdir(folder)
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            records = open_yaml(str(path))
+        assert [record["n"] for record in all_of(records)] == expected
+        # Images are beside the YAML file in any case.
+        assert records.root == recipe
+        texts = [record.getMessage() for record in caplog.records]
+        assert len(texts) == (2 if folder == tmp_path else 0)
+        assert all("is read in the working directory, not" in text for text in texts)
 
 
 def test_yaml_samples_by_seed_and_each_file_by_itself(tmp_path):

@@ -3,11 +3,13 @@
 import codecs
 import io
 import json
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,8 +29,10 @@ from pg_ground.storage.codecs import (
     unpack,
     without_compression,
 )
-from pg_ground.storage.paths import FilePath, expand_path, to_path
+from pg_ground.storage.paths import FilePath, absolute, expand_path, is_address, to_path
 from pg_ground.types import JsonDict, UserError, nearest
+
+logger = logging.getLogger(__name__)
 
 CANNOT_OPEN = (OSError, ImportError)
 """Opening a path raises these. etils raises ImportError if a remote file system has no client."""
@@ -368,7 +372,8 @@ def open_yaml(location: str) -> Records:
 
     The file has EasyDistill's form `datasets: [{json_path: a.json, sampling_strategy:
     "random:50%"}]`. Without a strategy all records are used. `sampling.py` lists the strategies.
-    File names, also those in the records, are relative to the YAML file.
+    A `json_path` is relative to the working directory, as in EasyDistill, or else to the folder of
+    the YAML file. Names of images in the records are relative to the folder of the YAML file.
 
     Args:
       location: `FILE?seed=0`.
@@ -491,7 +496,14 @@ def _yaml_entries(path: FilePath, uri: str) -> list[dict[str, str]]:
 
 
 def _open_json_file(name: str, folder: FilePath) -> Records:
-    location = name if "://" in name else str(folder / expand_path(name))
+    """Opens a file in the working directory, or else in `folder`."""
+    location = name
+    if not is_address(name):
+        path = Path(expand_path(name))
+        other = folder / expand_path(name)
+        location = str(path if path.exists() else other)
+        if path.exists() and other.exists() and absolute(path) != absolute(other):
+            logger.info("%s is read in the working directory, not %s", name, other)
     is_lines = without_compression(location).endswith(".jsonl")
     return open_json_lines(location) if is_lines else open_json(location)
 
