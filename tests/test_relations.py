@@ -18,7 +18,7 @@ from pg_ground import tokenizer
 from pg_ground.data.batch_rows import stack_rows
 from pg_ground.data.datasets import open_examples
 from pg_ground.data.mixture import UnusableRow, prepare_row
-from pg_ground.data.records import Records
+from pg_ground.data.records import BadRecord, Records
 from pg_ground.data.relations import (
     MAX_OBJECTS,
     RELATIONS,
@@ -348,15 +348,39 @@ CHAIR = {"name": "chair", "box": [1, 2, 3, 4]}
         ),
         ({"image": "1.png", "objects": [CHAIR | {"depth": math.nan}]}, "depth is nan"),
         ({"image": "1.png", "objects": [CHAIR | {"xyz": [1, 2]}]}, "3 numbers"),
-        ([], "scene 1: byte"),
+        (5, "scene 1: byte"),
+        ({"image": "1.png", "objects": [CHAIR, {"name": None, "box": [1, 2, 3, 4]}]}, "a name"),
+        ({"image": "1.png", "objects": [CHAIR, None]}, "object 1 is None; it needs a name"),
     ],
 )
-def test_a_scene_of_another_form_is_refused_by_its_number(line, message, tmp_path):
+def test_a_scene_of_another_form_is_one_bad_record(line, message, tmp_path):
     good = {"image": "1.png", "objects": [CHAIR, {"name": "sofa", "box": [50, 2, 60, 9]}]}
-    (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, (good, line))))
-    with pytest.raises(UserError, match=message):
-        open_records(f"relations:jsonl:{tmp_path}/s.jsonl")
-    assert len(open_records(f"relations:jsonl:{tmp_path}/s.jsonl?scenes=1"))
+    path = tmp_path / "s.jsonl"
+    path.write_text("\n".join(map(json.dumps, (good, line, good))))
+    records = open_records(f"relations:jsonl:{path}")
+    path.write_text("\n".join(map(json.dumps, (good, good))))
+    expected = open_records(f"relations:jsonl:{path}")
+    path.write_text("\n".join(map(json.dumps, (good, line, good))))
+    questions = [records[i]["question"] for i in range(len(records) - 1)]
+    assert sorted(questions) == sorted(expected[i]["question"] for i in range(len(expected)))
+    with pytest.raises(BadRecord, match=message) as bad:
+        records[len(records) - 1]
+    assert bad.value.kind in ("missing_field", "bad_json", "bad_entry", "bad_box")
+    assert str(bad.value).startswith("scene 1")
+    with pytest.raises(IndexError):
+        records[len(records)]
+    path.write_text(json.dumps(line))
+    with pytest.raises(UserError, match=message.replace("scene 1", "scene 0")):
+        open_records(f"relations:jsonl:{path}")
+
+
+def test_a_name_that_is_a_number_is_not_asked_for(tmp_path):
+    objects = [CHAIR, {"name": "sofa", "box": [50, 2, 60, 9]}, {"name": 7, "box": [90, 2, 99, 9]}]
+    path = tmp_path / "s.jsonl"
+    path.write_text(json.dumps({"image": "1.png", "objects": objects}))
+    records = open_records(f"relations:jsonl:{path}")
+    names = {item["name"] for i in range(len(records)) for item in records[i]["objects"]}
+    assert names == {"chair", "sofa"}
 
 
 @pytest.mark.parametrize(

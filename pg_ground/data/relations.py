@@ -23,7 +23,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from pg_ground.data.records import BadRecord, Records
+from pg_ground.data.coco import name_text
+from pg_ground.data.records import BadRecord, Records, list_names, short
+from pg_ground.data.tables import BadEntry
 from pg_ground.storage.paths import FilePath
 from pg_ground.types import JsonDict, UserError, nearest
 
@@ -185,15 +187,20 @@ class Questions:
     scenes: Records
     rows: Int[np.ndarray, "N 6"]
     """The scene; the objects a, b and the reference (-1 for none); the relation; the template."""
+    bad: Sequence[BadEntry] = ()
+    """The scenes that cannot be used. They are bad records behind the questions."""
 
     @property
     def root(self) -> FilePath | None:
         return self.scenes.root
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.rows) + len(self.bad)
 
     def __getitem__(self, index: int) -> JsonDict:
+        if index >= len(self.rows):
+            fault = self.bad[index - len(self.rows)]
+            raise BadRecord(fault.kind, fault.message)
         number, *object_indices, relation, template = self.rows[index].tolist()
         scene = self.scenes[number]
         objects = [scene["objects"][i] for i in object_indices if i >= 0]
@@ -208,14 +215,15 @@ def open_relations(location: str, open_scenes: Callable[[str], Records]) -> Ques
     Within a task, each answer is equally frequent. An answer that is an object's name counts as
     "the first" or "the second" object of the question. The order is random and always the same.
     Questions are about at most `MAX_OBJECTS` objects of a scene. The name of such an object is
-    unique in its scene, consists of letters, and names no position, unlike "left dog".
+    unique in its scene, consists of letters, and names no position, unlike "left dog". A scene
+    that cannot be used is one bad record behind the questions.
 
     Args:
       location: `URI?options`.
       open_scenes: opens a source by its uri.
 
     Raises:
-      UserError: an option does not exist, a scene has another form, or no relation is clear.
+      UserError: an option does not exist, no scene can be used, or no relation is clear.
     """
     source = f"source relations:{location}"
     uri, options = _split_location(location)
@@ -232,15 +240,32 @@ def open_relations(location: str, open_scenes: Callable[[str], Records]) -> Ques
             f"{source}: there are {count} scenes, which are all read first; "
             f"set how many to use, as in scenes=4096"
         )
-    facts = [
-        (number, *fact)
-        for number in range(count)
-        for fact in _facts(_scene_objects(scenes, number, source), margin, margin_m)
-        if RELATIONS[fact[-1]].task in tasks
-    ]
+    facts, bad = _read_facts(scenes, count, tasks, margin, margin_m)
+    if len(bad) == count:
+        raise UserError(f"{source}: no scene can be used: {bad[0].message}")
     _check_tasks(tasks, {RELATIONS[fact[-1]].task for fact in facts}, options, count, source)
     coded = [(*indices, RELATION_NAMES.index(relation)) for *indices, relation in facts]
-    return Questions(scenes, _balanced(_questions_by_answer(np.array(coded, np.int32))))
+    return Questions(scenes, _balanced(_questions_by_answer(np.array(coded, np.int32))), bad)
+
+
+def _read_facts(
+    scenes: Records, count: int, tasks: Sequence[str], margin: float, margin_m: float
+) -> tuple[list[tuple[int, int, int, int, str]], list[BadEntry]]:
+    """Returns the scene, the objects and the relation of each fact, and the bad scenes."""
+    facts = []
+    bad = []
+    for number in range(count):
+        try:
+            objects = _scene_objects(scenes, number)
+        except BadRecord as fault:
+            bad.append(BadEntry(fault.kind, f"scene {number}{fault}"))
+            continue
+        facts += [
+            (number, *fact)
+            for fact in _facts(objects, margin, margin_m)
+            if RELATIONS[fact[-1]].task in tasks
+        ]
+    return facts, bad
 
 
 def _split_location(location: str) -> tuple[str, dict[str, str]]:
@@ -359,22 +384,22 @@ def _facts(
         yield from ((a, b, ref, relation) for ref, relation in relations if relation)
 
 
-def _scene_objects(scenes: Records, number: int, source: str) -> dict[int, SceneObject]:
-    """Returns the objects of a scene that questions may be about, by their index in the scene."""
+def _scene_objects(scenes: Records, number: int) -> dict[int, SceneObject]:
+    """Returns the objects of a scene that questions may be about, by their index in the scene.
+
+    Raises:
+      BadRecord: the scene cannot be used. The text continues "scene 5".
+    """
     try:
         scene = scenes[number]
     except BadRecord as bad:
-        raise UserError(f"{source}: scene {number}: {bad}") from bad
+        raise BadRecord(bad.kind, f": {bad}") from bad
     values = scene.get("objects")
     if "image" not in scene or not isinstance(values, list):
-        raise UserError(
-            f"{source}: scene {number} has {', '.join(map(str, scene))}; "
-            f"it needs an image and a list of objects"
+        raise BadRecord(
+            "missing_field", f" has {list_names(scene)}; it needs an image and a list of objects"
         )
-    objects = [
-        _scene_object(value, f"{source}: scene {number}, object {i}")
-        for i, value in enumerate(values)
-    ]
+    objects = [_scene_object(value, f", object {i}") for i, value in enumerate(values)]
     counts = Counter(item.name.lower() for item in objects)
     usable = [
         i
@@ -391,17 +416,18 @@ def is_object_name(text: str) -> bool:
 
 
 def _scene_object(value: object, where: str) -> SceneObject:
-    """Returns an object of a scene. Raises UserError, which begins with `where`."""
-    if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
-        raise UserError(f"{where} is {value!r:.60}; it needs a name")
+    """Returns an object of a scene. Raises BadRecord, which begins with `where`."""
+    name = name_text(value.get("name")) if isinstance(value, Mapping) else None
+    if name is None:
+        raise BadRecord("bad_entry", f"{where} is {short(value)}; it needs a name")
     geometry = {
         field: _field_numbers(value.get(field), field, count, meaning, where)
         for field, (count, meaning) in FIELDS.items()
     }
     x1, y1, x2, y2 = geometry["box"]
     if not (x1 < x2 and y1 < y2):
-        raise UserError(f"{where}: box is {value['box']}, not {FIELDS['box'][1]}")
-    return SceneObject(value["name"], **geometry)
+        raise BadRecord("bad_box", f"{where}: box is {value['box']}, not {FIELDS['box'][1]}")
+    return SceneObject(name, **geometry)
 
 
 def _field_numbers(
@@ -417,7 +443,8 @@ def _field_numbers(
         or not all(map(_is_finite_number, numbers))
     ):
         unit = "number" if count == 1 else "numbers"
-        raise UserError(f"{where}: {field} is {value!r:.60}, not {count} {unit}, {meaning}")
+        kind = "bad_box" if field == "box" else "bad_entry"
+        raise BadRecord(kind, f"{where}: {field} is {short(value)}, not {count} {unit}, {meaning}")
     return tuple(map(float, numbers))
 
 
