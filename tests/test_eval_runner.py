@@ -52,15 +52,16 @@ PERFECT = {
 """Metrics of a policy that writes the ground truth."""
 
 
+IOU = config.Grpo(rewards={"iou": 1.0})
+
+
 def copying_programs(
-    tokenizer: Tokenizer, settings: config.Eval, reward: str = "iou"
+    tokenizer: Tokenizer, settings: config.Eval, grpo: config.Grpo = IOU
 ) -> EvalPrograms:
     """Returns the programs of a policy that writes the ground-truth suffix of every question."""
     sizes = dataclasses.replace(PG1.text, vocab_size=tokenizer.vocab.size)
     model = PaliGemma(dataclasses.replace(PG1, text=sizes))
-    programs = make_eval_programs(
-        model, tokenizer.vocab, settings, config.Grpo(rewards={reward: 1.0})
-    )
+    programs = make_eval_programs(model, tokenizer.vocab, settings, grpo)
 
     def answer(_: Any, batch: Batch, temperature: Any, key: Any, group_size: int) -> Completions:
         def repeat(x: Any) -> Any:
@@ -87,7 +88,7 @@ def copying_programs(
 def evaluation() -> Evaluation:
     tokenizer = load_tokenizer()
     mesh = sharding.make_mesh(config.Mesh(data=2))
-    context = EvalContext(SETTINGS, DATA, 0, tokenizer, mesh, BadRecords())
+    context = EvalContext(SETTINGS, DATA, 0, tokenizer, mesh, BadRecords(), IOU)
     sources = runner.open_eval_sources(SETTINGS, DATA, PG1.image_size)
     return runner.evaluate_sources(copying_programs(tokenizer, SETTINGS), {}, sources, context)
 
@@ -99,21 +100,100 @@ def test_a_policy_that_writes_the_ground_truth_is_perfect(evaluation, name):
         assert evaluation.metrics[f"eval/{source}/{prefix}{metric}"] == PERFECT[name]
 
 
+def environment_of(source: Source, grpo: config.Grpo) -> Evaluation:
+    """Returns the evaluation of the environment of a source, with two sampled answers."""
+    settings = config.Eval(
+        sources={"env": source},
+        benchmarks={"env": "environment"},
+        examples=2,
+        batch_size=2,
+        rollouts=2,
+    )
+    tokenizer = load_tokenizer()
+    programs = copying_programs(tokenizer, settings, grpo)
+    mesh = sharding.make_mesh(config.Mesh(data=1))
+    context = EvalContext(settings, DATA, 0, tokenizer, mesh, BadRecords(), grpo)
+    sources = runner.open_eval_sources(settings, DATA, PG1.image_size)
+    return runner.evaluate_sources(programs, {}, sources, context)
+
+
 def test_the_environment_takes_a_reward_of_a_users_file(tmp_path):
     """A user's reward that training accepts is a reward of the benchmark too."""
     file = tmp_path / "mine.py"
-    file.write_text("def half(answer, batch, settings):\n    return 0.5 * answer.finished\n")
-    settings = config.Eval(
-        sources={"boxes": BOXES}, benchmarks={"boxes": "environment"}, examples=2, batch_size=2
+    file.write_text(
+        "def half(answer, batch, settings):\n    return 0.5 * answer.finished\n"
+        "def words(completion, example):\n    return 0.25 * bool(completion)\n"
     )
-    tokenizer = load_tokenizer()
-    programs = copying_programs(tokenizer, settings, f"{file}:half")
-    context = EvalContext(
-        settings, DATA, 0, tokenizer, sharding.make_mesh(config.Mesh(data=1)), BadRecords()
-    )
-    sources = runner.open_eval_sources(settings, DATA, PG1.image_size)
-    evaluation = runner.evaluate_sources(programs, {}, sources, context)
-    assert [row["reward"] for row in evaluation.predictions] == 4 * [0.5]
+    names = [f"{file}:half", f"{file}:words"]
+    evaluation = environment_of(BOXES, config.Grpo(rewards=dict.fromkeys(names, 1.0)))
+    assert [row["reward"] for row in evaluation.predictions] == 6 * [0.75]
+    assert evaluation.predictions[0]["rewards"] == dict(zip(names, (0.5, 0.25), strict=True))
+    metrics = evaluation.metrics
+    assert metrics["eval/env@2/reward_mine.py:half"] == 0.5
+    assert metrics["eval/env@2/sampled_reward_mine.py:words"] == 0.25
+
+
+COUNTS = Source(uri=SCENES, boxes="box", suffix="count")
+JSON_BOXES = Source(uri=SCENES, boxes="box", suffix="json")
+ENVIRONMENTS: dict[str, tuple[Source, dict[str, Any], dict[str, float]]] = {
+    "text rewards alone": (
+        COUNTS,
+        {"text_rewards": {"count_exact": 1.0}},
+        {"mean_reward": 1, "pass@1": 1, "reward_count_exact": 1},
+    ),
+    "both kinds": (
+        COUNTS,
+        {"rewards": {"length": 0.25}, "text_rewards": {"count_exact": 0.5}},
+        {"reward_count_exact": 1},
+    ),
+    "a reward that does not apply": (
+        JSON_BOXES,
+        {"rewards": {"iou": 0.5}, "text_rewards": {"json_format": 0.5}},
+        {"mean_reward": 0.5, "reward_json_format": 1},
+    ),
+    "a reward that is only measured": (
+        BOXES,
+        {"rewards": {"format": 1.0, "label": 0.0}, "text_rewards": {"json_format": 0.0}},
+        {"mean_reward": 1, "reward_format": 1, "reward_label": 1},
+    ),
+    "the weight after a schedule": (
+        COUNTS,
+        {"text_rewards": {"count_exact": (0.0, 0.5, 10)}},
+        {"mean_reward": 0.5, "reward_count_exact": 1},
+    ),
+}
+"""A source, the rewards of `grpo`, and metrics of a policy that writes the ground truth."""
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_the_environment_reports_rewards_of_both_kinds(name, tmp_path):
+    source, rewards, metrics = ENVIRONMENTS[name]
+    blank: dict[str, Any] = {"rewards": {}, "text_rewards": {}}
+    evaluation = environment_of(source, config.Grpo(**{**blank, **rewards}))
+    values = evaluation.metrics
+    for prefix in ("", "sampled_"):
+        for metric, value in metrics.items():
+            assert values[f"eval/env@2/{prefix}{metric}"] == pytest.approx(value, abs=1e-6), metric
+    rows = evaluation.predictions
+    weights = blank["rewards"] | rewards.get("rewards", {}) | rewards.get("text_rewards", {})
+    for row in rows:
+        assert set(row["rewards"]) == set(weights)
+        parts = [
+            (weight[1] if isinstance(weight, tuple) else weight) * (row["rewards"][part] or 0)
+            for part, weight in weights.items()
+        ]
+        assert row["reward"] == pytest.approx(sum(parts), abs=1e-6)
+    lengths = [len(load_tokenizer().suffix(row["text"])) for row in rows if row["rollout"] == 0]
+    assert values["eval/env@2/completion_length"] == np.mean(lengths)
+    scoring.write_results(tmp_path, {}, rows)
+    report, rescored = scoring.rescore(tmp_path / "predictions.jsonl", "", {}, Formats())
+    assert rescored == rows and report.items() >= values.items()
+
+
+def test_an_environment_without_a_reward_that_applies_is_an_error():
+    grpo = config.Grpo(rewards={"distance_gaussian": 1.0})
+    with pytest.raises(UserError, match="source eval/env: no reward with a weight applies to any"):
+        environment_of(BOXES, grpo)
 
 
 def test_a_text_target_is_measured_as_text():

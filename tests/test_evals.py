@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -472,6 +473,14 @@ def test_counts_are_exact_and_have_a_mean_absolute_error(data, tmp_path):
         ("one hundred", None),
         ("thirty-one", None),
         ("9" * 400, None),
+        ("[421,198]", None),
+        ("(421,198)", None),
+        ("[[421,198]].", None),
+        ("at [421,198]", None),
+        ("(421, 198, 300)", None),
+        ("about (1,024)", 1024),
+        ("[1024]", 1024),
+        ("[7]", 7),
     ],
 )
 def test_a_count_is_the_one_number_of_an_answer(text, number):
@@ -581,6 +590,21 @@ def test_environments_report_rewards_over_rollouts():
     assert values["std_reward"] == pytest.approx(np.std([1, 0, 0.2, 0.4]))
     assert (values["pass@1"], values["pass@2"], values["rollouts"]) == (0.25, 0.5, 2)
     assert benchmarks.named_metrics(scored)["eval/s/questions"] == 2
+
+
+def test_rewards_of_a_file_are_numbers(tmp_path):
+    records = [{"r": value} for value in (1, "0.5", None, 0)]
+    report, scored = score_records(tmp_path, records, "environment", {"pred": "r"})
+    assert [row["reward"] for row in scored] == [1, 0.5, None, 0]
+    assert (report["mean_reward"], report["unscored_fraction"], report["pass@1"]) == (
+        0.5,
+        0.25,
+        0.5,
+    )
+    for value in ("[421,198]", "(421,198)", "1,024", [3], True, "nan", {"r": 1}):
+        message = f"the rewards of 1 of 5 rows are no numbers, first row 4: {value!r}"
+        with pytest.raises(UserError, match=re.escape(message)):
+            score_records(tmp_path, [*records, {"r": value}], "environment", {"pred": "r"})
 
 
 def test_intervals_resample_images_and_repeat():

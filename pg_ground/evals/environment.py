@@ -26,8 +26,22 @@ def score(row: Row) -> JsonDict:
 
 
 def means(rows: Sequence[Row]) -> Columns:
-    """Returns the rewards and the passes."""
-    return {"mean_reward": column(rows, "reward"), "pass_rate": column(rows, "correct")}
+    """Returns the rewards, each reward by its name, the passes and the lengths of completions.
+
+    A question to which no reward applies has no reward and counts in `unscored_fraction`. The name
+    of a user's reward is the part of `path/to/file.py:name` behind the last "/".
+    """
+    total = column(rows, "reward")
+    columns = {
+        "mean_reward": total,
+        "pass_rate": column(rows, "correct"),
+        "unscored_fraction": np.isnan(total).astype(np.float64),
+        "completion_length": column(rows, "tokens"),
+    }
+    for name in dict.fromkeys(name for row in rows for name in row.get("rewards", {})):
+        parts = [row.get("rewards", {}) for row in rows]
+        columns[f"reward_{name.rpartition('/')[2]}"] = column(parts, name)
+    return columns
 
 
 def aggregates(rows: Sequence[Row]) -> dict[str, float]:

@@ -43,7 +43,9 @@ def evaluate(
     check_vocab_size(tokenizer, model.config.text.vocab_size)
     programs = make_eval_programs(model, tokenizer.vocab, config.eval, config.grpo)
     sources = open_eval_sources(config.eval, config.data, config.model.image_size)
-    context = EvalContext(config.eval, config.data, config.seed, tokenizer, mesh, BadRecords())
+    context = EvalContext(
+        config.eval, config.data, config.seed, tokenizer, mesh, BadRecords(), config.grpo
+    )
     return evaluate_sources(programs, loaded_params, sources, context)
 
 

@@ -1,5 +1,6 @@
 """Reads a file of predictions that another program wrote, by the paths of its fields."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -85,6 +86,7 @@ def read_rows(
     columns = _read_columns(records, fields, path)
     sizes = _image_sizes(columns, len(records))
     answers = read_answers(kind, formats, path, fields, columns, sizes)
+    rewards = _rewards(columns["pred"], path) if kind == "reward" else []
     rows = []
     for index in range(len(records)):
         values = {name: column[index] for name, column in columns.items()}
@@ -96,9 +98,25 @@ def read_rows(
             "gold": answers.gold[index],
         }
         if kind == "reward":
-            row["reward"] = parsers.number(values["pred"], strict=False)
+            row["reward"] = rewards[index]
         rows.append(row)
     return FileRows(rows, answers)
+
+
+def _rewards(values: Sequence[object], path: FilePath) -> list[float | None]:
+    """Returns the reward of each row. It is None for null.
+
+    Raises:
+      UserError: a reward is no number and no text that is one.
+    """
+    numbers = [parsers.json_number(value, strict=False) for value in values]
+    wrong = [i for i, value in enumerate(values) if value is not None and math.isnan(numbers[i])]
+    if wrong:
+        raise UserError(
+            f"--predictions={path}: the rewards of {len(wrong)} of {len(values)} rows are no "
+            f"numbers, first row {wrong[0]}: {values[wrong[0]]!r:.60}"
+        )
+    return [None if math.isnan(number) else number for number in numbers]
 
 
 def _question_fields(values: JsonObject, index: int) -> JsonDict:

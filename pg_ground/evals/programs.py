@@ -1,5 +1,6 @@
 """The compiled functions of an evaluation: they answer, score, reward and decode masks."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -12,10 +13,10 @@ from pg_ground.checkpoints import vqvae_file
 from pg_ground.models import PaliGemma, vqvae
 from pg_ground.rewards import answer_reader, device_rewards
 from pg_ground.rewards.answer_reader import DecodeMasks
-from pg_ground.rewards.reward_functions import load_device_rewards
+from pg_ground.rewards.reward_functions import load_device_rewards, weighted_rewards
 from pg_ground.rl.rollout import sample
 from pg_ground.storage.paths import FilePath, to_path
-from pg_ground.types import Answer, Array, Batch, Params, Rollout
+from pg_ground.types import Answer, Array, Batch, Params, Rewards, Rollout
 from pg_ground.vocab import Vocab
 
 
@@ -39,7 +40,8 @@ class EvalPrograms(NamedTuple):
     suffix_nll: Wrapped
     """(params, batch) → minus the log-probability (nats) of each ground-truth suffix, f32[B]."""
     reward: Wrapped
-    """(batch with one question, its rollout) → the weighted sum of the rewards, f32[1,G]."""
+    """(batch with one question, its rollout, scores f32[1,G] of text rewards by name) → `Rewards`
+    f32[1,G]."""
     decode_masks: Wrapped | None
     """Mask codes i32[N,16] → mask logits f32[N,64,64]. None if `eval.vqvae` is not set."""
 
@@ -53,7 +55,7 @@ def make_eval_programs(
     """Returns the programs of an evaluation. Each program compiles on its first call.
 
     Args:
-      grpo: the benchmark `environment` reports the weighted sum of its rewards on token ids.
+      grpo: the benchmark `environment` reports its rewards and their weighted sum.
     """
     decode_masks = (
         make_mask_decoder(to_path(settings.vqvae, "config.eval.vqvae")) if settings.vqvae else None
@@ -93,12 +95,16 @@ def _make_suffix_nll(model: PaliGemma) -> Wrapped:
 
 
 def _make_reward(vocab: Vocab, grpo: config.Grpo, decode_masks: DecodeMasks | None) -> Wrapped:
-    def reward(batch: Batch, rollout: Rollout) -> Float[Array, "1 G"]:
+    weights = {name: _final_weight(weight) for name, weight in grpo.all_rewards.items()}
+
+    def reward(batch: Batch, rollout: Rollout, text_scores: Mapping[str, Array]) -> Rewards:
         # Rewards are loaded here, because other benchmarks need none.
         functions = load_device_rewards(grpo)
-        weights = {name: _final_weight(grpo.rewards[name]) for name in functions}
         parsed = _parse(rollout, batch, vocab, decode_masks)
-        return device_rewards.score(parsed, batch, weights, grpo.reward_settings, functions).total
+        settings, weighted = grpo.reward_settings, weighted_rewards(grpo)
+        return device_rewards.score(
+            parsed, batch, weights, settings, functions, text_scores, weighted
+        )
 
     return jax.jit(reward)
 

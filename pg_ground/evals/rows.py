@@ -21,8 +21,9 @@ these fields:
 `xyxy_px`, which is null if it cannot be read, and maybe `score`), `points` (each with `label` and
 `xy_px`), `number`, `choice`, `text`, `mask` or `masks`.
 
-A row of a model also has `index`, `malformed`, `unfinished`, `reward`, `suffix_nll` and
-`suffix_tokens`, as far as they are known. The last fields are the scores of the benchmark (`iou`,
+A row of a model also has `index`, `malformed`, `unfinished`, `reward`, `rewards` (each reward by
+its name), `tokens` (length of the completion), `suffix_nll` and `suffix_tokens`, as far as they are
+known. The last fields are the scores of the benchmark (`iou`,
 `correct`, …). They are for people: a program that reads the file computes them again.
 """
 
@@ -67,6 +68,8 @@ OPTIONAL_FIELDS = (
     "malformed",
     "unfinished",
     "reward",
+    "rewards",
+    "tokens",
     "suffix_nll",
     "suffix_tokens",
 )

@@ -1,5 +1,7 @@
 """Answers held-out questions with a policy, greedily and by sampling, and scores the answers."""
 
+import contextlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -20,6 +22,9 @@ from pg_ground.evals.programs import Completions, EvalPrograms
 from pg_ground.evals.questions import EvalTask, question_row, read_prediction, with_scores
 from pg_ground.evals.rows import GREEDY, SAMPLED
 from pg_ground.parallel import multiprocess, sharding
+from pg_ground.rewards.reward_functions import make_reward_workers, weighted_rewards
+from pg_ground.rewards.text_questions import texts_of
+from pg_ground.rewards.workers import RewardWorkers
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.types import Batch, JsonDict, JsonObject, Params, Rollout, UserError
 
@@ -34,6 +39,8 @@ class EvalContext(NamedTuple):
     mesh: Mesh
     bad_records: BadRecords
     """Collects the records that cannot be used."""
+    grpo: config.Grpo = config.Grpo()
+    """The rewards of the benchmark `environment`."""
 
 
 class Evaluation(NamedTuple):
@@ -110,7 +117,8 @@ def evaluate_sources(
     """
     predictions: list[JsonDict] = []
     for task in make_tasks(context.settings, sources):
-        local_rows = list(answered_rows(task, programs, params, context))
+        with reward_workers(task, context.grpo) as workers:
+            local_rows = list(answered_rows(task, programs, params, context, workers))
         # Processes that share the mesh axis `model` hold the same rows. The dict drops repeats.
         rows_by_key = {
             tuple(key): row
@@ -119,9 +127,37 @@ def evaluate_sources(
         }
         rows = [rows_by_key[key] for key in sorted(rows_by_key)]
         rows = with_benchmark_name(rows, task.is_configured)
+        if task.kind == "reward":
+            check_rewards(rows, task, context.grpo)
         predictions += benchmarks.score_rows(rows)
     metrics = benchmarks.named_metrics(predictions)
     return Evaluation(metrics, predictions, context.bad_records.counts())
+
+
+@contextlib.contextmanager
+def reward_workers(task: EvalTask, grpo: config.Grpo) -> Iterator[RewardWorkers | None]:
+    """Runs the workers of the text rewards of a task; None if the task needs no text rewards.
+
+    Raises:
+      UserError: a reward cannot be loaded, or fails on too many completions.
+    """
+    workers = make_reward_workers(grpo) if task.kind == "reward" else None
+    if workers is None or not workers.names:
+        yield None
+        return
+    with workers:
+        yield workers
+        workers.check()
+
+
+def check_rewards(rows: Sequence[JsonObject], task: EvalTask, grpo: config.Grpo) -> None:
+    """Raises UserError if no reward with a weight applies to any question of a task."""
+    if rows and all(row["reward"] is None for row in rows):
+        names = ", ".join(sorted(weighted_rewards(grpo)))
+        raise UserError(
+            f"source {task.examples.name}: no reward with a weight applies to any question; "
+            f"config.grpo has {names}"
+        )
 
 
 def make_tasks(settings: config.Eval, sources: Mapping[str, Examples]) -> Iterator[EvalTask]:
@@ -170,9 +206,17 @@ def with_benchmark_name(rows: Sequence[JsonDict], is_configured: bool) -> list[J
 
 
 def answered_rows(
-    task: EvalTask, programs: EvalPrograms, params: Params, context: EvalContext
+    task: EvalTask,
+    programs: EvalPrograms,
+    params: Params,
+    context: EvalContext,
+    workers: RewardWorkers | None = None,
 ) -> Iterator[tuple[RowKey, JsonDict]]:
-    """Yields the rows of this process, each with its position."""
+    """Yields the rows of this process, each with its position.
+
+    Args:
+      workers: the result of `reward_workers`.
+    """
     settings = context.settings
     batch_rows = sharding.local_rows(context.mesh, settings.batch_size)
     # 2**31 - 1 keeps these draws apart from the draws of training steps.
@@ -192,7 +236,7 @@ def answered_rows(
             key = jax.random.fold_in(task_key, number)
             slots = np.flatnonzero(is_question).tolist()
             for mode, slot, rollout, row in answer_batch(
-                task, programs, params, context, batch, slots, key
+                task, programs, params, context, workers, batch, slots, key
             ):
                 yield RowKey(number, mode, int(batch_rows[slot]), rollout), row
             bar.update(len(slots))
@@ -212,6 +256,7 @@ def answer_batch(
     programs: EvalPrograms,
     params: Params,
     context: EvalContext,
+    workers: RewardWorkers | None,
     batch: Batch,
     slots: Sequence[int],
     key: PRNGKeyArray,
@@ -237,6 +282,11 @@ def answer_batch(
         )
         completions = sharding.fetch_local_rows(context.mesh, completions)
         answers = read_completions(task, programs, batch, completions, questions, context.tokenizer)
+        if task.kind == "reward":
+            scored = rollout_rewards(
+                programs.reward, workers, task, batch, completions.rollout, slots, context.tokenizer
+            )
+            answers = {key: answer | scored[key] for key, answer in answers.items()}
         for (slot, rollout), answer in answers.items():
             row = questions[slot] | {"mode": decoding.mode, "rollout": rollout} | answer
             if suffix_nll is not None and decoding.mode == GREEDY:
@@ -270,9 +320,6 @@ def read_completions(
         masks = mask_predictions(programs.decode_masks, texts, sizes)
     fields = {}
     for slot, question in questions.items():
-        rewards = []
-        if task.kind == "reward":
-            rewards = rollout_rewards(programs.reward, batch, completions.rollout, slot)
         for rollout, text in enumerate(texts[slot]):
             malformed = bool(completions.malformed[slot, rollout])
             if task.kind == "mask":
@@ -289,8 +336,6 @@ def read_completions(
                 "malformed": int(malformed),
                 "unfinished": int(completions.unfinished[slot, rollout]),
             }
-            if rewards:
-                fields[slot, rollout]["reward"] = rewards[rollout]
     return fields
 
 
@@ -323,15 +368,53 @@ def mask_predictions(
 
 
 def rollout_rewards(
-    reward: Wrapped, batch: Batch, rollout: Rollout, slot: int
-) -> list[float | None]:
-    """Returns the reward of each rollout of one question. None means that no reward applies.
+    reward: Wrapped,
+    workers: RewardWorkers | None,
+    task: EvalTask,
+    batch: Batch,
+    rollout: Rollout,
+    slots: Sequence[int],
+    tokenizer: Tokenizer,
+) -> dict[tuple[int, int], JsonDict]:
+    """Returns the fields `reward`, `rewards` and `tokens` of rows, by (slot, rollout).
 
-    The program sees one question at a time. So its shape and its rounding are the same on any
-    number of devices.
+    A reward is None if it does not apply. The program sees one question at a time. So its shape and
+    its rounding are the same on any number of devices.
     """
-    question, completions = (
-        jax.tree.map(lambda x: np.asarray(x)[slot : slot + 1], tree) for tree in (batch, rollout)
-    )
-    rewards = np.asarray(reward(question, completions), np.float64)[0]
-    return [float(value) if np.isfinite(value) else None for value in rewards]
+    questions = {
+        slot: [
+            jax.tree.map(lambda x, slot=slot: np.asarray(x)[slot : slot + 1], tree)
+            for tree in (batch, rollout)
+        ]
+        for slot in slots
+    }
+    pending = {}
+    if workers is not None:
+        # all questions are submitted before the first score is awaited
+        targets = [task.examples.source.target]
+        pending = {
+            slot: workers.submit(*texts_of(*question, tokenizer, targets))
+            for slot, question in questions.items()
+        }
+    fields: dict[tuple[int, int], JsonDict] = {}
+    for slot, (question, completions) in questions.items():
+        text_scores: dict[str, np.ndarray] = {}
+        if slot in pending:
+            scores = pending[slot].result().scores
+            text_scores = {name: values[None] for name, values in scores.items()}
+        rewards = jax.tree.map(
+            lambda x: np.asarray(x, np.float64)[0].tolist(),
+            reward(question, completions, text_scores),
+        )
+        lengths = np.asarray(completions.mask)[0].sum(axis=-1).tolist()
+        for index, length in enumerate(lengths):
+            fields[slot, index] = {
+                "reward": _finite_or_none(rewards.total[index]),
+                "rewards": {n: _finite_or_none(part[index]) for n, part in rewards.parts.items()},
+                "tokens": length,
+            }
+    return fields
+
+
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -116,12 +116,28 @@ def number(value: object, strict: bool) -> float | None:
         single = json_number(value, strict)
         return None if math.isnan(single) else single
     answer = answer_text(value, strict).strip().lower()
+    if not strict:
+        answer = _without_lists(answer)
     matches = list(_NUMBER.finditer(answer))
     whole = (0, len(answer.removesuffix(".")))
     if strict and [match.span() for match in matches] != [whole]:
         return None
     numbers = {_from_words_or_digits(match[0]) for match in matches}
     return numbers.pop() if len(numbers) == 1 and all(map(math.isfinite, numbers)) else None
+
+
+_SQUARE_LIST = re.compile(r"\[[^\[\]]*\]")
+_ROUND_PAIR = re.compile(r"\([-+0-9.\s]+,[-+0-9.,\s]+\)")
+
+
+def _without_lists(text: str) -> str:
+    """Returns a text in which a comma of a list or of a bare pair no longer groups thousands.
+
+    "[421,198]" and "(421,198)" are two numbers each, but "about (1,024)" is one.
+    """
+    if _ROUND_PAIR.fullmatch(text.removesuffix(".")):
+        return text.replace(",", ", ")
+    return _SQUARE_LIST.sub(lambda match: match[0].replace(",", ", "), text)
 
 
 def _from_words_or_digits(text: str) -> float:

@@ -36,7 +36,9 @@ def make_evaluate(
 ) -> Callable[[Params], dict[str, float]]:
     """Returns the function from trained parameters to held-out metrics."""
     config = setup.config
-    context = EvalContext(config.eval, config.data, config.seed, tokenizer, mesh, bad_records)
+    context = EvalContext(
+        config.eval, config.data, config.seed, tokenizer, mesh, bad_records, config.grpo
+    )
     programs = eval_programs(setup)
 
     def evaluate(params: Params) -> dict[str, float]:
