@@ -41,6 +41,27 @@ def encode_loc(fraction: Float[Array, "..."]) -> Int[Array, "..."]:
     return xp.clip(xp.round(xp.asarray(fraction) * LOC_MAX), 0, LOC_MAX).astype(np.int32)
 
 
+def whole_corners(
+    corners: Float[np.ndarray, "K 4"], extent: tuple[int, int] = (LOC_MAX, LOC_MAX)
+) -> Int[np.ndarray, "K 4"]:
+    """Returns boxes in whole units, each with a height and a width of at least one unit.
+
+    Corners are rounded half to even. A side that rounds to nothing becomes the unit around its
+    centre: 9.7 to 9.9 is 9 to 10.
+
+    Args:
+      corners: in order yxyx or xyxy, in units of the image, such as loc bins or pixels.
+      extent: units along the first and the second axis of the image.
+    """
+    limit = np.array(extent * 2)
+    rounded = np.clip(np.round(corners), 0, limit)
+    low = np.clip(np.floor(centre(corners)), 0, limit[:2] - 1)
+    is_flat = rounded[:, 2:] == rounded[:, :2]
+    lower = np.where(is_flat, low, rounded[:, :2])
+    upper = np.where(is_flat, low + 1, rounded[:, 2:])
+    return np.concatenate([lower, upper], axis=1).astype(np.int32)
+
+
 def decode_loc(bins: Int[Array, "..."]) -> Float[Array, "..."]:
     """Returns the float32 fractions in [0, 1] of loc bins: bin / 1023, like big_vision.
 
@@ -181,11 +202,12 @@ def gaussian_coverage(
     / (σp² + σg²)) − d² / (4·(σp² + σg²)), which needs no absolute epsilon and so holds in any unit.
 
     Args:
-      min_side: sides of gold boxes are at least this long; one loc bin in the unit of the boxes.
+      min_side: sides of both boxes are at least this long; one loc bin in the unit of the boxes.
+        Both, so that the gold box itself has the value 1.
     """
     xp = _namespace(yxyx, gold)
     proper = is_proper(yxyx)
-    sigma = xp.where(proper[..., None], alpha * sides(yxyx), 1)
+    sigma = xp.where(proper[..., None], alpha * xp.maximum(sides(yxyx), min_side), 1)
     gold_sigma = alpha * xp.maximum(sides(gold), min_side)
     total = xp.square(sigma) + xp.square(gold_sigma)
     offset = xp.square(centre(yxyx) - centre(gold))

@@ -187,6 +187,40 @@ def test_the_order_of_answers_does_not_matter(answers, data):
                 )
 
 
+SPANS = st.tuples(st.integers(0, LOC_MAX), st.integers(1, LOC_MAX) | st.integers(1, 3)).map(
+    lambda span: (min(span[0], LOC_MAX - span[1]), min(span[0] + span[1], LOC_MAX))
+)
+SPANS = SPANS.map(lambda span: (max(span[0], 0), max(span[1], 1)))
+
+
+@settings(deadline=None, max_examples=200)
+@given(spans=st.tuples(SPANS, SPANS), other=BINS)
+def test_no_answer_beats_the_gold_answer_on_the_grid(spans, other):
+    """The gold text of a proper box on the grid is compared with each edge moved by a bin, a box a
+    quarter larger, and any other box. Also boxes of one bin are gold."""
+    (y1, y2), (x1, x2) = spans
+    gold = (y1, x1, y2, x2)
+    moved = [
+        tuple(n + step * (i == axis) for i, n in enumerate(gold))
+        for axis in range(4)
+        for step in (-1, 1)
+    ]
+    grown = (y1 - 1, x1 - 1, y2 + 1 + (y2 - y1) // 8, x2 + 1 + (x2 - x1) // 8)
+    answers = [gold, *(np.clip(row, 0, LOC_MAX).tolist() for row in (*moved, grown)), other]
+    # float32 rounds a coordinate by 6e-8. A side has two of them, and an area or a quotient adds up
+    # eight sides. Coverage has four roundings of a logarithm near 5.
+    bound = 4e-6 + 16 * 6e-8 * LOC_MAX / min(y2 - y1, x2 - x1)
+    batch = make_batch([(gold, 0)])
+    texts = [f"{loc(*answer)} cat" for answer in answers]
+    for start in (1, 8):
+        chunk = [texts[0], *texts[start : start + 7]]
+        scores = all_rewards(make_rollout(*chunk, *[""] * (8 - len(chunk))), batch)
+        for name in set(FOR_BOXES):
+            values = np.asarray(scores[name])[0, : len(chunk)]
+            assert values[0] == pytest.approx(1, abs=bound), name
+            assert (values <= values[0] + bound).all(), (name, chunk)
+
+
 @settings(deadline=None)
 @given(
     predicted=FRACTIONS,

@@ -427,3 +427,27 @@ def test_the_gold_text_decides_and_not_the_annotation_beside_it(ask):
     assert score("list_iou", "[1, 2, 30, 40]", question) == 0
     for reward in ("json_boxes", "json_format", "dict_iou", "ovd"):
         assert np.isnan(score(reward, "[1, 2, 30, 40]", question))
+
+
+@pytest.mark.parametrize(
+    "box",
+    [[10, 10, 10.2, 10.2], [299.7, 199.9, 300, 200], [0, 0, 0.4, 200], [150.6, 3.5, 151.4, 4]],
+)
+def test_a_gold_box_below_a_pixel_or_a_bin_is_a_proper_box(tmp_path, box):
+    Image.new("RGB", (3000, 2000)).save(tmp_path / "i.png")
+    record = {"image": "i.png", "phrase": "x", "box": box}
+    (tmp_path / "r.jsonl").write_text(json.dumps(record) + "\n")
+    for form in ("loc", "json"):
+        source = Source(uri=f"jsonl:{tmp_path}/r.jsonl", boxes="box", suffix=form)
+        example = open_examples("grpo/s", source, DATA, 14)[0]
+        batch = stack_rows([to_batch_row(example, TOKENS, DATA, 0)])
+        question = text_question(batch, 0, TOKENS, ["boxes"])
+        if form == "json":
+            for name in ("json_boxes", "json_format", "list_iou", "list_coverage"):
+                assert score(name, example.suffix, question) == pytest.approx(1), name
+            continue
+        ids = token_ids([[example.suffix, GARBAGE]])
+        scores = jax.device_get(device_scores(ids, ids != PAD, batch))
+        assert scores["format"].tolist() == [[1, 0]]
+        for name in ("iou", "giou", "gaussian_coverage"):
+            assert scores[name][0, 0] > scores[name][0, 1] == 0, name

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from test_parsers import TEXTS
 
 from pg_ground import boxes, tokenizer
+from pg_ground.config import Source
+from pg_ground.data.examples import format_answer
 from pg_ground.rewards.text_rewards import TEXT_REWARDS, TextExample
 
 BOX, OTHER = (100, 100, 200, 300), (300, 300, 400, 400)
@@ -64,6 +66,10 @@ def detections(*entries: tuple) -> str:
     """Returns an answer with (box, confidence) entries."""
     objects = [{"Position": list(box), "Confidence": confidence} for box, confidence in entries]
     return f"<think>so</think><answer>{objects}</answer>"
+
+
+LIST_NAMES = ("list_point", "list_coverage", "list_iou", "list_iou_squared")
+DICT_NAMES = ("dict_point", "dict_coverage", "dict_iou", "dict_format")
 
 
 def as_dict(boxes_by_key: dict) -> str:
@@ -853,6 +859,59 @@ def test_adversaries_earn_less_than_a_near_miss(corners):
             continue  # a point has no extent to swap or reverse
         text = "nothing" if corners == ["x"] else write(bare)
         assert recipe(weights, text, example) < recipe(weights, write([miss]), example)
+
+
+@st.composite
+def annotations(draw) -> tuple[tuple[int, int], np.ndarray]:
+    """Returns the size of an image of 8 to 6000 pixels, and f32[K, 4] boxes of any size in it."""
+    size = draw(st.tuples(*[st.integers(8, 6000)] * 2))
+    sides = [draw(st.floats(0.2, n) | st.floats(0.2, 5)) for n in size * draw(st.integers(1, 3))]
+    boxes = []
+    for width, height in zip(sides[::2], sides[1::2], strict=True):
+        x, y = (
+            draw(st.floats(0, max(n - side, 0)))
+            for n, side in zip(size, (width, height), strict=True)
+        )
+        boxes.append([y / size[1], x / size[0], (y + height) / size[1], (x + width) / size[0]])
+    return size, np.clip(np.array(boxes), 0, 1).astype(np.float32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(annotations(), st.integers(0, 3))
+def test_no_answer_beats_the_gold_answer(annotation, axis):
+    """The gold text of a JSON source is compared with each edge moved by a pixel, and with boxes a
+    quarter larger. Boxes of less than a pixel are gold too."""
+    size, yxyx = annotation
+    source = Source(boxes="box", suffix="json")
+    gold = json.loads(format_answer(source, {}, 0, yxyx, ("x",) * len(yxyx), size))
+    rows = [tuple(entry["bbox_2d"]) for entry in gold]
+    x1, y1, x2, y2 = rows[0]
+    others = [tuple(n + step * (i == axis) for i, n in enumerate(rows[0])) for step in (-1, 1)]
+    others.append((x1, y1, x2 + 1 + (x2 - x1) // 4, y2 + 1 + (y2 - y1) // 4))
+    spellings = (
+        (lambda p: json_boxes(*p), ("json_boxes", "json_boxes_squared", "json_format")),
+        (lambda p: str([list(q) for q in p]), LIST_NAMES),
+        (lambda p: as_dict({"0": [list(q) for q in p]}), DICT_NAMES),
+        (lambda p: detections(*[(q, 1) for q in p]), (*OVD_NAMES, "ovd_format")),
+    )
+    for write, names in spellings:
+        example = ask(write(rows), size=size)
+        for name in names:
+            best = reward(name, example.gold, example)
+            assert best == pytest.approx(1, abs=1e-9), name
+            for other in others:
+                assert reward(name, write([other, *rows[1:]]), example) <= best + 1e-9, name
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 5, 40])
+def test_the_exact_box_earns_more_coverage_than_a_larger_one(side):
+    """A loc bin is 3.9 by 2.9 pixels here. Smaller gold boxes were widened, but not the answers."""
+    example = ask_boxes((100, 100, 100 + side, 100 + side), size=(4000, 3000))
+    exact, wider, larger, far_larger = (
+        reward("list_coverage", str([100, 100, 100 + w, 100 + h]), example)
+        for w, h in ((side, side), (side + 1, side), (side + 1, side + 1), (80, 80))
+    )
+    assert exact == pytest.approx(1) and wider <= 1 and larger <= 1 and far_larger < 0.99
 
 
 # single rewards

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 
-from pg_ground.boxes import encode_loc
+from pg_ground.boxes import encode_loc, whole_corners
 from pg_ground.config import Fetch, Source
 from pg_ground.data.box_formats import (
     BOX_ORDERS,
@@ -28,6 +28,7 @@ from pg_ground.data.record_fields import field_at, fill_template
 from pg_ground.data.records import BadRecord
 from pg_ground.storage.paths import FilePath
 from pg_ground.types import BOXES, POINTS, TEXT, Boxes, Example, Points, Record
+from pg_ground.vocab import LOC_MAX
 
 TARGETS = {"boxes": BOXES, "points": POINTS, "text": TEXT}
 """The values of `Source.target`."""
@@ -226,22 +227,31 @@ def format_answer(
 def _json_text(
     fractions: Float[np.ndarray, "K N"], labels: Sequence[str], size: tuple[int, int], key: str
 ) -> str:
-    """Returns boxes or points as JSON, x before y, in whole pixels of the original image."""
-    order = [1, 0, 3, 2][: fractions.shape[1]] if len(fractions) else []
-    objects = []
-    for row, label in zip(fractions, labels, strict=True):
-        numbers = [round(float(row[axis]) * size[1 - axis % 2]) for axis in order]
-        objects.append({key: numbers} | ({"label": label} if label else {}))
+    """Returns boxes or points as JSON, x before y, in whole pixels of the original image.
+
+    A box is at least one pixel wide and high.
+    """
+    is_box = fractions.shape[1] == 4
+    x_first = fractions[:, [1, 0, 3, 2] if is_box else [1, 0]].astype(np.float64)
+    pixels = x_first * (size * 2 if is_box else size)
+    rows = whole_corners(pixels, size) if is_box else np.round(pixels).astype(np.int32)
+    objects = [
+        {key: numbers} | ({"label": label} if label else {})
+        for numbers, label in zip(rows.tolist(), labels, strict=True)
+    ]
     return json.dumps(objects, ensure_ascii=False)
 
 
 def loc_text(fractions: Float[np.ndarray, "K N"], names: Sequence[str]) -> str:
     """Returns `<locYYYY><locXXXX>… name`, with " ; " between objects; a name "" is left out.
 
-    The bins are those of `boxes.encode_loc`, as in big_vision's pp/segmentation ops.
+    The bins are those of `boxes.encode_loc`, as in big_vision's pp/segmentation ops. A box is at
+    least one bin wide and high.
     """
     texts = []
-    for bins, name in zip(encode_loc(fractions), names, strict=True):
+    is_box = fractions.ndim == 2 and fractions.shape[1] == 4
+    rows = whole_corners(fractions * LOC_MAX) if is_box else encode_loc(fractions)
+    for bins, name in zip(rows, names, strict=True):
         loc = "".join(f"<loc{code:04d}>" for code in bins)
         texts.append(f"{loc} {name}" if name else loc)
     return " ; ".join(texts)
