@@ -279,11 +279,27 @@ class Source:
         "boxes", "what an answer consists of", choices=("boxes", "points", "text")
     )
     boxes: str = setting(
-        "", 'path of one box, a list of boxes, or {label: list of boxes}; "" for none'
+        "",
+        "path of the boxes: numbers, objects such as {xmin, ymin, xmax, ymax}, {label: boxes} or "
+        'text; or several paths, as "x1,y1,x2,y2"; "" for none',
     )
-    box_format: str = setting("xyxy_px", "{xyxy,yxyx,xywh,cxcywh}_{px,frac,percent,bin}")
-    points: str = setting("", 'path of one point or a list of points, pairs or {x, y}; "" for none')
-    point_format: str = setting("xy_px", "{xy,yx}_{px,frac,percent,bin}")
+    box_format: str = setting("xyxy_px", "{xyxy,yxyx,xywh,cxcywh}_{px,frac,percent,permille,bin}")
+    points: str = setting(
+        "",
+        'path of the points: pairs, objects {x, y} or text; or several paths, as "x,y"; "" is none',
+    )
+    point_format: str = setting("xy_px", "{xy,yx}_{px,frac,percent,permille,bin}")
+    size: str = setting(
+        "auto",
+        'paths of the image size that the coordinates belong to, as "meta.width,meta.height"; auto '
+        'is width,height or image_width,image_height; "" compares nothing',
+    )
+    frame: str = setting(
+        "auto",
+        "frame of the coordinates: upright (as viewers show the image), stored (before EXIF turns "
+        "it), or auto: the frame that the record's size fits, upright if both fit",
+        choices=("auto", "upright", "stored"),
+    )
     mask: str = setting(
         "",
         "path of the mask of each box or point: COCO polygons (px), RLE or an image; needs "
@@ -318,6 +334,16 @@ class Source:
     sampling: str = setting(
         "all",
         'records used: "all", "first:N", "end:N" or "random:N"; N can be a share such as 12.5%',
+    )
+    unsafe_names: str = setting(
+        "refuse",
+        'a name with ";" or a loc or seg token in it, which the answer cannot hold: refuse (a bad '
+        'record), replace ("," for ";", tokens are left out) or escape (similar characters)',
+        choices=("refuse", "replace", "escape"),
+    )
+    remove: str = setting(
+        "",
+        'regular expression of what is left out of prompts, names and answers, such as "<image>"',
     )
     weight: float = setting(1.0, "relative share in the mixture", above=0, below=math.inf)
 

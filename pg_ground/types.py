@@ -148,6 +148,8 @@ class Example(NamedTuple):
     """Name of the source in the config."""
     index: int
     """Record number within that source."""
+    notes: tuple[str, ...] = ()
+    """How the record was read if the record left that open, in words."""
 
 
 class Batch(NamedTuple):

@@ -145,11 +145,14 @@ def test_boxes_are_clipped_to_the_image():
         [float("nan"), 0, 5, 5],
         [0, 0, float("inf"), 5],
         [1, 2, 3],
-        None,
-        "1,2,3,4",
+        [None],
+        [[]],
+        "1,2,3",
+        "no",
         [[0, 0, 5, 5], [1, 2]],
-        [[[0, 0, 5, 5]]],
+        [[[0, 0, 5]]],
         {"x": 1},
+        [10, 10, 300, 30],
     ],
 )
 def test_unusable_box_is_a_bad_box(box):
@@ -197,7 +200,9 @@ def test_a_bad_point_is_reported_in_the_numbers_of_the_record():
     )
 
 
-@pytest.mark.parametrize("point", [[90, 5], [5, -9], [float("nan"), 5], [1, 2, 3], None, {"x": 1}])
+@pytest.mark.parametrize(
+    "point", [[90, 5], [5, -9], [float("nan"), 5], [1, 2, 3], [None], {"x": 1}, "5"]
+)
 def test_unusable_point_is_a_bad_point(point):
     assert (
         kind_and_text({"point": point}, target="points", boxes="", points="point")[0] == "bad_point"
@@ -222,8 +227,9 @@ def test_dotted_paths_reach_into_objects_and_through_lists():
 
 @pytest.mark.parametrize("path", ["bbox", "box.x", "phrase.text", "objects.bbox"])
 def test_a_missing_field_is_named_with_the_fields_that_exist(path):
+    """A record without the field of the boxes has no boxes. The text names the field even so."""
     kind, text = kind_and_text({"box": [0, 0, 4, 4], "objects": {"area": 3}}, boxes=path)
-    assert kind == "missing_field" and path in text
+    assert kind == ("empty" if "bbox" in path else "missing_field") and path in text
     assert path != "bbox" or "image, phrase, box, objects" in text
 
 

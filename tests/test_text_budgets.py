@@ -127,3 +127,102 @@ def test_small_objects_in_a_corner_are_no_wrong_unit(tmp_path, tokens):
             **{target: target if target == "points" else "box"},
         )
         measure_budget(open_examples("a", source, replace(DATA, max_boxes=9), SIDE), tokens, DATA)
+
+
+def open_rows(folder, boxes, size=(1280, 800), settings=None):
+    Image.new("RGB", size).save(folder / "big.png")
+    records = [{"image": "big.png", "phrase": "cat", "box": box} for box in boxes]
+    source = Source(uri=write_lines(folder, records), **({"boxes": "box"} | (settings or {})))
+    return open_examples("a", source, DATA, SIDE)
+
+
+def random_boxes(count, width, height, seed=0):
+    """Returns x1, y1, x2, y2 of boxes over the whole of a canvas."""
+    rng = np.random.default_rng(seed)
+    low = rng.uniform(0, 0.8, (count, 2))
+    high = low + rng.uniform(0.05, 0.2, (count, 2))
+    return np.concatenate([low, high], 1) * [width, height, width, height]
+
+
+@pytest.mark.parametrize(
+    ("count", "canvas", "box_format"),
+    [
+        (2, (1, 1), "xyxy_px"),
+        (8, (1, 1), "xyxy_percent"),
+        (8, (1, 1), "xyxy_permille"),
+        (8, (1, 1), "xyxy_bin"),
+        (16, (100, 100), "xyxy_px"),
+        (300, (1000, 1000), "xyxy_px"),
+        (16, (1280, 800), "xywh_px"),
+    ],
+)
+def test_boxes_of_another_unit_or_order_are_refused(tmp_path, tokens, count, canvas, box_format):
+    boxes = random_boxes(count, *canvas)
+    boxes[0, 2:] = canvas
+    size = (1600, 1400) if count == 300 else (1280, 800)
+    wrong = open_rows(tmp_path, boxes.tolist(), size, {"box_format": box_format})
+    with pytest.raises(UserError, match=f"source a: .*box_format = '{box_format}' has probably"):
+        measure_budget(wrong, tokens, DATA)
+
+
+def test_thousandths_that_fit_pixels_are_doubted_and_not_refused(tmp_path, tokens):
+    boxes = random_boxes(12, 1000, 780)
+    boxes[0, 2:] = (1000, 780)
+    budget = measure_budget(open_rows(tmp_path, boxes.tolist()), tokens, DATA)
+    (doubt,) = budget.doubts
+    assert "no coordinate is above 1000 and the images have up to 1280 pixels" in doubt
+    assert "box_format = 'xyxy_permille'" in doubt
+    permille = open_rows(tmp_path, boxes.tolist(), settings={"box_format": "xyxy_permille"})
+    assert not measure_budget(permille, tokens, DATA).doubts
+
+
+def test_many_boxes_beyond_the_image_are_doubted(tmp_path, tokens):
+    boxes = random_boxes(16, 1000, 1000).tolist()
+    (doubt,) = measure_budget(open_rows(tmp_path, boxes), tokens, DATA).doubts
+    assert "of 16 objects reach beyond the image as xyxy_px" in doubt
+
+
+@pytest.mark.parametrize("order", ["xyxy", "xywh"])
+def test_right_units_are_not_doubted(tmp_path, tokens, order):
+    boxes = random_boxes(40, 1280, 800)
+    boxes[0, 2:] = (1280, 800)
+    if order == "xywh":
+        boxes[:, 2:] -= boxes[:, :2]
+        boxes[1, 2:] += 3  # a careless annotator
+    opened = open_rows(tmp_path, boxes.tolist(), settings={"box_format": f"{order}_px"})
+    assert not measure_budget(opened, tokens, DATA).doubts
+    tiny = random_boxes(12, 28, 28).tolist()
+    assert not measure_budget(open_rows(tmp_path, tiny, size=(28, 28)), tokens, DATA).doubts
+
+
+def test_records_without_objects_are_counted_and_a_wrong_path_is_an_error(tmp_path, tokens):
+    rows = [[[0, 0, 40, 40]], [], None, [[0, 0, 900, 700]]]
+    kept = measure_budget(open_rows(tmp_path, rows, settings={"empty": "keep"}), tokens, DATA)
+    assert kept.notes == {"no boxes: the answer is empty": "2 of 4"}
+    dropped = measure_budget(open_rows(tmp_path, rows), tokens, DATA)
+    assert dropped.notes == {"no boxes: the record is left out (empty)": "2 of 4"}
+    nothing = open_rows(tmp_path, [[], None], settings={"empty": "keep"})
+    measure_budget(nothing, tokens, DATA)  # a source of background images
+    typo = open_rows(tmp_path, rows, settings={"empty": "keep", "boxes": "bx"})
+    with pytest.raises(UserError, match="there are no boxes: there is no bx.*did you mean box?"):
+        measure_budget(typo, tokens, DATA)
+
+
+@pytest.mark.parametrize("token", ["<image>", "<|im_start|>", "</s>", "<bos>", "[INST]"])
+def test_tokens_of_other_models_in_prompts_are_reported(tmp_path, tokens, token):
+    records = [
+        {"phrase": f"{token} cat", "box": [0, 0, 4, 4]},
+        {"phrase": "cat", "box": [0, 0, 4, 4]},
+    ]
+    opened = open_examples("a", Source(uri=write_lines(tmp_path, records), boxes="box"), DATA, SIDE)
+    (doubt,) = measure_budget(opened, tokens, DATA).doubts
+    assert doubt.startswith(f"1 of 2 prompts have {token}, which is no token of PaliGemma")
+
+
+def test_counting_needs_no_room_for_boxes(tmp_path, tokens):
+    opened = open_rows(
+        tmp_path, [random_boxes(50, 1280, 800).tolist()], settings={"suffix": "count"}
+    )
+    budget = measure_budget(opened, tokens, replace(DATA, max_boxes=2))
+    check_budgets([budget], replace(DATA, max_boxes=2))
+    assert (budget.objects, opened[0].suffix) == (0, "50")

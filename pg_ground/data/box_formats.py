@@ -90,3 +90,24 @@ def to_fractions(
         return yx / np.array([height, width], np.float64)
     x1, y1, x2, y2 = corners(order, *rows.T)
     return np.stack([y1, x1, y2, x2], 1) / np.array([height, width, height, width], np.float64)
+
+
+def fitting_formats(
+    numbers: Float[np.ndarray, " 4"], format_name: str, size: tuple[int, int]
+) -> list[str]:
+    """Returns other formats in which a box has an area and lies in the image.
+
+    Formats with the same unit are returned if there are any, else formats with the same order.
+    """
+    formats = []
+    for name in format_names(BOX_ORDERS):
+        y1, x1, y2, x2 = to_fractions(numbers[None], name, size)[0]
+        is_inside = 0 <= x1 < x2 <= 1.01 and 0 <= y1 < y2 <= 1.01
+        if is_inside and name != format_name and (x2 - x1) * (y2 - y1) > 1e-4:
+            formats.append(name)
+    order, unit = split_format(format_name)
+    return (
+        [name for name in formats if split_format(name)[1] == unit]
+        or [name for name in formats if split_format(name)[0] == order]
+        or formats
+    )

@@ -2,10 +2,13 @@
 
 import numpy as np
 from jaxtyping import Bool, Int
+from PIL import Image
 
 from pg_ground.config import Data, Source
 from pg_ground.data.batch_rows import check_box_count
-from pg_ground.data.examples import check_formats, to_example
+from pg_ground.data.examples import check_formats, image_value, to_example
+from pg_ground.data.frames import Frame, find_frame, recorded_size
+from pg_ground.data.images import open_oriented
 from pg_ground.data.masks import whole_masks
 from pg_ground.data.record_fields import count_elements, field_at, list_path
 from pg_ground.data.records import BadRecord, Records, image_folder
@@ -85,7 +88,9 @@ class Examples:
         return record, element
 
     def mask(self, index: int, size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
-        """Returns the mask of the only object of question `index`, in pixels of its annotation.
+        """Returns the mask of the only object of question `index`, in pixels of the image.
+
+        A mask that is no image of this size keeps its own size, if the record states no other size.
 
         Args:
           index: number of the question.
@@ -96,7 +101,16 @@ class Examples:
         """
         record, element = self.record(index)
         value = field_at(record, self.source.mask, element)
-        return whole_masks(value, 1, size, self._folder)[0]
+        recorded = recorded_size(record, self.source, element)
+        frame = Frame(size, 1, "")
+        if recorded not in (None, size) or self.source.frame == "stored":
+            image = image_value(record, self.source, element, self._data.fetch)
+            opened = open_oriented(image, self._folder, self._data.deep_images)
+            frame = find_frame(recorded, opened, self.source.frame)
+        mask = whole_masks(value, 1, frame.size, self._folder, frame.orientation)[0]
+        if mask.shape == size[::-1] or frame.size == size:
+            return mask
+        return np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST))
 
     def __getitem__(self, index: int) -> Example:
         return self.example(index)
@@ -125,6 +139,8 @@ class Examples:
                 mask_size=self._data.mask_size,
                 fetch=self._data.fetch,
             )
+            if self.source.suffix == "count":
+                example = _without_surplus(example, self._data.max_boxes)
             check_box_count(example, self._data)
         except BadRecord as bad:
             number, element = self.locate(index)
@@ -133,6 +149,19 @@ class Examples:
             where = f"record {number}" + (f", element {element}" if self._list_path else "")
             raise BadRecord(bad.kind, f"{where}: {bad}") from None
         return example
+
+
+def _without_surplus(example: Example, max_boxes: int) -> Example:
+    """Returns an example without its objects if they do not fit.
+
+    The answer to a counting question is a number. The objects only help to look at it.
+    """
+    if max(len(example.boxes.yxyx), len(example.points.yx)) <= max_boxes:
+        return example
+    boxes, points = (
+        type(slots)(*(leaf[:0] for leaf in slots)) for slots in (example.boxes, example.points)
+    )
+    return example._replace(boxes=boxes, points=points, masks=example.masks[:0], names=())
 
 
 def open_examples(

@@ -4,7 +4,8 @@ Every format of boxes and points becomes fractions in `yxyx` and `yx` here.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,47 +14,79 @@ from PIL import Image
 
 from pg_ground.boxes import encode_loc, whole_corners
 from pg_ground.config import Fetch, Source
+from pg_ground.data.annotations import Rows, is_nothing, no_rows, read_rows, row_text
 from pg_ground.data.box_formats import (
     BOX_ORDERS,
     POINT_ORDERS,
     check_format,
+    fitting_formats,
     format_names,
     to_fractions,
 )
 from pg_ground.data.fetch import cached, is_url
+from pg_ground.data.frames import (
+    Frame,
+    find_frame,
+    recorded_size,
+    size_text,
+    turn_boxes,
+    turn_points,
+)
 from pg_ground.data.image_values import image_name, unwrap
-from pg_ground.data.images import open_image, resize
+from pg_ground.data.images import Opened, open_oriented, resize
 from pg_ground.data.masks import to_masks
-from pg_ground.data.record_fields import field_at, fill_template
-from pg_ground.data.records import BadRecord
+from pg_ground.data.record_fields import (
+    coordinates_at,
+    field_at,
+    field_or_none,
+    fill_template,
+    plain_text,
+)
+from pg_ground.data.records import BadRecord, short
 from pg_ground.storage.paths import FilePath
-from pg_ground.types import BOXES, POINTS, TEXT, Boxes, Example, Points, Record
+from pg_ground.types import BOXES, POINTS, TEXT, Boxes, Example, Points, Record, UserError
 from pg_ground.vocab import LOC_MAX
 
 TARGETS = {"boxes": BOXES, "points": POINTS, "text": TEXT}
 """The values of `Source.target`."""
 
-SOURCE_UNITS = ("px", "frac", "percent", "bin")
-"""The units that a source's coordinates may have."""
+FAR_BEYOND = 0.5
+"""The part of a side by which a box may reach beyond the image. It is clipped to the image."""
+
+GRAMMAR = re.compile(r";|<(?:loc\d{4}|seg\d{3})>")
+"""The parts of an answer in loc tokens that separate objects or are coordinates."""
+
+SIMILAR = str.maketrans({";": "\uff1b", "<": "\u2039", ">": "\u203a"})
+"""The characters of `unsafe_names="escape"`."""
 
 
 def check_formats(source: Source, source_name: str) -> None:
-    """Raises UserError if the source's `box_format` or `point_format` does not exist."""
+    """Raises UserError if a format of the source does not exist, or `remove` is no expression."""
+    try:
+        re.compile(source.remove)
+    except re.error as error:
+        raise UserError(f"source {source_name}: remove={source.remove!r}: {error}") from None
     for setting, value, orders in (
         ("box_format", source.box_format, BOX_ORDERS),
         ("point_format", source.point_format, POINT_ORDERS),
     ):
-        formats = format_names(orders, SOURCE_UNITS)
+        formats = format_names(orders)
         check_format(value, f"source {source_name}: {setting}", formats)
 
 
 class Annotation(NamedTuple):
     """The objects of a record in the record's own numbers."""
 
-    boxes: Float[np.ndarray, "K 4"]
-    points: Float[np.ndarray, "K 2"]
+    boxes: Rows
+    points: Rows
     labels: tuple[str, ...]
     """The name of each object; empty if the objects have no names."""
+    codes: tuple[str, ...]
+    """The `<segNNN>` tokens of each object; empty if the record has none."""
+    count: int
+    """The number of objects that the question is about."""
+    absence: str
+    """`: there is no bbox: the fields are …` if the record lacks their field, else ""."""
 
 
 class Objects(NamedTuple):
@@ -64,6 +97,8 @@ class Objects(NamedTuple):
     masks: Bool[np.ndarray, "N M M"]
     labels: tuple[str, ...]
     """The name of each object that the question asks for; "" for no name."""
+    codes: tuple[str, ...] = ()
+    """The `<segNNN>` tokens of each object; empty if there are none."""
 
 
 def to_example(
@@ -106,10 +141,14 @@ def to_example(
         bad_text, or empty.
     """
     prompt, annotation = read_question(record, source, element)
-    image = open_image(image_value(record, source, element, fetch), folder, deep_images)
+    opened = open_oriented(image_value(record, source, element, fetch), folder, deep_images)
+    image = opened.image
     size = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+    frame = Frame(size, 1, "")
+    if len(annotation.boxes.numbers) or len(annotation.points.numbers):
+        frame = find_frame(recorded_size(record, source, element), opened, source.frame)
     asks_points = source.target == "points"
-    objects = _objects(record, source, annotation, element, size, mask_size, folder)
+    objects = _objects(record, source, annotation, element, frame, mask_size, folder)
     keep = select_objects(
         objects.yx if asks_points else objects.yxyx,
         objects.labels,
@@ -123,7 +162,16 @@ def to_example(
         image=resize(image, image_size, resize_by),
         size=size,
         prompt=prompt,
-        suffix=format_answer(source, record, element, fractions, objects.labels, size),
+        suffix=format_answer(
+            source,
+            record,
+            element,
+            fractions,
+            objects.labels,
+            objects.codes,
+            size,
+            annotation.count,
+        ),
         boxes=Boxes(objects.yxyx, *_label_and_valid(objects.labels, names, len(objects.yxyx))),
         points=Points(objects.yx, *_label_and_valid(objects.labels, names, len(objects.yx))),
         target=TARGETS[source.target] if source.suffix == "loc" else TEXT,
@@ -131,7 +179,17 @@ def to_example(
         masks=objects.masks,
         source=source_name,
         index=index,
+        notes=_notes(annotation, frame, opened),
     )
+
+
+def _notes(annotation: Annotation, frame: Frame, opened: Opened) -> tuple[str, ...]:
+    """Returns how the boxes, the points, their frame and the image were read, in words."""
+    notes = []
+    for rows in (annotation.boxes, annotation.points):
+        if rows.reading not in ("", "lists"):
+            notes.append(f"{rows.reading} read as {rows.format}")
+    return (*notes, *filter(None, (frame.note, opened.note)))
 
 
 def image_value(record: Record, source: Source, element: int, fetch: Fetch | None) -> Any:
@@ -163,27 +221,78 @@ def read_question(record: Record, source: Source, element: int) -> tuple[str, An
       BadRecord: missing_field, bad_box, bad_point or bad_text; or empty, if the record has no
         objects and the source drops empty records.
     """
-    prompt = fill_template(source.prompt, record, source.phrase, element)
-    if not prompt:
-        raise BadRecord("bad_text", f"the prompt {source.prompt!r} comes out empty")
-    labels: tuple[str, ...] = ()
-    boxes = np.zeros((0, 4))
-    points = np.zeros((0, 2))
-    if source.boxes:
-        value = field_at(record, source.boxes, element)
-        if isinstance(value, Mapping):
-            value, labels = _boxes_by_label(value)
-        boxes = _to_rows(value, 4, "bad_box")
-    if source.points:
-        points = _to_rows(_to_pairs(field_at(record, source.points, element)), 2, "bad_point")
-    count = len(points if source.target == "points" else boxes)
+    boxes, points, absence = _read_rows(record, source, element)
+    asks_points = source.target == "points"
+    rows = points if asks_points else boxes
+    count = len(rows.numbers)
     if not count and source.target != "text" and source.empty == "drop":
-        raise BadRecord("empty", f"there are no {source.target}")
-    if source.label:
+        raise BadRecord("empty", f"there are no {source.target}{absence}")
+    prompt = _fill(source.prompt, record, source, element)
+    if not prompt:
+        raise BadRecord("bad_text", f"the prompt {short(source.prompt)} comes out empty")
+    labels = rows.labels
+    if source.label and (count or not is_nothing(field_or_none(record, source.label, element))):
         labels = _to_labels(field_at(record, source.label, element), count)
     elif not labels and source.name and count:
-        labels = (fill_template(source.name, record, source.phrase, element),) * count
-    return prompt, Annotation(boxes, points, labels)
+        labels = (_fill(source.name, record, source, element),) * count
+    labels = tuple(_safe_name(label, source) for label in labels)
+    return prompt, Annotation(boxes, points, labels, rows.codes, count, absence)
+
+
+def _read_rows(record: Record, source: Source, element: int) -> tuple[Rows, Rows, str]:
+    """Returns the boxes and the points of a record, and the field that is absent, in words."""
+    boxes = no_rows(4, source.box_format)
+    points = no_rows(2, source.point_format)
+    absence = ""
+    if source.boxes:
+        value = coordinates_at(record, source.boxes, element)
+        absence = _absence(record, source.boxes, element) if value is None else ""
+        boxes = read_rows(value, source.box_format, 4)
+    if source.points:
+        value = coordinates_at(record, source.points, element)
+        if source.target == "points":
+            absence = _absence(record, source.points, element) if value is None else ""
+        points = read_rows(value, source.point_format, 2)
+    return boxes, points, absence
+
+
+def _absence(record: Record, path: str, element: int) -> str:
+    """Returns `: there is no bbox: the fields are …`, or "" if the field is there and is null."""
+    try:
+        for part in path.split(","):
+            field_at(record, part.strip(), element)
+    except BadRecord as bad:
+        return f": {bad}"
+    return ""
+
+
+def _fill(template: str, record: Record, source: Source, element: int) -> str:
+    """Returns a filled template without the parts that `source.remove` names."""
+    text = fill_template(template, record, source.phrase, element)
+    return " ".join(re.sub(source.remove, " ", text).split()) if source.remove else text
+
+
+def _safe_name(name: str, source: Source) -> str:
+    """Returns a name that the answer's reader reads as it was written.
+
+    Raises:
+      BadRecord: bad_text, if the name has ";" or a loc token in it and the source refuses these.
+    """
+    if source.suffix != "loc" or not GRAMMAR.search(name):
+        return name
+    if source.unsafe_names == "refuse":
+        reason = "has ';', which separates objects" if ";" in name else "has a token of coordinates"
+        raise BadRecord(
+            "bad_text", f"the name {short(name)} {reason}: set unsafe_names to replace or escape"
+        )
+    if source.unsafe_names == "replace":
+        text = GRAMMAR.sub(lambda match: "," if match[0] == ";" else " ", name)
+        text = " ".join(text.split()).strip(" ,")
+    else:
+        text = GRAMMAR.sub(lambda match: match[0].translate(SIMILAR), name)
+    if not text:
+        raise BadRecord("bad_text", f"nothing is left of the name {short(name)}")
+    return text
 
 
 def select_objects(
@@ -211,17 +320,27 @@ def format_answer(
     element: int,
     fractions: Float[np.ndarray, "K N"],
     labels: Sequence[str],
+    codes: Sequence[str],
     size: tuple[int, int],
+    count: int,
 ) -> str:
-    """Returns the answer to a question, in the form that `source.suffix` names."""
+    """Returns the answer to a question, in the form that `source.suffix` names.
+
+    Args:
+      fractions: boxes or points of the objects that the answer names.
+      labels: their names.
+      codes: their `<segNNN>` tokens, or nothing.
+      size: width and height of the image in pixels, for JSON.
+      count: the number of objects of the record, for "count".
+    """
     if source.suffix == "loc":
-        return loc_text(fractions, labels)
+        return loc_text(fractions, labels, codes)
     if source.suffix == "count":
-        return str(len(fractions))
+        return str(count)
     if source.suffix == "json":
         key = "point_2d" if source.target == "points" else "bbox_2d"
         return _json_text(fractions, labels, size, key)
-    return fill_template(source.suffix, record, source.phrase, element)
+    return _fill(source.suffix, record, source, element)
 
 
 def _json_text(
@@ -242,8 +361,12 @@ def _json_text(
     return json.dumps(objects, ensure_ascii=False)
 
 
-def loc_text(fractions: Float[np.ndarray, "K N"], names: Sequence[str]) -> str:
+def loc_text(
+    fractions: Float[np.ndarray, "K N"], names: Sequence[str], codes: Sequence[str] = ()
+) -> str:
     """Returns `<locYYYY><locXXXX>… name`, with " ; " between objects; a name "" is left out.
+
+    The `<segNNN>` tokens of an object stand between its loc tokens and its name.
 
     The bins are those of `boxes.encode_loc`, as in big_vision's pp/segmentation ops. A box is at
     least one bin wide and high.
@@ -251,8 +374,9 @@ def loc_text(fractions: Float[np.ndarray, "K N"], names: Sequence[str]) -> str:
     texts = []
     is_box = fractions.ndim == 2 and fractions.shape[1] == 4
     rows = whole_corners(fractions * LOC_MAX) if is_box else encode_loc(fractions)
-    for bins, name in zip(rows, names, strict=True):
-        loc = "".join(f"<loc{code:04d}>" for code in bins)
+    tokens = codes or ("",) * len(names)
+    for bins, name, mask in zip(rows, names, tokens, strict=True):
+        loc = "".join(f"<loc{code:04d}>" for code in bins) + mask
         texts.append(f"{loc} {name}" if name else loc)
     return " ; ".join(texts)
 
@@ -268,15 +392,24 @@ def to_yxyx(value: Any, box_format: str, size: tuple[int, int]) -> Float[np.ndar
     Raises:
       BadRecord: bad_box if a box is not four finite numbers, has no area, or is outside the image.
     """
-    if not len(value):
+    rows = read_rows(value, box_format, 4).numbers
+    if not len(rows):
         return np.zeros((0, 4), np.float32)
-    rows = _to_rows(value, 4, "bad_box")
     fractions = to_fractions(rows, box_format, size)
     yxyx = np.clip(fractions, 0, 1).astype(np.float32)
     for i in np.flatnonzero((yxyx[:, 2:] <= yxyx[:, :2]).any(1)).tolist():
         has_area = (fractions[i, 2:] > fractions[i, :2]).all()
-        reason = f"is outside an image of {_size_text(size)} pixels" if has_area else "has no area"
-        raise BadRecord("bad_box", f"{_row_text(rows, i)} as {box_format} {reason}")
+        reason = f"is outside an image of {size_text(size)} pixels" if has_area else "has no area"
+        raise BadRecord("bad_box", f"{row_text(rows, i)} as {box_format} {reason}")
+    is_far = (fractions < -FAR_BEYOND) | (fractions > 1 + FAR_BEYOND)
+    for i in np.flatnonzero(is_far.any(1)).tolist():
+        formats = fitting_formats(rows[i], box_format, size)
+        others = f"; it fits as {', '.join(formats)}" if formats else ""
+        raise BadRecord(
+            "bad_box",
+            f"{row_text(rows, i)} as {box_format} reaches far beyond an image of "
+            f"{size_text(size)} pixels{others}",
+        )
     return yxyx
 
 
@@ -293,14 +426,14 @@ def to_yx(value: Any, point_format: str, size: tuple[int, int]) -> Float[np.ndar
     Raises:
       BadRecord: bad_point if a point is not two finite numbers, or is outside the image.
     """
-    if not len(value):
+    rows = read_rows(value, point_format, 2).numbers
+    if not len(rows):
         return np.zeros((0, 2), np.float32)
-    rows = _to_rows(value, 2, "bad_point")
     yx = to_fractions(rows, point_format, size)
     pixel = 1 / np.array(size[::-1])
     for i in np.flatnonzero(((yx < -pixel) | (yx > 1 + pixel)).any(1)).tolist():
-        reason = f"is outside an image of {_size_text(size)} pixels"
-        raise BadRecord("bad_point", f"{_row_text(rows, i)} as {point_format} {reason}")
+        reason = f"is outside an image of {size_text(size)} pixels"
+        raise BadRecord("bad_point", f"{row_text(rows, i)} as {point_format} {reason}")
     return np.clip(yx, 0, 1).astype(np.float32)
 
 
@@ -309,13 +442,14 @@ def _objects(
     source: Source,
     annotation: Annotation,
     element: int,
-    size: tuple[int, int],
+    frame: Frame,
     mask_size: int,
     folder: FilePath | None,
 ) -> Objects:
-    """Returns the annotated objects in fractions of the image."""
-    yxyx = to_yxyx(annotation.boxes, source.box_format, size)
-    yx = to_yx(annotation.points, source.point_format, size)
+    """Returns the annotated objects in fractions of the upright image."""
+    boxes, points = annotation.boxes, annotation.points
+    yxyx = turn_boxes(to_yxyx(boxes.numbers, boxes.format, frame.size), frame.orientation)
+    yx = turn_points(to_yx(points.numbers, points.format, frame.size), frame.orientation)
     asks_points = source.target == "points"
     if asks_points and source.boxes and len(yxyx) != len(yx):
         raise BadRecord(
@@ -325,8 +459,8 @@ def _objects(
     masks = np.zeros((0, mask_size, mask_size), bool)
     if source.mask and mask_size:
         value = field_at(record, source.mask, element)
-        masks = to_masks(value, count, size, mask_size, folder)
-    return Objects(yxyx, yx, masks, annotation.labels or ("",) * count)
+        masks = to_masks(value, count, frame.size, mask_size, folder, frame.orientation)
+    return Objects(yxyx, yx, masks, annotation.labels or ("",) * count, annotation.codes)
 
 
 def _take(objects: Objects, indices: Int[np.ndarray, " n"]) -> Objects:
@@ -336,7 +470,9 @@ def _take(objects: Objects, indices: Int[np.ndarray, " n"]) -> Objects:
         rows[indices] if len(rows) == count else rows
         for rows in (objects.yxyx, objects.yx, objects.masks)
     )
-    return Objects(yxyx, yx, masks, tuple(objects.labels[i] for i in indices))
+    labels = tuple(objects.labels[i] for i in indices)
+    codes = tuple(objects.codes[i] for i in indices) if objects.codes else ()
+    return Objects(yxyx, yx, masks, labels, codes)
 
 
 def _label_and_valid(
@@ -352,69 +488,18 @@ def _label_and_valid(
     return np.array([names.index(label) if label else 0 for label in labels], np.int32), valid
 
 
-def _boxes_by_label(value: Record) -> tuple[list[Any], tuple[str, ...]]:
-    """Returns the boxes of `{label: list of boxes}` in one list, and the label of each."""
-    rows: list[Any] = []
-    labels: list[str] = []
-    for label, boxes in value.items():
-        if not isinstance(boxes, list):
-            raise BadRecord("bad_box", f"{label!r} is {boxes!r:.60}: it must be a list of boxes")
-        rows += boxes
-        labels += [str(label)] * len(boxes)
-    return rows, tuple(labels)
-
-
-def _to_pairs(value: object) -> Any:
-    """Returns points that are {x, y} objects as [x, y] pairs. Returns other values unchanged."""
-    points = [value] if isinstance(value, Mapping) else value
-    if not isinstance(points, list) or not points:
-        return value
-    if not all(isinstance(point, Mapping) for point in points):
-        return value
-    incomplete = next((point for point in points if not {"x", "y"} <= point.keys()), None)
-    if incomplete is not None:
-        raise BadRecord("bad_point", f"{incomplete!r:.60} has no x and y")
-    return [[point["x"], point["y"]] for point in points]
-
-
 def _to_labels(value: object, count: int) -> tuple[str, ...]:
     """Returns one name for each of `count` objects."""
-    names = value if isinstance(value, list) else [value] * count
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    names = value if isinstance(value, list | tuple) else [value] * count
     if len(names) != count:
         raise BadRecord("bad_text", f"{len(names)} labels for {count} objects")
+    texts = []
     for name in names:
-        is_text = isinstance(name, str | int) and not isinstance(name, bool)
-        if not is_text or not str(name).strip():
-            raise BadRecord("bad_text", f"the label {name!r:.60} is no text")
-    return tuple(" ".join(str(name).split()) for name in names)
-
-
-def _to_rows(value: object, width: int, kind: str) -> Float[np.ndarray, "K width"]:
-    """Returns one row of numbers, or a list of rows, as an array. Raises BadRecord(`kind`)."""
-    try:
-        rows = np.asarray(value, np.float64)
-    except (TypeError, ValueError) as error:
-        raise _wrong_shape(value, width, kind) from error
-    if rows.size == 0 and rows.ndim <= 2:
-        return np.zeros((0, width))
-    rows = rows[None] if rows.ndim == 1 else rows
-    if rows.ndim != 2 or rows.shape[1] != width:
-        raise _wrong_shape(value, width, kind)
-    for i in np.flatnonzero(~np.isfinite(rows).all(1)).tolist():
-        raise BadRecord(kind, f"{_row_text(rows, i)} is not finite")
-    return rows
-
-
-def _wrong_shape(value: object, width: int, kind: str) -> BadRecord:
-    text = " ".join(repr(value).split())
-    return BadRecord(kind, f"{text:.80} is not {width} numbers, and not a list of {width} numbers")
-
-
-def _row_text(rows: Float[np.ndarray, "K N"], i: int) -> str:
-    """Returns row `i` in the record's own numbers, and its position if there are several."""
-    numbers = ", ".join(f"{value:g}" for value in rows[i])
-    return f"[{numbers}]" + (f" (number {i + 1} of {len(rows)})" if len(rows) > 1 else "")
-
-
-def _size_text(size: tuple[int, int]) -> str:
-    return f"{size[0]}x{size[1]}"
+        is_fraction = isinstance(name, float | np.floating) and not float(name).is_integer()
+        text = None if is_fraction else plain_text(name)
+        if text is None or not text.strip():
+            raise BadRecord("bad_text", f"the label {short(name)} is no text")
+        texts.append(" ".join(text.split()))
+    return tuple(texts)

@@ -9,28 +9,38 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from pg_ground.data import run_lengths
+from pg_ground.data.frames import turn_mask
 from pg_ground.data.images import load_nonzero
 from pg_ground.data.records import BadRecord
 from pg_ground.storage.paths import FilePath
 
 
 def to_masks(
-    value: object, count: int, size: tuple[int, int], cells: int, root: FilePath | None
+    value: object,
+    count: int,
+    size: tuple[int, int],
+    cells: int,
+    root: FilePath | None,
+    orientation: int = 1,
 ) -> Bool[np.ndarray, "K M M"]:
     """Returns the masks of `count` objects as `cells` x `cells` grids over the whole image.
 
     A cell is True if the object covers half of it. If the object covers half of no cell, all cells
-    that it touches are True. `whole_masks` describes `value`, `size` and `root`.
+    that it touches are True. `whole_masks` describes the other arguments.
 
     Raises:
       BadRecord: bad_mask.
     """
-    masks = whole_masks(value, count, size, root)
+    masks = whole_masks(value, count, size, root, orientation)
     return np.array([_to_cells(mask, cells) for mask in masks], bool).reshape(count, cells, cells)
 
 
 def whole_masks(
-    value: Any, count: int, size: tuple[int, int], root: FilePath | None
+    value: Any,
+    count: int,
+    size: tuple[int, int],
+    root: FilePath | None,
+    orientation: int = 1,
 ) -> list[Bool[np.ndarray, "H W"]]:
     """Returns the masks of `count` objects in pixels of the annotation. No mask is empty.
 
@@ -42,8 +52,9 @@ def whole_masks(
         that is not black belongs to the object. With `count` 1, a list of polygons is the mask of
         the one object.
       count: number of objects.
-      size: width and height of the image in pixels.
+      size: width and height in pixels of the frame of the annotation.
       root: the folder that names of image files are relative to.
+      orientation: the EXIF orientation of the frame. A mask that has its size is turned upright.
 
     Raises:
       BadRecord: bad_mask.
@@ -54,7 +65,9 @@ def whole_masks(
     masks = [_to_pixels(item, size, root) for item in values]
     if not all(mask.any() for mask in masks):
         raise BadRecord("bad_mask", "the mask covers no pixel of the image")
-    return masks
+    return [
+        turn_mask(mask, orientation) if mask.shape == (size[1], size[0]) else mask for mask in masks
+    ]
 
 
 def _has_one_mask_per_object(value: object, count: int) -> bool:

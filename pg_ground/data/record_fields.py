@@ -1,52 +1,171 @@
 """Fields of a record: dotted paths, and templates that are filled with fields."""
 
+import decimal
 import functools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
 import jinja2.sandbox
+import numpy as np
 
 from pg_ground.config import Source
-from pg_ground.data.records import BadRecord
+from pg_ground.data.records import BadRecord, list_names, nearest_name, short
 from pg_ground.storage.paths import to_path
 from pg_ground.types import Record, UserError
 
-_PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
+_INDEX = re.compile(r"-?\d+")
+_BRACKETS = re.compile(r"\[(-?\d+)\]")
+
+_BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
+_FIELD_PATH = re.compile(r"[^\s{}\"':,][^{}\"':,\n]*")
+"""The path between braces. Other text between braces is text: `\\boxed{}`, `{"bbox_2d": [x1]}`."""
+
+
+class _Absent(BadRecord):
+    """A path that leads to no value, because a field outside of lists is absent or null."""
 
 
 def field_at(record: Record, path: str, element: int = 0) -> Any:
     """Returns the value at a dotted path. Through a list of objects, returns the list of values.
 
-    `objects.bbox` reads {"objects": {"bbox": [..]}} and {"objects": [{"bbox": ..}, {"bbox": ..}]}.
-    `objects[].bbox` reads the bbox of one object, number `element`.
+    - `objects.bbox` reads {"objects": {"bbox": [..]}} and {"objects": [{"bbox": ..}, ..]}.
+    - `objects[].bbox` reads the bbox of one object, number `element`.
+    - `messages.1.content` and `messages[1].content` read one element; -1 is the last one.
+    - `image.path` reads the field "image.path" if the record has a field with this name.
 
     Raises:
       BadRecord: missing_field, with the names of the fields that exist.
     """
-    return _descend(record, path.split("."), path, element)
+    return _descend(record, _BRACKETS.sub(r".\1", path).split("."), path, element)
+
+
+def field_or_none(record: Record, path: str, element: int = 0) -> Any:
+    """Returns the value at a path, or None if a field on the way is absent or null.
+
+    Raises:
+      BadRecord: missing_field, if an element of a list lacks the field.
+    """
+    try:
+        return field_at(record, path, element)
+    except _Absent:
+        return None
+
+
+def paths_of(text: str) -> list[str]:
+    """Returns the paths of a setting that can name several fields, such as `x1,y1,x2,y2`."""
+    return [path.strip() for path in text.split(",")] if text else []
+
+
+def coordinates_at(record: Record, text: str, element: int = 0) -> Any:
+    """Returns the value at the path `text`, or the values at several paths as one row.
+
+    `x1,y1,x2,y2` reads four fields as one box. If the fields are lists, it reads one box for each
+    of their elements. Returns None if a path leads to no value.
+
+    Raises:
+      BadRecord: missing_field, if a path leads to no value and another path does; or the lists have
+        different lengths.
+    """
+    paths = paths_of(text)
+    if len(paths) <= 1 or text in record:
+        return field_or_none(record, text, element)
+    values = [field_or_none(record, path, element) for path in paths]
+    absent = [path for path, value in zip(paths, values, strict=True) if value is None]
+    if len(absent) == len(paths):
+        return None
+    if absent:
+        field_at(record, absent[0], element)  # raises if the field is absent, not if it is null
+        raise BadRecord("missing_field", f"{absent[0]} is null, but {text} needs a number")
+    lists = [value for value in values if isinstance(value, list | tuple | np.ndarray)]
+    if not lists:
+        return values
+    lengths = [len(value) for value in lists]
+    if len(lists) < len(values) or len(set(lengths)) > 1:
+        raise BadRecord("missing_field", f"the lists {text} have {lengths} elements")
+    return [list(row) for row in zip(*values, strict=True)]
 
 
 def _descend(value: object, names: Sequence[str], path: str, element: int) -> Any:
     if not names:
         return value
-    if isinstance(value, list):
-        return [_descend(item, names, path, element) for item in value]
+    if isinstance(value, list | tuple):
+        if _is_index(value, names[0]):
+            return _descend(_element_at(value, names[0], path), names[1:], path, element)
+        return [_descend_inside(item, names, path, element) for item in value]
     if not isinstance(value, Mapping):
-        reason = f"{value!r:.60} has no field {names[0]}"
-        raise BadRecord("missing_field", f"there is no {path}: {reason}")
-    name = names[0].removesuffix("[]")
-    if name not in value:
-        fields = ", ".join(map(str, value)) or "none"
-        raise BadRecord("missing_field", f"there is no {path}: the fields are {fields}")
-    inner = value[name]
-    if names[0].endswith("[]"):
-        if not isinstance(inner, list) or element >= len(inner):
-            reason = f"{name} is {inner!r:.60}, which has no element {element}"
+        kind = _Absent if value is None else BadRecord
+        raise kind("missing_field", f"there is no {path}: {short(value)} has no field {names[0]}")
+    fields = _fields_of(value, names)
+    if not fields:
+        reason = f"the fields are {list_names(value)}{nearest_name(names[0], value)}"
+        raise _Absent("missing_field", f"there is no {path}: {reason}")
+    for inner, count in fields[:-1]:
+        try:
+            return _descend_field(inner, count, names, path, element)
+        except _Absent:
+            pass
+    return _descend_field(*fields[-1], names, path, element)
+
+
+def _descend_field(inner: Any, count: int, names: Sequence[str], path: str, element: int) -> Any:
+    """Returns the value behind a field whose name is `count` names of the path."""
+    name = names[count - 1]
+    if name.endswith("[]"):
+        if inner is None:
+            raise _Absent("missing_field", f"there is no {path}: {name[:-2]} is null")
+        if not isinstance(inner, list | tuple) or element >= len(inner):
+            reason = f"{name[:-2]} is {short(inner)}, which has no element {element}"
             raise BadRecord("missing_field", f"there is no {path}: {reason}")
         inner = inner[element]
-    return _descend(inner, names[1:], path, element)
+    return _descend(inner, names[count:], path, element)
+
+
+def _descend_inside(item: object, names: Sequence[str], path: str, element: int) -> Any:
+    """Returns `_descend` of an element of a list. A field that it lacks is a fault."""
+    try:
+        return _descend(item, names, path, element)
+    except _Absent as absent:
+        raise BadRecord(absent.kind, str(absent)) from None
+
+
+def _is_index(value: Sequence[object], name: str) -> bool:
+    """Returns whether `name` counts the elements of a list.
+
+    It does not if every element is an object that has a field of this name.
+    """
+    if not _INDEX.fullmatch(name):
+        return False
+    return not value or not all(isinstance(item, Mapping) and name in item for item in value)
+
+
+def _element_at(value: Sequence[object], name: str, path: str) -> object:
+    index = int(name)
+    if not -len(value) <= index < len(value):
+        parent = path.partition(f".{name}")[0].partition(f"[{name}]")[0]
+        elements = "1 element" if len(value) == 1 else f"{len(value)} elements"
+        raise _Absent("missing_field", f"there is no {path}: {parent} has {elements}")
+    return value[index]
+
+
+def _fields_of(value: Record, names: Sequence[str]) -> list[tuple[Any, int]]:
+    """Returns the fields that the next names lead to, each with the number of these names.
+
+    A field whose name has dots in it is several names. It is the last to try.
+    """
+    fields = []
+    for count in (1, *range(len(names), 1, -1)):
+        key = ".".join(names[:count])
+        for field in dict.fromkeys((key, key.removesuffix("[]"))):
+            if field in value:
+                fields.append((value[field], count))
+    # The keys of a table can be numbers.
+    name = names[0].removesuffix("[]")
+    if not fields and _INDEX.fullmatch(name) and int(name) in value:
+        fields.append((value[int(name)], 1))
+    return fields
 
 
 def list_path(source: Source) -> str:
@@ -59,13 +178,13 @@ def list_path(source: Source) -> str:
         source.image,
         source.image_sha256,
         source.phrase,
-        source.boxes,
-        source.points,
+        *paths_of(source.boxes),
+        *paths_of(source.points),
         source.mask,
         source.label,
     ]
     for template in (source.prompt, source.name, source.suffix):
-        paths += _PLACEHOLDER.findall(template)
+        paths += placeholders(template)
     lists = sorted({path.partition("[]")[0] for path in paths if "[]" in path})
     if len(lists) > 1 or any(path.count("[]") > 1 for path in paths):
         raise UserError(
@@ -83,15 +202,22 @@ def count_elements(record: Record, path: str) -> int:
     """
     value = field_at(record, path)
     if not isinstance(value, list):
-        raise BadRecord("missing_field", f"{path} is {value!r:.60}, but {path}[] needs a list")
+        raise BadRecord("missing_field", f"{path} is {short(value)}, but {path}[] needs a list")
     return len(value)
+
+
+def placeholders(template: str) -> list[str]:
+    """Returns the paths of the fields that a template names between braces."""
+    paths = [match[1] for match in _BRACES.finditer(template)]
+    return [path for path in paths if path is not None and _FIELD_PATH.fullmatch(path)]
 
 
 def fill_template(template: str, record: Record, phrase: str, element: int = 0) -> str:
     """Returns `template` with every `{field}` replaced, and with single spaces.
 
-    A template that is the name of a Jinja file (NAME.jinja) is rendered in a sandbox, with the
-    record's fields and `phrase`.
+    `{{` and `}}` write one brace. Braces that cannot hold a path stay: `\\boxed{}`. A template that
+    is the name of a Jinja file (NAME.jinja) is rendered in a sandbox, with the record's fields and
+    `phrase`.
 
     Args:
       template: text with `{dotted.path}` in it, or a file name.
@@ -100,41 +226,75 @@ def fill_template(template: str, record: Record, phrase: str, element: int = 0) 
       element: the element that `[]` in a path stands for.
 
     Raises:
-      BadRecord: missing_field, or bad_text if a field is neither a text nor a number.
+      BadRecord: missing_field, or bad_text if a field is neither a text nor a finite number.
       UserError: the Jinja file is missing or does not parse.
     """
 
     def field_text(match: re.Match[str]) -> str:
+        if match[1] is None:
+            return match[0][0]
+        if not _FIELD_PATH.fullmatch(match[1]):
+            return match[0]
         path = phrase if match[1] == "phrase" else match[1]
-        value = field_at(record, path, element)
-        is_plain = isinstance(value, str | int | float) and not isinstance(value, bool)
-        if not is_plain or not str(value).strip():
+        value = _template_field(record, path, element)
+        text = plain_text(value)
+        if text is None or not text.strip():
             raise BadRecord(
-                "bad_text", f"{path} is {value!r:.60}, which makes no text for {template!r}"
+                "bad_text", f"{path} is {short(value)}, which makes no text for {short(template)}"
             )
-        return str(value)
+        return text
 
     if template.endswith(".jinja"):
         fields = dict(record)
-        if _has_field(record, phrase, element):
-            fields["phrase"] = field_at(record, phrase, element)
+        value = field_or_none(record, phrase, element)
+        if value is not None:
+            fields["phrase"] = value
         return " ".join(_render(template, fields).split())
-    return " ".join(_PLACEHOLDER.sub(field_text, template).split())
+    return " ".join(_BRACES.sub(field_text, template).split())
 
 
-def _has_field(record: Record, path: str, element: int) -> bool:
+def _template_field(record: Record, path: str, element: int) -> Any:
     try:
-        field_at(record, path, element)
-    except BadRecord:
-        return False
-    return True
+        return field_at(record, path, element)
+    except BadRecord as bad:
+        if path.strip().isdigit() or "\\" in path:
+            raise BadRecord(bad.kind, f"{bad} (write {{{{{path}}}}} for braces)") from None
+        raise
+
+
+def plain_text(value: object) -> str | None:
+    """Returns a text or a number as text, or None for every other value.
+
+    A float that is a whole number has no decimal point: tables with a missing value store counts as
+    floats, so 3 becomes 3.0. NaN and infinity are no text.
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if isinstance(value, float | decimal.Decimal) and math.isfinite(value):
+        is_whole = value == int(value) and abs(value) < 1e15
+        return str(int(value)) if is_whole else str(value)
+    return None
+
+
+def _jinja_text(value: object) -> object:
+    """Returns what Jinja writes for a value. Numbers are written as in the other templates."""
+    if value is None or isinstance(value, float | decimal.Decimal | np.generic):
+        text = plain_text(value)
+        if text is None:
+            raise BadRecord("bad_text", f"{value} makes no text")
+        return text
+    return value
 
 
 @functools.cache
 def _jinja_template(path: str) -> jinja2.Template:
     """Returns the template in a file. Its filters and attributes are those of Jinja's sandbox."""
     environment = jinja2.sandbox.SandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, autoescape=False
+        undefined=jinja2.StrictUndefined, autoescape=False, finalize=_jinja_text
     )
     try:
         text = to_path(path, "prompt").read_text(encoding="utf-8")
@@ -149,10 +309,12 @@ def _render(path: str, fields: Record) -> str:
     template = _jinja_template(path)
     try:
         return template.render(fields)
+    except BadRecord as bad:
+        raise BadRecord(bad.kind, f"{path}: {bad}") from None
     except jinja2.UndefinedError as error:
-        names = ", ".join(map(str, fields)) or "none"
-        raise BadRecord("missing_field", f"{path}: {error}; the fields are {names}") from None
+        reason = f"{error}; the fields are {list_names(fields)}"
+        raise BadRecord("missing_field", f"{path}: {reason}") from None
     except Exception as error:
         # A template is a user's program. Any exception of it concerns this record.
         reason = f"{type(error).__name__}: {error}"
-        raise BadRecord("bad_text", f"{path} does not render: {reason}") from None
+        raise BadRecord("bad_text", f"{path} does not render: {short(reason, 200)}") from None

@@ -1,36 +1,32 @@
 """Checks of a source before training: the lengths of its texts, and the unit of its coordinates."""
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from pg_ground.config import Data
-from pg_ground.data.box_formats import image_extent, split_format
 from pg_ground.data.datasets import Examples
-from pg_ground.data.examples import format_answer, read_question
+from pg_ground.data.examples import Annotation, format_answer, read_question
+from pg_ground.data.frames import recorded_size
 from pg_ground.data.records import BadRecord
+from pg_ground.data.units import Coordinates, check_units
 from pg_ground.tokenizer import Tokenizer
-from pg_ground.types import Array, Example, UserError
+from pg_ground.types import Example, UserError
 
 PROBED_IMAGES = 16
 """Questions of a source whose images are opened."""
 
-CORNER = 0.3
-"""The part of each axis, from 0, in which coordinates of a wrong unit lie.
-
-Percent values that are read as pixels lie in it if the sides of the image have at least 334 pixels.
-"""
-
-FINER_EXTENT = {"px": 100, "bin": 100, "percent": 1}
-"""The extent of an image in the unit that is mistaken for this unit.
-
-Percent is mistaken for pixels and for bins, and fractions for percent. No coordinate of a source in
-the mistaken unit is above this number.
-"""
-
 LONGEST_SIDE = 9999
 """The image size in pixels that the length of a JSON answer is measured with."""
+
+
+FOREIGN_TOKENS = re.compile(
+    r"<(?:image|video|img|bos|eos|s|start_of_turn|end_of_turn)>|</s>|<\|[^|<>]{1,40}\|>|\[/?INST\]"
+)
+"""Tokens of other models' chats. For PaliGemma they are a text of many pieces."""
 
 
 class Needs(NamedTuple):
@@ -39,6 +35,16 @@ class Needs(NamedTuple):
     prompt_length: int
     suffix_length: int
     max_boxes: int
+
+
+class Question(NamedTuple):
+    """A question whose image was not opened."""
+
+    needs: Needs
+    prompt: str
+    annotation: Annotation
+    size: tuple[int, int] | None
+    """The image size that the record states."""
 
 
 class Budget(NamedTuple):
@@ -53,6 +59,10 @@ class Budget(NamedTuple):
     objects: int
     worst: dict[str, int]
     """The question that needs most, by the setting prompt_length, suffix_length or max_boxes."""
+    notes: dict[str, str]
+    """How records were read if they left that open → "12 of 16" records."""
+    doubts: list[str]
+    """What is probably not meant, in words."""
 
 
 def measure_budget(dataset: Examples, tokenizer: Tokenizer, data: Data) -> Budget:
@@ -62,54 +72,67 @@ def measure_budget(dataset: Examples, tokenizer: Tokenizer, data: Data) -> Budge
     of these. No other image is opened or fetched.
 
     Raises:
-      UserError: none of the first questions can be used; or no probed image; or all coordinates are
-        in one corner, which is the sign of a wrong unit.
+      UserError: none of the first questions can be used; or no probed image; or no record has the
+        field of the boxes; or the coordinates are in another unit (`units.check_units`).
     """
     indices = _spread(len(dataset), data.check_records)
-    readable: list[int] = []
-    needs: list[Needs] = []
+    questions: dict[int, Question] = {}
     failures: list[str] = []
+    empty = 0
     for index in indices:
         try:
-            needs.append(_measure(dataset, index, tokenizer))
-            readable.append(index)
+            questions[index] = _measure(dataset, index, tokenizer)
         except BadRecord as bad:
             failures.append(f"question {index}: {bad}")
-            if not needs and len(failures) == min(PROBED_IMAGES, len(indices)):
+            empty += bad.kind == "empty"
+            if not questions and len(failures) == min(PROBED_IMAGES, len(indices)):
                 raise _none_usable(dataset, failures) from None
-    check_units(dataset, [readable[i] for i in _spread(len(readable), PROBED_IMAGES)])
-    largest = [max(lengths) for lengths in zip(Needs(0, 0, 0), *needs, strict=True)]
+    _check_any_object(dataset, questions)
+    readable = list(questions)
+    probed = _probe(dataset, [readable[i] for i in _spread(len(readable), PROBED_IMAGES)])
+    largest = [
+        max((question.needs[field] for question in questions.values()), default=0)
+        for field in range(len(Needs._fields))
+    ]
     worst = {
-        setting: next(
-            (i for i, need in zip(readable, needs, strict=True) if need[field] == largest[field]), 0
-        )
+        setting: next((i for i in readable if questions[i].needs[field] == largest[field]), 0)
         for field, setting in enumerate(Needs._fields)
     }
-    prompt_tokens, suffix_tokens, objects = largest
     return Budget(
-        dataset.name, len(dataset), len(indices), prompt_tokens, suffix_tokens, objects, worst
+        dataset.name,
+        len(dataset),
+        len(indices),
+        *largest,
+        worst,
+        _notes(dataset, questions, probed, empty),
+        [
+            *_unit_doubts(dataset, questions, probed),
+            *foreign_tokens([question.prompt for question in questions.values()]),
+        ],
     )
 
 
-def _measure(dataset: Examples, index: int, tokenizer: Tokenizer) -> Needs:
-    """Returns the lengths of one question. Its image is not opened."""
+def _measure(dataset: Examples, index: int, tokenizer: Tokenizer) -> Question:
+    """Returns one question with the lengths that it needs. Its image is not opened."""
     record, element = dataset.record(index)
-    prompt, annotation = read_question(record, dataset.source, element)
-    asks_points = dataset.source.target == "points"
-    objects = annotation.points if asks_points else annotation.boxes
-    count = min(len(objects), dataset.source.max_objects or len(objects))
-    fractions = np.zeros((count, objects.shape[1]), np.float32)
+    source = dataset.source
+    prompt, annotation = read_question(record, source, element)
+    asks_points = source.target == "points"
+    rows = (annotation.points if asks_points else annotation.boxes).numbers
+    count = min(len(rows), source.max_objects or len(rows))
+    fractions = np.zeros((count, rows.shape[1]), np.float32)
     labels: Sequence[str] = ("",) * count
     if annotation.labels:
         # Chance chooses the objects, so the ones with the longest names are assumed.
-        labels = sorted(annotation.labels, key=len)[len(objects) - count :]
+        labels = sorted(annotation.labels, key=len)[len(rows) - count :]
+    codes = annotation.codes[:count]
     size = (LONGEST_SIDE, LONGEST_SIDE)
-    suffix = format_answer(dataset.source, record, element, fractions, labels, size)
-    return Needs(
-        len(tokenizer.prefix(prompt)),
-        len(tokenizer.suffix(suffix)),
-        max(len(annotation.boxes[:count]), count),
+    suffix = format_answer(
+        source, record, element, fractions, labels, codes, size, annotation.count
     )
+    slots = 0 if source.suffix == "count" else max(len(annotation.boxes.numbers[:count]), count)
+    needs = Needs(len(tokenizer.prefix(prompt)), len(tokenizer.suffix(suffix)), slots)
+    return Question(needs, prompt, annotation, recorded_size(record, source, element))
 
 
 def _none_usable(dataset: Examples, failures: Sequence[str]) -> UserError:
@@ -118,59 +141,90 @@ def _none_usable(dataset: Examples, failures: Sequence[str]) -> UserError:
     )
 
 
-def check_units(dataset: Examples, indices: Sequence[int]) -> None:
-    """Raises UserError if no image can be used, or if the coordinates are probably in another unit.
+def _probe(dataset: Examples, indices: Sequence[int]) -> dict[int, Example]:
+    """Returns the examples of questions whose images are opened.
 
-    Percent or fractions that are read as pixels lie in one corner, and so do fractions that are
-    read as percent. Right coordinates cause this error only if all objects of all these questions
-    are within 100 pixels (or 100 bins, or 1 percent) of the corner.
+    Raises:
+      UserError: no image can be used.
     """
-    examples: list[Example] = []
+    examples: dict[int, Example] = {}
     failures: list[str] = []
     for index in indices:
         try:
-            examples.append(dataset[index])
+            examples[index] = dataset[index]
         except BadRecord as bad:
             if bad.kind != "too_many_boxes":  # `check_budgets` names the setting to raise
                 failures.append(f"question {index}: {bad}")
     if failures and len(failures) == len(indices):
         raise _none_usable(dataset, failures)
-    boxes = [example.boxes.yxyx[:, 2:] for example in examples]
-    points = [example.points.yx for example in examples]
-    sizes = [example.size for example in examples]
-    _check_unit(dataset, "box_format", dataset.source.box_format, boxes, sizes)
-    _check_unit(dataset, "point_format", dataset.source.point_format, points, sizes)
+    return examples
 
 
-def _check_unit(
-    dataset: Examples,
-    setting: str,
-    format_name: str,
-    fractions: Sequence[Array],
-    sizes: Sequence[tuple[int, int]],
-) -> None:
-    """Raises UserError if all coordinates are in one corner and fit a finer unit.
-
-    Args:
-      dataset: names the source.
-      setting: names the format.
-      format_name: the value of the setting.
-      fractions: for each image, f32[K, 2] with y and x of the farthest corner of each object.
-      sizes: width and height of each image in pixels.
-    """
-    unit = split_format(format_name)[1]
-    images = [(yx, size) for yx, size in zip(fractions, sizes, strict=True) if len(yx)]
-    objects = sum(len(yx) for yx, _ in images)
-    if len(images) < PROBED_IMAGES // 4 or objects < PROBED_IMAGES // 2:
-        return  # the objects of a few pictures may really be in one corner
-    share = np.median([yx.max() for yx, _ in images])
-    largest = max(np.max(yx * np.array(image_extent(unit, size)[::-1])) for yx, size in images)
-    if share < CORNER and largest <= 1.01 * FINER_EXTENT.get(unit, 0):
-        raise UserError(
-            f"source {dataset.name}: most objects are in the first {CORNER:.0%} of both axes and "
-            f"no coordinate is above {largest:.3g}, so {setting} = {format_name!r} has probably "
-            f"the wrong unit (px, frac, percent and bin exist)"
+def _unit_doubts(
+    dataset: Examples, questions: Mapping[int, Question], probed: Mapping[int, Example]
+) -> list[str]:
+    """Returns doubts about the units of boxes and points. Raises UserError if one is wrong."""
+    sizes = {index: example.size for index, example in probed.items()} | {
+        index: question.size for index, question in questions.items() if question.size
+    }
+    rows = {
+        "box_format": {index: q.annotation.boxes for index, q in questions.items()},
+        "point_format": {index: q.annotation.points for index, q in questions.items()},
+    }
+    doubts = [
+        check_units(
+            dataset.name,
+            setting,
+            [Coordinates(row.numbers, row.format, sizes.get(i)) for i, row in by_index.items()],
         )
+        for setting, by_index in rows.items()
+    ]
+    return [doubt for doubt in doubts if doubt]
+
+
+def _notes(
+    dataset: Examples,
+    questions: Mapping[int, Question],
+    probed: Mapping[int, Example],
+    dropped: int,
+) -> dict[str, str]:
+    """Returns how the records were read → "12 of 16", the number of records."""
+    target = dataset.source.target
+    empty_answers = sum(not question.annotation.count for question in questions.values())
+    measured = len(questions) + dropped
+    notes = {}
+    if dropped:
+        notes[f"no {target}: the record is left out (empty)"] = f"{dropped} of {measured}"
+    if empty_answers and target != "text":
+        notes[f"no {target}: the answer is empty"] = f"{empty_answers} of {measured}"
+    counts = Counter(note for example in probed.values() for note in example.notes)
+    return notes | {note: f"{count} of {len(probed)}" for note, count in sorted(counts.items())}
+
+
+def _check_any_object(dataset: Examples, questions: Mapping[int, Question]) -> None:
+    """Raises UserError if the field of the boxes or points is absent in all records.
+
+    `empty="keep"` would make every answer empty. Records that state [] or null are questions about
+    nothing, and a source can hold only these.
+    """
+    annotations = [question.annotation for question in questions.values()]
+    if dataset.source.target == "text" or not annotations:
+        return
+    if all(not annotation.count and annotation.absence for annotation in annotations):
+        reason = f"there are no {dataset.source.target}{annotations[0].absence}"
+        raise _none_usable(dataset, [reason] * len(annotations))
+
+
+def foreign_tokens(prompts: Sequence[str]) -> list[str]:
+    """Returns in words which tokens of other models the prompts of a source have."""
+    tokens = Counter(
+        token for prompt in prompts for token in sorted(set(FOREIGN_TOKENS.findall(prompt)))
+    )
+    return [
+        f"{count} of {len(prompts)} prompts have {token}, which is no token of PaliGemma: "
+        f"remove = {re.escape(token)!r} leaves it out"
+        for token, count in tokens.most_common(3)
+    ]
 
 
 def _spread(count: int, limit: int) -> list[int]:

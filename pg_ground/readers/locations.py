@@ -99,7 +99,7 @@ def ovd(text: str) -> Reading:
     [0, 1] cannot be read.
     """
     cut = sections(text)
-    whole = _load(cut.answer)
+    whole = load_literal(cut.answer)
     ok = cut.form in ("answer", "think_answer") and isinstance(whole, list)
     locations = []
     for entry in whole if isinstance(whole, list) else _objects_in_prose(cut.answer, "Position"):
@@ -122,7 +122,7 @@ def dict_boxes(text: str) -> Reading:
     answers.
     """
     cut = sections(text)
-    whole = _load(cut.answer)
+    whole = load_literal(cut.answer)
     ok = cut.form != "broken" and isinstance(whole, dict)
     if not isinstance(whole, dict):
         whole = _outer_dict(cut.answer)
@@ -351,7 +351,7 @@ def _read_text(text: str, width: int) -> list[Location]:
     answer = answer_text(text, strict=False)
     if _LOC.search(answer):
         return [segment for segment in loc_segments(answer) if len(segment.numbers or ()) == width]
-    value = _load(answer)
+    value = load_literal(answer)
     if isinstance(value, list | dict):
         try:
             return read_any(value, width)
@@ -371,7 +371,7 @@ def _read_prose(text: str, width: int) -> list[Location]:
     """
     for opening, closing in (("{", "}"), ("[", "]")):
         start, end = text.find(opening), text.rfind(closing) + 1
-        outer = _load(text[start:end]) if 0 <= start < end else None
+        outer = load_literal(text[start:end]) if 0 <= start < end else None
         is_list = isinstance(outer, list) and all(isinstance(part, dict) for part in outer)
         try:
             named = read_any(outer, width) if is_list or isinstance(outer, dict) else []
@@ -382,7 +382,7 @@ def _read_prose(text: str, width: int) -> list[Location]:
     locations: list[Location] = []
     end = 0
     for match in _OBJECT.finditer(text):
-        value = _load(match[0])
+        value = load_literal(match[0])
         if isinstance(value, dict) and _is_location(value, width):
             locations += _read_bare(text[end : match.start()], width) + read_any(value, width)
             end = match.end()
@@ -393,8 +393,8 @@ def _is_location(value: Mapping[Any, Any], width: int) -> bool:
     return any(key in value for key in _KEYS) or _named_numbers(value, width) is not None
 
 
-_NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
-_XY = re.compile(rf"""\bx([0-9]*)=["']?({_NUMBER})["']?,?\s?y\1=["']?({_NUMBER})""")
+NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
+_XY = re.compile(rf"""\bx([0-9]*)=["']?({NUMBER})["']?,?\s?y\1=["']?({NUMBER})""")
 """`<points x1="10.5" y1="20.5" …>`, as Molmo writes, and `click(x=10, y=20)`."""
 _FILLER = re.compile(r"[\s,;()\[\]{}<>]*")
 
@@ -407,18 +407,18 @@ def _read_bare(text: str, width: int) -> list[Location]:
     attributes = [(x, y) for _, x, y in _XY.findall(text)] if width == 2 else []
     return [
         Location(_numbers(numbers, width, strict=False))
-        for numbers in attributes or _runs(text, width)
+        for numbers in attributes or number_runs(text, width)
     ]
 
 
-def _runs(text: str, width: int) -> list[list[str]]:
+def number_runs(text: str, width: int) -> list[list[str]]:
     """Returns the runs of `width` numbers.
 
     A run ends at other text, and at a bracket that closes after `width` numbers.
     """
     runs: list[list[str]] = [[]]
     end = 0
-    for match in re.finditer(_NUMBER, text):
+    for match in re.finditer(NUMBER, text):
         between = text[end : match.start()]
         closed = len(runs[-1]) == width and ("]" in between or ")" in between)
         if runs[-1] and (closed or not _FILLER.fullmatch(between) or not between):
@@ -450,13 +450,13 @@ def _first_width_of_text(text: str) -> int:
     if _LOC.search(answer):
         widths = [len(segment.numbers or ()) for segment in loc_segments(answer)]
         return next((width for width in widths if width in (2, 4)), 0)
-    value = _load(answer)
+    value = load_literal(answer)
     if isinstance(value, list | dict):
         try:
             return first_width(value)
         except RecursionError:
             return 0
-    objects = (_load(match[0]) for match in _OBJECT.finditer(answer))
+    objects = (load_literal(match[0]) for match in _OBJECT.finditer(answer))
     widths = [first_width(value) for value in objects if isinstance(value, dict)]
     if any(widths):
         return next(filter(None, widths))
@@ -482,7 +482,7 @@ def _bracketed_runs(text: str) -> list[list[str]]:
     """Returns the numbers of a text. A run ends at other text and at a bracket."""
     runs: list[list[str]] = [[]]
     end = 0
-    for match in re.finditer(_NUMBER, text):
+    for match in re.finditer(NUMBER, text):
         between = text[end : match.start()]
         if runs[-1] and not _BETWEEN.fullmatch(between):
             runs.append([])
@@ -496,12 +496,12 @@ def _objects_in_prose(text: str, key: str) -> list[Any]:
 
     It may be in prose, in a code fence, or in a list that breaks off.
     """
-    return [_load(part) for part in _OBJECT.findall(text) if key in part]
+    return [load_literal(part) for part in _OBJECT.findall(text) if key in part]
 
 
 def _outer_dict(text: str) -> Any:
     """Returns the value from the first "{" of a text to its last "}"; None if it cannot be read."""
-    return _load(text[text.find("{") : text.rfind("}") + 1])
+    return load_literal(text[text.find("{") : text.rfind("}") + 1])
 
 
 def _load_json(text: str) -> Any:
@@ -512,7 +512,7 @@ def _load_json(text: str) -> Any:
         return None
 
 
-def _load(text: str) -> Any:
+def load_literal(text: str) -> Any:
     """Returns a JSON value or a Python literal; None for any other text."""
     value = _load_json(text)
     if value is None and len(text) <= MAX_LITERAL:

@@ -4,6 +4,7 @@ A run that is started again on the same directory resumes from its newest checkp
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
@@ -19,7 +20,7 @@ from pg_ground.config import Config
 from pg_ground.data.bad_records import BadRecords
 from pg_ground.data.batches import PrefetchIterator, TrainingBatches, training_batches
 from pg_ground.data.datasets import Examples
-from pg_ground.data.text_budgets import check_budgets, measure_budget
+from pg_ground.data.text_budgets import Budget, check_budgets, measure_budget
 from pg_ground.evals.runner import open_eval_sources
 from pg_ground.parallel import multiprocess, sharding
 from pg_ground.params import AbstractParams, pick, unflatten
@@ -39,6 +40,8 @@ from pg_ground.training.stage import Runtime, Stage
 from pg_ground.training.stages import make_stages
 from pg_ground.training.timing import StepTimer
 from pg_ground.types import POLICY, JsonObject, Params, TrainState, UserError
+
+logger = logging.getLogger(__name__)
 
 
 class Inputs(NamedTuple):
@@ -263,12 +266,28 @@ def check_text_lengths(
         *eval_sources.values(),
     ]
     budgets = [measure_budget(part, tokenizer, config.data) for part in parts]
-    rows = [[str(value) for value in budget[:-1]] for budget in budgets]
+    rows = [[str(value) for value in budget[:6]] for budget in budgets]
     heads = ["source", "questions", "measured", "prompt tokens", "suffix tokens", "objects"]
     data = config.data
     limits = f"limits: {data.prompt_length}, {data.suffix_length} and {data.max_boxes}"
     multiprocess.print_once(ascii_table(Table("longest texts", heads, rows, limits)))
+    print_readings(budgets)
     check_budgets(budgets, config.data)
+
+
+def print_readings(budgets: Sequence[Budget]) -> None:
+    """Prints how the records of each source are read if they leave that open, and all doubts."""
+    rows = [
+        [budget.source, records, note]
+        for budget in budgets
+        for note, records in budget.notes.items()
+    ]
+    if rows:
+        table = Table("how records are read", ["source", "records", "reading"], rows, "")
+        multiprocess.print_once(ascii_table(table))
+    for budget in budgets:
+        for doubt in budget.doubts:
+            logger.warning("source %s: %s", budget.source, doubt)
 
 
 def print_sizes(inputs: Inputs) -> None:

@@ -1,0 +1,309 @@
+"""The forms in which records write boxes and points → rows of numbers in one format.
+
+The field of a record can hold lists, objects with the usual keys, corner pairs, or text.
+docs/data.md has the table of all forms.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from pg_ground.data.box_formats import split_format
+from pg_ground.data.record_fields import plain_text
+from pg_ground.data.records import BadRecord, short
+from pg_ground.readers.gold_text import read_gold_text
+
+BOX_KEYS: dict[tuple[str, ...], str] = {
+    ("x1", "y1", "x2", "y2"): "xyxy",
+    ("x0", "y0", "x1", "y1"): "xyxy",
+    ("xmin", "ymin", "xmax", "ymax"): "xyxy",
+    ("xtl", "ytl", "xbr", "ybr"): "xyxy",
+    ("left", "top", "right", "bottom"): "xyxy",
+    ("l", "t", "r", "b"): "xyxy",
+    ("x", "y", "width", "height"): "xywh",
+    ("x", "y", "w", "h"): "xywh",
+    ("left", "top", "width", "height"): "xywh",
+    ("xmin", "ymin", "width", "height"): "xywh",
+    ("cx", "cy", "w", "h"): "cxcywh",
+    ("cx", "cy", "width", "height"): "cxcywh",
+    ("xcenter", "ycenter", "width", "height"): "cxcywh",
+}
+"""The keys of a box that is an object, in lower case and without "_" → the order of the numbers."""
+
+POINT_KEYS: dict[tuple[str, ...], str] = {
+    ("x", "y"): "xy",
+    ("cx", "cy"): "xy",
+    ("left", "top"): "xy",
+}
+"""The keys of a point that is an object."""
+
+INNER_KEYS = ("bbox_2d", "bbox", "box_2d", "box", "bndbox", "bounding_box", "point_2d", "point")
+"""Keys of an object under which its box or its point is."""
+
+LABEL_KEYS = ("label", "name", "category", "class")
+"""Keys of an object under which its name is."""
+
+
+class Rows(NamedTuple):
+    """Boxes or points of a record."""
+
+    numbers: Float[np.ndarray, "K N"]
+    labels: tuple[str, ...]
+    """The name of each row, if the value itself has names; else empty."""
+    codes: tuple[str, ...]
+    """The `<segNNN>` tokens of each row, if the value has them; else empty."""
+    format: str
+    """`ORDER_UNIT`: the setting, or what the form of the value states."""
+    reading: str
+    """The form of the value, in words."""
+
+
+def is_nothing(value: object) -> bool:
+    """Returns whether a field says that there are no objects: null, [], {} or a blank text."""
+    if isinstance(value, str):
+        return not value.strip()
+    if isinstance(value, np.ndarray):
+        return value.size == 0
+    return value is None or (isinstance(value, list | tuple | Mapping) and not value)
+
+
+def no_rows(width: int, format_name: str) -> Rows:
+    """Returns no boxes (`width` 4) or points (`width` 2)."""
+    return Rows(np.zeros((0, width)), (), (), format_name, "")
+
+
+def read_rows(value: object, format_name: str, width: int) -> Rows:
+    """Returns the boxes (`width` 4) or points (`width` 2) of a record's field.
+
+    Args:
+      value: the value in any form.
+      format_name: the setting box_format or point_format. Keys and loc tokens state their own
+        order, and loc tokens their own unit.
+
+    Raises:
+      BadRecord: bad_box or bad_point, if the value has no known form or a number is not finite.
+    """
+    kind = "bad_box" if width == 4 else "bad_point"
+    if is_nothing(value):
+        return no_rows(width, format_name)
+    rows = _read(value, format_name, width, kind)
+    for i in np.flatnonzero(~np.isfinite(rows.numbers).all(1)).tolist():
+        raise BadRecord(kind, f"{row_text(rows.numbers, i)} is not finite")
+    return rows
+
+
+def row_text(rows: Float[np.ndarray, "K N"], i: int) -> str:
+    """Returns row `i` in the record's own numbers, and its position if there are several."""
+    numbers = ", ".join(f"{value:g}" for value in rows[i])
+    return f"[{numbers}]" + (f" (number {i + 1} of {len(rows)})" if len(rows) > 1 else "")
+
+
+def _read(value: Any, format_name: str, width: int, kind: str) -> Rows:
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, str):
+        return _read_text(value, format_name, width, kind)
+    if isinstance(value, Mapping):
+        rows = _read_keys(value, format_name, width, kind)
+        return _read_labels(value, format_name, width, kind) if rows is None else rows
+    if isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+        return _join([_read_object(item, format_name, width, kind) for item in value], kind)
+    if _is_list_of_texts(value):
+        return _join([_read_text(item, format_name, width, kind) for item in value], kind)
+    return _read_lists(value, format_name, width, kind)
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    """Returns whether each element of a list is a text with several numbers."""
+    if not isinstance(value, list | tuple) or not value:
+        return False
+    return all(isinstance(item, str) and len(item.split()) + item.count("<") > 1 for item in value)
+
+
+def _read_text(text: str, format_name: str, width: int, kind: str) -> Rows:
+    try:
+        content = read_gold_text(text, width)
+    except ValueError as error:
+        raise BadRecord(kind, f"the text {short(text)} has {error}") from None
+    if content.value is not None:
+        rows = _read(content.value, format_name, width, kind)
+        return rows._replace(reading=f"{content.reading}: {rows.reading}")
+    numbers = np.array([item.numbers for item in content.objects]).reshape(-1, width)
+    labels = tuple(item.label for item in content.objects)
+    codes = tuple(item.codes for item in content.objects)
+    return Rows(
+        numbers,
+        labels if any(labels) else (),
+        codes if any(codes) else (),
+        content.format or format_name,
+        content.reading,
+    )
+
+
+def _read_keys(value: Mapping[Any, Any], format_name: str, width: int, kind: str) -> Rows | None:
+    """Returns the rows of an object whose keys are the usual ones; None if they are not.
+
+    The values are numbers, or lists with one number for each row.
+    """
+    fields = {str(key).lower().replace("_", ""): item for key, item in value.items()}
+    candidates: list[tuple[tuple[str, ...], str, Any]] = []
+    for keys, order in (BOX_KEYS if width == 4 else POINT_KEYS).items():
+        if all(key in fields for key in keys):
+            columns = _columns([fields[key] for key in keys])
+            if columns is not None:
+                candidates.append((keys, order, columns))
+    if not candidates:
+        return None
+    keys, order, columns = candidates[0]
+    if width == 4:
+        for other_keys, other_order, other in candidates[1:]:
+            if not np.allclose(_to_xyxy(columns, order), _to_xyxy(other, other_order), atol=1e-6):
+                names = f"{' '.join(keys)} and {' '.join(other_keys)}"
+                raise BadRecord(kind, f"{short(value)} states two boxes, by {names}")
+    unit = split_format(format_name)[1]
+    label = _label(value)
+    labels = (label,) * len(columns) if label else ()
+    return Rows(columns, labels, (), f"{order}_{unit}", f"keys {' '.join(keys)} ({order})")
+
+
+def _to_xyxy(rows: Float[np.ndarray, "K 4"], order: str) -> Float[np.ndarray, "K 4"]:
+    first, size = rows[:, :2], rows[:, 2:]
+    if order == "xyxy":
+        return rows
+    first = first - size / 2 if order == "cxcywh" else first
+    return np.concatenate([first, first + size], 1)
+
+
+def _columns(values: Sequence[Any]) -> Float[np.ndarray, "K N"] | None:
+    """Returns one row of numbers, or rows from columns of one length; None for other values."""
+    try:
+        columns = np.asarray([_numeric(value) for value in values], np.float64)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return columns[None] if columns.ndim == 1 else columns.T if columns.ndim == 2 else None
+
+
+def _numeric(value: Any) -> Any:
+    """Returns a number, or a list of numbers. Numbers can be text."""
+    if isinstance(value, list | tuple):
+        return [_numeric(item) for item in value]
+    if isinstance(value, bool) or value is None:
+        raise ValueError("no number")
+    return float(value) if isinstance(value, str) else value
+
+
+def _label(value: Mapping[Any, Any]) -> str:
+    texts = (plain_text(value[key]) for key in LABEL_KEYS if key in value)
+    return next((" ".join(text.split()) for text in texts if text and text.strip()), "")
+
+
+def _read_object(item: Any, format_name: str, width: int, kind: str) -> Rows:
+    """Returns the rows of one element of a list of objects."""
+    if not isinstance(item, Mapping):
+        raise BadRecord(kind, f"{short(item)} is no object, but others of its list are")
+    rows = _read_keys(item, format_name, width, kind)
+    if rows is not None:
+        return rows
+    inner = next((key for key in INNER_KEYS if key in item), None)
+    if inner is None:
+        if width == 2:
+            raise BadRecord(kind, f"{short(item)} has no x and y")
+        raise BadRecord(kind, _no_keys(item))
+    rows = _read(item[inner], format_name, width, kind)
+    label = _label(item)
+    return rows._replace(
+        labels=(label,) * len(rows.numbers) if label and not rows.labels else rows.labels,
+        reading=f"{inner}: {rows.reading}",
+    )
+
+
+def _read_labels(value: Mapping[Any, Any], format_name: str, width: int, kind: str) -> Rows:
+    """Returns the rows of `{label: boxes}`, or of an object that has its box under a key."""
+    if any(key in value for key in INNER_KEYS):
+        return _read_object(value, format_name, width, kind)
+    parts = []
+    for label, inner in value.items():
+        if is_nothing(inner):
+            continue
+        if not isinstance(inner, list | tuple | Mapping | np.ndarray):
+            if width == 2:
+                raise BadRecord(kind, f"{short(value)} has no x and y")
+            raise BadRecord(kind, _no_keys(value))
+        rows = _read(inner, format_name, width, kind)
+        name = " ".join(str(label).split())
+        parts.append(rows._replace(labels=(name,) * len(rows.numbers)))
+    if not parts:
+        return no_rows(width, format_name)
+    rows = _join(parts, kind)
+    return rows._replace(reading=f"by label, {rows.reading}")
+
+
+def _no_keys(value: object) -> str:
+    return (
+        f"{short(value)} is no box: its keys would be x1 y1 x2 y2, xmin ymin xmax ymax, "
+        "left top right bottom, or x y width height"
+    )
+
+
+def _join(parts: Sequence[Rows], kind: str) -> Rows:
+    """Returns the rows of several values as one. All have one format."""
+    formats = list(dict.fromkeys(part.format for part in parts))
+    if len(formats) > 1:
+        raise BadRecord(kind, f"the record has objects in two forms: {' and '.join(formats)}")
+    names = [part.labels or ("",) * len(part.numbers) for part in parts]
+    codes = [part.codes or ("",) * len(part.numbers) for part in parts]
+    return Rows(
+        np.concatenate([part.numbers for part in parts]),
+        sum(names, ()) if any(part.labels for part in parts) else (),
+        sum(codes, ()) if any(part.codes for part in parts) else (),
+        formats[0],
+        parts[0].reading,
+    )
+
+
+def _read_lists(value: Any, format_name: str, width: int, kind: str) -> Rows:
+    """Returns the rows of lists of numbers."""
+    try:
+        array = np.asarray(value, np.float64)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise _wrong_shape(value, width, kind) from error
+    while array.ndim > 2 and 1 in array.shape[:-1]:
+        array = array.squeeze(array.shape.index(1))
+    if array.ndim == 1 and len(array) == width:
+        array = array[None]
+    if array.ndim == 2 and array.shape[1] == width and len(array):
+        return Rows(array, (), (), format_name, "lists")
+    if width == 4 and array.ndim in (2, 3) and array.shape[-2:] == (2, 2):
+        pairs = array.reshape(-1, 4)
+        return Rows(pairs, (), (), _corner_format(value, format_name, kind), "corner pairs")
+    if width == 4 and array.ndim in (2, 3) and array.shape[-2:] == (4, 2):
+        polygons = array.reshape(-1, 4, 2)
+        boxes = np.concatenate([polygons.min(1), polygons.max(1)], 1)
+        if not all(_is_upright(polygon) for polygon in polygons):
+            raise BadRecord(kind, f"{short(value)} are four corners of no upright rectangle")
+        return Rows(boxes, (), (), _corner_format(value, format_name, kind), "four corners")
+    raise _wrong_shape(value, width, kind)
+
+
+def _is_upright(polygon: Float[np.ndarray, "4 2"]) -> bool:
+    """Returns whether four corners are the corners of a rectangle with upright sides."""
+    low, high = polygon.min(0), polygon.max(0)
+    corners = {(float(x), float(y)) for x in (low[0], high[0]) for y in (low[1], high[1])}
+    return {(float(x), float(y)) for x, y in polygon} == corners and len(corners) == 4
+
+
+def _corner_format(value: object, format_name: str, kind: str) -> str:
+    """Returns the format of boxes that are written as corners."""
+    order, unit = split_format(format_name)
+    if order not in ("xyxy", "yxyx"):
+        raise BadRecord(
+            kind, f"{short(value)} are corners, but box_format is {format_name}: set xyxy_{unit}"
+        )
+    return format_name
+
+
+def _wrong_shape(value: object, width: int, kind: str) -> BadRecord:
+    reason = f"{short(value, 80)} is not {width} numbers, and not a list of {width} numbers"
+    return BadRecord(kind, reason)

@@ -1,0 +1,173 @@
+"""The frame of a record's coordinates: the size of its image, and how the pixels are turned.
+
+A record can state the size of the image that was annotated. The file can have another size, because
+it is a resized copy. A phone stores an image lying on its side, with a tag (EXIF) that says how to
+turn it. Some tools annotate the stored pixels, and other tools the upright image.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float
+from PIL import Image
+
+from pg_ground.config import Source
+from pg_ground.data.images import Opened
+from pg_ground.data.record_fields import field_or_none, paths_of
+from pg_ground.data.records import BadRecord, short
+from pg_ground.types import Record
+
+SIZE_FIELDS = (("width", "height"), ("image_width", "image_height"))
+"""Fields that state the size of an image, if the source does not name others."""
+
+RATIO_TOLERANCE = 0.02
+"""A copy's side may differ by one pixel from the exact ratio, and by this share of the side."""
+
+UPRIGHT = 1
+"""The EXIF orientation of an image that needs no turn."""
+
+
+class Frame(NamedTuple):
+    """The image that a record's coordinates belong to."""
+
+    size: tuple[int, int]
+    """Width and height in pixels."""
+    orientation: int
+    """The EXIF orientation that turns the frame upright; 1 if it is upright."""
+    note: str
+    """"" if the file has this size, else what was concluded, in words."""
+
+
+def recorded_size(record: Record, source: Source, element: int = 0) -> tuple[int, int] | None:
+    """Returns the width and height that a record states for its image; None if it states none.
+
+    Raises:
+      BadRecord: wrong_size, if `source.size` names fields that hold no size.
+    """
+    if not source.size:
+        return None
+    if source.size != "auto":
+        return _named_size(record, source.size, element)
+    coordinates = {*paths_of(source.boxes), *paths_of(source.points)}
+    for fields in SIZE_FIELDS:
+        if coordinates.isdisjoint(fields):
+            sides = [_to_side(record.get(field)) for field in fields]
+            if all(sides):
+                return sides[0], sides[1]
+    return None
+
+
+def _named_size(record: Record, text: str, element: int) -> tuple[int, int] | None:
+    values = [field_or_none(record, path, element) for path in paths_of(text)]
+    if len(values) == 1 and isinstance(values[0], list | tuple | np.ndarray):
+        values = list(values[0])
+    if all(value is None for value in values):
+        return None
+    sides = [_to_side(value) for value in values]
+    if len(sides) != 2 or not all(sides):
+        raise BadRecord("wrong_size", f"{text} is {short(values)}, not a width and a height")
+    return sides[0], sides[1]
+
+
+def _to_side(value: object) -> int:
+    """Returns a side in pixels; 0 if the value is no whole number above 0. A number can be text."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str | np.number):
+        return 0
+    try:
+        number = float(value)
+    except ValueError:
+        return 0
+    return int(number) if 0 < number < 1e9 and number == int(number) else 0
+
+
+def find_frame(recorded: tuple[int, int] | None, opened: Opened, frame: str) -> Frame:
+    """Returns the frame of a record's coordinates.
+
+    Args:
+      recorded: the size that the record states.
+      opened: the image.
+      frame: the setting: "upright", "stored", or "auto". "auto" takes the frame that the recorded
+        size fits, and the upright frame if both fit.
+
+    Raises:
+      BadRecord: wrong_size, if the recorded size is no size of this image or of a resized copy.
+    """
+    image = opened.image
+    size = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
+    upright = (size, UPRIGHT)
+    stored = (opened.stored, opened.orientation)
+    candidates = [stored] if frame == "stored" else [upright]
+    if frame == "auto" and opened.orientation != UPRIGHT and opened.stored != size:
+        candidates.append(stored)
+    if recorded is None or recorded == candidates[0][0]:
+        return Frame(*candidates[0], "")
+    for file_size, orientation in candidates:
+        note = "" if orientation == UPRIGHT else "the frame before EXIF"
+        if recorded == file_size:
+            return Frame(recorded, orientation, note)
+    for file_size, orientation in candidates:
+        if _is_copy(recorded, file_size):
+            note = "another size than the file" + (
+                "" if orientation == UPRIGHT else ", before EXIF"
+            )
+            return Frame(recorded, orientation, note)
+    states = f"the record says {size_text(recorded)}, but the image has {size_text(size)} pixels"
+    turned = f" ({size_text(opened.stored)} before EXIF)" if opened.stored != size else ""
+    raise BadRecord("wrong_size", f"{states}{turned}: set size or frame of the source")
+
+
+def _is_copy(first: tuple[int, int], second: tuple[int, int]) -> bool:
+    """Returns whether two sizes have the same ratio of the sides, up to rounding."""
+    return any(
+        abs(first[i] * second[1 - i] / first[1 - i] - second[i])
+        <= min(1.0, RATIO_TOLERANCE * second[i])
+        for i in (0, 1)
+    )
+
+
+def size_text(size: tuple[int, int]) -> str:
+    """Returns `WIDTHxHEIGHT`."""
+    return f"{size[0]}x{size[1]}"
+
+
+Turn = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+_TURNS: dict[int, Turn] = {
+    2: lambda y, x: (y, 1 - x),
+    3: lambda y, x: (1 - y, 1 - x),
+    4: lambda y, x: (1 - y, x),
+    5: lambda y, x: (x, y),
+    6: lambda y, x: (x, 1 - y),
+    7: lambda y, x: (1 - x, 1 - y),
+    8: lambda y, x: (1 - x, y),
+}
+"""EXIF orientation → where a point of the stored frame is in the upright frame, in fractions."""
+
+
+def turn_points(yx: Float[np.ndarray, "K 2"], orientation: int) -> Float[np.ndarray, "K 2"]:
+    """Returns points of the stored frame in the upright frame. Both are fractions."""
+    if orientation == UPRIGHT:
+        return yx
+    return np.stack(_TURNS[orientation](yx[:, 0], yx[:, 1]), 1).astype(yx.dtype)
+
+
+def turn_boxes(yxyx: Float[np.ndarray, "K 4"], orientation: int) -> Float[np.ndarray, "K 4"]:
+    """Returns boxes of the stored frame in the upright frame. Both are fractions."""
+    if orientation == UPRIGHT:
+        return yxyx
+    first = turn_points(yxyx[:, :2], orientation)
+    second = turn_points(yxyx[:, 2:], orientation)
+    return np.concatenate([np.minimum(first, second), np.maximum(first, second)], 1)
+
+
+def turn_mask(mask: Bool[np.ndarray, "H W"], orientation: int) -> Bool[np.ndarray, "h w"]:
+    """Returns a mask of the stored frame in the upright frame."""
+    if orientation == UPRIGHT:
+        return mask
+    if orientation >= 5:
+        mask = mask.T
+    # After the exchange of the axes: 2, 6 and 3, 7 flip x; 4, 8 and 3, 7 flip y.
+    if orientation in (3, 4, 7, 8):
+        mask = mask[::-1]
+    return mask[:, ::-1] if orientation in (2, 3, 6, 7) else mask

@@ -1,0 +1,355 @@
+"""The forms in which people write boxes, points, names and numbers: from a file to the answer.
+
+Every record is a line of a JSON file beside an image of 80 x 40 pixels.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pg_ground.config import Data, Source
+from pg_ground.data.datasets import Examples, open_examples
+from pg_ground.data.records import BadRecord, short
+from pg_ground.types import BOXES, POINTS, Example, UserError
+
+SIDE = 16
+SIZE = (80, 40)
+BOX = "<loc0256><loc0128><loc0767><loc0512> red square"
+"""The answer for the box x 10 to 40, y 10 to 30 in an image of 80 x 40 pixels."""
+
+
+def opened(folder: Path, rows: list[dict[str, Any]], **settings: Any) -> Examples:
+    """Returns the questions of JSON lines. Each line is about an image of 80 x 40 pixels."""
+    Image.new("RGB", SIZE).save(folder / "i.png")
+    default = {"image": "i.png", "phrase": "red square"}
+    text = "\n".join(json.dumps(default | row) for row in rows)
+    (folder / "rows.jsonl").write_text(text, encoding="utf-8")
+    settings = {"boxes": "box"} | settings
+    data = Data(max_boxes=8, prompt_length=64, suffix_length=64)
+    return open_examples("a", Source(uri=f"jsonl:{folder}/rows.jsonl", **settings), data, SIDE)
+
+
+def example(folder: Path, row: dict[str, Any], **settings: Any) -> Example:
+    return opened(folder, [row], **settings)[0]
+
+
+def fault(folder: Path, row: dict[str, Any], **settings: Any) -> str:
+    """Returns the kind and the message of a bad record."""
+    with pytest.raises(BadRecord) as bad:
+        example(folder, row, **settings)
+    return f"{bad.value.kind}: {bad.value}"
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        [10, 10, 40, 30],
+        ["10", "10", "40", "30"],
+        [[[10, 10, 40, 30]]],
+        [[10, 10], [40, 30]],
+        [[[10, 10], [40, 30]]],
+        [[10, 10], [40, 10], [40, 30], [10, 30]],
+        {"x1": 10, "y1": 10, "x2": 40, "y2": 30},
+        {"xmin": 10, "ymin": 10, "xmax": 40, "ymax": 30, "truncated": 0},
+        [{"x_min": "10", "y_min": "10", "x_max": "40", "y_max": "30"}],
+        {"XMin": 10, "YMin": 10, "XMax": 40, "YMax": 30},
+        {"xmin": [10], "ymin": [10], "xmax": [40], "ymax": [30]},
+        {"left": 10, "top": 10, "right": 40, "bottom": 30},
+        {"l": 10, "t": 10, "r": 40, "b": 30},
+        {"x": 10, "y": 10, "width": 30, "height": 20},
+        {"left": 10, "top": 10, "width": 30, "height": 20},
+        {"left": 10, "top": 10, "right": 40, "bottom": 30, "width": 30, "height": 20},
+        {"cx": 25, "cy": 20, "w": 30, "h": 20},
+        {"bndbox": {"xmin": "10", "ymin": "10", "xmax": "40", "ymax": "30"}, "name": "red square"},
+        [{"bbox": [10, 10, 40, 30], "label": "red square"}],
+        {"red square": [10, 10, 40, 30]},
+        {"red square": [[10, 10, 40, 30]], "dog": []},
+        "10 10 40 30",
+        "[10, 10, 40, 30]",
+        "[[10, 10, 40, 30]]",
+        '{"bbox_2d": [10, 10, 40, 30], "label": "red square"}',
+        '```json\n[{"bbox_2d": [10, 10, 40, 30], "label": "red square"}]\n```',
+        "The box is (10, 10), (40, 30).",
+        "<|object_ref_start|>red square<|object_ref_end|><|box_start|>(10,10),(40,30)<|box_end|>",
+        "<ref>red square</ref><box>[[10, 10, 40, 30]]</box>",
+        "<loc0256><loc0128><loc0767><loc0512> red square",
+        "<loc0256><loc0128><loc0767><loc0512>red square<eos>",
+    ],
+)
+def test_every_form_of_a_box_gives_the_same_answer(tmp_path, box):
+    result = example(tmp_path, {"box": box})
+    assert (result.suffix, result.target) == (BOX, BOXES)
+    np.testing.assert_allclose(result.boxes.yxyx, [[0.25, 0.125, 0.75, 0.5]], atol=1e-3)
+
+
+def test_several_boxes_keep_their_names_and_their_order(tmp_path):
+    two = "<loc0000><loc0000><loc0512><loc0512> cat ; <loc0512><loc0512><loc1023><loc1023> dog"
+    for box in (
+        {"cat": [0, 0, 40, 20], "dog": [[40, 20, 80, 40]]},
+        [
+            {"xmin": 0, "ymin": 0, "xmax": 40, "ymax": 20, "name": "cat"},
+            {"xmin": 40, "ymin": 20, "xmax": 80, "ymax": 40, "name": "dog"},
+        ],
+        "<ref>cat</ref><box>(0,0),(40,20)</box><ref>dog</ref><box>(40,20),(80,40)</box>",
+        two + " ;",
+    ):
+        assert example(tmp_path, {"box": box}).suffix == two
+    columns = {"xmin": [0, 40], "ymin": [0, 20], "xmax": [40, 80], "ymax": [20, 40]}
+    named = {"box": columns, "label": ["cat", "dog"]}
+    assert example(tmp_path, named, label="label").suffix == two
+
+
+def test_fields_of_their_own_are_a_box_or_a_point(tmp_path):
+    row = {"x1": 10, "y1": 10, "x2": "40", "y2": 30}
+    assert example(tmp_path, row, boxes="x1,y1,x2,y2").suffix == BOX
+    point = example(tmp_path, {"x": 20, "y": 10}, target="points", boxes="", points="x, y")
+    assert point.suffix == "<loc0256><loc0256> red square"
+    lists = {"x": [20, 60], "y": [10, 30]}
+    points = example(tmp_path, lists, target="points", boxes="", points="x,y", name="")
+    assert points.suffix == "<loc0256><loc0256> ; <loc0767><loc0767>"
+    sizes = {"x": 10, "y": 10, "width": 30, "height": 20}
+    read = example(tmp_path, sizes, boxes="x,y,width,height", box_format="xywh_px")
+    assert read.suffix == BOX, "width and height are those of the box, not of the image"
+    assert "y2" in fault(tmp_path, row | {"y2": None}, boxes="x1,y1,x2,y2")
+
+
+@pytest.mark.parametrize(
+    "point", [[20, 10], {"x": 20, "y": "10"}, "(20, 10)", '{"point_2d": [20, 10]}', [[[20, 10]]]]
+)
+def test_every_form_of_a_point_gives_the_same_answer(tmp_path, point):
+    result = example(tmp_path, {"point": point}, target="points", boxes="", points="point")
+    assert (result.suffix, result.target) == ("<loc0256><loc0256> red square", POINTS)
+
+
+@pytest.mark.parametrize(
+    ("box", "reason"),
+    [
+        ("<loc0001><loc0002><loc0003>", "must be 4 loc tokens and a name, but one has 3"),
+        ("<loc0001><loc0002><loc0003><loc0004><seg001> cat", "a mask has 16 seg tokens, not 1"),
+        ("I see 2 cats at [10, 10, 40, 30]", "5 numbers, which are no rows of 4"),
+        ("no", "0 numbers"),
+        ({"x": 1, "y": 2}, "its keys would be x1 y1 x2 y2"),
+        ({"x1": 10, "y1": 10, "x2": 40, "y2": 30, "left": 1, "top": 1, "w": 2}, ""),
+        ({"x1": 0, "y1": 0, "x2": 9, "y2": 9, "x": 5, "y": 5, "w": 2, "h": 2}, "states two boxes"),
+        ([[10, 10], [40, 10], [40, 30], [10, 29]], "no upright rectangle"),
+        ([{"xmin": 0, "ymin": 0, "xmax": 4, "ymax": 4}, [1, 2, 3, 4]], "is no object"),
+        ([{"x1": 0, "y1": 0, "x2": 4, "y2": 4}, {"cx": 9, "cy": 9, "w": 2, "h": 2}], "two forms"),
+        ([10, 10, 300, 30], "reaches far beyond an image of 80x40 pixels"),
+    ],
+)
+def test_a_form_with_two_meanings_is_a_bad_box(tmp_path, box, reason):
+    if not reason:  # further keys that complete no second box are ignored
+        assert example(tmp_path, {"box": box}).suffix == BOX
+        return
+    text = fault(tmp_path, {"box": box})
+    assert text.startswith("bad_box") and reason in text and len(text) < 420
+
+
+def test_a_box_far_beyond_the_image_names_formats_that_fit(tmp_path):
+    text = fault(tmp_path, {"box": [0, 0, 70, 80]}, box_format="xyxy_frac")
+    assert "it fits as xyxy_percent, xyxy_permille" in text
+    assert "it fits as xyxy_px" in fault(tmp_path, {"box": [50, 5, 79, 39]}, box_format="xywh_px")
+
+
+def test_answers_in_loc_tokens_keep_the_tokens_of_masks(tmp_path):
+    """PaliGemma's own training files: the answer of a supervised step equals the file's text."""
+    codes = "".join(f"<seg{i:03d}>" for i in range(16))
+    cat, dog = "<loc0100><loc0200><loc0300><loc0400>", "<loc0000><loc0000><loc1023><loc1023>"
+    text = f"{cat}{codes} cat ; {dog} dog"
+    row = {"prefix": "detect cat ; dog", "suffix": text}
+    result = example(tmp_path, row, phrase="prefix", prompt="{prefix}", boxes="suffix", name="")
+    assert (result.prompt, result.suffix, result.names) == (row["prefix"], text, ("cat", "dog"))
+
+
+def test_thousandths_are_a_unit_of_sources(tmp_path):
+    record = {"box": [125, 250, 500, 750], "point": [250, 250]}
+    assert example(tmp_path, record, box_format="xyxy_permille").suffix == BOX
+    settings = {"target": "points", "boxes": "", "points": "point"}
+    point = example(tmp_path, record, point_format="xy_permille", **settings)
+    assert point.suffix == "<loc0256><loc0256> red square"
+
+
+@pytest.mark.parametrize("target", ["boxes", "points"])
+@pytest.mark.parametrize(
+    "row", [{"o": None}, {}, {"o": []}, {"o": {}}, {"o": ""}, {"o": " "}, {"deep": {"o": None}}]
+)
+def test_null_absent_and_empty_mean_that_nothing_is_there(tmp_path, row, target):
+    path = "deep.o" if "deep" in row else "o"
+    settings = {"target": target, "boxes": "", "name": "{phrase}"} | {target: path}
+    result = example(tmp_path, row, empty="keep", **settings)
+    assert (result.prompt, result.suffix, result.names) == ("detect red square", "", ())
+    assert fault(tmp_path, row, **settings).startswith("empty: there are no " + target)
+    # The name and the mask of nothing are not needed.
+    assert (
+        example(tmp_path, row, empty="keep", label="names", mask="masks", **settings).suffix == ""
+    )
+
+
+def test_an_annotation_without_numbers_is_bad_even_if_empty_records_are_kept(tmp_path):
+    for box in ([[]], [None], [{"bbox": []}], [[10, 10, 40, 30], []]):
+        assert fault(tmp_path, {"box": box}, empty="keep").startswith("bad_box")
+
+
+@pytest.mark.parametrize(
+    ("count", "answer"),
+    [(3.0, "3"), (3, "3"), ("3", "3"), (-0.0, "0"), (2.5, "2.5"), (1e20, "1e+20")],
+)
+def test_whole_floats_are_written_as_whole_numbers(tmp_path, count, answer):
+    row = {"count": count}
+    assert example(tmp_path, row, target="text", boxes="", suffix="{count}").suffix == answer
+    template = tmp_path / "p.jinja"
+    template.write_text("how many {{ count }}")
+    jinja = example(tmp_path, row, target="text", boxes="", suffix="x", prompt=str(template))
+    assert jinja.prompt == f"how many {answer}"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None, True, [1], {"a": 1}, ""])
+def test_values_that_are_no_text_are_bad_text(tmp_path, value):
+    row = {"box": [10, 10, 40, 30], "v": value}
+    assert fault(tmp_path, row, phrase="v").startswith("bad_text: v is ")
+    assert fault(tmp_path, row, prompt="detect {v}").startswith("bad_text: v is ")
+    assert fault(tmp_path, row | {"v": [value, value]}, label="v").startswith("bad_text")
+    if value is None or isinstance(value, float):
+        template = tmp_path / "p.jinja"
+        template.write_text("detect {{ v }}")
+        assert fault(tmp_path, row, prompt=str(template)).startswith("bad_text")
+
+
+def test_whole_floats_are_names_and_fractions_are_not(tmp_path):
+    row = {"box": [10, 10, 40, 30], "v": 2.0}
+    assert example(tmp_path, row, label="v").suffix.endswith("> 2")
+    assert fault(tmp_path, row | {"v": 2.5}, label="v").startswith("bad_text")
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        (r"put it in \boxed{}", r"put it in \boxed{}"),
+        (r"put it in \boxed{{}}", r"put it in \boxed{}"),
+        (r"\boxed{{{answer}}}", r"\boxed{7}"),
+        ('as {"bbox_2d": [x1, y1]}', 'as {"bbox_2d": [x1, y1]}'),
+        ('as {{"a": {answer}}}', 'as {"a": 7}'),
+        ("{ answer }", "{ answer }"),
+        ("{{answer}}", "{answer}"),
+        ("{answer}{answer}", "77"),
+        ("{a b.c}", "deep"),
+        ("a { b", "a { b"),
+    ],
+)
+def test_braces_in_templates(tmp_path, template, text):
+    row = {"answer": 7, "a b": {"c": "deep"}}
+    result = example(tmp_path, row, target="text", boxes="", prompt=template, suffix="x")
+    assert result.prompt == text
+    assert "there is no 1: " in fault(tmp_path, row, prompt=r"\frac{1}{2}", target="text", boxes="")
+    assert "write {{1}} for braces" in fault(tmp_path, row, prompt="{1}", target="text", boxes="")
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["messages.1.content", "messages[1].content", "messages.-1.content", "a.b", "m.x.y", "k.7"],
+)
+def test_paths_reach_elements_of_lists_and_names_with_dots(tmp_path, path):
+    row = {
+        "messages": [{"content": "no"}, {"content": "red square"}],
+        "a.b": "red square",
+        "a": {"c": 1},
+        "m": {"x.y": "red square"},
+        "k": {"7": "red square"},
+        "box": [10, 10, 40, 30],
+    }
+    assert example(tmp_path, row, phrase=path).suffix == BOX
+
+
+def test_paths_that_lead_nowhere_name_the_nearest_field(tmp_path):
+    row = {"messages": [{"content": "a"}], "bbox": [1, 1, 4, 4], "objects": [{"0": [1, 1, 4, 4]}]}
+    assert "messages has 1 element" in fault(
+        tmp_path, row, phrase="messages.7.content", boxes="bbox"
+    )
+    assert "did you mean bbox?" in fault(tmp_path, row, boxes="bbx")
+    assert "did you mean phrase?" in fault(tmp_path, row, prompt="{phrse}", boxes="bbox")
+    # Fields named by digits are fields, as before.
+    assert len(example(tmp_path, row, boxes="objects.0").boxes.yxyx) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "replaced", "escaped"),
+    [
+        ("square; left", "square, left", "square； left"),
+        ("sign <loc0012> here", "sign here", "sign ‹loc0012› here"),
+        ("a;b;c", "a,b,c", "a；b；c"),
+        ("<seg003>cat", "cat", "‹seg003›cat"),
+    ],
+)
+def test_names_with_the_grammar_of_answers(tmp_path, name, replaced, escaped):
+    row = {"box": [10, 10, 40, 30], "phrase": name}
+    assert "set unsafe_names to replace or escape" in fault(tmp_path, row)
+    assert example(tmp_path, row, unsafe_names="replace").names == (replaced,)
+    assert example(tmp_path, row, unsafe_names="escape").names == (escaped,)
+    assert example(tmp_path, row, suffix="json").names == (name,), "JSON can hold every name"
+    labels = row | {"label": ["ok"], "box": [[10, 10, 40, 30]]}
+    assert example(tmp_path, labels, label="label").names == ("ok",)
+
+
+@pytest.mark.parametrize("name", ["<loc12>", "；", "a: b", "cat)", "<image>", "猫", "a <loc> b"])
+def test_other_signs_in_names_stay(tmp_path, name):
+    row = {"box": [10, 10, 40, 30], "phrase": name}
+    assert example(tmp_path, row).names == (name,)
+
+
+def test_a_name_of_which_nothing_is_left_is_bad_text(tmp_path):
+    row = {"box": [10, 10, 40, 30], "phrase": " ; <loc0001>"}
+    assert fault(tmp_path, row, unsafe_names="replace").startswith("bad_text: nothing is left")
+
+
+def test_parts_of_prompts_can_be_removed(tmp_path):
+    row = {"phrase": "<image>\nred square", "box": [10, 10, 40, 30]}
+    result = example(tmp_path, row, remove=r"<image>\s*")
+    assert (result.prompt, result.suffix) == ("detect red square", BOX)
+    with pytest.raises(UserError, match=r"source a: remove='\('"):
+        opened(tmp_path, [row], remove="(")
+
+
+@pytest.mark.parametrize("form", ["boxes", "points"])
+def test_a_count_is_the_number_of_objects_in_the_record(tmp_path, form):
+    """Neither `max_objects` nor equal bins nor the room for boxes changes the number."""
+    box, point = [10, 10, 40, 30], [10, 10]
+    row = {"o": [box if form == "boxes" else point] * 40}
+    settings = {"boxes": "", "target": form, "suffix": "count", "max_objects": 8} | {form: "o"}
+    assert example(tmp_path, row, **settings).suffix == "40"
+    settings.pop("max_objects")
+    assert example(tmp_path, row, **settings).suffix == "40"
+    labels = {"o": {"cat": [box] * 2, "dog": [box]}} if form == "boxes" else {"o": [point] * 3}
+    assert example(tmp_path, labels, **settings).suffix == "3"
+    assert example(tmp_path, {"o": None}, empty="keep", **settings).suffix == "0"
+
+
+def test_no_error_quotes_a_long_value(tmp_path):
+    """A data URI, a long caption or a list of 5,000 numbers is cut in every message."""
+    long = "x" * 20_000
+    rows: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"image": f"data:image/png;base64,{long}", "box": [1, 1, 9, 9]}, {}),
+        ({"box": long}, {}),
+        ({"box": list(range(5000))}, {}),
+        ({"box": {long: 1}}, {}),
+        ({"box": [1, 1, 9, 9], "phrase": {"a": long}}, {}),
+        ({"box": [1, 1, 9, 9], "phrase": long + ";"}, {}),
+        ({"box": [1, 1, 9, 9], "names": [long] * 9}, {"label": "names"}),
+        ({"box": [1, 1, 9, 9], "image": long}, {}),
+        ({f"key{i}": 1 for i in range(1000)}, {}),
+        ({"box": [1, 1, 9, 9], "mask": {"counts": long}}, {"mask": "mask"}),
+    ]
+    data = Data(max_boxes=8, mask_size=16)
+    for row, settings in rows:
+        folder = tmp_path
+        part = opened(folder, [row], **settings)
+        part = Examples("a", part.source, part._records, data, SIDE)
+        with pytest.raises(BadRecord) as bad:
+            part[0]
+        assert len(str(bad.value)) < 480, str(bad.value)[:100]
+    assert len(short(long)) < 120 and "20000 characters" in short(long)
+    assert len(short([[long] * 99] * 99)) < 120
