@@ -11,6 +11,8 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from pg_ground.config import Data, Fetch, Source
@@ -93,7 +95,7 @@ def test_text_that_cannot_be_an_image_is_one_short_line():
     for value, kind, text in (
         (TEXT[: len(TEXT) // 2], "corrupt_image", f"base64 text of {len(TEXT) // 2} characters"),
         (TEXT[:61] + "*" + TEXT[61:], "corrupt_image", "that cannot be decoded"),
-        (f"data:image/png;base64,{TEXT[:80]}", "corrupt_image", "base64 text of"),
+        (f"data:image/png;base64,{TEXT[:80]}", "corrupt_image", "a data URI of 102 characters"),
         ("data:image/png;base64,A", "corrupt_image", "base64 text of 1 characters that cannot"),
         ("data:image/png;base64", "corrupt_image", "a data URI of 21 characters without a comma"),
         (f"data:image/svg+xml,{quote('<svg/>')}", "corrupt_image", "no image format"),
@@ -110,10 +112,12 @@ def test_text_that_cannot_be_an_image_is_one_short_line():
         ),
         (["a.png"] * 5000, "missing_image", "a list of 5000"),
         ("foo://" + long, "missing_image", "an address that is not read"),
+        ("a\nb.png", "missing_image", r"a\nb.png"),
+        ("a\x1b[31m\ud800.png", "missing_image", r"a\x1b[31m\ud800.png"),
     ):
         found_kind, message = fault(value)
         assert found_kind == kind and text in message
-        assert len(message) < 400 and "\n" not in message
+        assert len(message) < 400 and message.isprintable()
 
 
 def test_a_list_of_one_image_is_that_image(tmp_path):
@@ -255,6 +259,42 @@ def test_predict_says_that_it_reads_a_name_in_another_spelling(tmp_path, caplog)
     with caplog.at_level(logging.WARNING):
         np.testing.assert_array_equal(read_image(tmp_path / "A.png"), PIXELS)
     assert "name read in other case" in caplog.text
+
+
+ODD_VALUES = st.recursive(
+    st.one_of(
+        st.none(),
+        st.integers(),
+        st.floats(),
+        st.text(st.characters(codec=None), max_size=20),
+        st.text("ab/\\.%2~:[]", max_size=12),
+        st.binary(max_size=20),
+        st.sampled_from([TEXT, PNG, "0.png", "data:,", "file://", "/9j/" + "A" * 41, "\ud800"]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=2),
+        st.dictionaries(st.sampled_from(["bytes", "path", "url"]), inner, max_size=2),
+        inner.map(lambda value: f"data:image/png;base64,{value}"),
+        inner.map(lambda value: f"data:,{value}"),
+        inner.map(lambda value: f"file://{value}"),
+    ),
+    max_leaves=4,
+)
+
+
+@settings(
+    max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(value=ODD_VALUES)
+def test_every_other_value_is_one_bad_record(tmp_path, value):
+    (tmp_path / "0.png").write_bytes(PNG)
+    try:
+        pixels = load_image(value, tmp_path)
+    except BadRecord as bad:
+        assert bad.kind in ("missing_image", "corrupt_image")
+        assert len(str(bad)) <= 401 and str(bad).isprintable()
+    else:
+        np.testing.assert_array_equal(pixels, PIXELS)
 
 
 @pytest.mark.skipif(not (SHARED / "cases").exists(), reason="shared/cases is not here")

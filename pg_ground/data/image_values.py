@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
@@ -68,9 +68,8 @@ def image_name(value: object) -> str | None:
     Raises:
       BadRecord: missing_image, if there are several images, or the name is on another machine.
     """
-    value = _only_item(value)
-    if isinstance(value, Mapping):
-        value = value.get("path")
+    while isinstance(value, list | tuple | Mapping):
+        value = value.get("path") if isinstance(value, Mapping) else _only_item(value)
     if not isinstance(value, str) or not value or holds_image(value):
         return None
     return _file_name(value)
@@ -86,6 +85,13 @@ def holds_image(text: str) -> bool:
     return len(text) > LONGEST_PATH and BASE64.fullmatch(text) is not None
 
 
+def text_kind(text: str | bytes) -> str:
+    """Returns the form and the length of text that holds an image, for errors."""
+    start = text[:100] if isinstance(text, str) else text[:100].decode("latin-1")
+    form = "a data URI" if DATA_URI.match(start) else "base64 text"
+    return f"{form} of {len(text)} characters"
+
+
 def unwrap(value: object) -> Any:
     """Returns the item of a list of one image, and the bytes or else the path of {bytes, path}.
 
@@ -94,31 +100,34 @@ def unwrap(value: object) -> Any:
     Raises:
       BadRecord: missing_image, if there are several images or none.
     """
-    value = _only_item(value)
-    if not isinstance(value, Mapping):
-        return value
-    if not {"bytes", "path"} & value.keys():
-        names = ", ".join(short(name, 20) for name in list(value)[:5]) or "none"
+    while isinstance(value, list | tuple | Mapping):
+        value = _inner_image(value) if isinstance(value, Mapping) else _only_item(value)
+    return value
+
+
+def _inner_image(fields: Mapping[str, object]) -> object:
+    """Returns the bytes of {bytes, path}, or else the path."""
+    if not {"bytes", "path"} & fields.keys():
+        names = ", ".join(short(name, 20) for name in list(fields)[:5]) or "none"
         raise BadRecord(
             "missing_image",
             f"the image is an object without bytes and path; its fields are {names}: "
             "name one in the source's image path, as in image.url",
         )
-    return value["bytes"] if value.get("bytes") else value.get("path")
+    content = fields.get("bytes")
+    is_empty = content is None or (isinstance(content, str | bytes) and not content)
+    return fields.get("path") if is_empty else content
 
 
-def _only_item(value: object) -> object:
-    while isinstance(value, list | tuple):
-        items = list(value)
-        if not items:
-            raise BadRecord("missing_image", "the image is an empty list")
-        if len(items) > 1:
-            raise BadRecord(
-                "missing_image",
-                f"the image is a list of {len(items)}: name one by its number, as in images.0",
-            )
-        value = items[0]
-    return value
+def _only_item(items: Sequence[object]) -> object:
+    if not items:
+        raise BadRecord("missing_image", "the image is an empty list")
+    if len(items) > 1:
+        raise BadRecord(
+            "missing_image",
+            f"the image is a list of {len(items)}: name one by its number, as in images.0",
+        )
+    return items[0]
 
 
 def _from_bytes(content: bytes) -> bytes:
@@ -137,7 +146,7 @@ def _from_data_uri(uri: str) -> bytes:
             "corrupt_image", f"the image is a data URI of {len(uri)} characters without a comma"
         )
     if not header.rstrip().lower().endswith(";base64"):
-        return unquote_to_bytes(content)
+        return unquote_to_bytes(content.encode("utf-8", "replace"))
     return _from_base64(unquote(content) if "%" in content else content)
 
 
@@ -157,7 +166,10 @@ def _file_name(name: str) -> str:
     """Returns the path of a file: URI. Returns other names unchanged."""
     if not FILE_URI.match(name):
         return name
-    parts = urlsplit(name)
+    try:
+        parts = urlsplit(name)
+    except ValueError as error:
+        raise BadRecord("missing_image", f"the image is {short(name)}: {error}") from None
     if parts.netloc not in ("", "localhost"):
         raise BadRecord(
             "missing_image",

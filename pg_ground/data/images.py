@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pg_ground.data.image_files import find_spelling, missing_file
-from pg_ground.data.image_values import plain_image, unwrap
+from pg_ground.data.image_values import plain_image, text_kind, unwrap
 from pg_ground.data.pixel_depth import DEEP_MODES, to_eight_bits
 from pg_ground.data.records import BadRecord, short, short_path
 from pg_ground.storage.paths import ADDRESS, PACKAGES, FilePath, join
@@ -87,9 +87,8 @@ def open_oriented(value: object, root: FilePath | None, deep_images: str = "dtyp
         note = "" if image.dtype == np.uint8 else _depth_note(image.dtype, deep_images)
         return Opened(pixels, 1, (pixels.shape[1], pixels.shape[0]), note)
     if isinstance(image, bytes):
-        is_text = image is not inner
-        name = f"the image is base64 text of {len(inner)} characters" if is_text else ""
-        return _decode(io.BytesIO(image), name or f"{len(image)} bytes", deep_images)
+        name = f"{len(image)} bytes" if image is inner else f"the image is {text_kind(inner)}"
+        return _decode(io.BytesIO(image), name, deep_images)
     return _open_file(root or Path(), image, deep_images)
 
 
@@ -119,6 +118,8 @@ def _read_file(path: FilePath, deep_images: str) -> Opened:
             return _decode(file, short_path(path), deep_images)
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise
+    except UnicodeEncodeError:
+        raise BadRecord("missing_image", f"{short(str(path))} is no name of a file") from None
     except OSError as error:
         if not isinstance(path, Path):
             raise  # a bucket that gives no answer now may give one later

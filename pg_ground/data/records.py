@@ -23,11 +23,12 @@ class BadRecord(Exception):
     """A record that cannot be used.
 
     `kind` is the name under which the record is counted. The text says what is wrong with it. A
-    text of more than `MAX_MESSAGE` characters is cut.
+    text of more than `MAX_MESSAGE` characters is cut. Line breaks and characters that no terminal
+    can write are escaped, because the text quotes data.
     """
 
     def __init__(self, kind: str, message: str):
-        super().__init__(clip_text(message, MAX_MESSAGE))
+        super().__init__(clip_text(_printable(message), MAX_MESSAGE))
         self.kind = kind
 
 
@@ -59,6 +60,12 @@ def short_path(path: object, limit: int = 120) -> str:
 def clip_text(text: str, limit: int) -> str:
     """Returns `text`, or its first `limit` characters and `…`."""
     return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def _printable(text: str) -> str:
+    if text.isprintable():
+        return text
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in text)
 
 
 def list_names(names: Iterable[object]) -> str:
