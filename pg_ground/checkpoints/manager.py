@@ -12,17 +12,29 @@ together. `DIR/<step>/` has three items:
 """
 
 import dataclasses
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
-from pg_ground.checkpoints.run_directory import BEST, COMMIT_FILE, is_complete
+from pg_ground.checkpoints.run_directory import (
+    BEST,
+    COMMIT_FILE,
+    DAMAGED,
+    fault,
+    is_complete,
+    older_checkpoint,
+)
 from pg_ground.parallel.multiprocess import all_gather, barrier
 from pg_ground.params import AbstractParams, flatten
-from pg_ground.storage.paths import FilePath, absolute, children, remove_tree
+from pg_ground.storage.paths import FilePath, absolute, children, is_bucket_error, remove_tree
 from pg_ground.types import POLICY, JsonDict, JsonObject, Params, TrainState, UserError
 
 ATOMICITY = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE)
@@ -32,6 +44,19 @@ ATOMICITY = ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_F
 READING = dataclasses.replace(ATOMICITY, allow_legacy_atomic_rename=True)
 
 
+NO_DAMAGE = (
+    *("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE"),
+    *("DEADLINE_EXCEEDED", "ABORTED", "CANCELLED", "UNIMPLEMENTED"),
+)
+"""Codes of errors of a machine or a storage. The files can be whole."""
+
+logger = logging.getLogger(__name__)
+
+
+class Damaged(UserError):
+    """A checkpoint has the parts of this run, and their files are missing or cannot be read."""
+
+
 class Checkpoints:
     """The checkpoints in one directory.
 
@@ -39,8 +64,10 @@ class Checkpoints:
     """
 
     def __init__(self, directory: FilePath, keep: int):
+        self.directory = directory
         if jax.process_index() == 0:
             _write_commit_files(directory)
+            _warn_of_incomplete(directory)
         barrier("commit files are written")
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
@@ -65,6 +92,10 @@ class Checkpoints:
         """Returns the step of the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
+    def steps(self) -> list[int]:
+        """Returns the steps of the complete checkpoints, the newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
     def save(self, step: int, state: TrainState, record: JsonObject) -> None:
         """Starts to write a checkpoint. Returns when the state is copied to the host."""
         items = ocp.args.Composite(
@@ -75,7 +106,12 @@ class Checkpoints:
         self._manager.save(step, args=items)
 
     def record(self, step: int) -> JsonDict:
-        """Returns the JSON record of a checkpoint."""
+        """Returns the JSON record of a checkpoint.
+
+        Raises:
+          Damaged: the record is missing or cannot be read.
+        """
+        _check_parts(self.directory / str(step), ("record",))
         items = ocp.args.Composite(record=ocp.args.JsonRestore())
         return self._manager.restore(step, args=items)["record"]
 
@@ -85,21 +121,110 @@ class Checkpoints:
         Raises:
           UserError: the checkpoint has other arrays. An earlier version of this package or other
             settings wrote it.
+          Damaged: the checkpoint should have these arrays, but they cannot be read.
         """
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(abstract.params[POLICY]),
-            rest=ocp.args.StandardRestore(_without_policy(abstract)),
-        )
+        parts = {"params": abstract.params[POLICY], "rest": _without_policy(abstract)}
+        _check_parts(self.directory / str(step), tuple(parts))
+        items = {name: ocp.args.StandardRestore(part) for name, part in parts.items()}
         try:
-            restored = self._manager.restore(step, args=items)
-        except (ValueError, KeyError) as error:  # orbax's message has pages about trees
-            path = self._manager.directory / str(step)
-            raise UserError(
-                f"{path} has other parts than this version's runs: {_first_line(error)}"
-            ) from error
+            with _QuietRestore():
+                restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            if _is_of_machine(error):
+                raise
+            raise _restore_error(self.directory / str(step), parts, error) from error
         fields = restored["rest"]
         params = {POLICY: restored["params"]} | fields.pop("other_params", {})
         return TrainState(params=params, **fields)
+
+    def set_aside(self, steps: Sequence[int]) -> list[Path]:
+        """Renames the folders of checkpoints of this machine, so that their steps can be written
+        again. Returns the new folders.
+        """
+        folders = []
+        for step in steps:
+            folder = Path(self.directory) / str(step)
+            target = folder.with_name(folder.name + DAMAGED)
+            remove_tree(target)
+            folders.append(folder.rename(target))
+        self._manager.reload()
+        return folders
+
+
+def _check_parts(folder: FilePath, parts: Sequence[str]) -> None:
+    """Raises Damaged if a part of a checkpoint is missing."""
+    reason = fault(folder, parts)
+    if reason:
+        raise Damaged(f"{folder} is damaged ({reason})")
+
+
+def _restore_error(folder: FilePath, parts: JsonObject, error: Exception) -> UserError:
+    """Returns the error for a checkpoint that orbax does not restore.
+
+    Orbax raises the same exceptions, with pages about trees, for damaged files and for the
+    checkpoint of other settings.
+    """
+    try:
+        stored = {name: _shapes(_metadata(folder / name)) for name in parts}
+    except Exception as metadata_error:
+        return Damaged(f"{folder} is damaged ({_first_line(metadata_error)})")
+    if stored != {name: _shapes(part) for name, part in parts.items()}:
+        return UserError(f"{folder} has other parts than this version's runs: {_first_line(error)}")
+    return Damaged(f"{folder} is damaged ({_first_line(error)})")
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each array of a tree of dicts, lists and named tuples, by name."""
+    return {
+        "/".join(map(_key_name, path)): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def _key_name(key: Any) -> str:
+    """Returns the name or the index in a key of jax, which has one class for each container."""
+    names = (getattr(key, field, None) for field in ("key", "name", "idx"))
+    return str(next(name for name in names if name is not None))
+
+
+def _is_of_machine(error: BaseException | None) -> bool:
+    """Returns whether an error says nothing about the files: memory, rights, the network."""
+    while error is not None:
+        kinds = (MemoryError, PermissionError, jax.errors.JaxRuntimeError)
+        if isinstance(error, kinds) or is_bucket_error(error):
+            return True
+        if str(error).lstrip("'\" ").startswith(NO_DAMAGE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+class _QuietRestore:
+    """Hides what the tasks that orbax leaves after an error print.
+
+    They end after their event loop. Each would print a traceback of several lines. After an error
+    they stay hidden.
+    """
+
+    def __enter__(self) -> None:
+        self._hook = sys.unraisablehook
+        sys.unraisablehook = self._report
+        logging.getLogger("asyncio").addFilter(_is_not_leftover)
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            sys.unraisablehook = self._hook
+            logging.getLogger("asyncio").removeFilter(_is_not_leftover)
+
+    def _report(self, unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            self._hook(unraisable)
+
+
+def _is_not_leftover(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def _write_commit_files(directory: FilePath) -> None:
@@ -109,6 +234,19 @@ def _write_commit_files(directory: FilePath) -> None:
         if has_none and is_complete(folder):
             for part in (*(path for path in children(folder) if path.is_dir()), folder):
                 (part / COMMIT_FILE).write_bytes(b"")
+
+
+def _warn_of_incomplete(directory: FilePath) -> None:
+    """Warns of checkpoints that a run has begun after its newest complete one."""
+    folders = [folder for folder in children(directory) if folder.name.isdigit()]
+    complete = [int(folder.name) for folder in folders if is_complete(folder)]
+    for folder in folders:
+        if complete and int(folder.name) > max(complete) and not is_complete(folder):
+            logger.warning(
+                "%s is not complete: the run ended while it was written, and continues from "
+                "checkpoint %d",
+                folder, max(complete),
+            )  # fmt: skip
 
 
 def _without_policy(state: TrainState) -> JsonDict:
@@ -132,11 +270,16 @@ def restore_tree(path: FilePath, abstract: Params) -> PyTree:
     """
     _check_exists(path)
     try:
-        with ocp.StandardCheckpointer(atomicity_options=READING) as checkpointer:
+        with (
+            ocp.StandardCheckpointer(atomicity_options=READING) as checkpointer,
+            _QuietRestore(),
+        ):
             return checkpointer.restore(absolute(path), abstract)
     # For a damaged file, orbax raises the exception of its storage, with a message of pages.
     except Exception as error:
-        raise UserError(f"{path} cannot be restored: {_first_line(error)}") from error
+        raise UserError(
+            f"{path} cannot be restored: {_first_line(error)}{_name_older(path)}"
+        ) from error
 
 
 def describe(path: FilePath) -> AbstractParams:
@@ -147,13 +290,26 @@ def describe(path: FilePath) -> AbstractParams:
     """
     _check_exists(path)
     try:
-        metadata = ocp.StandardCheckpointHandler().metadata(epath.Path(absolute(path)))
+        tree = _metadata(path)
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} is not a tree of arrays that a run wrote: {error}") from None
+        raise UserError(
+            f"{path} is not a tree of arrays that a run wrote: {_first_line(error)}"
+            f"{_name_older(path)}"
+        ) from None
     return {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-        for name, leaf in flatten(metadata.tree).items()
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in flatten(tree).items()
     }
+
+
+def _name_older(path: FilePath) -> str:
+    """Returns the end of an error about the parameters of a checkpoint: the newest older one."""
+    older = older_checkpoint(path.parent, ("params",)) if path.name == "params" else None
+    return f"; {older} is an older checkpoint" if older else ""
+
+
+def _metadata(path: FilePath) -> PyTree:
+    """Returns the tree of shapes and dtypes that orbax wrote beside a tree of arrays."""
+    return ocp.StandardCheckpointHandler().metadata(epath.Path(absolute(path))).tree
 
 
 def _check_exists(path: FilePath) -> None:
@@ -161,8 +317,11 @@ def _check_exists(path: FilePath) -> None:
         raise UserError(f"{path} does not exist: expected a tree of arrays that a run wrote")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+def _first_line(error: BaseException) -> str:
+    """Returns the beginning of the message of the error that caused `error`."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def save_best(workdir: FilePath, step: int, params: Params) -> FilePath:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pg_ground.config import DECODERS, Lora, Model, Text, Vision
 from pg_ground.models.paligemma import PaliGemma
 from pg_ground.storage.paths import FilePath
-from pg_ground.types import UserError, first_problems
+from pg_ground.types import UserError
 
 TABLE = "llm/embedder/input_embedding"
 POSITIONS = "img/pos_embedding"
@@ -151,7 +151,7 @@ def resolve_model(
 def check_fit(path: str | FilePath, in_file: Shapes, in_model: Shapes) -> None:
     """Raises UserError if names or shapes differ.
 
-    The error lists the first 20 missing names, unknown names and other shapes.
+    The error lists every missing name, unknown name and other shape.
     """
     wrong = [
         f"{name}: missing, {in_model[name]} in the model"
@@ -167,4 +167,4 @@ def check_fit(path: str | FilePath, in_file: Shapes, in_model: Shapes) -> None:
         if in_file[name] != in_model[name]
     ]
     if wrong:
-        raise UserError(f"{path} does not fit the model: {first_problems(wrong)}")
+        raise UserError(f"{path} does not fit the model: {'; '.join(wrong)}")

@@ -7,8 +7,11 @@ WORKDIR/best/<step>/params         parameters with the best evaluation, if `chec
 WORKDIR/frozen                     parameters that are not trained, written once
 """
 
+import functools
 import importlib
 import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +35,21 @@ COMMIT_FILE = "commit_success.txt"
 A folder that is renamed when it is complete would be no sign in a bucket: gs:// and most mounted
 buckets rename no folders.
 """
+
+
+PARTS = ("params", "rest", "record")
+"""The folders of a checkpoint. Reading weights needs `params` only."""
+
+TREE_METADATA = "_METADATA"
+"""Orbax's file with the names of the arrays of a tree."""
+
+NO_DATA = (TREE_METADATA, COMMIT_FILE, "_sharding", "array_metadatas")
+"""Files and folders of a tree that hold no values."""
+
+DAMAGED = ".damaged"
+"""Ends the name of a checkpoint that a run has set aside."""
+
+logger = logging.getLogger(__name__)
 
 
 class RunCheckpoint(NamedTuple):
@@ -74,9 +92,12 @@ def find_checkpoint(path: FilePath) -> RunCheckpoint:
     if path.name == BEST and (path.parent / CONFIG_FILE).is_file():
         return RunCheckpoint(path.parent, best(path))
     step = path.parent if path.name == "params" else path
-    if step.parent.name in ("checkpoints", BEST) and (step / "params").is_dir():
+    is_step = step.parent.name in ("checkpoints", BEST) and step.name.isdigit()
+    if is_step and step.is_dir():
         if not is_complete(step) and not is_complete(step / "params"):
             raise UserError(f"{step} is not complete: the run ended while it was written")
+        if fault(step, ("params",)):
+            raise UserError(damage(step, fault(step, ("params",))))
         return RunCheckpoint(step.parent.parent, step)
     raise UserError(
         f"{path} is not a checkpoint: "
@@ -104,17 +125,78 @@ def best(folder: FilePath) -> FilePath:
 
 
 def newest(workdir: FilePath) -> FilePath:
-    """Returns the folder of a run's newest checkpoint.
+    """Returns the folder of a run's newest checkpoint whose parameters are whole.
+
+    The names of damaged newer ones are logged.
 
     Raises:
-      UserError: the run has no checkpoint.
+      UserError: the run has no checkpoint, or all are damaged.
     """
-    numbers = steps(workdir)
-    if not numbers:
+    numbers = sorted(steps(workdir), reverse=True)
+    folders = [workdir / "checkpoints" / str(number) for number in numbers]
+    if not folders:
         raise UserError(
             f"{workdir} has no checkpoint: expected {workdir / 'checkpoints'}/<step>/params"
         )
-    return workdir / "checkpoints" / str(max(numbers))
+    for folder in folders:
+        if not fault(folder, ("params",)):
+            break
+    else:
+        raise UserError(damage(folders[0], fault(folders[0], ("params",))))
+    for damaged in folders[: folders.index(folder)]:
+        _warn_of_damage(damaged, fault(damaged, ("params",)), folder)
+    return folder
+
+
+@functools.cache  # a command can ask for the newest checkpoint several times
+def _warn_of_damage(damaged: FilePath, reason: str, folder: FilePath) -> None:
+    logger.warning(
+        "%s is damaged (%s): checkpoint %s is taken, the newest whole one",
+        damaged, reason, folder.name,
+    )  # fmt: skip
+
+
+def fault(step: FilePath, parts: Sequence[str] = PARTS) -> str:
+    """Returns what is missing in the folder of a checkpoint, or "" if nothing is.
+
+    Only the names of files are read, and small files of JSON: values can still be damaged.
+    """
+    for part in parts:
+        names = {path.name for path in children(step / part)}
+        file = "metadata" if part == "record" else TREE_METADATA
+        if not names - {COMMIT_FILE}:
+            return f"{part} is {'empty' if (step / part).is_dir() else 'missing'}"
+        if file not in names:
+            return f"{part}/{file} is missing"
+        try:
+            read_json(step / part / file)
+        except UserError:
+            return f"{part}/{file} is no JSON object"
+        if part != "record" and not names - set(NO_DATA):
+            return f"{part} has no data"
+        if "d" in names and "manifest.ocdbt" not in names:
+            return f"{part}/manifest.ocdbt is missing"
+    return ""
+
+
+def damage(step: FilePath, reason: str) -> str:
+    """Returns an error that says why the parameters of a checkpoint cannot be read, and names the
+    newest older checkpoint that has parameters."""
+    older = older_checkpoint(step, ("params",))
+    text = f"{step} is damaged ({reason})"
+    return f"{text}; {older} is the newest whole one before it" if older else text
+
+
+def older_checkpoint(step: FilePath, parts: Sequence[str] = PARTS) -> FilePath | None:
+    """Returns the newest complete checkpoint before `step` that has these parts; None if there is
+    none."""
+    folders = [
+        folder
+        for folder in children(step.parent)
+        if folder.name.isdigit() and step.name.isdigit() and int(folder.name) < int(step.name)
+        if is_complete(folder) and not fault(folder, parts)
+    ]
+    return max(folders, key=lambda folder: int(folder.name), default=None)
 
 
 def steps(workdir: FilePath) -> list[int]:

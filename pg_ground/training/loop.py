@@ -5,9 +5,10 @@ A run that is started again on the same directory resumes from its newest checkp
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -39,7 +40,15 @@ from pg_ground.training.setup import Setup, init_params, make_setup
 from pg_ground.training.stage import Runtime, Stage
 from pg_ground.training.stages import make_stages
 from pg_ground.training.timing import StepTimer
-from pg_ground.types import POLICY, JsonObject, Params, TrainState, UserError
+from pg_ground.types import (
+    POLICY,
+    JsonDict,
+    JsonObject,
+    Params,
+    TrainState,
+    UserError,
+    first_problems,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +60,15 @@ class Inputs(NamedTuple):
     mesh: Mesh
     tokenizer: Tokenizer
     stages: list[Stage]
+
+
+class Resumed(NamedTuple):
+    """The checkpoint from which a run continues."""
+
+    step: int
+    """Steps of all stages before it."""
+    record: JsonDict
+    state: TrainState
 
 
 def train(config: Config, workdir: FilePath, accept: Sequence[str] = ()) -> FilePath:
@@ -81,7 +99,9 @@ def train(config: Config, workdir: FilePath, accept: Sequence[str] = ()) -> File
     with ExitStack() as stack:
         checkpoints = manager.Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
         stack.enter_context(checkpoints)
-        resumed_step = checkpoints.latest()
+        states = {stage.name: stage.abstract_state for stage in inputs.stages}
+        resumed = resume_point(checkpoints, states)
+        resumed_step = None if resumed is None else resumed.step
         is_main = multiprocess.is_main_process()
         record = (run_directory.RECORD_FILES, run_directory.RECORD_FOLDERS) if is_main else ()
         files = stack.enter_context(open_copy(workdir, *record))
@@ -109,8 +129,70 @@ def train(config: Config, workdir: FilePath, accept: Sequence[str] = ()) -> File
         )
         print_sizes(inputs)
         runtime = Runtime(inputs.mesh, frozen, inputs.tokenizer, workdir)
-        run_stages(inputs, runtime, streams, recorder, checkpoints, trained)
+        run_stages(inputs, runtime, streams, recorder, trained, resumed)
         return recorder.close()
+
+
+def resume_point(
+    checkpoints: manager.Checkpoints, abstract_states: Mapping[str, Callable[[], TrainState]]
+) -> Resumed | None:
+    """Returns the newest checkpoint that can be restored; None if there is no checkpoint.
+
+    Damaged newer ones are renamed, so that their steps can be written again.
+
+    Args:
+      abstract_states: returns the abstract train state of a stage, by the stage's name.
+
+    Raises:
+      UserError: no checkpoint can be restored, the newest one belongs to other settings, or it is
+        damaged and cannot be renamed.
+    """
+    damaged: dict[int, manager.Damaged] = {}
+    for step in checkpoints.steps():
+        try:
+            record = checkpoints.record(step)
+            abstract_state = abstract_states.get(record.get("stage", ""))
+            if abstract_state is None:
+                raise UserError(
+                    f"{checkpoints.directory / str(step)} was written in the stage "
+                    f"{record.get('stage')!r:.40}, which config.stages lacks"
+                )
+            state = checkpoints.restore(step, abstract_state())
+        except manager.Damaged as error:
+            _check_can_set_aside(checkpoints.directory / str(step), error)
+            damaged[step] = error
+            continue
+        _set_aside(checkpoints, damaged, step)
+        return Resumed(step, record, state)
+    if damaged:
+        raise UserError(
+            f"no checkpoint of {checkpoints.directory} can be restored: "
+            f"{first_problems([str(error) for error in damaged.values()], limit=3)}: bring a copy "
+            "of one back, or choose another --workdir to start again"
+        )
+    return None
+
+
+def _check_can_set_aside(folder: FilePath, error: manager.Damaged) -> None:
+    """Raises UserError if this process cannot rename a checkpoint: others use it too, or a bucket
+    holds it."""
+    if jax.process_count() == 1 and isinstance(folder, Path):
+        return
+    older = run_directory.older_checkpoint(folder)
+    remedy = f"remove it to continue from {older}" if older else "bring a copy of it back"
+    raise UserError(f"{error}: {remedy}") from error
+
+
+def _set_aside(
+    checkpoints: manager.Checkpoints, damaged: Mapping[int, manager.Damaged], step: int
+) -> None:
+    """Renames damaged checkpoints, and logs it."""
+    folders = checkpoints.set_aside(list(damaged)) if damaged else []
+    for error, folder in zip(damaged.values(), folders, strict=True):
+        logger.warning(
+            "%s: the run continues from checkpoint %d; the damaged one is now %s",
+            error, step, folder,
+        )  # fmt: skip
 
 
 def run_stages(
@@ -118,23 +200,22 @@ def run_stages(
     runtime: Runtime,
     streams: Mapping[str, TrainingBatches],
     recorder: Recorder,
-    checkpoints: manager.Checkpoints,
     params: Params | None,
+    resumed: Resumed | None,
 ) -> None:
     """Runs the stages that are not finished.
 
-    `params` are the first trained parameters; None resumes from a checkpoint.
+    `params` are the first trained parameters of a new run.
     """
-    resumed_step = checkpoints.latest()
-    record = {} if resumed_step is None else checkpoints.record(resumed_step)
     names = [stage.name for stage in inputs.stages]
-    first = names.index(record["stage"]) if record else 0
+    first = names.index(resumed.record["stage"]) if resumed else 0
     for stage in inputs.stages[first:]:
         saved: JsonObject = {}
-        if resumed_step is not None and stage.name == record["stage"]:
-            state = checkpoints.restore(resumed_step, stage.abstract_state())
-            saved = recorder.restore(record)
+        if resumed is not None and stage.name == resumed.record["stage"]:
+            state = resumed.state
+            saved = recorder.restore(resumed.record)
             streams[stage.name].set_state(saved["batches"])
+            resumed = None
         else:
             assert params is not None
             state = stage.init(params)
@@ -209,7 +290,13 @@ def store_frozen(workdir: FilePath, frozen: AbstractParams, all_params: Params |
     """
     path = workdir / "frozen"
     if frozen and all_params is None:
-        return manager.restore_tree(path, unflatten(frozen))
+        try:
+            return manager.restore_tree(path, unflatten(frozen))
+        except UserError as error:
+            raise UserError(
+                f"{error}: a new run with the same settings writes the same {path.name}, which can "
+                "be copied"
+            ) from error
     if multiprocess.is_main_process():
         # A run with other settings can have ended before its first checkpoint.
         remove_tree(path)
