@@ -11,6 +11,7 @@ from PIL import Image
 from pg_ground.config import Data, Fetch, Source
 from pg_ground.data.datasets import open_examples
 from pg_ground.data.packing import pack
+from pg_ground.data.record_fields import field_at
 from pg_ground.types import UserError
 
 
@@ -61,3 +62,51 @@ def test_nothing_is_overwritten_and_a_name_is_one_source(photos, tmp_path):
     scenes = Source(uri="synthetic:heldout", boxes="box")
     with pytest.raises(UserError, match="two sources are called a"):
         pack([{"a": photos}, {"a": scenes}], Fetch(), tmp_path / "other", 1)
+
+
+@pytest.mark.parametrize(("path", "image_field"), [
+    ("images.0", {"images": ["a.png", "b.png"]}),
+    ("images.-1", {"images": ["b.png", "a.png"]}),
+    ("images[1]", {"images": ["b.png", "a.png"]}),
+    ("images", {"images": ["a.png"]}),
+    ("images.file", {"images": [{"file": "a.png"}]}),
+    ("images.1.file.0", {"images": [{}, {"file": ["a.png"]}]}),
+    ("image.path", {"image.path": "a.png"}),
+    ("image.path", {"image.path": "a.png", "image": {"size": 3}}),
+    ("image.path", {"image.path": "b.png", "image": {"path": "a.png"}}),
+    ("image.path", {"image": {"path": "a.png", "bytes": None}}),
+    ("a.b.c", {"a.b": {"c": "a.png"}}),
+    ("0", {"0": "a.png"}),
+])  # fmt: skip
+def test_the_image_is_packed_at_every_path_that_is_read(tmp_path, path, image_field):
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    record = {"phrase": "cat", "box": [0, 0, 9, 9], **image_field}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    source = Source(uri=f"jsonl:{tmp_path}/a.jsonl", image=path, boxes="box")
+    packed = pack([{"a": source}], Fetch(), tmp_path / "out", 1)["a"]
+    assert packed["records"] == 1
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").unlink()
+    examples = open_examples("a", replace(source, uri=packed["uri"]), Data(), 16)
+    assert examples[0].size == (30, 20)
+    other_fields = examples.record(0)[0]
+    assert field_at(other_fields, path) in (
+        {"bytes": content, "path": "a.png"},
+        [{"bytes": content, "path": "a.png"}],
+    )
+    assert json.loads((tmp_path / "a.jsonl").read_text()) == record
+    assert other_fields["phrase"] == "cat" and other_fields.keys() == record.keys()
+
+
+@pytest.mark.parametrize(("path", "images"), [
+    ("images[]", ["a.png", "a.png"]),
+    ("images[].file", [{"file": "a.png"}, {"file": "a.png"}]),
+])  # fmt: skip
+def test_a_source_with_one_image_per_element_is_not_packed(tmp_path, path, images):
+    Image.new("RGB", (20, 30)).save(tmp_path / "a.png")
+    record = {"images": images, "phrase": "cat", "box": [0, 0, 9, 9]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    source = Source(uri=f"jsonl:{tmp_path}/a.jsonl", image=path, boxes="box")
+    with pytest.raises(UserError, match="a source with one image per element cannot be packed"):
+        pack([{"a": source}], Fetch(), tmp_path / "out", 1)

@@ -17,7 +17,7 @@ from pg_ground.data.examples import image_value
 from pg_ground.data.image_files import find_spelling
 from pg_ground.data.image_values import image_name, plain_image
 from pg_ground.data.images import load_image, load_nonzero
-from pg_ground.data.record_fields import field_at
+from pg_ground.data.record_fields import field_at, with_field
 from pg_ground.data.records import BadRecord, Records, image_folder
 from pg_ground.data.sources import open_records
 from pg_ground.storage.paths import FilePath, join
@@ -94,16 +94,19 @@ def _packed_records(
     for index in indices:
         bar.update()
         try:
-            record = dict(records[index])
+            record = records[index]
             image = image_value(record, source, 0, fetch)
             content = encoded_image(image, image_folder(records, source))
             name = image_name(field_at(record, source.image))
             # The name says which questions are about the same image.
             packed = {"bytes": content, "path": name} if name else content
-            _set_field(record, source.image, packed)
+            record = with_field(record, source.image, packed)
         except BadRecord as bad:
             counts[bad.kind] += 1
             continue
+        except UserError as error:
+            reason = "a source with one image per element cannot be packed"
+            raise UserError(f"source {source.uri}: {error}: {reason}") from None
         counts["records"] += 1
         yield _to_plain(record)
 
@@ -135,20 +138,6 @@ def _encode_pixels(pixels: np.ndarray) -> bytes:
     file = io.BytesIO()
     image.save(file, "TIFF" if is_deep else "PNG")
     return file.getvalue()
-
-
-def _set_field(record: JsonDict, path: str, value: object) -> None:
-    """Sets the field at a dotted path. Copies the inner dicts, so that the source's stay as is."""
-    *parents, last = path.split(".")
-    for name in parents:
-        if not isinstance(record[name], dict):
-            raise UserError(
-                f"the image path {path} goes through the list {name}: "
-                f"a source with one image per element cannot be packed"
-            )
-        record[name] = dict(record[name])
-        record = record[name]
-    record[last] = value
 
 
 def _to_plain(value: object) -> Any:

@@ -14,7 +14,7 @@ import numpy as np
 from pg_ground.config import Source
 from pg_ground.data.records import BadRecord, list_names, nearest_name, short
 from pg_ground.storage.paths import to_path
-from pg_ground.types import Record, UserError
+from pg_ground.types import JsonDict, Record, UserError
 
 _INDEX = re.compile(r"-?\d+")
 _BRACKETS = re.compile(r"\[(-?\d+)\]")
@@ -52,6 +52,45 @@ def field_or_none(record: Record, path: str, element: int = 0) -> Any:
         return field_at(record, path, element)
     except _Absent:
         return None
+
+
+def with_field(record: Record, path: str, value: object) -> JsonDict:
+    """Returns a copy of `record` with another value at a path that `field_at` reads.
+
+    Nothing inside `record` changes.
+
+    Raises:
+      BadRecord: missing_field, as `field_at`.
+      UserError: the path goes through several elements of a list.
+    """
+    return _with_field(record, _BRACKETS.sub(r".\1", path).split("."), path, value)
+
+
+def _with_field(inner: Any, names: Sequence[str], path: str, value: object) -> Any:
+    if not names:
+        return value
+    if isinstance(inner, list | tuple):
+        is_index = _is_index(inner, names[0])
+        if not is_index and len(inner) != 1:
+            raise UserError(f"the path {path} goes through a list of {len(inner)} elements")
+        position = int(names[0]) if is_index else 0
+        _element_at(inner, str(position), path)
+        items = list(inner)
+        names = names[1:] if is_index else names
+        items[position] = _with_field(items[position], names, path, value)
+        return items
+    if not isinstance(inner, Mapping):
+        raise _Absent("missing_field", f"there is no {path}: {short(inner)} has no {names[0]}")
+    keys = _keys_of(inner, names, path)
+    for key, count in keys:
+        if names[count - 1].endswith("[]"):
+            raise UserError(f"the path {path} goes through a list with []")
+        try:
+            return {**inner, key: _with_field(inner[key], names[count:], path, value)}
+        except _Absent:
+            if (key, count) == keys[-1]:
+                raise
+    raise AssertionError("there is at least one key")
 
 
 def paths_of(text: str) -> list[str]:
@@ -98,16 +137,14 @@ def _descend(value: object, names: Sequence[str], path: str, element: int) -> An
     if not isinstance(value, Mapping):
         kind = _Absent if value is None else BadRecord
         raise kind("missing_field", f"there is no {path}: {short(value)} has no field {names[0]}")
-    fields = _fields_of(value, names)
-    if not fields:
-        reason = f"the fields are {list_names(value)}{nearest_name(names[0], value)}"
-        raise _Absent("missing_field", f"there is no {path}: {reason}")
-    for inner, count in fields[:-1]:
+    keys = _keys_of(value, names, path)
+    for key, count in keys[:-1]:
         try:
-            return _descend_field(inner, count, names, path, element)
+            return _descend_field(value[key], count, names, path, element)
         except _Absent:
             pass
-    return _descend_field(*fields[-1], names, path, element)
+    key, count = keys[-1]
+    return _descend_field(value[key], count, names, path, element)
 
 
 def _descend_field(inner: Any, count: int, names: Sequence[str], path: str, element: int) -> Any:
@@ -150,22 +187,27 @@ def _element_at(value: Sequence[object], name: str, path: str) -> object:
     return value[index]
 
 
-def _fields_of(value: Record, names: Sequence[str]) -> list[tuple[Any, int]]:
-    """Returns the fields that the next names lead to, each with the number of these names.
+def _keys_of(value: Record, names: Sequence[str], path: str) -> list[tuple[Any, int]]:
+    """Returns the keys that the next names can mean, each with the number of these names.
 
-    A field whose name has dots in it is several names. It is the last to try.
+    A key with dots in it is several names. It is the last to try.
+
+    Raises:
+      _Absent: there is none.
     """
-    fields = []
+    keys: list[tuple[Any, int]] = []
     for count in (1, *range(len(names), 1, -1)):
-        key = ".".join(names[:count])
-        for field in dict.fromkeys((key, key.removesuffix("[]"))):
-            if field in value:
-                fields.append((value[field], count))
+        text = ".".join(names[:count])
+        keys += [(key, count) for key in dict.fromkeys((text, text.removesuffix("[]")))]
     # The keys of a table can be numbers.
     name = names[0].removesuffix("[]")
-    if not fields and _INDEX.fullmatch(name) and int(name) in value:
-        fields.append((value[int(name)], 1))
-    return fields
+    if _INDEX.fullmatch(name):
+        keys.append((int(name), 1))
+    present = [(key, count) for key, count in keys if key in value]
+    if not present:
+        reason = f"the fields are {list_names(value)}{nearest_name(names[0], value)}"
+        raise _Absent("missing_field", f"there is no {path}: {reason}")
+    return present
 
 
 def list_path(source: Source) -> str:
