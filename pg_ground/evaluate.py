@@ -3,10 +3,11 @@
 A policy is a run (--workdir) or a checkpoint (--params). It answers the sources of config.eval.
 
 A file of predictions needs no model and no config: --predictions=FILE --benchmark=NAME --fields=F.
-The file is a JSON list, JSON lines, or an object with `results`. For a predictions.jsonl that this
-command has written, neither --benchmark nor --fields is needed. --fields=pred=a.b,gold=c says which
-fields of a record hold the prediction and the ground truth. The format of the answers (Qwen's,
-Gemini's, Molmo's, …) is detected and printed; --answer-format=NAME states it.
+The file is a JSON list, JSON lines, CSV, or an object that holds a list (--rows=PATH says where).
+For a predictions.jsonl that this command has written, neither --benchmark nor --fields is needed.
+--fields=pred=a.b,gold=c says which fields of a record hold the prediction and the ground truth. The
+format of the answers (Qwen's, Gemini's, Molmo's, …) is detected and printed; --answer-format=NAME
+states it.
 
 Both ways write eval.json and predictions.jsonl to --out. For a policy, --out is the directory of
 the run or of the checkpoint if the flag is absent; for a file of predictions nothing is written
@@ -35,6 +36,8 @@ POLICY_FLAGS = ("config", "workdir", "params", cli.DISTRIBUTED)
 PREDICTIONS_FLAGS = (
     "benchmark",
     "fields",
+    "rows",
+    "missing",
     "answer_format",
     "box_format",
     "point_format",
@@ -55,6 +58,11 @@ def define_flags(values: flags.FlagValues) -> None:
     texts = {
         "benchmark": ("", "Benchmark of --predictions: rec, pointing, counting, detection, …"),
         "fields": ("", "Fields of a prediction record: pred=PATH,gold=PATH,id=PATH,…"),
+        "rows": ("", "Where the list of rows is: a path such as refcoco_val.my_model.results."),
+        "missing": (
+            "error",
+            "Rows without a prediction: error, wrong (a wrong answer) or drop (left out).",
+        ),
         "answer_format": (AUTO, f"How answers are written: {', '.join([AUTO, *FORMATS])}."),
         "box_format": (
             "",
@@ -103,7 +111,9 @@ def _score_predictions(args: cli.Arguments) -> None:
         args.flags.answer_format,
     )
     fields = prediction_files.parse_fields(args.flags.fields)
-    document, rows = rescore(path, args.flags.benchmark, fields, formats)
+    document, rows = rescore(
+        path, args.flags.benchmark, fields, formats, args.flags.rows, args.flags.missing
+    )
     if "benchmark" in document:
         title = f"{document['benchmark']}: {path}, n = {document['n']}"
         columns = ["metric", "", "95 %"]

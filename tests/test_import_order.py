@@ -150,6 +150,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "environment",
             "benchmarks",
             "file_answers",
+            "record_files",
             "prediction_files",
             "scoring",
             "programs",

@@ -18,7 +18,7 @@ from pg_ground.data.box_formats import (
 from pg_ground.evals.box_format_check import check_box_format
 from pg_ground.readers import answer_formats, parsers
 from pg_ground.readers.answer_formats import AUTO, FORMATS, PLAIN, AnswerFormat
-from pg_ground.readers.locations import Location
+from pg_ground.readers.locations import Location, load_value
 from pg_ground.storage.paths import FilePath
 from pg_ground.types import JsonDict, JsonObject, UserError
 
@@ -411,7 +411,7 @@ class _AnswerReader(NamedTuple):
             number = parsers.number(value, strict=False)
             return None if number is None else {"number": number}
         if self.kind == "text":
-            return {"text": parsers.words(value)}
+            return None if value is None else {"text": parsers.words(value)}
         choices = self._choices(index)
         letter = parsers.option(value, choices, strict=False)
         if letter is None:
@@ -427,11 +427,13 @@ class _AnswerReader(NamedTuple):
         if self.kind == "count":
             return {"number": parsers.number(value, strict=False)}
         if self.kind == "text":
-            return {"text": parsers.words(value)}
+            return {"text": "" if value is None else parsers.words(value)}
         return {"choice": parsers.option(value, self._choices(index), strict=False)}
 
     def _choices(self, index: int) -> list[str]:
         choices = self.columns["choices"][index] if "choices" in self.columns else None
+        if isinstance(choices, str):
+            choices = load_value(choices)
         return list(map(str, choices)) if isinstance(choices, list) else []
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from pg_ground.evals.benchmarks import find_benchmark
 from pg_ground.evals.file_answers import FileAnswers, Formats, check_formats, read_answers
 from pg_ground.evals.image_identity import stated_image
+from pg_ground.evals.record_files import fields_of, has_value, value_at
 from pg_ground.evals.rows import FROM_FILE, check_unique
 from pg_ground.readers import parsers
 from pg_ground.storage.paths import FilePath
@@ -53,11 +54,22 @@ def parse_fields(text: str) -> dict[str, str]:
     return paths
 
 
+MISSING = ("error", "wrong", "drop")
+"""What happens to rows without a prediction: the file is refused, or they count as wrong answers,
+or they are left out."""
+
+
 class FileRows(NamedTuple):
     """The rows of a file of another program."""
 
     rows: list[JsonDict]
+    records: list[JsonObject]
+    """The record of each row."""
     answers: FileAnswers
+    missing: int
+    """Number of the rows without a prediction."""
+    notes: list[str]
+    """Sentences for the terminal."""
 
 
 def read_rows(
@@ -66,6 +78,7 @@ def read_rows(
     benchmark: str,
     fields: Mapping[str, str],
     formats: Formats,
+    missing: str = "error",
 ) -> FileRows:
     """Returns the rows of the records of a file, and how their answers were read.
 
@@ -75,6 +88,7 @@ def read_rows(
       benchmark: name of the benchmark.
       fields: the result of `parse_fields`.
       formats: the formats of the coordinates.
+      missing: one of MISSING.
 
     Raises:
       UserError: fields are missing, ids are not unique, the ground truth or all predictions cannot
@@ -83,7 +97,14 @@ def read_rows(
     kind = find_benchmark(benchmark, "--benchmark").kind
     _check_fields(kind, benchmark, fields, records[0], path)
     check_formats(formats)
-    columns = _read_columns(records, fields, path)
+    if missing not in MISSING:
+        raise UserError(f"--missing={missing} does not exist: {nearest(missing, MISSING)}")
+    lacking = {i for i, record in enumerate(records) if not has_value(record, fields["pred"])}
+    if len(lacking) == len(records):
+        missing = "error"  # the path is wrong
+    numbers = [i for i in range(len(records)) if missing != "drop" or i not in lacking]
+    records = [records[i] for i in numbers]
+    columns = _read_columns(records, fields, path, missing)
     sizes = _image_sizes(columns, len(records))
     answers = read_answers(kind, formats, path, fields, columns, sizes)
     rewards = _rewards(columns["pred"], path) if kind == "reward" else []
@@ -91,7 +112,7 @@ def read_rows(
     for index in range(len(records)):
         values = {name: column[index] for name, column in columns.items()}
         row = {
-            **_question_fields(values, index),
+            **_question_fields(values, numbers[index]),
             "benchmark": benchmark,
             "size_px": sizes[index],
             "prediction": answers.predictions[index],
@@ -100,7 +121,12 @@ def read_rows(
         if kind == "reward":
             row["reward"] = rewards[index]
         rows.append(row)
-    return FileRows(rows, answers)
+    notes = [*answers.notes]
+    if lacking:
+        fate = "count as wrong answers" if missing == "wrong" else "are left out"
+        total = len(numbers) + (len(lacking) if missing == "drop" else 0)
+        notes.append(f"{len(lacking)} of {total} rows have no {fields['pred']}: they {fate}")
+    return FileRows(rows, list(records), answers, len(lacking), notes)
 
 
 def _rewards(values: Sequence[object], path: FilePath) -> list[float | None]:
@@ -153,24 +179,24 @@ def _check_fields(
         )
     for name in ("pred",) if kind == "reward" else ("pred", "gold"):
         if name not in fields:
-            present = ", ".join(map(str, first_record)) or "no fields"
             raise UserError(
                 f"--fields must give the path of {name}, as in {FIELDS_EXAMPLE}; the first row of "
-                f"{path} has {present}"
+                f"{path} has {fields_of(first_record, name)}"
             )
 
 
 def _read_columns(
-    records: Sequence[JsonObject], fields: Mapping[str, str], path: FilePath
+    records: Sequence[JsonObject], fields: Mapping[str, str], path: FilePath, missing: str
 ) -> dict[str, list[Any]]:
     """Returns the values of all records, by name. Names that the file does not have are absent."""
+    required = fields.keys() if missing == "error" else fields.keys() - {"pred"}
     usual = {
         name: next((path for path in paths if path in records[0]), "")
         for name, paths in USUAL_PATHS.items()
     }
     paths = {name: field for name, field in (usual | dict(fields)).items() if field}
     columns = {
-        name: _read_column(records, field, path, is_required=name in fields)
+        name: _read_column(records, name, field, path, is_required=name in required)
         for name, field in paths.items()
     }
     if "id" in columns and "rollout" in columns:
@@ -182,7 +208,7 @@ def _read_columns(
 
 
 def _read_column(
-    records: Sequence[JsonObject], field: str, path: FilePath, is_required: bool
+    records: Sequence[JsonObject], name: str, field: str, path: FilePath, is_required: bool
 ) -> list[Any]:
     """Returns the value of each record at a dotted path. A record without the field has None.
 
@@ -192,34 +218,22 @@ def _read_column(
     values, lacking = [], []
     for index, record in enumerate(records):
         try:
-            values.append(_value_at(record, field))
+            values.append(value_at(record, field))
         except LookupError:
             values.append(None)
             lacking.append(index)
     if lacking and is_required:
-        present = ", ".join(map(str, records[lacking[0]])) or "no fields"
+        first = lacking[0]
+        advice = ""
+        if name == "pred" and len(lacking) < len(records):
+            advice = (
+                ": --missing=wrong counts them as wrong answers, --missing=drop leaves them out"
+            )
         raise UserError(
             f"--predictions={path}: {len(lacking)} of {len(records)} rows have no {field}, "
-            f"first row {lacking[0]}, which has {present}"
+            f"first row {first}, which has {fields_of(records[first], field)}{advice}"
         )
     return values
-
-
-def _value_at(record: JsonObject, field: str) -> Any:
-    """Returns the value at a dotted path. Numbers in the path are positions in lists.
-
-    Raises:
-      LookupError: the record has no such field.
-    """
-    value: Any = record
-    for name in [field] if field in record else field.split("."):
-        if isinstance(value, list) and name.isdecimal():
-            value = value[int(name)]
-        elif isinstance(value, Mapping):
-            value = value[name]
-        else:
-            raise LookupError(name)
-    return value
 
 
 def _image_sizes(columns: Mapping[str, Sequence[Any]], count: int) -> list[list[float] | None]:

@@ -75,8 +75,6 @@ OPTIONAL_FIELDS = (
 )
 """The further fields of the rows of a model."""
 
-RECORDS_EXPECTED = "it must be a JSON list, JSON lines or an object with `results`"
-
 
 def column(rows: Sequence[Row], name: str) -> Float[np.ndarray, " N"]:
     """Returns a field of each row as float64. A row without the field, or with null, has NaN."""
@@ -112,91 +110,6 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def _to_json(row: Row) -> str:
     line = json.dumps(row, ensure_ascii=False)
     return json.dumps(row) if _SURROGATE.search(line) else line
-
-
-def read_records(path: FilePath) -> tuple[list[JsonDict], JsonDict]:
-    """Returns the records of a file of predictions, and its header.
-
-    The file is a JSON list, JSON lines, or an object with a list of records. The header holds the
-    other values of the object. It is empty for the other forms.
-
-    Raises:
-      UserError: the file is missing, is empty, is not JSON (with the line), or has no records.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--predictions={path}: {reason}") from None
-    if not text.strip():
-        raise UserError(f"--predictions={path} is empty: {RECORDS_EXPECTED}")
-    document = _parse(text, path)
-    records, header = _split_object(document) if isinstance(document, dict) else (document, {})
-    if not isinstance(records, list):
-        raise UserError(f"--predictions={path} is {records!r:.60}: {RECORDS_EXPECTED}")
-    if not records:
-        raise UserError(f"--predictions={path} has 0 rows")
-    wrong = [index for index, record in enumerate(records) if not isinstance(record, dict)]
-    if wrong:
-        raise UserError(
-            f"--predictions={path}: {len(wrong)} of {len(records)} rows are not objects, "
-            f"first row {wrong[0]}: {records[wrong[0]]!r:.60}"
-        )
-    return records, header
-
-
-def _split_object(document: JsonObject) -> tuple[list[Any], JsonDict]:
-    """Returns the list of records in an object, and the values of the object that are not lists.
-
-    The records are `results`, or the first list that is not empty.
-    """
-    lists = {name: value for name, value in document.items() if isinstance(value, list) and value}
-    name = "results" if "results" in lists else next(iter(lists), "")
-    header = {name: value for name, value in document.items() if not isinstance(value, list)}
-    return lists.get(name, []), header
-
-
-def _parse(text: str, path: FilePath) -> Any:
-    """Returns the value of a JSON document, or the list of the records of a JSON-lines file.
-
-    A document that is one object is a list of one record, unless the object holds records.
-    """
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        return _parse_lines(text, path, error)
-    if isinstance(value, dict) and not any(map(_is_record_list, value.values())):
-        return [value]
-    return value
-
-
-def _is_record_list(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
-
-
-def _parse_lines(text: str, path: FilePath, document_error: Exception) -> list[Any]:
-    """Returns the value of each line.
-
-    Args:
-      document_error: why the text is not one JSON document. It is reported if the text does not
-        look like JSON lines.
-    """
-    records = []
-    # str.splitlines would also split at Unicode's line separators, which JSON strings may hold.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            records.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            is_document = text.lstrip()[0] == "[" or not records
-            wrong_line = getattr(document_error, "lineno", number) if is_document else number
-            reason = document_error if wrong_line != number else error
-            message = getattr(reason, "msg", reason)
-            raise UserError(
-                f"--predictions={path}: line {wrong_line} is not JSON: {message}"
-            ) from None
-    return records
 
 
 def is_row_file(records: Sequence[JsonObject]) -> bool:

@@ -382,10 +382,7 @@ def rollout_rewards(
     its rounding are the same on any number of devices.
     """
     questions = {
-        slot: [
-            jax.tree.map(lambda x, slot=slot: np.asarray(x)[slot : slot + 1], tree)
-            for tree in (batch, rollout)
-        ]
+        slot: jax.tree.map(lambda x, slot=slot: np.asarray(x)[slot : slot + 1], (batch, rollout))
         for slot in slots
     }
     pending = {}
@@ -393,8 +390,8 @@ def rollout_rewards(
         # all questions are submitted before the first score is awaited
         targets = [task.examples.source.target]
         pending = {
-            slot: workers.submit(*texts_of(*question, tokenizer, targets))
-            for slot, question in questions.items()
+            slot: workers.submit(*texts_of(question, completions, tokenizer, targets))
+            for slot, (question, completions) in questions.items()
         }
     fields: dict[tuple[int, int], JsonDict] = {}
     for slot, (question, completions) in questions.items():

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from pg_ground.data.records import BadRecord
-from pg_ground.evals import benchmarks, prediction_files, rows
+from pg_ground.evals import benchmarks, prediction_files, record_files, rows
 from pg_ground.evals.file_answers import Formats
 from pg_ground.storage.files import write_atomically
 from pg_ground.storage.paths import FilePath
@@ -12,7 +12,12 @@ from pg_ground.types import JsonDict, JsonObject, UserError
 
 
 def rescore(
-    path: FilePath, benchmark: str, fields: Mapping[str, str], formats: Formats
+    path: FilePath,
+    benchmark: str,
+    fields: Mapping[str, str],
+    formats: Formats,
+    rows_path: str = "",
+    missing: str = "error",
 ) -> tuple[JsonDict, list[JsonDict]]:
     """Returns the content of `eval.json` for a file of predictions, and its scored rows.
 
@@ -25,12 +30,14 @@ def rescore(
       fields: paths of the fields in a record, as `prediction_files.parse_fields` returns them. It
         is empty for a file of this package.
       formats: formats of the coordinates in a file of another program.
+      rows_path: dotted path of the list of rows in a file of another program.
+      missing: what happens to its rows without a prediction (`prediction_files.MISSING`).
 
     Raises:
       UserError: the file cannot be read as predictions. The message has counts.
     """
-    records, header = rows.read_records(path)
-    answers: JsonDict = {}
+    records, header, notes = record_files.read_records(path, rows_path, fields.get("pred", ""))
+    about_file: JsonDict = {}
     if rows.is_row_file(records) and not fields:
         rows.check_rows(records, path)
         unscored = [rows.without_scores(record) for record in records]
@@ -40,13 +47,17 @@ def rescore(
         names = ", ".join(benchmarks.BENCHMARKS)
         raise UserError(f"--benchmark is needed for {path}: one of {names}")
     else:
-        file = prediction_files.read_rows(records, path, benchmark, fields, formats)
-        unscored = file.rows
-        answers = {"answers": file.answers.summary, "notes": file.answers.notes}
+        file = prediction_files.read_rows(records, path, benchmark, fields, formats, missing)
+        unscored, records = file.rows, file.records
+        about_file = {
+            "answers": file.answers.summary,
+            "missing": file.missing,
+            "notes": [*notes, *file.notes],
+        }
     _check_benchmarks(unscored, path)
     scored = [_score_row(row, index, path) for index, row in enumerate(unscored)]
     report = benchmarks.make_report(scored)
-    report |= {name: value for name, value in answers.items() if value}
+    report |= {name: value for name, value in about_file.items() if value}
     if not rows.is_row_file(records):
         report |= _claims(header, records, scored)
     return report, scored

@@ -504,6 +504,16 @@ def _outer_dict(text: str) -> Any:
     return load_literal(text[text.find("{") : text.rfind("}") + 1])
 
 
+def load_value(text: str) -> Any:
+    """Returns the JSON value or Python literal that a text holds; None if it holds none.
+
+    It may stand in answer tags, in a code fence, or in prose, if it is an object.
+    """
+    answer = answer_text(text, strict=False)
+    value = _load(answer)
+    return value if isinstance(value, list | dict) else _outer_dict(answer)
+
+
 def _load_json(text: str) -> Any:
     """Returns a JSON value; None for any other text."""
     try:
