@@ -510,7 +510,7 @@ def load_value(text: str) -> Any:
     It may stand in answer tags, in a code fence, or in prose, if it is an object.
     """
     answer = answer_text(text, strict=False)
-    value = _load(answer)
+    value = load_literal(answer)
     return value if isinstance(value, list | dict) else _outer_dict(answer)
 
 
