@@ -12,6 +12,8 @@ from pg_ground.data.coco import id_key, name_text, read_flag
 from pg_ground.data.datasets import open_examples
 from pg_ground.data.records import BadRecord
 from pg_ground.data.sources import open_records
+from pg_ground.data.text_budgets import measure_budget
+from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.types import UserError
 
 PHRASES = {"category": "category", "list": "classes", "image": "image"}
@@ -69,6 +71,13 @@ def questions(path: Path, ask: str, **entry: Any) -> tuple[list[tuple[str, str]]
         except BadRecord as fault:
             bad.append(f"{fault.kind}: {fault}")
     return good, bad
+
+
+def readings(path: Path, ask: str) -> dict[str, str]:
+    """Returns the lines of the start-up table about a source that keeps empty records."""
+    source = Source(uri=f"coco:{path}?ask={ask}", phrase=PHRASES[ask], boxes="boxes", empty="keep")
+    data = Data(max_boxes=4)
+    return measure_budget(open_examples("mine", source, data, 14), load_tokenizer(), data).notes
 
 
 RED = ("detect red square", f"{LOC} red square")
@@ -144,11 +153,14 @@ BAD_ANNOTATIONS = [
     (thing(999, 3, True), "missing_category", "there is no category with the id True"),
     (thing(999, 3, bbox=None), "bad_box", "bbox is None, not 4 numbers"),
     (thing(999, 3, bbox=[]), "bad_box", "bbox is [], not 4 numbers"),
-    (thing(999, 3, bbox=[1, 2, 3, 4, 5]), "bad_box", "bbox is [1, 2, 3, 4, 5], not"),
-    (thing(999, 3, bbox=[1, 2, 3, None]), "bad_box", "bbox is [1, 2, 3, None], not"),
-    (thing(999, 3, bbox=[1, 2, float("nan"), 4]), "bad_box", "bbox is [1, 2, nan, 4], not"),
+    (thing(999, 3, bbox=[1, 2, 3, 4, 5]), "bad_box", "bbox: [1, 2, 3, 4, 5] is not 4 numbers"),
+    (thing(999, 3, bbox=[1, 2, 3, None]), "bad_box", "bbox: [1, 2, 3, nan] is not finite"),
+    (thing(999, 3, bbox=[1, 2, float("nan"), 4]), "bad_box", "bbox: [1, 2, nan, 4] is not finite"),
     (thing(999, 3, bbox=[1, 2, True, 4]), "bad_box", "bbox is [1, 2, True, 4], not"),
-    (thing(999, 3, bbox="big"), "bad_box", "bbox is 'big', not 4 numbers"),
+    (thing(999, 3, bbox="big"), "bad_box", "bbox: the text 'big' has "),
+    (thing(999, 3, bbox={"x": 1, "y": 2}), "bad_box", "{'x': 1, 'y': 2} is no box"),
+    (thing(999, 3, bbox=[BOX, BOX]), "bad_box", "not 4 numbers"),
+    (thing(999, 3, bbox=[1, 2, 3, 10**400]), "bad_box", "not 4 numbers"),
     (
         {"id": 999, "image_id": 3, "category_id": 0},
         "bad_box",
@@ -305,8 +317,19 @@ def test_a_crowd_that_is_left_out_needs_no_other_field(write):
     assert questions(write(value), "category") == (GOOD["category"], [])
 
 
-def test_numbers_as_text_are_numbers(write):
-    annotations = [thing(0, 0, bbox=["10", "1e1", "20.0", 20])]
+@pytest.mark.parametrize(
+    "box",
+    [
+        ["10", "1e1", "20.0", 20],
+        [[10, 10, 20, 20]],
+        {"x": 10, "y": 10, "width": 20, "height": 20},
+        {"x1": 10, "y1": 10, "x2": 30, "y2": "30"},
+        "10 10 20 20",
+        "[10, 10, 20, 20]",
+    ],
+)
+def test_a_box_may_have_any_form_that_boxes_of_a_record_have(write, box):
+    annotations = [thing(0, 0, bbox=box)]
     path = write(instances(annotations=annotations, images=[image(0)]))
     assert questions(path, "category") == ([RED], [])
 
@@ -346,6 +369,7 @@ def test_background_images_ask_for_one_class_each_in_turn(write, ask, expected):
     records = open_records(f"coco:{path}?ask={ask}", keep_empty=True)
     note = "3 background images ask for one class each, in turn"
     assert records.notes == (() if ask == "image" else (note,))
+    assert (note in readings(path, ask)) == (ask != "image")
     assert open_records(f"coco:{path}?ask={ask}").notes == ()
 
 

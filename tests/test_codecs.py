@@ -16,10 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from PIL import Image
 
+from pg_ground.config import Data, Source
+from pg_ground.data.datasets import open_examples
+from pg_ground.data.mixture import UnusableRow, prepare_row
 from pg_ground.data.records import BadRecord
 from pg_ground.data.sources import open_records
 from pg_ground.storage import codecs as file_codecs
+from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.types import UserError
 
 ROWS = [
@@ -191,6 +196,22 @@ def test_utf_16_that_breaks_off_is_refused_and_a_lone_surrogate_is_one_bad_recor
     path.write_bytes(codecs.BOM_UTF16_LE + text.encode("utf-16-le", "surrogatepass"))
     records = open_records(f"jsonl:{path}")
     assert [records[i] for i in (0, 2)] == [ROWS[0], ROWS[2]]
+
+
+@pytest.mark.parametrize(
+    "fault", [{"phrase": "cat \ud83d"}, {"label": "\udc00"}, {"boxes": {"a\ud800": [[1, 1, 9, 9]]}}]
+)
+def test_half_a_character_is_one_bad_record(tmp_path, fault):
+    Image.new("RGB", (10, 10)).save(tmp_path / "a.png")
+    row = {"image": "a.png", "phrase": "cat", "label": "cat", "boxes": [1, 1, 9, 9]}
+    label = "" if "boxes" in fault else "label"
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, (row, row | fault))))
+    source = Source(uri=f"jsonl:{tmp_path}/a.jsonl", boxes="boxes", label=label)
+    examples = open_examples("a", source, Data(), 14)
+    good, bad = (prepare_row(examples, i, load_tokenizer(), Data(), 0, 0) for i in (0, 1))
+    assert not isinstance(good, UnusableRow) and isinstance(bad, UnusableRow)
+    assert bad.kind == "bad_text" and "has half a character: '\\ud" in bad.message
+    bad.message.encode()
 
 
 @pytest.mark.parametrize("encoding", ["cp1251", "koi8-u", "shift_jis", "latin-1"])

@@ -495,7 +495,7 @@ def test_a_bad_ref_is_one_bad_record(tmp_path, change, kind, message):
     [
         ({"bbox": []}, "bad_box", "annotation 3: bbox is [], not 4 numbers"),
         ({"bbox": None}, "bad_box", "annotation 3: bbox is None"),
-        ({"bbox": [1, 2, 3]}, "bad_box", "annotation 3: bbox is [1, 2, 3]"),
+        ({"bbox": [1, 2, 3]}, "bad_box", "annotation 3: bbox: [1, 2, 3] is not"),
         ({"image_id": 77}, "missing_image", "no image with the image_id 77"),
         ({"image_id": None}, "missing_image", "no image with the image_id None"),
         ({"category_id": [1]}, "missing_category", "category_id [1]"),

@@ -1,10 +1,12 @@
 """COCO's instances as records: one for each image, or one for each image and category."""
 
-import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from pg_ground.data.annotations import read_rows
+from pg_ground.data.record_fields import plain_text
 from pg_ground.data.records import BadRecord, Records, clip_text, short
 from pg_ground.data.tables import BadEntry, RecordList, describe, load_json, split_options
 from pg_ground.storage.paths import to_path
@@ -21,6 +23,9 @@ FLAGS = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no":
 
 MAX_DIGITS = 18
 """A text with more digits is an id that is a text."""
+
+LARGEST = sys.float_info.max
+"""A coordinate is smaller."""
 
 Key = int | str
 """An id in the form in which ids are compared."""
@@ -42,7 +47,7 @@ class ImageObjects:
     categories: list[Category] = field(default_factory=list)
     boxes: list[Any] = field(default_factory=list)
     iscrowd: list[int] = field(default_factory=list)
-    crowds: set[str | None] = field(default_factory=set)
+    crowds: tuple[str | None, ...] = ()
     """The names of the crowds that are left out."""
     lost: int = 0
     """The number of annotations that cannot be used."""
@@ -156,12 +161,9 @@ def read_flag(value: object) -> bool | None:
 
 def name_text(value: object) -> str | None:
     """Returns a name that is a text or a whole number as text; None for every other value."""
-    if isinstance(value, str):
-        return value if value.strip() else None
-    if isinstance(value, bool):
-        return None
-    key = id_key(value)
-    return None if key is None else str(key)
+    is_fraction = isinstance(value, float) and not value.is_integer()
+    text = None if is_fraction else plain_text(value)
+    return text if text and text.strip() else None
 
 
 def _lists(value: object, needs_names: bool, uri: str) -> dict[str, list[Any]]:
@@ -268,7 +270,7 @@ def _add_annotation(
     category = categories.get(_key_of(entry, "category_id"))
     if crowd and not with_crowd:
         if image:
-            image.crowds.add(category.name if category else None)
+            image.crowds += (category.name if category else None,)
         return
     if image is None:
         raise BadRecord("missing_image", _no_such(entry, "image_id", images))
@@ -295,30 +297,31 @@ def _no_such(entry: JsonDict, name: str, keys: Iterable[Key]) -> str:
     return text if other is None else f"{text}; there are ids such as {short(other)}"
 
 
-def read_bbox(annotation: JsonDict) -> list[Any]:
-    """Returns the 4 numbers of an annotation's `bbox`. Numbers as text become floats.
+def read_bbox(annotation: JsonDict) -> Any:
+    """Returns the `bbox` of an annotation, which is one box in any form that `read_rows` knows.
 
     Raises:
-      BadRecord: bad_box, if they are not 4 finite numbers.
+      BadRecord: bad_box.
     """
     if "bbox" not in annotation:
         raise BadRecord("bad_box", "there is no bbox")
     value = annotation["bbox"]
-    numbers = [_number(item) for item in value] if isinstance(value, list) else []
-    if len(numbers) != 4 or None in numbers:
+    if isinstance(value, list) and len(value) == 4 and all(map(_is_finite, value)):
+        return value
+    if isinstance(value, list) and any(isinstance(item, bool) for item in value):
         raise BadRecord("bad_box", f"bbox is {short(value)}, not 4 numbers")
-    return numbers
-
-
-def _number(value: object) -> int | float | None:
-    """Returns a finite number, also of a text; None for other values."""
     try:
-        number = float(value) if isinstance(value, str) else value
-    except ValueError:
-        return None
-    if isinstance(number, bool) or not isinstance(number, int | float):
-        return None
-    return number if math.isfinite(number) else None
+        rows = read_rows(value, "xyxy_px", 4)
+    except BadRecord as bad:
+        raise BadRecord("bad_box", f"bbox: {bad}") from None
+    if len(rows.numbers) != 1:
+        raise BadRecord("bad_box", f"bbox is {short(value)}, not 4 numbers")
+    return rows.numbers[0].tolist() if rows.reading == "lists" else value
+
+
+def _is_finite(value: object) -> bool:
+    # A comparison, because a whole number can be too large for a float.
+    return type(value) in (int, float) and -LARGEST < value < LARGEST  # type: ignore[operator]
 
 
 def _to_records(

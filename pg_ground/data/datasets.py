@@ -47,6 +47,11 @@ class Examples:
         self._list_path = list_path(source)
         self._starts = self._first_questions() if self._splits_lists() else None
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """How the reader of the source understood it, in words."""
+        return getattr(self._records, "notes", ())
+
     def _splits_lists(self) -> bool:
         return bool(self._list_path) and self.source.element == "all"
 

@@ -269,7 +269,20 @@ def _absence(record: Record, path: str, element: int) -> str:
 def _fill(template: str, record: Record, source: Source, element: int) -> str:
     """Returns a filled template without the parts that `source.remove` names."""
     text = fill_template(template, record, source.phrase, element)
+    _check_unicode(text)
     return " ".join(re.sub(source.remove, " ", text).split()) if source.remove else text
+
+
+def _check_unicode(text: str) -> None:
+    """Raises BadRecord (bad_text) if a text has half a surrogate pair. JSON can hold one.
+
+    A text that was cut inside an emoji ends in one. No tokenizer takes it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise BadRecord("bad_text", f"{short(text)} has half a character: {half!r}") from None
 
 
 def _safe_name(name: str, source: Source) -> str:
@@ -278,6 +291,7 @@ def _safe_name(name: str, source: Source) -> str:
     Raises:
       BadRecord: bad_text, if the name has ";" or a loc token in it and the source refuses these.
     """
+    _check_unicode(name)
     if source.suffix != "loc" or not GRAMMAR.search(name):
         return name
     if source.unsafe_names == "refuse":

@@ -453,19 +453,27 @@ def _split_key(location: str, uri: str) -> tuple[FilePath, str]:
 
 
 def load_json(path: FilePath, uri: str) -> Any:
+    """Returns the value in a file of JSON, which may be compressed.
+
+    Raises:
+      UserError: the file cannot be opened or unpacked, or is not one JSON value.
+    """
     try:
-        with path.open("rb") as file:
-            data = file.read()
-    except CANNOT_OPEN as error:
-        raise _cannot_open(uri, error) from error
-    try:
-        return json.loads(unpack(data, f"source {uri}: {path.name}"))
+        return json.loads(unpack(_read_bytes(path, uri), f"source {uri}: {path.name}"))
     except UnicodeDecodeError as error:
         raise UserError(f"source {uri}: not one JSON value: {not_utf8(error)}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(
             f"source {uri}: not one JSON value: {error} (lines of JSON are jsonl:PATH)"
         ) from error
+
+
+def _read_bytes(path: FilePath, uri: str) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read()
+    except CANNOT_OPEN as error:
+        raise _cannot_open(uri, error) from error
 
 
 def _yaml_entries(path: FilePath, uri: str) -> list[dict[str, str]]:

@@ -192,7 +192,7 @@ def _notes(
     target = dataset.source.target
     empty_answers = sum(not question.annotation.count for question in questions.values())
     measured = len(questions) + dropped
-    notes = {}
+    notes = dict.fromkeys(dataset.notes, "the source")
     if dropped:
         notes[f"no {target}: the record is left out (empty)"] = f"{dropped} of {measured}"
     if empty_answers and target != "text":
