@@ -5,20 +5,27 @@ Every record is a line of a JSON file beside an image of 80 x 40 pixels.
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis.strategies import text
 from PIL import Image
 
+from pg_ground import tokenizer
 from pg_ground.config import Data, Source
+from pg_ground.data.batch_rows import to_batch_row
 from pg_ground.data.datasets import Examples, open_examples
+from pg_ground.data.examples import to_example
 from pg_ground.data.records import BadRecord, short
 from pg_ground.types import BOXES, POINTS, Example, UserError
 
 SIDE = 16
 SIZE = (80, 40)
+PIXELS = np.zeros((40, 80, 3), np.uint8)
 BOX = "<loc0256><loc0128><loc0767><loc0512> red square"
 """The answer for the box x 10 to 40, y 10 to 30 in an image of 80 x 40 pixels."""
 
@@ -306,6 +313,44 @@ def test_a_name_of_which_nothing_is_left_is_bad_text(tmp_path):
     assert fault(tmp_path, row, unsafe_names="replace").startswith("bad_text: nothing is left")
 
 
+class RoughTokenizer(tokenizer.Tokenizer):
+    """A tokenizer without Chinese characters, in which the ";" behind "merge" is no separator."""
+
+    def text(self, text: str) -> list[int]:
+        ids = self.pieces.Encode(re.sub("[\u4e00-\u9fff]", "_", text))
+        return [i for i in ids if "merge" not in text or i not in self.vocab.separators]
+
+
+def to_row(folder, row, tokens, **settings):
+    part = opened(folder, [row], **settings)
+    return to_batch_row(part[0], tokens, Data(max_boxes=8, prompt_length=64, suffix_length=64), 0)
+
+
+def test_a_gold_answer_that_its_reader_reads_differently_is_a_bad_record(tmp_path):
+    tokens = RoughTokenizer(*tokenizer.load())
+    two = {"box": [[0, 0, 40, 20], [40, 20, 80, 40]]}
+    to_row(tmp_path, two | {"names": ["猫", "a"]}, tokens, label="names")
+    with pytest.raises(BadRecord, match="the names '猫' and '犬' are the same tokens"):
+        to_row(tmp_path, two | {"names": ["猫", "犬"]}, tokens, label="names")
+    with pytest.raises(BadRecord, match="is read back as 1 objects, not 2"):
+        to_row(tmp_path, two | {"phrase": "merge"}, tokens)
+
+
+@settings(max_examples=200, deadline=None)
+@given(name=text(min_size=1, max_size=12))
+def test_every_other_name_is_read_back(name):
+    """Law: a name is refused, or the answer in token ids is read back exactly."""
+    record = {"image": PIXELS, "phrase": "x", "box": [[0, 0, 9, 9], [9, 9, 20, 20]], "n": name}
+    source = Source(boxes="box", label="n")
+    try:
+        result = to_example(record, source, "a", 0, SIDE, None)
+    except BadRecord as bad:
+        assert bad.kind == "bad_text" and (not name.strip() or ";" in name or "<" in name)
+        return
+    data = Data(max_boxes=8, prompt_length=64, suffix_length=256)
+    to_batch_row(result, tokenizer.load(), data, 0)
+
+
 def test_parts_of_prompts_can_be_removed(tmp_path):
     row = {"phrase": "<image>\nred square", "box": [10, 10, 40, 30]}
     result = example(tmp_path, row, remove=r"<image>\s*")
@@ -344,9 +389,8 @@ def test_no_error_quotes_a_long_value(tmp_path):
         ({"box": [1, 1, 9, 9], "mask": {"counts": long}}, {"mask": "mask"}),
     ]
     data = Data(max_boxes=8, mask_size=16)
-    for row, settings in rows:
-        folder = tmp_path
-        part = opened(folder, [row], **settings)
+    for row, changes in rows:
+        part = opened(tmp_path, [row], **changes)
         part = Examples("a", part.source, part._records, data, SIDE)
         with pytest.raises(BadRecord) as bad:
             part[0]

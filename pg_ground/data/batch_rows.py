@@ -8,17 +8,18 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from pg_ground.config import Data
-from pg_ground.data.records import BadRecord
+from pg_ground.data.records import BadRecord, short
 from pg_ground.tokenizer import Tokenizer
-from pg_ground.types import Batch, Boxes, Example, Gold, Points
-from pg_ground.vocab import PAD
+from pg_ground.types import POINTS, TEXT, Batch, Boxes, Example, Gold, Points
+from pg_ground.vocab import EOS, PAD, SEG_TOKENS, Vocab
 
 
 def to_batch_row(example: Example, tokenizer: Tokenizer, data: Data, source_position: int) -> Batch:
     """Returns one row of a `Batch` without the B axis, padded to the lengths in `data`.
 
     Raises:
-      BadRecord: too_long or too_many_boxes, with the setting to raise.
+      BadRecord: too_long or too_many_boxes, with the setting to raise; bad_text, if the answer in
+        loc tokens is not read back as it was written.
     """
     check_box_count(example, data)
     prompt, prompt_mask = _pad(
@@ -27,11 +28,14 @@ def to_batch_row(example: Example, tokenizer: Tokenizer, data: Data, source_posi
     suffix, suffix_mask = _pad(
         tokenizer.suffix(example.suffix), data.suffix_length, "suffix_length", example.suffix
     )
+    names = _name_ids(example.names, tokenizer, data)
+    if example.target != TEXT:
+        _check_read_back(suffix[suffix_mask].tolist(), names.tolist(), example, tokenizer.vocab)
     gold = Gold(
         boxes=Boxes(*(_pad_slots(leaf, data.max_boxes) for leaf in example.boxes)),
         points=Points(*(_pad_slots(leaf, data.max_boxes) for leaf in example.points)),
         target=np.asarray(example.target, np.int32),
-        names=_name_ids(example.names, tokenizer, data),
+        names=names,
         masks=_pad_slots(example.masks, data.max_boxes),
     )
     return Batch(
@@ -45,6 +49,54 @@ def to_batch_row(example: Example, tokenizer: Tokenizer, data: Data, source_posi
         source=np.asarray(source_position, np.int32),
         index=np.asarray(example.index, np.int32),
     )
+
+
+def _check_read_back(
+    ids: Sequence[int], names: Sequence[Sequence[int]], example: Example, vocab: Vocab
+) -> None:
+    """Raises BadRecord (bad_text) if the reader of answers does not read the gold answer as it is.
+
+    The reader works on token ids (`rewards.answer_reader`). A ";" that is one piece with a letter
+    of a name is no separator, and a name that the tokenizer does not know is the same as another.
+    """
+    slots = example.points if example.target == POINTS else example.boxes
+    labels = slots.label[slots.valid].tolist()
+    segments = _segments(ids, vocab) if labels else []
+    if len(segments) != len(labels):
+        raise BadRecord(
+            "bad_text",
+            f"the answer {short(example.suffix)} is read back as {len(segments)} objects, "
+            f"not {len(labels)}",
+        )
+    written = [[token for token in names[i] if token != PAD] for i in range(len(example.names))]
+    for i, name in enumerate(written):
+        if name in written[:i]:
+            first = example.names[written.index(name)]
+            raise BadRecord(
+                "bad_text",
+                f"the names {short(first)} and {short(example.names[i])} are the same tokens",
+            )
+    for label, name in zip(labels, segments, strict=True):
+        if name != (written[label] if written else []):
+            raise BadRecord(
+                "bad_text", f"a name of the answer {short(example.suffix)} is read back differently"
+            )
+
+
+def _segments(ids: Sequence[int], vocab: Vocab) -> list[list[int]]:
+    """Returns the tokens of the name in each part between two separators."""
+    first_special, after_special = vocab.loc0, vocab.seg0 + SEG_TOKENS
+    segments: list[list[int]] = [[]]
+    has_loc = False
+    for token in ids:
+        if token in vocab.separators:
+            segments.append([])
+            has_loc = False
+        elif first_special <= token < after_special:
+            has_loc = True
+        elif token != EOS and (has_loc or token not in vocab.spaces):
+            segments[-1].append(token)
+    return segments
 
 
 def check_box_count(example: Example, data: Data) -> None:
@@ -67,7 +119,7 @@ def _pad(
     """Returns token ids with PAD behind them, and a mask of the ids."""
     if len(ids) > length:
         raise BadRecord(
-            "too_long", f"{len(ids)} tokens, but data.{setting} is {length}: {text!r:.80}"
+            "too_long", f"{len(ids)} tokens, but data.{setting} is {length}: {short(text)}"
         )
     row = np.full(length, PAD, np.int32)
     row[: len(ids)] = ids
