@@ -549,12 +549,73 @@ def test_cv_bench_has_its_published_counts_and_formula():
         ("<think>(A)</think><answer>(B)</answer>", "B"),
         ("not left", None),
         ("(D)", None),
-        ("A dog is left", None),
+        ("A dog is left", "A"),  # a reward reads this relation too
+        ("I see it. Therefore, the answer is: left", "A"),
+        ("I see it.\nTherefore, the answer is: right.", "B"),
+        ("the answer is: to the left of it", "A"),
+        ("The answer is: on the right side", "B"),
+        ("(A) is not right.\nThe answer is: (B)", "B"),
+        ("(A) is left, (B) is right. The answer is B.", "B"),
+        ("The answer is:\n(B)", "B"),
+        ("The answer is: (A) or (B)", None),
+        ("The answer is: not left", None),
+        ("It is left.\nIt is right.", "B"),
+        ("left or right", None),
+        ("the answer is: left, not right", None),
+        ("The left lamp hides it, so it is above", None),
         (None, None),
     ],
 )
 def test_an_option_is_named_once_or_not_at_all(text, letter):
     assert parsers.option(text, ["left", "right"], strict=False) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "choices", "letter"),
+    [
+        ("The answer is: the chair.", ["a chair", "table"], "A"),
+        ("I compare both. Therefore, the answer is: The Table", ["a chair", "table"], "B"),
+        ("Final answer: cat", ["dog", "the cat"], "B"),
+        ("The answer is: chair", ["chair", "a chair"], "A"),
+        ("The answer is: the chair", ["chair", "a chair"], None),
+        ("The object is: lamp", ["bed", "lamp"], "B"),
+        ("Yes, the dog is there", ["no", "yes"], "B"),
+        ("2.5", ["25", "2.5"], "B"),
+        ("-1", ["1", "2"], None),
+        ("beneath it", ["above", "below"], "B"),
+        ("the answer is: in front", ["behind the car", "in front of the car"], "B"),
+        ("left", ["left lamp", "left chair"], None),
+    ],
+)
+def test_a_sentence_names_an_option_by_its_words(text, choices, letter):
+    assert parsers.option(text, choices, strict=False) == letter
+
+
+@pytest.mark.parametrize(
+    ("prediction", "gold", "is_right"),
+    [
+        ("left", "I look.\n<b> Therefore, the answer is: left", True),
+        ("I look. Therefore, the answer is: left", "left", True),
+        ("to the left of it", "left", True),
+        ("on the right", "left", False),
+        ("not left", "left", False),
+        ("left and right", "left", False),
+        ("left chair", "left lamp", False),
+        ("The answer is: a left lamp", "a left lamp", True),
+        ("beneath", "below", True),
+        ("(B) right", "(B)", True),
+        ("(A) or (B)", "(B)", False),
+        ("Yes, it is.", "yes", True),
+        ("yes and no", "yes", False),
+        ("The answer is: Red.", "red", True),
+        ("blue", "red", False),
+        ("<answer>red</answer>", "red", True),
+    ],
+)
+def test_a_text_is_right_if_it_states_the_gold_text(prediction, gold, is_right, tmp_path):
+    records = [{"p": prediction, "g": gold}]
+    report, _ = score_records(tmp_path, records, "text", {"pred": "p", "gold": "g"})
+    assert report["accuracy"] == is_right
 
 
 @given(st.integers(1, 12), st.data())

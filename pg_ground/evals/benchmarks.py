@@ -84,10 +84,16 @@ SCREENSPOT = (
     "centre, if it is written as four numbers or in the tags of a box"
 )
 COUNTING = "the one number of the answer, exact; mae over the answers that can be read"
-CV = "one option letter (or the words of the option); none or several is wrong"
+CV = (
+    "one option letter (or the words or the relation of the option), in the answer that a sentence "
+    "states; none or several is wrong"
+)
 CV_BENCH = f"{CV}; the mean of 2D (mean of ADE20K and COCO) and 3D (Omni3D)"
 CV_QUALITATIVE = f"{CV}; Relation, Depth and Distance only, over all their questions"
-TEXT = "the answer equals the ground-truth text, except for case, blanks and a final full stop"
+TEXT = (
+    "the answer, which a sentence may state, equals the ground-truth text, except for case, blanks "
+    "and a final full stop; a relation, an option, yes or no may have other words"
+)
 ENVIRONMENT = "mean reward; a rollout passes from reward 0.5; pass@k unbiased (arXiv 2107.03374)"
 
 # Sizes of RefCOCO and RefCOCO+: Yu et al. 2016 (arXiv 1608.00272), sentences of the UNC splits.

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from pg_ground.evals.rows import Columns, Row, column
+from pg_ground.readers.parsers import same_choice
 from pg_ground.types import JsonDict
 
 
@@ -33,9 +34,11 @@ def means_count(rows: Sequence[Row]) -> Columns:
 def score_text(row: Row) -> JsonDict:
     """Returns whether an answer equals the ground-truth text.
 
-    `parsers.words` has removed differences of case, blanks and a final full stop.
+    `parsers.words` has removed differences of case, blanks and a final full stop. If the ground
+    truth is a spatial relation, an option, yes or no, the answer must name the same.
     """
-    return {"correct": int(row["prediction"]["text"] == row["gold"]["text"])}
+    text, gold = row["prediction"]["text"], row["gold"]["text"]
+    return {"correct": int(text == gold or same_choice(text, gold))}
 
 
 def means_text(rows: Sequence[Row]) -> Columns:

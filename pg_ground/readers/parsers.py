@@ -14,7 +14,8 @@ text.
 
 import math
 import re
-from collections.abc import Sequence
+import string
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 
@@ -166,8 +167,23 @@ def json_number(value: object, strict: bool) -> float:
 
 
 def words(value: object) -> str:
-    """Returns an answer as text to compare: lower case, single blanks, without a last full stop."""
-    return " ".join(answer_text(str(value), strict=False).lower().split()).removesuffix(".")
+    """Returns an answer as text to compare: lower case, single blanks, without a last full stop.
+
+    The answer is what a text states behind "answer is" or "answer:", else the whole text.
+    """
+    return " ".join(stated(str(value)).lower().split()).removesuffix(".")
+
+
+_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def squad_words(text: str) -> list[str]:
+    """Returns the words of a text in lower case, without articles and punctuation.
+
+    SQuAD's evaluator compares these words (arXiv 1606.05250).
+    """
+    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
 _ROUND_BRACKETS = re.compile(r"(?<=\()[A-Fa-f](?=\))")
@@ -187,21 +203,50 @@ def option(value: object, choices: Sequence[str] = (), *, strict: bool) -> str |
     Args:
       choices: words of the options, if they are known.
       strict: takes no other form, because a lower-case "a" may be an article. Otherwise `[B]`,
-        `{B}`, `b`, `the answer is B` and the words of an option name an option too, and only the
-        `answer_text` counts.
+        `{B}`, `b`, `the answer is B`, the words of an option and a relation that only one option
+        names are an option too. Only the `answer_text` counts. If it states an answer ("the answer
+        is: left"), the stated answer counts first.
     """
     if not isinstance(value, str):
         return None
-    answer = value.strip() if strict else answer_text(value, strict=False).replace("**", "")
-    letters = _letters(answer, strict)
-    if not letters and not strict:
-        plain = _plain(answer)
-        letters = {
-            chr(ord("A") + i) for i, choice in enumerate(choices) if plain == _plain(str(choice))
-        }
+    if strict:
+        letters = _letters(value.strip(), strict)
+    else:
+        answer = answer_text(value, strict=False).replace("**", "")
+        conclusion_text = stated(answer)
+        letters = (
+            _letters(conclusion_text, strict)
+            or _letters(answer, strict)
+            or _named_choices(conclusion_text, choices)
+        )
     if len(letters) != 1 or (choices and ord(min(letters)) - ord("A") >= len(choices)):
         return None
     return letters.pop()
+
+
+def _named_choices(answer: str, choices: Sequence[str]) -> set[str]:
+    """Returns the letters of the choices that an answer names by words.
+
+    The words are equal, or equal without articles, or they name the same relation, yes or no. In
+    the last line of an answer a relation counts as for a reward: negated, or beside another
+    relation, it is none.
+    """
+    texts = list(map(str, choices))
+    plain = _plain(answer)
+    equal = _letters_of(texts, lambda choice_text: _plain(choice_text) == plain)
+    if equal:
+        return equal
+    answer_words = squad_words(answer)
+    if any(map(str.isalpha, "".join(answer_words))):
+        equal = _letters_of(texts, lambda choice_text: squad_words(choice_text) == answer_words)
+    named = choice(conclusion(answer)[1])
+    if equal or named.kind not in ("relation", "yes/no"):
+        return equal
+    return _letters_of(texts, lambda choice_text: choice(choice_text) == named)
+
+
+def _letters_of(choices: Sequence[str], is_named: Callable[[str], bool]) -> set[str]:
+    return {chr(ord("A") + i) for i, text in enumerate(choices) if is_named(text)}
 
 
 def _letters(answer: str, strict: bool) -> set[str]:
@@ -291,7 +336,40 @@ def choice(text: str) -> Choice:
     return Choice("", "")
 
 
+def same_choice(answer: str, gold: str) -> bool:
+    """Returns whether an answer names the relation, the option, or the yes or no of the gold text.
+
+    It is False if the gold text names something else too: "left lamp" is no relation.
+    """
+    named = choice(gold)
+    if not named.kind:
+        return False
+    rest_of_gold = _RELATION.sub(" ", _THE.sub("", gold.lower()))
+    if named.kind == "yes/no":
+        rest_of_gold = _YES_NO.sub(" ", gold.lower())
+    elif named.kind == "option":
+        rest_of_gold = ""
+    return set(squad_words(rest_of_gold)) <= _FILLERS and choice(answer) == named
+
+
+_FILLERS = {"to", "of", "on", "in", "at", "is", "side", "it", "its", "that", "than", "from"}
+"""Words beside a relation that name nothing."""
+
 _CONCLUDES = re.compile(r"\b(?:answer|response|object)(?: is\b:?|:)", re.IGNORECASE)
+
+
+def stated(text: str) -> str:
+    """Returns the answer that a text states: the text behind the last "answer is" or "answer:".
+
+    It ends with the line, unless the line has no more words. Without such words it is the whole
+    `answer_text`.
+    """
+    answer = answer_text(text, strict=False)
+    matches = list(_CONCLUDES.finditer(answer))
+    if not matches:
+        return answer
+    tail = answer[matches[-1].end() :].strip()
+    return tail.split("\n", 1)[0].strip() or answer
 
 
 def conclusion(text: str) -> tuple[str, str]:

@@ -8,7 +8,7 @@ import warnings
 from pg_ground.readers import parsers
 from pg_ground.readers.locations import MAX_LITERAL
 from pg_ground.rewards.text_example import TextExample, gold_text
-from pg_ground.rewards.word_rewards import answer_words, f1, squad_words
+from pg_ground.rewards.word_rewards import answer_words, f1
 
 TOOL_BONUS = 0.2
 """Share of the answer's score that is added if a tool was used before the answer."""
@@ -41,7 +41,7 @@ def agent_step(text: str, example: TextExample) -> float:
         return float(set(_LABEL.findall(content)) == set(_LABEL.findall(gold)))
     if kind == "code":
         return float(_syntax(content) == _syntax(gold))
-    return f1(squad_words(content), squad_words(gold))
+    return f1(parsers.squad_words(content), parsers.squad_words(gold))
 
 
 def agent(text: str, example: TextExample) -> float:
@@ -57,7 +57,7 @@ def agent(text: str, example: TextExample) -> float:
     acts = parsers.turns(text).acts
     if not acts or acts[-1][0] != "answer":
         return 0.0
-    score = f1(squad_words(acts[-1][1]), answer_words(gold))
+    score = f1(parsers.squad_words(acts[-1][1]), answer_words(gold))
     used_tool = any(kind != "answer" for kind, _ in acts[:-1])
     return score * (1 + TOOL_BONUS * used_tool)
 

@@ -2,7 +2,6 @@
 
 import math
 import re
-import string
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -103,21 +102,9 @@ def exact_match(text: str, example: TextExample) -> float:
     return float(answer_words(text) == answer_words(example.gold))
 
 
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
-_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-def squad_words(text: str) -> list[str]:
-    """Returns the words of a text in lower case, without articles and punctuation.
-
-    SQuAD's evaluator compares these words.
-    """
-    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
-
-
 def answer_words(text: str) -> list[str]:
     """Returns the `squad_words` of the answer of a text."""
-    return squad_words(parsers.answer_text(text, strict=True))
+    return parsers.squad_words(parsers.answer_text(text, strict=True))
 
 
 def f1(predicted: Sequence[str], gold: Sequence[str]) -> float:
