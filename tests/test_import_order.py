@@ -95,6 +95,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "batches",
             "units",
             "text_budgets",
+            "source_check",
             "packing",
             "prefetching",
         ),
@@ -131,6 +132,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "gallery",
             "report",
             "model_card",
+            "data_report",
         ),
     ),
     (
@@ -181,6 +183,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "stages",
             "loop",
             "dry_run",
+            "data_check",
         ),
     ),
     (

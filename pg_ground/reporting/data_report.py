@@ -1,0 +1,74 @@
+"""Tables of the findings about sources: what was read, what is bad, and how records were read."""
+
+from collections.abc import Iterator, Sequence
+
+from pg_ground.data.source_check import Check, name_collisions
+from pg_ground.reporting.tables import Table
+
+MAX_COLLISIONS = 5
+"""Groups of similar names that are shown of each source."""
+
+MAX_TEXT = 200
+"""Characters of a fault that are shown."""
+
+
+def tables(checks: Sequence[Check]) -> Iterator[Table]:
+    """Yields the tables of all sources; a table without rows is left out."""
+    yield _overview(checks)
+    for table in (_faults(checks), _readings(checks), _lengths(checks)):
+        if table.rows:
+            yield table
+
+
+def notes(checks: Sequence[Check]) -> Iterator[str]:
+    """Yields doubts about units, prompts and names, one line each."""
+    for check in checks:
+        if check.budget is not None:
+            yield from (f"source {check.name}: {doubt}" for doubt in check.budget.doubts)
+        collisions = name_collisions(check.findings.names)
+        for group in collisions[:MAX_COLLISIONS]:
+            yield f"source {check.name}: names that differ only in case or blanks: {group}"
+        if len(collisions) > MAX_COLLISIONS:
+            more = len(collisions) - MAX_COLLISIONS
+            yield f"source {check.name}: {more} more groups of similar names"
+
+
+def _overview(checks: Sequence[Check]) -> Table:
+    rows = []
+    for check in checks:
+        findings = check.findings
+        rate = check.questions / check.seconds if check.seconds else 0.0
+        counts = [check.questions, findings.usable, findings.bad.total(), findings.empty]
+        rows.append([check.name, *map(str, counts), f"{rate:.0f}"])
+    columns = ["source", "questions", "usable", "bad", "empty", "questions per second"]
+    return Table("records", columns, rows, "empty: without boxes or points, and left out")
+
+
+def _faults(checks: Sequence[Check]) -> Table:
+    rows = []
+    for check in checks:
+        for kind, count in check.findings.bad.most_common():
+            for i, (index, text) in enumerate(check.findings.faults[kind]):
+                name, number = (check.name, str(count)) if i == 0 else ("", "")
+                rows.append([name, kind if i == 0 else "", number, str(index), text[:MAX_TEXT]])
+    columns = ["source", "kind", "records", "question", "what is wrong"]
+    return Table("records that cannot be used", columns, rows)
+
+
+def _readings(checks: Sequence[Check]) -> Table:
+    rows = []
+    for check in checks:
+        for note, count in check.findings.notes.most_common():
+            rows.append([check.name, str(count), note])
+    return Table("how records are read", ["source", "records", "reading"], rows)
+
+
+def _lengths(checks: Sequence[Check]) -> Table:
+    rows = []
+    for check in checks:
+        longest = check.findings.longest
+        if longest:
+            cells = [f"{number} (question {index})" for number, index in longest.values()]
+            rows.append([check.name, *cells])
+    columns = ["source", "prompt tokens", "suffix tokens", "objects"]
+    return Table("longest of the usable questions", columns, rows)
