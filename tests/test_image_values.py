@@ -90,6 +90,14 @@ def test_base64_text_of_every_format_is_no_file_name(kind):
     assert load_image(text.encode(), None).shape == (6, 9, 3)
 
 
+def test_an_example_says_how_its_image_was_read(tmp_path):
+    (tmp_path / "a b.png").write_bytes(PNG)
+    source = source_of(tmp_path, "a b.png", "A%20B.png", TEXT)
+    examples = open_examples("a", source, Data(), 16)
+    notes = [examples[index].notes for index in range(3)]
+    assert notes == [(), ("name read with %XX decoded and in other case",), ()]
+
+
 def test_text_that_cannot_be_an_image_is_one_short_line():
     long = base64.b64encode(bytes(range(256)) * 400).decode()
     for value, kind, text in (
@@ -303,3 +311,13 @@ def test_images_in_base64_have_their_size(name):
     path = SHARED / "cases" / "11-images-in-base64" / f"{name}.jsonl"
     examples = open_examples("a", Source(uri=f"jsonl:{path}", boxes="bbox"), Data(), 16)
     assert {examples[i].size for i in range(len(examples))} == {(200, 150)}
+
+
+@pytest.mark.skipif(not (SHARED / "cases").exists(), reason="shared/cases is not here")
+@pytest.mark.parametrize("path", ["images", "images.0", "images[0]", "images.-1", "images[]"])
+def test_a_list_of_one_image_of_ms_swift_is_that_image(path):
+    file = SHARED / "cases" / "10-chat-messages-with-images-list" / "swift.jsonl"
+    source = Source(uri=f"jsonl:{file}", image=path, boxes="objects.bbox", label="objects.ref")
+    examples = open_examples("a", source, Data(), 16)
+    assert len(examples) == 8 and {examples[i].size for i in range(8)} == {(80, 60)}
+    assert examples[0].suffix == "<loc0085><loc0064><loc0426><loc0320> red square"
