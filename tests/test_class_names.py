@@ -59,6 +59,10 @@ def answers(uri: str, **entry: Any) -> list[str]:
     return texts
 
 
+def notes_of(records: Any) -> tuple[str, ...]:
+    return records.notes
+
+
 def objects(*categories: Any) -> dict[str, Any]:
     boxes = [[10, 10, 20, 20]] * len(categories)
     return {"image": png(), "objects": {"bbox": boxes, "category": list(categories)}}
@@ -92,7 +96,7 @@ def test_labels_of_objects_are_the_declared_names(tmp_path, name):
         "detect all: ",
     ]
     records = open_records(f"parquet:{path}")
-    assert records.notes == ("objects.category: 2 class names from the file",)
+    assert notes_of(records) == ("objects.category: 2 class names from the file",)
 
 
 def test_a_list_of_structs_has_its_names(tmp_path):
@@ -121,7 +125,7 @@ def test_a_class_of_the_image_is_a_phrase_or_an_answer(tmp_path):
     assert texts[:2] == ["answer left half 0: hard hat", "answer right half 1: face shield"]
     assert texts[2].startswith("bad_text") and texts[3].startswith("bad_text")
     assert texts[4] == "bad_record: class 7 of label: there are 2 names"
-    notes = open_records(f"parquet:{path}").notes
+    notes = notes_of(open_records(f"parquet:{path}"))
     assert notes == ("label: 2 class names from the file", "split: 2 class names from the file")
 
 
@@ -207,7 +211,7 @@ def test_names_of_a_readme_hold_for_files_without_names(put, fields, config):
     rows = {"data/train-00000-of-00001.parquet": [{"label": 1}, {"label": 0}, {"label": None}]}
     put({"dataset_info": config | {"features": fields}}, rows)
     assert hub_labels("org/ds@train?offline=1") == ["dog", "cat", None]
-    notes = open_records("hf:org/ds@train?offline=1").notes
+    notes = notes_of(open_records("hf:org/ds@train?offline=1"))
     assert notes == ("label: 2 class names from the README",)
     put({"dataset_info": config | {"features": fields}}, rows, features(label=LABEL))
     assert hub_labels("org/ds@train?offline=1") == ["face shield", "hard hat", None]

@@ -130,7 +130,7 @@ def in_zip(data: bytes) -> bytes:
     return out.getvalue()
 
 
-def in_tar(data: bytes, mode: str) -> bytes:
+def in_tar(data: bytes, mode: Any) -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode=mode) as archive:
         entry = tarfile.TarInfo("a.jsonl")

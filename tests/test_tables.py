@@ -188,6 +188,32 @@ def test_json_that_cannot_be_opened_is_refused(tmp_path):
         assert message in refusal(f"json:{tmp_path}/other.json")
 
 
+def test_no_error_quotes_much_of_a_file(tmp_path):
+    long = "x" * 20_000
+    write(tmp_path / "a.json", {long: 1})
+    assert len(refusal(f"json:{tmp_path}/a.json")) < 300
+    write(tmp_path / "a.json", [long])
+    assert len(refusal(f"json:{tmp_path}/a.json")) < 300
+    write(tmp_path / "a.json", [{"a": 1}, long])
+    (tmp_path / "a.jsonl").write_text(f"{json.dumps(long)}\n{long}\n")
+    for records in (open_json(f"{tmp_path}/a.json"), open_json_lines(f"{tmp_path}/a.jsonl")):
+        with pytest.raises(BadRecord) as bad:
+            records[1]
+        assert len(str(bad.value)) < 300
+    for value in (long, {"datasets": [long]}, {"datasets": [{"json_path": long, "b": long}]}):
+        (tmp_path / "a.yaml").write_text(yaml.safe_dump(value))
+        assert len(refusal(f"yaml:{tmp_path}/a.yaml")) < 400
+    (tmp_path / "a.yaml").write_text(f"{long}: {{")
+    assert len(refusal(f"yaml:{tmp_path}/a.yaml")) < 400
+    write_parquet(tmp_path / "p" / "a.parquet", [{"n": 1}])
+    write_parquet(tmp_path / "p" / "b.parquet", [{f"{long}{i}": 1 for i in range(9)}])
+    assert len(refusal(f"parquet:{tmp_path}/p")) < 600
+    value = {"images": [{"id": 1, "file_name": long}] * 2, "annotations": [], "categories": []}
+    assert len(refusal(f"coco:{write(tmp_path / 'c.json', value)}")) < 300
+    value["images"] = [{"id": long, "file_name": name} for name in "ab"]
+    assert len(refusal(f"coco:{write(tmp_path / 'c.json', value)}")) < 300
+
+
 def test_an_object_with_many_keys_gives_one_short_line(tmp_path):
     write(tmp_path / "a.json", {f"key{i}": i for i in range(1000)})
     assert "key9 and 990 more" in (text := refusal(f"json:{tmp_path}/a.json")) and len(text) < 200

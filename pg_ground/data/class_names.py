@@ -124,8 +124,7 @@ def _in_order(names: Mapping[Any, Any]) -> list[Any] | None:
 
 
 def _leaf(names: object) -> Names:
-    is_list = isinstance(names, list) and bool(names)
-    return {(): [str(name) for name in names]} if is_list else {}
+    return {(): [str(name) for name in names]} if isinstance(names, list) and names else {}
 
 
 def _fields(fields: Mapping[str, Names]) -> Names:

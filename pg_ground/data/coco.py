@@ -229,8 +229,8 @@ def _images(
 
 def _add_annotations(
     entries: Sequence[Any],
-    images: Mapping[Key, ImageObjects | BadEntry],
-    categories: Mapping[Key, Category],
+    images: Mapping[Any, ImageObjects | BadEntry],
+    categories: Mapping[Any, Category],
     with_crowd: bool,
     needs_name: bool,
     file_name: str,
@@ -257,7 +257,7 @@ def _add_annotation(
     entry: Any,
     image: ImageObjects | None,
     images: Iterable[Key],
-    categories: Mapping[Key, Category],
+    categories: Mapping[Any, Category],
     with_crowd: bool,
     needs_name: bool,
 ) -> None:
@@ -395,19 +395,17 @@ def _list_record(image: ImageObjects) -> JsonDict | BadEntry:
 def _split_by_category(image: ImageObjects) -> list[JsonDict | BadEntry]:
     """Returns an image's record in parts, one for each name of its categories."""
     parts: dict[Any, JsonDict | BadEntry] = {}
+    by_name: dict[str, JsonDict] = {}
     for category, box, crowd in zip(image.categories, image.boxes, image.iscrowd, strict=True):
-        if category.name is None:
+        name = category.name
+        if name is None:
             parts[category] = BadEntry("bad_text", category.fault)
             continue
-        if category.name not in parts:
-            parts[category.name] = image.fields | {
-                "category": category.name,
-                "boxes": [],
-                "iscrowd": [],
-            }
-        part = parts[category.name]
-        part["boxes"].append(box)
-        part["iscrowd"].append(crowd)
+        if name not in by_name:
+            by_name[name] = image.fields | {"category": name, "boxes": [], "iscrowd": []}
+            parts[name] = by_name[name]
+        by_name[name]["boxes"].append(box)
+        by_name[name]["iscrowd"].append(crowd)
     return list(parts.values())
 
 

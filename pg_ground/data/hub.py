@@ -18,8 +18,8 @@ from huggingface_hub.errors import (
 )
 
 from pg_ground.data.class_names import names_of_card
-from pg_ground.data.records import Records
-from pg_ground.data.tables import list_names, one_line, open_parquet_files, split_options
+from pg_ground.data.records import Records, list_names
+from pg_ground.data.tables import one_line, open_parquet_files, split_options
 from pg_ground.storage.downloads import CANNOT_GET, reason
 from pg_ground.types import UserError
 
@@ -136,7 +136,7 @@ def _card(readme: Path, uri: str) -> dict[str, Any]:
 
 def _bad_card(uri: str, error: Exception) -> UserError:
     return UserError(
-        f"source {uri}: the dataset's README.md has no valid configs: {one_line(error):.200}"
+        f"source {uri}: the dataset's README.md has no valid configs: {one_line(error)}"
     )
 
 

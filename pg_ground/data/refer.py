@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from pg_ground.data.coco import SINGULAR, Key, id_key, positions_by_id, read_bbox
-from pg_ground.data.records import BadRecord, Records, clip_text, short
+from pg_ground.data.records import BadRecord, Records, clip_text, list_names, short
 from pg_ground.data.tables import BadEntry, split_options
 from pg_ground.storage.codecs import unpack
 from pg_ground.storage.paths import FilePath, to_path
@@ -50,9 +50,9 @@ class Ref(NamedTuple):
 class Coco(NamedTuple):
     """COCO annotations by the keys of their ids."""
 
-    images: dict[Key, JsonDict]
-    annotations: dict[Key, JsonDict]
-    categories: dict[Key, JsonDict]
+    images: dict[Any, JsonDict]
+    annotations: dict[Any, JsonDict]
+    categories: dict[Any, JsonDict]
 
 
 class Refs:
@@ -154,10 +154,8 @@ def open_refer(location: str) -> Records:
     chosen = [ref for ref in refs if ref.split in (_canonical_split(split), None)]
     if not any(isinstance(ref.entry, dict) for ref in chosen):
         sizes = Counter(ref.split for ref in refs if isinstance(ref.entry, dict))
-        existing = ", ".join(f"{name} ({n})" for name, n in sizes.items())
-        raise UserError(
-            f"{source}: {dataset} has no split {split!r}; there are {existing or 'none'}"
-        )
+        existing = list_names(f"{name} ({n})" for name, n in sizes.items())
+        raise UserError(f"{source}: {dataset} has no split {split!r}; there are {existing}")
     coco = _read_all_coco(folder, options.get("coco"), chosen, source)
     return Refs(chosen, coco, to_path(options["images"], source) if "images" in options else folder)
 
@@ -231,15 +229,15 @@ def _to_ref(entry: object, dataset: str, where: str) -> Ref:
     """Returns an entry of a refs file. It must have split, image_id and ann_id."""
     if not isinstance(entry, dict):
         return Ref(dataset, None, BadEntry("bad_entry", f"{where} is {short(entry)}, not a dict"))
-    split = entry.get("split")
-    has_split = isinstance(split, str)
+    value = entry.get("split")
+    split = _canonical_split(value) if isinstance(value, str) else None
     missing = [name for name in ("image_id", "ann_id") if id_key(entry.get(name)) is None]
-    missing += [] if has_split else ["split"]
+    missing += ["split"] if split is None else []
     if missing:
         text = f"{where}: {missing[0]} is {short(entry.get(missing[0]))}"
         kind = "missing_field" if entry.get(missing[0]) is None else "bad_entry"
-        return Ref(dataset, _canonical_split(split) if has_split else None, BadEntry(kind, text))
-    return Ref(dataset, _canonical_split(split), entry)
+        return Ref(dataset, split, BadEntry(kind, text))
+    return Ref(dataset, split, entry)
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -320,7 +318,7 @@ def _no_coco(path: FilePath, source: str, reason: str) -> str:
     return f"{source}: {path} does not hold COCO's images, annotations and categories: {text}"
 
 
-def _look_up(table: dict[Key, JsonDict], kind: str, row: JsonDict, name: str) -> JsonDict:
+def _look_up(table: dict[Any, JsonDict], kind: str, row: JsonDict, name: str) -> JsonDict:
     """Returns the row of `table` with the id `row[name]`. Raises BadRecord (missing_`kind`)."""
     key = id_key(row.get(name))
     if key is None or key not in table:

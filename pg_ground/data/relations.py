@@ -418,7 +418,7 @@ def is_object_name(text: str) -> bool:
 def _scene_object(value: object, where: str) -> SceneObject:
     """Returns an object of a scene. Raises BadRecord, which begins with `where`."""
     name = name_text(value.get("name")) if isinstance(value, Mapping) else None
-    if name is None:
+    if not isinstance(value, Mapping) or name is None:
         raise BadRecord("bad_entry", f"{where} is {short(value)}; it needs a name")
     geometry = {
         field: _field_numbers(value.get(field), field, count, meaning, where)

@@ -19,7 +19,7 @@ import yaml
 from jaxtyping import Int
 
 from pg_ground.data.class_names import Names, names_of_schema, with_class_names
-from pg_ground.data.records import BadRecord, Records
+from pg_ground.data.records import BadRecord, Records, clip_text, list_names, short
 from pg_ground.data.sampling import sample_indices
 from pg_ground.storage.codecs import (
     HEAD_BYTES,
@@ -100,7 +100,7 @@ class JsonLines:
         except (ValueError, RecursionError) as error:
             raise BadRecord("bad_json", f"{where}: {error}") from error
         if not isinstance(record, dict):
-            raise BadRecord("bad_json", f"{where}: {record!r:.60} is not a JSON object")
+            raise BadRecord("bad_json", f"{where}: {short(record)} is not a JSON object")
         return record
 
     def _line(self, index: int) -> bytes:
@@ -110,6 +110,10 @@ class JsonLines:
         with self._path.open("rb") as file:
             file.seek(start)
             return file.read(length)
+
+
+MAX_REASON = 200
+"""Characters of another package's error that an error quotes."""
 
 
 class BadEntry(NamedTuple):
@@ -138,7 +142,7 @@ class RecordList:
             raise BadRecord(record.kind, record.message)
         if not isinstance(record, dict):
             raise BadRecord(
-                "bad_json", f"entry {index} of {self.name}: {record!r:.60} is not a JSON object"
+                "bad_json", f"entry {index} of {self.name}: {short(record)} is not a JSON object"
             )
         return record
 
@@ -358,12 +362,12 @@ def open_parquet_files(
         if different:
             raise UserError(
                 f"source {uri}: only one of {paths[0].name} and {path.name} has "
-                f"{', '.join(different)}; all files need the same columns"
+                f"{list_names(different)}; all files need the same columns"
             )
     rows = Parquet(paths, footers, root, names)
     if not len(rows):
-        names = list_names([path.name for path in paths])
-        raise UserError(f"source {uri}: there are no rows in {names}")
+        files = list_names([path.name for path in paths])
+        raise UserError(f"source {uri}: there are no rows in {files}")
     return rows
 
 
@@ -496,9 +500,8 @@ def _yaml_entries(path: FilePath, uri: str) -> list[dict[str, str]]:
         fields = {"sampling_strategy": "all"} | entry if isinstance(entry, dict) else {}
         has_names = set(fields) == {"json_path", "sampling_strategy"}
         if not has_names or not all(isinstance(value, str) for value in fields.values()):
-            raise UserError(
-                f"source {uri}: dataset {position} is {entry!s:.120}, but the form is {form}"
-            )
+            text = clip_text(str(entry), 120)
+            raise UserError(f"source {uri}: dataset {position} is {text}, but the form is {form}")
         entries.append(fields)
     return entries
 
@@ -522,8 +525,8 @@ def _cannot_open(uri: str, error: OSError | ImportError) -> UserError:
 
 
 def one_line(error: Exception) -> str:
-    """Returns the text of an error on one line."""
-    return " ".join(str(error).split())
+    """Returns the text of an error on one line, cut after `MAX_REASON` characters."""
+    return clip_text(" ".join(str(error).split()), MAX_REASON)
 
 
 def describe(value: object) -> str:
@@ -533,9 +536,4 @@ def describe(value: object) -> str:
         return f"an object with the keys {keys}" if value else "an empty object"
     if isinstance(value, list):
         return f"a list of {len(value)} that are not all objects" if value else "an empty list"
-    return f"{value!r:.60}"
-
-
-def list_names(names: Sequence[str]) -> str:
-    """Returns at most ten names with commas, and the number of the other names."""
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return f"{short(value)}"

@@ -17,8 +17,8 @@ from google.protobuf.message import DecodeError
 
 from pg_ground.data.arrayrecord import ArrayRecords, count_records, text_or_bytes
 from pg_ground.data.class_names import class_name
-from pg_ground.data.records import BadRecord, Records
-from pg_ground.data.tables import list_names, split_options
+from pg_ground.data.records import BadRecord, Records, list_names
+from pg_ground.data.tables import split_options
 from pg_ground.storage.paths import expand_path, to_path
 from pg_ground.types import JsonDict, UserError, nearest
 
