@@ -123,8 +123,8 @@ def test_text_that_cannot_be_an_image_is_one_short_line():
         ("a\nb.png", "missing_image", r"a\nb.png"),
         ("a\x1b[31m\ud800.png", "missing_image", r"a\x1b[31m\ud800.png"),
     ):
-        found_kind, message = fault(value)
-        assert found_kind == kind and text in message
+        kind_of_fault, message = fault(value)
+        assert kind_of_fault == kind and text in message
         assert len(message) < 400 and message.isprintable()
 
 
