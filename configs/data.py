@@ -149,6 +149,54 @@ ENTRIES: dict[str, Source] = {
         empty="keep",
         prompt="{phrase}",
     ),
+    # ---- Answers as text: the boxes come from the answer ----
+    # PaliGemma's own files: {"image", "prefix", "suffix"}, with loc tokens (and seg tokens) in the
+    # suffix. Roboflow exports this form.
+    "paligemma_jsonl": Source(
+        uri="jsonl:dataset/_annotations.train.jsonl",
+        phrase="prefix",
+        boxes="suffix",
+        prompt="{prefix}",
+        name="",
+    ),
+    # LLaVA: "conversations" of a human and gpt. Boxes are lists of numbers in the answer.
+    "llava": Source(
+        uri="json:llava.json",
+        boxes="conversations.1.value",
+        prompt="{conversations.0.value}",
+        name="",
+        remove="<image>",
+    ),
+    # ShareGPT and OpenAI's form: "messages" and a list of images. If rows have a system message,
+    # the paths are messages.-2.content and messages.-1.content.
+    "sharegpt": Source(
+        uri="jsonl:sharegpt.jsonl",
+        image="images",
+        boxes="messages.1.content",
+        prompt="{messages.0.content}",
+        name="",
+        remove="<image>",
+    ),
+    # Answers of Qwen-VL, Qwen2-VL and InternVL, <|box_start|>(x1,y1),(x2,y2)<|box_end|> or
+    # <ref>cat</ref><box>[[…]]</box>, are in thousandths. Those of Qwen2.5-VL are in pixels.
+    "qwen_grounding": Source(
+        uri="jsonl:qwen.jsonl",
+        image="images",
+        boxes="messages.1.content",
+        box_format="xyxy_permille",
+        prompt="{messages.0.content}",
+        name="",
+        remove=r"<image>|<\|[^|]*\|>",
+    ),
+    # ms-swift: the boxes are in "objects".
+    "ms_swift": Source(
+        uri="jsonl:swift.jsonl",
+        image="images",
+        phrase="objects.ref.0",
+        boxes="objects.bbox",
+        label="objects.ref",
+        prompt="detect {phrase}",
+    ),
     # ---- Interfaces ----
     # One question for each element of a screenshot.
     "gui_boxes": Source(

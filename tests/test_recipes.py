@@ -23,7 +23,7 @@ from pg_ground.data.batches import training_batches
 from pg_ground.data.datasets import Examples, open_examples
 from pg_ground.data.records import BadRecord
 from pg_ground.data.text_budgets import check_budgets, measure_budget
-from pg_ground.types import TEXT, Example
+from pg_ground.types import BOXES, TEXT, Example
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT.parent / "shared" / "data"
@@ -317,6 +317,41 @@ def test_photographs_points_and_scenes_mix_two_to_one_to_one(tmp_path):
     assert not bad_records.entries()
     photographs = [index for source, index in questions if source == 0]
     assert len(set(photographs)) == 100
+
+
+def test_rows_of_chats_give_gold_boxes(entries, tmp_path):
+    """The boxes of PaliGemma's files and of chats come from the text of the answer."""
+    Image.new("RGB", (80, 40)).save(tmp_path / "i.png")
+    box = "<loc0256><loc0128><loc0767><loc0512>"
+    chat = ["<image>\nFind the cat.", "It is at [10, 10, 40, 30]."]
+    qwen = "<|object_ref_start|>cat<|object_ref_end|><|box_start|>(125,250),(500,750)<|box_end|>"
+    rows = {
+        "paligemma_jsonl": {"image": "i.png", "prefix": "detect cat", "suffix": f"{box} cat"},
+        "llava": {
+            "image": "i.png",
+            "conversations": [{"from": who, "value": v} for who, v in zip("hg", chat, strict=True)],
+        },
+        "sharegpt": {
+            "images": ["i.png"],
+            "messages": [{"role": who, "content": v} for who, v in zip("ua", chat, strict=True)],
+        },
+        "qwen_grounding": {
+            "images": ["i.png"],
+            "messages": [{"content": chat[0]}, {"content": qwen}],
+        },
+        "ms_swift": {
+            "images": ["i.png"],
+            "objects": {"ref": ["cat"], "bbox": [[10, 10, 40, 30]]},
+        },
+    }
+    named = ("paligemma_jsonl", "qwen_grounding", "ms_swift")
+    for name, row in rows.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps([row]))
+        source = replace(entries[name], uri=f"json:{tmp_path}/{name}.json")
+        example = open_examples(name, source, DATA, 28)[0]
+        assert example.suffix == (f"{box} cat" if name in named else box), name
+        expected = "detect cat" if name in ("paligemma_jsonl", "ms_swift") else "Find the cat."
+        assert (example.prompt, example.target) == (expected, BOXES), name
 
 
 def test_every_entry_parses_and_a_wrong_name_is_refused(entries):
