@@ -11,9 +11,9 @@ from pg_ground.config import Data, Source
 from pg_ground.data.coco import id_key, name_text, read_flag
 from pg_ground.data.datasets import open_examples
 from pg_ground.data.records import BadRecord
+from pg_ground.data.source_check import SourceId, check_source
 from pg_ground.data.sources import open_records
-from pg_ground.data.text_budgets import measure_budget
-from pg_ground.tokenizer import load as load_tokenizer
+from pg_ground.reporting import data_report
 from pg_ground.types import UserError
 
 PHRASES = {"category": "category", "list": "classes", "image": "image"}
@@ -73,11 +73,14 @@ def questions(path: Path, ask: str, **entry: Any) -> tuple[list[tuple[str, str]]
     return good, bad
 
 
-def readings(path: Path, ask: str) -> dict[str, str]:
-    """Returns the lines of the start-up table about a source that keeps empty records."""
+def readings(path: Path, ask: str) -> list[str]:
+    """Returns what `look --check` says about the reading of a source that keeps empty records."""
     source = Source(uri=f"coco:{path}?ask={ask}", phrase=PHRASES[ask], boxes="boxes", empty="keep")
-    data = Data(max_boxes=4)
-    return measure_budget(open_examples("mine", source, data, 14), load_tokenizer(), data).notes
+    source_id = SourceId("mine", source, Data(max_boxes=4), 14, 0)
+    tables = data_report.tables([check_source(source_id, 1, lambda count: None)])
+    return [
+        row[-1] for table in tables if table.title == "how records are read" for row in table.rows
+    ]
 
 
 def notes_of(records: Any) -> tuple[str, ...]:

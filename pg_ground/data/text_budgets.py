@@ -29,6 +29,10 @@ FOREIGN_TOKENS = re.compile(
 """Tokens of other models' chats. For PaliGemma they are a text of many pieces."""
 
 
+WHOLE_SOURCE = "all"
+"""The number of records of a note that the reader of a source made when it was opened."""
+
+
 class Needs(NamedTuple):
     """The lengths that one question needs. The fields have the names of the settings."""
 
@@ -192,7 +196,7 @@ def _notes(
     target = dataset.source.target
     empty_answers = sum(not question.annotation.count for question in questions.values())
     measured = len(questions) + dropped
-    notes = dict.fromkeys(dataset.notes, "the source")
+    notes = dict.fromkeys(dataset.notes, WHOLE_SOURCE)
     if dropped:
         notes[f"no {target}: the record is left out (empty)"] = f"{dropped} of {measured}"
     if empty_answers and target != "text":

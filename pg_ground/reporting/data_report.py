@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from pg_ground.data.source_check import Check, name_collisions
+from pg_ground.data.text_budgets import WHOLE_SOURCE
 from pg_ground.reporting.tables import Table
 
 MAX_COLLISIONS = 5
@@ -58,6 +59,8 @@ def _faults(checks: Sequence[Check]) -> Table:
 def _readings(checks: Sequence[Check]) -> Table:
     rows = []
     for check in checks:
+        of_source = check.budget.notes.items() if check.budget else ()
+        rows += [[check.name, n, note] for note, n in of_source if n == WHOLE_SOURCE]
         for note, count in check.findings.notes.most_common():
             rows.append([check.name, str(count), note])
     return Table("how records are read", ["source", "records", "reading"], rows)
