@@ -530,6 +530,55 @@ def test_cv_bench_has_its_published_counts_and_formula():
     benchmarks.check_question_count(cv_bench_rows(qualitative), "cv_bench_qualitative")
 
 
+def shown(scored: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:
+    """Returns the value and the interval of each metric as the command shows them."""
+    table = benchmarks.table_rows(benchmarks.make_report(scored))
+    return {name: (value, interval) for name, value, interval in table}
+
+
+def test_every_share_of_cv_bench_is_a_percentage_with_an_interval():
+    values = shown(cv_bench_rows())
+    expected = {"cv_bench": 75, "cv_bench_2d": 50, "cv_bench_3d": 100, "distance": 100}
+    expected |= {"ade20k": 0, "omni3d": 100, "depth": 100, "count": 75}
+    for name, percent in expected.items():
+        value, interval = values[name]
+        assert value == f"{percent:.2f} %", name
+        low, high = map(float, interval.split(" to "))
+        assert low <= percent <= high, name
+    low, high = map(float, values["accuracy"][1].split(" to "))
+    assert low < float(values["accuracy"][0].split()[0]) < high
+    assert values["invalid"] == ("0", "")
+
+
+def test_the_interval_of_the_headline_follows_from_the_draws():
+    """ADE20K is half right and counts a quarter, so the headline moves a quarter as much."""
+    gold = [
+        {"choice": "A", "choices": ["x", "y"], "task": "Count", "source": source}
+        for source in ("ADE20K", "COCO", "Omni3D")
+        for _ in range(100)
+    ]
+    predictions = [{"choice": "A" if i >= 100 or i % 2 else "B"} for i in range(300)]
+    ranges = benchmarks.make_report(scored_rows("multiple_choice", predictions, gold))["intervals"]
+    part, headline = np.array(ranges["ade20k"]), np.array(ranges["cv_bench"])
+    np.testing.assert_allclose(headline, 0.75 + part / 4, atol=2e-6)
+    assert ranges["cv_bench_3d"] == [1, 1]
+
+
+def test_metrics_that_are_no_shares_are_no_percentages():
+    gold = boxes_answer(("", A)) | points_answer([5, 5])
+    pointing_values = shown(scored_rows("pointing", [points_answer([5, 8])], [gold]))
+    assert pointing_values["distance"][0] == f"{3 / math.hypot(100, 100):.4g}"
+    assert (pointing_values["distance_px"][0], pointing_values["f1"][0]) == ("3", "100.00 %")
+    boxes = shown(scored_rows("detection", [boxes_answer(("", A))], [boxes_answer(("", A))]))
+    assert (boxes["ap"][0], boxes["duplicates_per_image"][0]) == ("100.00 %", "0")
+    rows = rollout_rows(2, [None] * 100)
+    rewards = shown([{**row, "rewards": {"iou": 0.5}, "tokens": 7} for row in rows])
+    names = ("mean_reward", "reward_iou", "completion_length", "rollouts", "pass@1", "pass_rate")
+    assert [rewards[name][0] for name in names] == ["0.44", "0.5", "7", "2", "44.00 %", "44.00 %"]
+    counts = shown(scored_rows("counting", [{"number": 3}], [{"number": 5}]))
+    assert (counts["mae"][0], counts["accuracy"][0]) == ("2", "0.00 %")
+
+
 @pytest.mark.parametrize(
     ("text", "letter"),
     [

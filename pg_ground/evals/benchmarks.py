@@ -1,8 +1,8 @@
 """The benchmarks, each with its protocol and its size, and the metrics of rows (`eval.json`)."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,23 +21,37 @@ class Kind(NamedTuple):
     """Returns a number of each scored row, for the metrics that are means over rows."""
     aggregates: Callable[[Sequence[Row]], dict[str, float]]
     """Returns the metrics of scored rows that are not means over rows."""
+    not_shares: frozenset[str] = frozenset()
+    """Metrics that are no fractions of 1. All others are shown in percent."""
+    combined: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _: {}
+    """Returns the metrics that are computed from the means, for numbers or arrays."""
 
 
 def _no_aggregates(_: Sequence[Row]) -> dict[str, float]:
     return {}
 
 
+_BOXES = frozenset({"duplicates_per_image", "box_size_ratio"})
+_POINTS = frozenset({"distance", "distance_px", "median_distance_px"})
+_COUNT = frozenset({"mae"})
+_REWARD = frozenset(
+    {"mean_reward", "std_reward", "group_std_reward", "completion_length", "rollouts"}
+)
+_ANY_KIND = frozenset({"invalid", "suffix_nll", "suffix_perplexity", "questions"})
+
 KINDS: dict[str, Kind] = {
-    "box": Kind(grounding.score_one, grounding.means_one, grounding.aggregates),
-    "boxes": Kind(grounding.score_set, grounding.means_set, grounding.aggregates),
-    "detection": Kind(grounding.score_set, grounding.means_set, grounding.detection_aggregates),
+    "box": Kind(grounding.score_one, grounding.means_one, grounding.aggregates, _BOXES),
+    "boxes": Kind(grounding.score_set, grounding.means_set, grounding.aggregates, _BOXES),
+    "detection": Kind(
+        grounding.score_set, grounding.means_set, grounding.detection_aggregates, _BOXES
+    ),
     "mask": Kind(segmentation.score, segmentation.means, _no_aggregates),
-    "points": Kind(pointing.score_set, pointing.means_set, pointing.aggregates),
-    "click": Kind(pointing.score_click, pointing.means_click, pointing.aggregates),
-    "count": Kind(counting.score_count, counting.means_count, _no_aggregates),
-    "choice": Kind(cv_bench.score, cv_bench.means, cv_bench.aggregates),
+    "points": Kind(pointing.score_set, pointing.means_set, pointing.aggregates, _POINTS),
+    "click": Kind(pointing.score_click, pointing.means_click, pointing.aggregates, _POINTS),
+    "count": Kind(counting.score_count, counting.means_count, _no_aggregates, _COUNT),
+    "choice": Kind(cv_bench.score, cv_bench.means, _no_aggregates, combined=cv_bench.combined),
     "text": Kind(counting.score_text, counting.means_text, _no_aggregates),
-    "reward": Kind(environment.score, environment.means, environment.aggregates),
+    "reward": Kind(environment.score, environment.means, environment.aggregates, _REWARD),
 }
 
 
@@ -200,7 +214,7 @@ def compute_metrics(rows: Sequence[Row]) -> MetricValues:
             columns[f"{name}_fraction"] = column(rows, name)
     columns = {name: numbers for name, numbers in columns.items() if not np.isnan(numbers).all()}
     values = {name: float(np.nanmean(numbers)) for name, numbers in columns.items()}
-    values |= kind.aggregates(rows)
+    values |= kind.combined(values) | kind.aggregates(rows)
     if "invalid_fraction" in columns:
         values["invalid"] = float(columns["invalid_fraction"].sum())
     if "suffix_nll" in rows[0]:
@@ -253,7 +267,7 @@ def make_report(rows: Sequence[Row]) -> JsonDict:
         values, columns = compute_metrics(group)
         prefix = _mode_prefix(mode)
         summary = sources.setdefault(source, _source_summary(group))
-        ranges = intervals(columns, list(map(cluster, group)))
+        ranges = intervals(columns, list(map(cluster, group)), _kind(group[0]).combined)
         summary["intervals"] |= {prefix + name: ends for name, ends in ranges.items()}
         short_metrics |= {prefix + name: value for name, value in values.items()}
     named = {} if "" in sources else {**named_metrics(rows), "sources": sources}
@@ -284,16 +298,21 @@ def table_rows(report: JsonObject) -> list[list[str]]:
     Shares are shown in percent.
     """
     ranges = report["intervals"]
+    kind = KINDS[find_benchmark(report["benchmark"], "benchmark").kind]
     rows = []
     for name, value in report.items():
         if not isinstance(value, float):
             continue
-        is_share = name in ranges and "distance" not in name and name not in ("mae", "mean_reward")
-        scale, form = (100, ".2f") if is_share else (1, ".4g")
+        scale, form, unit = (100, ".2f", " %") if _is_share(name, kind) else (1, ".4g", "")
         interval = ""
         if name in ranges:
             low, high = ranges[name]
             interval = f"{low * scale:{form}} to {high * scale:{form}}"
-        unit = " %" if is_share else ""
         rows.append([name, f"{value * scale:{form}}{unit}", interval])
     return rows
+
+
+def _is_share(name: str, kind: Kind) -> bool:
+    """Returns whether a metric is a fraction of 1. `name` may have the prefixes of its source."""
+    metric = name.rpartition("/")[2].removeprefix(_mode_prefix(SAMPLED))
+    return metric not in kind.not_shares | _ANY_KIND and not metric.startswith("reward_")

@@ -1,6 +1,7 @@
 """CV-Bench (Cambrian-1, arXiv 2406.16860): its records, its scores and its published formula."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -77,18 +78,15 @@ def _gold_field(rows: Sequence[Row], name: str) -> np.ndarray:
     return np.array([row["gold"].get(name) or "" for row in rows])
 
 
-def aggregates(rows: Sequence[Row]) -> dict[str, float]:
-    """Returns the published scores, as far as the rows have their sources.
+def combined(accuracy: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the published scores, as far as the accuracies of their sources are there.
 
     2D is (ADE20K + COCO) / 2. 3D is Omni3D. `cv_bench` is the mean of 2D and 3D.
+
+    Args:
+      accuracy: accuracies by the name of the source in lower case: numbers, or arrays of one shape.
     """
-    columns = means(rows)
-    accuracy = {
-        name: float(np.nanmean(columns[name]))
-        for name in ("ade20k", "coco", "omni3d")
-        if not np.isnan(columns[name]).all()
-    }
-    scores: dict[str, float] = {}
+    scores: dict[str, Any] = {}
     if {"ade20k", "coco"} <= accuracy.keys():
         scores["cv_bench_2d"] = (accuracy["ade20k"] + accuracy["coco"]) / 2
     if "omni3d" in accuracy:

@@ -3,7 +3,7 @@
 They resample images, not rows, because the rows of one image depend on each other.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,13 @@ MAX_DRAWS = 4_000_000
 
 
 def intervals(
-    columns: Mapping[str, Float[np.ndarray, " N"]], images: Sequence[Any]
+    columns: Mapping[str, Float[np.ndarray, " N"]],
+    images: Sequence[Any],
+    combined: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda _: {},
 ) -> dict[str, list[float]]:
     """Returns the 95 % percentile interval of the mean of each column, rounded to six decimals.
+
+    The result also has the intervals of the metrics that `combined` computes from the means.
 
     Images are drawn with replacement, and each image brings all its rows (the cluster bootstrap:
     Cameron, Gelbach & Miller 2008). The draws are the same in every call.
@@ -27,6 +31,8 @@ def intervals(
     Args:
       columns: a number of each row, by name. NaN means that a row does not count.
       images: the image of each row. A row whose image is None counts as its own image.
+      combined: returns metrics of the means, by name. It gets the means of each replicate as
+        arrays f64[R]. A replicate in which a part of a metric is NaN does not count for it.
     """
     if not columns:
         return {}
@@ -41,10 +47,10 @@ def intervals(
     cluster_counts = np.zeros((len(numbers), values.shape[1]))
     np.add.at(cluster_sums, cluster_of_row, np.where(counts, values, 0.0))
     np.add.at(cluster_counts, cluster_of_row, counts)
-    means = _replicate_means(cluster_sums, cluster_counts)
+    means = dict(zip(columns, _replicate_means(cluster_sums, cluster_counts).T, strict=True))
     result = {}
-    for index, name in enumerate(columns):
-        defined = means[~np.isnan(means[:, index]), index]
+    for name, replicates in {**means, **combined(means)}.items():
+        defined = replicates[~np.isnan(replicates)]
         if len(defined):
             result[name] = np.percentile(defined, (2.5, 97.5)).round(6).tolist()
     return result
