@@ -51,6 +51,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "hugging_face_config",
             "safetensors_files",
             "vocabulary_rows",
+            "peft",
             "hugging_face",
             "run_directory",
             "manager",

@@ -7,7 +7,7 @@ import logging
 
 import jax
 
-from pg_ground.checkpoints import export, tensor_files, weights
+from pg_ground.checkpoints import export, peft, tensor_files, weights
 from pg_ground.storage.downloads import tokenizer_file
 from pg_ground.storage.paths import FilePath
 from pg_ground.tokenizer import check_vocab_size
@@ -82,7 +82,8 @@ def convert(
 def tokenizer_files(source: FilePath, tokenizer: str, vocab_size: int) -> dict[str, bytes]:
     """Returns the files with which transformers loads a tokenizer, by name.
 
-    The files of a Hugging Face directory are copied. For a run they hold the tokenizer of the run.
+    The files of a Hugging Face directory, or of an adapter or its base, are copied. For a run they
+    hold the tokenizer of the run.
 
     Args:
       source: the checkpoint.
@@ -90,7 +91,9 @@ def tokenizer_files(source: FilePath, tokenizer: str, vocab_size: int) -> dict[s
       vocab_size: number of tokens of the model.
     """
     config = {"tokenizer_config.json": (json.dumps(TOKENIZER_CONFIG, indent=1) + "\n").encode()}
-    copies = {name: source / name for name in TOKENIZER_FILES if (source / name).is_file()}
+    copies = _existing(source)
+    if peft.is_adapter(source) and not copies:
+        copies = _existing(weights.adapter_base(source))
     if copies and not tokenizer:
         return config | {name: path.read_bytes() for name, path in copies.items()}
     path = tokenizer or weights.tokenizer_path(source)
@@ -103,3 +106,8 @@ def tokenizer_files(source: FilePath, tokenizer: str, vocab_size: int) -> dict[s
     loaded = load_tokenizer(tokenizer_file(path, "--tokenizer"))
     check_vocab_size(loaded, vocab_size)
     return config | {"tokenizer.model": loaded.pieces.serialized_model_proto()}
+
+
+def _existing(folder: FilePath) -> dict[str, FilePath]:
+    """Returns the files of a tokenizer in a folder, by name."""
+    return {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}

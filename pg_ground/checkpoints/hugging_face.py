@@ -26,7 +26,8 @@ from pg_ground.checkpoints.hugging_face_names import (
     Row,
     table,
 )
-from pg_ground.checkpoints.safetensors_files import Tensor, list_tensors
+from pg_ground.checkpoints.peft import Adapter
+from pg_ground.checkpoints.safetensors_files import HubTensor, list_tensors
 from pg_ground.checkpoints.tensor_files import (
     BlockIndex,
     StoredTensor,
@@ -50,9 +51,14 @@ OF_ADAPTERS = (".base_layer.", "lora_A", "lora_B", "lora_embedding_", "lora_magn
 logger = logging.getLogger(__name__)
 
 
-def open_directory(folder: Path) -> tuple[HubConfig, dict[str, StoredTensor]]:
+def open_directory(
+    folder: Path, adapter: Adapter | None = None
+) -> tuple[HubConfig, dict[str, StoredTensor]]:
     """Returns the settings and the tensors of a Hugging Face directory, under big_vision's names
     and without filler rows.
+
+    Args:
+      adapter: is merged into the tensors while they are read.
 
     Raises:
       UserError: a file, a layer or a tensor is missing, unknown, cut short, or has another shape
@@ -60,11 +66,14 @@ def open_directory(folder: Path) -> tuple[HubConfig, dict[str, StoredTensor]]:
         embedding has rows of added tokens, or adapters are not merged.
     """
     hub = read_config(folder)
-    files = {
+    files: dict[str, HubTensor] = {
         name: tensor for name, tensor in list_tensors(folder).items() if not name.endswith(IGNORED)
     }
     _check_merged(folder, files)
     head = _pop_head(folder, files, hub)
+    if adapter is not None:
+        files = adapter.merge(files)
+        head = files.pop(HEAD, head)
     problems: list[str] = []
     tensors: dict[str, StoredTensor] = {}
     used: set[str] = set()
@@ -90,12 +99,13 @@ def open_directory(folder: Path) -> tuple[HubConfig, dict[str, StoredTensor]]:
             f"{folder} does not hold a PaliGemma as its config.json describes it: "
             f"{first_problems(problems)}"
         )
-    vocabulary_rows.check_rows(folder, files[EMBED_TOKENS], hub.vocab_size)
-    _check_tied(folder, head, files[EMBED_TOKENS])
+    folders = (folder,) if adapter is None else (folder, adapter.folder)
+    vocabulary_rows.check_rows(folder, files[EMBED_TOKENS], hub.vocab_size, folders)
+    _check_tied(folders[-1], head, files[EMBED_TOKENS])
     return hub, tensors
 
 
-def _check_merged(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def _check_merged(folder: Path, tensors: Mapping[str, HubTensor]) -> None:
     """Raises UserError if the tensors belong to a PEFT model whose adapters are not merged."""
     for name, tensor in tensors.items():
         if any(part in name for part in OF_ADAPTERS):
@@ -105,7 +115,7 @@ def _check_merged(folder: Path, tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def _pop_head(folder: Path, tensors: dict[str, Tensor], hub: HubConfig) -> Tensor | None:
+def _pop_head(folder: Path, tensors: dict[str, HubTensor], hub: HubConfig) -> HubTensor | None:
     """Removes the head from `tensors` and returns it.
 
     If the head is stored and the embedding is not, the head becomes the embedding: safetensors
@@ -124,7 +134,7 @@ def _pop_head(folder: Path, tensors: dict[str, Tensor], hub: HubConfig) -> Tenso
     return None
 
 
-def _names_by_layer(row: Row, tensors: Mapping[str, Tensor]) -> list[list[str]]:
+def _names_by_layer(row: Row, tensors: Mapping[str, HubTensor]) -> list[list[str]]:
     """Returns the names of a row's tensors by layer and part.
 
     The largest layer number of any of them counts, so that a missing tensor of a layer is reported.
@@ -141,7 +151,7 @@ def _names_by_layer(row: Row, tensors: Mapping[str, Tensor]) -> list[list[str]]:
     return [[name.format(i=i) for name in row.hub_names] for i in range(count)]
 
 
-def _other_shapes(names: list[str], tensors: Mapping[str, Tensor]) -> list[str]:
+def _other_shapes(names: list[str], tensors: Mapping[str, HubTensor]) -> list[str]:
     """Returns a problem for each tensor of a row that has another shape than in layer 0."""
     expected = tensors[names[0]].shape
     return [
@@ -151,7 +161,7 @@ def _other_shapes(names: list[str], tensors: Mapping[str, Tensor]) -> list[str]:
     ]
 
 
-def _misfit(row: Row, tensor: Tensor, hub: HubConfig) -> str:
+def _misfit(row: Row, tensor: HubTensor, hub: HubConfig) -> str:
     """Returns the problem that a row's pattern does not fit the shape of its tensor."""
     heads = "".join(
         f"heads of config.json ({count}) or the " for count in _head_counts(row, hub).values()
@@ -171,7 +181,7 @@ def _head_counts(row: Row, hub: HubConfig) -> dict[str, int]:
     return {"n": hub.kv_heads if row.name.endswith("kv_einsum/w") else hub.heads}
 
 
-def _stored_tensor(row: Row, layers: list[list[Tensor]], hub: HubConfig) -> StoredTensor:
+def _stored_tensor(row: Row, layers: list[list[HubTensor]], hub: HubConfig) -> StoredTensor:
     """Returns the big_vision tensor that one row of the table makes of the tensors of all layers
     and parts.
     """
@@ -194,7 +204,7 @@ def _stored_tensor(row: Row, layers: list[list[Tensor]], hub: HubConfig) -> Stor
     return StoredTensor((*stack_shape, *shape), dtype, blocks)
 
 
-def _stored_embedding(tensor: Tensor, hub: HubConfig) -> StoredTensor:
+def _stored_embedding(tensor: HubTensor, hub: HubConfig) -> StoredTensor:
     """Returns the embedding table without its filler rows."""
     rows, width = tensor.shape
     vocab_size = rows - FILLER_ROWS if hub.vocab_size is None else hub.vocab_size
@@ -209,7 +219,7 @@ def _stored_embedding(tensor: Tensor, hub: HubConfig) -> StoredTensor:
     return StoredTensor(shape, tensor.dtype, blocks)
 
 
-def _check_tied(folder: Path, head: Tensor | None, embedding: Tensor) -> None:
+def _check_tied(folder: Path, head: HubTensor | None, embedding: HubTensor) -> None:
     """Raises UserError if there is a head that differs from the embedding."""
     if head is None:
         return
@@ -225,8 +235,8 @@ def _check_tied(folder: Path, head: Tensor | None, embedding: Tensor) -> None:
     )
     if not is_tied:
         raise UserError(
-            f"{folder}: {head.key} differs from the embedding: "
-            "PaliGemma's head is tied to its embedding"
+            f"{folder}: the head ({head.key} of {head.path.name}) differs from the embedding "
+            f"({embedding.key} of {embedding.path.name}): PaliGemma's head is tied to its embedding"
         )
 
 

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -15,6 +15,31 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float6
 
 OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.gguf")
 """Files of weights that a directory can have in place of `model.safetensors`."""
+
+
+@runtime_checkable
+class HubTensor(Protocol):
+    """One tensor of a Hugging Face directory."""
+
+    @property
+    def path(self) -> Path:
+        """The file of the tensor."""
+        ...
+
+    @property
+    def key(self) -> str:
+        """Its name in the file."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def read(self, rows: slice | None = None) -> np.ndarray:
+        """Returns all values, or some rows."""
+        ...
 
 
 class Tensor(NamedTuple):

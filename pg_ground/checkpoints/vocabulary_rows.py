@@ -6,12 +6,13 @@ added behind it, so it refuses them.
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from pg_ground.checkpoints.hugging_face_config import FILLER_ROWS
-from pg_ground.checkpoints.safetensors_files import Tensor
+from pg_ground.checkpoints.safetensors_files import HubTensor
 from pg_ground.types import JsonDict, UserError, first_problems
 from pg_ground.vocab import LOC_TOKENS, SEG_TOKENS
 
@@ -27,13 +28,16 @@ SAMPLED_ROWS = 1024
 logger = logging.getLogger(__name__)
 
 
-def check_rows(folder: Path, embedding: Tensor, vocab_size: int | None) -> None:
+def check_rows(
+    folder: Path, embedding: HubTensor, vocab_size: int | None, tokenizers: Sequence[Path]
+) -> None:
     """Checks the number of rows of an embedding, and the tokens of the rows that are not read.
 
     A table without filler rows, or with `<image>` alone behind the vocabulary, is whole.
 
     Args:
       vocab_size: rows before `<image>`; None if `config.json` does not say it.
+      tokenizers: folders that can hold the files of a tokenizer.
 
     Raises:
       UserError: tokens were added to the model, or rows of the vocabulary are missing.
@@ -49,7 +53,9 @@ def check_rows(folder: Path, embedding: Tensor, vocab_size: int | None) -> None:
             f"{folder}: {embedding.key} has {rows} rows, but image_token_index of config.json is "
             f"{vocab_size}: {-extra} rows of the vocabulary are missing"
         )
-    tokens = _tokens_of_tokenizer(folder)
+    tokens: dict[int, str] = {}
+    for tokenizer in tokenizers:
+        tokens |= _tokens_of_tokenizer(tokenizer)
     added = {number: text for number, text in tokens.items() if vocab_size < number < rows}
     whole = f"model.resize_token_embeddings({vocab_size + 1}) in transformers leaves them out"
     if added:
@@ -92,7 +98,7 @@ def _read(file: Path) -> JsonDict:
     return content if isinstance(content, dict) else {}
 
 
-def _warn_of_trained_rows(folder: Path, embedding: Tensor, vocab_size: int) -> None:
+def _warn_of_trained_rows(folder: Path, embedding: HubTensor, vocab_size: int) -> None:
     """Warns of rows behind `<image>` that differ from filler rows as tokens do.
 
     Filler rows are near zero, near the mean of all rows, or near each other. A token lies about as

@@ -1,8 +1,8 @@
 """Reads parameters from published checkpoints and from runs. All names become big_vision's.
 
-Readable: big_vision's `.npz`, Hugging Face directories, working directories of runs, single
-checkpoints of runs, and the orbax directories that `convert` writes. Each tensor is read directly
-into its shards.
+Readable: big_vision's `.npz`, Hugging Face directories, adapters of PEFT, working directories of
+runs, single checkpoints of runs, and the orbax directories that `convert` writes. Each tensor is
+read directly into its shards.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from pg_ground import config
-from pg_ground.checkpoints import adaptation, hugging_face, manager, run_directory, tensor_files
+from pg_ground.checkpoints import (
+    adaptation,
+    hugging_face,
+    manager,
+    peft,
+    run_directory,
+    tensor_files,
+)
 from pg_ground.checkpoints.hugging_face_config import HubConfig
 from pg_ground.checkpoints.model_sizes import (
     POSITIONS,
@@ -39,7 +46,7 @@ from pg_ground.params import (
     unflatten,
 )
 from pg_ground.storage.downloads import checkpoint_path, download_folder
-from pg_ground.storage.paths import FilePath
+from pg_ground.storage.paths import FilePath, to_path
 from pg_ground.types import JsonObject, Params, UserError
 
 MODEL_FILE = "model.json"
@@ -76,8 +83,9 @@ def load(
     final soft-cap is off unless `sizes` has one. A plain Gemma table gets PaliGemma's 1,152 rows.
 
     Args:
-      path: a big_vision `.npz`, a Hugging Face directory, a run (its newest checkpoint, or
-        RUN/best; adapters are merged), or an orbax directory that `convert` wrote.
+      path: a big_vision `.npz`, a Hugging Face directory, an adapter of PEFT (merged into its
+        base), a run (its newest checkpoint, or RUN/best; adapters are merged), or an orbax
+        directory that `convert` wrote.
       sizes: the sizes that the model must have; None takes the sizes of the checkpoint.
       mesh: devices over which the parameters are sharded; None means the first device.
       dtype: dtype of all parameters; "" keeps the dtypes of the checkpoint.
@@ -130,8 +138,11 @@ def open_checkpoint(
     if model_file.is_file():
         model = config.parse_model(run_directory.read_json(model_file), str(model_file))
         return _open_orbax(path, model, [path / "params"], sizes, resample_positions)
-    if _is_hugging_face(path):
-        hub, tensors = hugging_face.open_directory(download_folder(path))
+    is_adapter = peft.is_adapter(path)
+    if is_adapter or _is_hugging_face(path):
+        adapter = peft.read_adapter(download_folder(path)) if is_adapter else None
+        folder = adapter_base(path) if is_adapter else path
+        hub, tensors = hugging_face.open_directory(download_folder(folder), adapter)
         hub = hub if keep_final_softcap else hub._replace(final_softcap=0.0)
         return _open_files(path, tensors, hub, sizes, resample_positions)
     workdir, step = run_directory.find_checkpoint(path)
@@ -146,8 +157,47 @@ def _is_hugging_face(folder: FilePath) -> bool:
     return (folder / "config.json").is_file() and not run_directory.is_run(folder)
 
 
+def adapter_base(path: FilePath) -> FilePath:
+    """Returns the Hugging Face directory into which the adapter at `path` is merged.
+
+    It is a path of this machine, a path from the folder of the adapter, or a name on the Hub.
+
+    Raises:
+      UserError: the base cannot be found, or it is no Hugging Face directory.
+    """
+    settings = peft.read_config(path)
+    name, revision = settings["base_model_name_or_path"], settings.get("revision")
+    beside = path / name
+    try:
+        # PEFT resolves a path from the working directory.
+        base = to_path(name, peft.CONFIG_FILE)
+        if not base.exists():
+            base = (
+                beside
+                if beside.exists()
+                else checkpoint_path(
+                    f"{name}@{revision}" if revision else name, "base_model_name_or_path"
+                )
+            )
+    except UserError as error:
+        raise UserError(f"{_needs_base(path, name)} ({error})") from error
+    if not base.exists():
+        raise UserError(_needs_base(path, name))
+    if not _is_hugging_face(base):
+        raise UserError(f"{path} is an adapter of {name}, but {base} is no Hugging Face directory")
+    return base
+
+
+def _needs_base(path: FilePath, name: str) -> str:
+    return (
+        f"{path} is a PEFT adapter of {name}, which is not on this machine: put the base there, or "
+        "merge the adapter in PEFT (merge_and_unload), then save_pretrained"
+    )
+
+
 def tokenizer_path(path: FilePath) -> str | None:
-    """Returns the sentencepiece model of a run or a Hugging Face directory; None if it has none.
+    """Returns the sentencepiece model of a run, a Hugging Face directory or an adapter (or of its
+    base); None if it has none.
 
     "" is the tokenizer of this package, with which the run was trained.
     """
@@ -155,6 +205,8 @@ def tokenizer_path(path: FilePath) -> str | None:
         return None
     if (path / "tokenizer.model").is_file():
         return str(path / "tokenizer.model")
+    if peft.is_adapter(path):
+        return tokenizer_path(adapter_base(path))
     if (path / MODEL_FILE).is_file() or _is_hugging_face(path):
         return None
     workdir = run_directory.find_checkpoint(path).workdir
