@@ -175,6 +175,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "learning_memory",
             "rollout_weights",
             "rollout_worker",
+            "reward_coverage",
             "rollout_samples",
             "run_config",
             "recorder",

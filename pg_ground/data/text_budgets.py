@@ -79,7 +79,7 @@ def measure_budget(dataset: Examples, tokenizer: Tokenizer, data: Data) -> Budge
       UserError: none of the first questions can be used; or no probed image; or no record has the
         field of the boxes; or the coordinates are in another unit (`units.check_units`).
     """
-    indices = _spread(len(dataset), data.check_records)
+    indices = spread(len(dataset), data.check_records)
     questions: dict[int, Question] = {}
     failures: list[str] = []
     empty = 0
@@ -93,7 +93,7 @@ def measure_budget(dataset: Examples, tokenizer: Tokenizer, data: Data) -> Budge
                 raise _none_usable(dataset, failures) from None
     _check_any_object(dataset, questions)
     readable = list(questions)
-    probed = _probe(dataset, [readable[i] for i in _spread(len(readable), PROBED_IMAGES)])
+    probed = _probe(dataset, [readable[i] for i in spread(len(readable), PROBED_IMAGES)])
     largest = [
         max((question.needs[field] for question in questions.values()), default=0)
         for field in range(len(Needs._fields))
@@ -231,7 +231,7 @@ def foreign_tokens(prompts: Sequence[str]) -> list[str]:
     ]
 
 
-def _spread(count: int, limit: int) -> list[int]:
+def spread(count: int, limit: int) -> list[int]:
     """Returns at most `limit` of `count` indices, evenly spread from the first to the last."""
     return np.unique(np.linspace(0, count - 1, min(count, limit)).astype(np.int64)).tolist()
 

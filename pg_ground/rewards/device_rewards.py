@@ -363,6 +363,7 @@ def reward_metrics(
         **{f"reward/{name}": mean for name, mean in parts.items()},
         **{f"reward/weighted/{name}": weights[name] * mean for name, mean in parts.items()},
         "reward/total": jnp.nanmean(rewards.total),
+        "reward/unscored_fraction": jnp.mean(jnp.isnan(rewards.total)),
         "reward/std": group_std(rewards.total).mean(),
         "group/zero_std_fraction": jnp.mean(~has_spread(rewards.total)),
         "completion/length": rollout.mask.sum(axis=-1).mean(),

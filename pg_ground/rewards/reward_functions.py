@@ -14,8 +14,11 @@ from pg_ground.rewards.workers import RewardWorkers, load_reward
 from pg_ground.types import Answer, Batch, UserError
 
 
-def make_reward_workers(settings: Grpo) -> RewardWorkers:
+def make_reward_workers(settings: Grpo, log_errors: bool = True) -> RewardWorkers:
     """Returns the workers of all text rewards in `settings`. No process is started yet.
+
+    Args:
+      log_errors: logs the first error of each reward.
 
     Raises:
       UserError: a reward does not exist or cannot be loaded.
@@ -24,7 +27,8 @@ def make_reward_workers(settings: Grpo) -> RewardWorkers:
         name for name in settings.rewards if ".py:" in name and load_reward(name).kind == "text"
     ]
     names = (*settings.text_rewards, *from_files)
-    return RewardWorkers({name: name for name in names}, TEXT_REWARDS, settings.reward_workers)
+    rewards = {name: name for name in names}
+    return RewardWorkers(rewards, TEXT_REWARDS, settings.reward_workers, log_errors)
 
 
 def load_device_rewards(settings: Grpo) -> dict[str, device_rewards.Reward]:

@@ -156,11 +156,13 @@ class RewardWorkers:
         rewards: Mapping[str, str],
         registry: Mapping[str, Callable[..., Any]],
         settings: RewardWorkerSettings,
+        log_errors: bool = True,
     ):
         """Loads the rewards. No process is started yet.
 
         Args:
           rewards: name to `path/to/file.py:function`, or to a name in `registry`.
+          log_errors: logs the first error of each reward.
 
         Raises:
           UserError: a reward does not exist, does not run or is no text reward.
@@ -176,6 +178,7 @@ class RewardWorkers:
         }
         self._setup = Setup(sources, settings.timeout_s, settings.memory_bytes)
         self._settings = settings
+        self._log_errors = log_errors
         self._submitted: Counter[str] = Counter()
         self._calls: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
@@ -242,6 +245,15 @@ class RewardWorkers:
                     f"first with: {self._first_error[name]}"
                 )
 
+    def check_any_success(self) -> None:
+        """Raises UserError if a reward failed on every completion."""
+        for name in self._is_batched:
+            if self._calls[name] and self._errors[name] == self._calls[name]:
+                raise UserError(
+                    f"the reward {name} failed on {self._errors[name]} of {self._calls[name]} "
+                    f"completions; first with: {self._first_error[name]}"
+                )
+
     def get_state(self) -> JsonDict:
         """Returns the counts as JSON, for an exact resume.
 
@@ -286,6 +298,8 @@ class RewardWorkers:
             if failures and name not in self._first_error:
                 completion, error = failures[0]
                 self._first_error[name] = error
+                if not self._log_errors:
+                    continue
                 logger.warning(
                     "the reward %s scores 0 (later errors are only counted): %s, for %r",
                     name,

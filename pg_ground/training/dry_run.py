@@ -22,7 +22,7 @@ from pg_ground.rl.scored_rollouts import ScoredRollouts, has_spread, weights_at
 from pg_ground.storage.paths import FilePath
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.training.grpo import GrpoStage
-from pg_ground.training.loop import Inputs, open_batches, prepare
+from pg_ground.training.loop import Inputs, check_stage, open_batches, prepare
 from pg_ground.training.setup import init_params
 from pg_ground.training.stage import Runtime
 from pg_ground.training.timing import StepTimer
@@ -40,8 +40,8 @@ def dry_run(config: Config, workdir: FilePath | None) -> str:
       workdir: a run whose policy answers; None uses the first parameters of a new run.
 
     Raises:
-      UserError: no stage samples completions, a reward fails too often, or an error that `train`
-        raises.
+      UserError: no stage samples completions, the rewards can teach nothing, a reward fails too
+        often, or an error that `train` raises.
     """
     inputs = prepare(config)
     stages = [stage for stage in inputs.stages if isinstance(stage, GrpoStage)]
@@ -58,6 +58,7 @@ def dry_run(config: Config, workdir: FilePath | None) -> str:
         inputs, stage, params = _with_checkpoint(inputs, workdir)
     bad_records = BadRecords()
     batches = open_batches(inputs, stage, bad_records)
+    check_stage(inputs, stage, batches)
     scored, errors = first_rollouts(inputs, stage, params, batches)
     reward_weights = weights_at(config.grpo.all_rewards, 0)
     count = min(config.log.samples, len(scored.batch.prompt))

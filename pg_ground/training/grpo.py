@@ -4,7 +4,7 @@ A step samples groups of completions, scores them, compares them within the grou
 policy.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
@@ -16,11 +16,13 @@ import jax.numpy as jnp
 from pg_ground.checkpoints import manager, vqvae_file
 from pg_ground.config import Grpo
 from pg_ground.data.batches import BatchIterator
+from pg_ground.data.datasets import Examples
 from pg_ground.models import vqvae
 from pg_ground.parallel import memory_model, multiprocess, sharding
 from pg_ground.parallel.memory_model import device_work
 from pg_ground.params import join
 from pg_ground.reporting import progress
+from pg_ground.reporting.tables import Table
 from pg_ground.rewards import device_rewards
 from pg_ground.rewards.answer_reader import DecodeMasks
 from pg_ground.rewards.reward_functions import load_device_rewards, make_reward_workers
@@ -31,6 +33,8 @@ from pg_ground.rl.rollout import sample
 from pg_ground.rl.scored_rollouts import PolicyBatch, ScoredRollouts, weights_at
 from pg_ground.rl.update import completion_logps, grpo_update
 from pg_ground.storage.paths import to_path
+from pg_ground.tokenizer import Tokenizer
+from pg_ground.training import reward_coverage
 from pg_ground.training import setup as setups
 from pg_ground.training.learning_memory import learning_memory
 from pg_ground.training.program import Memory, Program, jit_program
@@ -99,6 +103,19 @@ class GrpoStage:
             (settings.rollout_parts, "grpo.batch_size / rollout_parts"),
         ):
             sharding.check_batch_size(self.setup.mesh, settings.batch_size // divisor, setting)
+
+    def check_data(self, parts: Sequence[Examples], tokenizer: Tokenizer) -> Table:
+        """Returns the table of the rewards of each source.
+
+        Raises:
+          UserError: the rewards do not apply to a question, or cannot teach anything.
+        """
+        config = self.setup.config
+        coverages = reward_coverage.measure(
+            parts, self.settings, tokenizer, config.data, bool(config.eval.vqvae)
+        )
+        reward_coverage.check(coverages, self.settings)
+        return reward_coverage.table(coverages, self.settings)
 
     def resident_memory(self) -> dict[str, float]:
         """Returns the bytes of parameters, optimizer, reference policy and gathered frozen

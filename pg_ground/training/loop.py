@@ -91,6 +91,8 @@ def train(config: Config, workdir: FilePath, accept: Sequence[str] = ()) -> File
     streams = {stage.name: open_batches(inputs, stage, bad_records) for stage in inputs.stages}
     eval_sources = open_eval_sources(config.eval, config.data, config.model.image_size)
     check_text_lengths(config, inputs.tokenizer, streams, eval_sources)
+    for stage in inputs.stages:
+        check_stage(inputs, stage, streams[stage.name])
     check_run_config(workdir, config, accept)
     frozen = store_frozen(workdir, inputs.setup.frozen, all_params)
     trained = None if all_params is None else pick(all_params, inputs.setup.trained.__contains__)
@@ -360,6 +362,19 @@ def check_text_lengths(
     multiprocess.print_once(ascii_table(Table("longest texts", heads, rows, limits)))
     print_readings(budgets)
     check_budgets(budgets, config.data)
+
+
+def check_stage(inputs: Inputs, stage: Stage, stream: TrainingBatches) -> None:
+    """Prints what a stage can learn from its sources.
+
+    Raises:
+      UserError: the stage can learn nothing from a source.
+    """
+    if not inputs.setup.config.data.check_records:
+        return
+    table = stage.check_data(stream.datasets, inputs.tokenizer)
+    if table is not None:
+        multiprocess.print_once(ascii_table(table))
 
 
 def print_readings(budgets: Sequence[Budget]) -> None:

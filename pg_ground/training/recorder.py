@@ -32,6 +32,9 @@ from pg_ground.types import POLICY, JsonDict, JsonObject, Params, TrainState, Us
 
 logger = logging.getLogger(__name__)
 
+UNSCORED = "reward/unscored_fraction"
+"""The metric of the share of completions to which no reward with a weight applies."""
+
 
 class Best(NamedTuple):
     """The best evaluation so far by `config.checkpoint.best`."""
@@ -84,6 +87,7 @@ class Recorder:
         self._is_tracing = False
         self._report_failed = False
         self._logged_bad_records = 0
+        self._logged_unscored = False
         if writer is not None:
             run_files.delete_samples_after(files.path, resumed_step)
             provenance.record_machine(files.path, resumed_step)
@@ -186,12 +190,34 @@ class Recorder:
         is_last: bool,
     ) -> None:
         """Waits for the metrics of a step, and writes a line if one is due."""
-        for name, value in read().items():
+        values = read()
+        self._check_rewards(step, values)
+        for name, value in values.items():
             self._window.setdefault(name, []).append(float(value))
         if log:
             means = {name: mean_of_finite(values) for name, values in self._window.items()}
             self._write(step, stage, means | dict(bad_counts), is_last)
             self._window = {}
+
+    def _check_rewards(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs once that some completions have no reward.
+
+        Raises:
+          UserError: no completion of the step has a reward, so that nothing was learned.
+        """
+        share = values.get(UNSCORED, 0.0)
+        prefix = "reward/weighted/"
+        names = [name.removeprefix(prefix) for name in values if name.startswith(prefix)]
+        if share == 1:
+            raise UserError(
+                f"step {step}: every reward is NaN: no reward with a weight ({', '.join(names)}) "
+                "applies to any completion of this step"
+            )
+        if share and not self._logged_unscored:
+            logger.warning(
+                "step %d: no reward applies to %.0f %% of completions", step, 100 * share
+            )
+            self._logged_unscored = True
 
     def _write(
         self, step: int, stage: str, metrics: Mapping[str, float], is_last: bool = False

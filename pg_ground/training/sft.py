@@ -1,6 +1,6 @@
 """Supervised fine-tuning: cross-entropy on the suffixes of a batch."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
@@ -8,9 +8,11 @@ from types import MappingProxyType
 import jax
 
 from pg_ground.data.batches import BatchIterator
+from pg_ground.data.datasets import Examples
 from pg_ground.parallel import sharding
 from pg_ground.reporting import progress
 from pg_ground.rl.update import sft_update
+from pg_ground.tokenizer import Tokenizer
 from pg_ground.training import setup as setups
 from pg_ground.training.learning_memory import learning_memory
 from pg_ground.training.program import Program, jit_program
@@ -36,6 +38,9 @@ class SftStage:
         rows = self.settings.batch_size // self.settings.grad_accum_steps
         setting = "sft.batch_size / grad_accum_steps"
         sharding.check_batch_size(self.setup.mesh, rows, setting)
+
+    def check_data(self, parts: Sequence[Examples], tokenizer: Tokenizer) -> None:
+        """Does nothing: any suffix can be learned."""
 
     def programs(self) -> dict[str, Program]:
         """Returns the update, `(state, frozen, batch, dropout_key=None) → (state, metrics)`."""

@@ -3,7 +3,7 @@
 `train`, `compile`, `bench` and the memory model know stages by this interface alone.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 from PIL import Image
 
 from pg_ground.data.batches import BatchIterator
+from pg_ground.data.datasets import Examples
+from pg_ground.reporting.tables import Table
 from pg_ground.storage.paths import FilePath
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.training.program import Program
@@ -86,6 +88,14 @@ class Stage(Protocol):
 
     def check(self) -> None:
         """Raises UserError if the settings do not fit the mesh, the rewards or the algorithms."""
+        ...
+
+    def check_data(self, parts: Sequence[Examples], tokenizer: Tokenizer) -> Table | None:
+        """Returns a table of what the stage can learn from its sources; None if it has none.
+
+        Raises:
+          UserError: it can learn nothing from a source.
+        """
         ...
 
     def programs(self) -> dict[str, Program]:
