@@ -10,9 +10,11 @@ import numpy as np
 from PIL import Image
 
 from pg_ground.config import Data, Source
+from pg_ground.data import datasets
 from pg_ground.data.bad_records import BadRecords, in_words
 from pg_ground.data.datasets import open_examples
 from pg_ground.data.records import BadRecord
+from pg_ground.data.text_budgets import measure_budget
 from pg_ground.reporting import drawing, html_page
 from pg_ground.storage.downloads import tokenizer_file
 from pg_ground.storage.files import write_atomically
@@ -59,7 +61,8 @@ def write_gallery(
 ) -> FilePath:
     """Writes the page with the first examples of every source, and returns its path.
 
-    A warning says how many of these examples cannot be used.
+    Warnings say how many of these examples cannot be used, how records were read if they left that
+    open, and what training would doubt or refuse.
 
     Args:
       sources: the sources of each section of the config, by the name of the section.
@@ -80,9 +83,26 @@ def write_gallery(
             logger.warning("%s", in_words(entries))
         if entries and len(entries) == min(examples, len(source.examples)):
             unusable.append(source.setting)
+        else:
+            _warn_of_readings(source, tokenizer, data)
     if unusable:
         raise UserError(f"no example of {', '.join(unusable)} can be used; see {out}")
     return out
+
+
+def _warn_of_readings(source: OpenSource, tokenizer: Tokenizer, data: Data) -> None:
+    """Logs how the records of a source are read, and what training would say about the source."""
+    if not isinstance(source.examples, datasets.Examples):
+        return
+    try:
+        budget = measure_budget(source.examples, tokenizer, data)
+    except UserError as error:
+        logger.warning("training would stop: %s", error)
+        return
+    for note, records in budget.notes.items():
+        logger.info("source %s: %s records: %s", source.setting, records, note)
+    for doubt in budget.doubts:
+        logger.warning("source %s: %s", source.setting, doubt)
 
 
 def open_sources(
