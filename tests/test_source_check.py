@@ -160,6 +160,29 @@ def test_a_source_that_cannot_be_opened_is_named_and_the_others_are_read(tmp_pat
         call("look", recipe(tmp_path, uri, 0.01), "--check")
 
 
+def test_rewards_that_apply_to_no_question_are_a_reason_to_stop(tmp_path, capsys):
+    uri, _ = write_coco(tmp_path, 60)
+    path = tmp_path / "recipe.py"
+    path.write_text(
+        "from pg_ground import config\n"
+        "from pg_ground.config import Source\n\n"
+        "def get_config(target=''):\n"
+        "    c = config.template()\n"
+        "    c.stages = ('grpo',)\n"
+        "    c.model.image_size = 28\n"
+        "    c.data.bad_record_share = 0.5\n"
+        "    c.grpo.rewards = {'iou': 1.0, 'format': 0.2}\n"
+        f"    source = Source('{uri}', phrase='category', boxes='boxes', box_format='xywh_px',\n"
+        "                    target=target or 'boxes', suffix='{category}' if target else 'loc')\n"
+        "    c.grpo.sources = {'coco': config.section(source)}\n"
+        "    return c\n"
+    )
+    call("look", f"--config={path}", "--check")
+    assert "rewards of each source" in capsys.readouterr().out
+    with pytest.raises(UserError, match="training would stop: source grpo/coco: no reward .*exact"):
+        call("look", f"--config={path}:text", "--check")
+
+
 @pytest.mark.parametrize("flags", [["--workers=-1", "--check"], []])
 def test_flags_that_cannot_be_used(tmp_path, flags):
     arguments = [recipe(tmp_path, "synthetic:train", 0.01), *flags]

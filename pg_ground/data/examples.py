@@ -471,7 +471,11 @@ def _objects(
         )
     count = len(yx if asks_points else yxyx)
     masks = np.zeros((0, mask_size, mask_size), bool)
-    if source.mask and mask_size:
+    if (
+        source.mask
+        and mask_size
+        and (count or not is_nothing(field_or_none(record, source.mask, element)))
+    ):
         value = field_at(record, source.mask, element)
         masks = to_masks(value, count, frame.size, mask_size, folder, frame.orientation)
     return Objects(yxyx, yx, masks, annotation.labels or ("",) * count, annotation.codes)
