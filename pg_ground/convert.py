@@ -3,6 +3,9 @@
 SRC is a checkpoint that `pg_ground.load` reads: an .npz, a Hugging Face directory, the working
 directory of a run, one checkpoint of a run, or an orbax directory. LoRA adapters are merged.
 
+An .npz does not state the query scale and the soft-caps. If no published model has its sizes, they
+come from --sizes=CONFIG.json, or from --query_scale, --attn_softcap and --final_softcap.
+
 DST selects the format: NAME.npz, NAME.orbax, or else a Hugging Face directory. transformers'
 AutoProcessor and AutoModelForImageTextToText load that directory, with the tokenizer of SRC. A
 reader never sees a part of DST on this machine: it is renamed when it is complete.
@@ -17,6 +20,7 @@ from absl import flags
 
 from pg_ground import cli
 from pg_ground.checkpoints.conversion import DTYPES, convert
+from pg_ground.checkpoints.scales import Scales
 from pg_ground.reporting.model_card import model_card
 from pg_ground.storage.downloads import checkpoint_path
 from pg_ground.storage.paths import to_path
@@ -34,6 +38,18 @@ def define_flags(values: flags.FlagValues) -> None:
     cli.define_path(
         values, "tokenizer", "A sentencepiece model for DST, in place of the tokenizer of SRC."
     )
+    cli.define_path(
+        values,
+        "sizes",
+        "A config.json (of a Hugging Face directory or a run) or a model.json that states what an "
+        ".npz does not: query scale and soft-caps.",
+    )
+    for name, text in (
+        ("query_scale", "The factor of queries before the dot product with keys, if SRC is .npz."),
+        ("attn_softcap", "The soft-cap of attention, if SRC is .npz; 0 for none."),
+        ("final_softcap", "The soft-cap of logits, if SRC is .npz; 0 for none."),
+    ):
+        flags.DEFINE_float(name, None, text, flag_values=values)
     flags.DEFINE_string(
         "push", "", "ORG/NAME: uploads DST to the Hugging Face Hub.", flag_values=values
     )
@@ -58,11 +74,13 @@ def main(args: cli.Arguments) -> None:
         raise UserError(f"--dtype={args.flags.dtype}: it must be one of {', '.join(DTYPES)}")
     source, target = args.positional
     source, target = checkpoint_path(source, "SRC"), to_path(target, "DST")
+    scales = Scales(*(args.flags[name].value for name in Scales._fields))
+    sizes = to_path(args.flags.sizes, "--sizes") if args.flags.sizes else None
     repo = args.flags.push
     if not repo and args.flags["private"].present:
         raise UserError("--private says whether --push makes a private model: --push is absent")
     if not repo:
-        convert(source, target, args.flags.dtype, args.flags.tokenizer)
+        convert(source, target, args.flags.dtype, args.flags.tokenizer, scales=scales, sizes=sizes)
         print(target)
         return
     if not isinstance(target, Path) or target.suffix in (".npz", ".orbax"):
@@ -74,7 +92,7 @@ def main(args: cli.Arguments) -> None:
         raise UserError(f"{target} exists already: remove it, or choose another name")
     card = model_card(source, repo)
     create_repository(repo, args.flags.private)
-    convert(source, target, args.flags.dtype, args.flags.tokenizer, card)
+    convert(source, target, args.flags.dtype, args.flags.tokenizer, card, scales, sizes)
     print(target)
     print(push(target, repo, f"{source.name}, exported by pg_ground"))
 

@@ -56,6 +56,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "run_directory",
             "manager",
             "model_sizes",
+            "scales",
             "adaptation",
             "weights",
             "export",

@@ -8,6 +8,9 @@ import logging
 import jax
 
 from pg_ground.checkpoints import export, peft, tensor_files, weights
+from pg_ground.checkpoints.model_sizes import is_published
+from pg_ground.checkpoints.scales import Scales, check_scales, read_scales, with_scales
+from pg_ground.config import Model
 from pg_ground.storage.downloads import tokenizer_file
 from pg_ground.storage.paths import FilePath
 from pg_ground.tokenizer import check_vocab_size
@@ -43,6 +46,8 @@ def convert(
     dtype: str,
     tokenizer: str = "",
     model_card: str = "",
+    scales: Scales = Scales(),  # noqa: B008 (it cannot be changed)
+    sizes: FilePath | None = None,
 ) -> None:
     """Writes the checkpoint at `source` to `target`, in the format that the name of `target`
     selects.
@@ -54,6 +59,8 @@ def convert(
       tokenizer: the sentencepiece model for a Hugging Face directory; "" takes the tokenizer of
         `source`.
       model_card: the text of README.md of a Hugging Face directory; "" for none.
+      scales: what an `.npz` of unpublished sizes does not state.
+      sizes: a configuration that states it. `scales` come first.
 
     Raises:
       UserError: `source` cannot be read, `target` exists, the format cannot express the model, or
@@ -62,6 +69,7 @@ def convert(
     if target.exists():
         raise UserError(f"{target} exists already: remove it, or choose another name")
     checkpoint = weights.open_checkpoint(source, keep_final_softcap=True)
+    model = _model(source, target, checkpoint, scales, sizes)
     tensors = checkpoint.tensors
     if not tensors:
         host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
@@ -71,12 +79,40 @@ def convert(
         }
         arrays = checkpoint.read(on_host)
         tensors = {name: tensor_files.from_array(name, array) for name, array in arrays.items()}
-    model = checkpoint.model.config
     is_hub_directory = target.suffix not in (".npz", ".orbax")
     files = tokenizer_files(source, tokenizer, model.text.vocab_size) if is_hub_directory else {}
     if model_card and is_hub_directory:
         files["README.md"] = model_card.encode("utf-8")
     export.write(target, tensors, model, dtype, files)
+
+
+def _model(
+    source: FilePath,
+    target: FilePath,
+    checkpoint: weights.Checkpoint,
+    scales: Scales,
+    sizes: FilePath | None,
+) -> Model:
+    """Returns the sizes that are written beside the tensors."""
+    model = checkpoint.model.config
+    is_stated = sizes is not None or scales != Scales()
+    if checkpoint.has_scales:
+        if is_stated:
+            raise UserError(
+                f"{source} states its query scale and its soft-caps: --sizes, --query_scale, "
+                "--attn_softcap and --final_softcap are for an .npz"
+            )
+        return model
+    if target.suffix == ".npz":
+        if is_stated:
+            raise UserError(f"{target}: an .npz does not store a query scale and soft-caps")
+        return model
+    check_scales(scales)
+    if sizes is not None:
+        in_file = read_scales(sizes, source, model)
+        pairs = zip(scales, in_file, strict=True)
+        scales = Scales(*(value if flag is None else flag for flag, value in pairs))
+    return with_scales(source, model, scales, is_published(model))
 
 
 def tokenizer_files(source: FilePath, tokenizer: str, vocab_size: int) -> dict[str, bytes]:

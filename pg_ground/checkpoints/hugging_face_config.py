@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pg_ground.config import Model, Text, Vision
+from pg_ground.storage.paths import FilePath
 from pg_ground.types import JsonDict, UserError
 from pg_ground.vocab import BOS, EOS, PAD
 
@@ -37,7 +38,11 @@ def read_config(folder: Path) -> HubConfig:
       UserError: the file does not exist, does not belong to a PaliGemma, or has a constant that no
         published PaliGemma has.
     """
-    path = folder / "config.json"
+    return read_config_file(folder / "config.json")
+
+
+def read_config_file(path: FilePath) -> HubConfig:
+    """Returns the settings of a `config.json` at any path, as `read_config` does."""
     settings = _read_paligemma(path)
     _check_float(path, settings)
     # transformers has other defaults for a missing section than for a missing name in a section
@@ -80,7 +85,7 @@ def read_config(folder: Path) -> HubConfig:
     )
 
 
-def _check_float(path: Path, settings: JsonDict) -> None:
+def _check_float(path: FilePath, settings: JsonDict) -> None:
     """Raises UserError if the matrices are quantised."""
     quantization = settings.get("quantization_config")
     if not quantization:
@@ -92,7 +97,7 @@ def _check_float(path: Path, settings: JsonDict) -> None:
     )
 
 
-def _read_paligemma(path: Path) -> JsonDict:
+def _read_paligemma(path: FilePath) -> JsonDict:
     """Returns the content of a `config.json`. Raises UserError if its model is not a PaliGemma."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -109,14 +114,14 @@ def _read_paligemma(path: Path) -> JsonDict:
     return settings
 
 
-def _section(path: Path, settings: JsonDict, name: str, default: JsonDict) -> JsonDict:
+def _section(path: FilePath, settings: JsonDict, name: str, default: JsonDict) -> JsonDict:
     section = settings.get(name, default)
     if not isinstance(section, dict):
         raise UserError(f"{path}: {name} is {section!r:.60}, but it must be an object")
     return section
 
 
-def _check_constants(path: Path, text: JsonDict) -> None:
+def _check_constants(path: FilePath, text: JsonDict) -> None:
     """Raises UserError if RoPE or the norms differ from the constants that every PaliGemma has."""
     rope = text.get("rope_parameters") or text
     constants = (
@@ -130,7 +135,7 @@ def _check_constants(path: Path, text: JsonDict) -> None:
             )
 
 
-def _positive(path: Path, name: str, value: Any, number: type) -> Any:
+def _positive(path: FilePath, name: str, value: Any, number: type) -> Any:
     """Returns `value`.
 
     Raises UserError if it is not a number above 0 (a whole number if `number` is int).

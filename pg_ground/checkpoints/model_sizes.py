@@ -41,8 +41,9 @@ def model_from_shapes(shapes: Shapes, path: str) -> Model:
     """Returns the sizes that big_vision's parameter shapes imply.
 
     Shapes do not tell the scale of queries and the soft-caps. If a published decoder has these
-    shapes, its scale and its soft-caps are taken. For other decoders, queries are scaled by
-    head_dim**-0.5, and attention is soft-capped at 50 in a Gemma 2.
+    shapes (with any number of rows in its embedding), its scale and its soft-caps are taken. For
+    other decoders, queries are scaled by head_dim**-0.5, and attention is soft-capped at 50 in a
+    Gemma 2.
 
     Raises:
       UserError: a parameter is missing or its shape is impossible.
@@ -71,12 +72,24 @@ def model_from_shapes(shapes: Shapes, path: str) -> Model:
         post_norms=is_gemma2,
         attn_softcap=50.0 if is_gemma2 else 0.0,
     )
-    for published in DECODERS.values():
-        scales = {"query_scale": published.query_scale, "attn_softcap": published.attn_softcap}
-        if replace(text, **scales) == published:
-            text = published
+    text = _published(text) or text
     side = round(positions[1] ** 0.5)
     return Model(image_size=side * vision.patch_size, vision=vision, text=text)
+
+
+def is_published(model: Model) -> bool:
+    """Returns whether a published decoder has the shapes of the decoder of `model`."""
+    return _published(model.text) is not None
+
+
+def _published(text: Text) -> Text | None:
+    """Returns the published decoder with the shapes of `text`, and with its vocabulary."""
+    for published in DECODERS.values():
+        scales = {"query_scale": published.query_scale, "attn_softcap": published.attn_softcap}
+        decoder = replace(published, vocab_size=text.vocab_size)
+        if replace(text, **scales) == decoder:
+            return decoder
+    return None
 
 
 def _check_plausible(shapes: Shapes, path: str) -> None:

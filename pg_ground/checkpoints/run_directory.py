@@ -96,8 +96,8 @@ def find_checkpoint(path: FilePath) -> RunCheckpoint:
     if is_step and step.is_dir():
         if not is_complete(step) and not is_complete(step / "params"):
             raise UserError(f"{step} is not complete: the run ended while it was written")
-        if fault(step, ("params",)):
-            raise UserError(damage(step, fault(step, ("params",))))
+        if not (step / "params").is_dir():
+            raise UserError(damage(step, "params is missing"))
         return RunCheckpoint(step.parent.parent, step)
     raise UserError(
         f"{path} is not a checkpoint: "

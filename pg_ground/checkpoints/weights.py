@@ -5,6 +5,7 @@ runs, single checkpoints of runs, and the orbax directories that `convert` write
 read directly into its shards.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from pg_ground.checkpoints.hugging_face_config import HubConfig
 from pg_ground.checkpoints.model_sizes import (
     POSITIONS,
     check_fit,
+    is_published,
     model_from_shapes,
     parameter_shapes,
     patch_count,
@@ -49,6 +51,8 @@ from pg_ground.storage.downloads import checkpoint_path, download_folder
 from pg_ground.storage.paths import FilePath, to_path
 from pg_ground.types import JsonObject, Params, UserError
 
+logger = logging.getLogger(__name__)
+
 MODEL_FILE = "model.json"
 """The sizes of the model, beside the parameters in an orbax directory that `convert` writes."""
 
@@ -66,6 +70,8 @@ class Checkpoint(NamedTuple):
     """(abstract parameters) → arrays by name, with these dtypes and shardings. Matrices with scales
     are quantized.
     """
+    has_scales: bool = True
+    """Whether the checkpoint, or the caller, states the query scale and the soft-caps."""
 
 
 def load(
@@ -79,8 +85,9 @@ def load(
     """Returns the model and the parameters of a checkpoint.
 
     The sizes of the model are read from the checkpoint. Shapes do not tell soft-caps and the query
-    scale: they come from its `config.json`, or from the published model with these shapes. The
-    final soft-cap is off unless `sizes` has one. A plain Gemma table gets PaliGemma's 1,152 rows.
+    scale: they come from its `config.json`, or from the published model with these shapes. For
+    other models without `config.json` and without `sizes`, the guess is logged. The final soft-cap
+    is off unless `sizes` has one. A plain Gemma table gets PaliGemma's 1,152 rows.
 
     Args:
       path: a big_vision `.npz`, a Hugging Face directory, an adapter of PEFT (merged into its
@@ -107,7 +114,22 @@ def load(
             name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings[name])
             for name, leaf in abstract.items()
         }
+    if not checkpoint.has_scales and not is_published(checkpoint.model.config):
+        _log_scales(path, checkpoint.model.config)
     return checkpoint.model, unflatten(checkpoint.read(abstract))
+
+
+def _log_scales(path: str | FilePath, model: Model) -> None:
+    """Logs the settings of a model that its shapes do not tell."""
+    scale = f"queries are scaled by {model.text.attention_scale:.4g}"
+    if not model.text.post_norms:
+        logger.info("%s: no published model has these sizes: %s, as in every Gemma 1", path, scale)
+        return
+    logger.warning(
+        "%s: no published model has these sizes, and an .npz does not state more: %s and attention "
+        "is soft-capped at %g; pass other sizes if the model was trained with others",
+        path, scale, model.text.attn_softcap,
+    )  # fmt: skip
 
 
 def open_checkpoint(
@@ -242,7 +264,8 @@ def _open_files(
     def read(abstract: AbstractParams) -> dict[str, jax.Array]:
         return tensor_files.read_sharded(adaptation.quantized_tensors(tensors, abstract), abstract)
 
-    return Checkpoint(PaliGemma(model), abstract, tensors, read)
+    has_scales = hub is not None or sizes is not None
+    return Checkpoint(PaliGemma(model), abstract, tensors, read, has_scales)
 
 
 def _open_orbax(
