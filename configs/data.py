@@ -94,6 +94,15 @@ ENTRIES: dict[str, Source] = {
         suffix="{ground_truth}",
         prompt="answer en how many {phrase} are there?",
     ),
+    # The question is a whole sentence, as in SuperCLEVR: "How many items are there?".
+    "count_questions": Source(
+        uri="jsonl:superclevr.jsonl",
+        image="image_path",
+        phrase="question",
+        target="text",
+        suffix="{ground_truth}",
+        prompt="answer en {phrase}",
+    ),
     # The whole test split. Set c.eval.benchmarks = {"cv_bench": "cv_bench"}.
     "cv_bench": Source(
         uri="hf:nyu-visionx/CV-Bench@test",
@@ -123,13 +132,15 @@ ENTRIES: dict[str, Source] = {
         prompt="detect all classes",
         name="",
     ),
-    # {"0": [[x1, y1, x2, y2]], "1": []}: the keys are the names.
+    # {"0": [[x1, y1, x2, y2]], "1": []}: the keys are the names. Published boxes without a height
+    # are trained on, as in the original.
     "easydistill_multi": Source(
         uri="json:multi_box.json",
         image="image_path",
         phrase="instruction",
         boxes="abs_box",
         empty="keep",
+        flat_boxes="widen",
         prompt="{phrase}",
     ),
     "easydistill_single": Source(
@@ -137,6 +148,7 @@ ENTRIES: dict[str, Source] = {
         image="image_path",
         phrase="instruction",
         boxes="bbox",
+        flat_boxes="widen",
         prompt="{phrase}",
         name="",
     ),
@@ -147,6 +159,7 @@ ENTRIES: dict[str, Source] = {
         phrase="instruction",
         boxes="abs_box",
         empty="keep",
+        flat_boxes="widen",
         prompt="{phrase}",
     ),
     # ---- Answers as text: the boxes come from the answer ----

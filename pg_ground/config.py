@@ -335,6 +335,12 @@ class Source:
         "all",
         'records used: "all", "first:N", "end:N" or "random:N"; N can be a share such as 12.5%',
     )
+    flat_boxes: str = setting(
+        "bad",
+        "a box without width or height: bad makes the record bad, drop leaves the box out, widen "
+        "gives it one pixel",
+        choices=("bad", "drop", "widen"),
+    )
     unsafe_names: str = setting(
         "refuse",
         'a name with ";" or a loc or seg token in it, which the answer cannot hold: refuse (a bad '

@@ -668,3 +668,82 @@ def test_any_value_in_any_field_makes_an_example_or_a_bad_record(field, value, w
     assert (result.boxes.yxyx[:, 2:] > result.boxes.yxyx[:, :2]).all() and result.suffix.count(
         "<loc"
     ) % 2 == 0
+
+
+FLAT = {
+    "no height": ([10, 20, 30, 20], [10, 20, 30, 21]),
+    "no width": ([10, 20, 10, 30], [10, 20, 11, 30]),
+    "a dot": ([10, 20, 10, 20], [10, 20, 11, 21]),
+    "at the right border": ([80, 5, 80, 9], [79, 5, 80, 9]),
+    "at the lower border": ([5, 40, 9, 40], [5, 39, 9, 40]),
+}
+
+
+@pytest.mark.parametrize(("flat", "widened"), FLAT.values(), ids=FLAT)
+def test_a_box_without_an_area_is_bad_or_left_out_or_one_pixel_wide(flat, widened):
+    proper = [1, 2, 30, 35]
+    record = {"boxes": [proper, flat], "names": ["cat", "dog"]}
+    fields = {"boxes": "boxes", "label": "names", "name": ""}
+    kind, text = kind_and_text(record, **fields)
+    assert kind == "bad_box" and "no area" in text
+    wide = example(record, **fields, flat_boxes="widen")
+    pixels = wide.boxes.yxyx[:, [1, 0, 3, 2]] * [80, 40, 80, 40]
+    np.testing.assert_allclose(pixels, [proper, widened], atol=1e-4)
+    assert wide.names == ("cat", "dog") and wide.suffix.count("<loc") == 8
+    rest = example(record, **fields, flat_boxes="drop")
+    np.testing.assert_allclose(rest.boxes.yxyx, wide.boxes.yxyx[:1])
+    assert rest.names == ("cat",) and rest.suffix.count("<loc") == 4
+
+
+@pytest.mark.parametrize("flat_boxes", ["widen", "drop"])
+@pytest.mark.parametrize("box", [[30, 20, 10, 35], [90, 5, 90, 9], [-5, -5, -5, 3]])
+def test_reversed_boxes_and_boxes_outside_stay_bad(box, flat_boxes):
+    assert kind_and_text({"box": box}, flat_boxes=flat_boxes)[0] == "bad_box"
+
+
+def test_a_record_of_flat_boxes_alone_is_empty():
+    record = {"box": [10, 20, 30, 20]}
+    assert kind_and_text(record, flat_boxes="drop") == (
+        "empty",
+        "none of 1 boxes has a width and a height",
+    )
+    assert example(record, flat_boxes="drop", empty="keep").suffix == ""
+
+
+def test_points_and_boxes_stay_together_without_flat_boxes():
+    record = {"boxes": [[1, 2, 9, 2], [10, 10, 20, 20]], "points": [[5, 2], [15, 15]]}
+    fields = {"target": "points", "boxes": "boxes", "points": "points", "flat_boxes": "drop"}
+    result = example(record, **fields)
+    assert (len(result.points.yx), len(result.boxes.yxyx)) == (1, 1)
+    np.testing.assert_allclose(result.points.yx, [[15 / 40, 15 / 80]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "phrase", "right"),
+    [
+        ("answer en how many {phrase} are there?", "How many are there?", "answer en {phrase}"),
+        ("answer en how many {phrase}", "how many cows", "answer en {phrase}"),
+        ("How many {phrase}?", "How many cows are there?", "{phrase}"),
+        ("point to {phrase}", "Point to the cat", "{phrase}"),
+        ("are there {phrase} in it?", "Is a cat here?", "{phrase}"),
+    ],
+)  # fmt: skip
+def test_a_phrase_that_is_the_question_of_the_prompt_is_a_bad_text(prompt, phrase, right):
+    kind, text = kind_and_text({"box": [1, 2, 30, 35], "phrase": phrase}, prompt=prompt)
+    assert kind == "bad_text" and text.endswith(f"set prompt = {right!r}"), text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "phrase"),
+    [
+        ("answer en how many {phrase} are there?", "cows"),
+        ("answer en how many {phrase} are there?", "many small cows"),
+        ("answer en {phrase}", "How many items are there?"),
+        ("{phrase} Answer in one word.", "What is left?"),
+        ("detect {phrase}", "detect"),
+        ("{phrase}", "Where is it?"),
+    ],
+)
+def test_other_phrases_are_no_nested_questions(prompt, phrase):
+    result = example({"box": [1, 2, 30, 35], "phrase": phrase}, prompt=prompt)
+    assert result.prompt == prompt.replace("{phrase}", phrase)

@@ -23,7 +23,7 @@ from pg_ground.data.batches import training_batches
 from pg_ground.data.datasets import Examples, open_examples
 from pg_ground.data.records import BadRecord
 from pg_ground.data.text_budgets import check_budgets, measure_budget
-from pg_ground.types import BOXES, TEXT, Example
+from pg_ground.types import BOXES, TEXT, Example, UserError
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT.parent / "shared" / "data"
@@ -362,3 +362,20 @@ def test_every_entry_parses_and_a_wrong_name_is_refused(entries):
     assert set(both) == {"pixmo_points", "gui_boxes"}
     with pytest.raises(Exception, match="did you mean pixmo_points"):
         get_config("pixmo_point")
+
+
+@needs_samples
+def test_questions_that_are_whole_sentences_have_their_own_entry(entries, tmp_path):
+    lines = (SAMPLES / "counting/superclevr_test200.jsonl").read_text().splitlines()[:20]
+    for line in lines:
+        file = tmp_path / json.loads(line)["image_path"]
+        file.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (48, 32)).save(file)
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    examples = open_entry(entries["count_questions"], f"jsonl:{tmp_path}/q.jsonl")
+    assert examples[0].prompt == "answer en How many different items are there in the image?"
+    assert examples[0].suffix == "4"
+    nested = open_entry(entries["count_jsonl"], f"jsonl:{tmp_path}/q.jsonl")
+    message = r"none of 16 questions can be used; .*repeats 'how many' of .*'answer en {phrase}'"
+    with pytest.raises(UserError, match=message):
+        measure_budget(nested, tokenizer.load(), DATA)

@@ -230,6 +230,7 @@ def read_question(record: Record, source: Source, element: int) -> tuple[str, An
     prompt = _fill(source.prompt, record, source, element)
     if not prompt:
         raise BadRecord("bad_text", f"the prompt {short(source.prompt)} comes out empty")
+    _check_nesting(record, source, element)
     labels = rows.labels
     if source.label and (count or not is_nothing(field_or_none(record, source.label, element))):
         labels = _to_labels(field_at(record, source.label, element), count)
@@ -271,6 +272,33 @@ def _fill(template: str, record: Record, source: Source, element: int) -> str:
     text = fill_template(template, record, source.phrase, element)
     _check_unicode(text)
     return " ".join(re.sub(source.remove, " ", text).split()) if source.remove else text
+
+
+def _check_nesting(record: Record, source: Source, element: int) -> None:
+    """Raises BadRecord (bad_text) if the phrase is itself the question that the prompt asks.
+
+    An example is "how many {phrase} are there?" with the phrase "How many cows are there?".
+    """
+    before, placeholder, after = source.prompt.partition("{phrase}")
+    words, asks = before.casefold().split(), after.rstrip().endswith("?")
+    if not placeholder or (len(words) < 2 and not asks):
+        return
+    phrase = _fill("{phrase}", record, source, element)
+    phrase_words = phrase.casefold().split()
+    repeated = next(
+        (n for n in range(min(len(words), len(phrase_words)), 1, -1)
+         if words[-n:] == phrase_words[:n]),
+        0,
+    )  # fmt: skip
+    if repeated or (asks and phrase.endswith("?")):
+        fault = f"repeats {' '.join(words[-repeated:])!r} of" if repeated else "asks around"
+        start = " ".join(before.split()[: len(words) - repeated])
+        whole = f"{start} {{phrase}}".strip() if repeated else "{phrase}"
+        raise BadRecord(
+            "bad_text",
+            f"the prompt {short(source.prompt)} {fault} the phrase {short(phrase)}: "
+            f"set prompt = {whole!r}",
+        )
 
 
 def _check_unicode(text: str) -> None:
@@ -395,13 +423,16 @@ def loc_text(
     return " ; ".join(texts)
 
 
-def to_yxyx(value: Any, box_format: str, size: tuple[int, int]) -> Float[np.ndarray, "K 4"]:
+def to_yxyx(
+    value: Any, box_format: str, size: tuple[int, int], widen: bool = False
+) -> Float[np.ndarray, "K 4"]:
     """Returns one box or a list of boxes as `yxyx` fractions, clipped to [0, 1].
 
     Args:
       value: numbers as the record has them.
       box_format: `ORDER_UNIT`.
       size: width and height of the image in pixels.
+      widen: gives a box in the image without width or height one pixel.
 
     Raises:
       BadRecord: bad_box if a box is not four finite numbers, has no area, or is outside the image.
@@ -410,6 +441,8 @@ def to_yxyx(value: Any, box_format: str, size: tuple[int, int]) -> Float[np.ndar
     if not len(rows):
         return np.zeros((0, 4), np.float32)
     fractions = to_fractions(rows, box_format, size)
+    if widen:
+        fractions = _widened(fractions, size)
     yxyx = np.clip(fractions, 0, 1).astype(np.float32)
     for i in np.flatnonzero((yxyx[:, 2:] <= yxyx[:, :2]).any(1)).tolist():
         has_area = (fractions[i, 2:] > fractions[i, :2]).all()
@@ -425,6 +458,23 @@ def to_yxyx(value: Any, box_format: str, size: tuple[int, int]) -> Float[np.ndar
             f"{size_text(size)} pixels{others}",
         )
     return yxyx
+
+
+def _has_no_length(fractions: Float[np.ndarray, "K 4"]) -> Bool[np.ndarray, "K 2"]:
+    """Returns which sides of each box, in y and x, lie in the image and have no length."""
+    low, high = fractions[:, :2], fractions[:, 2:]
+    return (low == high) & (low >= 0) & (low <= 1)
+
+
+def _widened(
+    fractions: Float[np.ndarray, "K 4"], size: tuple[int, int]
+) -> Float[np.ndarray, "K 4"]:
+    """Returns boxes with one pixel where a side in the image has no length."""
+    pixel = 1 / np.array(size[::-1])
+    low, high = fractions[:, :2], fractions[:, 2:]
+    is_flat = _has_no_length(fractions)
+    first = np.where(is_flat, np.minimum(low, 1 - pixel), low)
+    return np.concatenate([first, np.where(is_flat, first + pixel, high)], axis=1)
 
 
 def to_yx(value: Any, point_format: str, size: tuple[int, int]) -> Float[np.ndarray, "K 2"]:
@@ -462,7 +512,9 @@ def _objects(
 ) -> Objects:
     """Returns the annotated objects in fractions of the upright image."""
     boxes, points = annotation.boxes, annotation.points
-    yxyx = turn_boxes(to_yxyx(boxes.numbers, boxes.format, frame.size), frame.orientation)
+    widen = source.flat_boxes != "bad"
+    fractions = to_yxyx(boxes.numbers, boxes.format, frame.size, widen)
+    yxyx = turn_boxes(fractions, frame.orientation)
     yx = turn_points(to_yx(points.numbers, points.format, frame.size), frame.orientation)
     asks_points = source.target == "points"
     if asks_points and source.boxes and len(yxyx) != len(yx):
@@ -478,7 +530,21 @@ def _objects(
     ):
         value = field_at(record, source.mask, element)
         masks = to_masks(value, count, frame.size, mask_size, folder, frame.orientation)
-    return Objects(yxyx, yx, masks, annotation.labels or ("",) * count, annotation.codes)
+    objects = Objects(yxyx, yx, masks, annotation.labels or ("",) * count, annotation.codes)
+    return _without_flat(objects, source, boxes, frame) if source.flat_boxes == "drop" else objects
+
+
+def _without_flat(objects: Objects, source: Source, boxes: Rows, frame: Frame) -> Objects:
+    """Returns the objects whose boxes have a width and a height.
+
+    Raises:
+      BadRecord: empty, if none is left and the source drops empty records.
+    """
+    fractions = to_fractions(boxes.numbers, boxes.format, frame.size)
+    keep = np.flatnonzero(~_has_no_length(fractions).any(axis=1))
+    if len(fractions) and not len(keep) and source.empty == "drop" and source.target == "boxes":
+        raise BadRecord("empty", f"none of {len(fractions)} boxes has a width and a height")
+    return _take(objects, keep) if len(objects.labels) == len(fractions) else objects
 
 
 def _take(objects: Objects, indices: Int[np.ndarray, " n"]) -> Objects:
