@@ -121,6 +121,17 @@ def detector_lists(box: Sequence[int], name: str) -> dict[str, Any]:
     return {"<OD>": {"bboxes": [list(map(int, box))], "labels": [name]}}
 
 
+def names_in_prose(box: Sequence[int], name: str) -> str:
+    x1, y1, x2, y2 = box
+    return f"1 {name}: xmin={x1}, ymin={y1}, xmax={x2}, ymax={y2}."
+
+
+def xml(box: Sequence[int], name: str) -> str:
+    x1, y1, x2, y2 = box
+    corners = f"<xmin>{x1}</xmin><ymin>{y1}</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax>"
+    return f"<object><name>{name}</name><bndbox>{corners}</bndbox></object>"
+
+
 def sides(box: Sequence[int], name: str) -> list[dict[str, Any]]:
     x1, y1, x2, y2 = map(int, box)
     return [{"label": name, "x": x1, "y": y1, "width": x2 - x1, "height": y2 - y1}]
@@ -142,6 +153,8 @@ WRITERS: dict[str, tuple[str, Callable[[Sequence[int], str], Any]]] = {
     "Qwen2.5-VL's JSON": ("plain", qwen25_json),
     "a detector's lists": ("plain", detector_lists),
     "x, y, width, height": ("plain", sides),
+    "xmin in prose": ("plain", names_in_prose),
+    "VOC's XML": ("plain", xml),
 }
 """Writers of one named box, and the format in which it must be read."""
 
@@ -179,7 +192,7 @@ def test_the_same_100_answers_have_the_same_score_in_every_format(name, tmp_path
     assert report["mean_iou"] == pytest.approx((60 + 25 * 2 / 3) / 100, abs=0.01)
     assert report["invalid"] == 0
     names = [row["prediction"]["boxes"][0]["label"] for row in rows]
-    if name != "moondream":  # its boxes have no names
+    if name not in ("moondream", "xmin in prose", "VOC's XML"):  # their boxes have no names
         assert [label.removeprefix("The ") for label in names] == NAMES
     if form == "plain":
         assert "answers" not in report
@@ -225,6 +238,11 @@ def paligemma_point(box: Sequence[int], name: str) -> str:
     return f"<loc{y:04d}><loc{x:04d}> {name}"
 
 
+def molmo2_points(box: Sequence[int], name: str) -> str:
+    x, y = (round((box[axis] + box[axis + 2]) / 2 / SIDE * 1000) for axis in (0, 1))
+    return f'<points coords="1 1 {x:03d} {y:03d}">{name}</points>'
+
+
 def click(box: Sequence[int], name: str) -> str:
     x, y = ((box[axis] + box[axis + 2]) / 2 for axis in (0, 1))
     return f"click(x={x}, y={y})"
@@ -233,6 +251,7 @@ def click(box: Sequence[int], name: str) -> str:
 POINT_WRITERS = {
     "molmo": molmo_points,
     "molmo, one tag": molmo_many,
+    "molmo2": molmo2_points,
     "gemini": gemini_points,
     "moondream": moondream_points,
     "qwen2_vl": qwen_point,
@@ -300,6 +319,18 @@ def test_thousandths_need_the_size_of_an_image_in_pixels(tmp_path):
 
 PROMPT = "Where is the cat?\nAnswer with a box."
 ECHOES = {
+    "a chat with its tokens": (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+        "<|vision_start|><|image_pad|><|vision_end|>" + PROMPT + "<|im_end|>\n"
+        "<|im_start|>assistant\n{answer}<|im_end|>"
+    ),
+    "instructions": f"[INST] <image>\n{PROMPT} [/INST] {{answer}}</s>",
+    "Llama's chat": (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n" + PROMPT + "<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n{answer}<|eot_id|>"
+    ),
+    "Phi's chat": f"<|user|>\n{PROMPT}<|end|>\n<|assistant|>\n{{answer}}<|end|>",
+    "another question": "user\nWhere does the other animal sit?\nassistant\n{answer}",
     "the prompt": PROMPT + "\n{answer}",
     "other blanks": "Where is  the cat? Answer with a box. {answer}",
     "speakers": f"USER: <image>\n{PROMPT} ASSISTANT: {{answer}}</s>",
@@ -353,6 +384,8 @@ SEG = "".join(f"<seg{code:03d}>" for code in range(16))
         (f"{LOC_CAT} salt; pepper ; {LOC_CUP} cup", ["salt; pepper", "cup"]),
         (f"{LOC_CAT} salt ; pepper ; {LOC_CUP} a;b", ["salt; pepper", "a;b"]),
         (f"{LOC_CAT} cat ; {LOC_CUP} cup ; {LOC_CUP[:18]}", ["cat", "cup"]),
+        (f"detect cat ; cup {LOC_CAT} cat ; {LOC_CUP}{SEG} cup", ["cat", "cup"]),
+        (f"cat {LOC_CAT} ; cup {LOC_CUP}", ["cat", "cup"]),
         (f"<bos>detect cat ; cup\n{LOC_CAT} cat ; {LOC_CUP} cup<eos>", ["cat", "cup"]),
     ],
 )
@@ -361,7 +394,7 @@ def test_names_in_loc_text_are_gold_names(text, names, tmp_path):
     gold = [{"label": name, "bbox": box} for name, box in zip(names, boxes, strict=True)]
     records = [{"pred": text, "gold": gold, "width": 640, "height": 480}]
     report, _ = score(tmp_path, records, "objects")
-    assert (report["acc95"], len(report["notes"])) == (1, 2 if "detect" in text else 1)
+    assert (report["acc95"], len(report["notes"])) == (1, 2 if "detect cat ; cup\n" in text else 1)
 
 
 @pytest.mark.parametrize("name", ["plain", "seg", "echo", "special", "eos", "trailing", "case"])

@@ -717,6 +717,11 @@ def test_rewards_of_a_file_are_numbers(tmp_path):
             score_records(tmp_path, [*records, {"r": value}], "environment", {"pred": "r"})
 
 
+def test_a_file_without_a_reward_is_refused(tmp_path):
+    with pytest.raises(UserError, match="none of 2 rows has a reward"):
+        score_records(tmp_path, [{"r": None}] * 2, "environment", {"pred": "r"})
+
+
 def test_intervals_resample_images_and_repeat():
     rng = np.random.default_rng(1)
     single = {"x": rng.random(200)}

@@ -883,7 +883,8 @@ def test_no_answer_beats_the_gold_answer(annotation, axis):
     quarter larger. Boxes of less than a pixel are gold too."""
     size, yxyx = annotation
     source = Source(boxes="box", suffix="json")
-    gold = json.loads(format_answer(source, {}, 0, yxyx, ("x",) * len(yxyx), size))
+    names, codes = ("x",) * len(yxyx), ("",) * len(yxyx)
+    gold = json.loads(format_answer(source, {}, 0, yxyx, names, codes, size, len(yxyx)))
     rows = [tuple(entry["bbox_2d"]) for entry in gold]
     x1, y1, x2, y2 = rows[0]
     others = [tuple(n + step * (i == axis) for i, n in enumerate(rows[0])) for step in (-1, 1)]

@@ -142,6 +142,8 @@ def _rewards(values: Sequence[object], path: FilePath) -> list[float | None]:
             f"--predictions={path}: the rewards of {len(wrong)} of {len(values)} rows are no "
             f"numbers, first row {wrong[0]}: {values[wrong[0]]!r:.60}"
         )
+    if all(map(math.isnan, numbers)):
+        raise UserError(f"--predictions={path}: none of {len(values)} rows has a reward")
     return [None if math.isnan(number) else number for number in numbers]
 
 

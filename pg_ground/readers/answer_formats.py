@@ -44,8 +44,23 @@ class AnswerFormat(NamedTuple):
         return self.box_format if width == 4 else self.point_format
 
 
+_LOC = re.compile(r"<loc[0-9]{4}>")
+
+
 def _paligemma(text: str) -> list[Location]:
-    return [segment for segment in locations.loc_segments(text) if segment.numbers]
+    """Reads `<loc0064><loc0032><loc0384><loc0320> cat ; …`.
+
+    The label is the text behind the tokens of a segment. So a prompt in front of the first token is
+    no label. If there is no text behind them, it is the text in front of them.
+    """
+    read = []
+    for part in text.split(";"):
+        ends = [match.end() for match in _LOC.finditer(part)]
+        if ends:
+            (segment,) = locations.loc_segments(part)
+            (behind,) = locations.loc_segments(part[ends[-1] :])
+            read.append(segment._replace(label=behind.label or segment.label))
+    return read
 
 
 _FLORENCE = re.compile(r"(<loc_[0-9]+>)")
@@ -201,6 +216,25 @@ def _molmo(text: str) -> list[Location]:
     return read
 
 
+_MOLMO2_TAG = re.compile(r"<(?:points|tracks)\s([^<>]*?)/?(?:>([^<>]*)|$)")
+_COORDS = re.compile(r"""\bcoords\s*=\s*["']?([0-9\t:;, .]*)""")
+
+
+def _molmo2(text: str) -> list[Location]:
+    """Reads `<points coords="1 1 463 345 2 578 400">boats</points>`.
+
+    The numbers are the number of the image, then the number, x and y of each point.
+    """
+    read = []
+    for attributes, content in _MOLMO2_TAG.findall(text):
+        coords = _COORDS.search(attributes)
+        for group in re.split(r"[\t:;,]", coords[1] if coords else ""):
+            numbers = _floats(group.split()) or ()
+            for start in range(1, len(numbers) - 2, 3):
+                read.append(Location(numbers[start + 1 : start + 3], content.strip()))
+    return read
+
+
 def _floats(texts: Sequence[str]) -> tuple[float, ...] | None:
     try:
         numbers = tuple(map(float, texts))
@@ -348,6 +382,14 @@ FORMATS: dict[str, AnswerFormat] = {
             "xy_percent",
             re.compile(r"<points?\s+x"),
             read=_molmo,
+        ),
+        AnswerFormat(
+            "molmo2",
+            'Molmo2\'s `<points coords="1 1 463 345 2 578 400">cats</points>`: thousandths',
+            "xyxy_permille",
+            "xy_permille",
+            re.compile(r"<(?:points|tracks)\s[^<>]*\bcoords\s*="),
+            read=_molmo2,
         ),
         AnswerFormat(
             "gemini",
@@ -512,41 +554,55 @@ def _texts(value: object, depth: int = 8) -> Iterator[str]:
 
 
 _SPECIAL = re.compile(
-    r"<(?:bos|eos|pad|s|unk|image|end_of_turn|end_of_utterance)>|</s>"
-    r"|<\|(?:im_end|endoftext|eot_id|end_of_text|begin_of_text|end|end_of_sentence)\|>"
-    r"|<\|im_start\|>\s*assistant\s*|<start_of_turn>\s*model\s*|<\uff5c(?:end|begin)\u2581of\u2581sentence\uff5c>"
+    r"<(?:bos|eos|pad|s|unk|image|end_of_turn|start_of_turn|end_of_utterance)>|</s>"
+    r"|<\|(?:im_start|im_end|endoftext|eot_id|end_of_text|begin_of_text|end|end_of_sentence"
+    r"|start_header_id|vision_start|vision_end|image_pad|image)\|>"
+    r"|<\uff5c(?:end|begin)\u2581of\u2581sentence\uff5c>"
 )
+_FIRST_HEADER = re.compile(
+    r"^\s*(?:<\|im_start\|>|<start_of_turn>|<\|start_header_id\|>)\s*(?:assistant|model)\b"
+    r"(?:<\|end_header_id\|>)?\s*"
+)
+_HEADER_END = re.compile(r"<\|end_header_id\|>")
+_ROLE_TOKEN = re.compile(r"<\|(user|assistant|system)\|>")
 
 
 def without_special_tokens(text: str) -> str:
-    """Returns a text without the tokens that begin, end or fill up an answer."""
+    """Returns a text without the tokens that begin, end or fill up an answer.
+
+    The names of speakers stay, each at the beginning of a line or in front of a colon.
+    """
+    text = _HEADER_END.sub("\n", _FIRST_HEADER.sub("", text))
+    text = _ROLE_TOKEN.sub(r"\n\1\n", text)
     return _SPECIAL.sub("", text)
 
 
-_ASKS = re.compile(r"\s*(?:user|human)\s*:?\s*", re.IGNORECASE)
-_REPLIES = re.compile(r"\s*(?:(?:assistant|model|gpt)\s*(?::|\n)|answer\s*:)\s*", re.IGNORECASE)
+_ASKS = re.compile(r"\s*(?:(?:system|user|human)\s*(?::|\n)|\[INST\])\s*", re.IGNORECASE)
+_REPLIES = re.compile(
+    r"(?:(?:^|(?<=\n))[ ]*(?:assistant|model|gpt)[ ]*(?::|\n)|\bassistant:|\[/INST\])\s*",
+    re.IGNORECASE,
+)
 
 
 def without_echo(text: str, prompt: str) -> str:
     """Returns an answer without the prompt that stands in front of it.
 
-    Blanks do not count. Names of speakers (`USER: … ASSISTANT: …`) go with the prompt. With loc
-    tokens, all lines before the line of the first token are the prompt:
+    Blanks do not count. A transcript (`USER: … ASSISTANT: …`) ends with its answer. With loc
+    tokens, all lines before the line of the first token are the prompt, as in
     `detect cat ; dog\\n<loc0100>…`. A text that is only the prompt is returned as it is.
     """
-    asks = _ASKS.match(text)
     start = _end_of_prompt(text, 0, prompt)
-    if not start and asks:
+    asks = _ASKS.match(text)
+    if asks and not start:
         start = _end_of_prompt(text, asks.end(), prompt)
-    replies = _REPLIES.match(text, start) if start else None
-    start = replies.end() if replies else start
-    first_loc = _FIRST_LOC.search(text)
+    if asks or start:
+        start = max([start, *(reply.end() for reply in _REPLIES.finditer(text))])
+    elif reply := _REPLIES.match(text):
+        start = reply.end()
+    first_loc = _LOC.search(text)
     if first_loc:
         start = max(start, text.rfind("\n", 0, first_loc.start()) + 1)
     return text[start:].lstrip() if start and text[start:].strip() else text
-
-
-_FIRST_LOC = re.compile(r"<loc[0-9]{4}>")
 
 
 def _end_of_prompt(text: str, start: int, prompt: str) -> int:

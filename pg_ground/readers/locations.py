@@ -400,15 +400,44 @@ _FILLER = re.compile(r"[\s,;()\[\]{}<>]*")
 
 
 def _read_bare(text: str, width: int) -> list[Location]:
-    """Returns the locations of `x=…, y=…`, else of bare numbers.
+    """Returns the locations of `x=…, y=…` or `xmin: …, ymin: …, xmax: …, ymax: …`, else of bare
+    numbers.
 
     Only commas, blanks and brackets may be between the numbers of a location.
     """
     attributes = [(x, y) for _, x, y in _XY.findall(text)] if width == 2 else []
+    named = _named_in_text(text) if width == 4 else []
+    if named:
+        return named
     return [
         Location(_numbers(numbers, width, strict=False))
         for numbers in attributes or number_runs(text, width)
     ]
+
+
+_NAME_AND_NUMBER = re.compile(
+    rf"""\b(x_?min|y_?min|x_?max|y_?max|[xy][012]|left|top|right|bottom|width|height|[xywh])\b"""
+    rf"""["']?\s*[:=>]\s*["']?({NUMBER})""",
+    re.IGNORECASE,
+)
+
+
+def _named_in_text(text: str) -> list[Location]:
+    """Returns the boxes whose numbers have names: `xmin=1, ymin=2, xmax=3, ymax=4`.
+
+    The names are those of `_NAMED_NUMBERS`, in any order, also as tags of XML.
+    """
+    boxes: list[Location] = []
+    fields: dict[str, str] = {}
+    for name, number in _NAME_AND_NUMBER.findall(text):
+        if name in fields:
+            fields = {}
+        fields[name] = number
+        named = _named_numbers(fields, 4)
+        if named:
+            boxes.append(Location(_numbers(named[1], 4, strict=False), written=named[0]))
+            fields = {}
+    return boxes
 
 
 def number_runs(text: str, width: int) -> list[list[str]]:
