@@ -195,6 +195,14 @@ def test_right_units_are_not_doubted(tmp_path, tokens, order):
     assert not measure_budget(open_rows(tmp_path, tiny, size=(28, 28)), tokens, DATA).doubts
 
 
+def test_a_source_that_begins_with_background_images_is_no_error(tmp_path, tokens):
+    rows = [[]] * 40 + [[[0, 0, 900, 700]]] * 2
+    budget = measure_budget(open_rows(tmp_path, rows), tokens, DATA)
+    assert budget.notes == {"no boxes: the record is left out (empty)": "40 of 42"}
+    with pytest.raises(UserError, match="none of 20 questions can be used; question 0: there are"):
+        measure_budget(open_rows(tmp_path, [[]] * 20), tokens, DATA)
+
+
 def test_records_without_objects_are_counted_and_a_wrong_path_is_an_error(tmp_path, tokens):
     rows = [[[0, 0, 40, 40]], [], None, [[0, 0, 900, 700]]]
     kept = measure_budget(open_rows(tmp_path, rows, settings={"empty": "keep"}), tokens, DATA)

@@ -226,7 +226,7 @@ def read_question(record: Record, source: Source, element: int) -> tuple[str, An
     rows = points if asks_points else boxes
     count = len(rows.numbers)
     if not count and source.target != "text" and source.empty == "drop":
-        raise BadRecord("empty", f"there are no {source.target}{absence}")
+        raise BadRecord("empty", nothing_there(source) + absence)
     prompt = _fill(source.prompt, record, source, element)
     if not prompt:
         raise BadRecord("bad_text", f"the prompt {short(source.prompt)} comes out empty")
@@ -238,6 +238,11 @@ def read_question(record: Record, source: Source, element: int) -> tuple[str, An
         labels = (_fill(source.name, record, source, element),) * count
     labels = tuple(_safe_name(label, source) for label in labels)
     return prompt, Annotation(boxes, points, labels, rows.codes, count, absence)
+
+
+def nothing_there(source: Source) -> str:
+    """Returns the message of a record without boxes or points."""
+    return f"there are no {source.target}"
 
 
 def _read_rows(record: Record, source: Source, element: int) -> tuple[Rows, Rows, str]:

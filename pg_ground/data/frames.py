@@ -24,7 +24,10 @@ SIZE_FIELDS = (("width", "height"), ("image_width", "image_height"))
 RATIO_TOLERANCE = 0.02
 """A copy's side may differ by one pixel from the exact ratio, and by this share of the side."""
 
-UPRIGHT = 1
+FrameKey = tuple[tuple[int, int], int]
+"""The size of a frame, and its EXIF orientation."""
+
+UPRIGHT: int = 1
 """The EXIF orientation of an image that needs no turn."""
 
 
@@ -95,8 +98,8 @@ def find_frame(recorded: tuple[int, int] | None, opened: Opened, frame: str) -> 
     """
     image = opened.image
     size = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
-    upright = (size, UPRIGHT)
-    stored = (opened.stored, opened.orientation)
+    upright: FrameKey = (size, UPRIGHT)
+    stored: FrameKey = (opened.stored, opened.orientation)
     candidates = [stored] if frame == "stored" else [upright]
     if frame == "auto" and opened.orientation != UPRIGHT and opened.stored != size:
         candidates.append(stored)

@@ -9,7 +9,7 @@ import numpy as np
 
 from pg_ground.config import Data
 from pg_ground.data.datasets import Examples
-from pg_ground.data.examples import Annotation, format_answer, read_question
+from pg_ground.data.examples import Annotation, format_answer, nothing_there, read_question
 from pg_ground.data.frames import recorded_size
 from pg_ground.data.records import BadRecord
 from pg_ground.data.units import Coordinates, check_units
@@ -82,15 +82,20 @@ def measure_budget(dataset: Examples, tokenizer: Tokenizer, data: Data) -> Budge
     indices = spread(len(dataset), data.check_records)
     questions: dict[int, Question] = {}
     failures: list[str] = []
-    empty = 0
+    empty = blocking = 0
     for index in indices:
         try:
             questions[index] = _measure(dataset, index, tokenizer)
         except BadRecord as bad:
             failures.append(f"question {index}: {bad}")
+            # Many records may say that nothing is there. A field that is absent may be a typo.
+            says_nothing = bad.kind == "empty" and str(bad) == nothing_there(dataset.source)
             empty += bad.kind == "empty"
-            if not questions and len(failures) == min(PROBED_IMAGES, len(indices)):
+            blocking += not says_nothing
+            if not questions and blocking == min(PROBED_IMAGES, len(indices)):
                 raise _none_usable(dataset, failures) from None
+    if not questions:
+        raise _none_usable(dataset, failures)
     _check_any_object(dataset, questions)
     readable = list(questions)
     probed = _probe(dataset, [readable[i] for i in spread(len(readable), PROBED_IMAGES)])
@@ -106,7 +111,9 @@ def measure_budget(dataset: Examples, tokenizer: Tokenizer, data: Data) -> Budge
         dataset.name,
         len(dataset),
         len(indices),
-        *largest,
+        largest[0],
+        largest[1],
+        largest[2],
         worst,
         _notes(dataset, questions, probed, empty),
         [
@@ -215,7 +222,7 @@ def _check_any_object(dataset: Examples, questions: Mapping[int, Question]) -> N
     if dataset.source.target == "text" or not annotations:
         return
     if all(not annotation.count and annotation.absence for annotation in annotations):
-        reason = f"there are no {dataset.source.target}{annotations[0].absence}"
+        reason = nothing_there(dataset.source) + annotations[0].absence
         raise _none_usable(dataset, [reason] * len(annotations))
 
 
