@@ -12,7 +12,7 @@ from pg_ground import tokenizer
 from pg_ground.cli import parse_config
 from pg_ground.config import Data, Grpo, Source
 from pg_ground.data.datasets import Examples, open_examples
-from pg_ground.training.reward_coverage import answers_to, check, measure, table
+from pg_ground.training.reward_coverage import KINDS, answers_to, check, measure, table
 from pg_ground.types import UserError
 
 TOKENS = tokenizer.load()
@@ -107,6 +107,9 @@ def by_question(completion, example):
 def short(completion, example):
     return -len(completion)
 
+def brief(completion, example):
+    return min(1.0, 8 / max(len(completion.split()), 1))
+
 def broken(completion, example):
     return 1 / 0
 
@@ -123,8 +126,9 @@ def odd(completion, example):
         ("constant", "are 0.2 in total for every answer"),
         ("by_question", "in total for every answer"),
         ("short", ""),
+        ("brief", ""),
         ("odd", ""),
-        ("broken", r"broken failed on 50 of 50 completions; first with: ZeroDivisionError"),
+        ("broken", r"broken failed on 55 of 55 completions; first with: ZeroDivisionError"),
     ],
 )
 def test_rewards_that_are_equal_for_every_answer_are_an_error(source, tmp_path, name, message):
@@ -192,7 +196,7 @@ def test_answers_differ_from_the_gold_text():
     for gold in ("<loc0100><loc0900><loc1000><loc1023> cat", "[10, 20, 30, 40]", "8", "left"):
         answers = answers_to(gold, "another")
         assert answers[0] == gold and gold in answers[1] and "another" in answers
-        assert len(answers) == 10
+        assert len(answers) == len(KINDS)
     assert answers_to("8", "")[8] == "9"
     assert answers_to("<loc0100><loc1000>", "")[8] == "<loc0202><loc0898>"
     assert answers_to("[1, 2, 30, 40]", "")[3] == "<|box_start|>(1,2),(30,40)<|box_end|>"

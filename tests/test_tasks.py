@@ -273,7 +273,8 @@ def get_config():
     c = runpy.run_path("{ROOT}/configs/tiny.py")["get_config"]().unlock()
     c.stages = ("grpo",)
     c.grpo.steps = 3
-    c.grpo.rewards = {{"iou": 1.0, "{tmp_path}/rewards.py:centred": 0.5}}
+    # the points of this recipe need a reward too
+    c.grpo.rewards = {{"iou": 1.0, "{tmp_path}/rewards.py:centred": 0.5, "format": 0.2}}
     words = "{tmp_path}/words.py"
     c.grpo.text_rewards = {{f"{{words}}:brief": 0.1, f"{{words}}:share_of_longest": 0.0}}
     c.log.every = 1

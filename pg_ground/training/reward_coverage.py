@@ -45,7 +45,19 @@ SHAPING = frozenset({"length", "repetition", "overlong"})
 GOLD_FORMS = 4
 """The first answers are the gold text, and the gold text in forms that a policy must add."""
 
-KINDS = ("", "", "", "", "nothing", "noise", "stray locs", "another answer", "a shift", "a copy")
+KINDS = (
+    "",
+    "",
+    "",
+    "",
+    "nothing",
+    "noise",
+    "stray locs",
+    "another answer",
+    "a shift",
+    "a copy",
+    "a long answer",
+)
 """The other answers in words, in the order of `answers_to`."""
 
 SLACK = 0.02
@@ -182,6 +194,7 @@ def answers_to(gold: str, other_gold: str) -> list[str]:
         other_gold,
         _shifted(gold),
         f"{gold} ; {gold}",
+        "it is here and not there " * 20,
     ]
 
 
