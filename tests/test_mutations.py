@@ -5,13 +5,18 @@ comes from the test's own numbers.
 """
 
 import json
+import pickle
+import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import huggingface_hub.constants
+import msgpack
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,7 +26,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pg_ground.config import Data, Source
-from pg_ground.data.arrayrecord import write_array_record
+from pg_ground.data import arrayrecord
+from pg_ground.data import tfds as pg_tfds
+from pg_ground.data.arrayrecord import decode_any, encode, write_array_record
 from pg_ground.data.batch_rows import to_batch_row
 from pg_ground.data.datasets import Examples, open_examples
 from pg_ground.data.records import BadRecord
@@ -534,3 +541,208 @@ def test_mutated_entries_of_coco(tmp_path, files):
         assert bad == sum(count for _, count in questions)
 
     run(files, st.lists(scenes, min_size=RECORDS_PER_FILE, max_size=RECORDS_PER_FILE), law)
+
+
+REFER_CHANGES = [
+    *(Entries("refs", "ann_id", value, BAD) for value in (None, ABSENT, [], True, 99_999, "x")),
+    Entries("refs", "ann_id", str, SAME),
+    *(Entries("refs", "image_id", value, BAD) for value in (None, ABSENT, [], 99_999, {})),
+    Entries("refs", "image_id", float, SAME),
+    *(Entries("refs", "sentences", v, BAD) for v in (None, ABSENT, [], "x", [{"raw": NAN}], [5])),
+    *(Entries("refs", "split", value, BAD) for value in (None, ABSENT, 5)),
+    *(Entries("refs", "ref_id", value, SAME) for value in (None, ABSENT, "x")),
+    *(Entries("refs", "", value, BAD) for value in (None, 5, "x", [])),
+    *(Entries("annotations", "bbox", v, BAD) for v in (None, ABSENT, [], [1, 2], [NAN] * 4, "x")),
+    *(Entries("annotations", "bbox", v, BAD) for v in ([1, 1, 0, 9], [500, 500, 9, 9])),
+    *(Entries("annotations", "image_id", value, BAD) for value in (None, ABSENT, 99_999, [])),
+    *(Entries("annotations", "category_id", value, BAD) for value in (99, "x", [], True)),
+    *(Entries("annotations", "category_id", value, SAME) for value in (None, ABSENT, "0", 0.0)),
+    *(Entries("annotations", "segmentation", value, SAME) for value in (ABSENT, None)),
+    *(Entries("annotations", "", value, BAD) for value in (None, 5)),
+    *(Entries("images", "file_name", value, BAD) for value in (None, ABSENT, 5, "b.png", "")),
+    *(Entries("images", "width", value, SAME) for value in (None, ABSENT, 0, "80")),
+    Entries("images", "width", 33, BAD),
+    *(Entries("images", "", value, BAD) for value in (None, [])),
+]
+
+
+def write_refer_files(folder: Path, scenes: list[Scene]) -> str:
+    """Writes a ref with an image for each scene. Its object is the scene's first object."""
+    lists: dict[str, list[Any]] = {"refs": [], "images": [], "annotations": []}
+    for number, (item, change) in enumerate(scenes):
+        entries: dict[str, Any] = {
+            "refs": {
+                "split": "train",
+                "ref_id": number,
+                "ann_id": number,
+                "image_id": number,
+                "sentences": [{"raw": NAMES[item.labels[0]]}],
+            },
+            "images": {"id": number, "file_name": "a.png", "width": WIDTH, "height": HEIGHT},
+            "annotations": {
+                "id": number,
+                "image_id": number,
+                "category_id": 0,
+                "bbox": xywh(item.boxes[0]),
+                "segmentation": [],
+            },
+        }
+        if change:
+            entries[change.list_name] = change_entry(entries[change.list_name], change)
+        for name, entry in entries.items():
+            lists[name].append(entry)
+    (folder / "refcoco").mkdir(exist_ok=True)
+    (folder / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(lists.pop("refs")))
+    content = lists | {"categories": [{"id": 0, "name": "thing"}]}
+    (folder / "refcoco" / "instances.json").write_text(json.dumps(content))
+    return f"refer:{folder}?dataset=refcoco&split_by=unc&split=train"
+
+
+@pytest.mark.parametrize("files", FILES)
+def test_mutated_refs_and_instances(tmp_path, files):
+    draw_images(tmp_path)
+    scenes = st.builds(Scene, ITEMS, st.none() | st.sampled_from(REFER_CHANGES))
+
+    def law(drawn: list[Scene]) -> None:
+        source = Source(
+            uri=write_refer_files(tmp_path, drawn),
+            phrase="sentences.0.raw",
+            boxes="bbox",
+            box_format="xywh_px",
+        )
+        examples = open_examples("a", source, DATA, 14)
+        assert len(examples) == len(drawn)
+        for index, (item, change) in enumerate(drawn):
+            name = NAMES[item.labels[0]]
+            is_bad = change is not None and change.effect == BAD
+            answer = (BAD, []) if is_bad else (f"detect {name}", [(item.boxes[0], name)])
+            check(examples, index, answer)
+
+    run(files, st.lists(scenes, min_size=RECORDS_PER_FILE, max_size=RECORDS_PER_FILE), law)
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    """Returns bytes in which a few bytes are changed, missing or added."""
+    changed = bytearray(data)
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        at = rng.randrange(len(changed) or 1)
+        noise = rng.randbytes(3)
+        kind = rng.choice(["change", "change", "cut", "add"])
+        changed[at : at + {"change": 3, "cut": 8, "add": 0}[kind]] = noise if kind != "cut" else b""
+    return bytes(changed)
+
+
+def read_damaged(good: bytes, decode: Callable[[bytes], Any], count: int) -> int:
+    """Returns how many of `count` damaged records are bad. Each is a dict or a bad record."""
+    rng = random.Random(0)
+    bad = 0
+    for _ in range(count):
+        data = damaged(good, rng)
+        try:
+            assert isinstance(decode(data), dict)
+        except BadRecord as fault:
+            assert fault.kind == "bad_record" and len(str(fault)) <= 401
+            bad += 1
+    return bad
+
+
+def test_damaged_packed_records_are_records_or_bad_records():
+    record = record_of(Item([[1, 2, 3, 4]], [0])) | {"cells": np.zeros((2, 3), np.float32)}
+    assert 5_000 < read_damaged(encode(record), decode_any, 20_000) < 20_000
+
+
+def test_a_packed_array_of_an_unreadable_dtype_is_a_bad_record():
+    for dtype in (b",4", b",", b"x" * 9, b"O"):
+        array = msgpack.ExtType(1, msgpack.packb([dtype, [1], b"1234"]))
+        with pytest.raises(BadRecord, match="no msgpack of a record"):
+            decode_any(msgpack.packb({"cells": array}))
+
+
+def tfds_decoder() -> Callable[[bytes], Any]:
+    """Returns what decodes the records of a dataset of tfds with boxes and class labels."""
+    features = pytest.importorskip("tensorflow_datasets").features
+    from tensorflow_datasets.core import example_parser
+
+    objects = {
+        "bbox": features.Tensor(shape=(4,), dtype=np.float32),
+        "label": features.ClassLabel(names=NAMES),
+    }
+    spec = features.FeaturesDict(
+        {
+            "image": features.Image(encoding_format="png"),
+            "phrase": features.Text(),
+            "objects": features.Sequence(objects),
+        }
+    )
+    parser = example_parser.ExampleParserNp(spec.get_serialized_info())
+    return lambda data: pg_tfds._decode(spec, parser, data)
+
+
+def tfds_record(image: bytes, boxes: list[list[float]], labels: list[int], phrase: str) -> bytes:
+    """Returns a record as tfds stores it: a `tf.train.Example`."""
+    example = arrayrecord._example_class()()
+    for name, kind, values in (
+        ("image", "bytes", [image]),
+        ("phrase", "bytes", [phrase.encode("utf-8", "surrogatepass")]),
+        ("objects/bbox", "floats", [number for box in boxes for number in box]),
+        ("objects/label", "ints", labels),
+    ):
+        feature = example.features.feature.add()
+        feature.key = name
+        getattr(feature.value, kind).SetInParent()
+        getattr(feature.value, kind).value.extend(values)
+    return example.SerializeToString()
+
+
+@pytest.mark.needs("tensorflow_datasets")
+def test_damaged_records_of_tfds_are_records_or_bad_records(tmp_path):
+    good = tfds_record(b"png", [[1, 2, 3, 4], [5, 6, 7, 8]], [0, 1], "cat")
+    assert 3_000 < read_damaged(good, tfds_decoder(), 10_000) < 10_000
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Records of tfds that are decoded when they are read."""
+
+    parts: list[bytes]
+    decode: Callable[[bytes], Any]
+    root: None = None
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.decode(self.parts[index])
+
+
+TFDS_CHANGES = [
+    *(Change("boxes", changed_first(lambda box, n=n: [n, *box[1:]])) for n in (NAN, float("inf"))),
+    Change("boxes", changed_first(lambda box: [box[0], box[1], box[0], box[3]])),
+    Change("boxes", changed_first(lambda box: [n + 500 for n in box])),
+    Change("boxes", changed_first(lambda box: box[:3])),
+    *(Change("labels", labels) for labels in ([], [99] * 3, [-1] * 3, [0] * 9)),
+    *(Change("phrase", text) for text in ("", " ", "x\ud800")),
+    Change("phrase", "a  b", "a b"),
+    Change("image", b"\x89PNG"),
+    Change("image", b""),
+]
+
+
+@pytest.mark.needs("tensorflow_datasets")
+@pytest.mark.parametrize("files", FILES)
+def test_mutated_records_of_tfds(tmp_path, files):
+    draw_images(tmp_path)
+    image = (tmp_path / "a.png").read_bytes()
+    decode = tfds_decoder()
+    source = Source(boxes="objects.bbox", label="objects.label", empty="keep")
+
+    def law(rows: list[tuple[Item, list[Change]]]) -> None:
+        parts = []
+        for item, changes in rows:
+            record = {"image": image, "phrase": "cat", **item._asdict()}
+            parts.append(tfds_record(**applied(record, item, changes)))
+        examples = Examples("a", source, Decoded(parts, decode), DATA, 14)
+        for index, (item, changes) in enumerate(rows):
+            check(examples, index, expected(item, changes))
+
+    run(files, mutated(TFDS_CHANGES), law)

@@ -206,7 +206,7 @@ def decode(data: bytes) -> JsonDict:
         record = msgpack.unpackb(
             data, ext_hook=_unpack_array, strict_map_key=False, unicode_errors="surrogatepass"
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, SyntaxError) as error:  # numpy parses the name of a dtype
         raise BadRecord(
             "bad_record", f"{data[:20]!r}… is no msgpack of a record: {error}"
         ) from error

@@ -26,7 +26,7 @@ with epy.lazy_imports():  # an optional dependency, which takes 0.3 s to import
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import example_parser, read_only_builder, registered
 
-CANNOT_PARSE = (DecodeError, KeyError, ValueError, AttributeError, TypeError)
+CANNOT_PARSE = (DecodeError, LookupError, ValueError, AttributeError, TypeError, RuntimeError)
 """`tensorflow_datasets` raises these if a record is no Example or has other features."""
 
 FILE_FORMAT = "array_record"
