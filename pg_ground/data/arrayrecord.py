@@ -89,6 +89,10 @@ NUMERIC_KINDS = "biuf"
 """The kinds of dtype that `encode` takes: bool, signed and unsigned integers, floats."""
 
 
+DTYPE_NAME = re.compile(rf"[<>|][{NUMERIC_KINDS}]\d{{1,2}}")
+"""The name of such a dtype, such as <f4."""
+
+
 class ArrayRecords:
     """The records of array_record files, each decoded when it is read."""
 
@@ -206,7 +210,7 @@ def decode(data: bytes) -> JsonDict:
         record = msgpack.unpackb(
             data, ext_hook=_unpack_array, strict_map_key=False, unicode_errors="surrogatepass"
         )
-    except (ValueError, TypeError, SyntaxError) as error:  # numpy parses the name of a dtype
+    except (ValueError, TypeError) as error:
         raise BadRecord(
             "bad_record", f"{data[:20]!r}… is no msgpack of a record: {error}"
         ) from error
@@ -339,6 +343,9 @@ def _unpack_array(code: int, data: bytes) -> np.ndarray:
     if code != ARRAY_TYPE:
         raise ValueError(f"extension type {code} is unknown")
     dtype, shape, values = msgpack.unpackb(data)
+    # numpy would parse any text, also as a dtype that no array of a record has.
+    if not isinstance(dtype, str) or not DTYPE_NAME.fullmatch(dtype):
+        raise ValueError(f"{dtype!r:.30} is no dtype of numbers")
     return np.frombuffer(values, dtype).reshape(shape)
 
 
