@@ -55,7 +55,7 @@ KINDS = {
     "missing_image",
     "wrong_size",
 }
-"""The kinds of bad records of docs/data.md that these changes cause."""
+"""The kinds of bad records that these changes cause."""
 
 RECORDS_PER_FILE = 50
 TEN_THOUSAND = 10_000 // RECORDS_PER_FILE
