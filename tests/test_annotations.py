@@ -203,6 +203,13 @@ def test_an_annotation_without_numbers_is_bad_even_if_empty_records_are_kept(tmp
 
 
 @pytest.mark.parametrize(
+    "box", [[True, 10, 40, 30], [[1, False, 40, 30]], [[True, 2], [40, 30]], "[True, 2, 40, 30]"]
+)
+def test_a_flag_is_no_number_of_a_box(tmp_path, box):
+    assert fault(tmp_path, {"box": box}).startswith("bad_box")
+
+
+@pytest.mark.parametrize(
     ("count", "answer"),
     [(3.0, "3"), (3, "3"), ("3", "3"), (-0.0, "0"), (2.5, "2.5"), (1e20, "1e+20")],
 )

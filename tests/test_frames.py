@@ -155,6 +155,8 @@ def test_a_size_of_another_image_is_a_bad_record(tmp_path, file_size, row, setti
         {"width": 999},
         {"height": None, "width": 7},
         {"width": 1.5, "height": 0.2},
+        {"width": 10**400, "height": 60},
+        {"width": 80, "height": -(10**400)},
     ],
 )
 def test_a_size_that_says_nothing_is_not_compared(tmp_path, row):

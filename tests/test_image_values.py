@@ -88,6 +88,8 @@ def test_base64_text_of_every_format_is_no_file_name(kind):
     text = base64.b64encode(encoded(kind)).decode()
     assert load_image(text, None).shape == (6, 9, 3) and image_name(text) is None
     assert load_image(text.encode(), None).shape == (6, 9, 3)
+    safe = base64.urlsafe_b64encode(encoded(kind)).decode()
+    assert load_image(safe, None).shape == (6, 9, 3) and image_name(safe) is None
 
 
 def test_an_example_says_how_its_image_was_read(tmp_path):

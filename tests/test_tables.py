@@ -326,6 +326,16 @@ def test_parquet_that_cannot_be_opened_is_refused(tmp_path):
         assert message in refusal(f"parquet:{tmp_path}/{location}")
 
 
+def test_a_date_that_python_cannot_hold_is_a_bad_record(tmp_path):
+    dates = pa.array([1, 2**62, 3], pa.timestamp("ms"))
+    pq.write_table(pa.table({"n": [0, 1, 2], "date": dates}), tmp_path / "a.parquet")
+    records = open_parquet(str(tmp_path / "a.parquet"))
+    with pytest.raises(BadRecord, match="row group 0 of a.parquet: ") as bad:
+        records[1]
+    assert bad.value.kind == "bad_parquet"
+    assert (records[0]["n"], records[2]["n"]) == (0, 2)
+
+
 def test_broken_row_group_is_bad_when_read_and_only_then(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", numbered(0, 300), 100)
     column = pq.read_metadata(path).row_group(1).column(1)

@@ -265,6 +265,8 @@ def _join(parts: Sequence[Rows], kind: str) -> Rows:
 
 def _read_lists(value: Any, format_name: str, width: int, kind: str) -> Rows:
     """Returns the rows of lists of numbers."""
+    if _has_flag(value):  # numpy would read True as 1
+        raise _wrong_shape(value, width, kind)
     try:
         array = np.asarray(value, np.float64)
     except (TypeError, ValueError, OverflowError) as error:
@@ -285,6 +287,12 @@ def _read_lists(value: Any, format_name: str, width: int, kind: str) -> Rows:
             raise BadRecord(kind, f"{short(value)} are four corners of no upright rectangle")
         return Rows(boxes, (), (), _corner_format(value, format_name, kind), "four corners")
     raise _wrong_shape(value, width, kind)
+
+
+def _has_flag(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_has_flag, value))
+    return isinstance(value, bool | np.bool_ | bytes)
 
 
 def _is_upright(polygon: Float[np.ndarray, "4 2"]) -> bool:

@@ -5,6 +5,7 @@ it is a resized copy. A phone stores an image lying on its side, with a tag (EXI
 turn it. Some tools annotate the stored pixels, and other tools the upright image.
 """
 
+import decimal
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,6 +24,9 @@ SIZE_FIELDS = (("width", "height"), ("image_width", "image_height"))
 
 RATIO_TOLERANCE = 0.02
 """A copy's side may differ by one pixel from the exact ratio, and by this share of the side."""
+
+NUMBERS = (int, float, str, decimal.Decimal, np.number)
+"""The types of a side. A text is a side if it is a number."""
 
 FrameKey = tuple[tuple[int, int], int]
 """The size of a frame, and its EXIF orientation."""
@@ -75,11 +79,11 @@ def _named_size(record: Record, text: str, element: int) -> tuple[int, int] | No
 
 def _to_side(value: object) -> int:
     """Returns a side in pixels; 0 if the value is no whole number above 0. A number can be text."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str | np.number):
+    if isinstance(value, bool) or not isinstance(value, NUMBERS):
         return 0
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0
     return int(number) if 0 < number < 1e9 and number == int(number) else 0
 

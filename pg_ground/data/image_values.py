@@ -21,10 +21,13 @@ LONGEST_PATH = 4096
 _DIGITS = r"[A-Za-z0-9+/_=\s-]"
 
 _SIGNATURES = (
-    *("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk[0-3]", "SUkq", "TU0AK"),
+    *("[/_]9j[/_]", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk[0-3]", "SUkq", "TU0AK"),
     *("AAAA..Z0eXB", "AAAADGpQ"),
 )
-"""The first bytes of JPEG, PNG, GIF, WebP, BMP, both TIFFs, AVIF and JPEG 2000, in base64."""
+"""The first bytes of JPEG, PNG, GIF, WebP, BMP, both TIFFs, AVIF and JPEG 2000, in base64.
+
+JPEG's bytes are other signs in the alphabet for addresses.
+"""
 
 BASE64_IMAGE = re.compile(rf"\s*(?:{'|'.join(_SIGNATURES)}){_DIGITS}{{40,}}")
 """How the base64 text of an image begins."""

@@ -37,8 +37,11 @@ logger = logging.getLogger(__name__)
 CANNOT_OPEN = (OSError, ImportError)
 """Opening a path raises these. etils raises ImportError if a remote file system has no client."""
 
-CANNOT_PARSE = (pa.ArrowException, OSError, ValueError)
-"""pyarrow raises these if a file is no parquet, is cut off, or does not match its footer."""
+CANNOT_PARSE = (pa.ArrowException, OSError, ValueError, OverflowError)
+"""pyarrow raises these if a file is no parquet, is cut off, or does not match its footer.
+
+It raises OverflowError for a date that Python cannot hold.
+"""
 
 MAX_BYTES_IN_MEMORY = 2**26
 """The size of a JSON lines file up to which it is read into memory: some 200,000 questions."""
