@@ -201,6 +201,18 @@ def test_the_same_100_answers_have_the_same_score_in_every_format(name, tmp_path
         assert form in report["notes"][0]
 
 
+@pytest.mark.parametrize("name", [n for n, (form, _) in WRITERS.items() if form != "plain"])
+def test_a_unit_that_is_relative_fits_an_image_of_any_size(name, tmp_path):
+    """The answers of the square images, about images of 640 x 480 pixels."""
+    records = records_in(WRITERS[name][1], width=640, height=480)
+    for record in records:
+        x1, y1, x2, y2 = record["gold"][0]["bbox"]
+        box = [x1 * 640 / SIDE, y1 * 480 / SIDE, x2 * 640 / SIDE, y2 * 480 / SIDE]
+        record["gold"] = [{"label": record["gold"][0]["label"], "bbox": box}]
+    report, _ = score(tmp_path, records)
+    assert (report["acc50"], report["acc95"]) == (0.85, 0.6)
+
+
 def test_percent_in_brackets_are_read(tmp_path):
     """MiniGPT-v2 writes whole percent, which are too coarse for acc95."""
     report, _ = score(tmp_path, records_in(minigpt))

@@ -19,6 +19,7 @@ from pg_ground.evals.programs import Completions, EvalPrograms, make_eval_progra
 from pg_ground.evals.runner import EvalContext, Evaluation
 from pg_ground.models import PaliGemma
 from pg_ground.parallel import sharding
+from pg_ground.reporting.tables import results_table
 from pg_ground.rewards import answer_reader
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.tokenizer import load as load_tokenizer
@@ -183,6 +184,10 @@ def test_the_environment_reports_rewards_of_both_kinds(name, tmp_path):
             for part, weight in weights.items()
         ]
         assert row["reward"] == pytest.approx(sum(parts), abs=1e-6)
+    table = results_table("", {"run": values})
+    names = {row[0] for row in table.rows}
+    assert names >= {"env@2/mean_reward", "env@2/pass@1", "env@2/sampled_completion_length"}
+    assert names >= {f"env@2/{metric}" for metric in metrics}
     lengths = [len(load_tokenizer().suffix(row["text"])) for row in rows if row["rollout"] == 0]
     assert values["eval/env@2/completion_length"] == np.mean(lengths)
     scoring.write_results(tmp_path, {}, rows)

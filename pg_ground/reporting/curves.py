@@ -48,7 +48,7 @@ Each benchmark has a chart for greedy answers and one for sampled answers. A met
 pattern has a chart for itself.
 """
 
-SEPARATE_METRICS = ("mae", "suffix_perplexity")
+SEPARATE_METRICS = ("mae", "suffix_perplexity", "completion_length")
 """Held-out metrics that are not fractions of 1. Each has a chart for itself."""
 
 

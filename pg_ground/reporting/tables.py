@@ -29,6 +29,8 @@ SHOWN_METRICS = (
     "mae",
     "cv_bench",
     "mean_reward",
+    "pass@1",
+    "completion_length",
     "malformed_fraction",
     "unfinished_fraction",
     "suffix_perplexity",
@@ -37,8 +39,12 @@ SHOWN_METRICS = (
 
 
 def is_shown(name: str) -> bool:
-    """Returns whether a results table shows the metric `eval/<source>/<metric>`."""
-    return name.rpartition("/")[2].removeprefix("sampled_") in SHOWN_METRICS
+    """Returns whether a results table shows the metric `eval/<source>/<metric>`.
+
+    It shows `SHOWN_METRICS`, and the mean of each reward of an environment: `reward_<name>`.
+    """
+    metric = name.rpartition("/")[2].removeprefix("sampled_")
+    return metric in SHOWN_METRICS or metric.startswith("reward_")
 
 
 def results_table(title: str, columns: Mapping[str, Mapping[str, float]], note: str = "") -> Table:
