@@ -2,8 +2,10 @@
 apply."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from commands import ROOT, run, write_recipe
 from PIL import Image
@@ -12,6 +14,7 @@ from pg_ground import tokenizer
 from pg_ground.cli import parse_config
 from pg_ground.config import Data, Grpo, Source
 from pg_ground.data.datasets import Examples, open_examples
+from pg_ground.training.recorder import Recorder
 from pg_ground.training.reward_coverage import KINDS, answers_to, check, measure, table
 from pg_ground.types import UserError
 
@@ -81,7 +84,20 @@ def test_a_question_without_a_reward_is_an_error_that_says_what_would_apply(
         check(coverages, grpo)
     message = str(error.value)
     assert message.startswith("source grpo/mine: ") and suggestion in message, message
-    assert "question 0, whose answer is" in message and len(message) < 400
+    assert "first question 0, whose answer is" in message and len(message) < 500
+
+
+def test_one_question_without_a_reward_is_enough(source, tmp_path):
+    """One of five answers is no number."""
+    source()
+    lines = (tmp_path / "r.jsonl").read_text().splitlines()
+    lines[3] = lines[3].replace('"number": 0', '"number": "none"')
+    (tmp_path / "r.jsonl").write_text("\n".join(lines))
+    examples = open_examples(
+        "grpo/mine", Source(uri=f"jsonl:{tmp_path}/r.jsonl", **NUMBERS), DATA, 14
+    )
+    with pytest.raises(UserError, match=r"1 of 5 questions .*, first question 3, .*'none'"):
+        check(*coverage(examples, text={"count_exact": 1.0}))
 
 
 def test_every_source_needs_a_reward(source):
@@ -258,6 +274,19 @@ def test_the_rewards_of_every_recipe_can_teach(tmp_path, recipe, image, records,
     check(coverages, c.grpo)
     assert [part.source for part in coverages] == [part.name for part in parts]
     assert "earn less" not in caplog.text
+
+
+def test_a_step_without_a_reward_ends_the_run_and_some_are_logged_once(caplog):
+    recorder = SimpleNamespace(_logged_unscored=False)
+    weighted = {"reward/weighted/iou": np.nan, "reward/iou": np.nan}
+    for step, share in enumerate((0.0, 0.25, 0.5)):
+        Recorder._check_rewards(recorder, step, weighted | {"reward/unscored_fraction": share})
+    assert [record.getMessage() for record in caplog.records] == [
+        "step 1: no reward applies to 25 % of completions"
+    ]
+    with pytest.raises(UserError, match=r"step 4: every reward is NaN: .*\(iou\) applies to any"):
+        Recorder._check_rewards(recorder, 4, weighted | {"reward/unscored_fraction": 1.0})
+    Recorder._check_rewards(recorder, 5, {"sft/loss": 1.0})
 
 
 RECIPE = """

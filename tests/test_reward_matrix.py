@@ -146,7 +146,7 @@ def applicable(form: str, target: str, has_boxes: bool, count: int) -> tuple[set
         return set(), WORDS | SPATIAL | {"count_exact", "count_graded", "math"}
     text = WORDS | {"json_format"} | (SPATIAL if count else set())
     if target == "boxes":
-        text |= {"json_boxes", "json_boxes_squared"} | (LISTS if count else set())
+        text |= {"json_boxes", "json_boxes_squared"} | LISTS
     else:
         text |= {"json_points"} | ({"json_points_in_boxes"} if in_boxes else set())
     return set(), text
@@ -193,6 +193,7 @@ CASES = [
         # an empty JSON list in answer tags has the grammar of JSON boxes and points too
         WORDS
         | OVD
+        | LISTS
         | {"json_format", "json_boxes", "json_boxes_squared", "json_points"}
         | {"agent_step"},
     ),

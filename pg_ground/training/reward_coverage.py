@@ -36,7 +36,7 @@ from pg_ground.vocab import LOC_MAX, PAD
 
 logger = logging.getLogger(__name__)
 
-QUESTIONS = 8
+QUESTIONS = 16
 """Questions of a source that are answered. Each answer is one call of each text reward."""
 
 SHAPING = frozenset({"length", "repetition", "overlong"})
@@ -76,8 +76,10 @@ SUGGESTIONS = 4
 
 
 class Uncovered(NamedTuple):
-    """A question to which no reward with a weight applies."""
+    """The first question to which no reward with a weight applies."""
 
+    count: int
+    """How many questions have no reward."""
     index: int
     gold: str
     suggestions: tuple[str, ...]
@@ -102,7 +104,7 @@ class Coverage(NamedTuple):
     constant: float | None
     """The total of every answer to every question, if they are equal."""
     uncovered: Uncovered | None
-    """The first question to which no reward with a weight applies."""
+    """None if a reward with a weight applies to every question."""
     too_long: int
     """How many gold texts are longer than a completion."""
 
@@ -343,7 +345,7 @@ def _coverage(
     first = None
     if uncovered.size:
         row = int(uncovered[0])
-        first = _uncovered(questions[row], answers[row], prober)
+        first = _uncovered(questions[row], answers[row], prober, uncovered.size)
     return Coverage(
         source=dataset.name,
         target=dataset.source.target,
@@ -386,7 +388,9 @@ def _better(others: Float[np.ndarray, "Q P"], gold: Float[np.ndarray, " Q"]) -> 
     )
 
 
-def _uncovered(question: _Question, answers: Sequence[str], prober: _Prober) -> Uncovered:
+def _uncovered(
+    question: _Question, answers: Sequence[str], prober: _Prober, count: int
+) -> Uncovered:
     """Returns a question with the names of the package's rewards that would apply to it.
 
     These are the rewards that pay more for the gold text than for every other answer.
@@ -407,7 +411,8 @@ def _uncovered(question: _Question, answers: Sequence[str], prober: _Prober) -> 
         for name, values in scores.items()
         if np.all(values[0] > values[GOLD_FORMS:][differs] + SAME)
     ]
-    return Uncovered(int(question.row.index), question.gold, tuple(suggestions[:SUGGESTIONS]))
+    index, best = int(question.row.index), tuple(suggestions[:SUGGESTIONS])
+    return Uncovered(count, index, question.gold, best)
 
 
 def _uncovered_message(coverage: Coverage, names: Sequence[str]) -> str:
@@ -419,8 +424,9 @@ def _uncovered_message(coverage: Coverage, names: Sequence[str]) -> str:
         hint += "; for rewards of boxes, name the field of the text in boxes, with target boxes"
     return (
         f"source {coverage.source}: no reward with a weight ({', '.join(names)}) applies to "
-        f"question {question.index}, whose answer is {question.gold[:80]!r} (target "
-        f"{coverage.target}): {hint}"
+        f"{question.count} of {coverage.questions} questions that were tried, first question "
+        f"{question.index}, whose answer is {question.gold[:80]!r} (target {coverage.target}): "
+        f"{hint}"
     )
 
 
