@@ -191,7 +191,7 @@ def test_rewards_that_apply_and_differ_pass(source, settings, device, text, capl
 
 def test_what_is_doubtful_is_logged(source, caplog):
     check(*coverage(source(**WORDS), text={"exact_match": 1.0, "json_boxes": 0.5}))
-    assert "json_boxes applies to none of 5 questions" in caplog.text
+    assert "the reward json_boxes applies to no question of any source" in caplog.text
     caplog.clear()
     check(*coverage(source(**WORDS), text={"exact_match": 0.1}, length=1.0))
     assert not caplog.text

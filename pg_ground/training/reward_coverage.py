@@ -159,6 +159,10 @@ def check(coverages: Sequence[Coverage], settings: Grpo) -> None:
             )
         for doubt in _doubts(coverage, names, settings):
             logger.warning("source %s: %s", coverage.source, doubt)
+    # A reward for another source is usual, so only a reward without any question is a doubt.
+    unused = [name for name in names if not any(part.applies[name] for part in coverages)]
+    for name in unused if coverages else ():
+        logger.warning("the reward %s applies to no question of any source", name)
 
 
 def table(coverages: Sequence[Coverage], settings: Grpo) -> Table:
@@ -433,9 +437,6 @@ def _uncovered_message(coverage: Coverage, names: Sequence[str]) -> str:
 def _doubts(coverage: Coverage, names: Sequence[str], settings: Grpo) -> list[str]:
     """Returns what is doubtful about the rewards of a source."""
     doubts = [coverage.better] if coverage.better else []
-    unused = [name for name in names if not coverage.applies[name]]
-    if unused:
-        doubts.append(f"{', '.join(unused)} applies to none of {coverage.questions} questions")
     for name in names:
         if coverage.gold[name] == coverage.others[name] == 0:
             doubts.append(f"the gold answer and all others earn 0 from {name}")
