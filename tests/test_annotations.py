@@ -86,11 +86,14 @@ def fault(folder: Path, row: dict[str, Any], **settings: Any) -> str:
         "<ref>red square</ref><box>[[10, 10, 40, 30]]</box>",
         "<loc0256><loc0128><loc0767><loc0512> red square",
         "<loc0256><loc0128><loc0767><loc0512>red square<eos>",
+        "red square<loc_125><loc_250><loc_500><loc_750>",
+        "<think>maybe [1, 1, 2, 2]</think><answer>[10, 10, 40, 30]</answer>",
     ],
 )
 def test_every_form_of_a_box_gives_the_same_answer(tmp_path, box):
     result = example(tmp_path, {"box": box})
-    assert (result.suffix, result.target) == (BOX, BOXES)
+    assert result.target == BOXES and result.suffix.endswith("> red square")
+    assert result.suffix == BOX or "<loc_" in str(box)
     np.testing.assert_allclose(result.boxes.yxyx, [[0.25, 0.125, 0.75, 0.5]], atol=1e-3)
 
 
@@ -109,6 +112,32 @@ def test_several_boxes_keep_their_names_and_their_order(tmp_path):
     columns = {"xmin": [0, 40], "ymin": [0, 20], "xmax": [40, 80], "ymax": [20, 40]}
     named = {"box": columns, "label": ["cat", "dog"]}
     assert example(tmp_path, named, label="label").suffix == two
+
+
+def test_x_and_y_are_the_centre_if_the_format_says_so(tmp_path):
+    box = {"x": 25, "y": 20, "width": 30, "height": 20}
+    assert example(tmp_path, {"box": box}, box_format="cxcywh_px").suffix == BOX
+    created = [{"label": "red square", "coordinates": box}]
+    assert example(tmp_path, {"box": created}, box_format="cxcywh_px").suffix == BOX
+
+
+def test_a_turned_box_is_a_bad_box(tmp_path):
+    box = {"x": 10, "y": 10, "width": 30, "height": 20}
+    assert example(tmp_path, {"box": box | {"rotation": 0}}).suffix == BOX
+    assert "rotation 45" in fault(tmp_path, {"box": [box | {"rotation": 45}]})
+
+
+def test_percent_in_an_answer_states_its_unit(tmp_path):
+    text = "<p>red square</p> {<12><25><50><75>}"
+    result = example(tmp_path, {"box": text}, name="")
+    np.testing.assert_allclose(result.boxes.yxyx, [[0.25, 0.12, 0.75, 0.5]], atol=1e-3)
+    assert result.names == ("red square",) and "minigpt" in result.notes[0]
+
+
+@pytest.mark.parametrize("unit", ["px", "permille", "bin"])
+def test_fractions_in_another_unit_are_a_bad_box(tmp_path, unit):
+    text = fault(tmp_path, {"box": [0.1, 0.2, 0.5, 0.6]}, box_format=f"xyxy_{unit}")
+    assert text.startswith("bad_box") and "xyxy_frac" in text
 
 
 def test_fields_of_their_own_are_a_box_or_a_point(tmp_path):
@@ -136,7 +165,10 @@ def test_every_form_of_a_point_gives_the_same_answer(tmp_path, point):
 @pytest.mark.parametrize(
     ("box", "reason"),
     [
-        ("<loc0001><loc0002><loc0003>", "must be 4 loc tokens and a name, but one has 3"),
+        (
+            "<loc0001><loc0002><loc0003>",
+            "a part with 3 loc tokens: between ';' must be 4 loc tokens, then a name",
+        ),
         ("<loc0001><loc0002><loc0003><loc0004><seg001> cat", "a mask has 16 seg tokens, not 1"),
         ("I see 2 cats at [10, 10, 40, 30]", "5 numbers, which are no rows of 4"),
         ("no", "0 numbers"),
@@ -183,7 +215,11 @@ def test_thousandths_are_a_unit_of_sources(tmp_path):
 
 @pytest.mark.parametrize("target", ["boxes", "points"])
 @pytest.mark.parametrize(
-    "row", [{"o": None}, {}, {"o": []}, {"o": {}}, {"o": ""}, {"o": " "}, {"deep": {"o": None}}]
+    "row",
+    [
+        *({"o": None}, {}, {"o": []}, {"o": {}}, {"o": ""}, {"o": " "}, {"deep": {"o": None}}),
+        *({"o": "[]"}, {"o": "null"}, {"o": math.nan}),
+    ],
 )
 def test_null_absent_and_empty_mean_that_nothing_is_there(tmp_path, row, target):
     path = "deep.o" if "deep" in row else "o"

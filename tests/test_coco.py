@@ -200,6 +200,19 @@ def test_a_bad_annotation_is_one_bad_record_and_all_others_stay(write, entry, ki
         assert good == GOOD["image"] and len(bad) == 1 and message in bad[0]
 
 
+@pytest.mark.parametrize("bbox", [[5, 5, 0, 10], [5, 5, 10, 0], [5, 5, -3, 10]])
+def test_a_flat_box_costs_its_annotation_and_not_its_image(write, bbox):
+    value = instances()
+    value["annotations"].insert(1, thing(77, 0, bbox=bbox))
+    for ask in PHRASES:
+        good, bad = questions(write(value), ask)
+        assert good == GOOD[ask] and len(bad) == 1
+        assert bad[0].startswith("bad_box: annotation 1 (id 77)") and "no width" in bad[0]
+    if min(bbox) == 0:
+        good, bad = questions(write(value), "list", flat_boxes="drop")
+        assert good == GOOD["list"] and not bad
+
+
 def test_an_image_whose_annotations_are_all_bad_has_no_empty_answer(write):
     annotations = [thing(0, 0), thing(1, 1, bbox=[])]
     path = write(instances(annotations=annotations, images=[image(0), image(1)]))

@@ -235,6 +235,7 @@ def test_an_error_of_the_machine_is_no_damage(saved, tmp_path, monkeypatch):
 # commands that read the weights of a run
 
 
+@pytest.mark.slow
 def test_weights_are_read_from_the_newest_checkpoint_with_parameters(tiny_run, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(tiny_run, workdir)
@@ -286,6 +287,7 @@ def continue_damaged(environment, tiny_run: Path, workdir: Path, damage) -> str:
     return finished.stderr
 
 
+@pytest.mark.slow
 def test_a_run_with_a_damaged_checkpoint_ends_as_the_undamaged_one(environment, tiny_run, tmp_path):
     log = continue_damaged(environment, tiny_run, tmp_path / "run", cut("params", 10))
     assert log.count(" is damaged (") == 1 and "continues from checkpoint" in log

@@ -35,6 +35,10 @@ from pg_ground.data.records import BadRecord
 from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.types import Example
 
+# A thread of an earlier test can draw a random number while a strategy runs. Hypothesis takes it
+# for a number of the strategy.
+pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module")
+
 WIDTH, HEIGHT = 80, 60
 NAMES = ["red square", "dog", "猫"]
 TOKENIZER = load_tokenizer()

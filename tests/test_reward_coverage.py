@@ -57,6 +57,7 @@ NUMBERS = {"target": "text", "suffix": "{number}"}
 LOC_TEXT = {"target": "text", "suffix": "{loc}"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "device", "text", "suggestion"),
     [
@@ -161,6 +162,7 @@ def test_shaping_alone_is_a_choice(source):
     check(*coverage(source(**WORDS), length=1.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "device", "text"),
     [
@@ -236,6 +238,7 @@ SAMPLES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "image", "records"),
     [

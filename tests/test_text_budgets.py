@@ -176,6 +176,12 @@ def test_thousandths_that_fit_pixels_are_doubted_and_not_refused(tmp_path, token
     assert not measure_budget(permille, tokens, DATA).doubts
 
 
+def test_percent_on_small_images_is_refused(tmp_path, tokens):
+    boxes = (random_boxes(20, 95, 95) + 3).tolist()
+    with pytest.raises(UserError, match="reach beyond the image as xyxy_px, none as xyxy_percent"):
+        measure_budget(open_rows(tmp_path, boxes, (80, 60)), tokens, DATA)
+
+
 def test_many_boxes_beyond_the_image_are_doubted(tmp_path, tokens):
     boxes = random_boxes(16, 1000, 1000).tolist()
     (doubt,) = measure_budget(open_rows(tmp_path, boxes), tokens, DATA).doubts

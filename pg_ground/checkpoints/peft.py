@@ -130,6 +130,8 @@ class Adapter(NamedTuple):
         elif EMBED_TOKENS in self.replaced and not self.is_tied:
             # PEFT trains a copy of the embedding. The head keeps the values of the base.
             merged.setdefault(HEAD, tensors[EMBED_TOKENS])
+        if not self.factors and not self.replaced:
+            raise UserError(f"{self.folder} is a PEFT adapter without tensors: nothing to merge")
         ranks = sorted({factors.down.shape[0] for factors in self.factors.values()})
         logger.info(
             "%s: adapter of rank %s merged into %s: %d matrices changed, %d tensors replaced",

@@ -39,8 +39,17 @@ POINT_KEYS: dict[tuple[str, ...], str] = {
 }
 """The keys of a point that is an object."""
 
-INNER_KEYS = ("bbox_2d", "bbox", "box_2d", "box", "bndbox", "bounding_box", "point_2d", "point")
+INNER_KEYS = (
+    *("bbox_2d", "bbox", "box_2d", "box", "bndbox", "bounding_box", "coordinates"),
+    *("point_2d", "point"),
+)
 """Keys of an object under which its box or its point is."""
+
+TURN_KEYS = ("rotation", "angle", "rotationangle")
+"""Keys, in lower case and without "_", of the angle of a box that is not upright."""
+
+NOTHING = ("", "[]", "{}", "null", "none", "nan")
+"""Texts, in lower case, which say that there are no objects. Tables write lists as text."""
 
 LABEL_KEYS = ("label", "name", "category", "class")
 """Keys of an object under which its name is."""
@@ -61,9 +70,11 @@ class Rows(NamedTuple):
 
 
 def is_nothing(value: object) -> bool:
-    """Returns whether a field says that there are no objects: null, [], {} or a blank text."""
+    """Returns whether a field says that there are no objects: null, NaN, [], {} or a blank text."""
     if isinstance(value, str):
-        return not value.strip()
+        return value.strip().lower() in NOTHING
+    if isinstance(value, float):
+        return bool(np.isnan(value))
     if isinstance(value, np.ndarray):
         return value.size == 0
     return value is None or (isinstance(value, list | tuple | Mapping) and not value)
@@ -156,7 +167,12 @@ def _read_keys(value: Mapping[Any, Any], format_name: str, width: int, kind: str
                 candidates.append((keys, order, columns))
     if not candidates:
         return None
+    turn = next((fields[key] for key in TURN_KEYS if key in fields), 0)
+    if turn not in (0, None, "0", [0] * len(candidates[0][2])):
+        raise BadRecord(kind, f"{short(value)} with rotation {short(turn)}, but boxes are upright")
     keys, order, columns = candidates[0]
+    if order == "xywh" and keys[0] == "x" and format_name.startswith("cxcywh"):
+        order = "cxcywh"  # some tools name the centre x and y
     if width == 4:
         for other_keys, other_order, other in candidates[1:]:
             if not np.allclose(_to_xyxy(columns, order), _to_xyxy(other, other_order), atol=1e-6):

@@ -53,7 +53,7 @@ class ImageObjects:
     """The number of annotations that cannot be used."""
 
 
-def open_coco(location: str, keep_empty: bool = False) -> Records:
+def open_coco(location: str, keep_empty: bool = False, flat_is_bad: bool = True) -> Records:
     """Returns the objects of COCO's instances as records.
 
     With `ask=image` there is one record for each image: `image` (its file name), `width`, `height`,
@@ -71,6 +71,7 @@ def open_coco(location: str, keep_empty: bool = False) -> Records:
         default the folder of FILE.
       keep_empty: whether an image without any annotation is a question too. With `ask=category`
         and `ask=list`, such images ask for one category each, in turn.
+      flat_is_bad: whether a box without width or height is a bad entry.
 
     Raises:
       UserError: the file or an option does not exist, the file is no JSON or has not COCO's form,
@@ -90,9 +91,8 @@ def open_coco(location: str, keep_empty: bool = False) -> Records:
     images, by_id = _images(lists["images"], path.name, uri)
     # With ask=image, a missing name shows in the records that need the name.
     bad = [] if ask == "image" else bad
-    bad += _add_annotations(
-        lists["annotations"], by_id, categories, crowd == "1", ask != "image", path.name, uri
-    )
+    rules = _Rules(crowd == "1", ask != "image", flat_is_bad)
+    bad += _add_annotations(lists["annotations"], by_id, categories, rules, path.name, uri)
     names = dict.fromkeys(category.name for category in categories.values() if category.name)
     entries, count = _to_records(images, ask, list(names) if keep_empty else [])
     entries += bad
@@ -227,12 +227,19 @@ def _images(
     return images, by_id
 
 
+class _Rules(NamedTuple):
+    """Which annotations are used."""
+
+    with_crowd: bool
+    needs_name: bool
+    flat_is_bad: bool
+
+
 def _add_annotations(
     entries: Sequence[Any],
     images: Mapping[Any, ImageObjects | BadEntry],
     categories: Mapping[Any, Category],
-    with_crowd: bool,
-    needs_name: bool,
+    rules: _Rules,
     file_name: str,
     uri: str,
 ) -> list[BadEntry]:
@@ -244,7 +251,7 @@ def _add_annotations(
         if isinstance(image, BadEntry):
             continue  # the image is the bad record
         try:
-            _add_annotation(entry, image, images, categories, with_crowd, needs_name)
+            _add_annotation(entry, image, images, categories, rules)
         except BadRecord as fault:
             where = where_text(entries, position, "annotations", file_name)
             bad.append(BadEntry(fault.kind, f"{where}: {fault}"))
@@ -258,8 +265,7 @@ def _add_annotation(
     image: ImageObjects | None,
     images: Iterable[Key],
     categories: Mapping[Any, Category],
-    with_crowd: bool,
-    needs_name: bool,
+    rules: _Rules,
 ) -> None:
     """Adds an annotation to its image. Raises BadRecord without the place of the entry."""
     if not isinstance(entry, dict):
@@ -268,15 +274,17 @@ def _add_annotation(
     if crowd is None:
         raise BadRecord("bad_entry", f"iscrowd is {short(entry['iscrowd'])}, which is no flag")
     category = categories.get(_key_of(entry, "category_id"))
-    if crowd and not with_crowd:
+    if crowd and not rules.with_crowd:
         if image:
             image.crowds += (category.name if category else None,)
         return
     if image is None:
         raise BadRecord("missing_image", _no_such(entry, "image_id", images))
-    if category is None and needs_name:
+    if category is None and rules.needs_name:
         raise BadRecord("missing_category", _no_such(entry, "category_id", categories))
     box = read_bbox(entry)
+    if rules.flat_is_bad and isinstance(box, list) and min(box[2:]) <= 0:
+        raise BadRecord("bad_box", f"bbox {short(box)} has no width or no height")
     image.categories.append(category or Category(None))
     image.boxes.append(box)
     image.iscrowd.append(int(crowd))

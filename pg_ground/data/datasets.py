@@ -185,5 +185,7 @@ def open_examples(
       UserError: the source cannot be opened, or its entry names a format that does not exist.
     """
     check_formats(source, source_name)
-    records = open_records(source.uri, source_name, source.empty == "keep")
+    records = open_records(
+        source.uri, source_name, source.empty == "keep", source.flat_boxes == "bad"
+    )
     return Examples(source_name, source, records, data, image_size, seed)

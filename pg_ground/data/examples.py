@@ -21,6 +21,7 @@ from pg_ground.data.box_formats import (
     check_format,
     fitting_formats,
     format_names,
+    split_format,
     to_fractions,
 )
 from pg_ground.data.fetch import cached, is_url
@@ -453,6 +454,14 @@ def to_yxyx(
         has_area = (fractions[i, 2:] > fractions[i, :2]).all()
         reason = f"is outside an image of {size_text(size)} pixels" if has_area else "has no area"
         raise BadRecord("bad_box", f"{row_text(rows, i)} as {box_format} {reason}")
+    is_tiny = split_format(box_format)[1] in ("px", "permille", "bin") and np.abs(rows).max(1) <= 1
+    for i in np.flatnonzero(is_tiny).tolist():
+        order = split_format(box_format)[0]
+        raise BadRecord(
+            "bad_box",
+            f"{row_text(rows, i)} as {box_format} has no coordinate above 1; it fits as "
+            f"{order}_frac",
+        )
     is_far = (fractions < -FAR_BEYOND) | (fractions > 1 + FAR_BEYOND)
     for i in np.flatnonzero(is_far.any(1)).tolist():
         formats = fitting_formats(rows[i], box_format, size)

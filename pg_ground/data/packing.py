@@ -72,7 +72,9 @@ def _pack_source(
     name: str, source: Source, fetch: Fetch, folder: FilePath, num_shards: int
 ) -> Counter[str]:
     """Writes the files of one source and returns the counts of its records."""
-    records = open_records(source.uri, keep_empty=source.empty == "keep")
+    records = open_records(
+        source.uri, keep_empty=source.empty == "keep", flat_is_bad=source.flat_boxes == "bad"
+    )
     counts: Counter[str] = Counter()
     with tqdm(total=len(records), desc=name, file=sys.stderr) as bar:
         for shard in range(num_shards):

@@ -19,7 +19,9 @@ from pg_ground.data.tfds import open_tfds
 from pg_ground.types import UserError, nearest
 
 
-def open_records(uri: str, entry: str = "", keep_empty: bool = False) -> Records:
+def open_records(
+    uri: str, entry: str = "", keep_empty: bool = False, flat_is_bad: bool = True
+) -> Records:
     """Returns the records of `uri`.
 
     Args:
@@ -27,6 +29,7 @@ def open_records(uri: str, entry: str = "", keep_empty: bool = False) -> Records
       entry: the config entry, as `grpo/photos` or `photos`. An error names its setting.
       keep_empty: whether images without objects are questions. Only `coco:` makes questions of
         images; the records of the other schemes are the same.
+      flat_is_bad: whether a box without width or height is a bad entry of `coco:`.
 
     Raises:
       UserError: the scheme does not exist, or the file is missing or has no records.
@@ -37,7 +40,9 @@ def open_records(uri: str, entry: str = "", keep_empty: bool = False) -> Records
             raise UserError(
                 f"source {uri}: no scheme {scheme!r}; {nearest(scheme, SCHEMES)} (as in jsonl:PATH)"
             )
-        return open_coco(location, keep_empty) if scheme == "coco" else SCHEMES[scheme](location)
+        if scheme == "coco":
+            return open_coco(location, keep_empty, flat_is_bad)
+        return SCHEMES[scheme](location)
     except UserError as error:
         if not entry:
             raise

@@ -97,6 +97,7 @@ def measure_budget(dataset: Examples, tokenizer: Tokenizer, data: Data) -> Budge
     if not questions:
         raise _none_usable(dataset, failures)
     _check_any_object(dataset, questions)
+    _unit_doubts(dataset, questions, {})  # before the images: its error says more than theirs
     readable = list(questions)
     probed = _probe(dataset, [readable[i] for i in spread(len(readable), PROBED_IMAGES)])
     largest = [

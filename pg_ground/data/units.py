@@ -41,6 +41,9 @@ MANY_OBJECTS = 200
 SLACK = 0.02
 """The part of a side by which careless annotators draw a box beyond the image."""
 
+MOST = 1 / 3
+"""The share of objects beyond the image that shows another unit if all objects fit that unit."""
+
 BEYOND_SHARE = 0.1
 """The share of the objects that reach beyond the image if their numbers are in another order."""
 
@@ -135,15 +138,21 @@ def _beyond(records: Sequence[Coordinates], format_name: str) -> str:
         return ""
     order, unit = split_format(format_name)
     orders = BOX_ORDERS if order in BOX_ORDERS else POINT_ORDERS
-    others = [name for name in format_names(orders) if name != format_name]
-    # A finer unit always fits. It is no evidence.
-    others = [name for name in others if split_format(name)[1] == unit]
+    # A finer unit always fits, so it is evidence only if a large part of the objects is beyond.
+    total = sum(len(record.numbers) for record in records)
+    beyond = sum(_count_beyond(record, format_name) for record in records)
+    others = [
+        name
+        for name in format_names(orders)
+        if name != format_name
+        and (split_format(name)[1] == unit or (beyond >= MOST * total and name.startswith(order)))
+    ]
     fitting = [
         name for name in others if not any(_count_beyond(record, name) for record in records)
     ]
     if not fitting:
         return ""
-    return f"{words}, none as {' or '.join(fitting)}"
+    return f"{words}, none as {' or '.join(fitting[:2])}"
 
 
 def _many_beyond(records: Sequence[Coordinates], format_name: str) -> str:

@@ -374,6 +374,11 @@ class _AnswerReader(NamedTuple):
             return []
         gold_names = {box["label"] for answer in gold for box in answer["boxes"]} - {""}
         names = [r.label for read in reads for r in read.locations if r.label]
+        if gold_names and not names and any(read.locations for read in reads):
+            return [
+                f"no answer has a name, but the gold has names such as {min(gold_names)!r:.60}: "
+                "boxes are matched by name"
+            ]
         unknown = [name for name in names if name not in gold_names]
         if not gold_names or len(unknown) <= len(names) / 2:
             return []

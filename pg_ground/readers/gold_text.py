@@ -8,7 +8,9 @@ truth is read as a whole: every number of the text must belong to a box or a poi
 import re
 from typing import Any, NamedTuple
 
+from pg_ground.readers import answer_formats
 from pg_ground.readers.locations import NUMBER, load_literal, number_runs
+from pg_ground.readers.parsers import sections
 
 
 class GoldObject(NamedTuple):
@@ -48,6 +50,9 @@ _PLACE_TAG = re.compile(
     r"|<\|det\|>([^<]*)<\|/det\|>"
 )
 _TAG = re.compile(f"{_NAME_TAG.pattern}|{_PLACE_TAG.pattern}")
+STATED_FORMATS = ("florence", "kosmos", "minigpt", "molmo", "molmo2")
+"""Formats of `answer_formats` whose signs state the unit of the numbers."""
+
 SEG_CODES = 16
 """The `<segNNN>` tokens of one mask."""
 
@@ -58,6 +63,7 @@ def read_gold_text(text: str, width: int) -> GoldText:
     The first form of this list that the text has decides:
 
     - loc tokens: `<loc0085><loc0064><loc0426><loc0320> red square ; …`;
+    - the signs of `STATED_FORMATS`, which state their unit;
     - tags: `<|box_start|>(1,2),(3,4)<|box_end|>`, `<ref>cat</ref><box>[[1,2,3,4]]</box>`;
     - one JSON value or Python literal, also in a code fence;
     - numbers in prose: `The cat is at (10, 20), (30, 40).`
@@ -65,8 +71,14 @@ def read_gold_text(text: str, width: int) -> GoldText:
     Raises:
       ValueError: the text has none of these forms, or numbers that belong to no object.
     """
+    cut = sections(text)
+    if cut.form in ("answer", "think_answer"):  # a draft in the thoughts is no ground truth
+        text = cut.answer
     if _LOC.search(text):
         return _loc_text(_SPECIAL_TOKENS.sub("", text), width)
+    form = answer_formats.detect(text)
+    if form.name in STATED_FORMATS:
+        return _stated_text(text, width, form)
     if _PLACE_TAG.search(text):
         return _tagged_text(text, width)
     value = load_literal(_without_fence(text))
@@ -86,7 +98,8 @@ def _loc_text(text: str, width: int) -> GoldText:
         if match is None or len(bins) != width:
             count = len(_LOC.findall(segment))
             raise ValueError(
-                f"a part between ';' must be {width} loc tokens and a name, but one has {count}"
+                f"a part with {count} loc tokens: between ';' must be {width} loc tokens, "
+                "then a name"
             )
         codes = "".join(match[2].split())
         if codes.count("<seg") not in (0, SEG_CODES):
@@ -94,6 +107,20 @@ def _loc_text(text: str, width: int) -> GoldText:
         objects.append(GoldObject(tuple(map(float, bins)), " ".join(match[3].split()), codes))
     name = "yxyx_bin" if width == 4 else "yx_bin"
     return GoldText(tuple(objects), name, f"loc tokens ({name})")
+
+
+def _stated_text(text: str, width: int, form: answer_formats.AnswerFormat) -> GoldText:
+    located = answer_formats.read(text, width, form)
+    formats = {location.written for location in located}
+    if not located or len(formats) > 1 or any(location.numbers is None for location in located):
+        raise ValueError(f"the signs of {form.name}, but no objects of {width} numbers")
+    objects = tuple(
+        GoldObject(location.numbers, " ".join(location.label.split()))
+        for location in located
+        if location.numbers
+    )
+    (name,) = formats
+    return GoldText(objects, name, f"answer of {form.name} ({name})")
 
 
 def _tagged_text(text: str, width: int) -> GoldText:
