@@ -240,3 +240,13 @@ def test_a_list_in_a_decoded_file_of_lines_is_named(tmp_path):
         assert f"use json:{path}" in refusal(f"jsonl:{path}")
     path.write_bytes(WRITERS["gzip"](b" \n\n"))
     assert "the file has no lines" in refusal(f"jsonl:{path}")
+
+
+def test_a_damaged_first_line_is_one_bad_record_and_no_encoding(tmp_path):
+    """The line begins like UTF-16. The rest of the file is UTF-8."""
+    good = json.dumps({"image": "a.png", "phrase": "a"}).encode()
+    (tmp_path / "f.jsonl").write_bytes(b"\xff\xfe not text\n" + good + b"\n")
+    records = open_records(f"jsonl:{tmp_path}/f.jsonl")
+    assert len(records) == 2 and records[1]["phrase"] == "a"
+    with pytest.raises(BadRecord, match="byte 0 of f.jsonl"):
+        records[0]

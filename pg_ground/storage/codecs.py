@@ -59,12 +59,15 @@ def codec(head: bytes) -> str:
     """Returns the compression, or the encoding, of a file of JSON that begins with `head`.
 
     The encodings are those of RFC 4627, found by the zeros in the first four bytes or by the byte
-    order mark: utf-8, utf-8-sig, utf-16, utf-16-le, utf-16-be, utf-32, utf-32-le, utf-32-be.
+    order mark: utf-8, utf-8-sig, utf-16, utf-16-le, utf-16-be, utf-32, utf-32-le, utf-32-be. A file
+    without any zero is UTF-8: the quotes and colons of JSON have zeros in the other encodings, so
+    such a byte order mark is a damaged line.
     """
     for magic, name in COMPRESSIONS.items():
         if head.startswith(magic):
             return name
-    return json.detect_encoding(head)
+    encoding = json.detect_encoding(head)
+    return encoding if encoding == "utf-8-sig" or b"\0" in head else "utf-8"
 
 
 def unpack(data: bytes, name: str) -> bytes:
