@@ -150,7 +150,7 @@ def test_fields_of_their_own_are_a_box_or_a_point(tmp_path):
     assert points.suffix == "<loc0256><loc0256> ; <loc0767><loc0767>"
     sizes = {"x": 10, "y": 10, "width": 30, "height": 20}
     read = example(tmp_path, sizes, boxes="x,y,width,height", box_format="xywh_px")
-    assert read.suffix == BOX, "width and height are those of the box, not of the image"
+    assert read.suffix == BOX, "width and height belong to the box, not to the image"
     assert "y2" in fault(tmp_path, row | {"y2": None}, boxes="x1,y1,x2,y2")
 
 

@@ -736,7 +736,7 @@ def test_intervals_resample_images_and_repeat():
 
 
 def rollout_rows(repeats: int, images: Sequence[Any]) -> list[dict[str, Any]]:
-    """Returns scored rows of 100 questions, of which 44 are always answered right."""
+    """Returns scored rows of 100 questions. The answers to 44 questions are always right."""
     row = {"source": "", "benchmark": "environment", "size_px": None, "mode": "given"}
     row |= {"prompt": "", "text": "", "prediction": {}, "gold": {}}
     return benchmarks.score_rows(

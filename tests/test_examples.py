@@ -690,9 +690,9 @@ def test_a_box_without_an_area_is_bad_or_left_out_or_one_pixel_wide(flat, widene
     pixels = wide.boxes.yxyx[:, [1, 0, 3, 2]] * [80, 40, 80, 40]
     np.testing.assert_allclose(pixels, [proper, widened], atol=1e-4)
     assert wide.names == ("cat", "dog") and wide.suffix.count("<loc") == 8
-    rest = example(record, **fields, flat_boxes="drop")
-    np.testing.assert_allclose(rest.boxes.yxyx, wide.boxes.yxyx[:1])
-    assert rest.names == ("cat",) and rest.suffix.count("<loc") == 4
+    dropped = example(record, **fields, flat_boxes="drop")
+    np.testing.assert_allclose(dropped.boxes.yxyx, wide.boxes.yxyx[:1])
+    assert dropped.names == ("cat",) and dropped.suffix.count("<loc") == 4
 
 
 @pytest.mark.parametrize("flat_boxes", ["widen", "drop"])

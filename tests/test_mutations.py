@@ -1,6 +1,6 @@
 """Mutated records of every reader: an example with correct geometry, or one bad record.
 
-A change states what it means: the same answer, other names, or a bad record. So the expected answer
+Each change states its effect: the same answer, other names, or a bad record. So the expected answer
 comes from the test's own numbers.
 """
 

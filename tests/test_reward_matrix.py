@@ -370,10 +370,10 @@ def test_names_of_points_count_though_the_points_have_no_boxes(ask):
     question = ask(TWO_POINTS, **IN_JSON)
     assert question.labels == ("cat", "dog")
     swapped = RIGHT.replace("cat", "x").replace("dog", "cat").replace("x", "dog")
-    one = json.dumps(json.loads(RIGHT)[:1])
+    first_alone = json.dumps(json.loads(RIGHT)[:1])
     assert score("json_points", RIGHT, question) == 1
     assert score("json_points", swapped, question) < 0.1
-    assert score("json_points", one, question) == pytest.approx(2 / 3)
+    assert score("json_points", first_alone, question) == pytest.approx(2 / 3)
 
 
 def test_json_points_in_boxes_applies_to_json_questions(ask):

@@ -211,8 +211,8 @@ def test_a_source_that_begins_with_background_images_is_no_error(tmp_path, token
 
 def test_records_without_objects_are_counted_and_a_wrong_path_is_an_error(tmp_path, tokens):
     rows = [[[0, 0, 40, 40]], [], None, [[0, 0, 900, 700]]]
-    kept = measure_budget(open_rows(tmp_path, rows, settings={"empty": "keep"}), tokens, DATA)
-    assert kept.notes == {"no boxes: the answer is empty": "2 of 4"}
+    budget = measure_budget(open_rows(tmp_path, rows, settings={"empty": "keep"}), tokens, DATA)
+    assert budget.notes == {"no boxes: the answer is empty": "2 of 4"}
     dropped = measure_budget(open_rows(tmp_path, rows), tokens, DATA)
     assert dropped.notes == {"no boxes: the record is left out (empty)": "2 of 4"}
     nothing = open_rows(tmp_path, [[], None], settings={"empty": "keep"})

@@ -106,7 +106,7 @@ class Adapter(NamedTuple):
     """Whether PEFT kept the head tied to an embedding that was trained as a whole."""
 
     def merge(self, tensors: Mapping[str, HubTensor]) -> dict[str, HubTensor]:
-        """Returns the tensors of the base with those of the adapter merged into them.
+        """Returns the tensors of the base, with the adapter's tensors merged into them.
 
         Raises:
           UserError: the base lacks a tensor, or it has another shape.

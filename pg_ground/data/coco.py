@@ -372,7 +372,7 @@ def _question_of_nothing(
 ) -> JsonDict | BadEntry:
     """Returns the question of an image without objects: class number `rank`, in turn.
 
-    A class of which the image shows a crowd is passed over.
+    If the image shows a crowd of a class, it does not ask for this class.
     """
     turned = [names[(rank + i) % len(names)] for i in range(len(names))]
     absent = [] if None in image.crowds else [name for name in turned if name not in image.crowds]

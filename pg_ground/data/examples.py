@@ -416,7 +416,7 @@ def loc_text(
 
     The `<segNNN>` tokens of an object stand between its loc tokens and its name.
 
-    The bins are those of `boxes.encode_loc`, as in big_vision's pp/segmentation ops. A box is at
+    `boxes.encode_loc` gives the bins, as in big_vision's pp/segmentation ops. A box is at
     least one bin wide and high.
     """
     texts = []

@@ -41,7 +41,7 @@ class Opened(NamedTuple):
     stored: tuple[int, int]
     """Width and height of the stored pixels. 5 to 8 exchange the sides of the upright image."""
     note: str = ""
-    """How the value was read if it is not what it says, in words."""
+    """How the value was read, in words; "" if it was read as it is written."""
 
 
 def load_image(

@@ -35,7 +35,7 @@ class RecordFile(NamedTuple):
     header: JsonDict
     """The values beside the list of records, which are no lists."""
     notes: list[str]
-    """Where the records were, if it was not said and is no usual place."""
+    """Where the records were, if no flag states the path and the path is unusual."""
 
 
 def read_records(path: FilePath, rows: str = "", pred: str = "") -> RecordFile:
@@ -151,8 +151,8 @@ def _search(document: JsonDict, path: FilePath, pred: str) -> RecordFile:
             f"--rows=PATH names one"
         )
     (rows,) = candidates
-    place = rows.path or "the objects of the file, by their keys"
-    return rows.file([f"rows: {place} ({len(rows.value)})"])
+    path = rows.path or "the objects of the file, by their keys"
+    return rows.file([f"rows: {path} ({len(rows.value)})"])
 
 
 def _names(candidates: Sequence[_Rows]) -> str:

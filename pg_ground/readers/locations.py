@@ -425,7 +425,7 @@ _NAME_AND_NUMBER = re.compile(
 def _named_in_text(text: str) -> list[Location]:
     """Returns the boxes whose numbers have names: `xmin=1, ymin=2, xmax=3, ymax=4`.
 
-    The names are those of `_NAMED_NUMBERS`, in any order, also as tags of XML.
+    `_NAMED_NUMBERS` has the names. They may be in any order, also as tags of XML.
     """
     boxes: list[Location] = []
     fields: dict[str, str] = {}

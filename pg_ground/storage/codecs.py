@@ -58,10 +58,10 @@ CANNOT_UNPACK = (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError, pa.A
 def codec(head: bytes) -> str:
     """Returns the compression, or the encoding, of a file of JSON that begins with `head`.
 
-    The encodings are those of RFC 4627, found by the zeros in the first four bytes or by the byte
-    order mark: utf-8, utf-8-sig, utf-16, utf-16-le, utf-16-be, utf-32, utf-32-le, utf-32-be. A file
-    without any zero is UTF-8: the quotes and colons of JSON have zeros in the other encodings, so
-    such a byte order mark is a damaged line.
+    RFC 4627 defines the encodings: utf-8, utf-8-sig, utf-16, utf-16-le, utf-16-be, utf-32,
+    utf-32-le, utf-32-be. The zeros in the first four bytes or the byte order mark tell which it is.
+    A file without any zero is UTF-8: the quotes and colons of JSON have zeros in the other
+    encodings. A byte order mark without zeros is a damaged line.
     """
     for magic, name in COMPRESSIONS.items():
         if head.startswith(magic):
