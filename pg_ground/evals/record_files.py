@@ -151,8 +151,8 @@ def _search(document: JsonDict, path: FilePath, pred: str) -> RecordFile:
             f"--rows=PATH names one"
         )
     (rows,) = candidates
-    path = rows.path or "the objects of the file, by their keys"
-    return rows.file([f"rows: {path} ({len(rows.value)})"])
+    list_name = rows.path or "the objects of the file, by their keys"
+    return rows.file([f"rows: {list_name} ({len(rows.value)})"])
 
 
 def _names(candidates: Sequence[_Rows]) -> str:
