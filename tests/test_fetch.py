@@ -395,9 +395,15 @@ def test_offline_only_the_cache_is_asked(server, fetch):
     assert cached(server.url(), None, offline) == IMAGE and server.asked["/image"] == 1
 
 
-def test_a_cache_needs_a_folder(server):
+@pytest.mark.parametrize("folder", ["", "gs://bucket/images"])
+def test_a_cache_needs_a_folder_of_this_machine(server, folder):
+    fetch = Fetch(cache_dir=folder, allow_private=True)
+    with pytest.raises(BadRecord, match="config.data.fetch.cache_dir") as bad:
+        cached(server.url(), None, fetch)
+    assert bad.value.kind == "not_fetched" and not server.asked
     with pytest.raises(UserError, match="cache_dir"):
-        cached(server.url(), None, Fetch(allow_private=True))
+        fetching.prefetch([(server.url(), None)], fetch, print)
+    assert fetching.prefetch([], fetch, print) == {}
 
 
 def test_redirects_are_followed_to_a_relative_url(server, fetch):

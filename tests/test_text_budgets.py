@@ -8,7 +8,9 @@ from PIL import Image
 from test_batches import DATA, SIDE, write_lines
 
 from pg_ground import tokenizer
-from pg_ground.config import Source
+from pg_ground.config import Fetch, Source
+from pg_ground.data.bad_records import BadRecords
+from pg_ground.data.batches import training_batches
 from pg_ground.data.datasets import open_examples
 from pg_ground.data.text_budgets import check_budgets, measure_budget
 from pg_ground.types import UserError
@@ -240,3 +242,80 @@ def test_counting_needs_no_room_for_boxes(tmp_path, tokens):
     budget = measure_budget(opened, tokens, replace(DATA, max_boxes=2))
     check_budgets([budget], replace(DATA, max_boxes=2))
     assert (budget.objects, opened[0].suffix) == (0, "50")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "settings", "expected"),
+    [
+        ("{count}", {}, "50"),
+        ("There are {count}.", {"target": "boxes"}, "There are 50."),
+        ("{meta.count}", {}, "49"),
+        ("{truth}", {"target": "text"}, "48"),
+        ("count", {"target": "points", "points": "points"}, "50"),
+    ],
+)
+def test_a_template_of_the_count_needs_no_room_for_boxes(
+    tmp_path, tokens, suffix, settings, expected
+):
+    boxes = random_boxes(50, 8, 8).tolist()
+    record = {"box": boxes, "points": np.array(boxes)[:, :2].tolist()}
+    record |= {"phrase": "cat", "count": 50, "meta": {"count": 49}, "truth": "48"}
+    source = Source(
+        uri=write_lines(tmp_path, [record]), suffix=suffix, **({"boxes": "box"} | settings)
+    )
+    data = replace(DATA, max_boxes=2, suffix_length=32)
+    opened = open_examples("a", source, data, SIDE)
+    check_budgets([measure_budget(opened, tokens, data)], data)
+    assert (opened[0].suffix, len(opened[0].boxes.yxyx)) == (expected, 0)
+    roomy = open_examples("a", source, replace(data, max_boxes=50), SIDE)
+    assert len(roomy[0].boxes.yxyx) == 50 and roomy[0].suffix == expected
+
+
+@pytest.mark.parametrize("suffix", ["{count} {phrase}", "{phrase}", "json", "loc"])
+def test_other_answers_need_room_for_their_boxes(tmp_path, tokens, suffix):
+    record = {"box": random_boxes(5, 8, 8).tolist(), "phrase": "cat", "count": 5}
+    source = Source(uri=write_lines(tmp_path, [record]), boxes="box", suffix=suffix)
+    data = replace(DATA, max_boxes=2, suffix_length=256)
+    budget = measure_budget(open_examples("a", source, data, SIDE), tokens, data)
+    with pytest.raises(UserError, match="data.max_boxes=5"):
+        check_budgets([budget], data)
+
+
+ADDRESSES = ["http://a.b/c.jpg", "https://a.b/c.jpg", {"path": "http://a.b/c"}, ["HTTPS://a.b/c"]]
+
+
+def open_with_addresses(folder, count, addresses, cache_dir):
+    rows = [{"image": value} for value in addresses] + [{}] * (count - len(addresses))
+    uri = write_lines(folder, [{"phrase": "cat", "box": [0, 0, 4, 4]} | row for row in rows])
+    data = replace(DATA, fetch=Fetch(cache_dir=cache_dir), suffix_length=16)
+    return Source(uri=uri, boxes="box"), data
+
+
+@pytest.mark.parametrize("address", ADDRESSES, ids=str)
+def test_one_address_without_a_folder_for_it_is_one_bad_record(tmp_path, tokens, address):
+    source, data = open_with_addresses(tmp_path, 20, [address], "")
+    (doubt,) = measure_budget(open_examples("a", source, data, SIDE), tokens, data).doubts
+    assert doubt.startswith("1 of 20 images are at addresses")
+    assert "of question 0, but config.data.fetch.cache_dir is ''" in doubt
+    bad_records = BadRecords()
+    batches = training_batches(
+        {"a": source}, data, tokens, image_size=SIDE, batch_size=4, seed=0, bad_records=bad_records
+    )
+    indices = {int(index) for _ in range(8) for index in next(batches).index}
+    assert indices == set(range(1, 20))
+    (entry,) = bad_records.entries()
+    assert (entry["index"], entry["kind"]) == (0, "not_fetched")
+    assert entry["message"].startswith("config.data.fetch.cache_dir is ''")
+
+
+@pytest.mark.parametrize("cache_dir", ["", "gs://bucket/images"])
+@pytest.mark.parametrize("share", [0.2, 1.0])
+def test_addresses_without_a_folder_for_them_end_a_run_before_its_first_step(
+    tmp_path, tokens, share, cache_dir
+):
+    addresses = ADDRESSES * 5
+    source, data = open_with_addresses(tmp_path, int(20 / share), addresses, cache_dir)
+    message = "source a: 20 of (20|100) images are at addresses.*config.data.fetch.cache_dir"
+    with pytest.raises(UserError, match=message) as error:
+        measure_budget(open_examples("a", source, data, SIDE), tokens, data)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300

@@ -84,9 +84,19 @@ class BadRecords:
 
     def _exceeds(self, source: str, max_share: float) -> bool:
         bad = len(self._entries[source])
-        size = self._size[source]
-        read = min(max(self._read[source], MIN_RECORDS), size)
-        return bad > max_share * read or bad == size
+        return exceeds_share(bad, self._read[source], self._size[source], max_share)
+
+
+def exceeds_share(bad: int, read: int, size: int, max_share: float) -> bool:
+    """Returns whether a source has too many bad records, or only bad ones.
+
+    Args:
+      bad: bad records among the records that were read.
+      read: records that were read. At least `MIN_RECORDS` are assumed.
+      size: all records of the source.
+      max_share: a value of `data.bad_record_share`.
+    """
+    return bad > max_share * min(max(read, MIN_RECORDS), size) or bad == size
 
 
 def in_words(entries: Sequence[Record]) -> str:

@@ -6,7 +6,7 @@ from PIL import Image
 
 from pg_ground.config import Data, Source
 from pg_ground.data.batch_rows import check_box_count
-from pg_ground.data.examples import check_formats, image_value, to_example
+from pg_ground.data.examples import check_formats, image_value, is_count, to_example
 from pg_ground.data.frames import Frame, find_frame, recorded_size
 from pg_ground.data.images import open_oriented
 from pg_ground.data.masks import whole_masks
@@ -144,7 +144,7 @@ class Examples:
                 mask_size=self._data.mask_size,
                 fetch=self._data.fetch,
             )
-            if self.source.suffix == "count":
+            if is_count(self.source, example.suffix):
                 example = _without_surplus(example, self._data.max_boxes)
             check_box_count(example, self._data)
         except BadRecord as bad:

@@ -41,6 +41,7 @@ from pg_ground.data.record_fields import (
     field_at,
     field_or_none,
     fill_template,
+    placeholders,
     plain_text,
 )
 from pg_ground.data.records import BadRecord, short
@@ -207,6 +208,15 @@ def image_value(record: Record, source: Source, element: int, fetch: Fetch | Non
     return cached(name, image_sha256(record, source, element), fetch)
 
 
+def image_address(record: Record, source: Source, element: int) -> str:
+    """Returns the http(s) address of a record's image, or "" if the image is no address."""
+    try:
+        name = image_name(unwrap(field_at(record, source.image, element)))
+    except BadRecord:
+        return ""
+    return name if is_url(name) else ""
+
+
 def image_sha256(record: Record, source: Source, element: int) -> str | None:
     """Returns the sha256 that a record has for its image; None if the source has no such field."""
     if not source.image_sha256:
@@ -360,6 +370,14 @@ def select_objects(
     if limit and len(indices) > limit:
         indices = np.sort(np.random.default_rng(seed).choice(indices, limit, replace=False))
     return indices
+
+
+def is_count(source: Source, answer: str) -> bool:
+    """Returns whether an answer is a count, so that the question needs no room for its objects."""
+    if source.suffix == "count":
+        return True
+    fields = [path.split(".")[-1] for path in placeholders(source.suffix)]
+    return fields == ["count"] or (source.target == "text" and answer.isdecimal())
 
 
 def format_answer(

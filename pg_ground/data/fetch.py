@@ -37,7 +37,7 @@ from urllib3.exceptions import HTTPError, LocationParseError
 from urllib3.util import Url, parse_url
 
 from pg_ground.config import Fetch
-from pg_ground.data.records import BadRecord
+from pg_ground.data.records import BadRecord, short
 from pg_ground.storage.paths import PACKAGES, local_path
 from pg_ground.types import JsonDict, UserError
 
@@ -87,11 +87,22 @@ def cached(url: str, sha256: str | None, fetch: Fetch, retry_failed: bool = Fals
 
     Raises:
       BadRecord: refused_url, wrong_sha256, too_large, fetch_failed; or not_fetched, if the content
-        is not in the cache and `fetch` is offline.
-      UserError: `fetch` names no folder.
+        is not in the cache and `fetch` is offline, or `fetch` names no folder.
     """
+    fault = cache_fault(fetch)
+    if fault:
+        raise BadRecord("not_fetched", f"{fault}, so {short(url)} is not fetched")
     content = _from_cache(url, sha256, fetch, retry_failed)
     return _fetch_and_store(url, sha256, fetch) if content is None else content
+
+
+def cache_fault(fetch: Fetch) -> str:
+    """Returns why no image can be fetched, or "" if `cache_dir` is a folder of this machine."""
+    try:
+        _folder(fetch)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def prefetch(
@@ -146,6 +157,7 @@ def _outcomes(urls: Iterable[UrlAndHash], fetch: Fetch, retry_failed: bool) -> I
     pool = ThreadPoolExecutor(fetch.concurrency)
     try:
         for pair in urls:
+            _folder(fetch)
             repeats[pair] += 1
             if pair not in running:
                 running[pair] = pool.submit(_outcome, *pair, fetch, retry_failed)
@@ -246,7 +258,7 @@ def _wrong_sha256(url: str, digest: str, expected: str | None) -> BadRecord:
 def _folder(fetch: Fetch) -> Path:
     if not fetch.cache_dir:
         raise UserError(
-            "config.data.fetch.cache_dir is '': it must name a folder for the images at urls"
+            "config.data.fetch.cache_dir is '': it must name a folder for images at addresses"
         )
     return local_path(fetch.cache_dir, "config.data.fetch.cache_dir")
 

@@ -8,10 +8,19 @@ from typing import NamedTuple
 import numpy as np
 
 from pg_ground.config import Data
+from pg_ground.data.bad_records import exceeds_share
 from pg_ground.data.datasets import Examples
-from pg_ground.data.examples import Annotation, format_answer, nothing_there, read_question
+from pg_ground.data.examples import (
+    Annotation,
+    format_answer,
+    image_address,
+    is_count,
+    nothing_there,
+    read_question,
+)
+from pg_ground.data.fetch import cache_fault
 from pg_ground.data.frames import recorded_size
-from pg_ground.data.records import BadRecord
+from pg_ground.data.records import BadRecord, short
 from pg_ground.data.units import Coordinates, check_units
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.types import Example, UserError
@@ -49,6 +58,8 @@ class Question(NamedTuple):
     annotation: Annotation
     size: tuple[int, int] | None
     """The image size that the record states."""
+    address: str
+    """The http(s) address of the image; "" if the image is no address."""
 
 
 class Budget(NamedTuple):
@@ -77,7 +88,8 @@ def measure_budget(dataset: Examples, tokenizer: Tokenizer, data: Data) -> Budge
 
     Raises:
       UserError: none of the first questions can be used; or no probed image; or no record has the
-        field of the boxes; or the coordinates are in another unit (`units.check_units`).
+        field of the boxes; or the coordinates are in another unit (`units.check_units`); or too
+        many images are at addresses and `data.fetch` names no folder for them.
     """
     indices = spread(len(dataset), data.check_records)
     questions: dict[int, Question] = {}
@@ -97,6 +109,7 @@ def measure_budget(dataset: Examples, tokenizer: Tokenizer, data: Data) -> Budge
     if not questions:
         raise _none_usable(dataset, failures)
     _check_any_object(dataset, questions)
+    address_doubts = _address_doubts(dataset, questions, data)
     _unit_doubts(dataset, questions, {})  # before the images: its error says more than theirs
     readable = list(questions)
     probed = _probe(dataset, [readable[i] for i in spread(len(readable), PROBED_IMAGES)])
@@ -119,6 +132,7 @@ def measure_budget(dataset: Examples, tokenizer: Tokenizer, data: Data) -> Budge
         _notes(dataset, questions, probed, empty),
         [
             *_unit_doubts(dataset, questions, probed),
+            *address_doubts,
             *foreign_tokens([question.prompt for question in questions.values()]),
         ],
     )
@@ -142,9 +156,30 @@ def _measure(dataset: Examples, index: int, tokenizer: Tokenizer) -> Question:
     suffix = format_answer(
         source, record, element, fractions, labels, codes, size, annotation.count
     )
-    slots = 0 if source.suffix == "count" else max(len(annotation.boxes.numbers[:count]), count)
+    slots = 0 if is_count(source, suffix) else max(len(annotation.boxes.numbers[:count]), count)
     needs = Needs(len(tokenizer.prefix(prompt)), len(tokenizer.suffix(suffix)), slots)
-    return Question(needs, prompt, annotation, recorded_size(record, source, element))
+    size = recorded_size(record, source, element)
+    return Question(needs, prompt, annotation, size, image_address(record, source, element))
+
+
+def _address_doubts(dataset: Examples, questions: Mapping[int, Question], data: Data) -> list[str]:
+    """Returns in words how many images are at addresses that cannot be fetched.
+
+    Raises:
+      UserError: so many that the run would stop for its bad records.
+    """
+    fault = cache_fault(data.fetch)
+    addresses = {i: question.address for i, question in questions.items() if question.address}
+    if not fault or not addresses:
+        return []
+    index, address = next(iter(addresses.items()))
+    text = (
+        f"{len(addresses)} of {len(questions)} images are at addresses, such as {short(address)} "
+        f"of question {index}, but {fault}"
+    )
+    if exceeds_share(len(addresses), len(questions), len(dataset), data.bad_record_share):
+        raise UserError(f"source {dataset.name}: {text}")
+    return [f"{text}; the records are bad (not_fetched)"]
 
 
 def _none_usable(dataset: Examples, failures: Sequence[str]) -> UserError:
