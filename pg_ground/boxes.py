@@ -42,24 +42,29 @@ def encode_loc(fraction: Float[Array, "..."]) -> Int[Array, "..."]:
 
 
 def whole_corners(
-    corners: Float[np.ndarray, "K 4"], extent: tuple[int, int] = (LOC_MAX, LOC_MAX)
-) -> Int[np.ndarray, "K 4"]:
+    fractions: Float[Array, "... 4"], extent: tuple[int, int] = (LOC_MAX, LOC_MAX)
+) -> Int[Array, "... 4"]:
     """Returns boxes in whole units, each with a height and a width of at least one unit.
 
     Corners are rounded half to even. A side that rounds to nothing becomes the unit around its
-    centre: 9.7 to 9.9 is 9 to 10.
+    centre: 9.7 to 9.9 is 9 to 10. NumPy and compiled programs give the same corners.
 
     Args:
-      corners: in order yxyx or xyxy, in units of the image, such as loc bins or pixels.
-      extent: units along the first and the second axis of the image.
+      fractions: corners in [0, 1], in order yxyx or xyxy.
+      extent: units along the first and the second axis of the image: loc bins or pixels.
     """
-    limit = np.array(extent * 2)
-    rounded = np.clip(np.round(corners), 0, limit)
-    low = np.clip(np.floor(centre(corners)), 0, limit[:2] - 1)
-    is_flat = rounded[:, 2:] == rounded[:, :2]
-    lower = np.where(is_flat, low, rounded[:, :2])
-    upper = np.where(is_flat, low + 1, rounded[:, 2:])
-    return np.concatenate([lower, upper], axis=1).astype(np.int32)
+    xp = _namespace(fractions)
+    limit = np.array(extent)
+    low, high = (
+        xp.clip(xp.round(corner * limit.astype(fractions.dtype)), 0, limit)
+        for corner in (fractions[..., :2], fractions[..., 2:])
+    )
+    # The sum comes before the product: a compiled program could fuse a sum of products.
+    middle = xp.floor(centre(fractions) * limit.astype(fractions.dtype))
+    is_flat = low == high
+    unit = xp.clip(middle, 0, limit - 1)
+    corners = [xp.where(is_flat, unit, low), xp.where(is_flat, unit + 1, high)]
+    return xp.concatenate(corners, axis=-1).astype(np.int32)
 
 
 def decode_loc(bins: Int[Array, "..."]) -> Float[Array, "..."]:

@@ -12,7 +12,7 @@ import numpy as np
 from pg_ground import tokenizer
 from pg_ground.config import RewardSettings
 from pg_ground.rewards.answer_reader import read_answer
-from pg_ground.rewards.device_rewards import REWARDS
+from pg_ground.rewards.device_rewards import REWARDS, score
 from pg_ground.types import BOXES, POINTS, Answer, Batch, Boxes, Gold, Points, Rollout
 from pg_ground.vocab import LOC_MAX, PAD
 
@@ -39,11 +39,14 @@ read_jitted = jax.jit(read_answer, static_argnums=4)
 
 @jax.jit
 def all_rewards(rollout: Rollout, batch: Batch) -> dict[str, jax.Array]:
-    """Returns every reward. They are compiled together, for groups of `GROUP`."""
+    """Returns every reward, as `score` gives it.
+
+    The rewards are compiled together, for groups of `GROUP`.
+    """
     answer = read_answer(
         rollout.tokens, rollout.mask, batch.gold.target, batch.gold.names, TOKENS.vocab
     )
-    return {name: reward(answer, batch, SETTINGS) for name, reward in REWARDS.items()}
+    return dict(score(answer, batch, dict.fromkeys(REWARDS, 1.0), SETTINGS).parts)
 
 
 def loc(*bins: int) -> str:

@@ -6,6 +6,9 @@ A test with a number in its name is about the defect of that number in the regis
 files.
 """
 
+import re
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,7 +38,7 @@ from hypothesis import strategies as st
 
 from pg_ground import boxes
 from pg_ground.config import RewardSettings
-from pg_ground.data.examples import to_yxyx
+from pg_ground.data.examples import loc_text, to_yxyx
 from pg_ground.data.records import BadRecord
 from pg_ground.rewards.answer_reader import read_answer
 from pg_ground.rewards.device_rewards import REWARDS
@@ -187,38 +190,80 @@ def test_the_order_of_answers_does_not_matter(answers, data):
                 )
 
 
-SPANS = st.tuples(st.integers(0, LOC_MAX), st.integers(1, LOC_MAX) | st.integers(1, 3)).map(
+ANYWHERE = st.floats(0, LOC_MAX) | st.integers(0, 2 * LOC_MAX).map(lambda number: number / 2)
+"""In loc bins; whole and half ones among them, where rounding has ties."""
+
+LENGTHS = st.floats(1e-3, 1) | st.floats(1, 4) | st.floats(1e-3, LOC_MAX)
+
+SIDE = st.tuples(ANYWHERE, LENGTHS).map(
     lambda span: (min(span[0], LOC_MAX - span[1]), min(span[0] + span[1], LOC_MAX))
 )
-SPANS = SPANS.map(lambda span: (max(span[0], 0), max(span[1], 1)))
+"""The two ends of a side of a box, in loc bins."""
+
+
+def neighbours(bins: Sequence[int]) -> list[list[int]]:
+    """Returns `bins` with each of them moved by one bin, and moved far outwards."""
+    steps = [*np.eye(len(bins), dtype=int), *-np.eye(len(bins), dtype=int)]
+    outwards = [-1, -1, 1, 1][: len(bins)]
+    moved = [np.add(bins, step) for step in (*steps, outwards, np.multiply(outwards, 9))]
+    return [np.clip(row, 0, LOC_MAX).tolist() for row in moved]
+
+
+def scores_of(texts: Sequence[str], batch: Batch) -> dict[str, np.ndarray]:
+    """Returns each reward of each text. The first of each group of 8 is the first text."""
+    rows: dict[str, list[float]] = {}
+    for start in range(1, len(texts), 7):
+        chunk = [texts[0], *texts[start : start + 7]]
+        filled = make_rollout(*chunk, *[""] * (8 - len(chunk)))
+        for name, values in all_rewards(filled, batch).items():
+            rows.setdefault(name, []).extend(np.asarray(values)[0, : len(chunk)].tolist())
+    return {name: np.array(values) for name, values in rows.items()}
 
 
 @settings(deadline=None, max_examples=200)
-@given(spans=st.tuples(SPANS, SPANS), other=BINS)
-def test_no_answer_beats_the_gold_answer_on_the_grid(spans, other):
-    """The gold text of a proper box on the grid is compared with each edge moved by a bin, a box a
-    quarter larger, and any other box. Also boxes of one bin are gold."""
-    (y1, y2), (x1, x2) = spans
+@given(sides=st.tuples(SIDE, SIDE), other=BINS)
+def test_no_answer_beats_the_gold_answer_of_a_box(sides, other):
+    """Boxes of any size, also below one bin. The answer that training data would have is compared
+    with its neighbours, the whole image, the box rounded outwards, and any other box."""
+    (y1, y2), (x1, x2) = sides
     gold = (y1, x1, y2, x2)
-    moved = [
-        tuple(n + step * (i == axis) for i, n in enumerate(gold))
-        for axis in range(4)
-        for step in (-1, 1)
-    ]
-    grown = (y1 - 1, x1 - 1, y2 + 1 + (y2 - y1) // 8, x2 + 1 + (x2 - x1) // 8)
-    answers = [gold, *(np.clip(row, 0, LOC_MAX).tolist() for row in (*moved, grown)), other]
+    text = loc_text(np.array([gold], np.float32) / np.float32(LOC_MAX), ["cat"])
+    bins = [int(number) for number in re.findall(r"\d+", text)]
+    outwards = [*np.floor(gold[:2]).astype(int), *np.ceil(gold[2:]).astype(int)]
+    answers = [*neighbours(bins), outwards, [0, 0, LOC_MAX, LOC_MAX], other]
     # float32 rounds a coordinate by 6e-8. A side has two of them, and an area or a quotient adds up
     # eight sides. Coverage has four roundings of a logarithm near 5.
-    bound = 4e-6 + 16 * 6e-8 * LOC_MAX / min(y2 - y1, x2 - x1)
-    batch = make_batch([(gold, 0)])
-    texts = [f"{loc(*answer)} cat" for answer in answers]
-    for start in (1, 8):
-        chunk = [texts[0], *texts[start : start + 7]]
-        scores = all_rewards(make_rollout(*chunk, *[""] * (8 - len(chunk))), batch)
-        for name in set(FOR_BOXES):
-            values = np.asarray(scores[name])[0, : len(chunk)]
-            assert values[0] == pytest.approx(1, abs=bound), name
-            assert (values <= values[0] + bound).all(), (name, chunk)
+    bound = 4e-6 + 16 * 6e-8 * LOC_MAX / min(bins[2] - bins[0], bins[3] - bins[1])
+    texts = [text, *(f"{loc(*answer)} cat" for answer in answers)]
+    scores = scores_of(texts, make_batch([(gold, 0)]))
+    for name in set(FOR_BOXES):
+        assert scores[name][0] == pytest.approx(1, abs=bound), name
+        assert (scores[name] <= scores[name][0] + bound).all(), (name, texts)
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    sides=st.tuples(SIDE, SIDE),
+    share=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    other=st.tuples(*[st.integers(0, LOC_MAX)] * 2),
+)
+def test_no_answer_beats_the_gold_answer_of_a_point(sides, share, other):
+    """A point anywhere in its box, whose mask is the one cell of the point. `gaussian_point` is
+    about the centre of the box, not about the point."""
+    (y1, y2), (x1, x2) = sides
+    point = np.clip([y1 + share[0] * (y2 - y1), x1 + share[1] * (x2 - x1)], (y1, x1), (y2, x2))
+    yx = np.array([point], np.float32) / np.float32(LOC_MAX)
+    text = loc_text(yx, ["cat"])
+    bins = [int(number) for number in re.findall(r"\d+", text)]
+    batch = make_batch([((y1, x1, y2, x2), 0)], [(point, 0)], POINTS)
+    cells = np.zeros((1, 3, 32, 32), bool)
+    cells[0, 0][tuple(np.minimum((yx[0] * 32).astype(int), 31))] = True
+    batch = batch._replace(gold=batch.gold._replace(masks=jnp.asarray(cells)))
+    texts = [text, *(f"{loc(*answer)} cat" for answer in (*neighbours(bins), other))]
+    scores = scores_of(texts, batch)
+    for name in set(FOR_POINTS) - {"gaussian_point"}:
+        assert scores[name][0] == pytest.approx(1, abs=4e-6), name
+        assert (scores[name] <= scores[name][0] + 4e-6).all(), (name, texts)
 
 
 @settings(deadline=None)

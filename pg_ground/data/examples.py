@@ -47,7 +47,6 @@ from pg_ground.data.record_fields import (
 from pg_ground.data.records import BadRecord, short
 from pg_ground.storage.paths import FilePath
 from pg_ground.types import BOXES, POINTS, TEXT, Boxes, Example, Points, Record, UserError
-from pg_ground.vocab import LOC_MAX
 
 TARGETS = {"boxes": BOXES, "points": POINTS, "text": TEXT}
 """The values of `Source.target`."""
@@ -418,8 +417,7 @@ def _json_text(
     """
     is_box = fractions.shape[1] == 4
     x_first = fractions[:, [1, 0, 3, 2] if is_box else [1, 0]].astype(np.float64)
-    pixels = x_first * (size * 2 if is_box else size)
-    rows = whole_corners(pixels, size) if is_box else np.round(pixels).astype(np.int32)
+    rows = whole_corners(x_first, size) if is_box else np.round(x_first * size).astype(np.int32)
     objects = [
         {key: numbers} | ({"label": label} if label else {})
         for numbers, label in zip(rows.tolist(), labels, strict=True)
@@ -439,7 +437,7 @@ def loc_text(
     """
     texts = []
     is_box = fractions.ndim == 2 and fractions.shape[1] == 4
-    rows = whole_corners(fractions * LOC_MAX) if is_box else encode_loc(fractions)
+    rows = whole_corners(fractions) if is_box else encode_loc(fractions)
     tokens = codes or ("",) * len(names)
     for bins, name, mask in zip(rows, names, tokens, strict=True):
         loc = "".join(f"<loc{code:04d}>" for code in bins) + mask

@@ -5,6 +5,9 @@ which it does not apply. Sets of locations are matched one to one within names, 
 total similarity Σ, and score 2·Σ / (n_predicted + n_gold). So missing, spurious and duplicate
 predictions lower the score. An improper box is a prediction with similarity 0. An empty answer
 scores 1 if there is nothing to find.
+
+An answer can only name whole loc bins. `score` therefore moves gold boxes and points to the bins
+that the gold answer names, so that no answer earns more than the gold answer.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,6 +26,7 @@ from pg_ground.types import (
     Array,
     Batch,
     Boxes,
+    Gold,
     Metrics,
     Points,
     Rewards,
@@ -150,14 +154,18 @@ def point_in_box(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array
 def point_in_mask(answer: Answer, batch: Batch, _: RewardSettings) -> Float[Array, "B G"]:
     """Returns the matched share of points in a set cell of the masks of their objects, in [0, 1].
 
-    The value is NaN if a gold point has no mask, and everywhere if `data.mask_size` is 0.
+    A point is the square of its loc bin, so that a gold point at the edge of its mask stays in the
+    mask. The value is NaN if a gold point has no mask, and everywhere if `data.mask_size` is 0.
     """
     predicted, gold = answer.points, batch.gold
     b, g, p = predicted.valid.shape
     if not gold.masks.size:
         return jnp.full((b, g), jnp.nan)
-    inside = boxes.covers(gold.masks, predicted.yx.reshape(b, 1, g * p, 2)).astype(jnp.float32)
-    similarity = jnp.moveaxis(inside.reshape(b, -1, g, p), 1, -1)
+    corners = jnp.array([(-0.5, -0.5), (-0.5, 0.5), (0.5, -0.5), (0.5, 0.5)]) * boxes.ONE_BIN
+    yx = predicted.yx[..., None, :] + corners
+    inside = boxes.covers(gold.masks, yx.reshape(b, 1, g * p * 4, 2))
+    inside = inside.reshape(b, -1, g, p, 4).any(axis=-1).astype(jnp.float32)
+    similarity = jnp.moveaxis(inside, 1, -1)
     reward = _set_similarity(similarity, predicted, gold.points)
     return _only(POINTS, batch, _if_all_have_masks(batch, gold.points.valid, reward))
 
@@ -326,7 +334,8 @@ def score(
 ) -> Rewards:
     """Returns every reward of `weights`, and the weighted sum of those that apply.
 
-    The sum is NaN for a completion to which no active reward applies.
+    The rewards compare answers with `gold_answer(batch.gold)`. The sum is NaN for a completion to
+    which no active reward applies.
 
     Args:
       rewards: functions by name.
@@ -337,6 +346,7 @@ def score(
     Raises:
       KeyError: a name of `weights` is in neither `rewards` nor `precomputed`.
     """
+    batch = batch._replace(gold=gold_answer(batch.gold))
     parts = {
         name: precomputed[name] if name in precomputed else rewards[name](answer, batch, settings)
         for name in weights
@@ -346,6 +356,16 @@ def score(
     applies = jnp.stack([~jnp.isnan(part) for name, part in parts.items() if name in active])
     weighted = jnp.stack([weights[name] * jnp.nan_to_num(part) for name, part in parts.items()])
     return Rewards(jnp.where(applies.any(axis=0), weighted.sum(axis=0), jnp.nan), parts)
+
+
+def gold_answer(gold: Gold) -> Gold:
+    """Returns `gold` with its boxes and points at the loc bins that the gold answer names.
+
+    The bins are those of `data.examples.loc_text`: a box is at least one bin wide and high.
+    """
+    yxyx = boxes.decode_loc(boxes.whole_corners(gold.boxes.yxyx))
+    yx = boxes.decode_loc(boxes.encode_loc(gold.points.yx))
+    return gold._replace(boxes=gold.boxes._replace(yxyx=yxyx), points=gold.points._replace(yx=yx))
 
 
 def reward_metrics(
