@@ -218,6 +218,7 @@ def test_evaluate_repeats_the_metrics_of_the_run(tiny_run, environment, tmp_path
     assert {"source", "index", "mode", "text"} <= json.loads(predictions[0]).keys()
 
 
+@pytest.mark.slow
 def test_predict_answers_in_pixels_and_draws(tiny_run, environment, tmp_path):
     Image.fromarray(np.full((60, 90, 3), 128, np.uint8)).save(tmp_path / "grey.png")
     finished = run(

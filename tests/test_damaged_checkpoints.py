@@ -136,6 +136,7 @@ def test_a_checkpoint_that_was_only_begun_is_named(saved, tmp_path, caplog):
     assert resume(folder) == (7, 7.0)
 
 
+@pytest.mark.slow
 def test_damaged_values_are_noticed_and_set_aside(saved, tmp_path):
     """In another process: orbax leaves work in its process after the error."""
     program = (

@@ -180,6 +180,7 @@ def test_cached_decode_equals_full_forward(tiny):
         np.testing.assert_allclose(decode(*parts), whole, rtol=0, atol=CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tiny", ["pg2", pytest.param("pg1", marks=pytest.mark.slow)], indirect=True
 )
@@ -299,6 +300,7 @@ def test_tokens_are_the_same_on_one_device_and_on_eight(pg1, monkeypatch, shape)
     np.testing.assert_allclose(one.logps, eight.logps, rtol=0, atol=CLOSE)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_the_vocabulary_adds_up_in_float32(pg1):
     """With activations in bfloat16 the table's own dtype takes up what each block of completion
     tokens has for it.
@@ -344,6 +346,7 @@ def test_control_ids_are_never_sampled_even_by_a_model_that_wants_nothing_else(t
 # a score that reads hidden states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tiny", ["pg1", pytest.param("pg2", marks=pytest.mark.slow)], indirect=True
 )

@@ -51,6 +51,7 @@ def logps(model: PaliGemma, params: Any) -> np.ndarray:
     return np.asarray(compiled_logps(model)(params))
 
 
+@pytest.mark.slow
 def test_every_matrix_can_have_one_and_its_factors_have_its_axes():
     _, base, fresh = adapted(PG2)
     matrices = {name: leaf for name, leaf in flatten(base).items() if matrix_axes(name)}
@@ -118,6 +119,7 @@ def test_a_pattern_chooses_matrices_by_their_whole_name():
     assert not flatten(adapted(PG2, replace(EVERYWHERE, pattern="attn"))[2])
 
 
+@pytest.mark.slow
 def test_factors_start_with_the_variance_of_their_inputs():
     """1 / fan-in for each matrix, whether it stands alone or as one of two parts."""
     _, _, fresh = adapted(

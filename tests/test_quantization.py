@@ -89,6 +89,7 @@ def test_a_channel_of_zeros_stays_zeros():
     assert not np.asarray(restored)[:, [0, 2]].any()
 
 
+@pytest.mark.slow
 @models
 def test_the_model_computes_with_int8_what_it_computes_with_their_float_values(sizes):
     """Scoring, and decoding one token: the two ways through the gated MLP."""
@@ -106,6 +107,7 @@ def test_the_model_computes_with_int8_what_it_computes_with_their_float_values(s
     np.testing.assert_allclose(decode(int8), decode(in_float(int8)), rtol=0, atol=CLOSE)
 
 
+@pytest.mark.slow
 @models
 def test_log_probabilities_stay_near_those_of_float32(sizes):
     """The error of a value is uniform in half a step: 1/254/3**0.5 = 0.23 % of its channel's

@@ -101,6 +101,7 @@ def test_one_question_without_a_reward_is_enough(source, tmp_path):
         check(*coverage(examples, text={"count_exact": 1.0}))
 
 
+@pytest.mark.slow
 def test_every_source_needs_a_reward(source):
     coverages, grpo = coverage(source(**BOXES), source(**WORDS), iou=1.0)
     assert [part.uncovered is None for part in coverages] == [True, False]
@@ -191,6 +192,7 @@ def test_rewards_that_apply_and_differ_pass(source, settings, device, text, capl
     assert [row[0] for row in rows] == ["grpo/mine"] * len(names)
 
 
+@pytest.mark.slow
 def test_what_is_doubtful_is_logged(source, caplog):
     check(*coverage(source(**WORDS), text={"exact_match": 1.0, "json_boxes": 0.5}))
     assert "the reward json_boxes applies to no question of any source" in caplog.text

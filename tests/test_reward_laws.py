@@ -220,7 +220,7 @@ def scores_of(texts: Sequence[str], batch: Batch) -> dict[str, np.ndarray]:
     return {name: np.array(values) for name, values in rows.items()}
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=80)
 @given(sides=st.tuples(SIDE, SIDE), other=BINS)
 def test_no_answer_beats_the_gold_answer_of_a_box(sides, other):
     """Boxes of any size, also below one bin. The answer that training data would have is compared
@@ -241,7 +241,7 @@ def test_no_answer_beats_the_gold_answer_of_a_box(sides, other):
         assert (scores[name] <= scores[name][0] + bound).all(), (name, texts)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(
     sides=st.tuples(SIDE, SIDE),
     share=st.tuples(st.floats(0, 1), st.floats(0, 1)),

@@ -181,6 +181,7 @@ def test_suppressed_ids_are_never_drawn_however_likely(table):
     )
 
 
+@pytest.mark.slow
 def test_large_vocabularies_are_drawn_from_their_softmax():
     """1,024 ids in 64 blocks. Most ids are so rare that the test counts them together."""
     logits = np.log(np.random.default_rng(0).dirichlet(np.full(1024, 0.1)) + 1e-12)

@@ -68,6 +68,7 @@ def gradient_norm(state: TrainState) -> float:
     return float(optax.tree.norm(state.opt_state[0].trace))
 
 
+@pytest.mark.slow
 def test_advantages_of_tokens_go_through_the_whole_update(grpo_step, rollout):
     """[B, G, T] advantages that are equal within a completion give the update of [B, G, 1]."""
     batch, completions = rollout
@@ -85,6 +86,7 @@ def test_advantages_of_tokens_go_through_the_whole_update(grpo_step, rollout):
     assert max(map(float, jax.tree.leaves(moved))) > 1e-4
 
 
+@pytest.mark.slow
 def test_tokens_outside_the_loss_mask_have_no_gradient(grpo_step, rollout):
     """Only a tool's output has an advantage here.
 

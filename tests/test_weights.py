@@ -343,6 +343,7 @@ def int8_params(model: config.Model, params) -> dict:
     return quantization.cast_params(flatten(params), abstract)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".npz", ".orbax", ""])
 def test_matrices_are_quantized_while_they_are_read(saved, tmp_path, monkeypatch, suffix):
     """Each layer is quantized alone.
@@ -366,6 +367,7 @@ def test_matrices_are_quantized_while_they_are_read(saved, tmp_path, monkeypatch
     assert_same(arrays, expected)
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_on_int8_loads_merged(saved, tmp_path):
     sizes, base, _ = saved
     adapted = replace(sizes, lora=Lora(rank=2, alpha=4.0, pattern="llm/.*"), frozen_dtype="int8")
@@ -516,6 +518,7 @@ def test_positions_that_form_no_square_are_refused(saved, tmp_path, shape):
     assert f"img/pos_embedding: {shape}" in load_error(tmp_path / "odd.npz")
 
 
+@pytest.mark.slow
 def test_adapters_are_merged_before_they_are_written(saved, tmp_path):
     adapted = replace(saved[0], lora=Lora(rank=2))
     params = PaliGemma(adapted).init(jax.random.key(0))
