@@ -227,7 +227,7 @@ def test_no_answer_beats_the_gold_answer_of_a_box(sides, other):
     with its neighbours, the whole image, the box rounded outwards, and any other box."""
     (y1, y2), (x1, x2) = sides
     gold = (y1, x1, y2, x2)
-    text = loc_text(np.array([gold], np.float32) / np.float32(LOC_MAX), ["cat"])
+    text = loc_text((np.array([gold]) / LOC_MAX).astype(np.float32), ["cat"])
     bins = [int(number) for number in re.findall(r"\d+", text)]
     outwards = [*np.floor(gold[:2]).astype(int), *np.ceil(gold[2:]).astype(int)]
     answers = [*neighbours(bins), outwards, [0, 0, LOC_MAX, LOC_MAX], other]
@@ -252,7 +252,7 @@ def test_no_answer_beats_the_gold_answer_of_a_point(sides, share, other):
     about the centre of the box, not about the point."""
     (y1, y2), (x1, x2) = sides
     point = np.clip([y1 + share[0] * (y2 - y1), x1 + share[1] * (x2 - x1)], (y1, x1), (y2, x2))
-    yx = np.array([point], np.float32) / np.float32(LOC_MAX)
+    yx = (np.array([point]) / LOC_MAX).astype(np.float32)
     text = loc_text(yx, ["cat"])
     bins = [int(number) for number in re.findall(r"\d+", text)]
     batch = make_batch([((y1, x1, y2, x2), 0)], [(point, 0)], POINTS)
