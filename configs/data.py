@@ -163,6 +163,7 @@ ENTRIES: dict[str, Source] = {
         prompt="{phrase}",
     ),
     # ---- Answers as text: the boxes come from the answer ----
+    # A chat is one question: its first turn. The start-up table counts the chats with more turns.
     # PaliGemma's own files: {"image", "prefix", "suffix"}, with loc tokens (and seg tokens) in the
     # suffix. Roboflow exports this form.
     "paligemma_jsonl": Source(

@@ -71,6 +71,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "image_files",
             "pixel_depth",
             "record_fields",
+            "chat_turns",
             "images",
             "sampling",
             "box_formats",

@@ -24,6 +24,7 @@ from pg_ground.data.box_formats import (
     split_format,
     to_fractions,
 )
+from pg_ground.data.chat_turns import check_prompt_roles, turn_notes
 from pg_ground.data.fetch import cached, is_url
 from pg_ground.data.frames import (
     Frame,
@@ -180,7 +181,7 @@ def to_example(
         masks=objects.masks,
         source=source_name,
         index=index,
-        notes=_notes(annotation, frame, opened),
+        notes=(*_notes(annotation, frame, opened), *turn_notes(record, source, element)),
     )
 
 
@@ -231,6 +232,7 @@ def read_question(record: Record, source: Source, element: int) -> tuple[str, An
       BadRecord: missing_field, bad_box, bad_point or bad_text; or empty, if the record has no
         objects and the source drops empty records.
     """
+    check_prompt_roles(record, source, element)
     boxes, points, absence = _read_rows(record, source, element)
     asks_points = source.target == "points"
     rows = points if asks_points else boxes

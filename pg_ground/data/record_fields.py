@@ -39,7 +39,12 @@ def field_at(record: Record, path: str, element: int = 0) -> Any:
     Raises:
       BadRecord: missing_field, with the names of the fields that exist.
     """
-    return _descend(record, _BRACKETS.sub(r".\1", path).split("."), path, element)
+    return _descend(record, steps_of(path), path, element)
+
+
+def steps_of(path: str) -> list[str]:
+    """Returns the names and numbers of a path one by one: a[1].b and a.1.b are a, 1, b."""
+    return _BRACKETS.sub(r".\1", path).split(".")
 
 
 def field_or_none(record: Record, path: str, element: int = 0) -> Any:
@@ -63,7 +68,7 @@ def with_field(record: Record, path: str, value: object) -> JsonDict:
       BadRecord: missing_field, as `field_at`.
       UserError: the path goes through several elements of a list.
     """
-    return _with_field(record, _BRACKETS.sub(r".\1", path).split("."), path, value)
+    return _with_field(record, steps_of(path), path, value)
 
 
 def _with_field(inner: Any, names: Sequence[str], path: str, value: object) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 
 from pg_ground.config import Data
 from pg_ground.data.bad_records import exceeds_share
+from pg_ground.data.chat_turns import turn_notes
 from pg_ground.data.datasets import Examples
 from pg_ground.data.examples import (
     Annotation,
@@ -60,6 +61,8 @@ class Question(NamedTuple):
     """The image size that the record states."""
     address: str
     """The http(s) address of the image; "" if the image is no address."""
+    notes: tuple[str, ...]
+    """Which elements of lists are read, if others are not."""
 
 
 class Budget(NamedTuple):
@@ -158,8 +161,14 @@ def _measure(dataset: Examples, index: int, tokenizer: Tokenizer) -> Question:
     )
     slots = 0 if is_count(source, suffix) else max(len(annotation.boxes.numbers[:count]), count)
     needs = Needs(len(tokenizer.prefix(prompt)), len(tokenizer.suffix(suffix)), slots)
-    size = recorded_size(record, source, element)
-    return Question(needs, prompt, annotation, size, image_address(record, source, element))
+    return Question(
+        needs,
+        prompt,
+        annotation,
+        recorded_size(record, source, element),
+        image_address(record, source, element),
+        turn_notes(record, source, element),
+    )
 
 
 def _address_doubts(dataset: Examples, questions: Mapping[int, Question], data: Data) -> list[str]:
@@ -245,7 +254,9 @@ def _notes(
     if empty_answers and target != "text":
         notes[f"no {target}: the answer is empty"] = f"{empty_answers} of {measured}"
     counts = Counter(note for example in probed.values() for note in example.notes)
-    return notes | {note: f"{count} of {len(probed)}" for note, count in sorted(counts.items())}
+    notes |= {note: f"{count} of {len(probed)}" for note, count in sorted(counts.items())}
+    of_all = Counter(note for question in questions.values() for note in question.notes)
+    return notes | {note: f"{count:,} of {len(questions):,}" for note, count in of_all.items()}
 
 
 def _check_any_object(dataset: Examples, questions: Mapping[int, Question]) -> None:
