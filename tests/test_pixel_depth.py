@@ -2,7 +2,9 @@
 
 import io
 import json
+import struct
 import warnings
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +18,9 @@ from pg_ground.data.images import load_image, load_nonzero, open_oriented
 from pg_ground.data.masks import whole_masks
 from pg_ground.data.packing import encoded_image, pack
 from pg_ground.data.records import BadRecord
+from pg_ground.data.text_budgets import measure_budget
 from pg_ground.evals.prediction import read_image
+from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.types import UserError
 
 RAMP = np.linspace(0, 1, 64 * 64).reshape(64, 64)
@@ -179,3 +183,83 @@ def test_predict_refuses_pixels_that_have_no_range():
     with pytest.raises(UserError, match="image: the pixels are float32 from -3"):
         read_image(Image.fromarray((RAMP * 815 - 3).astype(np.float32)))
     assert read_image(Image.fromarray(RAMP.astype(np.float32))).max() == 255
+
+
+def scan(bits: int, dtype: type = np.uint16) -> np.ndarray:
+    return (RAMP * (2**bits - 1)).astype(dtype)
+
+
+PERCENTILE_HINT = "data.deep_images = 'percentile'"
+
+DARK_FILES = {
+    "PNG of 16 bits with 12": (encoded(scan(12), "PNG"), "4095 of 65535"),
+    "PNG of 16 bits with 10": (encoded(scan(10), "PNG"), "1023 of 65535"),
+    "TIFF of 16 bits with 14": (encoded(scan(14), "TIFF"), "16383 of 65535"),
+    "TIFF of 16 bits with 11, high byte first": (big_endian_tiff(scan(11)), "4095 of 65535"),
+    "TIFF of 32 bits with 12": (encoded(scan(12, np.int32), "TIFF"), "4095 of 65535"),
+    "TIFF of 32 bits with 6": (encoded(scan(6, np.int32), "TIFF"), "63 of 255"),
+    "TIFF of floats to 1/16": (encoded((RAMP / 16).astype(np.float32), "TIFF"), "0.0625 of 1"),
+}
+
+
+@pytest.mark.parametrize("kind", DARK_FILES)
+def test_files_that_the_range_of_their_type_makes_dark_are_doubted(tmp_path, kind):
+    content, largest = DARK_FILES[kind]
+    source = source_of(tmp_path, content)
+    (doubt,) = doubts_of(source, Data(suffix_length=32))
+    assert (
+        f"1 of 1 images look dark: they have no value above {largest}; {PERCENTILE_HINT}" in doubt
+    )
+    image = open_examples("a", source, PERCENTILE, 64)[0].image
+    assert image.max() == 255 and image.mean() > 100
+    assert not doubts_of(source, replace(PERCENTILE, suffix_length=32))
+
+
+def doubts_of(source: Source, data: Data) -> list[str]:
+    return measure_budget(open_examples("a", source, data, 64), load_tokenizer(), data).doubts
+
+
+@pytest.mark.parametrize("kind", DEEP_FILES)
+def test_files_that_use_their_range_are_not_doubted(tmp_path, kind):
+    assert not doubts_of(source_of(tmp_path, DEEP_FILES[kind]), Data(suffix_length=32))
+    black = encoded(np.zeros((8, 8), np.uint16), "PNG")
+    assert not doubts_of(source_of(tmp_path, black), Data(suffix_length=32))
+
+
+def colour_png(pixels: np.ndarray) -> bytes:
+    """Returns a PNG of 16 bits in each of three channels, which Pillow cannot write."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(name + data))
+        return struct.pack(">I", len(data)) + name + data + check
+
+    height, width = pixels.shape
+    rows = np.repeat(pixels[..., None], 3, 2).astype(">u2").reshape(height, -1)
+    lines = b"".join(b"\0" + row.tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(lines)), chunk(b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def test_colours_of_16_bits_say_that_their_upper_bytes_are_read(tmp_path):
+    source = source_of(tmp_path, colour_png(scan(12)))
+    (doubt,) = doubts_of(source, Data(suffix_length=32))
+    assert doubt.endswith("no value above 4095 of 65535; write them with 8 bits in each channel")
+    source = source_of(tmp_path, colour_png(scan(16)))
+    assert not doubts_of(source, Data(suffix_length=32))
+    (note,) = open_examples("a", source, Data(), 64)[0].notes
+    assert note == "RGB pixels of 16 bits read by their upper bytes"
+
+
+def test_a_few_dark_images_are_no_doubt_and_are_counted(tmp_path):
+    names = ["dark.png", "wide.png", "wide.png", "eight.png"]
+    for name, pixels in (("dark", scan(12)), ("wide", scan(16)), ("eight", scan(3, np.uint8))):
+        (tmp_path / f"{name}.png").write_bytes(encoded(pixels, "PNG"))
+    records = [{"image": name, "phrase": "cat", "box": [0, 0, 5, 5]} for name in names]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    source = Source(uri=f"jsonl:{tmp_path}/a.jsonl", boxes="box")
+    data = Data(suffix_length=32)
+    budget = measure_budget(open_examples("a", source, data, 64), load_tokenizer(), data)
+    assert not budget.doubts
+    note = "I;16 pixels scaled by dtype"
+    assert budget.notes == {f"{note}, dark: no value above 4095 of 65535": "1 of 4", note: "2 of 4"}

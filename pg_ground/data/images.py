@@ -12,7 +12,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pg_ground.data.image_files import find_spelling, missing_file
 from pg_ground.data.image_values import plain_image, text_kind, unwrap
-from pg_ground.data.pixel_depth import DEEP_MODES, to_eight_bits
+from pg_ground.data.pixel_depth import (
+    DEEP_MODES,
+    SPARE_BITS,
+    dark_note,
+    depth_note,
+    to_eight_bits,
+)
 from pg_ground.data.records import BadRecord, short, short_path
 from pg_ground.storage.paths import ADDRESS, PACKAGES, FilePath, join
 
@@ -84,16 +90,13 @@ def open_oriented(value: object, root: FilePath | None, deep_images: str = "dtyp
     image = plain_image(inner)
     if isinstance(image, np.ndarray):
         pixels = _rgb_from_array(image, deep_images)
-        note = "" if image.dtype == np.uint8 else _depth_note(image.dtype, deep_images)
+        is_deep = image.dtype != np.uint8
+        note = depth_note(image, str(image.dtype), deep_images) if is_deep else ""
         return Opened(pixels, 1, (pixels.shape[1], pixels.shape[0]), note)
     if isinstance(image, bytes):
         name = f"{len(image)} bytes" if image is inner else f"the image is {text_kind(inner)}"
         return _decode(io.BytesIO(image), name, deep_images)
     return _open_file(root or Path(), image, deep_images)
-
-
-def _depth_note(dtype: object, deep_images: str) -> str:
-    return f"{dtype} pixels scaled by {deep_images}"
 
 
 def _open_file(root: FilePath, name: str, deep_images: str) -> Opened:
@@ -142,12 +145,16 @@ def _rgb_from_array(pixels: np.ndarray, deep_images: str) -> UInt8[np.ndarray, "
 def _decode(file: Any, name: str, deep_images: str) -> Opened:
     try:
         with Image.open(file) as image:
+            # Pillow forgets how the file stores the pixels if it loads them, also for EXIF.
+            is_cut = image.mode not in DEEP_MODES and ";16" in str(image.tile)
             orientation = _orientation(image)
             ImageOps.exif_transpose(image, in_place=True)
             image.load()  # now, while the file is open
             # Pillow's size of a TIFF is upright already before it turns the pixels.
             width, height = image.size[::-1] if orientation >= 5 else image.size
-            note = _depth_note(image.mode, deep_images) if image.mode in DEEP_MODES else ""
+            note = _upper_bytes_note(image) if is_cut else ""
+            if image.mode in DEEP_MODES:
+                note = depth_note(np.asarray(image), image.mode, deep_images)
             return Opened(to_rgb(image, deep_images), orientation, (width, height), note)
     except UnidentifiedImageError as error:
         raise BadRecord("corrupt_image", f"{name}: no image format that Pillow knows") from error
@@ -155,6 +162,15 @@ def _decode(file: Any, name: str, deep_images: str) -> Opened:
         raise BadRecord(bad.kind, f"{name}: {bad}") from None
     except CANNOT_DECODE as error:
         raise BadRecord("corrupt_image", f"{name}: {error}") from error
+
+
+def _upper_bytes_note(image: Image.Image) -> str:
+    """Returns how an image of several channels of 16 bits is read: Pillow drops the lower bytes."""
+    colors = image.convert("RGB").getextrema()
+    largest = 256 * max(high for _, high in colors) + 255
+    bounds = {2.0 ** (16 - spare) - 1: "65535" for spare in SPARE_BITS}
+    text = f"{image.mode} pixels of 16 bits read by their upper bytes"
+    return text + (dark_note(largest, bounds) if largest > 255 else "")
 
 
 def _orientation(image: Image.Image) -> int:

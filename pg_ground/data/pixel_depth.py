@@ -1,5 +1,7 @@
 """Pixels of 16 bits, 32 bits and floats → pixels of 8 bits."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from jaxtyping import UInt8
 
@@ -13,6 +15,46 @@ DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 FLOAT_TOLERANCE = 1e-3
 """Resizing filters overshoot. Values this far outside of [0, 1] are clipped."""
+
+
+DARK = "dark: no value above"
+"""How a note on an image begins that the range of its type makes dark."""
+
+SPARE_BITS = (6, 4, 2)
+"""The upper bits that an image must leave unused to be dark: 10, 12 and 14 of 16 bits are used."""
+
+
+def depth_note(pixels: np.ndarray, name: str, method: str) -> str:
+    """Returns in words how pixels become 8 bits, and that they become dark if they do.
+
+    Cameras and scanners write 10, 12 or 14 bits as numbers of 16 bits. Dark images of 16 bits look
+    the same, so this is no reason for another rule.
+
+    Args:
+      pixels: numbers of more than 8 bits.
+      name: their type or mode.
+      method: as in `to_eight_bits`.
+    """
+    note = f"{name} pixels scaled by {method}"
+    if method != "dtype" or pixels.dtype.kind not in "uif" or not pixels.size:
+        return note
+    if pixels.dtype.kind == "f":
+        largest = float(np.nan_to_num(pixels).max())
+        bounds = {2.0**-spare: "1" for spare in SPARE_BITS}
+    else:
+        largest = int(pixels.max())
+        bits = _range_bits(pixels, largest)
+        bounds = {2 ** (bits - spare) - 1: f"{2**bits - 1}" for spare in SPARE_BITS}
+    return f"{note}{dark_note(largest, bounds)}"
+
+
+def dark_note(largest: float, bounds: Mapping[float, str]) -> str:
+    """Returns `, dark: no value above 4095 of 65535` for the first bound that no value exceeds.
+
+    Returns "" if there is none, or if all is black. `bounds` has the end of the range as text.
+    """
+    bound = next((bound for bound in bounds if 0 < largest <= bound), None)
+    return "" if bound is None else f", {DARK} {bound:.6g} of {bounds[bound]}"
 
 
 def to_eight_bits(pixels: np.ndarray, method: str) -> UInt8[np.ndarray, "..."]:
@@ -45,11 +87,17 @@ def _scale_integers(pixels: np.ndarray) -> UInt8[np.ndarray, "..."]:
     largest = int(pixels.max())
     if pixels.dtype.kind == "i" and pixels.min() < 0:
         raise _outside(pixels, "negative values have no range")
+    bits = _range_bits(pixels, largest)
+    shifted = pixels >> (bits - 8) if bits >= 8 else pixels << (8 - bits)
+    return shifted.astype(np.uint8)
+
+
+def _range_bits(pixels: np.ndarray, largest: int) -> int:
+    """Returns the number of bits of the range that integers are scaled from."""
     bits = pixels.dtype.itemsize * 8 - (pixels.dtype.kind == "i")
     if bits > 16:  # such types often carry fewer bits
         bits = next(fewer for fewer in (8, 16, bits) if largest < 2**fewer)
-    shifted = pixels >> (bits - 8) if bits >= 8 else pixels << (8 - bits)
-    return shifted.astype(np.uint8)
+    return bits
 
 
 def _scale_floats(pixels: np.ndarray) -> UInt8[np.ndarray, "..."]:

@@ -21,6 +21,7 @@ from pg_ground.data.examples import (
 )
 from pg_ground.data.fetch import cache_fault
 from pg_ground.data.frames import recorded_size
+from pg_ground.data.pixel_depth import DARK
 from pg_ground.data.records import BadRecord, short
 from pg_ground.data.units import Coordinates, check_units
 from pg_ground.tokenizer import Tokenizer
@@ -136,6 +137,7 @@ def measure_budget(dataset: Examples, tokenizer: Tokenizer, data: Data) -> Budge
         [
             *_unit_doubts(dataset, questions, probed),
             *address_doubts,
+            *_dark_doubts(probed),
             *foreign_tokens([question.prompt for question in questions.values()]),
         ],
     )
@@ -236,6 +238,20 @@ def _unit_doubts(
         for setting, by_index in rows.items()
     ]
     return [doubt for doubt in doubts if doubt]
+
+
+def _dark_doubts(probed: Mapping[int, Example]) -> list[str]:
+    """Returns in words how many images of 16 bits, 32 bits or floats become dark, if many do."""
+    notes = [note for example in probed.values() for note in example.notes if "pixels" in note]
+    dark = [note for note in notes if DARK in note]
+    if not dark or 2 * len(dark) < len(notes):
+        return []
+    largest = Counter(note[note.index(DARK) + len(DARK) :] for note in dark).most_common(1)[0][0]
+    remedy = "data.deep_images = 'percentile' stretches the values of each image"
+    if all("upper bytes" in note for note in dark):
+        remedy = "write them with 8 bits in each channel"
+    counts = f"{len(dark)} of {len(probed)} images look dark"
+    return [f"{counts}: they have no value above{largest}; {remedy}"]
 
 
 def _notes(
