@@ -29,6 +29,15 @@ ENTRIES: dict[str, Source] = {
         box_format="xywh_px",
         prompt="detect {phrase}",
     ),
+    # gRefCOCO's files: several targets, one or none. Set c.eval.benchmarks = {"grefcoco": "grec"}.
+    "grefcoco": Source(
+        uri="refer:DIR?dataset=grefcoco&split_by=unc&split=val&images=DIR/images/train2014",
+        phrase="sentences[].raw",
+        boxes="boxes",
+        box_format="xywh_px",
+        empty="keep",
+        prompt="detect {phrase}",
+    ),
     # The builder of tensorflow_datasets, prepared as array_record.
     "refcoco_tfds": Source(
         uri="tfds:ref_coco/refcoco_unc?split=train&data_dir=DIR",

@@ -149,6 +149,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "detection",
             "segmentation",
             "grounding",
+            "grec",
             "pointing",
             "counting",
             "cv_bench",

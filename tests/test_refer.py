@@ -348,7 +348,7 @@ def test_files_that_cannot_be_opened_are_refused_by_name(tmp_path):
             "no option 'splitby'; did you mean split_by",
         ),
         (uri(tmp_path / "b", "refcoco_unc", "train"), "there is no folder .*/b;"),
-        (f"{folder}", "no dataset ''; there are combined, refcoco, refcoco\\+, refcocog"),
+        (f"{folder}", "no dataset ''; there are combined, grefcoco, refcoco, refcoco\\+, refcocog"),
     ):
         with pytest.raises(UserError, match=message) as refused:
             open_refer(location)

@@ -1,7 +1,8 @@
-"""Referring expressions in the files of the UNC refer toolkit: RefCOCO, RefCOCO+ and RefCOCOg.
+"""Referring expressions in the files of the UNC refer toolkit: RefCOCO/+/g and gRefCOCO.
 
 The toolkit is github.com/lichengunc/refer. The uri is `refer:DIR?dataset=…&split=…` (see
-`open_refer`). `refs(SPLIT_BY).p` and `instances.json` are in DIR/DATASET or in DIR itself.
+`open_refer`). `refs(SPLIT_BY).p` and `instances.json` are in DIR/DATASET or in DIR itself. gRefCOCO
+(github.com/henghuiding/gRefCOCO) has `grefs(SPLIT_BY).p` or `grefs(SPLIT_BY).json` instead.
 """
 
 import json
@@ -17,10 +18,18 @@ from pg_ground.storage.codecs import unpack
 from pg_ground.storage.paths import FilePath, to_path
 from pg_ground.types import JsonDict, UserError, nearest
 
-DATASETS = ("refcoco", "refcoco+", "refcocog", "combined")
+DATASETS = ("refcoco", "refcoco+", "refcocog", "grefcoco", "combined")
+
+GENERALIZED = "grefcoco"
+"""The refs of this dataset have any number of objects: `ann_id` is a list, and -1 is no object."""
+
+NO_OBJECT = -1
+"""The `ann_id` of a ref of gRefCOCO whose expression describes nothing in the image."""
 
 COMBINED = (("refcocog", "umd"), ("refcoco", "unc"), ("refcoco+", "unc"))
 """The parts of big_vision's refcocox_combined, in its order (datasets/refcoco/refcoco.py)."""
+
+REFS_FILES = ("refs(*).p", "grefs(*).p", "grefs(*).json")
 
 CANNOT_UNPICKLE = (
     pickle.UnpicklingError,
@@ -31,8 +40,9 @@ CANNOT_UNPICKLE = (
     AttributeError,
     OverflowError,
     MemoryError,
+    RecursionError,
 )
-"""Reading a file that is no pickle, or not all of one, raises one of these."""
+"""Reading a file that is no pickle or JSON, or not all of one, raises one of these."""
 
 
 class Ref(NamedTuple):
@@ -58,7 +68,9 @@ class Coco(NamedTuple):
 class Refs:
     """The refs of one split.
 
-    A ref is an object, its box in pixels as COCO writes it (x, y, w, h), and sentences about it.
+    A ref is an object, its box in pixels as COCO writes it (x, y, w, h), and sentences about it. A
+    ref of gRefCOCO has lists of `boxes`, `categories` and `segmentations` instead, one entry for
+    each object, and `no_target`, which is true if there is no object.
     """
 
     def __init__(self, refs: Sequence[Ref], coco: dict[str, Coco], root: FilePath):
@@ -78,14 +90,11 @@ class Refs:
         if isinstance(ref, BadEntry):
             raise BadRecord(ref.kind, ref.message)
         coco = self._coco[dataset]
+        if dataset == GENERALIZED:
+            return _generalized_record(ref, coco)
         annotation = _look_up(coco.annotations, "annotation", ref, "ann_id")
         image = _look_up(coco.images, "image", annotation, "image_id")
-        if id_key(ref["image_id"]) != id_key(annotation["image_id"]):
-            raise BadRecord(
-                "bad_entry",
-                f"the ref is about image {short(ref['image_id'])}, but its annotation "
-                f"{short(ref['ann_id'])} is of image {short(annotation['image_id'])}",
-            )
+        _check_image(ref, annotation)
         record = {
             "image": _required(image, "file_name", "image", ref),
             "image_id": ref["image_id"],
@@ -101,6 +110,51 @@ class Refs:
         for entry, names in (*optional, (annotation, ("segmentation",))):
             record |= {name: entry[name] for name in names if name in entry}
         return record
+
+
+def _check_image(ref: JsonDict, annotation: JsonDict) -> None:
+    """Raises BadRecord if a ref and its annotation are about two images."""
+    if id_key(ref["image_id"]) != id_key(annotation["image_id"]):
+        raise BadRecord(
+            "bad_entry",
+            f"the ref is about image {short(ref['image_id'])}, but its annotation "
+            f"{short(ref['ann_id'])} is of image {short(annotation['image_id'])}",
+        )
+
+
+def _generalized_record(ref: JsonDict, coco: Coco) -> JsonDict:
+    """Returns the record of a ref of gRefCOCO, which has any number of objects."""
+    image = _look_up(coco.images, "image", ref, "image_id")
+    boxes, categories, segmentations = [], [], []
+    for annotation_id in annotation_ids(ref):
+        part = {**ref, "ann_id": annotation_id}
+        annotation = _look_up(coco.annotations, "annotation", part, "ann_id")
+        _check_image(part, annotation)
+        boxes.append(_bbox(annotation, part))
+        category = _look_up(coco.categories, "category", annotation, "category_id")
+        categories.append(_required(category, "name", "category", part))
+        segmentations.append(annotation.get("segmentation"))
+    record = {
+        "image": _required(image, "file_name", "image", ref),
+        "image_id": ref["image_id"],
+        "ann_id": ref["ann_id"],
+        "boxes": boxes,
+        "categories": categories,
+        "segmentations": segmentations,
+        "no_target": not boxes,
+        "sentences": _required(ref, "sentences", "ref", ref),
+        "dataset": GENERALIZED,
+    }
+    for entry, names in ((ref, ("ref_id", "split")), (image, ("width", "height"))):
+        record |= {name: entry[name] for name in names if name in entry}
+    return record
+
+
+def annotation_ids(ref: JsonDict) -> list[Any]:
+    """Returns the ids of the objects of a ref: one or several, or none in gRefCOCO."""
+    value = ref.get("ann_id")
+    ids = value if isinstance(value, list) else [value]
+    return [] if [id_key(number) for number in ids] == [NO_OBJECT] else ids
 
 
 def _required(entry: JsonDict, name: str, kind: str, ref: JsonDict) -> Any:
@@ -126,10 +180,10 @@ def open_refer(location: str) -> Records:
 
     Args:
       location: `DIR?dataset=D&split_by=S&split=SPLIT&images=DIR&coco=FILE`. D is refcoco,
-        refcoco+, refcocog or combined; S is unc, google or umd (none for combined). `validation`
-        is another name of the split val. `images` is the folder of the image files, by default
-        DIR. `coco` is a file of COCO annotations, such as instances_train2017.json, that replaces
-        instances.json.
+        refcoco+, refcocog, grefcoco or combined; S is unc, google or umd (none for combined).
+        `validation` is another name of the split val. `images` is the folder of the image files,
+        by default DIR. `coco` is a file of COCO annotations, such as instances_train2017.json, that
+        replaces instances.json.
 
     Raises:
       UserError: an option, a file or the split does not exist, or a file has another form.
@@ -199,12 +253,10 @@ def _folder_with(folder: FilePath, dataset: str, name: str) -> FilePath:
 
 
 def _read_refs(folder: FilePath, dataset: str, split_by: str, source: str) -> list[Ref]:
-    name = f"refs({split_by}).p"
-    path = _folder_with(folder, dataset, name) / name
+    path = _refs_path(folder, dataset, split_by)
+    name = path.name
     try:
-        with path.open("rb") as file:
-            # The published files were written by Python 2.
-            entries = PlainUnpickler(file, encoding="latin1").load()
+        entries = _load_refs(path, source)
     except OSError as error:
         raise UserError(
             f"{source}: {path}: {error.strerror or error}; "
@@ -212,7 +264,8 @@ def _read_refs(folder: FilePath, dataset: str, split_by: str, source: str) -> li
         ) from error
     except CANNOT_UNPICKLE as error:
         raise UserError(
-            f"{source}: {path} is no pickle of refs, or not all of one: "
+            f"{source}: {path} is no {'JSON' if path.suffix == '.json' else 'pickle'} of refs, "
+            f"or not all of one: "
             f"{str(error) or type(error).__name__}"
         ) from error
     values = entries if isinstance(entries, list) else [entries]
@@ -225,18 +278,44 @@ def _read_refs(folder: FilePath, dataset: str, split_by: str, source: str) -> li
     return refs
 
 
+def _refs_path(folder: FilePath, dataset: str, split_by: str) -> FilePath:
+    """Returns the path of a refs file. gRefCOCO's is a pickle or, if there is none, JSON."""
+    names = [f"refs({split_by}).p"]
+    if dataset == GENERALIZED:
+        names = [f"grefs({split_by}).p", f"grefs({split_by}).json"]
+    paths = [_folder_with(folder, dataset, name) / name for name in names]
+    return next((path for path in paths if path.exists()), paths[-1])
+
+
+def _load_refs(path: FilePath, source: str) -> Any:
+    if path.suffix == ".json":
+        return json.loads(unpack(path.read_bytes(), f"{source}: {path.name}"))
+    with path.open("rb") as file:
+        # The published files were written by Python 2.
+        return PlainUnpickler(file, encoding="latin1").load()
+
+
 def _to_ref(entry: object, dataset: str, where: str) -> Ref:
-    """Returns an entry of a refs file. It must have split, image_id and ann_id."""
+    """Returns an entry of a refs file. It must have split, image_id and ann_id.
+
+    The `ann_id` of gRefCOCO may be a list. Its `no_target` must agree with it.
+    """
     if not isinstance(entry, dict):
         return Ref(dataset, None, BadEntry("bad_entry", f"{where} is {short(entry)}, not a dict"))
     value = entry.get("split")
     split = _canonical_split(value) if isinstance(value, str) else None
-    missing = [name for name in ("image_id", "ann_id") if id_key(entry.get(name)) is None]
+    ids = {"image_id": [entry.get("image_id")], "ann_id": [entry.get("ann_id")]}
+    if dataset == GENERALIZED:
+        ids["ann_id"] = annotation_ids(entry)
+    missing = [name for name, values in ids.items() if None in map(id_key, values)]
     missing += ["split"] if split is None else []
     if missing:
         text = f"{where}: {missing[0]} is {short(entry.get(missing[0]))}"
         kind = "missing_field" if entry.get(missing[0]) is None else "bad_entry"
         return Ref(dataset, split, BadEntry(kind, text))
+    if dataset == GENERALIZED and entry.get("no_target") and ids["ann_id"]:
+        text = f"{where}: no_target is true, but ann_id is {short(entry['ann_id'])}"
+        return Ref(dataset, split, BadEntry("bad_entry", text))
     return Ref(dataset, split, entry)
 
 
@@ -254,7 +333,9 @@ class PlainUnpickler(pickle.Unpickler):
 
 def _refs_files(folder: FilePath) -> str:
     """Returns the names of the refs files in a folder, as a text."""
-    names = sorted(path.name for path in folder.glob("refs(*).p")) if folder.is_dir() else []
+    names: list[str] = []
+    if folder.is_dir():
+        names = sorted(path.name for form in REFS_FILES for path in folder.glob(form))
     return ", ".join(names) or "none"
 
 
@@ -270,21 +351,32 @@ def _read_all_coco(
       source: the beginning of an error's text.
     """
     ids: dict[str, set[Key | None]] = {}
+    image_ids: set[Key | None] = set()  # refs without objects need their images too
     for ref in refs:
         if isinstance(ref.entry, dict):
-            ids.setdefault(ref.dataset, set()).add(id_key(ref.entry["ann_id"]))
+            ids.setdefault(ref.dataset, set()).update(map(id_key, annotation_ids(ref.entry)))
+            if ref.dataset == GENERALIZED:
+                image_ids.add(id_key(ref.entry["image_id"]))
     if coco:
-        annotations = _read_coco(to_path(coco, source), set().union(*ids.values()), source)
+        path = to_path(coco, source)
+        annotations = _read_coco(path, set().union(*ids.values()), image_ids, source)
         return dict.fromkeys(ids, annotations)
     name = "instances.json"
     return {
-        dataset: _read_coco(_folder_with(folder, dataset, name) / name, dataset_ids, source)
+        dataset: _read_coco(
+            _folder_with(folder, dataset, name) / name, dataset_ids, image_ids, source
+        )
         for dataset, dataset_ids in ids.items()
     }
 
 
-def _read_coco(path: FilePath, ids: set[Key | None], source: str) -> Coco:
-    """Returns the annotations with these ids, and their images and categories.
+def _read_coco(
+    path: FilePath, ids: set[Key | None], image_ids: set[Key | None], source: str
+) -> Coco:
+    """Returns the annotations with these ids, their images and categories, and more images.
+
+    Args:
+      image_ids: the ids of the other images.
 
     Raises:
       UserError: the file cannot be read or has another form, or two entries of one list have the
@@ -307,7 +399,7 @@ def _read_coco(path: FilePath, ids: set[Key | None], source: str) -> Coco:
         by_key.append({key: table[position] for key, position in positions.items()})
     images, annotations, categories = by_key
     annotations = {key: row for key, row in annotations.items() if key in ids}
-    image_keys = {id_key(row.get("image_id")) for row in annotations.values()}
+    image_keys = image_ids | {id_key(row.get("image_id")) for row in annotations.values()}
     return Coco(
         {key: row for key, row in images.items() if key in image_keys}, annotations, categories
     )

@@ -6,7 +6,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pg_ground.evals import counting, cv_bench, environment, grounding, pointing, segmentation
+from pg_ground.evals import (
+    counting,
+    cv_bench,
+    environment,
+    grec,
+    grounding,
+    pointing,
+    segmentation,
+)
 from pg_ground.evals.intervals import intervals
 from pg_ground.evals.rows import SAMPLED, Columns, Row, cluster, column, without_scores
 from pg_ground.types import JsonDict, JsonObject, UserError, nearest
@@ -45,6 +53,7 @@ KINDS: dict[str, Kind] = {
     "detection": Kind(
         grounding.score_set, grounding.means_set, grounding.detection_aggregates, _BOXES
     ),
+    "grec": Kind(grec.score, grec.means, _no_aggregates),
     "mask": Kind(segmentation.score, segmentation.means, _no_aggregates),
     "points": Kind(pointing.score_set, pointing.means_set, pointing.aggregates, _POINTS),
     "click": Kind(pointing.score_click, pointing.means_click, pointing.aggregates, _POINTS),
@@ -79,6 +88,13 @@ OBJECTS = (
     "all boxes against all ground-truth boxes, matched one to one within labels for the largest "
     "total IoU; accP is 2 hits / (predicted + ground truth) with a hit at IoU >= P, mean_iou is "
     "2 sum / (predicted + ground truth), no box for no ground-truth box is 1"
+)
+GREC = (
+    "all boxes against all targets, matched one to one, largest IoU first (arXiv 2308.16182): "
+    "precision is the share of questions with F1 = 1, with a hit at IoU >= 0.5; precision_giou "
+    "compares generalized IoU, as the published evaluation code does; n_acc is the share of "
+    "questions without a target whose answer has no box, t_acc the share of questions with targets "
+    "whose answer has a box"
 )
 DETECTION = (
     "COCO's average precision (pycocotools; ap over IoU .5 to .95, ap50, ap75, ar100), each answer "
@@ -124,6 +140,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "refcocog_test": Benchmark("box", UMD, 9602),
     "lisa_grounding": Benchmark("box", LISA),
     "objects": Benchmark("boxes", OBJECTS),
+    "grec": Benchmark("grec", GREC),
     "detection": Benchmark("detection", DETECTION),
     "segmentation": Benchmark("mask", MASK),
     "refcoco_val_seg": Benchmark("mask", MASK, 10834),

@@ -22,7 +22,7 @@ from pg_ground.readers.locations import Location, load_value
 from pg_ground.storage.paths import FilePath
 from pg_ground.types import JsonDict, JsonObject, UserError
 
-LOCATION_KINDS = ("box", "boxes", "detection", "points", "click")
+LOCATION_KINDS = ("box", "boxes", "detection", "grec", "points", "click")
 """Kinds of benchmarks whose answers are boxes or points."""
 
 MAX_OUTSIDE = 0.05
@@ -447,8 +447,13 @@ _SEMICOLON = "\ue000"
 
 
 def _is_empty(value: object) -> bool:
-    """Returns whether an answer says nothing, or that there is nothing."""
-    return value in (None, "", [], {}) or (isinstance(value, str) and value.strip() in _NOTHING)
+    """Returns whether an answer says nothing, or that there is nothing: `{"bbox_2d": null}`."""
+    if isinstance(value, str):
+        text = value.strip()
+        value = load_value(text) if text.startswith("{") else text
+    if isinstance(value, Mapping):
+        return all(part in (None, "", []) for part in value.values())
+    return value in (None, [], *_NOTHING)
 
 
 _NOTHING = ("", "[]", "{}", "null", "None")

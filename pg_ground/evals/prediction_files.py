@@ -59,6 +59,11 @@ MISSING = ("error", "wrong", "drop")
 or they are left out."""
 
 
+NOTHING_KINDS = ("grec",)
+"""Kinds of benchmarks in which an answer without a box may be right. A row without a prediction has
+an unreadable box in them, so that it is wrong."""
+
+
 class FileRows(NamedTuple):
     """The rows of a file of another program."""
 
@@ -110,12 +115,15 @@ def read_rows(
     rewards = _rewards(columns["pred"], path) if kind == "reward" else []
     rows = []
     for index in range(len(records)):
+        prediction = answers.predictions[index]
+        if kind in NOTHING_KINDS and numbers[index] in lacking:
+            prediction = {"boxes": [{"label": "", "xyxy_px": None}]}
         values = {name: column[index] for name, column in columns.items()}
         row = {
             **_question_fields(values, numbers[index]),
             "benchmark": benchmark,
             "size_px": sizes[index],
-            "prediction": answers.predictions[index],
+            "prediction": prediction,
             "gold": answers.gold[index],
         }
         if kind == "reward":
