@@ -384,6 +384,9 @@ class Fetch:
 class Data:
     """How records become batches. All sources share these settings."""
 
+    dir: str = setting(
+        "", 'folder that "{dir}" in the uris of sources stands for: a path or a gs:// address'
+    )
     tokenizer: str = setting(
         "",
         "a PaliGemma sentencepiece model, or a Hugging Face directory or ORG/NAME on the Hub with "
@@ -654,6 +657,11 @@ class Eval:
     )
     examples: int = setting(
         0, "questions of each source; 0 is all; fewer are named eval/NAME@512/acc50", minimum=0
+    )
+    interim_examples: int = setting(
+        0,
+        "questions of each source in evaluations before the end of a stage; 0 is eval.examples",
+        minimum=0,
     )
     batch_size: int = setting(
         64, "questions that are answered at a time, over all devices", above=0
@@ -1108,7 +1116,11 @@ def _check_batches(c: Config) -> None:
 def _check_sources(c: Config) -> None:
     for name, entries in c.sources_by_section.items():
         for source_name, source in entries.items():
-            _check_source(source, f"config.{name}.sources.{source_name}")
+            path = f"config.{name}.sources.{source_name}"
+            _check_source(source, path)
+            has_dir = "{dir}" not in source.uri or bool(c.data.dir)
+            right = f'the folder that {path}.uri ("{source.uri}") needs'
+            _need(has_dir, "config.data.dir", c.data.dir, right)
 
 
 def _check_source(source: Source, path: str) -> None:
@@ -1133,11 +1145,14 @@ def _check_eval(c: Config) -> None:
         metrics = " or ".join(f'"eval/{name}/…"' for name in c.eval.sources)
     else:
         metrics = '"", since config.eval.sources is empty'
-    prefix = (
-        c.checkpoint.best.removeprefix("-").rpartition("/")[0].removesuffix(f"@{c.eval.examples}")
-    )
+    prefix = c.checkpoint.best.removeprefix("-").rpartition("/")[0]
+    for limit in (c.eval.examples, c.eval.interim_examples):
+        prefix = prefix.removesuffix(f"@{limit}")
     evaluated = not prefix or prefix in {f"eval/{name}" for name in c.eval.sources}
     _need(evaluated, "config.checkpoint.best", c.checkpoint.best, metrics)
+    fewer = not c.eval.examples or c.eval.interim_examples <= c.eval.examples
+    right = f"at most eval.examples, {c.eval.examples}"
+    _need(fewer, "config.eval.interim_examples", c.eval.interim_examples, right)
     one_period = not (c.eval.every_epochs and c.eval.every)
     right = "0 if eval.every is not 0"
     _need(one_period, "config.eval.every_epochs", c.eval.every_epochs, right)

@@ -14,6 +14,7 @@ from absl import flags
 
 from pg_ground import cli
 from pg_ground.data.packing import pack
+from pg_ground.data.sources import with_dir
 from pg_ground.storage.paths import to_path
 from pg_ground.types import UserError
 
@@ -37,7 +38,10 @@ def main(args: cli.Arguments) -> None:
     if not 1 <= args.flags.num_shards <= 99_999:
         raise UserError(f"--num_shards={args.flags.num_shards}: it must be from 1 to 99999")
     config = args.config
-    sections = tuple(config.sources_by_section.values())
+    sections = [
+        {name: with_dir(source, config.data.dir) for name, source in sources.items()}
+        for sources in config.sources_by_section.values()
+    ]
     directory = to_path(args.flags.out, "--out")
     try:
         packed = pack(sections, config.data.fetch, directory, args.flags.num_shards)

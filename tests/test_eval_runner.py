@@ -94,6 +94,23 @@ def evaluation() -> Evaluation:
     return runner.evaluate_sources(copying_programs(tokenizer, SETTINGS), {}, sources, context)
 
 
+def test_metrics_of_the_first_questions_are_those_of_an_evaluation_of_fewer(evaluation):
+    """The last evaluation of a stage asks all questions, and goes on with the interim curve."""
+    tokenizer = load_tokenizer()
+    mesh = sharding.make_mesh(config.Mesh(data=2))
+    context = EvalContext(SETTINGS, DATA, 0, tokenizer, mesh, BadRecords(), IOU)
+    sources = runner.open_eval_sources(SETTINGS, DATA, PG1.image_size)
+    programs = copying_programs(tokenizer, SETTINGS)
+    fewer = runner.evaluate_sources(programs, {}, sources, context, (4,))
+    both = runner.evaluate_sources(programs, {}, sources, context, (4, SETTINGS.examples))
+    assert (
+        all("@4/" in name for name in fewer.metrics)
+        and fewer.metrics["eval/boxes@4/questions"] == 4
+    )
+    assert both.metrics == fewer.metrics | evaluation.metrics
+    assert both.predictions == evaluation.predictions
+
+
 @pytest.mark.parametrize("name", PERFECT)
 def test_a_policy_that_writes_the_ground_truth_is_perfect(evaluation, name):
     source, metric = name.split("/")

@@ -41,6 +41,8 @@ def test_the_metric_of_the_best_checkpoint_is_named_with_or_without_its_number_o
         assert recorder.metric_goodness(name, metrics) == 0.5
         assert recorder.metric_goodness("-" + name, metrics) == -0.5
     assert recorder.metric_goodness("-eval/boxes/mae", metrics) == -math.inf
+    last = metrics | {"eval/boxes/acc50": 0.7, "eval/boxes@600/acc50": 0.6}
+    assert recorder.metric_goodness("eval/boxes/acc50", last) == 0.5
     with pytest.raises(UserError, match="did you mean eval/boxes/acc50"):
         recorder.metric_goodness("eval/boxes/acc5", metrics)
 
@@ -135,14 +137,15 @@ class NoBatches:
 def test_a_step_is_read_after_the_next_dispatch_and_before_its_evaluation_or_checkpoint(
     tiny, tmp_path
 ):
-    """Every second step of eight writes a line, and every third step is evaluated.
+    """Every second step of eight writes a line, and every third step is evaluated on the interim
+    questions.
 
     A checkpoint is due after the fifth step. All three are due after the last step.
     """
     events: list[str] = []
 
-    def evaluate(_: object) -> dict[str, float]:
-        events.append("evaluate")
+    def evaluate(_: object, is_interim: bool) -> dict[str, float]:
+        events.append("evaluate some" if is_interim else "evaluate all")
         return {}
 
     def read(step: int) -> dict[str, float]:
@@ -167,10 +170,10 @@ def test_a_step_is_read_after_the_next_dispatch_and_before_its_evaluation_or_che
         output = StepOutput({"sft/loss": jnp.float32(step)})
         run_recorder.on_step_end("sft", step, state, batches, output, partial(read, step))
     assert events == [
-        *("dispatch 1", "dispatch 2", "read 1", "dispatch 3", "read 2", "read 3", "evaluate"),
+        *("dispatch 1", "dispatch 2", "read 1", "dispatch 3", "read 2", "read 3", "evaluate some"),
         *("dispatch 4", "dispatch 5", "read 4", "read 5", "save 5 [5.0]"),
-        *("dispatch 6", "read 6", "evaluate", "dispatch 7", "dispatch 8"),
-        *("read 7", "read 8", "evaluate", "save 8 None"),
+        *("dispatch 6", "read 6", "evaluate some", "dispatch 7", "dispatch 8"),
+        *("read 7", "read 8", "evaluate all", "save 8 None"),
     ]
 
 
@@ -194,7 +197,7 @@ def test_a_step_is_read_before_its_pictures_and_at_both_ends_of_a_trace(
     )
     checkpoints = FakeCheckpoints(events)
     run_recorder = recorder.Recorder(
-        c, LocalCopy(tmp_path), None, checkpoints, lambda _: {}, {"grpo": 0}, BadRecords(), None
+        c, LocalCopy(tmp_path), None, checkpoints, lambda *_: {}, {"grpo": 0}, BadRecords(), None
     )  # pyright: ignore[reportArgumentType]
     state = TrainState(jnp.int32(0), {POLICY: {}}, {}, jnp.float32(0))
     batches = NoBatches()

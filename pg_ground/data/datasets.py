@@ -13,7 +13,7 @@ from pg_ground.data.masks import whole_masks
 from pg_ground.data.record_fields import count_elements, field_at, list_path
 from pg_ground.data.records import BadRecord, Records, image_folder
 from pg_ground.data.sampling import sample_indices
-from pg_ground.data.sources import open_records
+from pg_ground.data.sources import open_records, with_dir
 from pg_ground.types import Example, JsonDict, UserError
 
 
@@ -184,6 +184,7 @@ def open_examples(
     Raises:
       UserError: the source cannot be opened, or its entry names a format that does not exist.
     """
+    source = with_dir(source, data.dir)
     check_formats(source, source_name)
     records = open_records(
         source.uri, source_name, source.empty == "keep", source.flat_boxes == "bad"

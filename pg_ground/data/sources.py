@@ -5,8 +5,10 @@ dataset. A config entry says what the fields mean, and `examples.py` reads them.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from urllib.parse import parse_qsl
 
+from pg_ground.config import Source
 from pg_ground.data import synthetic
 from pg_ground.data.arrayrecord import open_array_record
 from pg_ground.data.coco import open_coco
@@ -17,6 +19,11 @@ from pg_ground.data.relations import open_relations
 from pg_ground.data.tables import open_json, open_json_lines, open_parquet, open_yaml
 from pg_ground.data.tfds import open_tfds
 from pg_ground.types import UserError, nearest
+
+
+def with_dir(source: Source, folder: str) -> Source:
+    """Returns `source` with `folder` in the place of "{dir}" in its uri."""
+    return replace(source, uri=source.uri.replace("{dir}", folder.rstrip("/")))
 
 
 def open_records(

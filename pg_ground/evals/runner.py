@@ -103,6 +103,7 @@ def evaluate_sources(
     params: Params,
     sources: Mapping[str, Examples],
     context: EvalContext,
+    limits: Sequence[int] | None = None,
 ) -> Evaluation:
     """Returns the metrics and predictions of `params` on held-out questions.
 
@@ -111,12 +112,17 @@ def evaluate_sources(
 
     Args:
       sources: the result of `open_eval_sources`.
+      limits: the metrics are those of the first so many questions of each source, for each of these
+        numbers; 0 means all questions. The default is `eval.examples` alone.
 
     Raises:
       UserError: too many records of a source are bad, or a benchmark cannot use a record.
     """
+    limits = (context.settings.examples,) if limits is None else limits
+    most = 0 if 0 in limits else max(limits)
     predictions: list[JsonDict] = []
-    for task in make_tasks(context.settings, sources):
+    metrics: dict[str, float] = {}
+    for task in make_tasks(context.settings, sources, most):
         with reward_workers(task, context.grpo) as workers:
             local_rows = list(answered_rows(task, programs, params, context, workers))
         # Processes that share the mesh axis `model` hold the same rows. The dict drops repeats.
@@ -126,11 +132,12 @@ def evaluate_sources(
             for key, row in process
         }
         rows = [rows_by_key[key] for key in sorted(rows_by_key)]
-        rows = with_benchmark_name(rows, task.is_configured)
         if task.kind == "reward":
             check_rewards(rows, task, context.grpo)
-        predictions += benchmarks.score_rows(rows)
-    metrics = benchmarks.named_metrics(predictions)
+        for limit in sorted(set(limits) - {most}):
+            metrics |= benchmarks.named_metrics(scored_rows(rows, task, limit))
+        predictions += scored_rows(rows, task, task.limit)
+    metrics |= benchmarks.named_metrics(predictions)
     return Evaluation(metrics, predictions, context.bad_records.counts())
 
 
@@ -160,14 +167,40 @@ def check_rewards(rows: Sequence[JsonObject], task: EvalTask, grpo: config.Grpo)
         )
 
 
-def make_tasks(settings: config.Eval, sources: Mapping[str, Examples]) -> Iterator[EvalTask]:
-    """Yields the task of each source."""
+def make_tasks(
+    settings: config.Eval, sources: Mapping[str, Examples], limit: int
+) -> Iterator[EvalTask]:
+    """Yields the task of each source.
+
+    Args:
+      limit: questions of each source; 0 is all.
+    """
     for number, (name, examples) in enumerate(sources.items()):
-        limit = settings.examples or len(examples)
         benchmark = settings.benchmarks.get(name, "") or default_benchmark(examples.source)
-        reported_name = name if limit >= len(examples) else f"{name}@{limit}"
+        count = limit or len(examples)
         is_configured = name in settings.benchmarks
-        yield EvalTask(reported_name, examples, benchmark, is_configured, number, limit)
+        yield EvalTask(
+            reported_name(name, examples, count), examples, benchmark, is_configured, number, count
+        )
+
+
+def reported_name(name: str, examples: Examples, limit: int) -> str:
+    """Returns the name of a source in metrics: NAME@512 if only 512 questions are asked."""
+    return name if limit >= len(examples) else f"{name}@{limit}"
+
+
+def scored_rows(rows: Sequence[JsonDict], task: EvalTask, limit: int) -> list[JsonDict]:
+    """Returns the scored rows of the first `limit` questions of a task.
+
+    Args:
+      rows: of all questions of the task, in order.
+    """
+    ids = list(dict.fromkeys(row["id"] for row in rows))
+    first = set(ids[:limit])
+    name = reported_name(task.source.partition("@")[0], task.examples, limit)
+    kept = [row if name == task.source else {**row, "source": name} for row in rows]
+    kept = [row for row in kept if row["id"] in first]
+    return benchmarks.score_rows(with_benchmark_name(kept, task.is_configured))
 
 
 def default_benchmark(source: config.Source) -> str:

@@ -33,16 +33,22 @@ def make_evaluate(
     sources: dict[str, Examples],
     tokenizer: Tokenizer,
     bad_records: BadRecords,
-) -> Callable[[Params], dict[str, float]]:
-    """Returns the function from trained parameters to held-out metrics."""
+) -> Callable[[Params, bool], dict[str, float]]:
+    """Returns the function `(trained parameters, is_interim) → held-out metrics`.
+
+    An interim evaluation asks `eval.interim_examples` questions of each source. The others ask
+    `eval.examples`, and report both numbers.
+    """
     config = setup.config
     context = EvalContext(
         config.eval, config.data, config.seed, tokenizer, mesh, bad_records, config.grpo
     )
     programs = eval_programs(setup)
 
-    def evaluate(params: Params) -> dict[str, float]:
-        return evaluate_sources(programs, join(frozen, params), sources, context).metrics
+    def evaluate(params: Params, is_interim: bool) -> dict[str, float]:
+        interim, final = config.eval.interim_examples or config.eval.examples, config.eval.examples
+        limits = (interim,) if is_interim else (interim, final)
+        return evaluate_sources(programs, join(frozen, params), sources, context, limits).metrics
 
     return evaluate
 

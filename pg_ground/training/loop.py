@@ -223,7 +223,7 @@ def run_stages(
             state = stage.init(params)
             if stage.name == names[0] and inputs.setup.config.eval.at_start:
                 progress.set_step(stage.name, 0)
-                recorder.evaluate(0, stage.name, params)
+                recorder.evaluate(0, stage.name, params, is_interim=True)
         state = run_stage(
             stage, runtime._replace(saved=saved), state, streams[stage.name], recorder
         )

@@ -58,14 +58,15 @@ class Recorder:
         files: LocalCopy,
         writer: MetricsWriter | None,
         checkpoints: Checkpoints,
-        evaluate: Callable[[Params], dict[str, float]],
+        evaluate: Callable[[Params, bool], dict[str, float]],
         eval_every: Mapping[str, int],
         bad_records: BadRecords,
         resumed_step: int | None,
     ):
         """Args:
         files: the working directory of the run, and its local copy.
-        evaluate: trained parameters to held-out metrics.
+        evaluate: trained parameters, and whether the evaluation is an interim one, to held-out
+          metrics.
         eval_every: steps between evaluations of each stage, by the stage's name; 0 is only at its
           end.
         resumed_step: the step of the checkpoint that the run resumes from. Everything later is
@@ -121,11 +122,11 @@ class Recorder:
         self.bad_records.set_state(saved["bad_records"])
         return saved
 
-    def evaluate(self, step: int, stage: str, params: Params) -> None:
+    def evaluate(self, step: int, stage: str, params: Params, is_interim: bool) -> None:
         """Writes the held-out metrics of the policy's parameters, and saves the parameters if
         they are the best so far."""
         with progress.phase("evaluation"):
-            metrics = self._evaluate(params)
+            metrics = self._evaluate(params, is_interim)
         if metrics:
             self._write(step, stage, metrics)
         if self.config.checkpoint.best:
@@ -173,7 +174,7 @@ class Recorder:
         while len(self._unread) > may_wait:
             self._unread.popleft()()
         if evaluate:
-            self.evaluate(step, stage, state.params[POLICY])
+            self.evaluate(step, stage, state.params[POLICY], not is_last)
         if draw and output.draw_samples is not None:
             self._write_samples(step, stage, output.draw_samples())
         if save:
@@ -344,14 +345,18 @@ def metric_goodness(metric: str, metrics: Mapping[str, float]) -> float:
     More is better, and NaN is worst.
 
     `eval/boxes/acc50` also means `eval/boxes@512/acc50`, the metric on a limited number of
-    questions.
+    questions. If there are several, it means the metric of the fewest questions, which every
+    evaluation of the run has.
 
     Raises:
       UserError: there is no such metric.
     """
     name = metric.removeprefix("-")
-    without_limit = {re.sub(r"@\d+(?=/[^/]*$)", "", full): value for full, value in metrics.items()}
-    values = without_limit | dict(metrics)
+    limits = {full: re.search(r"@(\d+)(?=/[^/]*$)", full) for full in metrics}
+    limited = {full: int(limit[1]) for full, limit in limits.items() if limit}
+    values = dict(metrics)
+    for full in sorted(limited, key=lambda full: -limited[full]):
+        values[full.replace(f"@{limited[full]}/", "/")] = metrics[full]
     if name not in values:
         raise UserError(
             f"config.checkpoint.best is {metric!r}, which is not evaluated: {nearest(name, values)}"

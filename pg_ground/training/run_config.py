@@ -20,6 +20,7 @@ MAY_DIFFER = (
     "checkpoint.every",
     "checkpoint.keep",
     "mesh.",
+    "data.dir",
     "data.workers",
     "data.read_threads",
     "data.fetch.",
