@@ -238,6 +238,28 @@ ENTRIES: dict[str, Source] = {
         points="test_samples[].point",
         prompt="point to {phrase}",
     ),
+    # ScreenSpot-v2's three files. The ground truth is a box. A point in it is right, and so is a
+    # box whose centre lies in it (prompt="detect {phrase}").
+    # Set c.eval.benchmarks = {"screenspot_v2": "screenspot_v2"}.
+    "screenspot_v2": Source(
+        uri="json:DIR/screenspot_*_v2.json",
+        image="img_filename",
+        image_root="screenspotv2_image",
+        phrase="instruction",
+        boxes="bbox",
+        box_format="xywh_px",
+        prompt="point to {phrase}",
+    ),
+    # ScreenSpot-Pro has a file for each application.
+    # Set c.eval.benchmarks = {"screenspot_pro": "screenspot_pro"}.
+    "screenspot_pro": Source(
+        uri="json:DIR/annotations/*.json",
+        image="img_filename",
+        image_root="../images",
+        phrase="instruction",
+        boxes="bbox",
+        prompt="point to {phrase}",
+    ),
     "grounding_synthetic": Source(
         uri="hf:UlrickBL/grounding-dataset-synthetic@train",
         phrase="question",

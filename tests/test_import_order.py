@@ -154,6 +154,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "counting",
             "cv_bench",
             "environment",
+            "question_groups",
             "benchmarks",
             "file_answers",
             "record_files",

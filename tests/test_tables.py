@@ -750,3 +750,21 @@ def test_real_rows_pass_through_parquet_unchanged(tmp_path):
             assert {k: v for k, v in record.items() if v is not None} == {
                 k: v for k, v in line.items() if v is not None
             }
+
+
+def test_json_of_several_files_is_read_in_the_order_of_their_names(tmp_path):
+    for name, count in (("b_v2", 2), ("a_v2", 1), ("c", 3)):
+        entries = [{"name": name, "number": number} for number in range(count)]
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": entries}))
+    records = open_json(f"{tmp_path}/*_v2.json#rows")
+    assert records.root == tmp_path
+    assert [(r["name"], r["number"]) for r in map(records.__getitem__, range(3))] == [
+        ("a_v2", 0),
+        ("b_v2", 0),
+        ("b_v2", 1),
+    ]
+    (tmp_path / "*_v2.json").write_text("[{}]")
+    assert len(open_json(f"{tmp_path}/*_v2.json")) == 1  # a file with this very name
+    assert "no file matches" in refusal(f"json:{tmp_path}/*.jsonl")
+    (tmp_path / "d_v2.json").write_text("{")
+    assert "not one JSON value" in refusal(f"json:{tmp_path}/[d]_v2.json")

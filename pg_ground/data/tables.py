@@ -272,17 +272,28 @@ def open_json_lines(location: str) -> Records:
 
 
 def open_json(location: str) -> Records:
-    """Returns the objects of a JSON list.
+    """Returns the objects of a JSON list, or of the lists of several files, one after the other.
 
     Args:
-      location: `PATH` if the file is the list, or `PATH#results.val` if it is at a dotted key.
+      location: `PATH` if the file is the list, or `PATH#results.val` if it is at a dotted key. PATH
+        may be a glob pattern. Then the files are sorted by name.
 
     Raises:
-      UserError: there is no such file or key, the file is no JSON, or the value is no list of
-        objects.
+      UserError: there is no such file or key, a file is no JSON, or a value is no list of objects.
     """
     uri = f"json:{location}"
     path, key = _split_key(location, uri)
+    try:
+        files, root = _matching_files(path)
+    except CANNOT_OPEN as error:
+        raise _cannot_open(uri, error) from error
+    if not files:
+        raise UserError(f"source {uri}: no file matches")
+    entries = [entry for file in files for entry in _json_entries(file, key, uri)]
+    return RecordList(entries, path.name, root)
+
+
+def _json_entries(path: FilePath, key: str, uri: str) -> list[Any]:
     value = load_json(path, uri)
     for part in key.split(".") if key else ():
         if not isinstance(value, dict) or part not in value:
@@ -293,7 +304,16 @@ def open_json(location: str) -> Records:
             f"source {uri}: this is {describe(value)}, but it must be a list of objects, "
             f"or have one at a key (json:PATH#key)"
         )
-    return RecordList(value, path.name, path.parent)
+    return value
+
+
+def _matching_files(path: FilePath) -> tuple[list[FilePath], FilePath]:
+    """Returns the files that a path or a glob pattern names, sorted, and their common folder."""
+    fixed = next((i for i, part in enumerate(path.parts) if set(part) & set("*?[")), None)
+    if fixed is None or path.exists():
+        return [path], path.parent
+    root = type(path)(*path.parts[:fixed])
+    return sorted(root.glob("/".join(path.parts[fixed:]))), root
 
 
 def open_parquet(location: str) -> Records:
@@ -308,18 +328,11 @@ def open_parquet(location: str) -> Records:
     """
     uri = f"parquet:{location}"
     path = to_path(location, f"source {uri}")
-    fixed = next((i for i, part in enumerate(path.parts) if set(part) & set("*?[")), None)
     try:
         if path.is_dir():
-            root = path
-            files = path.glob("*.parquet")
-        elif fixed is None or path.exists():
-            root = path.parent
-            files = [path]
+            paths, root = sorted(path.glob("*.parquet")), path
         else:
-            root = type(path)(*path.parts[:fixed])
-            files = root.glob("/".join(path.parts[fixed:]))
-        paths = sorted(files)
+            paths, root = _matching_files(path)
     except CANNOT_OPEN as error:
         raise _cannot_open(uri, error) from error
     if not paths:

@@ -13,6 +13,7 @@ from pg_ground.evals import (
     grec,
     grounding,
     pointing,
+    question_groups,
     segmentation,
 )
 from pg_ground.evals.intervals import intervals
@@ -75,6 +76,8 @@ class Benchmark(NamedTuple):
     """None means that the benchmark takes any number of questions."""
     tasks: tuple[str, ...] = ()
     """The tasks of CV-Bench in this benchmark. Each task has a published number of questions."""
+    groups: str = ""
+    """A key of `question_groups.GROUPINGS`, or "" for a benchmark without groups."""
 
 
 REC = (
@@ -112,6 +115,14 @@ POINTING = (
 SCREENSPOT = (
     "first point in the ground-truth box, edges included (arXiv 2401.10935); a box counts by its "
     "centre, if it is written as four numbers or in the tags of a box"
+)
+SCREENSPOT_V2 = (
+    f"{SCREENSPOT}; ScreenSpot-v2 (arXiv 2410.23218), also by platform and type of element; "
+    "macro_accuracy is the mean of the six, the average of ScreenSpot's first paper"
+)
+SCREENSPOT_PRO = (
+    f"{SCREENSPOT}; ScreenSpot-Pro (arXiv 2504.07981), also by group of applications and type of "
+    "element"
 )
 COUNTING = "the one number of the answer, exact; mae over the answers that can be read"
 CV = (
@@ -153,6 +164,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "refcocog_test_seg": Benchmark("mask", MASK, 9602),
     "pointing": Benchmark("points", POINTING),
     "screenspot": Benchmark("click", SCREENSPOT),
+    "screenspot_v2": Benchmark("click", SCREENSPOT_V2, 1272, groups="screenspot_v2"),
+    "screenspot_pro": Benchmark("click", SCREENSPOT_PRO, 1581, groups="screenspot_pro"),
     "counting": Benchmark("count", COUNTING),
     "cv_bench": Benchmark("choice", CV_BENCH, 2638, tuple(cv_bench.TASKS)),
     "cv_bench_qualitative": Benchmark("choice", CV_QUALITATIVE, 1850, cv_bench.QUALITATIVE),
@@ -188,18 +201,20 @@ def check_question_count(rows: Sequence[Row], name: str) -> None:
         raise UserError(f"{name} has {part} questions, but there are {count}")
     if part or benchmark.question_count is None:
         return
+    alternative = next(
+        other_name
+        for other_name, other in BENCHMARKS.items()
+        if other.kind == benchmark.kind and other.question_count is None
+    )
     if count != benchmark.question_count:
-        alternative = next(
-            other_name
-            for other_name, other in BENCHMARKS.items()
-            if other.kind == benchmark.kind and other.question_count is None
-        )
         raise UserError(
             f"{name} has {benchmark.question_count} questions, but there are {count}: "
             f"--benchmark={alternative} takes any number and reports under its own name"
         )
     if benchmark.tasks:
         cv_bench.check_task_counts(rows, benchmark.tasks)
+    if benchmark.groups:
+        question_groups.check_group_counts(benchmark.groups, rows, alternative)
 
 
 def score_rows(rows: Sequence[Row]) -> list[JsonDict]:
@@ -209,6 +224,15 @@ def score_rows(rows: Sequence[Row]) -> list[JsonDict]:
 
 def _kind(row: Row) -> Kind:
     return KINDS[find_benchmark(row["benchmark"], "benchmark").kind]
+
+
+def _combined(row: Row) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """Returns the function that computes metrics of the benchmark of a row from means."""
+    benchmark = find_benchmark(row["benchmark"], "benchmark")
+    combine = KINDS[benchmark.kind].combined
+    if not benchmark.groups:
+        return combine
+    return lambda means: combine(means) | question_groups.combined(benchmark.groups, means)
 
 
 class MetricValues(NamedTuple):
@@ -226,12 +250,15 @@ def compute_metrics(rows: Sequence[Row]) -> MetricValues:
     """
     kind = _kind(rows[0])
     columns = kind.means(rows)
+    groups = find_benchmark(rows[0]["benchmark"], "benchmark").groups
+    if groups:
+        columns |= question_groups.columns(groups, rows, columns)
     for name in ("malformed", "unfinished"):
         if name in rows[0]:
             columns[f"{name}_fraction"] = column(rows, name)
     columns = {name: numbers for name, numbers in columns.items() if not np.isnan(numbers).all()}
     values = {name: float(np.nanmean(numbers)) for name, numbers in columns.items()}
-    values |= kind.combined(values) | kind.aggregates(rows)
+    values |= _combined(rows[0])(values) | kind.aggregates(rows)
     if "invalid_fraction" in columns:
         values["invalid"] = float(columns["invalid_fraction"].sum())
     if "suffix_nll" in rows[0]:
@@ -284,7 +311,7 @@ def make_report(rows: Sequence[Row]) -> JsonDict:
         values, columns = compute_metrics(group)
         prefix = _mode_prefix(mode)
         summary = sources.setdefault(source, _source_summary(group))
-        ranges = intervals(columns, list(map(cluster, group)), _kind(group[0]).combined)
+        ranges = intervals(columns, list(map(cluster, group)), _combined(group[0]))
         summary["intervals"] |= {prefix + name: ends for name, ends in ranges.items()}
         short_metrics |= {prefix + name: value for name, value in values.items()}
     named = {} if "" in sources else {**named_metrics(rows), "sources": sources}

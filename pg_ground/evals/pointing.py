@@ -108,7 +108,7 @@ def score_click(row: Row) -> JsonDict:
     of the box, as in ScreenSpot's evaluators. Distances are from the centre of the ground-truth
     box.
     """
-    click = _click(row["prediction"])
+    click = click_of(row["prediction"])
     target = row["gold"]["boxes"][0]["xyxy_px"]
     scores: JsonDict = {
         "valid": int(click is not None),
@@ -120,7 +120,7 @@ def score_click(row: Row) -> JsonDict:
     return scores
 
 
-def _click(prediction: JsonObject) -> Point | None:
+def click_of(prediction: JsonObject) -> Point | None:
     """Returns the first point of an answer, or the centre of its first box. None if unreadable."""
     points, boxes = prediction.get("points", []), prediction.get("boxes", [])
     if points:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from pg_ground.evals import question_groups
 from pg_ground.evals.benchmarks import find_benchmark
 from pg_ground.evals.file_answers import FileAnswers, Formats, check_formats, read_answers
 from pg_ground.evals.image_identity import stated_image
@@ -28,6 +29,7 @@ USUAL_PATHS: dict[str, tuple[str, ...]] = {
     "source": ("source",),
     "masks": ("masks",),
     "rollout": ("rollout",),
+    **question_groups.FIELDS,
 }
 """The names that --fields may give a path for, each with the paths that are tried otherwise.
 
@@ -99,7 +101,8 @@ def read_rows(
       UserError: fields are missing, ids are not unique, the ground truth or all predictions cannot
         be read, or the boxes are in another format than the ground truth.
     """
-    kind = find_benchmark(benchmark, "--benchmark").kind
+    definition = find_benchmark(benchmark, "--benchmark")
+    kind, groups = definition.kind, definition.groups
     _check_fields(kind, benchmark, fields, records[0], path)
     check_formats(formats)
     if missing not in MISSING:
@@ -113,6 +116,7 @@ def read_rows(
     sizes = _image_sizes(columns, len(records))
     answers = read_answers(kind, formats, path, fields, columns, sizes)
     rewards = _rewards(columns["pred"], path) if kind == "reward" else []
+    group_names = _group_names(groups, columns, numbers, path)
     rows = []
     for index in range(len(records)):
         prediction = answers.predictions[index]
@@ -124,17 +128,48 @@ def read_rows(
             "benchmark": benchmark,
             "size_px": sizes[index],
             "prediction": prediction,
-            "gold": answers.gold[index],
+            "gold": answers.gold[index] | group_names[index],
         }
         if kind == "reward":
             row["reward"] = rewards[index]
         rows.append(row)
     notes = [*answers.notes]
+    if groups and not any(group_names):
+        names = " and ".join(question_groups.GROUPINGS[groups].values)
+        notes.append(f"no groups of questions: --fields gives no {names}")
     if lacking:
         fate = "count as wrong answers" if missing == "wrong" else "are left out"
         total = len(numbers) + (len(lacking) if missing == "drop" else 0)
         notes.append(f"{len(lacking)} of {total} rows have no {fields['pred']}: they {fate}")
     return FileRows(rows, list(records), answers, len(lacking), notes)
+
+
+def _group_names(
+    grouping: str,
+    columns: Mapping[str, Sequence[Any]],
+    numbers: Sequence[int],
+    path: FilePath,
+) -> list[JsonDict]:
+    """Returns the groups of each row: `{"groups": […]}`, or {} if the file has none of the fields.
+
+    Args:
+      grouping: a key of `question_groups.GROUPINGS`, or "".
+      numbers: number of each row in the file.
+    """
+    count = len(numbers)
+    if not grouping or not question_groups.GROUPINGS[grouping].values.keys() & columns.keys():
+        return [{} for _ in range(count)]
+    absent = [None] * count
+    return [
+        {
+            "groups": question_groups.read_groups(
+                grouping,
+                lambda name, index=index: columns.get(name, absent)[index],
+                f"--predictions={path}: row {numbers[index]}",
+            )
+        }
+        for index in range(count)
+    ]
 
 
 def _rewards(values: Sequence[object], path: FilePath) -> list[float | None]:

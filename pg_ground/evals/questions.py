@@ -10,7 +10,7 @@ from pg_ground.data import run_lengths
 from pg_ground.data.datasets import Examples
 from pg_ground.data.record_fields import field_at
 from pg_ground.data.records import BadRecord
-from pg_ground.evals import answers, benchmarks, cv_bench
+from pg_ground.evals import answers, benchmarks, cv_bench, question_groups
 from pg_ground.evals.image_identity import image_identity
 from pg_ground.evals.rows import GREEDY
 from pg_ground.readers import locations, parsers
@@ -74,6 +74,19 @@ def gold_answer(
     Raises:
       UserError: the benchmark cannot use the ground truth of this record.
     """
+    groups = benchmarks.find_benchmark(task.benchmark, "benchmark").groups
+    if not groups:
+        return _gold_answer(task, batch, slot, record, tokenizer)
+    where = f"source {task.examples.name}: record {int(batch.index[slot])}"
+    names = question_groups.read_groups(
+        groups, lambda name: question_groups.record_field(record, name), where
+    )
+    return _gold_answer(task, batch, slot, record, tokenizer) | {"groups": names}
+
+
+def _gold_answer(
+    task: EvalTask, batch: Batch, slot: int, record: JsonObject, tokenizer: Tokenizer
+) -> JsonDict:
     suffix = tokenizer.decode(np.asarray(batch.suffix[slot]).tolist())
     if task.kind == "choice":
         return cv_bench.gold(

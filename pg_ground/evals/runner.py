@@ -17,7 +17,7 @@ from pg_ground import config
 from pg_ground.data.bad_records import BadRecords
 from pg_ground.data.batches import ordered_batches
 from pg_ground.data.datasets import Examples, open_examples
-from pg_ground.evals import benchmarks, segmentation
+from pg_ground.evals import benchmarks, pointing, segmentation
 from pg_ground.evals.programs import Completions, EvalPrograms
 from pg_ground.evals.questions import EvalTask, question_row, read_prediction, with_scores
 from pg_ground.evals.rows import GREEDY, SAMPLED
@@ -361,6 +361,9 @@ def read_completions(
             else:
                 ids = tokens[slot, rollout].tolist()
                 prediction = read_prediction(task, question, text, ids, tokenizer)
+            if task.kind == "click" and task.examples.source.target == "boxes":
+                # the ground truth is a box, but a point is an answer too
+                malformed = pointing.click_of(prediction) is None
             if task.kind == "detection":
                 prediction = with_scores(prediction, completions.confidence[slot, rollout])
             fields[slot, rollout] = {
