@@ -131,6 +131,15 @@ ENTRIES: dict[str, Source] = {
         max_objects=10,
         prompt="detect {phrase}",
     ),
+    # LVIS v1. DIR has COCO's folders train2017 and val2017. One question for each image and each
+    # category that is annotated in it. Set c.eval.benchmarks = {"lvis_detection": "detection_f1"}.
+    "lvis_detection": Source(
+        uri="coco:DIR/lvis_v1_val.json?ask=category&images=DIR",
+        phrase="category",
+        boxes="boxes",
+        box_format="xywh_px",
+        prompt="detect {phrase}",
+    ),
     # One question for each image.
     "coco_all_classes": Source(
         uri="coco:DIR/annotations/instances_train2017.json?ask=image&images=DIR/train2017",

@@ -149,6 +149,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "detection",
             "segmentation",
             "grounding",
+            "detection_f1",
             "grec",
             "pointing",
             "counting",

@@ -212,19 +212,31 @@ def _images(
     by_id: dict[Key, ImageObjects | BadEntry] = {}
     for position, entry in enumerate(entries):
         missing = "file_name" if position in keys else "id"
-        if position not in keys or entry.get("file_name") is None:
+        name = _image_name(entry) if position in keys else None
+        if name is None:
             image = entry_without(entries, position, "images", missing, file_name)
-        elif not isinstance(entry["file_name"], str) or not entry["file_name"].strip():
+        elif not isinstance(name, str) or not name.strip():
             where = where_text(entries, position, "images", file_name)
-            reason = f"file_name is {short(entry['file_name'])}, which names no file"
+            reason = f"file_name is {short(name)}, which names no file"
             image = BadEntry("missing_image", f"{where}: {reason}")
         else:
             sizes = {side: entry[side] for side in ("width", "height") if entry.get(side)}
-            image = ImageObjects({"image": entry["file_name"], **sizes})
+            image = ImageObjects({"image": name, **sizes})
         images.append(image)
         if position in keys:
             by_id[keys[position]] = image
     return images, by_id
+
+
+def _image_name(entry: JsonDict) -> object:
+    """Returns the `file_name` of an image; in LVIS, which has none, FOLDER/FILE of its `coco_url`.
+
+    LVIS's val images are in COCO's folders val2017 and train2017.
+    """
+    address = entry.get("coco_url")
+    if entry.get("file_name") is None and isinstance(address, str):
+        return "/".join(address.split("/")[-2:]) or None
+    return entry.get("file_name")
 
 
 class _Rules(NamedTuple):

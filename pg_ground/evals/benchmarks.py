@@ -9,6 +9,7 @@ import numpy as np
 from pg_ground.evals import (
     counting,
     cv_bench,
+    detection_f1,
     environment,
     grec,
     grounding,
@@ -34,6 +35,8 @@ class Kind(NamedTuple):
     """Metrics that are no fractions of 1. All others are shown in percent."""
     combined: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda _: {}
     """Returns the metrics that are computed from the means, for numbers or arrays."""
+    ranges: Callable[[Sequence[Row]], dict[str, list[float]]] = lambda _: {}
+    """Returns the 95 % intervals of aggregates of scored rows, as far as they have one."""
 
 
 def _no_aggregates(_: Sequence[Row]) -> dict[str, float]:
@@ -53,6 +56,13 @@ KINDS: dict[str, Kind] = {
     "boxes": Kind(grounding.score_set, grounding.means_set, grounding.aggregates, _BOXES),
     "detection": Kind(
         grounding.score_set, grounding.means_set, grounding.detection_aggregates, _BOXES
+    ),
+    "f1": Kind(
+        detection_f1.score,
+        detection_f1.means,
+        detection_f1.aggregates,
+        frozenset({"duplicates_per_image"}),
+        ranges=detection_f1.ranges,
     ),
     "grec": Kind(grec.score, grec.means, _no_aggregates),
     "mask": Kind(segmentation.score, segmentation.means, _no_aggregates),
@@ -102,6 +112,12 @@ GREC = (
 DETECTION = (
     "COCO's average precision (pycocotools; ap over IoU .5 to .95, ap50, ap75, ar100), each answer "
     "is an image; ranked by score if all boxes have one, otherwise in the order written"
+)
+DETECTION_F1 = (
+    "precision, recall and F1 over labels at IoU .5, .95 and of the mean over .5 to .95 (arXiv "
+    "2510.12798, 2605.27365), boxes matched within labels as in COCO; precision and recall are "
+    "means over the labels whose value is above 0, as in the published script, macro_f1 over all "
+    "labels with ground-truth boxes"
 )
 MASK = (
     "mIoU of masks at full resolution over all answers, 0 for an answer without a mask, as in "
@@ -153,6 +169,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "objects": Benchmark("boxes", OBJECTS),
     "grec": Benchmark("grec", GREC),
     "detection": Benchmark("detection", DETECTION),
+    "detection_f1": Benchmark("f1", DETECTION_F1),
     "segmentation": Benchmark("mask", MASK),
     "refcoco_val_seg": Benchmark("mask", MASK, 10834),
     "refcoco_testA_seg": Benchmark("mask", MASK, 5657),
@@ -312,6 +329,7 @@ def make_report(rows: Sequence[Row]) -> JsonDict:
         prefix = _mode_prefix(mode)
         summary = sources.setdefault(source, _source_summary(group))
         ranges = intervals(columns, list(map(cluster, group)), _combined(group[0]))
+        ranges |= _kind(group[0]).ranges(group)
         summary["intervals"] |= {prefix + name: ends for name, ends in ranges.items()}
         short_metrics |= {prefix + name: value for name, value in values.items()}
     named = {} if "" in sources else {**named_metrics(rows), "sources": sources}

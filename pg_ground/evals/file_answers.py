@@ -22,7 +22,7 @@ from pg_ground.readers.locations import Location, load_value
 from pg_ground.storage.paths import FilePath
 from pg_ground.types import JsonDict, JsonObject, UserError
 
-LOCATION_KINDS = ("box", "boxes", "detection", "grec", "points", "click")
+LOCATION_KINDS = ("box", "boxes", "detection", "f1", "grec", "points", "click")
 """Kinds of benchmarks whose answers are boxes or points."""
 
 MAX_OUTSIDE = 0.05
@@ -370,7 +370,7 @@ class _AnswerReader(NamedTuple):
 
     def _names(self, reads: Sequence[_Read], gold: Sequence[JsonObject]) -> list[str]:
         """Returns a note if most predicted names are no gold names."""
-        if self.kind not in ("boxes", "detection"):
+        if self.kind not in ("boxes", "detection", "f1"):
             return []
         gold_names = {box["label"] for answer in gold for box in answer["boxes"]} - {""}
         names = [r.label for read in reads for r in read.locations if r.label]

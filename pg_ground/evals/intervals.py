@@ -3,7 +3,7 @@
 They resample images, not rows, because the rows of one image depend on each other.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,10 +50,34 @@ def intervals(
     means = dict(zip(columns, _replicate_means(cluster_sums, cluster_counts).T, strict=True))
     result = {}
     for name, replicates in {**means, **combined(means)}.items():
-        defined = replicates[~np.isnan(replicates)]
-        if len(defined):
-            result[name] = np.percentile(defined, (2.5, 97.5)).round(6).tolist()
+        interval = percentile_interval(replicates)
+        if interval:
+            result[name] = interval
     return result
+
+
+def percentile_interval(replicates: Float[np.ndarray, " R"]) -> list[float]:
+    """Returns the 95 % interval of replicates, rounded to six decimals. NaN does not count.
+
+    The result is empty if all replicates are NaN.
+    """
+    defined = replicates[~np.isnan(replicates)]
+    return np.percentile(defined, (2.5, 97.5)).round(6).tolist() if len(defined) else []
+
+
+def draw_counts(images: int) -> Iterator[Float[np.ndarray, "r I"]]:
+    """Yields how often each of REPLICATES replicates draws each of I images, some at a time.
+
+    The draws are the same in every call.
+    """
+    rng = np.random.default_rng(SEED)
+    for start in range(0, REPLICATES, step := max(1, MAX_DRAWS // images)):
+        replicates = min(step, REPLICATES - start)
+        draws = rng.integers(0, images, (replicates, images))
+        # Adding `images` for each replicate lets one bincount count the draws of all replicates.
+        offset_draws = draws + images * np.arange(replicates)[:, None]
+        counts = np.bincount(offset_draws.ravel(), minlength=replicates * images)
+        yield counts.reshape(replicates, images).astype(np.float64)
 
 
 def _replicate_means(
@@ -65,16 +89,8 @@ def _replicate_means(
       sums: sum of each column over the rows of each of I images.
       counts: number of the rows that count.
     """
-    images = len(sums)
-    rng = np.random.default_rng(SEED)
     means = []
-    for start in range(0, REPLICATES, step := max(1, MAX_DRAWS // images)):
-        replicates = min(step, REPLICATES - start)
-        draws = rng.integers(0, images, (replicates, images))
-        # Adding `images` for each replicate lets one bincount count the draws of all replicates.
-        offset_draws = draws + images * np.arange(replicates)[:, None]
-        draw_counts = np.bincount(offset_draws.ravel(), minlength=replicates * images)
-        draw_counts = draw_counts.reshape(replicates, images).astype(np.float64)
-        total, n = draw_counts @ sums, draw_counts @ counts
+    for draws in draw_counts(len(sums)):
+        total, n = draws @ sums, draws @ counts
         means.append(np.divide(total, n, out=np.full_like(total, np.nan), where=n > 0))
     return np.concatenate(means)
