@@ -295,7 +295,9 @@ def test_braces_in_templates(tmp_path, template, text):
     row = {"answer": 7, "a b": {"c": "deep"}}
     result = example(tmp_path, row, target="text", boxes="", prompt=template, suffix="x")
     assert result.prompt == text
-    assert "there is no 1: " in fault(tmp_path, row, prompt=r"\frac{1}{2}", target="text", boxes="")
+    assert "there is no 1 (prompt of" in fault(
+        tmp_path, row, prompt=r"\frac{1}{2}", target="text", boxes=""
+    )
     assert "write {{1}} for braces" in fault(tmp_path, row, prompt="{1}", target="text", boxes="")
 
 

@@ -253,3 +253,18 @@ def test_each_config_of_a_readme_has_its_names(put):
 def test_a_readme_that_declares_no_names_leaves_numbers(put, info):
     put({"dataset_info": info}, {"train.parquet": [{"label": 1}]})
     assert hub_labels("org/ds@train?offline=1") == [1]
+
+
+@pytest.mark.parametrize("path", [("label",), ("objects", "category")])
+def test_declared_classes_that_share_one_name_are_listed(tmp_path, path):
+    names = {"names": ["cat", "dog", "cat ", "ox"], "_type": "ClassLabel"}
+    row = {"label": 1} if path == ("label",) else {"objects": {"category": [1]}}
+    declared = (
+        features(label=names) if path == ("label",) else features(objects={"category": names})
+    )
+    file = write_rows(tmp_path / "a.parquet", [row], declared)
+    name = ".".join(path)
+    assert notes_of(open_records(f"parquet:{file}", "a", True, True)) == (
+        f"{name}: 4 class names from the file",
+        f"{name}: 2 classes (0, 2) have the name 'cat' and are one class",
+    )

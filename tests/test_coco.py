@@ -418,3 +418,30 @@ def test_names_of_background_are_names_that_are_text(write):
     path = write(instances(annotations=[], categories=categories))
     assert questions(path, "list", empty="keep")[0] == [("detect 7", "")] * 4
     assert [name_text(value) for value in NO_NAMES] == [None] * len(NO_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("names", "notes"),
+    [
+        ({1: "cat", 7: "cat"}, ["2 classes (1, 7) have the name 'cat' and are one class"]),
+        (
+            {1: "traffic light", 2: "dog", 3: "traffic  light ", 4: " traffic light"},
+            ["3 classes (1, 3, 4) have the name 'traffic light' and are one class"],
+        ),
+        ({"a": 3, "b": "3", "c": 3.0}, ["3 classes (a, b, c) have the name '3' and are one class"]),
+        ({1: "cat", 2: "Cat", 3: "cats", 4: None, 5: None}, []),
+        (
+            {i: f"n{i // 2}" for i in range(16)},
+            [f"2 classes ({2 * i}, {2 * i + 1}) have the name 'n{i}' and are one class"
+             for i in range(5)] + ["3 more names of several classes"],
+        ),
+    ],
+)  # fmt: skip
+def test_categories_that_share_one_name_are_listed(write, names, notes):
+    categories = [{"id": number, "name": name} for number, name in names.items()]
+    first = next(iter(names))
+    path = write(
+        instances(categories=categories, annotations=[thing(i, i, first) for i in range(4)])
+    )
+    for ask in PHRASES:
+        assert [text for text in readings(path, ask) if "class" in text] == notes

@@ -12,11 +12,14 @@ from PIL import Image
 from pg_ground import tokenizer
 from pg_ground.config import Data, Source
 from pg_ground.data.batch_rows import to_batch_row
+from pg_ground.data.datasets import open_examples
 from pg_ground.data.examples import check_formats, loc_text, to_example
 from pg_ground.data.images import load_image, resize
 from pg_ground.data.record_fields import count_elements, field_at, fill_template, list_path
 from pg_ground.data.records import BadRecord
 from pg_ground.data.sources import open_records
+from pg_ground.data.text_budgets import measure_budget
+from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.types import BOXES, POINTS, TEXT, Example, UserError
 from pg_ground.vocab import EOS, NEWLINE, PAD
 
@@ -170,7 +173,8 @@ def test_unusable_box_is_a_bad_box(box):
         ),
         (
             [84.25, 3, 95, 9],
-            "[84.25, 3, 95, 9] as xyxy_px is outside an image of 80x40 pixels",
+            "[84.25, 3, 95, 9] as xyxy_px is outside an image of 80x40 pixels; "
+            "it fits as xyxy_percent (box_format)",
             {},
         ),
         (
@@ -196,7 +200,8 @@ def test_a_bad_point_is_reported_in_the_numbers_of_the_record():
     )
     assert (kind, text) == (
         "bad_point",
-        "[7.5, 66] (number 2 of 2) as xy_px is outside an image of 80x40 pixels",
+        "[7.5, 66] (number 2 of 2) as xy_px is outside an image of 80x40 pixels; "
+        "it fits as yx_px (point_format)",
     )
 
 
@@ -747,3 +752,76 @@ def test_a_phrase_that_is_the_question_of_the_prompt_is_a_bad_text(prompt, phras
 def test_other_phrases_are_no_nested_questions(prompt, phrase):
     result = example({"box": [1, 2, 30, 35], "phrase": phrase}, prompt=prompt)
     assert result.prompt == prompt.replace("{phrase}", phrase)
+
+
+@pytest.mark.parametrize(
+    ("settings", "value", "ending"),
+    [
+        ({"box_format": "xyxy_px"}, [84, 45, 95, 99], "; it fits as xyxy_percent, xyxy_permille"),
+        (
+            {"box_format": "xyxy_percent"},
+            [101, 101, 400, 900],
+            "xyxy_permille, xyxy_bin (box_format)",
+        ),
+        ({"box_format": "xyxy_frac"}, [2, 3, 40, 30], "; it fits as xyxy_px, xyxy_percent"),
+        ({"box_format": "xyxy_px"}, [50, 5, 20, 30], "it fits as xywh_px (box_format)"),
+        ({"box_format": "xyxy_px"}, [30, 60, 35, 70], "; it fits as yxyx_px (box_format)"),
+        ({"box_format": "xyxy_px"}, [5, 5, 5, 20], "has no area"),
+        ({"box_format": "xyxy_px"}, [5000, 5, 5010, 20], "an image of 80x40 pixels"),
+        (
+            {"target": "points", "point_format": "xy_px"},
+            [7, 66],
+            "; it fits as yx_px (point_format)",
+        ),
+        ({"target": "points", "point_format": "xy_frac"}, [40, 20], "xy_px, xy_percent"),
+        ({"target": "points", "point_format": "xy_px"}, [900, 990], "xy_bin (point_format)"),
+    ],
+)
+def test_a_box_or_a_point_outside_of_its_image_names_the_formats_that_fit(settings, value, ending):
+    paths = {"points": "at", "boxes": ""} if "target" in settings else {"boxes": "at"}
+    kind, text = kind_and_text({"at": value}, **settings, **paths)
+    assert kind in ("bad_box", "bad_point") and ending in text and len(text) < 200
+    assert text.endswith(ending) or ending.endswith(("permille", "percent"))
+
+
+SETTINGS_OF_PATHS = {
+    "image": ({"image": "img.url"}, "there is no img.url (image of the source): the fields are"),
+    "boxes": ({"boxes": "bbox"}, "there is no bbox (boxes of the source): the fields are"),
+    "label": ({"label": "label"}, "there is no label (label of the source): "),
+    "phrase": ({"phrase": "phrases"}, "there is no phrases (phrase of the source): "),
+    "prompt": ({"prompt": "find {noun}"}, "there is no noun (prompt of the source): "),
+    "name": ({"name": "{noun}"}, "there is no noun (name of the source): "),
+    "suffix": ({"suffix": "{answer}"}, "there is no answer (suffix of the source): "),
+    "prompt and name": (
+        {"prompt": "{noun}", "name": "{noun}"},
+        "there is no noun (prompt and name of the source): ",
+    ),
+    "count": (
+        {"suffix": "{count}"},
+        "there is no count (suffix of the source): the fields are image, phrase, box; "
+        "suffix = 'count' writes the number of objects",
+    ),
+    "list": ({"phrase": "names[].raw"}, "there is no names[].raw (phrase of the source): "),
+    "points": (
+        {"target": "points", "points": "x,y"},
+        "there are no points: there is no x (points of the source): ",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SETTINGS_OF_PATHS)
+def test_a_missing_field_is_named_with_the_setting_that_names_it(tmp_path, kind):
+    """From a file to the error of the question and to the error before the first step."""
+    settings, text = SETTINGS_OF_PATHS[kind]
+    Image.new("RGB", (80, 40)).save(tmp_path / "i.png")
+    record = {"image": "i.png", "phrase": "cat", "box": [8, 10, 40, 20]}
+    (tmp_path / "a.jsonl").write_text("\n".join([json.dumps(record)] * 20))
+    source = dataclasses.replace(SOURCE, uri=f"jsonl:{tmp_path}/a.jsonl", **settings)
+    data = Data(suffix_length=32)
+    opened = open_examples("a", source, data, 16)
+    with pytest.raises(BadRecord) as bad:
+        opened[3]
+    assert text in str(bad.value) and bad.value.kind in ("missing_field", "empty")
+    with pytest.raises(UserError) as refused:
+        measure_budget(opened, load_tokenizer(), data)
+    assert text in str(refused.value)

@@ -768,3 +768,62 @@ def test_json_of_several_files_is_read_in_the_order_of_their_names(tmp_path):
     assert "no file matches" in refusal(f"json:{tmp_path}/*.jsonl")
     (tmp_path / "d_v2.json").write_text("{")
     assert "not one JSON value" in refusal(f"json:{tmp_path}/[d]_v2.json")
+
+
+WHOLE = {"info": {"n": 1}, "items": [{"image": "a.jpg", "box": [1, 2, 3, 4]}, {"image": "b.jpg"}]}
+COCO_FORM = {"images": [{"id": 1}], "annotations": [{"id": 1}], "categories": []}
+
+ONE_OBJECT = {
+    "indented": (json.dumps(WHOLE, indent=2), "with a list of records: use json:{}#items"),
+    "indented by tabs": (json.dumps(WHOLE, indent="\t"), "use json:{}#items"),
+    "two lists": (json.dumps(WHOLE | {"val": [{}]}, indent=1), "json:{}#items or json:{}#val"),
+    "behind a byte order mark": ("\ufeff" + json.dumps(WHOLE, indent=2), "use json:{}#items"),
+    "one field on each line": (
+        '{"info": 1,\n"items": [{"image": "a.jpg"},\n{"image": "b.jpg"}]}\n',
+        "use json:{}#items",
+    ),
+    "without a list": (json.dumps({"a": {"b": 1}}, indent=2), "an object with the keys a, not one"),
+    "COCO, indented": (json.dumps(COCO_FORM, indent=2), "has COCO's form: use coco:{}"),
+    "COCO on one line": (json.dumps(COCO_FORM), "has COCO's form: use coco:{}"),
+    "records on several lines each": (
+        "\n".join(json.dumps(record, indent=2) for record in WHOLE["items"]),
+        "write each record on one line, or all as one list, which is json:PATH",
+    ),
+    "a list, indented": (json.dumps(WHOLE["items"], indent=2), "use json:{}"),
+}
+
+
+@pytest.mark.parametrize("form", ONE_OBJECT)
+def test_json_over_several_lines_is_no_file_of_lines(tmp_path, form):
+    text, hint = ONE_OBJECT[form]
+    path = tmp_path / "a.jsonl"
+    path.write_text(text, encoding="utf-8")
+    message = refusal(f"jsonl:{path}")
+    assert hint.replace("{}", str(path)) in message and len(message) < 400
+    if "json:{}#items" in hint:
+        assert len(open_json(f"{path}#items")) == 2
+
+
+def test_a_large_object_over_several_lines_is_not_parsed_and_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "MAX_BYTES_IN_MEMORY", 20)
+    (tmp_path / "a.jsonl").write_text(json.dumps(WHOLE, indent=2))
+    assert "the first line is only a part" in refusal(f"jsonl:{tmp_path}/a.jsonl")
+
+
+DAMAGED = {
+    "the first line": ['{"image": "a.jpg", "box": [', '{"image": "b.jpg"}'],
+    "the first and the last line": ['{"image": "a.jpg",', '{"image": "b.jpg"}', '{"ima'],
+    "many lines": ['{"image":'] * 9 + ['{"image": "b.jpg"}'] + ['{"image":'] * 9,
+    "the only line": ['{"image": "a.jpg",'],
+    "commas behind the records": ['{"image": "a.jpg"},', '{"image": "b.jpg"},'],
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_damaged_lines_stay_bad_records(tmp_path, kind):
+    lines = DAMAGED[kind]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    records = open_json_lines(f"{tmp_path}/a.jsonl")
+    assert len(records) == len(lines)
+    with pytest.raises(BadRecord, match="byte 0 of a.jsonl"):
+        records[0]

@@ -61,7 +61,7 @@ def test_a_wrong_path_is_refused_with_the_fields_that_exist(tmp_path, tokens):
     with pytest.raises(
         UserError,
         match="none of 16 questions can be used; "
-        ".*there is no box: the fields are image, phrase, bbox",
+        ".*there is no box .boxes of the source.: the fields are image, phrase, bbox",
     ):
         measure_budget(open_examples("a", Source(uri=uri, boxes="box"), DATA, SIDE), tokens, DATA)
 

@@ -92,20 +92,28 @@ def to_fractions(
     return np.stack([y1, x1, y2, x2], 1) / np.array([height, width, height, width], np.float64)
 
 
+def _fits(fractions: Float[np.ndarray, " N"]) -> bool:
+    """Returns whether `yxyx` has an area and lies in the image, or whether `yx` lies in it."""
+    is_inside = bool((fractions >= 0).all() and (fractions <= 1.01).all())
+    if len(fractions) == 2:
+        return is_inside
+    height, width = fractions[2:] - fractions[:2]
+    return bool(is_inside and height > 0 and width > 0 and height * width > 1e-4)
+
+
 def fitting_formats(
-    numbers: Float[np.ndarray, " 4"], format_name: str, size: tuple[int, int]
+    numbers: Float[np.ndarray, " N"], format_name: str, size: tuple[int, int]
 ) -> list[str]:
-    """Returns other formats in which a box has an area and lies in the image.
+    """Returns other formats in which a box (N is 4) has an area, or a point, and lies in the image.
 
     Formats with the same unit are returned if there are any, else formats with the same order.
     """
-    formats = []
-    for name in format_names(BOX_ORDERS):
-        y1, x1, y2, x2 = to_fractions(numbers[None], name, size)[0]
-        is_inside = 0 <= x1 < x2 <= 1.01 and 0 <= y1 < y2 <= 1.01
-        if is_inside and name != format_name and (x2 - x1) * (y2 - y1) > 1e-4:
-            formats.append(name)
     order, unit = split_format(format_name)
+    formats = [
+        name
+        for name in format_names(BOX_ORDERS if len(numbers) == 4 else POINT_ORDERS)
+        if name != format_name and _fits(to_fractions(numbers[None], name, size)[0])
+    ]
     return (
         [name for name in formats if split_format(name)[1] == unit]
         or [name for name in formats if split_format(name)[0] == order]

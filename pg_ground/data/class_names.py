@@ -8,11 +8,33 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pg_ground.data.records import BadRecord
+from pg_ground.data.records import BadRecord, list_names, short
 from pg_ground.types import JsonDict
 
 Names = dict[tuple[str, ...], list[str]]
 """Class names by the path of a field. A list on the way has no part in the path."""
+
+
+MAX_SHARED = 5
+"""Names of several classes that a note lists."""
+
+
+def shared_names(classes: Sequence[tuple[str, str]]) -> list[str]:
+    """Returns in words which names several classes have. Such classes are one class.
+
+    Args:
+      classes: the id and the name of each class. White space in names counts as one space.
+    """
+    ids_by_name: dict[str, list[str]] = {}
+    for class_id, name in classes:
+        ids_by_name.setdefault(" ".join(name.split()), []).append(class_id)
+    shared = [(name, ids) for name, ids in ids_by_name.items() if len(ids) > 1]
+    texts = [
+        f"{len(ids)} classes ({list_names(ids)}) have the name {short(name)} and are one class"
+        for name, ids in shared[:MAX_SHARED]
+    ]
+    more = len(shared) - MAX_SHARED
+    return [*texts, f"{more} more names of several classes"] if more > 0 else texts
 
 
 def class_name(names: Sequence[str], number: int, field: str) -> str | int | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pg_ground.data.annotations import read_rows
+from pg_ground.data.class_names import shared_names
 from pg_ground.data.record_fields import plain_text
 from pg_ground.data.records import BadRecord, Records, clip_text, short
 from pg_ground.data.tables import BadEntry, RecordList, describe, load_json, split_options
@@ -99,6 +100,8 @@ def open_coco(location: str, keep_empty: bool = False, flat_is_bad: bool = True)
     _check_usable(entries, ask, uri)
     text = "background image asks" if count == 1 else "background images ask"
     notes = (f"{count} {text} for one class each, in turn",) if count else ()
+    named = [(str(key), item.name) for key, item in categories.items() if item.name]
+    notes += tuple(shared_names(named))
     root = to_path(options["images"], f"source {uri}") if "images" in options else path.parent
     return RecordList(entries, path.name, root, notes)
 

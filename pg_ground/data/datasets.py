@@ -10,7 +10,7 @@ from pg_ground.data.examples import check_formats, image_value, is_count, to_exa
 from pg_ground.data.frames import Frame, find_frame, recorded_size
 from pg_ground.data.images import open_oriented
 from pg_ground.data.masks import whole_masks
-from pg_ground.data.record_fields import count_elements, field_at, list_path
+from pg_ground.data.record_fields import count_elements, field_at, list_path, with_setting
 from pg_ground.data.records import BadRecord, Records, image_folder
 from pg_ground.data.sampling import sample_indices
 from pg_ground.data.sources import open_records, with_dir
@@ -147,10 +147,11 @@ class Examples:
             if is_count(self.source, example.suffix):
                 example = _without_surplus(example, self._data.max_boxes)
             check_box_count(example, self._data)
-        except BadRecord as bad:
+        except BadRecord as error:
+            bad = with_setting(error, self.source)
             number, element = self.locate(index)
             if number == index and not self._list_path:
-                raise
+                raise bad from None
             where = f"record {number}" + (f", element {element}" if self._list_path else "")
             raise BadRecord(bad.kind, f"{where}: {bad}") from None
         return example

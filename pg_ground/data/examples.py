@@ -44,6 +44,7 @@ from pg_ground.data.record_fields import (
     fill_template,
     placeholders,
     plain_text,
+    with_setting,
 )
 from pg_ground.data.records import BadRecord, short
 from pg_ground.storage.paths import FilePath
@@ -264,23 +265,23 @@ def _read_rows(record: Record, source: Source, element: int) -> tuple[Rows, Rows
     absence = ""
     if source.boxes:
         value = coordinates_at(record, source.boxes, element)
-        absence = _absence(record, source.boxes, element) if value is None else ""
+        absence = _absence(record, source.boxes, source, element) if value is None else ""
         boxes = read_rows(value, source.box_format, 4)
     if source.points:
         value = coordinates_at(record, source.points, element)
         if source.target == "points":
-            absence = _absence(record, source.points, element) if value is None else ""
+            absence = _absence(record, source.points, source, element) if value is None else ""
         points = read_rows(value, source.point_format, 2)
     return boxes, points, absence
 
 
-def _absence(record: Record, path: str, element: int) -> str:
+def _absence(record: Record, path: str, source: Source, element: int) -> str:
     """Returns `: there is no bbox: the fields are …`, or "" if the field is there and is null."""
     try:
         for part in path.split(","):
             field_at(record, part.strip(), element)
     except BadRecord as bad:
-        return f": {bad}"
+        return f": {with_setting(bad, source)}"
     return ""
 
 
@@ -471,7 +472,9 @@ def to_yxyx(
     for i in np.flatnonzero((yxyx[:, 2:] <= yxyx[:, :2]).any(1)).tolist():
         has_area = (fractions[i, 2:] > fractions[i, :2]).all()
         reason = f"is outside an image of {size_text(size)} pixels" if has_area else "has no area"
-        raise BadRecord("bad_box", f"{row_text(rows, i)} as {box_format} {reason}")
+        is_flat = (fractions[i, 2:] == fractions[i, :2]).any()
+        others = "" if is_flat else _fits_as(rows[i], box_format, size)
+        raise BadRecord("bad_box", f"{row_text(rows, i)} as {box_format} {reason}{others}")
     is_tiny = split_format(box_format)[1] in ("px", "permille", "bin") and np.abs(rows).max(1) <= 1
     for i in np.flatnonzero(is_tiny).tolist():
         order = split_format(box_format)[0]
@@ -482,14 +485,19 @@ def to_yxyx(
         )
     is_far = (fractions < -FAR_BEYOND) | (fractions > 1 + FAR_BEYOND)
     for i in np.flatnonzero(is_far.any(1)).tolist():
-        formats = fitting_formats(rows[i], box_format, size)
-        others = f"; it fits as {', '.join(formats)}" if formats else ""
         raise BadRecord(
             "bad_box",
             f"{row_text(rows, i)} as {box_format} reaches far beyond an image of "
-            f"{size_text(size)} pixels{others}",
+            f"{size_text(size)} pixels{_fits_as(rows[i], box_format, size)}",
         )
     return yxyx
+
+
+def _fits_as(numbers: Float[np.ndarray, " N"], format_name: str, size: tuple[int, int]) -> str:
+    """Returns `; it fits as xyxy_bin (box_format)` for the formats that fit, or ""."""
+    setting = "box_format" if len(numbers) == 4 else "point_format"
+    formats = fitting_formats(numbers, format_name, size)
+    return f"; it fits as {', '.join(formats)} ({setting})" if formats else ""
 
 
 def _has_no_length(fractions: Float[np.ndarray, "K 4"]) -> Bool[np.ndarray, "K 2"]:
@@ -529,7 +537,8 @@ def to_yx(value: Any, point_format: str, size: tuple[int, int]) -> Float[np.ndar
     pixel = 1 / np.array(size[::-1])
     for i in np.flatnonzero(((yx < -pixel) | (yx > 1 + pixel)).any(1)).tolist():
         reason = f"is outside an image of {size_text(size)} pixels"
-        raise BadRecord("bad_point", f"{row_text(rows, i)} as {point_format} {reason}")
+        others = _fits_as(rows[i], point_format, size)
+        raise BadRecord("bad_point", f"{row_text(rows, i)} as {point_format} {reason}{others}")
     return np.clip(yx, 0, 1).astype(np.float32)
 
 

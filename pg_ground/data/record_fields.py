@@ -24,8 +24,45 @@ _FIELD_PATH = re.compile(r"[^\s{}\"':,][^{}\"':,\n]*")
 """The path between braces. Other text between braces is text: `\\boxed{}`, `{"bbox_2d": [x1]}`."""
 
 
-class _Absent(BadRecord):
+class MissingField(BadRecord):
+    """A path of a source that leads to no value. The kind is missing_field."""
+
+    def __init__(self, path: str, reason: str, setting: str = ""):
+        where = f" ({setting} of the source)" if setting else ""
+        super().__init__("missing_field", f"there is no {path}{where}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+class _Absent(MissingField):
     """A path that leads to no value, because a field outside of lists is absent or null."""
+
+
+def with_setting(bad: BadRecord, source: Source) -> BadRecord:
+    """Returns an error about a missing field with the setting that names the field."""
+    if not isinstance(bad, MissingField):
+        return bad
+    settings = [name for name, paths in _setting_paths(source).items() if bad.path in paths]
+    reason = bad.reason
+    if settings == ["suffix"] and bad.path == "count":
+        reason += "; suffix = 'count' writes the number of objects"
+    return MissingField(bad.path, reason, " and ".join(settings))
+
+
+@functools.lru_cache(maxsize=64)
+def _setting_paths(source: Source) -> dict[str, list[str]]:
+    """Returns the paths that each setting of a source names."""
+    single = ("image", "image_sha256", "phrase", "mask", "label")
+    several = ("boxes", "points", "size")
+    templates = ("prompt", "name", "suffix")
+    return {
+        **{name: [getattr(source, name)] for name in single},
+        **{name: paths_of(getattr(source, name)) for name in several},
+        **{
+            name: [path for path in placeholders(getattr(source, name)) if path != "phrase"]
+            for name in templates
+        },
+    }
 
 
 def field_at(record: Record, path: str, element: int = 0) -> Any:
@@ -85,7 +122,7 @@ def _with_field(inner: Any, names: Sequence[str], path: str, value: object) -> A
         items[position] = _with_field(items[position], names, path, value)
         return items
     if not isinstance(inner, Mapping):
-        raise _Absent("missing_field", f"there is no {path}: {short(inner)} has no {names[0]}")
+        raise _Absent(path, f"{short(inner)} has no {names[0]}")
     keys = _keys_of(inner, names, path)
     for key, count in keys:
         if names[count - 1].endswith("[]"):
@@ -140,8 +177,8 @@ def _descend(value: object, names: Sequence[str], path: str, element: int) -> An
             return _descend(_element_at(value, names[0], path), names[1:], path, element)
         return [_descend_inside(item, names, path, element) for item in value]
     if not isinstance(value, Mapping):
-        kind = _Absent if value is None else BadRecord
-        raise kind("missing_field", f"there is no {path}: {short(value)} has no field {names[0]}")
+        kind = _Absent if value is None else MissingField
+        raise kind(path, f"{short(value)} has no field {names[0]}")
     keys = _keys_of(value, names, path)
     for key, count in keys[:-1]:
         try:
@@ -157,10 +194,10 @@ def _descend_field(inner: Any, count: int, names: Sequence[str], path: str, elem
     name = names[count - 1]
     if name.endswith("[]"):
         if inner is None:
-            raise _Absent("missing_field", f"there is no {path}: {name[:-2]} is null")
+            raise _Absent(path, f"{name[:-2]} is null")
         if not isinstance(inner, list | tuple) or element >= len(inner):
             reason = f"{name[:-2]} is {short(inner)}, which has no element {element}"
-            raise BadRecord("missing_field", f"there is no {path}: {reason}")
+            raise MissingField(path, reason)
         inner = inner[element]
     return _descend(inner, names[count:], path, element)
 
@@ -170,7 +207,7 @@ def _descend_inside(item: object, names: Sequence[str], path: str, element: int)
     try:
         return _descend(item, names, path, element)
     except _Absent as absent:
-        raise BadRecord(absent.kind, str(absent)) from None
+        raise MissingField(absent.path, absent.reason) from None
 
 
 def _is_index(value: Sequence[object], name: str) -> bool:
@@ -188,7 +225,7 @@ def _element_at(value: Sequence[object], name: str, path: str) -> object:
     if not -len(value) <= index < len(value):
         parent = path.partition(f".{name}")[0].partition(f"[{name}]")[0]
         elements = "1 element" if len(value) == 1 else f"{len(value)} elements"
-        raise _Absent("missing_field", f"there is no {path}: {parent} has {elements}")
+        raise _Absent(path, f"{parent} has {elements}")
     return value[index]
 
 
@@ -211,7 +248,7 @@ def _keys_of(value: Record, names: Sequence[str], path: str) -> list[tuple[Any, 
     present = [(key, count) for key, count in keys if key in value]
     if not present:
         reason = f"the fields are {list_names(value)}{nearest_name(names[0], value)}"
-        raise _Absent("missing_field", f"there is no {path}: {reason}")
+        raise _Absent(path, reason)
     return present
 
 
@@ -303,9 +340,10 @@ def fill_template(template: str, record: Record, phrase: str, element: int = 0) 
 def _template_field(record: Record, path: str, element: int) -> Any:
     try:
         return field_at(record, path, element)
-    except BadRecord as bad:
+    except MissingField as missing:
         if path.strip().isdigit() or "\\" in path:
-            raise BadRecord(bad.kind, f"{bad} (write {{{{{path}}}}} for braces)") from None
+            reason = f"{missing.reason} (write {{{{{path}}}}} for braces)"
+            raise MissingField(path, reason) from None
         raise
 
 

@@ -18,7 +18,12 @@ import pyarrow.parquet as pq
 import yaml
 from jaxtyping import Int
 
-from pg_ground.data.class_names import Names, names_of_schema, with_class_names
+from pg_ground.data.class_names import (
+    Names,
+    names_of_schema,
+    shared_names,
+    with_class_names,
+)
 from pg_ground.data.records import BadRecord, Records, clip_text, list_names, short
 from pg_ground.data.sampling import sample_indices
 from pg_ground.storage.codecs import (
@@ -45,6 +50,9 @@ It raises OverflowError for a date that Python cannot hold.
 
 MAX_BYTES_IN_MEMORY = 2**26
 """The size of a JSON lines file up to which it is read into memory: some 200,000 questions."""
+
+PROBED_LINES = 16
+"""Lines at the beginning of a file that tell whether it has one record on each line."""
 
 MAX_DECODED_BYTES = 2**28
 """The size of the row groups of one source that stay decoded.
@@ -80,12 +88,14 @@ class JsonLines:
                 f"source {uri}: the file has no lines; each record is one JSON object on a line"
             )
         self._path = path
-        first = self._line(0).removeprefix(codecs.BOM_UTF8)
-        if first.lstrip().startswith(b"[") and self._line(-1).rstrip().endswith(b"]"):
+        first = self._line(0).removeprefix(codecs.BOM_UTF8).strip()
+        if first.startswith(b"[") and self._line(-1).rstrip().endswith(b"]"):
             raise UserError(
                 f"source {uri}: the file begins with [ and ends with ], as a JSON list does: "
                 f"use json:{path}"
             )
+        if first.startswith(b"{"):
+            self._check_one_object(first, uri)
 
     @property
     def root(self) -> FilePath:
@@ -106,6 +116,34 @@ class JsonLines:
             raise BadRecord("bad_json", f"{where}: {short(record)} is not a JSON object")
         return record
 
+    def _check_one_object(self, first: bytes, uri: str) -> None:
+        """Raises UserError if the file is one JSON object on many lines, or on its only line.
+
+        An object on one line is a record, unless it is a file of COCO's form.
+        """
+        is_one_line = len(self._spans) == 1
+        if not is_one_line and not _is_part_of_object(first):
+            return
+        start, length = self._spans[-1]
+        whole = self._content or (b"" if start + length > MAX_BYTES_IN_MEMORY else self._read())
+        value = _json_or_none(whole.removeprefix(codecs.BOM_UTF8))
+        if value is None and any(
+            self._is_object(i) for i in range(-1, min(len(self), PROBED_LINES))
+        ):
+            return  # only some lines are damaged
+        if is_one_line and not (
+            isinstance(value, dict) and {"images", "annotations"} <= set(value)
+        ):
+            return
+        raise UserError(f"source {uri}: {_one_object_text(value, self._path)}")
+
+    def _is_object(self, index: int) -> bool:
+        return isinstance(_json_or_none(self._line(index)), dict)
+
+    def _read(self) -> bytes:
+        with self._path.open("rb") as file:
+            return file.read()
+
     def _line(self, index: int) -> bytes:
         start, length = self._spans[index]
         if self._content:
@@ -113,6 +151,39 @@ class JsonLines:
         with self._path.open("rb") as file:
             file.seek(start)
             return file.read(length)
+
+
+def _is_part_of_object(line: bytes) -> bool:
+    """Returns whether a line can be the first one of an object that is written on several lines."""
+    is_record = _json_or_none(line.removesuffix(b",")) is not None
+    return not is_record and line.endswith((b"{", b"[", b","))
+
+
+def _json_or_none(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _one_object_text(value: Any, path: FilePath) -> str:
+    """Returns what to do with a file of an object on several lines; `value` is None if of many."""
+    if not isinstance(value, dict):
+        return (
+            "the first line is only a part of a JSON object: write each record on one line, or all "
+            "as one list, which is json:PATH"
+        )
+    if {"images", "annotations"} <= set(value):
+        return f"the file has COCO's form: use coco:{path}"
+    lists = [str(key) for key, entries in value.items() if _is_list_of_objects(entries)]
+    uris = " or ".join(f"json:{path}#{clip_text(key, 40)}" for key in lists[:3])
+    if uris:
+        return f"the file is one JSON object with a list of records: use {uris}"
+    return f"the file is {describe(value)}, not one record on each line"
+
+
+def _is_list_of_objects(value: object) -> bool:
+    return isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
 
 
 MAX_REASON = 200
@@ -243,7 +314,14 @@ def _notes(declared: Sequence[Names], default: Names) -> tuple[str, ...]:
         default = {}
     counts = [(path, count, "the file") for path, count in in_files.items()]
     counts += [(path, len(classes), "the README") for path, classes in default.items()]
-    return tuple(f"{'.'.join(path)}: {n} class names from {where}" for path, n, where in counts)
+    notes = [f"{'.'.join(path)}: {n} class names from {where}" for path, n, where in counts]
+    for path, classes in [
+        *[item for names in declared for item in names.items()],
+        *default.items(),
+    ]:
+        shared = shared_names([(str(number), name) for number, name in enumerate(classes)])
+        notes += [f"{'.'.join(path)}: {text}" for text in shared]
+    return tuple(dict.fromkeys(notes))
 
 
 @dataclass(frozen=True)

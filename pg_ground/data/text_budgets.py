@@ -22,6 +22,7 @@ from pg_ground.data.examples import (
 from pg_ground.data.fetch import cache_fault
 from pg_ground.data.frames import recorded_size
 from pg_ground.data.pixel_depth import DARK
+from pg_ground.data.record_fields import with_setting
 from pg_ground.data.records import BadRecord, short
 from pg_ground.data.units import Coordinates, check_units
 from pg_ground.tokenizer import Tokenizer
@@ -145,6 +146,13 @@ def measure_budget(dataset: Examples, tokenizer: Tokenizer, data: Data) -> Budge
 
 def _measure(dataset: Examples, index: int, tokenizer: Tokenizer) -> Question:
     """Returns one question with the lengths that it needs. Its image is not opened."""
+    try:
+        return _measured(dataset, index, tokenizer)
+    except BadRecord as bad:
+        raise with_setting(bad, dataset.source) from None
+
+
+def _measured(dataset: Examples, index: int, tokenizer: Tokenizer) -> Question:
     record, element = dataset.record(index)
     source = dataset.source
     prompt, annotation = read_question(record, source, element)
