@@ -263,3 +263,13 @@ def test_the_command_takes_the_flags(tmp_path, capsys):
     assert "1 of 21 rows have no answer: they count as wrong answers" in printed
     with pytest.raises(UserError, match="--rows has no meaning for a policy"):
         call("evaluate", "--config=configs/tiny.py", "--workdir=run", "--rows=a")
+
+
+@pytest.mark.parametrize("field", ["id", "question_id", "questionId", "qid"])
+def test_the_usual_names_of_ids_are_read(field, tmp_path):
+    renamed = [{field if key == "id" else key: row[key] for key in row} for row in ROWS]
+    _, rows = scoring.rescore(write(tmp_path, "p.json", renamed), "rec", FIELDS, Formats())
+    assert [row["id"] for row in rows] == [row["id"] for row in ROWS]
+    with pytest.raises(UserError, match=f"20 of 40 rows repeat the id .*{field}|{field}.*repeat"):
+        twice = write(tmp_path, "p.json", renamed * 2)
+        scoring.rescore(twice, "rec", FIELDS, Formats())

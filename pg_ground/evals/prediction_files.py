@@ -17,7 +17,7 @@ from pg_ground.types import JsonDict, JsonObject, UserError, nearest
 USUAL_PATHS: dict[str, tuple[str, ...]] = {
     "pred": (),
     "gold": (),
-    "id": ("id", "question_id"),
+    "id": ("id", "question_id", "questionId", "questionid", "qid"),
     "image": ("image", "image_path", "image_id", "img_filename"),
     "prompt": ("question", "prompt", "expression"),
     "text": ("model_output", "output", "response", "text"),
