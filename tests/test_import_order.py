@@ -46,6 +46,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
         "checkpoints",
         (
             "tensor_files",
+            "finite_values",
             "vqvae_file",
             "hugging_face_names",
             "hugging_face_config",

@@ -63,8 +63,9 @@ def convert(
       sizes: a configuration that states it. `scales` come first.
 
     Raises:
-      UserError: `source` cannot be read, `target` exists, the format cannot express the model, or
-        the tokenizer has another number of tokens.
+      UserError: `source` cannot be read, `target` exists, the format cannot express the model,
+        the tokenizer has another number of tokens, or a value is NaN, infinite or too large for
+        `dtype`.
     """
     if target.exists():
         raise UserError(f"{target} exists already: remove it, or choose another name")

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from pg_ground.checkpoints import hugging_face, manager, tensor_files
+from pg_ground.checkpoints.finite_values import with_range_check
 from pg_ground.checkpoints.tensor_files import StoredTensor
 from pg_ground.checkpoints.weights import MODEL_FILE
 from pg_ground.config import Lora, Model
@@ -32,7 +33,8 @@ def save(path: str | FilePath, params: Params, model: Model | None = None, dtype
       dtype: dtype of all tensors; "" keeps their dtypes.
 
     Raises:
-      UserError: `path` exists, or the format cannot express the model.
+      UserError: `path` exists, the format cannot express the model, or a value is too large for
+        `dtype`.
     """
     names = flatten(params)
     has_adapters = any(map(is_adapter, names))
@@ -63,6 +65,7 @@ def write(
         raise UserError(f"{path} exists already: remove it, or choose another name")
     if model is None and path.suffix != ".npz":
         raise UserError(f"{path}: only an .npz can be written without the sizes of the model")
+    tensors = with_range_check(path, tensors, dtype)
     beside = path.parent if isinstance(path, Path) else None
     if beside is not None:
         beside.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pg_ground.checkpoints import tensor_files
+from pg_ground.checkpoints.finite_values import with_finite_check
 from pg_ground.models.vqvae import CODEBOOK, DECODER, ENCODER, expected_shapes
 from pg_ground.storage.paths import FilePath
 from pg_ground.types import UserError
@@ -15,9 +16,10 @@ def load(path: FilePath, encoder: bool = False) -> dict[str, jax.Array]:
     With `encoder`, also the weights that `encode` needs.
 
     Raises:
-      UserError: the file does not exist, or a weight is missing or has another shape.
+      UserError: the file does not exist, or a weight is missing has another shape, or a value is
+        NaN or infinite.
     """
-    tensors = tensor_files.open_npz(path)
+    tensors = with_finite_check(path, tensor_files.open_npz(path))
     layers = {**DECODER, **(ENCODER if encoder else {})}
     names = [CODEBOOK, *(f"{layer}.{part}" for layer in layers for part in ("weight", "bias"))]
     problem = f"{path} is not the VQ-VAE of masks (vae-oid.npz)"

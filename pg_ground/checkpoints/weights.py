@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from pg_ground import config
 from pg_ground.checkpoints import (
     adaptation,
+    finite_values,
     hugging_face,
     manager,
     peft,
@@ -101,7 +102,7 @@ def load(
 
     Raises:
       UserError: the path does not exist, is not a PaliGemma, or its names and shapes differ from
-        `sizes`. The error lists all differences.
+        `sizes`. The error lists all differences. A value is NaN or infinite.
     """
     checkpoint = open_checkpoint(path, sizes, resample_positions)
     abstract = {
@@ -243,6 +244,7 @@ def _open_files(
     resample: bool,
 ) -> Checkpoint:
     """Returns the checkpoint of an `.npz` (`hub` is None) or of a Hugging Face directory."""
+    tensors = finite_values.with_finite_check(path, tensors)
     tensors = adaptation.with_loc_rows(path, tensors, sizes)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     stored = model_from_shapes(shapes, str(path))
@@ -296,6 +298,7 @@ def _open_orbax(
         for folder, tree in zip(folders, trees, strict=True):
             placed = _with_shardings(tree, abstract)
             params |= flatten(manager.restore_tree(folder, unflatten(placed)))
+        finite_values.check_arrays(path, params)
         return _convert_one_by_one(params, abstract, stored, model)
 
     return Checkpoint(PaliGemma(model), abstract, {}, read)
