@@ -95,6 +95,16 @@ ENTRIES: dict[str, Source] = {
         suffix="{count}",
         prompt="answer en how many {phrase} are there?",
     ),
+    # Point-Bench: each question has a mask. Set c.eval.benchmarks = {"point_bench": "point_bench"}.
+    "point_bench": Source(
+        uri="pointarena:DIR",
+        phrase="user_input",
+        target="points",
+        mask="mask",
+        empty="keep",
+        prompt="{phrase}",
+        name="",
+    ),
     "count_jsonl": Source(
         uri="jsonl:pixmo_count.jsonl",
         image="image_path",

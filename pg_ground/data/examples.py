@@ -567,6 +567,7 @@ def _objects(
     if (
         source.mask
         and mask_size
+        and (source.boxes or source.points)  # else the mask belongs to the question
         and (count or not is_nothing(field_or_none(record, source.mask, element)))
     ):
         value = field_at(record, source.mask, element)

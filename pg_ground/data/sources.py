@@ -13,6 +13,7 @@ from pg_ground.data import synthetic
 from pg_ground.data.arrayrecord import open_array_record
 from pg_ground.data.coco import open_coco
 from pg_ground.data.hub import open_hub
+from pg_ground.data.pointarena import open_pointarena
 from pg_ground.data.records import Records
 from pg_ground.data.refer import open_refer
 from pg_ground.data.relations import open_relations
@@ -75,6 +76,7 @@ SCHEMES: dict[str, Callable[[str], Records]] = {
     "json": open_json,
     "jsonl": open_json_lines,
     "parquet": open_parquet,
+    "pointarena": open_pointarena,
     "refer": open_refer,
     "relations": _open_relations,
     "synthetic": _open_synthetic,

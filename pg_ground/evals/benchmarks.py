@@ -13,6 +13,7 @@ from pg_ground.evals import (
     environment,
     grec,
     grounding,
+    mask_points,
     pointing,
     question_groups,
     segmentation,
@@ -68,6 +69,7 @@ KINDS: dict[str, Kind] = {
     "mask": Kind(segmentation.score, segmentation.means, _no_aggregates),
     "points": Kind(pointing.score_set, pointing.means_set, pointing.aggregates, _POINTS),
     "click": Kind(pointing.score_click, pointing.means_click, pointing.aggregates, _POINTS),
+    "mask_points": Kind(mask_points.score, mask_points.means, _no_aggregates),
     "count": Kind(counting.score_count, counting.means_count, _no_aggregates, _COUNT),
     "choice": Kind(cv_bench.score, cv_bench.means, _no_aggregates, combined=cv_bench.combined),
     "text": Kind(counting.score_text, counting.means_text, _no_aggregates),
@@ -140,6 +142,14 @@ SCREENSPOT_PRO = (
     f"{SCREENSPOT}; ScreenSpot-Pro (arXiv 2504.07981), also by group of applications and type of "
     "element"
 )
+MASK_POINTS = (
+    "the first point in the mask of the question; if the question asks for a number of points, all "
+    "points in the mask, and as many as asked (arXiv 2505.09990); point_share is the mean share of "
+    "an answer's points in the mask"
+)
+POINT_BENCH = (
+    f"{MASK_POINTS}; Point-Bench, also by category, macro_accuracy is the mean of the five"
+)
 COUNTING = "the one number of the answer, exact; mae over the answers that can be read"
 CV = (
     "one option letter (or the words or the relation of the option), in the answer that a sentence "
@@ -183,6 +193,8 @@ BENCHMARKS: dict[str, Benchmark] = {
     "screenspot": Benchmark("click", SCREENSPOT),
     "screenspot_v2": Benchmark("click", SCREENSPOT_V2, 1272, groups="screenspot_v2"),
     "screenspot_pro": Benchmark("click", SCREENSPOT_PRO, 1581, groups="screenspot_pro"),
+    "points_in_mask": Benchmark("mask_points", MASK_POINTS),
+    "point_bench": Benchmark("mask_points", POINT_BENCH, 982, groups="point_bench"),
     "counting": Benchmark("count", COUNTING),
     "cv_bench": Benchmark("choice", CV_BENCH, 2638, tuple(cv_bench.TASKS)),
     "cv_bench_qualitative": Benchmark("choice", CV_QUALITATIVE, 1850, cv_bench.QUALITATIVE),

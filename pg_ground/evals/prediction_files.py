@@ -8,6 +8,7 @@ from pg_ground.evals import question_groups
 from pg_ground.evals.benchmarks import find_benchmark
 from pg_ground.evals.file_answers import FileAnswers, Formats, check_formats, read_answers
 from pg_ground.evals.image_identity import stated_image
+from pg_ground.evals.question_masks import question_masks
 from pg_ground.evals.record_files import fields_of, has_value, value_at
 from pg_ground.evals.rows import FROM_FILE, check_unique
 from pg_ground.readers import parsers
@@ -29,6 +30,7 @@ USUAL_PATHS: dict[str, tuple[str, ...]] = {
     "source": ("source",),
     "masks": ("masks",),
     "rollout": ("rollout",),
+    "count": ("count",),
     **question_groups.FIELDS,
 }
 """The names that --fields may give a path for, each with the paths that are tried otherwise.
@@ -114,7 +116,13 @@ def read_rows(
     records = [records[i] for i in numbers]
     columns = _read_columns(records, fields, path, missing)
     sizes = _image_sizes(columns, len(records))
-    answers = read_answers(kind, formats, path, fields, columns, sizes)
+    masks: list[JsonDict] = []
+    if kind == "mask_points":
+        masks, sizes = question_masks(columns, sizes, path)
+        # a readable point, so that answers which cannot be read at all are an error
+        columns = {**columns, "gold": [[0, 0]] * len(records)}
+    answers = read_answers("points" if masks else kind, formats, path, fields, columns, sizes)
+    gold = masks or answers.gold
     rewards = _rewards(columns["pred"], path) if kind == "reward" else []
     group_names = _group_names(groups, columns, numbers, path)
     rows = []
@@ -128,7 +136,7 @@ def read_rows(
             "benchmark": benchmark,
             "size_px": sizes[index],
             "prediction": prediction,
-            "gold": answers.gold[index] | group_names[index],
+            "gold": gold[index] | group_names[index],
         }
         if kind == "reward":
             row["reward"] = rewards[index]

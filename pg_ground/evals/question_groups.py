@@ -13,6 +13,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "platform": ("data_source", "platform"),
     "ui_type": ("data_type", "ui_type"),
     "group": ("group",),
+    "category": ("category",),
 }
 """The names of a question's group fields, each with its usual fields in a record."""
 
@@ -20,7 +21,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
 class Grouping(NamedTuple):
     """How a benchmark groups its questions.
 
-    A question belongs to the groups of each of its values, and to the group of all values together:
+    A question belongs to the groups of each of its values, and to the cell of all values together:
     `mobile`, `text` and `mobile_text`.
     """
 
@@ -31,7 +32,7 @@ class Grouping(NamedTuple):
     published: dict[str, int]
     """The published number of questions of some groups."""
     macro: str = ""
-    """Name of the mean over the groups of all values together; "" reports none."""
+    """Name of the mean over the cells; "" reports none."""
 
 
 def _named(*names: str) -> dict[str, str]:
@@ -69,6 +70,18 @@ GROUPINGS: dict[str, Grouping] = {
             **{"dev_icon": 145, "creative_icon": 143, "cad_icon": 64},
             **{"scientific_icon": 110, "office_icon": 53, "os_icon": 89},
         },
+    ),
+    "point_bench": Grouping(
+        "accuracy",
+        {
+            "category": {
+                **dict.fromkeys(("affordable", "affordance"), "affordance"),
+                **dict.fromkeys(("steerable", "steerability"), "steerable"),
+                **_named("spatial", "counting", "reasoning"),
+            }
+        },
+        {},
+        macro="macro_accuracy",
     ),
 }
 """The groups of benchmarks, by the name in `Benchmark.groups`."""
@@ -120,26 +133,31 @@ def columns(name: str, rows: Sequence[Row], metrics: Columns) -> Columns:
     }
 
 
+def cells(grouping: Grouping) -> list[str]:
+    """Returns the names of the groups of all values together."""
+    names = [""]
+    for values in grouping.values.values():
+        names = [f"{name}_{value}" for name in names for value in dict.fromkeys(values.values())]
+    return [name[1:] for name in names]
+
+
 def group_names(grouping: Grouping) -> list[str]:
-    """Returns the names of all groups of a grouping: those of each field, then all together."""
-    parts = [list(dict.fromkeys(names.values())) for names in grouping.values.values()]
-    together = parts[0]
-    for names in parts[1:]:
-        together = [f"{first}_{second}" for first in together for second in names]
-    return list(dict.fromkeys([*(name for names in parts for name in names), *together]))
+    """Returns the names of all groups of a grouping: the groups of each field, then the cells."""
+    parts = [name for values in grouping.values.values() for name in values.values()]
+    return list(dict.fromkeys([*parts, *cells(grouping)]))
 
 
 def combined(name: str, means: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the mean over the groups of all values together, if the grouping reports it.
+    """Returns the mean over the cells, if the grouping reports it.
 
     Args:
       means: the mean of each metric: numbers, or arrays of one shape.
     """
     grouping = GROUPINGS[name]
-    cells = group_names(grouping)[sum(len(set(v.values())) for v in grouping.values.values()) :]
-    if not grouping.macro or not all(cell in means for cell in cells):
+    values = [means[cell] for cell in cells(grouping) if cell in means]
+    if not grouping.macro or len(values) < len(cells(grouping)):
         return {}
-    return {grouping.macro: sum(means[cell] for cell in cells) / len(cells)}
+    return {grouping.macro: sum(values) / len(values)}
 
 
 def check_group_counts(name: str, rows: Sequence[Row], alternative: str) -> None:

@@ -88,6 +88,8 @@ def _gold_answer(
     task: EvalTask, batch: Batch, slot: int, record: JsonObject, tokenizer: Tokenizer
 ) -> JsonDict:
     suffix = tokenizer.decode(np.asarray(batch.suffix[slot]).tolist())
+    if task.kind == "mask_points":
+        return _question_mask(task, int(batch.index[slot]), record, _image_size(batch, slot))
     if task.kind == "choice":
         return cv_bench.gold(
             record, f"source {task.examples.name}: record {int(batch.index[slot])}"
@@ -139,6 +141,18 @@ def _gold_masks(task: EvalTask, batch: Batch, slot: int, object_count: int) -> J
     if not all(mask.any() for mask in masks):
         return {}
     return {"masks": [run_lengths.encode(mask) for mask in masks]}
+
+
+def _question_mask(
+    task: EvalTask, index: int, record: JsonObject, size: tuple[int, int]
+) -> JsonDict:
+    """Returns the mask of a question at the resolution of the image, and its number of points."""
+    try:
+        mask = run_lengths.encode(task.examples.mask(index, size))
+    except BadRecord as bad:
+        raise UserError(f"source {task.examples.name}: question {index}: {bad}") from None
+    count = parsers.number(record.get("count"), strict=False)
+    return {"masks": [mask]} | ({} if count is None else {"count": count})
 
 
 def read_prediction(

@@ -92,6 +92,11 @@ def open_eval_sources(
                 f"{setting} is {benchmark!r}, which needs config.eval.vqvae=vae-oid.npz and the "
                 f"path of masks, config.eval.sources.{name}.mask"
             )
+        if kind == "mask_points" and not settings.sources[name].mask:
+            raise UserError(
+                f"{setting} is {benchmark!r}, which needs the path of masks, "
+                f"config.eval.sources.{name}.mask"
+            )
     return {
         name: open_examples(f"eval/{name}", source, data, image_size)
         for name, source in settings.sources.items()
