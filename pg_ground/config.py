@@ -343,8 +343,9 @@ class Source:
     )
     unsafe_names: str = setting(
         "refuse",
-        'a name with ";" or a loc or seg token in it, which the answer cannot hold: refuse (a bad '
-        'record), replace ("," for ";", tokens are left out) or escape (similar characters)',
+        'a name with ";", a token such as <loc0000> or <eos>, or an invisible character, which the '
+        'answer cannot hold: refuse (a bad record), replace ("," for ";", the others are left out) '
+        "or escape (similar characters); invisible characters of prompts are left out too",
         choices=("refuse", "replace", "escape"),
     )
     remove: str = setting(

@@ -6,6 +6,7 @@ Every record is a line of a JSON file beside an image of 80 x 40 pixels.
 import json
 import math
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -335,6 +336,10 @@ def test_paths_that_lead_nowhere_name_the_nearest_field(tmp_path):
         ("sign <loc0012> here", "sign here", "sign ‹loc0012› here"),
         ("a;b;c", "a,b,c", "a；b；c"),
         ("<seg003>cat", "cat", "‹seg003›cat"),
+        ("cat<eos>", "cat", "cat‹eos›"),
+        ("<bos> cat", "cat", "‹bos› cat"),
+        ("a <pad> cat", "a cat", "a ‹pad› cat"),
+        ("<s>cat</s>", "cat", "‹s›cat‹/s›"),
     ],
 )
 def test_names_with_the_grammar_of_answers(tmp_path, name, replaced, escaped):
@@ -347,7 +352,94 @@ def test_names_with_the_grammar_of_answers(tmp_path, name, replaced, escaped):
     assert example(tmp_path, labels, label="label").names == ("ok",)
 
 
-@pytest.mark.parametrize("name", ["<loc12>", "；", "a: b", "cat)", "<image>", "猫", "a <loc> b"])
+INVISIBLE_NAMES = {
+    "cat\u200b": "cat",
+    "\ufeffred cat": "red cat",
+    "ca\xadt": "cat",
+    "\u202ecat\u202c": "cat",
+    "\u2066cat\u2069 left": "cat left",
+    "cat\x00": "cat",
+    "\x07cat \x1b[0m": "cat [0m",
+    "cat\x9b": "cat",
+    "c\u200dat": "cat",
+    "cat\ufe0f": "cat",
+    "cat \u3164": "cat",
+    "cat\U000e0041\U000e0042": "cat",
+    "\u200fחתול": "חתול",
+}
+"""Names that look like other names."""
+
+VISIBLE_NAMES = [
+    "👩\u200d🚀",
+    "می\u200cخواهم",
+    "❤️",
+    "🏴\U000e0067\U000e0062\U000e007f",
+    "क्\u200dष",
+    "1️⃣",
+    "café",
+]
+
+
+@pytest.mark.parametrize("suffix", ["loc", "json"])
+@pytest.mark.parametrize("name", INVISIBLE_NAMES, ids=ascii)
+def test_a_name_with_a_character_that_nobody_sees_is_bad_or_cleaned(tmp_path, name, suffix):
+    """From the phrase, from `label`, and from the keys of {label: boxes}."""
+    box = [10, 10, 40, 30]
+    for row, entry in (
+        ({"box": box, "phrase": name}, {}),
+        ({"box": box, "kind": name}, {"label": "kind"}),
+        ({"box": [box, [5, 5, 20, 20]], "kind": ["dog", name]}, {"label": "kind"}),
+        ({"box": {name: [box]}}, {}),
+    ):
+        text = fault(tmp_path, row, suffix=suffix, **entry)
+        assert text.startswith("bad_text: the name ") and "set unsafe_names to replace" in text
+        assert "the invisible character U+" in text and text.isprintable()
+        for choice in ("replace", "escape"):
+            names = example(tmp_path, row, suffix=suffix, unsafe_names=choice, **entry).names
+            assert names[-1] == INVISIBLE_NAMES[name]
+
+
+@pytest.mark.parametrize("name", VISIBLE_NAMES)
+def test_joiners_of_scripts_and_emoji_stay(tmp_path, name):
+    row = {"box": [10, 10, 40, 30], "phrase": name}
+    assert example(tmp_path, row).names == (name,)
+    assert example(tmp_path, row, unsafe_names="replace").names == (name,)
+
+
+@pytest.mark.parametrize("suffix", ["loc", "json"])
+@pytest.mark.parametrize("labels", [["<img>cat", "the dog"], "<img> cat", {"<img>cat": 0}])
+def test_remove_holds_for_names_from_labels(tmp_path, labels, suffix):
+    box = [10, 10, 40, 30]
+    remove = r"<\w+>|^the "
+    if isinstance(labels, dict):
+        result = example(tmp_path, {"box": {"<img>cat": [box]}}, remove=remove, suffix=suffix)
+    else:
+        boxes = [box, [50, 10, 70, 30]] if isinstance(labels, list) else [box]
+        row = {"box": boxes, "kind": labels}
+        result = example(tmp_path, row, label="kind", remove=remove, suffix=suffix)
+    assert result.names == (("cat", "dog") if isinstance(labels, list) else ("cat",))
+    assert "img" not in result.suffix and "cat" in result.suffix
+
+
+@pytest.mark.parametrize(
+    ("row", "entry"),
+    [
+        ({"kind": "<img>"}, {"label": "kind"}),
+        ({"kind": ["<img> <img>"]}, {"label": "kind"}),
+        ({"noun": "<img>"}, {"name": "{noun}"}),
+        ({"noun": "<img>"}, {"prompt": "{noun}"}),
+        ({"noun": "<img>"}, {"suffix": "{noun}"}),
+    ],
+)
+def test_a_text_of_which_remove_leaves_nothing_is_bad_text(tmp_path, row, entry):
+    row = {"box": [[10, 10, 40, 30]]} | row
+    text = fault(tmp_path, row, remove="<img>", **entry)
+    assert text.startswith("bad_text: remove = '<img>' leaves nothing of '<img>")
+
+
+@pytest.mark.parametrize(
+    "name", ["<loc12>", "；", "a: b", "cat)", "<image>", "猫", "a <loc> b", "<b>"]
+)
 def test_other_signs_in_names_stay(tmp_path, name):
     row = {"box": [10, 10, 40, 30], "phrase": name}
     assert example(tmp_path, row).names == (name,)
@@ -381,6 +473,14 @@ def test_a_gold_answer_that_its_reader_reads_differently_is_a_bad_record(tmp_pat
         to_row(tmp_path, two | {"phrase": "merge"}, tokens)
 
 
+def may_be_invisible(sign: str) -> bool:
+    is_filler = sign in "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"
+    is_selector = "\ufe00" <= sign <= "\ufe0f" or "\U000e0000" <= sign <= "\U000e007f"
+    return (
+        unicodedata.category(sign) in ("Cc", "Cf") or is_filler or is_selector or sign == "\u2065"
+    )
+
+
 @settings(max_examples=200, deadline=None)
 @given(name=text(min_size=1, max_size=12))
 def test_every_other_name_is_read_back(name):
@@ -390,7 +490,8 @@ def test_every_other_name_is_read_back(name):
     try:
         result = to_example(record, source, "a", 0, SIDE, None)
     except BadRecord as bad:
-        assert bad.kind == "bad_text" and (not name.strip() or ";" in name or "<" in name)
+        assert bad.kind == "bad_text"
+        assert not name.strip() or set(name) & {";", "<"} or any(map(may_be_invisible, name))
         return
     data = Data(max_boxes=8, prompt_length=64, suffix_length=256)
     to_batch_row(result, tokenizer.load(), data, 0)

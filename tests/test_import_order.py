@@ -73,6 +73,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "pixel_depth",
             "record_fields",
             "chat_turns",
+            "names",
             "images",
             "sampling",
             "box_formats",

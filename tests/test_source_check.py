@@ -196,6 +196,20 @@ def test_names_that_differ_only_in_case_are_listed():
     assert name_collisions(names) == ["'Cat' (3), 'cat' (9)", "'red  cat' (1), 'redcat' (1)"]
 
 
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [
+        (["caf\u00e9", "cafe\u0301"], r"'cafe\u0301' (1), 'caf\xe9' (1)"),
+        (["\uff23at", "cat"], r"'cat' (1), '\uff23at' (1)"),
+        (["cat", "cat\u200b"], r"'cat' (1), 'cat\u200b' (1)"),
+        (["\ufb01sh", "fish"], r"'fish' (1), '\ufb01sh' (1)"),
+        (["猫", "犬"], None),
+    ],
+)
+def test_names_in_another_unicode_form_are_listed_with_escapes(names, text):
+    assert name_collisions(Counter(names)) == ([text] if text else [])
+
+
 def test_findings_of_spans_add_up():
     first, second = Findings(), Findings()
     for i in range(5):

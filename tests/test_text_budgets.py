@@ -1,5 +1,6 @@
 """Checks of a source before training: the lengths of its texts, and the unit of its coordinates."""
 
+import ast
 from dataclasses import replace
 
 import numpy as np
@@ -224,15 +225,36 @@ def test_records_without_objects_are_counted_and_a_wrong_path_is_an_error(tmp_pa
         measure_budget(typo, tokens, DATA)
 
 
-@pytest.mark.parametrize("token", ["<image>", "<|im_start|>", "</s>", "<bos>", "[INST]"])
+@pytest.mark.parametrize(
+    "token",
+    [
+        *("<image>", "<|im_start|>", "</s>", "<bos>", "<eos>", "<pad>", "<unused42>", "[INST]"),
+        *("<mask>", "<unk>", "<start_of_turn>", "<image_soft_token>", "<|vision_start|>"),
+    ],
+)
 def test_tokens_of_other_models_in_prompts_are_reported(tmp_path, tokens, token):
     records = [
         {"phrase": f"{token} cat", "box": [0, 0, 4, 4]},
         {"phrase": "cat", "box": [0, 0, 4, 4]},
     ]
-    opened = open_examples("a", Source(uri=write_lines(tmp_path, records), boxes="box"), DATA, SIDE)
-    (doubt,) = measure_budget(opened, tokens, DATA).doubts
-    assert doubt.startswith(f"1 of 2 prompts have {token}, which is no token of PaliGemma")
+    source = Source(uri=write_lines(tmp_path, records), boxes="box", name="")
+    (doubt,) = measure_budget(open_examples("a", source, DATA, SIDE), tokens, DATA).doubts
+    assert doubt.startswith(f"1 of 2 prompts have {token}, which is no text that PaliGemma knows")
+    remove = ast.literal_eval(doubt.partition("remove = ")[2].partition(" leaves")[0])
+    cleaned = open_examples("a", replace(source, remove=remove), DATA, SIDE)
+    assert not measure_budget(cleaned, tokens, DATA).doubts
+    assert cleaned[0].prompt == "detect cat"
+
+
+@pytest.mark.parametrize("sign", ["\u200b", "\u202e", "\x00", "\x9b", "\xad", "\ufeff", "\u3164"])
+def test_invisible_characters_in_prompts_are_reported(tmp_path, tokens, sign):
+    records = [{"phrase": f"ca{sign}t", "box": [0, 0, 4, 4]}, {"phrase": "m", "box": [0, 0, 4, 4]}]
+    source = Source(uri=write_lines(tmp_path, records), boxes="box", name="")
+    (doubt,) = measure_budget(open_examples("a", source, DATA, SIDE), tokens, DATA).doubts
+    assert f"1 of 2 prompts have invisible characters, such as U+{ord(sign):04X}: " in doubt
+    cleaned = open_examples("a", replace(source, unsafe_names="replace"), DATA, SIDE)
+    assert not measure_budget(cleaned, tokens, DATA).doubts
+    assert cleaned[0].prompt == "detect cat"
 
 
 def test_counting_needs_no_room_for_boxes(tmp_path, tokens):

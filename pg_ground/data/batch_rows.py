@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int
 
 from pg_ground.config import Data
 from pg_ground.data.records import BadRecord, short
+from pg_ground.readers.locations import loc_segments
 from pg_ground.tokenizer import Tokenizer
 from pg_ground.types import POINTS, TEXT, Batch, Boxes, Example, Gold, Points
 from pg_ground.vocab import EOS, PAD, SEG_TOKENS, Vocab
@@ -56,8 +57,9 @@ def _check_read_back(
 ) -> None:
     """Raises BadRecord (bad_text) if the reader of answers does not read the gold answer as it is.
 
-    The reader works on token ids (`rewards.answer_reader`). A ";" that is one piece with a letter
+    Device rewards read token ids (`rewards.answer_reader`). A ";" that is one piece with a letter
     of a name is no separator, and a name that the tokenizer does not know is the same as another.
+    Text rewards and evals read the text.
     """
     slots = example.points if example.target == POINTS else example.boxes
     labels = slots.label[slots.valid].tolist()
@@ -76,8 +78,10 @@ def _check_read_back(
                 "bad_text",
                 f"the names {short(first)} and {short(example.names[i])} are the same tokens",
             )
-    for label, name in zip(labels, segments, strict=True):
-        if name != (written[label] if written else []):
+    texts = loc_segments(example.suffix) if labels else []
+    for label, name, text in zip(labels, segments, texts, strict=True):
+        expected = example.names[label] if example.names else ""
+        if name != (written[label] if written else []) or text.label != expected:
             raise BadRecord(
                 "bad_text", f"a name of the answer {short(example.suffix)} is read back differently"
             )

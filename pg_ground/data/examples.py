@@ -37,6 +37,7 @@ from pg_ground.data.frames import (
 from pg_ground.data.image_values import image_name, unwrap
 from pg_ground.data.images import Opened, open_oriented, resize
 from pg_ground.data.masks import to_masks
+from pg_ground.data.names import INVISIBLE, check_unicode, safe_name
 from pg_ground.data.record_fields import (
     coordinates_at,
     field_at,
@@ -55,12 +56,6 @@ TARGETS = {"boxes": BOXES, "points": POINTS, "text": TEXT}
 
 FAR_BEYOND = 0.5
 """The part of a side by which a box may reach beyond the image. It is clipped to the image."""
-
-GRAMMAR = re.compile(r";|<(?:loc\d{4}|seg\d{3})>")
-"""The parts of an answer in loc tokens that separate objects or are coordinates."""
-
-SIMILAR = str.maketrans({";": "\uff1b", "<": "\u2039", ">": "\u203a"})
-"""The characters of `unsafe_names="escape"`."""
 
 
 def check_formats(source: Source, source_name: str) -> None:
@@ -241,6 +236,8 @@ def read_question(record: Record, source: Source, element: int) -> tuple[str, An
     if not count and source.target != "text" and source.empty == "drop":
         raise BadRecord("empty", nothing_there(source) + absence)
     prompt = _fill(source.prompt, record, source, element)
+    if source.unsafe_names != "refuse":
+        prompt = " ".join(INVISIBLE.sub("", prompt).split())
     if not prompt:
         raise BadRecord("bad_text", f"the prompt {short(source.prompt)} comes out empty")
     _check_nesting(record, source, element)
@@ -249,7 +246,7 @@ def read_question(record: Record, source: Source, element: int) -> tuple[str, An
         labels = _to_labels(field_at(record, source.label, element), count)
     elif not labels and source.name and count:
         labels = (_fill(source.name, record, source, element),) * count
-    labels = tuple(_safe_name(label, source) for label in labels)
+    labels = tuple(safe_name(_without(label, source), source) for label in labels)
     return prompt, Annotation(boxes, points, labels, rows.codes, count, absence)
 
 
@@ -288,8 +285,24 @@ def _absence(record: Record, path: str, source: Source, element: int) -> str:
 def _fill(template: str, record: Record, source: Source, element: int) -> str:
     """Returns a filled template without the parts that `source.remove` names."""
     text = fill_template(template, record, source.phrase, element)
-    _check_unicode(text)
-    return " ".join(re.sub(source.remove, " ", text).split()) if source.remove else text
+    check_unicode(text)
+    return _without(text, source) if text else text
+
+
+def _without(text: str, source: Source) -> str:
+    """Returns a text without the parts that `source.remove` names, with single spaces.
+
+    Raises:
+      BadRecord: bad_text, if nothing is left.
+    """
+    if not source.remove or not text:
+        return text
+    remainder = " ".join(re.sub(source.remove, " ", text).split())
+    if not remainder:
+        raise BadRecord(
+            "bad_text", f"remove = {short(source.remove)} leaves nothing of {short(text)}"
+        )
+    return remainder
 
 
 def _check_nesting(record: Record, source: Source, element: int) -> None:
@@ -317,42 +330,6 @@ def _check_nesting(record: Record, source: Source, element: int) -> None:
             f"the prompt {short(source.prompt)} {fault} the phrase {short(phrase)}: "
             f"set prompt = {whole!r}",
         )
-
-
-def _check_unicode(text: str) -> None:
-    """Raises BadRecord (bad_text) if a text has half a surrogate pair. JSON can hold one.
-
-    A text that was cut inside an emoji ends in one. No tokenizer takes it.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = text[error.start]
-        raise BadRecord("bad_text", f"{short(text)} has half a character: {half!r}") from None
-
-
-def _safe_name(name: str, source: Source) -> str:
-    """Returns a name that the answer's reader reads as it was written.
-
-    Raises:
-      BadRecord: bad_text, if the name has ";" or a loc token in it and the source refuses these.
-    """
-    _check_unicode(name)
-    if source.suffix != "loc" or not GRAMMAR.search(name):
-        return name
-    if source.unsafe_names == "refuse":
-        reason = "has ';', which separates objects" if ";" in name else "has a token of coordinates"
-        raise BadRecord(
-            "bad_text", f"the name {short(name)} {reason}: set unsafe_names to replace or escape"
-        )
-    if source.unsafe_names == "replace":
-        text = GRAMMAR.sub(lambda match: "," if match[0] == ";" else " ", name)
-        text = " ".join(text.split()).strip(" ,")
-    else:
-        text = GRAMMAR.sub(lambda match: match[0].translate(SIMILAR), name)
-    if not text:
-        raise BadRecord("bad_text", f"nothing is left of the name {short(name)}")
-    return text
 
 
 def select_objects(

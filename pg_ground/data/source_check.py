@@ -4,6 +4,7 @@ import functools
 import multiprocessing
 import os
 import time
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -14,6 +15,7 @@ from pg_ground.config import Data, Source
 from pg_ground.data.bad_records import BadRecords
 from pg_ground.data.batch_rows import to_batch_row
 from pg_ground.data.datasets import Examples, open_examples
+from pg_ground.data.names import INVISIBLE
 from pg_ground.data.records import BadRecord
 from pg_ground.data.text_budgets import Budget, check_budgets, measure_budget
 from pg_ground.storage.downloads import tokenizer_file
@@ -218,15 +220,25 @@ def _problems(
 
 
 def name_collisions(names: Counter[str]) -> list[str]:
-    """Returns the names that differ only in case or in blanks, in words, the most frequent first.
+    """Returns the names that look alike, in words, the most frequent first.
+
+    They differ in case, in blanks, in invisible characters or in their Unicode form only.
 
     The model learns such names as different objects.
     """
     groups: dict[str, list[str]] = {}
     for name in names:
-        groups.setdefault("".join(name.casefold().split()), []).append(name)
+        text = unicodedata.normalize("NFKC", INVISIBLE.sub("", name)).casefold()
+        groups.setdefault("".join(text.split()), []).append(name)
     collisions = [group for group in groups.values() if len(group) > 1]
     collisions.sort(key=lambda group: -sum(names[name] for name in group))
     return [
-        ", ".join(f"{name!r:.60} ({names[name]})" for name in sorted(group)) for group in collisions
+        ", ".join(f"{_distinct(name, group):.60} ({names[name]})" for name in sorted(group))
+        for group in collisions
     ]
+
+
+def _distinct(name: str, group: Sequence[str]) -> str:
+    """Returns a name in quotes, with escapes if names of its group would look the same."""
+    is_plain = all(unicodedata.is_normalized("NFKC", other) for other in group)
+    return repr(name) if is_plain else ascii(name)

@@ -21,6 +21,7 @@ from pg_ground.data.examples import (
 )
 from pg_ground.data.fetch import cache_fault
 from pg_ground.data.frames import recorded_size
+from pg_ground.data.names import INVISIBLE, SPECIAL_TOKENS, code_point
 from pg_ground.data.pixel_depth import DARK
 from pg_ground.data.record_fields import with_setting
 from pg_ground.data.records import BadRecord, short
@@ -36,9 +37,10 @@ LONGEST_SIDE = 9999
 
 
 FOREIGN_TOKENS = re.compile(
-    r"<(?:image|video|img|bos|eos|s|start_of_turn|end_of_turn)>|</s>|<\|[^|<>]{1,40}\|>|\[/?INST\]"
+    rf"{SPECIAL_TOKENS}|<(?:image|video|audio|img|mask|unused\d+|image_soft_token)>"
+    r"|<(?:start|end)_of_(?:turn|image)>|<\|[^|<>]{1,40}\|>|\[/?INST\]"
 )
-"""Tokens of other models' chats. For PaliGemma they are a text of many pieces."""
+"""Special tokens and tokens of other models' chats. PaliGemma learned none of them as text."""
 
 
 WHOLE_SOURCE = "all"
@@ -140,6 +142,7 @@ def measure_budget(dataset: Examples, tokenizer: Tokenizer, data: Data) -> Budge
             *address_doubts,
             *_dark_doubts(probed),
             *foreign_tokens([question.prompt for question in questions.values()]),
+            *invisible_characters([question.prompt for question in questions.values()]),
         ],
     )
 
@@ -303,9 +306,23 @@ def foreign_tokens(prompts: Sequence[str]) -> list[str]:
         token for prompt in prompts for token in sorted(set(FOREIGN_TOKENS.findall(prompt)))
     )
     return [
-        f"{count} of {len(prompts)} prompts have {token}, which is no token of PaliGemma: "
+        f"{count} of {len(prompts)} prompts have {token}, which is no text that PaliGemma knows: "
         f"remove = {re.escape(token)!r} leaves it out"
         for token, count in tokens.most_common(3)
+    ]
+
+
+def invisible_characters(prompts: Sequence[str]) -> list[str]:
+    """Returns in words how many prompts of a source have characters that nobody sees."""
+    characters = [sorted(set("".join(INVISIBLE.findall(prompt)))) for prompt in prompts]
+    count = sum(map(bool, characters))
+    if not count:
+        return []
+    numbers = Counter(sign for signs in characters for sign in signs)
+    signs = [sign for sign, _ in numbers.most_common(5)]
+    return [
+        f"{count} of {len(prompts)} prompts have invisible characters, such as "
+        f"{', '.join(map(code_point, signs))}: unsafe_names = 'replace' leaves them out"
     ]
 
 

@@ -28,7 +28,8 @@ def notes(checks: Sequence[Check]) -> Iterator[str]:
             yield from (f"source {check.name}: {doubt}" for doubt in check.budget.doubts)
         collisions = name_collisions(check.findings.names)
         for group in collisions[:MAX_COLLISIONS]:
-            yield f"source {check.name}: names that differ only in case or blanks: {group}"
+            differ = "names that differ only in case, blanks or Unicode form"
+            yield f"source {check.name}: {differ}: {group}"
         if len(collisions) > MAX_COLLISIONS:
             more = len(collisions) - MAX_COLLISIONS
             yield f"source {check.name}: {more} more groups of similar names"
