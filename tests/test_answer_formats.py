@@ -432,6 +432,7 @@ def test_files_of_loc_text_score_as_they_should(name):
         ("objects", ["left", [1, 2, 3], {"a": 1}], "none of 3 answers can be read as boxes"),
         ("pointing", ["a", "b", "c"], "none of 3 answers can be read as points"),
         ("screenspot", ["a", "b", "c"], "none of 3 answers can be read as points"),
+        ("screenspot", ["30%, 50%"], "none of 1 answers can be read as points"),
         (
             "counting",
             ["many", "4 or 5", None],
@@ -478,10 +479,37 @@ def test_no_answer_for_nothing_there_is_right(tmp_path):
         ({"x": 290, "y": 1270, "width": 30, "height": 30}, True),
         ('<point x="301" y="1284" alt="b">b</point>', True),
         ("[[900, 1270, 930, 1300]]", False),
+        # without brackets
+        ("301,1284\n915,1284", True),
+        ("301,1284 915,1284", True),
+        ("301 1284; 915 1284", True),
+        ("301, 1284\n915, 1284\n20, 20", True),
+        ("915,1284\n301,1284", False),
+        ("290, 1270, 320, 1300", True),
+        ("290 1270 320 1300", True),
+        ("301 1284", True),
+        ("x=301, y=1284", True),
+        ("X: 301, Y: 1284", True),
+        ("x: 301px\ny: 1284px", True),
+        ("x is 301 and y is 1284; x is 915 and y is 1284", True),
+        ("x1=290, y1=1270, x2=320, y2=1300", True),
+        ("1. (301, 1284)\n2. (915, 1284)", True),
+        ("1. 301, 1284\n2. 915, 1284", True),
+        ("1) 915, 1284\n2) 301, 1284", False),
+        ("\uff08301\uff0c1284\uff09", True),
+        ("(301,1284) then (915,1284)", True),
+        ("(915,1284) then (301,1284)", False),
+        ("click(start_box='(301,1284)')", True),
+        ("click(start_box='(915,1284)', end_box='(301,1284)')", False),
+        ("301px, 1284px", True),
+        ("301, 1284 (0.9)", True),
     ],
 )
 def test_the_first_point_of_a_click_counts(value, is_hit, tmp_path):
-    """A box counts by its centre if it is written as four numbers or in the tags of a box."""
+    """A box counts by its centre if it is written as four numbers or in the tags of a box.
+
+    Numbers without brackets are points if other separators stand between pairs than within them.
+    """
     records = [{"pred": value, "gold": [290, 1270, 320, 1300]}]
     report, _ = score(tmp_path, records, "screenspot", Formats())
     assert report["accuracy"] == is_hit

@@ -16,7 +16,7 @@ def load(path: FilePath, encoder: bool = False) -> dict[str, jax.Array]:
     With `encoder`, also the weights that `encode` needs.
 
     Raises:
-      UserError: the file does not exist, or a weight is missing has another shape, or a value is
+      UserError: the file does not exist, or a weight is missing or has another shape, or a value is
         NaN or infinite.
     """
     tensors = with_finite_check(path, tensor_files.open_npz(path))

@@ -394,9 +394,14 @@ def _is_location(value: Mapping[Any, Any], width: int) -> bool:
 
 
 NUMBER = r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
-_XY = re.compile(rf"""\bx([0-9]*)=["']?({NUMBER})["']?,?\s?y\1=["']?({NUMBER})""")
-"""`<points x1="10.5" y1="20.5" …>`, as Molmo writes, and `click(x=10, y=20)`."""
-_FILLER = re.compile(r"[\s,;()\[\]{}<>]*")
+_EQUALS = r"""["']?(?:\s*[:=]\s*|\s+is\s+|\s+)["']?"""
+_XY = re.compile(
+    rf"""\bx([0-9]*){_EQUALS}({NUMBER})(?:\s?px\b)?["']?[,;]?\s*(?:and\s+)?"""
+    rf"""\by\1{_EQUALS}({NUMBER})""",
+    re.IGNORECASE,
+)
+"""`<points x1="10.5" y1="20.5" …>`, as Molmo writes, `click(x=10, y=20)` and `X: 10, Y: 20`."""
+_FILLER = re.compile(r"(?:\s?px\b)?[\s,;()\[\]{}<>]*")
 
 
 def _read_bare(text: str, width: int) -> list[Location]:
@@ -443,25 +448,75 @@ def _named_in_text(text: str) -> list[Location]:
 def number_runs(text: str, width: int) -> list[list[str]]:
     """Returns the runs of `width` numbers.
 
-    A run ends at other text, and at a bracket that closes after `width` numbers.
+    A run ends at other text, at a bracket that closes after `width` numbers, and at a bracket that
+    opens after `width` numbers or within a pair, as in `1. (301, 1284)`. Points without brackets
+    are pairs if their separators say so: `20,20 50,50`.
     """
     runs: list[list[str]] = [[]]
+    gaps: list[list[str]] = [[]]
     end = 0
+    text = _plain_punctuation(text)
     for match in re.finditer(NUMBER, text):
         between = text[end : match.start()]
-        closed = len(runs[-1]) == width and ("]" in between or ")" in between)
+        count = len(runs[-1])
+        closes = "]" in between or ")" in between
+        opens = not closes and ("[" in between or "(" in between)
+        closed = (count == width and (closes or opens)) or (count % 2 and opens)
         if runs[-1] and (closed or not _FILLER.fullmatch(between) or not between):
             runs.append([])
+            gaps.append([])
+        elif runs[-1]:
+            gaps[-1].append(between)
         runs[-1].append(match[0])
         end = match.end()
+    if width == 2:
+        runs = _split_pairs(runs, gaps)
     return [run for run in runs if len(run) == width]
+
+
+_LIST_MARKER = re.compile(rf"^[ \t]*[0-9]{{1,2}}[.)][ \t]+(?={NUMBER}\s*[,;])", re.MULTILINE)
+
+
+def _plain_punctuation(text: str) -> str:
+    """Returns a text with plain commas and brackets, and without the numbers of a list's lines.
+
+    `1. 301, 1284` is the first line of a numbered list.
+    """
+    return _LIST_MARKER.sub("", text.translate(_FULL_WIDTH))
+
+
+_FULL_WIDTH = str.maketrans("\uff0c\uff1b\uff08\uff09\uff1a", ",;():")
+"""Commas, semicolons, brackets and colons of Chinese text."""
+
+
+def _split_pairs(runs: Sequence[list[str]], gaps: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Returns runs of numbers, cut into pairs if other separators stand between than within pairs.
+
+    `20,20 50,50` and `20 20; 50 50` are pairs. `20, 20, 50, 50` stays one run.
+
+    Args:
+      gaps: the texts between the numbers of each run.
+    """
+    parts: list[list[str]] = []
+    for run, texts in zip(runs, gaps, strict=True):
+        within, between = set(map(_separator, texts[::2])), set(map(_separator, texts[1::2]))
+        are_pairs = len(run) >= 4 and len(run) % 2 == 0 and len(within) == 1
+        step = 2 if are_pairs and not within & between else max(1, len(run))
+        parts += [run[start : start + step] for start in range(0, len(run), step)]
+    return parts
+
+
+def _separator(gap: str) -> str:
+    """Returns the strongest mark between two numbers; a blank if there is none."""
+    return next((mark for mark in (";", ",", "\n") if mark in gap), " ")
 
 
 def first_width(value: object) -> int:
     """Returns 2 if the first location of an answer is a point, 4 if it is a box, 0 without one.
 
     An object states it by its keys. A list or a bracket in a text states it by the number of its
-    numbers: `[301, 1284], [915, 1284]` are points, also if they stand in one list.
+    numbers: `[301, 1284], [915, 1284]` are points, also if they stand in one list. Without
+    brackets, the separators state it: `20,20 50,50` are points, and `20, 20, 50, 50` is a box.
     """
     if isinstance(value, str):
         return _first_width_of_text(value)
@@ -489,6 +544,8 @@ def _first_width_of_text(text: str) -> int:
     widths = [first_width(value) for value in objects if isinstance(value, dict)]
     if any(widths):
         return next(filter(None, widths))
+    if _named_in_text(answer):
+        return 4
     if _XY.search(answer):
         return 2
     return next((len(run) for run in _bracketed_runs(answer) if len(run) in (2, 4)), 0)
@@ -504,20 +561,28 @@ def _first_width_of_object(value: Mapping[Any, Any]) -> int:
     return next(filter(None, map(first_width, value.values())), 0)
 
 
-_BETWEEN = re.compile(r"[\s,;]+|><")
+_BETWEEN = re.compile(r"(?:\s?px\b)?[\s,;]+|><")
 
 
 def _bracketed_runs(text: str) -> list[list[str]]:
-    """Returns the numbers of a text. A run ends at other text and at a bracket."""
+    """Returns the numbers of a text. A run ends at other text and at a bracket.
+
+    Pairs with other separators between them than within them are runs of their own.
+    """
     runs: list[list[str]] = [[]]
+    gaps: list[list[str]] = [[]]
     end = 0
+    text = _plain_punctuation(text)
     for match in re.finditer(NUMBER, text):
         between = text[end : match.start()]
         if runs[-1] and not _BETWEEN.fullmatch(between):
             runs.append([])
+            gaps.append([])
+        elif runs[-1]:
+            gaps[-1].append(between)
         runs[-1].append(match[0])
         end = match.end()
-    return runs
+    return _split_pairs(runs, gaps)
 
 
 def _objects_in_prose(text: str, key: str) -> list[Any]:
