@@ -80,7 +80,7 @@ def test_a_page_has_at_most_n_examples_of_each_source():
     sources = [opened(*[example()] * 5), opened(*[example()] * 2)]
     text = gallery.gallery_html(sources, 3, tokenizer.load(), BadRecords())
     assert text.count("<img") == 5
-    assert "3 of 5 questions" in text
+    assert "the first 3 of 5 questions" in text
     assert "2 of 2 questions" in text
 
 
@@ -153,6 +153,22 @@ def test_the_command_writes_one_whole_page_of_real_sources(tmp_path, capsys, cap
     assert "detect dot" in text
     assert "60×40 px" in text
     assert [path.name for path in out.parent.iterdir()] == ["look.html"]
+
+
+@pytest.mark.parametrize(
+    ("count", "shown", "bad"), [(5, 3, 0), (5, 5, 1), (5, 9, 1), (1, 1, 0), (40, 3, 0)]
+)
+def test_the_command_says_how_many_questions_it_does_not_show(tmp_path, caplog, count, shown, bad):
+    Image.new("RGB", (60, 40)).save(tmp_path / "a.png")
+    lines = [{"image": "a.png", "phrase": "dot", "box": [10, 10, 30, 30]}] * count
+    lines = [*lines[:-1], {"image": "no.png"}] if count > 1 else lines
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    recipe = write_recipe(tmp_path, f"jsonl:{tmp_path / 'r.jsonl'}")
+    caplog.set_level("INFO")
+    call("look", f"--config={recipe}", f"--n={shown}", f"--out={tmp_path}/look.html")
+    text = f"source sft/toy: the page shows the first {shown} of {count} questions; look --check"
+    assert (text in caplog.text) == (shown < count)
+    assert ("1 record cannot be used" in caplog.text) == bool(bad)
 
 
 def write_recipe(folder, uri):

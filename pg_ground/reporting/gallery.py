@@ -78,6 +78,7 @@ def write_gallery(
     write_atomically(out, gallery_html(opened, examples, tokenizer, bad_records))
     unusable = []
     for source in opened:
+        _say_what_is_shown(source, examples)
         entries = [entry for entry in bad_records.entries() if entry["source"] == source.setting]
         if entries:
             logger.warning("%s", in_words(entries))
@@ -88,6 +89,14 @@ def write_gallery(
     if unusable:
         raise UserError(f"no example of {', '.join(unusable)} can be used; see {out}")
     return out
+
+
+def _say_what_is_shown(source: OpenSource, examples: int) -> None:
+    """Logs how many questions of a source the page leaves out: they can have any fault."""
+    total = len(source.examples)
+    if examples < total:
+        text = "source %s: the page shows the first %d of %d questions; look --check reads all"
+        logger.info(text, source.setting, examples, total)
 
 
 def _warn_of_readings(source: OpenSource, tokenizer: Tokenizer, data: Data) -> None:
@@ -136,7 +145,8 @@ def gallery_html(
         total = len(source.examples)
         count = min(examples, total)
         sections = ", ".join(source.sections)
-        note = f"{sections} · {source.source.uri} · {count} of {total} questions"
+        first = "the first " if count < total else ""
+        note = f"{sections} · {source.source.uri} · {first}{count} of {total} questions"
         body += [
             f"<h2>{html.escape(source.name)}</h2>",
             f'<p class="note">{html.escape(note)}</p>',
