@@ -445,3 +445,21 @@ def test_categories_that_share_one_name_are_listed(write, names, notes):
     )
     for ask in PHRASES:
         assert [text for text in readings(path, ask) if "class" in text] == notes
+
+
+@pytest.mark.parametrize("ask", PHRASES)
+@pytest.mark.parametrize("orphans", [0, 1, 3])
+def test_annotations_without_an_image_cast_doubt_on_empty_answers(write, ask, orphans):
+    """The message of each names the id that is missing. Which image was meant cannot be known."""
+    lost = [thing(90 + i, ("x9", 999, "00")[i]) for i in range(orphans)]
+    path = write(instances(annotations=[thing(0, 0), *lost]))
+    text = f"{orphans} annotation{'s name' if orphans > 1 else ' names'} no image of the file: "
+    assert any(note.startswith(text) for note in readings(path, ask)) == bool(orphans)
+    _, bad = questions(path, ask, empty="keep")
+    messages = [message for message in bad if message.startswith("missing_image")]
+    assert len(messages) == orphans
+    for message, missing in zip(messages, ("'x9'", "999", "'00'"), strict=False):
+        assert f"there is no image with the id {missing}" in message
+    whole = write(instances(annotations=[thing(i, i) for i in range(4)] + lost))
+    records = open_records(f"coco:{whole}?ask={ask}", "mine", True, True)
+    assert not any("no image of the file" in note for note in notes_of(records))

@@ -102,6 +102,11 @@ def open_coco(location: str, keep_empty: bool = False, flat_is_bad: bool = True)
     notes = (f"{count} {text} for one class each, in turn",) if count else ()
     named = [(str(key), item.name) for key, item in categories.items() if item.name]
     notes += tuple(shared_names(named))
+    orphans = sum(entry.kind == "missing_image" for entry in bad)
+    has_background = any(isinstance(i, ImageObjects) and not (i.boxes or i.lost) for i in images)
+    if keep_empty and orphans and has_background:
+        text = "annotation names" if orphans == 1 else "annotations name"
+        notes += (f"{orphans} {text} no image of the file: some empty answers may be wrong",)
     root = to_path(options["images"], f"source {uri}") if "images" in options else path.parent
     return RecordList(entries, path.name, root, notes)
 
