@@ -159,8 +159,33 @@ def test_rewards_that_are_equal_for_every_answer_are_an_error(source, tmp_path, 
         check(*coverage(source(**WORDS), text=rewards, length=0.1))
 
 
-def test_shaping_alone_is_a_choice(source):
-    check(*coverage(source(**WORDS), length=1.0))
+@pytest.mark.parametrize(
+    ("settings", "device", "suggestion"),
+    [
+        (COUNT, {"length": 1.0}, "grpo.text_rewards.count_exact"),
+        (WORDS, {"length": 1.0, "repetition": 0.5}, "grpo.text_rewards.exact_match"),
+        pytest.param(BOXES, {"overlong": -1.0}, "grpo.rewards.iou", marks=pytest.mark.slow),
+        pytest.param(
+            POINTS, {"length": (0.0, 1.0, 10)}, "grpo.rewards.distance", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            BOXES, {"length": 1.0, "iou": 0.0}, "grpo.rewards.iou", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_rewards_that_see_no_ground_truth_are_not_enough(source, settings, device, suggestion):
+    with pytest.raises(UserError, match="see no ground truth, and no other applies") as error:
+        check(*coverage(source(**settings), **device))
+    message = str(error.value)
+    assert suggestion in message and "data.check_records=0" in message, message
+    assert all(name in message for name in device if device[name]) and len(message) < 500
+
+
+def test_a_source_with_only_shaping_among_others_is_an_error(source):
+    """The other source has a reward; the numbers have none but the length."""
+    with pytest.raises(UserError, match=r"\(iou\) applies, except length, which see") as error:
+        check(*coverage(source(**BOXES), source(**COUNT), iou=1.0, length=0.1))
+    assert "5 of 5 questions" in str(error.value)
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ QUESTIONS = 16
 """Questions of a source that are answered. Each answer is one call of each text reward."""
 
 SHAPING = frozenset({"length", "repetition", "overlong"})
-"""Rewards that see no ground truth. They count only if no other reward has a weight."""
+"""Rewards that see no ground truth. A question needs another reward that applies."""
 
 GOLD_FORMS = 4
 """The first answers are the gold text, and the gold text in forms that a policy must add."""
@@ -143,13 +143,13 @@ def check(coverages: Sequence[Coverage], settings: Grpo) -> None:
     """Logs what is doubtful about the rewards of each source.
 
     Raises:
-      UserError: no reward with a weight applies to a question, or all answers to the questions of
-        a source have the same total.
+      UserError: no reward with a weight applies to a question, except rewards in `SHAPING`, or all
+        answers to the questions of a source have the same total.
     """
     names = sorted(_counting(settings))
     for coverage in coverages:
         if coverage.uncovered:
-            raise UserError(_uncovered_message(coverage, names))
+            raise UserError(_uncovered_message(coverage, settings))
         if coverage.constant is not None:
             raise UserError(
                 f"source {coverage.source}: the rewards ({', '.join(names)}) are "
@@ -228,9 +228,8 @@ def _shifted(gold: str) -> str:
 
 
 def _counting(settings: Grpo) -> frozenset[str]:
-    """Returns the rewards with a weight that must apply to every question."""
-    weighted = weighted_rewards(settings)
-    return weighted - SHAPING or weighted
+    """Returns the rewards with a weight of which one must apply to every question."""
+    return weighted_rewards(settings) - SHAPING
 
 
 def _largest_weight(settings: Grpo, name: str) -> float:
@@ -339,9 +338,11 @@ def _coverage(
     is_gold = np.array([[text == texts[0] for text in texts] for texts in answers])
     is_gold[:, :GOLD_FORMS] = True
     counting = _counting(prober.settings)
-    weights = {name: _largest_weight(prober.settings, name) for name in counting}
-    total = sum(weights[name] * np.nan_to_num(parts[name]) for name in sorted(counting))
-    is_scored = np.any([~np.isnan(parts[name]) for name in counting], axis=0)
+    total = np.zeros((len(questions), len(KINDS)))
+    is_scored = np.zeros(total.shape, bool)
+    for name in sorted(counting):
+        total += _largest_weight(prober.settings, name) * np.nan_to_num(parts[name])
+        is_scored |= ~np.isnan(parts[name])
     total = np.where(is_scored, total, np.nan)
     gold_total = _largest(np.where(is_gold, total, np.nan))
     uncovered = np.flatnonzero(~is_scored.any(axis=1))
@@ -419,15 +420,23 @@ def _uncovered(
     return Uncovered(count, index, question.gold, best)
 
 
-def _uncovered_message(coverage: Coverage, names: Sequence[str]) -> str:
+def _uncovered_message(coverage: Coverage, settings: Grpo) -> str:
+    names, shaping = sorted(_counting(settings)), sorted(weighted_rewards(settings) & SHAPING)
+    start = f"no reward with a weight ({', '.join(names)}) applies"
+    if not names:
+        start = f"the rewards ({', '.join(shaping)}) see no ground truth, and no other applies"
+    elif shaping:
+        start += f", except {', '.join(shaping)}, which see no ground truth,"
     question = coverage.uncovered
     assert question is not None
     suggested = ", ".join(f"grpo.{name}" for name in question.suggestions)
     hint = f"{suggested} would apply" if suggested else "no reward of the package would apply"
+    if not names:
+        hint += "; data.check_records=0 does not check"
     if coverage.target == "text" and "<loc" in question.gold:
         hint += "; for rewards of boxes, name the field of the text in boxes, with target boxes"
     return (
-        f"source {coverage.source}: no reward with a weight ({', '.join(names)}) applies to "
+        f"source {coverage.source}: {start} to "
         f"{question.count} of {coverage.questions} questions that were tried, first question "
         f"{question.index}, whose answer is {question.gold[:80]!r} (target {coverage.target}): "
         f"{hint}"
