@@ -55,6 +55,33 @@ ENTRIES: dict[str, Source] = {
         box_format="yxyx_frac",
         prompt="detect {phrase}",
     ),
+    # GroundingME: the questions of the dimension "Rejection" have no target.
+    # Set c.eval.benchmarks = {"groundingme": "groundingme"}.
+    "groundingme": Source(
+        uri="hf:lirang04/GroundingME@test",
+        phrase="description",
+        boxes="bbox",
+        empty="keep",
+        flat_boxes="drop",
+        prompt="detect {phrase}",
+        name="",
+    ),
+    # Expressions that were changed so that they describe nothing: train and validation.
+    # Set c.eval.benchmarks = {"refcocog_rej": "rejection"}.
+    "refcocog_rej": Source(
+        uri="hf:lirang04/RefCOCOg_rej@validation",
+        phrase="rejected_exp",
+        empty="keep",
+        prompt="detect {phrase}",
+    ),
+    # The public part of Ref-Adv. Set c.eval.benchmarks = {"ref_adv_s": "ref_adv_s"}.
+    "ref_adv_s": Source(
+        uri="hf:dddraxxx/ref-adv-s@train",
+        phrase="normal_caption",
+        boxes="solution",
+        prompt="detect {phrase}",
+        name="",
+    ),
     # Has a train split. `bbox` is xyxy. The images are COCO's files.
     "refcoco_jxu124": Source(
         uri="hf:jxu124/refcoco@train",
@@ -268,6 +295,7 @@ ENTRIES: dict[str, Source] = {
         boxes="bbox",
         box_format="xywh_px",
         prompt="point to {phrase}",
+        name="",
     ),
     # ScreenSpot-Pro has a file for each application.
     # Set c.eval.benchmarks = {"screenspot_pro": "screenspot_pro"}.
@@ -278,6 +306,7 @@ ENTRIES: dict[str, Source] = {
         phrase="instruction",
         boxes="bbox",
         prompt="point to {phrase}",
+        name="",
     ),
     "grounding_synthetic": Source(
         uri="hf:UlrickBL/grounding-dataset-synthetic@train",

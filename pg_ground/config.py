@@ -323,7 +323,8 @@ class Source:
     )
     empty: str = setting(
         "drop",
-        "records without boxes or points: drop, or keep as questions with an empty answer",
+        "records without boxes or points: drop, or keep as questions with an empty answer; with "
+        "keep, the path of boxes or points may be absent",
         choices=("drop", "keep"),
     )
     max_objects: int = setting(
@@ -1131,7 +1132,9 @@ def _check_source(source: Source, path: str) -> None:
     else:
         field_path = getattr(source, source.target)
         right = f"the path of the {source.target} it asks for"
-        _need(bool(field_path), f"{path}.{source.target}", field_path, right)
+        # with empty="keep", questions without boxes are meant: the right answer is empty
+        is_there = bool(field_path) or source.empty == "keep"
+        _need(is_there, f"{path}.{source.target}", field_path, right)
     written = source.suffix in ("loc", "json", "count") or is_template
     _need(
         written,

@@ -154,6 +154,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "grounding",
             "detection_f1",
             "grec",
+            "rejection",
             "pointing",
             "mask_points",
             "counting",

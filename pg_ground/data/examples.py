@@ -452,7 +452,11 @@ def to_yxyx(
         is_flat = (fractions[i, 2:] == fractions[i, :2]).any()
         others = "" if is_flat else _fits_as(rows[i], box_format, size)
         raise BadRecord("bad_box", f"{row_text(rows, i)} as {box_format} {reason}{others}")
-    is_tiny = split_format(box_format)[1] in ("px", "permille", "bin") and np.abs(rows).max(1) <= 1
+    largest = np.abs(rows).max(1)
+    # a box of zeros fits every unit; it is here only if boxes without area are allowed
+    is_tiny = (largest > 0) & (largest <= 1)
+    if split_format(box_format)[1] in ("frac", "percent"):
+        is_tiny[:] = False
     for i in np.flatnonzero(is_tiny).tolist():
         order = split_format(box_format)[0]
         raise BadRecord(

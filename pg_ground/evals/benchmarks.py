@@ -16,6 +16,7 @@ from pg_ground.evals import (
     mask_points,
     pointing,
     question_groups,
+    rejection,
     segmentation,
 )
 from pg_ground.evals.intervals import intervals
@@ -66,6 +67,7 @@ KINDS: dict[str, Kind] = {
         ranges=detection_f1.ranges,
     ),
     "grec": Kind(grec.score, grec.means, _no_aggregates),
+    "rejection": Kind(rejection.score, rejection.means, _no_aggregates),
     "mask": Kind(segmentation.score, segmentation.means, _no_aggregates),
     "points": Kind(pointing.score_set, pointing.means_set, pointing.aggregates, _POINTS),
     "click": Kind(pointing.score_click, pointing.means_click, pointing.aggregates, _POINTS),
@@ -110,6 +112,16 @@ GREC = (
     "compares generalized IoU, as the published evaluation code does; n_acc is the share of "
     "questions without a target whose answer has no box, t_acc the share of questions with targets "
     "whose answer has a box"
+)
+REJECTION = (
+    "first box of the answer against the target, plain IoU; a question without a target is right "
+    "if the answer has no box; accuracy over all questions, accP over the questions with a target, "
+    "rejection_accuracy over the others"
+)
+GROUNDINGME = f"{REJECTION}; GroundingME (arXiv 2512.17495), also by dimension and subtask"
+REF_ADV_S = (
+    f"{REJECTION}; the public part of Ref-Adv (arXiv 2602.23898), in which every question has a "
+    "target, also by number of distractors"
 )
 DETECTION = (
     "COCO's average precision (pycocotools; ap over IoU .5 to .95, ap50, ap75, ar100), each answer "
@@ -178,6 +190,9 @@ BENCHMARKS: dict[str, Benchmark] = {
     "lisa_grounding": Benchmark("box", LISA),
     "objects": Benchmark("boxes", OBJECTS),
     "grec": Benchmark("grec", GREC),
+    "rejection": Benchmark("rejection", REJECTION),
+    "groundingme": Benchmark("rejection", GROUNDINGME, 1005, groups="groundingme"),
+    "ref_adv_s": Benchmark("rejection", REF_ADV_S, 1142, groups="ref_adv_s"),
     "detection": Benchmark("detection", DETECTION),
     "detection_f1": Benchmark("f1", DETECTION_F1),
     "segmentation": Benchmark("mask", MASK),

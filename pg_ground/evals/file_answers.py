@@ -16,13 +16,14 @@ from pg_ground.data.box_formats import (
     to_pixels,
 )
 from pg_ground.evals.box_format_check import check_box_format
+from pg_ground.evals.rejection import written_boxes
 from pg_ground.readers import answer_formats, parsers
 from pg_ground.readers.answer_formats import AUTO, FORMATS, PLAIN, AnswerFormat
 from pg_ground.readers.locations import Location, load_value
 from pg_ground.storage.paths import FilePath
 from pg_ground.types import JsonDict, JsonObject, UserError
 
-LOCATION_KINDS = ("box", "boxes", "detection", "f1", "grec", "points", "click")
+LOCATION_KINDS = ("box", "boxes", "detection", "f1", "grec", "rejection", "points", "click")
 """Kinds of benchmarks whose answers are boxes or points."""
 
 MAX_OUTSIDE = 0.05
@@ -253,8 +254,12 @@ class _AnswerReader(NamedTuple):
                 return None
             masks = {"masks": self.columns["masks"][index]} if "masks" in self.columns else {}
             return {"points": objects, **masks}
+        if self.kind == "rejection":
+            objects = written_boxes(objects)
         proper = is_proper(host_boxes(box["xyxy_px"] for box in objects))
         if not proper.all() or (self.kind in ("box", "click") and len(objects) != 1):
+            return None
+        if self.kind == "rejection" and len(objects) > 1:
             return None
         return {"boxes": objects}
 
@@ -399,7 +404,9 @@ class _AnswerReader(NamedTuple):
         """
         wrong = [index for index, answer in enumerate(gold) if answer is None]
         if wrong:
-            expected = "one box" if self.kind in ("box", "click") else "an answer that can be read"
+            expected = {"box": "one box", "click": "one box", "rejection": "one box or none"}.get(
+                self.kind, "an answer that can be read"
+            )
             value = self.columns["gold"][wrong[0]]
             raise UserError(
                 f"--predictions={self.path}: the gold of {len(wrong)} of {len(gold)} rows is not "

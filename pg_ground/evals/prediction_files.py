@@ -63,7 +63,7 @@ MISSING = ("error", "wrong", "drop")
 or they are left out."""
 
 
-NOTHING_KINDS = ("grec",)
+NOTHING_KINDS = ("grec", "rejection")
 """Kinds of benchmarks in which an answer without a box may be right. A row without a prediction has
 an unreadable box in them, so that it is wrong."""
 
@@ -136,13 +136,15 @@ def read_rows(
             "benchmark": benchmark,
             "size_px": sizes[index],
             "prediction": prediction,
-            "gold": gold[index] | group_names[index],
+            "gold": gold[index],
         }
+        if group_names:
+            row["gold"] = question_groups.with_groups(groups, gold[index], group_names[index])
         if kind == "reward":
             row["reward"] = rewards[index]
         rows.append(row)
     notes = [*answers.notes]
-    if groups and not any(group_names):
+    if groups and not group_names:
         names = " and ".join(question_groups.GROUPINGS[groups].values)
         notes.append(f"no groups of questions: --fields gives no {names}")
     if lacking:
@@ -157,8 +159,8 @@ def _group_names(
     columns: Mapping[str, Sequence[Any]],
     numbers: Sequence[int],
     path: FilePath,
-) -> list[JsonDict]:
-    """Returns the groups of each row: `{"groups": […]}`, or {} if the file has none of the fields.
+) -> list[list[str]]:
+    """Returns the groups of each row. The result is empty if the file has none of the fields.
 
     Args:
       grouping: a key of `question_groups.GROUPINGS`, or "".
@@ -166,16 +168,14 @@ def _group_names(
     """
     count = len(numbers)
     if not grouping or not question_groups.GROUPINGS[grouping].values.keys() & columns.keys():
-        return [{} for _ in range(count)]
+        return []
     absent = [None] * count
     return [
-        {
-            "groups": question_groups.read_groups(
-                grouping,
-                lambda name, index=index: columns.get(name, absent)[index],
-                f"--predictions={path}: row {numbers[index]}",
-            )
-        }
+        question_groups.read_groups(
+            grouping,
+            lambda name, index=index: columns.get(name, absent)[index],
+            f"--predictions={path}: row {numbers[index]}",
+        )
         for index in range(count)
     ]
 

@@ -1,5 +1,6 @@
 """Groups of the questions of a benchmark, such as platforms and categories, and their metrics."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,13 +8,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pg_ground.evals.rows import Columns, Row
-from pg_ground.types import UserError
+from pg_ground.types import JsonDict, JsonObject, UserError
 
 FIELDS: dict[str, tuple[str, ...]] = {
     "platform": ("data_source", "platform"),
     "ui_type": ("data_type", "ui_type"),
     "group": ("group",),
     "category": ("category",),
+    "dimension": ("subtask_l1",),
+    "subtask": ("subtask_l2",),
+    "distractors": ("distractor_count", "distractors"),
 }
 """The names of a question's group fields, each with its usual fields in a record."""
 
@@ -33,6 +37,10 @@ class Grouping(NamedTuple):
     """The published number of questions of some groups."""
     macro: str = ""
     """Name of the mean over the cells; "" reports none."""
+    refined_by: str = ""
+    """A last field whose values are groups only together with the others, and may be absent."""
+    absent: str = ""
+    """The group of the questions that have no target, whatever box their record has."""
 
 
 def _named(*names: str) -> dict[str, str]:
@@ -83,6 +91,31 @@ GROUPINGS: dict[str, Grouping] = {
         {},
         macro="macro_accuracy",
     ),
+    "groundingme": Grouping(
+        "accuracy",
+        {
+            "dimension": _named("discriminative", "spatial", "limited", "rejection"),
+            "subtask": _named(
+                *("appearance", "component", "text", "state"),
+                *("relationship", "counting", "occlusion", "small"),
+            ),
+        },
+        {},
+        refined_by="subtask",
+        absent="rejection",
+    ),
+    "ref_adv_s": Grouping(
+        "accuracy",
+        {
+            "distractors": {
+                **dict.fromkeys(map(str, range(2)), "distractors_0_1"),
+                **dict.fromkeys(map(str, range(2, 4)), "distractors_2_3"),
+                **dict.fromkeys(map(str, range(4, 7)), "distractors_4_6"),
+                **dict.fromkeys(map(str, range(7, 1000)), "distractors_7"),
+            }
+        },
+        {},
+    ),
 }
 """The groups of benchmarks, by the name in `Benchmark.groups`."""
 
@@ -98,18 +131,45 @@ def read_groups(name: str, field: Callable[[str], Any], where: str) -> list[str]
     Raises:
       UserError: a value is absent or unknown.
     """
+    grouping = GROUPINGS[name]
     groups = []
-    for field_name, names in GROUPINGS[name].values.items():
+    for field_name, names in grouping.values.items():
         value = field(field_name)
-        group = names.get(str(value).strip().lower())
+        if field_name == grouping.refined_by and value in (None, ""):
+            return groups
+        group = names.get(_value_text(value))
         if group is None:
             usual = " or ".join(FIELDS[field_name])
             raise UserError(
                 f"{where}: {field_name} ({usual}) is {value!r:.40}, but the questions of {name} "
-                f"have {', '.join(names)}"
+                f"have {', '.join(list(names)[:12])}"
             )
         groups.append(group)
-    return [*groups, *(["_".join(groups)] if len(groups) > 1 else [])]
+    singles = groups[:-1] if grouping.refined_by else groups
+    return [*singles, *(["_".join(groups)] if len(groups) > 1 else [])]
+
+
+def _value_text(value: Any) -> str:
+    """Returns a value in lower case; of a list, which may be JSON in a text, its length."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return value
+    if isinstance(value, list | tuple | np.ndarray):
+        value = len(value)
+    return str(value).strip().lower()
+
+
+def with_groups(name: str, gold: JsonObject, groups: Sequence[str]) -> JsonDict:
+    """Returns the ground truth of a question with its groups, and without boxes if none is there.
+
+    Args:
+      name: a key of GROUPINGS.
+      groups: the result of `read_groups`.
+    """
+    no_boxes = {"boxes": []} if GROUPINGS[name].absent in groups else {}
+    return {**gold, **no_boxes, "groups": list(groups)}
 
 
 def record_field(record: Mapping[str, Any], name: str) -> Any:
@@ -143,7 +203,12 @@ def cells(grouping: Grouping) -> list[str]:
 
 def group_names(grouping: Grouping) -> list[str]:
     """Returns the names of all groups of a grouping: the groups of each field, then the cells."""
-    parts = [name for values in grouping.values.values() for name in values.values()]
+    parts = [
+        group
+        for field_name, names in grouping.values.items()
+        if field_name != grouping.refined_by
+        for group in names.values()
+    ]
     return list(dict.fromkeys([*parts, *cells(grouping)]))
 
 

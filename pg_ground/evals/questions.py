@@ -81,7 +81,8 @@ def gold_answer(
     names = question_groups.read_groups(
         groups, lambda name: question_groups.record_field(record, name), where
     )
-    return _gold_answer(task, batch, slot, record, tokenizer) | {"groups": names}
+    gold = _gold_answer(task, batch, slot, record, tokenizer)
+    return question_groups.with_groups(groups, gold, names)
 
 
 def _gold_answer(
