@@ -49,7 +49,24 @@ PAIRS = Source(boxes="texts.0.assistant", prompt="{texts[0].user}", name="")
 LAST = replace(ENTRIES["sharegpt"], boxes="messages.-1.content", prompt="{messages.-2.content}")
 FLAT = Source(boxes="chat.1", prompt="{phrase}", phrase="chat.0", name="")
 
+
+def parts(turns: int) -> list[dict]:
+    """Returns a chat whose contents are lists of an image and a text."""
+    image = {"type": "image"}
+    return [
+        {"role": m["role"], "content": [image, {"type": "text", "text": m["content"]}]}
+        for m in messages(turns, OPENAI)
+    ]
+
+
+PARTS = Source(boxes="messages.1.content.1.text", prompt="{messages.0.content.1.text}", name="")
+
 CHATS = {
+    "contents as parts": (
+        PARTS,
+        lambda turns: {"messages": parts(turns)},
+        "more than one turn: only messages.0 and messages.1 are read",
+    ),
     "sharegpt": (
         ENTRIES["sharegpt"],
         lambda turns: {"messages": messages(turns, OPENAI)},
@@ -119,6 +136,7 @@ def test_a_check_of_all_records_prints_them(tmp_path, capsys):
         ({"objects": {"ref": ["cat", "cat"], "bbox": [[1, 1, 9, 9]] * 2}}, ENTRIES["ms_swift"]),
         ({"phrase": "cat", "box": [1, 1, 9, 9]}, Source(boxes="box.0,box.1,box.2,box.3")),
         ({"messages": [*messages(1, OPENAI), {"role": "user", "content": "Thanks."}]}, None),
+        ({"messages": parts(1)}, PARTS),
     ],
 )
 def test_lists_without_another_answer_have_no_note(tmp_path, row, settings):

@@ -447,6 +447,15 @@ def test_categories_that_share_one_name_are_listed(write, names, notes):
         assert [text for text in readings(path, ask) if "class" in text] == notes
 
 
+@pytest.mark.parametrize("other", ["red square", "red  square", " red square ", "red\tsquare"])
+def test_categories_with_one_name_are_one_question(write, other):
+    names = [{"id": 0, "name": "red square"}, {"id": 1, "name": other}]
+    boxes = [thing(0, 0), thing(1, 0, 1, bbox=[30, 10, 20, 20])]
+    path = write(instances(images=[image(0)], categories=names, annotations=boxes))
+    ((prompt, answer),), bad = questions(path, "category")
+    assert prompt == "detect red square" and answer.count("red square") == 2 and not bad
+
+
 @pytest.mark.parametrize("ask", PHRASES)
 @pytest.mark.parametrize("orphans", [0, 1, 3])
 def test_annotations_without_an_image_cast_doubt_on_empty_answers(write, ask, orphans):

@@ -35,6 +35,8 @@ class Reading(NamedTuple):
 
     path: str
     """The path of the list."""
+    inner: tuple[str, ...]
+    """The paths inside an element; "" is the element itself."""
     indices: tuple[int, ...]
     """The numbers as the paths have them, in increasing order."""
     in_prompt: tuple[int, ...]
@@ -51,19 +53,18 @@ def readings(source: Source) -> tuple[Reading, ...]:
     paths = [*prompt_paths, *_template_paths(source.name, source), source.label, source.mask]
     paths += _template_paths(source.suffix, source)
     paths += [*paths_of(source.boxes), *paths_of(source.points)]
-    elements: dict[str, set[int]] = {}
-    whole: set[str] = set()
-    for path in filter(None, paths):
-        for parent, index in _parents(path):
-            if index is None:
-                whole.add(parent)
-            else:
-                elements.setdefault(parent, set()).add(index)
-    of_prompt = [item for path in prompt_paths for item in _parents(path)]
+    parts = [part for path in filter(None, paths) for part in _parts(path)]
+    whole = {part.path for part in parts if part.index is None}
+    parents = dict.fromkeys(part.path for part in parts if part.path not in whole)
+    of_prompt = [part for path in prompt_paths for part in _parts(path)]
     return tuple(
-        Reading(parent, tuple(sorted(numbers)), tuple(i for p, i in of_prompt if p == parent))
-        for parent, numbers in elements.items()
-        if parent not in whole
+        Reading(
+            parent,
+            tuple(dict.fromkeys(part.inner for part in parts if part.path == parent)),
+            _indices(parts, parent),
+            _indices(of_prompt, parent),
+        )
+        for parent in parents
     )
 
 
@@ -71,30 +72,44 @@ def _template_paths(template: str, source: Source) -> list[str]:
     return [source.phrase if path == "phrase" else path for path in placeholders(template)]
 
 
-def _parents(path: str) -> list[tuple[str, int | None]]:
-    """Returns each part of a path that can be a list, and the number of the element it reads.
+class _Part(NamedTuple):
+    """A part of a path that can be a list."""
 
-    The number is None if the path reads the whole list.
-    """
+    path: str
+    index: int | None
+    """The number of the element that the path reads; None if it reads the whole list."""
+    inner: str
+    """The path inside the element."""
+
+
+def _parts(path: str) -> list[_Part]:
     steps = steps_of(path)
-    parents: list[tuple[str, int | None]] = []
+    parts = []
     for i in range(1, len(steps) + 1):
         following = steps[i] if i < len(steps) else ""
         index = int(following) if INDEX.fullmatch(following) else None
-        parents.append((".".join(steps[:i]), index))
-    return parents
+        parts.append(_Part(".".join(steps[:i]), index, ".".join(steps[i + 1 :])))
+    return parts
+
+
+def _indices(parts: Sequence[_Part], path: str) -> tuple[int, ...]:
+    """Returns the numbers of the elements of the list at `path` that are read."""
+    numbers = {part.index for part in parts if part.path == path and part.index is not None}
+    return tuple(sorted(numbers))
 
 
 def turn_notes(record: Record, source: Source, element: int) -> tuple[str, ...]:
     """Returns which elements of the record's lists are read, if others of a list are not.
 
-    Messages of the user and of the system do not count, and lists of numbers neither.
+    Messages of the user and of the system do not count, lists of numbers neither, and no element
+    without the field that is read of the others.
     """
     notes = []
     for reading in readings(source):
         items = _items(record, reading.path, element)
         used = {index % len(items) for index in reading.indices} if items else set()
-        if not (set(_answers(items)) - used):
+        unused = [items[i] for i in _answers(items) if i not in used]
+        if not any(_has_text(item, path) for item in unused for path in reading.inner):
             continue
         names = " and ".join(f"{reading.path}.{index}" for index in reading.indices)
         verb = "are" if len(reading.indices) > 1 else "is"
@@ -131,6 +146,16 @@ def _items(record: Record, path: str, element: int) -> Sequence[Any]:
     if not isinstance(value, list | tuple) or any(isinstance(item, int | float) for item in value):
         return ()
     return value
+
+
+def _has_text(item: Any, path: str) -> bool:
+    """Returns whether an element has what a source reads of another element."""
+    if not path:
+        return item is not None
+    try:
+        return field_or_none({"item": item}, f"item.{path}") is not None
+    except BadRecord:
+        return False
 
 
 def _answers(items: Sequence[Any]) -> list[int]:

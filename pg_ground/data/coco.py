@@ -201,7 +201,8 @@ def _categories(
         where = where_text(entries, position, "categories", file_name)
         fault = f"{where} has the name {short(value)}, which is no text"
         name = name_text(value)
-        categories[key] = Category(name, "" if name else fault)
+        # Prompts and answers have single spaces, so names that differ in blanks are one class.
+        categories[key] = Category(" ".join(name.split()) if name else None, "" if name else fault)
     with_id = set(positions.values())
     bad = [
         entry_without(entries, position, "categories", "id", file_name)

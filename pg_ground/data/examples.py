@@ -54,6 +54,9 @@ from pg_ground.types import BOXES, POINTS, TEXT, Boxes, Example, Points, Record,
 TARGETS = {"boxes": BOXES, "points": POINTS, "text": TEXT}
 """The values of `Source.target`."""
 
+LONGEST_SCHEME = 40
+"""Characters in which an address has its `://`."""
+
 FAR_BEYOND = 0.5
 """The part of a side by which a box may reach beyond the image. It is clipped to the image."""
 
@@ -207,7 +210,10 @@ def image_value(record: Record, source: Source, element: int, fetch: Fetch | Non
 def image_address(record: Record, source: Source, element: int) -> str:
     """Returns the http(s) address of a record's image, or "" if the image is no address."""
     try:
-        name = image_name(unwrap(field_at(record, source.image, element)))
+        value = unwrap(field_at(record, source.image, element))
+        # The text of a whole image takes long to tell from a name.
+        may_be_address = isinstance(value, str) and "://" in value[:LONGEST_SCHEME]
+        name = image_name(value) if may_be_address else None
     except BadRecord:
         return ""
     return name if is_url(name) else ""

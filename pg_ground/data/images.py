@@ -166,8 +166,7 @@ def _decode(file: Any, name: str, deep_images: str) -> Opened:
 
 def _upper_bytes_note(image: Image.Image) -> str:
     """Returns how an image of several channels of 16 bits is read: Pillow drops the lower bytes."""
-    colors = image.convert("RGB").getextrema()
-    largest = 256 * max(high for _, high in colors) + 255
+    largest = 256 * int(np.asarray(image.convert("RGB")).max()) + 255
     bounds = {2.0 ** (16 - spare) - 1: "65535" for spare in SPARE_BITS}
     text = f"{image.mode} pixels of 16 bits read by their upper bytes"
     return text + (dark_note(largest, bounds) if largest > 255 else "")
