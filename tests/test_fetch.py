@@ -395,7 +395,7 @@ def test_offline_only_the_cache_is_asked(server, fetch):
     assert cached(server.url(), None, offline) == IMAGE and server.asked["/image"] == 1
 
 
-@pytest.mark.parametrize("folder", ["", "gs://bucket/images"])
+@pytest.mark.parametrize("folder", ["", "gs://bucket/images", __file__])
 def test_a_cache_needs_a_folder_of_this_machine(server, folder):
     fetch = Fetch(cache_dir=folder, allow_private=True)
     with pytest.raises(BadRecord, match="config.data.fetch.cache_dir") as bad:

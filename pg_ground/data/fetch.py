@@ -260,7 +260,12 @@ def _folder(fetch: Fetch) -> Path:
         raise UserError(
             "config.data.fetch.cache_dir is '': it must name a folder for images at addresses"
         )
-    return local_path(fetch.cache_dir, "config.data.fetch.cache_dir")
+    folder = local_path(fetch.cache_dir, "config.data.fetch.cache_dir")
+    if folder.is_file():
+        raise UserError(
+            f"config.data.fetch.cache_dir is {fetch.cache_dir}, a file: it must be a folder"
+        )
+    return folder
 
 
 def _blob_path(digest: str, fetch: Fetch) -> Path:
