@@ -307,6 +307,34 @@ def test_ground_truth_in_another_format_is_refused(tmp_path):
         score_records(tmp_path, records)
 
 
+@pytest.mark.parametrize("has_sizes", [False, True])
+@pytest.mark.parametrize(
+    ("unit", "gold_unit"),
+    [("permille", "frac"), ("percent", "permille"), ("frac", "bin"), ("px", "frac")],
+)
+def test_both_flags_are_named_if_both_sides_are_in_another_unit(
+    unit, gold_unit, has_sizes, tmp_path
+):
+    extents = {"frac": 1, "percent": 100, "permille": 1000, "bin": 1023}
+    size = {"img_size": [640, 480]} if has_sizes else {}
+    records = [
+        {
+            "extracted_answer": list(box * extents[unit] / SIZE if unit in extents else box),
+            "ground_truth": list(box * extents[gold_unit] / SIZE),
+            **size,
+        }
+        for box in random_boxes()
+    ]
+    flags = f"--box-format=xyxy_{unit} --gold-format=xyxy_{gold_unit}"
+    if unit == "px" and has_sizes:
+        flags = f"--gold-format=xyxy_{gold_unit} would give 1.0000"
+    with pytest.raises(UserError, match=flags) as error:
+        score_records(tmp_path, records)
+    assert ("--fields also names width and height" in str(error.value)) == (
+        unit == "px" and not has_sizes
+    )
+
+
 def test_poor_predictions_are_not_taken_for_another_format(tmp_path):
     boxes = random_boxes()
     records = [

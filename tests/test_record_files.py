@@ -61,6 +61,7 @@ class Layout:
 
 
 LINES = "\n".join(map(json.dumps, ROWS))
+PRETTY = "\n".join(json.dumps(row, indent=2) for row in ROWS)
 BY_ID = {row["id"]: {k: v for k, v in row.items() if k != "id"} for row in ROWS}
 OTHER_ROWS = [{"answer": [0, 0, 1, 1], "truth": GOLD}]
 LAYOUTS: dict[str, Layout] = {
@@ -108,6 +109,12 @@ LAYOUTS: dict[str, Layout] = {
     "CSV of a spreadsheet": Layout(table(",").encode("utf-8-sig"), "p.csv"),
     "compressed CSV": Layout(gzip.compress(table(",").encode()), "p.csv.gz"),
     "compressed lines": Layout(gzip.compress(LINES.encode()), "p.jsonl.gz"),
+    "objects over several lines": Layout(PRETTY, "p.jsonl"),
+    "objects over several lines with CRLF": Layout(PRETTY.replace("\n", "\r\n"), "p.jsonl"),
+    "objects with commas and no brackets": Layout(PRETTY.replace("\n}\n{", "\n},\n{"), "p.jsonl"),
+    "objects without line breaks": Layout(PRETTY.replace("\n", ""), "p.json"),
+    "a list over several lines": Layout(json.dumps(ROWS, indent=2), "p.jsonl"),
+    "an object over several lines": Layout(json.dumps({"results": ROWS}, indent=2), "p.jsonl"),
     "UTF-16": Layout(LINES.encode("utf-16"), "p.jsonl"),
 }
 
@@ -200,6 +207,11 @@ BAD_LAYOUTS: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "no prediction at all": ([{"truth": GOLD}] * 3, {"missing": "drop"}, "3 of 3 rows have no ans"),
     "an unknown fate": (ROWS, {"missing": "wrnog"}, "--missing=wrnog does not exist: did you mean"),
+    "objects over several lines that break off": (
+        PRETTY[:-10],
+        {"name": "p.jsonl"},
+        f"line {PRETTY.count(chr(10))} is not JSON",
+    ),
     "a parquet file": (b"PAR1....", {"name": "p.json"}, "is not JSON, but a parquet file"),
     "many long names": (
         [{f"{'x' * 50}{i}": 1 for i in range(100)}],

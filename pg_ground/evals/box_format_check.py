@@ -19,6 +19,9 @@ MIN_BOXES = 8
 IMAGE_SIDES = (100, 10_000)
 """The usual range of an image's side, in pixels. It tells units apart if no image size is known."""
 
+SAME_SCALE = 0.02
+"""A scale differs by less from the ratio of two units if both units are shares of the image."""
+
 
 class Fit(NamedTuple):
     """How well boxes fit the ground truth in one format."""
@@ -136,17 +139,39 @@ def _scaled_reading(
         return Reading("", Fit(0.0, 0.0))
     x_scale, y_scale = (ratio[len(ratio) // 2] for ratio in ratios)
     text = f"{order} with x scaled by {x_scale:.4g} and y by {y_scale:.4g}"
-    units = [
-        unit
-        for unit, extent in UNITS.items()
-        if extent is not None and IMAGE_SIDES[0] <= x_scale * extent <= IMAGE_SIDES[1]
-    ]
-    if has_sizes:
-        text += " (are these boxes of a resized image?)"
-    elif max(x_scale, y_scale) < 0.02:
-        text += " (are the gold boxes in fractions? see --gold-format)"
-    elif units:
-        names = " or ".join(f"{order}_{unit}" for unit in units)
-        text += f", as --box-format={names} does if --fields also names width and height,"
+    text += _explanation(order, x_scale, y_scale, has_sizes)
     scales = [(x_scale, y_scale)] * len(predicted)
     return Reading(text, _fit(predicted, gold, scales, f"{order}_frac"))
+
+
+def _explanation(order: str, x_scale: float, y_scale: float, has_sizes: bool) -> str:
+    """Returns the flags that would scale predicted boxes like this, or a question; "" without any.
+
+    Args:
+      has_sizes: the image sizes are known, and they do not explain the scale.
+    """
+    extents = {unit: extent for unit, extent in UNITS.items() if extent is not None}
+    for unit, extent in extents.items():
+        for gold_unit, gold_extent in extents.items():
+            expected = gold_extent / extent
+            is_ratio = all(abs(s / expected - 1) < SAME_SCALE for s in (x_scale, y_scale))
+            if is_ratio and unit != gold_unit:
+                return f" ({_flags(order, unit, gold_unit)})"
+    if all(1 / IMAGE_SIDES[1] <= scale <= 1 / IMAGE_SIDES[0] for scale in (x_scale, y_scale)):
+        text = f" ({_flags(order, 'px', 'frac')}, if the gold boxes are in fractions"
+        return text + (")" if has_sizes else " and --fields also names width and height)")
+    if has_sizes:
+        return " (are these boxes of a resized image?)"
+    units = [
+        unit
+        for unit, extent in extents.items()
+        if IMAGE_SIDES[0] <= x_scale * extent <= IMAGE_SIDES[1]
+    ]
+    names = " or ".join(f"{order}_{unit}" for unit in units)
+    return (
+        f", as --box-format={names} does if --fields also names width and height," if units else ""
+    )
+
+
+def _flags(order: str, unit: str, gold_unit: str) -> str:
+    return f"--box-format={order}_{unit} --gold-format=xyxy_{gold_unit}"

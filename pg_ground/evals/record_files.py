@@ -7,6 +7,7 @@ The rows may be a list, lines, a list inside an object (`{"results": […]}`,
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -322,11 +323,56 @@ def _parse_table(text: str, path: FilePath, delimiters: Sequence[str]) -> list[J
 
 
 def _parse(text: str, path: FilePath) -> Any:
-    """Returns the value of a JSON document, or the list of the records of a JSON-lines file."""
+    """Returns the value of a JSON document, or the list of the records of a JSON-lines file.
+
+    The records of a JSON-lines file may have several lines each, as `json.dump(…, indent=1)` or
+    `jq .` write them.
+    """
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        return _parse_lines(text, path, error)
+        document_error = error
+    try:
+        return _parse_lines(text, path, document_error)
+    except UserError as lines_error:
+        return _consecutive_objects(text, path, lines_error)
+
+
+def _consecutive_objects(text: str, path: FilePath, lines_error: UserError) -> list[Any]:
+    """Returns the objects that stand one after the other in a text.
+
+    Args:
+      lines_error: is raised if the text does not begin with an object over several lines.
+    """
+    decoder = json.JSONDecoder()
+    values: list[Any] = []
+    end = _separator_end(text, 0)
+    while end < len(text):
+        if text[end] != "{":
+            raise lines_error
+        try:
+            value, end = decoder.raw_decode(text, end)
+        except RecursionError:
+            raise lines_error from None
+        except json.JSONDecodeError as error:
+            # one object a line: the error of the line is better
+            if not values or text.count("\n", 0, end) <= len(values):
+                raise lines_error from None
+            raise UserError(
+                f"--predictions={path}: line {error.lineno} is not JSON: {error.msg}"
+            ) from None
+        values.append(value)
+        end = _separator_end(text, end)
+    return values
+
+
+def _separator_end(text: str, start: int) -> int:
+    match = _SEPARATORS.match(text, start)
+    return match.end() if match else start
+
+
+_SEPARATORS = re.compile(r"[\s,]*")
+"""A list may have lost its brackets, and its commas stay."""
 
 
 def _parse_lines(text: str, path: FilePath, document_error: Exception) -> list[Any]:

@@ -554,7 +554,7 @@ def _texts(value: object, depth: int = 8) -> Iterator[str]:
 
 
 _SPECIAL = re.compile(
-    r"<(?:bos|eos|pad|s|unk|image|end_of_turn|start_of_turn|end_of_utterance)>|</s>"
+    r"<(?:bos|eos|pad|s|unk|image|end_of_turn|start_of_turn|end_of_utterance|unused[0-9]+)>|</s>"
     r"|<\|(?:im_start|im_end|endoftext|eot_id|end_of_text|begin_of_text|end|end_of_sentence"
     r"|start_header_id|vision_start|vision_end|image_pad|image)\|>"
     r"|<\uff5c(?:end|begin)\u2581of\u2581sentence\uff5c>"
