@@ -52,6 +52,7 @@ class Recipe(NamedTuple):
     model: str
     """VARIANT_PIXELS of configs/paligemma.py."""
     topology: str
+    """Slice of TPUs; "" is one GPU."""
     prompts: int
     """Prompts per step, over all chips."""
     lora: bool = False
@@ -100,7 +101,12 @@ def get_config(name: str = "pg1_3b_224_v5e_8") -> ConfigDict:
     """
     if name not in RECIPES:
         raise UserError(f"configs/tpu.py:{name} does not exist: {nearest(name, RECIPES)}")
-    recipe = RECIPES[name]
+    return make_config(RECIPES[name])
+
+
+def make_config(recipe: Recipe) -> ConfigDict:
+    """Returns the config of a recipe with 64 tokens in an answer and the data of
+    configs/paligemma.py."""
     c = paligemma.get_config(recipe.model + ("" if recipe.lora else "_full")).unlock()
     c.model.logits_block = recipe.logits_block
     c.mesh.replica = recipe.replica

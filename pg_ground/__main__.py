@@ -21,6 +21,7 @@ COMMANDS = (
     "convert",
     "compile",
     "bench",
+    "rehearse",
 )
 """The commands. Each is a module of the package with `COMMAND` and `main`."""
 

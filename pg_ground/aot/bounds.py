@@ -16,11 +16,13 @@ from pg_ground.training.program import Program
 from pg_ground.training.setup import Setup
 from pg_ground.types import JsonObject
 
-SLACK = 1.5
+SLACK = 3.0
 """Factor of the upper bounds.
 
 In all programs of configs/tpu.py XLA moves 0.02 to 1.0 of `flops.product_bytes` (2026-11-27, jax
-0.10.2 and 0.12.0.1): it keeps results in the memory on the chip.
+0.10.2 and 0.12.0.1): it keeps results in the memory on the chip. The largest share is 1.6: an
+evaluation of configs/refcoco.py at 448 pixels on v6e, where few tokens follow a long prefix. A
+misread program was 170 times too large.
 """
 
 WEIGHTS = ("parameters", "optimizer", "reference", "rollout weights")

@@ -86,4 +86,9 @@ def device_count(topology: str) -> int:
     """Returns the number of jax devices of a topology."""
     version, shape, slices = parse_topology(topology)
     devices_per_chip = 2 if version == "tpu7x" else 1
-    return slices * math.prod(map(int, shape.split("x"))) * devices_per_chip
+    return slices * chip_count(shape) * devices_per_chip
+
+
+def chip_count(shape: str) -> int:
+    """Returns the number of chips of a slice such as 2x4."""
+    return math.prod(map(int, shape.split("x")))

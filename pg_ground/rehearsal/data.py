@@ -1,0 +1,95 @@
+"""The data of a rehearsal: a sample of the user's questions, or a miniature."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from pg_ground.config import Config, Source
+from pg_ground.data.datasets import Examples, open_examples
+from pg_ground.data.records import BadRecord, clip_text
+from pg_ground.data.text_budgets import spread
+from pg_ground.evals.benchmarks import find_benchmark
+from pg_ground.rehearsal.miniatures import write_miniatures
+from pg_ground.storage.paths import to_path
+from pg_ground.types import UserError
+
+SAMPLE = 64
+"""Questions of each source that are read."""
+
+
+def has_data(config: Config) -> bool:
+    """Returns whether the folder of the data exists, or no source needs one."""
+    uses_dir = any("{dir}" in source.uri for _, _, source in used_sources(config))
+    return not uses_dir or to_path(config.data.dir, "config.data.dir").exists()
+
+
+def used_sources(config: Config) -> Iterator[tuple[str, str, Source]]:
+    """Yields (section, name, source) of every source of the run's stages and of its evaluation."""
+    for section, sources in config.sources_by_section.items():
+        if section in (*config.stages, "eval"):
+            for name, source in sources.items():
+                yield section, name, source
+
+
+def prepare(config: Config, folder: Path) -> tuple[Config, str]:
+    """Returns the config with the folder of the data, and what the data is, in words.
+
+    If the folder `data.dir` does not exist, a miniature is written into `folder`.
+
+    Raises:
+      UserError: a source has no miniature.
+    """
+    if has_data(config):
+        return config, f"yours, in {config.data.dir}" if config.data.dir else "yours"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_miniatures(config, folder)
+    return replace(config, data=replace(config.data, dir=str(folder))), (
+        f"a miniature, because {config.data.dir} does not exist"
+    )
+
+
+def check_sources(config: Config, is_miniature: bool) -> dict[str, int]:
+    """Reads a sample of every source. Returns the number of questions of each held-out source.
+
+    Raises:
+      UserError: a source cannot be opened, too many of its questions are bad, or a published
+        benchmark has another number of questions.
+    """
+    counts = {}
+    for section, name, source in used_sources(config):
+        setting = f"config.{section}.sources.{name}"
+        examples = open_examples(
+            f"{section}/{name}", source, config.data, config.model.image_size, config.seed
+        )
+        _check_sample(examples, config.data.bad_record_share, setting)
+        if section == "eval":
+            counts[name] = len(examples)
+            benchmark = config.eval.benchmarks.get(name, "")
+            expected = benchmark and find_benchmark(benchmark, setting).question_count
+            if expected and is_miniature:
+                counts[name] = expected
+            elif expected and len(examples) != expected:
+                raise UserError(
+                    f"{setting}: {benchmark} has {expected} questions, but there are "
+                    f"{len(examples)}"
+                )
+    return counts
+
+
+def _check_sample(examples: Examples, share: float, setting: str) -> None:
+    bad: Counter[str] = Counter()
+    first = ""
+    indices = spread(len(examples), SAMPLE)
+    for index in indices:
+        try:
+            examples[index]
+        except BadRecord as error:
+            bad[error.kind] += 1
+            first = first or f"question {index}: {error}"
+    if not indices or sum(bad.values()) > share * len(indices):
+        kinds = ", ".join(f"{count} {kind}" for kind, count in bad.most_common())
+        raise UserError(
+            f"{setting}: {sum(bad.values())} of {len(indices)} questions cannot be used ({kinds}); "
+            f"{clip_text(first, 300)}"
+        )
