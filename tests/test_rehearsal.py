@@ -228,7 +228,8 @@ def test_a_whole_recipe_is_rehearsed(environment, tmp_path):
     assert result.returncode == 0, result.stderr
     for name in ("train", "resume", "evaluate", "export"):
         assert f"\n{name} " in result.stdout and "FAILED" not in result.stdout
-    steps = [json.loads(line)["step"] for line in (out / "run/metrics.jsonl").open()]
+    lines = (out / "run/metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
     assert max(steps) == 5 and (out / "export/model.safetensors").exists()
     metrics = json.loads((out / "scores/eval.json").read_text())
     assert len(metrics["sources"]) == 8
