@@ -37,7 +37,7 @@ def score(row: Row) -> JsonDict:
     by_label = {}
     for label in labels:
         sides = [_boxes_of(boxes, label) for boxes in (predicted, gold)]
-        hits = _hits(pairwise_iou(*sides)).sum(axis=-1).tolist()
+        hits = _hits(np.asarray(pairwise_iou(*sides))).sum(axis=-1).tolist()
         by_label[label] = [len(sides[0]), len(sides[1]), *hits]
     proper = is_proper(host_boxes(box["xyxy_px"] for box in predicted))
     return {

@@ -25,7 +25,7 @@ def score(row: Row) -> JsonDict:
     """
     predicted = host_boxes(box["xyxy_px"] for box in row["prediction"]["boxes"])
     gold = host_boxes(box["xyxy_px"] for box in row["gold"]["boxes"])
-    f1 = _f1(pairwise_iou(predicted, gold))
+    f1 = _f1(np.asarray(pairwise_iou(predicted, gold)))
     f1_giou = _f1(np.asarray(giou(predicted[:, None], gold[None])))
     return {
         "f1": f1,
@@ -43,13 +43,13 @@ def _f1(similarity: Float[np.ndarray, "P K"]) -> float:
     predicted, gold = similarity.shape
     if not gold:
         return float(not predicted)
-    hits, rest = 0, similarity.copy()
+    hits, remaining = 0, similarity.copy()
     for _ in range(min(predicted, gold)):
-        row, col = np.unravel_index(np.argmax(rest), rest.shape)
-        if rest[row, col] < MIN_SIMILARITY:
+        row, col = np.unravel_index(np.argmax(remaining), remaining.shape)
+        if remaining[row, col] < MIN_SIMILARITY:
             break
         hits += 1
-        rest[row, :] = rest[:, col] = 0
+        remaining[row, :] = remaining[:, col] = 0
     return 2 * hits / (predicted + gold)
 
 

@@ -104,7 +104,7 @@ def read_rows(
         be read, or the boxes are in another format than the ground truth.
     """
     definition = find_benchmark(benchmark, "--benchmark")
-    kind, groups = definition.kind, definition.groups
+    kind = definition.kind
     _check_fields(kind, benchmark, fields, records[0], path)
     check_formats(formats)
     if missing not in MISSING:
@@ -115,16 +115,9 @@ def read_rows(
     numbers = [i for i in range(len(records)) if missing != "drop" or i not in lacking]
     records = [records[i] for i in numbers]
     columns = _read_columns(records, fields, path, missing)
-    sizes = _image_sizes(columns, len(records))
-    masks: list[JsonDict] = []
-    if kind == "mask_points":
-        masks, sizes = question_masks(columns, sizes, path)
-        # a readable point, so that answers which cannot be read at all are an error
-        columns = {**columns, "gold": [[0, 0]] * len(records)}
-    answers = read_answers("points" if masks else kind, formats, path, fields, columns, sizes)
-    gold = masks or answers.gold
+    answers, sizes = _read_answers(kind, formats, path, fields, columns)
+    gold = _grouped_gold(definition.groups, answers.gold, columns, numbers, path)
     rewards = _rewards(columns["pred"], path) if kind == "reward" else []
-    group_names = _group_names(groups, columns, numbers, path)
     rows = []
     for index in range(len(records)):
         prediction = answers.predictions[index]
@@ -138,14 +131,12 @@ def read_rows(
             "prediction": prediction,
             "gold": gold[index],
         }
-        if group_names:
-            row["gold"] = question_groups.with_groups(groups, gold[index], group_names[index])
         if kind == "reward":
             row["reward"] = rewards[index]
         rows.append(row)
     notes = [*answers.notes]
-    if groups and not group_names:
-        names = " and ".join(question_groups.GROUPINGS[groups].values)
+    if definition.groups and not any("groups" in answer for answer in gold):
+        names = " and ".join(question_groups.GROUPINGS[definition.groups].values)
         notes.append(f"no groups of questions: --fields gives no {names}")
     if lacking:
         fate = "count as wrong answers" if missing == "wrong" else "are left out"
@@ -154,30 +145,50 @@ def read_rows(
     return FileRows(rows, list(records), answers, len(lacking), notes)
 
 
-def _group_names(
+def _read_answers(
+    kind: str,
+    formats: Formats,
+    path: FilePath,
+    fields: Mapping[str, str],
+    columns: Mapping[str, list[Any]],
+) -> tuple[FileAnswers, list[list[float] | None]]:
+    """Returns the answers and the ground truth of a file, and the sizes of the images."""
+    sizes = _image_sizes(columns, len(columns["pred"]))
+    if kind != "mask_points":
+        return read_answers(kind, formats, path, fields, columns, sizes), sizes
+    masks, sizes = question_masks(columns, sizes, path)
+    # The ground truth is read already. With a readable point in its place, answers that cannot be
+    # read at all are an error.
+    points = {**columns, "gold": [[0, 0]] * len(masks)}
+    answers = read_answers("points", formats, path, fields, points, sizes)
+    return answers._replace(gold=masks), sizes
+
+
+def _grouped_gold(
     grouping: str,
+    gold: Sequence[JsonDict],
     columns: Mapping[str, Sequence[Any]],
     numbers: Sequence[int],
     path: FilePath,
-) -> list[list[str]]:
-    """Returns the groups of each row. The result is empty if the file has none of the fields.
+) -> list[JsonDict]:
+    """Returns the ground truth of each row with its groups, if the file has one of their fields.
 
     Args:
       grouping: a key of `question_groups.GROUPINGS`, or "".
       numbers: number of each row in the file.
     """
-    count = len(numbers)
     if not grouping or not question_groups.GROUPINGS[grouping].values.keys() & columns.keys():
-        return []
-    absent = [None] * count
-    return [
-        question_groups.read_groups(
+        return list(gold)
+    absent = [None] * len(gold)
+    grouped = []
+    for index, answer in enumerate(gold):
+        names = question_groups.read_groups(
             grouping,
             lambda name, index=index: columns.get(name, absent)[index],
             f"--predictions={path}: row {numbers[index]}",
         )
-        for index in range(count)
-    ]
+        grouped.append(question_groups.with_groups(grouping, answer, names))
+    return grouped
 
 
 def _rewards(values: Sequence[object], path: FilePath) -> list[float | None]:

@@ -29,7 +29,7 @@ def question_masks(
       UserError: a mask cannot be read.
     """
     gold: list[JsonDict] = []
-    known_sizes: list[list[float] | None] = []
+    image_sizes: list[list[float] | None] = []
     for index, (value, size) in enumerate(zip(columns["gold"], sizes, strict=True)):
         if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
             value = load_value(value)  # a CSV holds run lengths as text
@@ -51,5 +51,5 @@ def question_masks(
             {"masks": [run_lengths.encode(mask)]} | ({} if count is None else {"count": count})
         )
         height, width = mask.shape
-        known_sizes.append(size or [float(width), float(height)])
-    return gold, known_sizes
+        image_sizes.append(size or [float(width), float(height)])
+    return gold, image_sizes
