@@ -10,6 +10,11 @@ DST selects the format: NAME.npz, NAME.orbax, or else a Hugging Face directory. 
 AutoProcessor and AutoModelForImageTextToText load that directory, with the tokenizer of SRC. A
 reader never sees a part of DST on this machine: it is renamed when it is complete.
 
+--verify=N compares DST, a Hugging Face directory, with SRC: transformers answers questions about N
+drawn images from DST, and each token of each answer must be the token that SRC answers here. If DST
+exists already, it is compared and not written. transformers is an extra: pip install
+'pg-ground[verify]'.
+
 --push=ORG/NAME also uploads that directory to the Hugging Face Hub, with a model card (README.md):
 the stages of the run, its rewards and its held-out metrics.
 """
@@ -21,9 +26,10 @@ from absl import flags
 from pg_ground import cli
 from pg_ground.checkpoints.conversion import DTYPES, convert
 from pg_ground.checkpoints.scales import Scales
+from pg_ground.evals import verification
 from pg_ground.reporting.model_card import model_card
 from pg_ground.storage.downloads import checkpoint_path
-from pg_ground.storage.paths import to_path
+from pg_ground.storage.paths import FilePath, to_path
 from pg_ground.storage.uploads import create_repository, push
 from pg_ground.types import UserError
 
@@ -50,6 +56,12 @@ def define_flags(values: flags.FlagValues) -> None:
         ("final_softcap", "The soft-cap of logits, if SRC is .npz; 0 for none."),
     ):
         flags.DEFINE_float(name, None, text, flag_values=values)
+    flags.DEFINE_integer(
+        "verify",
+        0,
+        "Number of images about which transformers must answer from DST as SRC answers here.",
+        flag_values=values,
+    )
     flags.DEFINE_string(
         "push", "", "ORG/NAME: uploads DST to the Hugging Face Hub.", flag_values=values
     )
@@ -79,22 +91,50 @@ def main(args: cli.Arguments) -> None:
     repo = args.flags.push
     if not repo and args.flags["private"].present:
         raise UserError("--private says whether --push makes a private model: --push is absent")
-    if not repo:
-        convert(source, target, args.flags.dtype, args.flags.tokenizer, scales=scales, sizes=sizes)
+    check_verify(args.flags.verify, target)
+    card = ""
+    if repo:
+        check_push(repo, target)
+        card = model_card(source, repo)
+        create_repository(repo, args.flags.private)
+    if not (args.flags.verify and target.exists()):
+        convert(source, target, args.flags.dtype, args.flags.tokenizer, card, scales, sizes)
         print(target)
-        return
-    if not isinstance(target, Path) or target.suffix in (".npz", ".orbax"):
+    if args.flags.verify:
+        line = verification.verify(
+            source, target, args.flags.verify, args.flags.tokenizer, scales, sizes
+        )
+        print(line)
+    if repo:
+        print(push(target, repo, f"{source.name}, exported by pg_ground"))
+
+
+def check_verify(count: int, target: FilePath) -> None:
+    """Raises UserError if --verify is set and cannot be carried out."""
+    if count < 0:
+        raise UserError(f"--verify={count}: it is a number of images, 0 for none")
+    if count and not _is_local_directory(target):
+        raise UserError(
+            f"--verify={count} compares a Hugging Face directory, but DST is {target}: choose a "
+            "folder of this machine"
+        )
+    if count:
+        verification.check_installed()
+
+
+def check_push(repo: str, target: FilePath) -> None:
+    """Raises UserError if `target` cannot be uploaded to the Hub."""
+    if not _is_local_directory(target):
         raise UserError(
             f"--push={repo} uploads a Hugging Face directory, but DST is {target}: choose a folder "
             "of this machine"
         )
     if target.exists():
         raise UserError(f"{target} exists already: remove it, or choose another name")
-    card = model_card(source, repo)
-    create_repository(repo, args.flags.private)
-    convert(source, target, args.flags.dtype, args.flags.tokenizer, card, scales, sizes)
-    print(target)
-    print(push(target, repo, f"{source.name}, exported by pg_ground"))
+
+
+def _is_local_directory(target: FilePath) -> bool:
+    return isinstance(target, Path) and target.suffix not in (".npz", ".orbax")
 
 
 if __name__ == "__main__":

@@ -172,6 +172,8 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "runner",
             "evaluation",
             "prediction",
+            "transformers_answers",
+            "verification",
         ),
     ),
     (

@@ -70,7 +70,7 @@ def convert(
     if target.exists():
         raise UserError(f"{target} exists already: remove it, or choose another name")
     checkpoint = weights.open_checkpoint(source, keep_final_softcap=True)
-    model = _model(source, target, checkpoint, scales, sizes)
+    model = written_model(source, target, checkpoint, scales, sizes)
     tensors = checkpoint.tensors
     if not tensors:
         host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
@@ -87,14 +87,16 @@ def convert(
     export.write(target, tensors, model, dtype, files)
 
 
-def _model(
+def written_model(
     source: FilePath,
     target: FilePath,
     checkpoint: weights.Checkpoint,
     scales: Scales,
     sizes: FilePath | None,
 ) -> Model:
-    """Returns the sizes that are written beside the tensors."""
+    """Returns the sizes that `convert` writes beside the tensors. The arguments are those of
+    `convert`.
+    """
     model = checkpoint.model.config
     is_stated = sizes is not None or scales != Scales()
     if checkpoint.has_scales:
