@@ -106,6 +106,7 @@ def main(args: cli.Arguments) -> None:
         )
         print(line)
     if repo:
+        assert isinstance(target, Path)  # `check_push` says so
         print(push(target, repo, f"{source.name}, exported by pg_ground"))
 
 
