@@ -323,6 +323,73 @@ def test_a_stated_unit_overrules_a_detected_one(tmp_path):
         score(tmp_path, doubled)
 
 
+def gemini_numbers(box: Sequence[float]) -> list[int]:
+    x1, y1, x2, y2 = (round(number / SIDE * 1000) for number in box)
+    return [y1, x1, y2, x2]
+
+
+@pytest.mark.parametrize("formats", [Formats(), NOT_STATED, Formats("xyxy_px", "xy_px")])
+@pytest.mark.parametrize("benchmark", ["rec", "screenspot", "objects"])
+@pytest.mark.parametrize(
+    "write_gold",
+    [
+        lambda box: {"box_2d": gemini_numbers(box), "label": "cat"},
+        lambda box: json.dumps([{"box_2d": gemini_numbers(box), "label": "cat"}]),
+        lambda box: (
+            "```json\n" + json.dumps([{"label": "cat", "box_2d": gemini_numbers(box)}]) + "```"
+        ),
+    ],
+)
+def test_ground_truth_in_gemini_s_form_is_read_by_its_convention(
+    write_gold, benchmark, formats, tmp_path
+):
+    """`--box-format` states the unit of the predictions, which are in another form."""
+    records = [
+        {"pred": [{"label": "cat", "bbox": box}], "gold": write_gold(box), "img_size": [SIDE, SIDE]}
+        for box in ([10 * i, 300, 10 * i + 900, 1000] for i in range(10))
+    ]
+    report, _ = score(tmp_path, records, benchmark, formats)
+    assert report.get("acc50", report.get("accuracy")) == 1
+    assert "ground truth: 10 as gemini (yxyx_permille)" in report["notes"]
+
+
+@pytest.mark.parametrize("column", ["pred", "gold"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_a_field_that_is_called_box_2d_holds_gemini_s_numbers(column, as_text, tmp_path):
+    boxes = [[10 * i, 300, 10 * i + 900, 1000] for i in range(10)]
+    other = "gold" if column == "pred" else "pred"
+    records = [
+        {
+            "answer": {"box_2d": json.dumps(gemini_numbers(b)) if as_text else gemini_numbers(b)},
+            "bbox": b,
+            "img_size": [SIDE, SIDE],
+        }
+        for b in boxes
+    ]
+    path = tmp_path / "answers.json"
+    path.write_text(json.dumps(records))
+    fields = {column: "answer.box_2d", other: "bbox"}
+    report, _ = scoring.rescore(path, "rec", fields, NOT_STATED)
+    assert report["acc95"] == 1
+    assert any("10 of 10 read: 10" in n or "ground truth: 10" in n for n in report["notes"])
+    stated = (
+        Formats("", "", "yxyx_permille")
+        if column == "gold"
+        else Formats("yxyx_permille", "", "xyxy_px")
+    )
+    assert scoring.rescore(path, "rec", fields, stated)[0]["acc95"] == 1
+
+
+def test_a_field_box_2d_in_pixels_is_noticed(tmp_path):
+    path = tmp_path / "answers.json"
+    records = [{"box_2d": [10, 500, 2900, 1500], "bbox": [10, 500, 2900, 1500]}] * 10
+    path.write_text(json.dumps([r | {"img_size": [SIDE, SIDE]} for r in records]))
+    with pytest.raises(UserError, match="look like gemini .*--box-format"):
+        scoring.rescore(path, "rec", {"pred": "box_2d", "gold": "bbox"}, NOT_STATED)
+    stated = Formats("xyxy_px", "", "xyxy_px")
+    assert scoring.rescore(path, "rec", {"pred": "box_2d", "gold": "bbox"}, stated)[0]["acc50"] == 1
+
+
 def test_thousandths_need_the_size_of_an_image_in_pixels(tmp_path):
     records = [{"pred": r["pred"], "gold": r["gold"]} for r in records_in(qwen2_vl)]
     with pytest.raises(UserError, match=r"xyxy_permille \(the answers are qwen2_vl\) .* --fields"):

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pg_ground.boxes import host_boxes, is_proper
@@ -178,9 +178,9 @@ class _AnswerReader(NamedTuple):
 
     def read_locations(self, values: Sequence[Any], echoes: list[str]) -> FileAnswers:
         """Returns the answers and the ground truth of a benchmark of boxes or points."""
-        gold_reads = self._read_gold()
         forced = answer_formats.find_format(self.formats.answers, "--answer-format")
-        detected = answer_formats.detect_all(values)
+        detected = self._detect("pred", values)
+        gold_reads = self._read_gold({forced} if forced else set(detected))
         reads = [
             self._read(self._without_semicolons(value, gold), forced or form)
             for value, form, gold in zip(values, detected, gold_reads, strict=True)
@@ -201,10 +201,24 @@ class _AnswerReader(NamedTuple):
         if self.kind != "points":
             self._check_box_format(reads, gold)
         summary, notes = self._summary(reads, bool(forced))
-        return FileAnswers(predictions, gold, summary, [*notes, *echoes, *self._names(reads, gold)])
+        notes = [*notes, *self._gold_note(gold_reads), *echoes, *self._names(reads, gold)]
+        return FileAnswers(predictions, gold, summary, notes)
 
-    def _read_gold(self) -> list[_Read]:
-        """Returns the locations of the ground truth of each row."""
+    def _detect(self, column: str, values: Sequence[object]) -> list[AnswerFormat]:
+        """Returns the format of each value of a column.
+
+        A field that is called `box_2d` holds Gemini's numbers, as objects with this key do.
+        """
+        name = self.fields.get(column, "").rpartition(".")[2]
+        plain = FORMATS["gemini"] if name == "box_2d" else PLAIN
+        return [plain if form is PLAIN else form for form in answer_formats.detect_all(values)]
+
+    def _read_gold(self, predicted_forms: Collection[AnswerFormat]) -> list[_Read]:
+        """Returns the locations of the ground truth of each row.
+
+        Without --gold-format, the stated format of the predictions is the format of the ground
+        truth too, unless the ground truth is in a format with a unit that no prediction is in.
+        """
         gold_format = self.formats.gold or (
             self.formats.points if self.kind == "points" else self.formats.boxes
         )
@@ -214,9 +228,25 @@ class _AnswerReader(NamedTuple):
             width = 2 if not order or order in POINT_ORDERS else 4
         values = self.columns["gold"]
         return [
-            self._located(value, width, form, gold_format)
-            for value, form in zip(values, answer_formats.detect_all(values), strict=True)
+            self._located(
+                value,
+                width,
+                form,
+                gold_format if form is PLAIN or form in predicted_forms else self.formats.gold,
+            )
+            for value, form in zip(values, self._detect("gold", values), strict=True)
         ]
+
+    def _gold_note(self, reads: Sequence[_Read]) -> list[str]:
+        """Returns a note about the ground truth in a format that states its unit."""
+        counts = Counter(
+            (read.form.name, location.written)
+            for read in reads
+            if read.form is not PLAIN and not self.formats.gold
+            for location in read.locations[:1]
+        )
+        parts = [f"{count} as {name} ({unit})" for (name, unit), count in counts.most_common()]
+        return [f"ground truth: {', '.join(parts)}"] if parts else []
 
     def _read(self, value: object, form: AnswerFormat) -> _Read:
         """Returns the locations of a prediction: of a click, points or boxes."""
@@ -319,8 +349,12 @@ class _AnswerReader(NamedTuple):
         total = Counter(read.form for read in reads)
         first: dict[AnswerFormat, int] = {}
         for index, read in enumerate(reads):
-            is_detected = not read.form.is_fixed and not stated[read.width]
-            if is_detected and any(map(_is_outside, read.locations)):
+            convention = read.form.stated_format(read.width)
+            unit = convention.rpartition("_")[2]
+            is_detected = stated[read.width] != convention and any(
+                location.written.rpartition("_")[2] == unit for location in read.locations
+            )
+            if is_detected and not read.form.is_fixed and any(map(_is_outside, read.locations)):
                 outside[read.form] += 1
                 first.setdefault(read.form, index)
         for form, count in outside.items():
