@@ -6,6 +6,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +15,10 @@ import pytest
 from commands import ROOT, assert_same_run, run, run_here, train_tiny
 
 from pg_ground.checkpoints import run_directory
-from pg_ground.checkpoints.manager import Checkpoints, Damaged
-from pg_ground.training.loop import resume_point
+from pg_ground.checkpoints.manager import Checkpoints, Damaged, save_tree
+from pg_ground.params import flatten
+from pg_ground.training.grpo import GrpoStage
+from pg_ground.training.loop import resume_point, store_frozen
 from pg_ground.types import POLICY, TrainState, UserError
 
 
@@ -312,3 +316,37 @@ def test_a_run_without_a_whole_checkpoint_ends_with_one_line(environment, tiny_r
     errors = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "can be restored" in errors[0]
     assert json.loads((workdir / "config.json").read_text())["stages"]
+
+
+def drop_largest(folder: Path) -> None:
+    """Removes the largest file of a tree: the file of its values."""
+    max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size).unlink()
+
+
+def cut_all(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:5])
+
+
+@pytest.mark.parametrize("damage", [shutil.rmtree, drop_largest, cut_all])
+@pytest.mark.parametrize("name", ["frozen", "reference"])
+def test_a_damaged_tree_beside_the_checkpoints_is_one_line_with_advice(name, damage, tmp_path):
+    tree = {"llm": {"w": jnp.arange(4096, dtype=jnp.float32)}}
+    save_tree(tmp_path / name, tree)
+    damage(tmp_path / name)
+    runtime: Any = SimpleNamespace(workdir=tmp_path)
+    stage: Any = SimpleNamespace(_runtime=runtime)
+    state = TrainState(jnp.int32(5), {POLICY: tree}, (), jnp.float32(0))
+    abstract = {
+        key: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        for key, leaf in flatten(tree).items()
+    }
+    with pytest.raises(UserError) as error:
+        if name == "frozen":
+            store_frozen(tmp_path, abstract, None)
+        else:
+            GrpoStage._reference_policy(stage, state)
+    message = str(error.value)
+    assert message.startswith(str(tmp_path / name)) and "\n" not in message
+    assert f"writes the same {name}" in message and "can be copied" in message

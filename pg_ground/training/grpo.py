@@ -237,7 +237,13 @@ class GrpoStage:
         if int(state.step) == 0:
             manager.save_tree(path, policy)
             return jax.tree.map(jnp.copy, policy)
-        return manager.restore_tree(path, policy)
+        try:
+            return manager.restore_tree(path, policy)
+        except UserError as error:
+            raise UserError(
+                f"{error}: a new run with the same settings writes the same {path.name} at the "
+                "start of this stage, which can be copied"
+            ) from error
 
     def _reference_logps(self, scored: ScoredRollouts, timer: StepTimer) -> Array | None:
         """Returns the log-probabilities of the completions under the reference policy; None
