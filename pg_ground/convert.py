@@ -7,16 +7,16 @@ An .npz does not state the query scale and the soft-caps. If no published model 
 come from --sizes=CONFIG.json, or from --query_scale, --attn_softcap and --final_softcap.
 
 DST selects the format: NAME.npz, NAME.orbax, or else a Hugging Face directory. transformers'
-AutoProcessor and AutoModelForImageTextToText load that directory, with the tokenizer of SRC. A
-reader never sees a part of DST on this machine: it is renamed when it is complete.
+AutoProcessor and AutoModelForImageTextToText load that directory, with the tokenizer of SRC. Its
+README.md is a model card: the stages of the run, its rewards and its held-out metrics. A reader
+never sees a part of DST on this machine: it is renamed when it is complete.
 
 --verify=N compares DST, a Hugging Face directory, with SRC: transformers answers questions about N
 drawn images from DST, and each token of each answer must be the token that SRC answers here. If DST
 exists already, it is compared and not written. transformers is an extra: pip install
 'pg-ground[verify]'.
 
---push=ORG/NAME also uploads that directory to the Hugging Face Hub, with a model card (README.md):
-the stages of the run, its rewards and its held-out metrics.
+--push=ORG/NAME also uploads that directory to the Hugging Face Hub.
 """
 
 from pathlib import Path
@@ -92,10 +92,11 @@ def main(args: cli.Arguments) -> None:
     if not repo and args.flags["private"].present:
         raise UserError("--private says whether --push makes a private model: --push is absent")
     check_verify(args.flags.verify, target)
-    card = ""
     if repo:
         check_push(repo, target)
-        card = model_card(source, repo)
+    is_directory = target.suffix not in (".npz", ".orbax")
+    card = model_card(source, repo, args.positional[0], target.name) if is_directory else ""
+    if repo:
         create_repository(repo, args.flags.private)
     if not (args.flags.verify and target.exists()):
         convert(source, target, args.flags.dtype, args.flags.tokenizer, card, scales, sizes)

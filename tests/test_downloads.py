@@ -201,7 +201,8 @@ def test_an_exported_run_is_pushed_with_a_model_card(hub, tiny_run, tmp_path):
     assert (metadata["license"], metadata["library_name"]) == ("gemma", "transformers")
     assert "**grpo**, 6 steps" in card and "gaussian_point × 1.0, iou × 1.0" in card
     assert "step 12 of 12" in card and "| boxes/acc50 | 0.000 | 0.000 |" in card
-    assert str(tiny_run) not in card and "synthetic:" not in card
+    assert "**grpo/boxes**: synthetic:train, prompt" in card
+    assert str(tiny_run) not in card and "synthetic:train?" not in card
 
 
 def test_the_card_has_the_metrics_of_the_exported_step_and_no_paths(tmp_path):
