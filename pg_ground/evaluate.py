@@ -12,6 +12,9 @@ states it.
 Both ways write eval.json and predictions.jsonl to --out. For a policy, --out is the directory of
 the run or of the checkpoint if the flag is absent; for a file of predictions nothing is written
 then. docs/evaluation.md describes the benchmarks and their protocols.
+
+--coco, --supervision and --lmms_eval also write the predicted boxes there, in the formats of these
+programs.
 """
 
 import json
@@ -20,7 +23,7 @@ from pathlib import Path
 from absl import flags
 
 from pg_ground import cli
-from pg_ground.evals import benchmarks, prediction_files
+from pg_ground.evals import benchmarks, exports, prediction_files
 from pg_ground.evals.file_answers import Formats
 from pg_ground.evals.scoring import rescore, write_results
 from pg_ground.parallel import multiprocess
@@ -76,6 +79,9 @@ def define_flags(values: flags.FlagValues) -> None:
     }
     for name, (default, help_text) in texts.items():
         flags.DEFINE_string(name, default, help_text, flag_values=values)
+    for name in exports.FORMATS:
+        help_text = f"Also write the predicted boxes in the format of {name}."
+        flags.DEFINE_boolean(name, False, help_text, flag_values=values)
     cli.define_distributed(values)
 
 
@@ -104,6 +110,9 @@ def main(args: cli.Arguments) -> None:
 def _score_predictions(args: cli.Arguments) -> None:
     """Prints the metrics of a file of predictions, and writes them if --out is set."""
     path = to_path(args.flags.predictions, "--predictions")
+    export_formats = _export_formats(args)
+    if export_formats and not args.flags.out:
+        raise UserError(f"--{export_formats[0]} writes a file: --out=DIR is needed")
     formats = Formats(
         args.flags.box_format,
         args.flags.point_format,
@@ -128,7 +137,10 @@ def _score_predictions(args: cli.Arguments) -> None:
     if "file_says" in document:
         print(f"the file itself says: {json.dumps(document['file_says'])}")
     if args.flags.out:
-        print(write_results(to_path(args.flags.out, "--out"), document, rows))
+        out = to_path(args.flags.out, "--out")
+        print(write_results(out, document, rows))
+        for file in exports.write_exports(out, rows, export_formats):
+            print(file)
 
 
 def _evaluate_policy(args: cli.Arguments) -> None:
@@ -152,6 +164,7 @@ def _evaluate_policy(args: cli.Arguments) -> None:
         run = {"params": workdir or params, "bad_records": evaluation.bad_records}
         document = benchmarks.make_report(evaluation.predictions) | {"run": run}
         write_results(out, document, evaluation.predictions)
+        exports.write_exports(out, evaluation.predictions, _export_formats(args))
     multiprocess.print_once(
         ascii_table(results_table("held out", {workdir or params: evaluation.metrics}))
     )
@@ -159,6 +172,11 @@ def _evaluate_policy(args: cli.Arguments) -> None:
         counts = ", ".join(f"{count} {kind}" for kind, count in evaluation.bad_records.items())
         multiprocess.print_once(f"records that cannot be used, and are left out: {counts}")
     multiprocess.print_once(str(out / "eval.json"))
+
+
+def _export_formats(args: cli.Arguments) -> list[str]:
+    """Returns the formats of other programs whose flags are set."""
+    return [name for name in exports.FORMATS if args.flags[name].value]
 
 
 def _results_folder(args: cli.Arguments) -> FilePath:

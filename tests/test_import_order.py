@@ -167,6 +167,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "record_files",
             "prediction_files",
             "scoring",
+            "exports",
             "programs",
             "questions",
             "runner",

@@ -140,7 +140,7 @@ def verify(
     check_installed()
     checkpoint = weights.open_checkpoint(source, keep_final_softcap=True)
     model = replace(written_model(source, folder, checkpoint, scales, sizes), dtype="float32")
-    ours_tokenizer = _tokenizer(source, tokenizer, model.text.vocab_size)
+    tokenizer_of_source = _tokenizer(source, tokenizer, model.text.vocab_size)
     questions = draw_questions(count, model.image_size)
     file_faults = _config_faults(folder, model) + _preprocessor_faults(folder, model)
     vocab_size = model.text.vocab_size
@@ -149,9 +149,11 @@ def verify(
     except UserError as error:
         raise UserError(f"{error}. {_cause(file_faults)}" if file_faults else str(error)) from None
     gc.collect()  # the weights of transformers are freed before ours are read
-    faults = _input_faults(model, ours_tokenizer, questions, hub) + _config_faults(folder, model)
+    faults = _input_faults(model, tokenizer_of_source, questions, hub) + _config_faults(
+        folder, model
+    )
     params = _params(checkpoint, weights.open_checkpoint(folder))
-    answers = _our_answers(PaliGemma(model), params, ours_tokenizer, questions, hub.answers)
+    answers = _our_answers(PaliGemma(model), params, tokenizer_of_source, questions, hub.answers)
     compared = [_compare(*pair) for pair in zip(hub.answers, answers, strict=True)]
     is_wrong = not all(each.is_equal or each.is_tie for each in compared)
     worst = max(each.logp_difference for each in compared)
@@ -159,7 +161,7 @@ def verify(
         faults += _tensor_faults(checkpoint, folder)
     if is_wrong:
         raise UserError(
-            _difference(folder, ours_tokenizer, questions, hub, answers, compared, faults)
+            _difference(folder, tokenizer_of_source, questions, hub, answers, compared, faults)
         )
     summary = _summary(hub.answers, compared)
     if worst > LOGP_TOLERANCE:
@@ -167,7 +169,7 @@ def verify(
         raise UserError(
             f"{folder}: {summary}, but log-probabilities differ by {worst:.2g} nats. {cause}"
         )
-    faults += _text_faults(ours_tokenizer, hub.answers)
+    faults += _text_faults(tokenizer_of_source, hub.answers)
     if faults:
         raise UserError(f"{folder}: {summary}, but {faults[0]}")
     if len({token for answer in hub.answers for token in answer.tokens}) < FEW_TOKENS:
@@ -211,7 +213,7 @@ def _our_answers(
 ) -> list[OurAnswer]:
     """Returns the greedy answers of this package.
 
-    Prompts are padded to one length, so one program answers all questions. Where a library rounds a
+    Prompts are padded to one length, so one program answers all questions. If a library rounds a
     pixel to the next grey level, both libraries read the pixels of transformers.
     """
     prompts = [tokenizer.prefix(question.prompt) for question in questions]
