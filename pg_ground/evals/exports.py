@@ -49,7 +49,7 @@ def _scored_boxes(rows: Sequence[Row]) -> Iterator[tuple[Row, list[tuple[JsonDic
     programs order equal scores differently.
     """
     boxes = [(rank, i) for i, row in enumerate(rows) for rank, _ in enumerate(_predicted(row))]
-    positions = {box: place for place, box in enumerate(sorted(boxes))}
+    positions = {box: position for position, box in enumerate(sorted(boxes))}
     has_scores = all("score" in box for row in rows for box in _predicted(row))
     for i, row in enumerate(rows):
         ordered = [1 - positions[rank, i] / len(boxes) for rank, _ in enumerate(_predicted(row))]
