@@ -100,6 +100,18 @@ def test_a_directory_is_compared_with_itself(exported):
 
 @pytest.mark.slow
 @transformers_too
+@pytest.mark.parametrize("exported", ["pg1"], indirect=True)
+def test_a_directory_of_another_model_is_named(exported, tmp_path):
+    sizes = sizes_of("pg2")
+    export.save(tmp_path / "src", random_params(PaliGemma(sizes)), sizes)
+    shutil.copy(TOKENIZER, tmp_path / "src" / "tokenizer.model")
+    finished = verify(tmp_path / "src", exported.folder, count=1)
+    assert finished.returncode == 2
+    assert "DST is no export of SRC" in finished.stderr
+
+
+@pytest.mark.slow
+@transformers_too
 def test_answers_of_few_tokens_are_a_warning(tmp_path, caplog):
     sizes = sizes_of("pg1")
     params = random_params(PaliGemma(sizes))

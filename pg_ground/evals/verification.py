@@ -140,46 +140,57 @@ def verify(
     check_installed()
     checkpoint = weights.open_checkpoint(source, keep_final_softcap=True)
     model = replace(written_model(source, folder, checkpoint, scales, sizes), dtype="float32")
-    tokenizer_of_source = _tokenizer(source, tokenizer, model.text.vocab_size)
+    source_tokenizer = _tokenizer(source, tokenizer, model.text.vocab_size)
     questions = draw_questions(count, model.image_size)
-    file_faults = _config_faults(folder, model) + _preprocessor_faults(folder, model)
-    vocab_size = model.text.vocab_size
-    try:
-        hub = greedy_answers(folder, questions, vocab_size, MAX_NEW_TOKENS, SPECIAL_TOKENS)
-    except UserError as error:
-        raise UserError(f"{error}. {_cause(file_faults)}" if file_faults else str(error)) from None
+    hub = _hub_answers(folder, model, questions)
+    faults = _input_faults(model, source_tokenizer, questions, hub) + _config_faults(folder, model)
     gc.collect()  # the weights of transformers are freed before ours are read
-    faults = _input_faults(model, tokenizer_of_source, questions, hub) + _config_faults(
-        folder, model
-    )
     params = _params(checkpoint, weights.open_checkpoint(folder))
-    answers = _our_answers(PaliGemma(model), params, tokenizer_of_source, questions, hub.answers)
+    answers = _our_answers(PaliGemma(model), params, source_tokenizer, questions, hub.answers)
     compared = [_compare(*pair) for pair in zip(hub.answers, answers, strict=True)]
-    is_wrong = not all(each.is_equal or each.is_tie for each in compared)
     worst = max(each.logp_difference for each in compared)
+    is_wrong = not all(each.is_equal or each.is_tie for each in compared)
     if is_wrong or worst > LOGP_TOLERANCE:
         faults += _tensor_faults(checkpoint, folder)
     if is_wrong:
         raise UserError(
-            _difference(folder, tokenizer_of_source, questions, hub, answers, compared, faults)
+            _difference(folder, source_tokenizer, questions, hub, answers, compared, faults)
         )
     summary = _summary(hub.answers, compared)
     if worst > LOGP_TOLERANCE:
-        cause = _cause(faults)
-        raise UserError(
-            f"{folder}: {summary}, but log-probabilities differ by {worst:.2g} nats. {cause}"
-        )
-    faults += _text_faults(tokenizer_of_source, hub.answers)
+        difference = f"log-probabilities differ by {worst:.2g} nats"
+        raise UserError(f"{folder}: {summary}, but {difference}. {_cause(faults)}")
+    faults += _text_faults(source_tokenizer, hub.answers)
     if faults:
         raise UserError(f"{folder}: {summary}, but {faults[0]}")
-    if len({token for answer in hub.answers for token in answer.tokens}) < FEW_TOKENS:
-        logger.warning(
-            "%s: these answers have fewer than %d different tokens, so they say little: compare "
-            "trained weights, or more questions",
-            folder,
-            FEW_TOKENS,
-        )
+    _warn_of_few_tokens(folder, hub.answers)
     return summary
+
+
+def _hub_answers(folder: FilePath, model: Model, questions: Sequence[Question]) -> HubAnswers:
+    """Returns the answers of transformers.
+
+    Raises:
+      UserError: transformers cannot answer. The text has a wrong setting of the directory, if any.
+    """
+    try:
+        return greedy_answers(
+            folder, questions, model.text.vocab_size, MAX_NEW_TOKENS, SPECIAL_TOKENS
+        )
+    except UserError as error:
+        faults = _config_faults(folder, model) + _preprocessor_faults(folder, model)
+        raise UserError(f"{error}. {_cause(faults)}" if faults else str(error)) from None
+
+
+def _warn_of_few_tokens(folder: FilePath, answers: Sequence[HubAnswer]) -> None:
+    if len({token for answer in answers for token in answer.tokens}) >= FEW_TOKENS:
+        return
+    logger.warning(
+        "%s: these answers have fewer than %d different tokens, so they say little: compare "
+        "trained weights, or more questions",
+        folder,
+        FEW_TOKENS,
+    )
 
 
 def _tokenizer(source: FilePath, tokenizer: str, vocab_size: int) -> Tokenizer:
@@ -195,13 +206,28 @@ def _tokenizer(source: FilePath, tokenizer: str, vocab_size: int) -> Tokenizer:
 
 
 def _params(checkpoint: weights.Checkpoint, exported: weights.Checkpoint) -> Params:
-    """Returns the parameters of `checkpoint` in float32, rounded as the exported ones are."""
+    """Returns the parameters of `checkpoint` in float32 on the CPU, rounded as the exported ones
+    are.
+
+    Raises:
+      UserError: the two checkpoints have other sizes.
+    """
+    for name, leaf in checkpoint.abstract.items():
+        other = exported.abstract.get(name)
+        if other is None or other.shape != leaf.shape:
+            shape = "no such parameter" if other is None else f"the shape {other.shape}"
+            raise UserError(
+                f"DST is no export of SRC: {name} has the shape {leaf.shape} in SRC, and DST has "
+                f"{shape}"
+            )
+    host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     rounded = {
-        name: jax.ShapeDtypeStruct(leaf.shape, exported.abstract[name].dtype)
+        name: jax.ShapeDtypeStruct(leaf.shape, exported.abstract[name].dtype, sharding=host)
         for name, leaf in checkpoint.abstract.items()
     }
     arrays = checkpoint.read(rounded)
-    return unflatten({name: array.astype(jnp.float32) for name, array in arrays.items()})
+    # Each rounded array is freed before the next is cast.
+    return unflatten({name: arrays.pop(name).astype(jnp.float32) for name in list(arrays)})
 
 
 def _our_answers(
