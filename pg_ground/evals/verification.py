@@ -145,7 +145,7 @@ def verify(
     hub = _hub_answers(folder, model, questions)
     faults = _input_faults(model, source_tokenizer, questions, hub) + _config_faults(folder, model)
     gc.collect()  # the weights of transformers are freed before ours are read
-    params = _params(checkpoint, weights.open_checkpoint(folder))
+    params = _params(checkpoint, weights.open_checkpoint(folder), faults)
     answers = _our_answers(PaliGemma(model), params, source_tokenizer, questions, hub.answers)
     compared = [_compare(*pair) for pair in zip(hub.answers, answers, strict=True)]
     worst = max(each.logp_difference for each in compared)
@@ -205,7 +205,9 @@ def _tokenizer(source: FilePath, tokenizer: str, vocab_size: int) -> Tokenizer:
     return loaded
 
 
-def _params(checkpoint: weights.Checkpoint, exported: weights.Checkpoint) -> Params:
+def _params(
+    checkpoint: weights.Checkpoint, exported: weights.Checkpoint, faults: Sequence[str]
+) -> Params:
     """Returns the parameters of `checkpoint` in float32 on the CPU, rounded as the exported ones
     are.
 
@@ -218,7 +220,7 @@ def _params(checkpoint: weights.Checkpoint, exported: weights.Checkpoint) -> Par
             shape = "no such parameter" if other is None else f"the shape {other.shape}"
             raise UserError(
                 f"DST is no export of SRC: {name} has the shape {leaf.shape} in SRC, and DST has "
-                f"{shape}"
+                f"{shape}" + (f". {_cause(faults)}" if faults else "")
             )
     host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
     rounded = {
