@@ -3,6 +3,7 @@
 The models are random. Each export is broken in one way, as a user's hand or another tool breaks it.
 """
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -17,8 +18,10 @@ from conftest import PG1, PG2, random_params
 from safetensors.numpy import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2
 
-from pg_ground.checkpoints import export
+from pg_ground.checkpoints import export, manager
 from pg_ground.checkpoints.conversion import convert
+from pg_ground.checkpoints.run_directory import COMMIT_FILE
+from pg_ground.config import Config, Lora, Sft, Source
 from pg_ground.evals import verification
 from pg_ground.models import PaliGemma
 from pg_ground.tokenizer import load as load_tokenizer
@@ -391,3 +394,23 @@ def test_a_checkpoint_without_a_tokenizer_names_the_flag(tmp_path):
     finished = verify(tmp_path / "src", tmp_path / "src")
     assert finished.returncode == 2
     assert "has no tokenizer.model, and --verify needs one: --tokenizer=FILE" in finished.stderr
+
+
+@pytest.mark.slow
+@transformers_too
+def test_a_run_with_adapters_is_exported_and_verified(tmp_path):
+    """The adapters are merged on both sides, and the run has the package's tokenizer."""
+    sizes = sizes_of("pg2")
+    sizes = replace(sizes, lora=Lora(rank=2, alpha=4.0, pattern="llm/layers/.*"))
+    params = varied_params(sizes)
+    sources = {"boxes": Source(uri="synthetic:scenes", boxes="box")}
+    settings = Config(model=sizes, stages=("sft",), sft=Sft(sources=sources))
+    step = tmp_path / "run" / "checkpoints" / "6"
+    step.mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(dataclasses.asdict(settings)))
+    manager.save_tree(step / "params", params)
+    (step / COMMIT_FILE).touch()
+    finished = verify(tmp_path / "run", tmp_path / "hf", "--dtype=bfloat16", count=2)
+    assert finished.returncode == 0, finished.stderr
+    assert "2 of 2 answers equal" in finished.stdout
+    assert (tmp_path / "hf" / "README.md").is_file()
