@@ -98,6 +98,72 @@ def test_every_form_of_a_box_gives_the_same_answer(tmp_path, box):
     np.testing.assert_allclose(result.boxes.yxyx, [[0.25, 0.125, 0.75, 0.5]], atol=1e-3)
 
 
+GEMINI_BOX = [250, 125, 750, 500]
+"""y1, x1, y2, x2 of the box of `BOX` in thousandths."""
+GEMINI_FORMS = [
+    {"box_2d": GEMINI_BOX, "label": "red square"},
+    [{"box_2d": GEMINI_BOX, "label": "red square"}],
+    [{"box_2d": str(GEMINI_BOX), "label": "red square"}],
+    {"box_2d": [[250, 125], [750, 500]], "label": "red square"},
+    json.dumps([{"box_2d": GEMINI_BOX, "label": "red square"}]),
+    f"```json\n{json.dumps({'label': 'red square', 'box_2d': GEMINI_BOX})}\n```",
+]
+
+
+@pytest.mark.parametrize("box", GEMINI_FORMS, ids=str)
+def test_gemini_s_boxes_are_read_by_their_convention_and_the_notes_say_so(tmp_path, box):
+    result = example(tmp_path, {"box": box})
+    assert result.suffix == BOX
+    (note,) = [note for note in result.notes if "box_2d" in note]
+    assert note.endswith("read as yxyx_permille")
+
+
+@pytest.mark.parametrize(
+    ("path", "row"),
+    [
+        ("box_2d", {"box_2d": GEMINI_BOX}),
+        ("box_2d", {"box_2d": [GEMINI_BOX]}),
+        ("box_2d", {"box_2d": str(GEMINI_BOX)}),
+        ("answer.box_2d", {"answer": {"box_2d": GEMINI_BOX}}),
+    ],
+)
+def test_a_field_that_is_called_box_2d_is_read_as_gemini_s_boxes_are(tmp_path, path, row):
+    result = example(tmp_path, row, boxes=path, label="phrase")
+    assert result.suffix == BOX
+    assert [note for note in result.notes if "box_2d" in note and "yxyx_permille" in note]
+
+
+def test_a_stated_box_format_overrules_the_convention_of_box_2d(tmp_path):
+    for format_name, numbers in (
+        ("yxyx_px", [10, 10, 30, 40]),
+        ("xywh_px", [10, 10, 30, 20]),
+        ("xyxy_permille", [125, 250, 500, 750]),
+    ):
+        row = {"box": [{"box_2d": numbers, "label": "red square"}], "box_2d": numbers}
+        for path in ("box", "box_2d"):
+            result = example(tmp_path, row, boxes=path, box_format=format_name, label="phrase")
+            assert result.suffix == BOX
+            assert any(f"read as {format_name}" in note for note in result.notes)
+
+
+def test_keys_of_a_box_in_box_2d_state_its_order(tmp_path):
+    corners = {"x1": 10, "y1": 10, "x2": 40, "y2": 30}
+    assert example(tmp_path, {"box": {"box_2d": corners, "label": "red square"}}).suffix == BOX
+
+
+@pytest.mark.parametrize("numbers", [[10, 500, 900, 1500], [0, 0, 1001, 1000]])
+def test_box_2d_with_coordinates_above_1000_is_a_bad_box(tmp_path, numbers):
+    reason = "which Gemini writes as yxyx_permille, but a coordinate is above 1000: set box_format"
+    for row, path in (({"box": [{"box_2d": numbers}]}, "box"), ({"box_2d": numbers}, "box_2d")):
+        message = fault(tmp_path, row, boxes=path)
+        assert message.startswith("bad_box: ") and reason in message
+
+
+def test_a_list_with_box_2d_and_bbox_is_a_bad_box(tmp_path):
+    boxes = [{"box_2d": GEMINI_BOX}, {"bbox": [10, 10, 40, 30]}]
+    assert "two forms: yxyx_permille and xyxy_px" in fault(tmp_path, {"box": boxes})
+
+
 def test_several_boxes_keep_their_names_and_their_order(tmp_path):
     two = "<loc0000><loc0000><loc0512><loc0512> cat ; <loc0512><loc0512><loc1023><loc1023> dog"
     for box in (

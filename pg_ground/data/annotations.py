@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from pg_ground.data.box_formats import split_format
+from pg_ground.data.box_formats import UNITS, split_format
 from pg_ground.data.record_fields import plain_text
 from pg_ground.data.records import BadRecord, short
 from pg_ground.readers.gold_text import read_gold_text
@@ -44,6 +44,12 @@ INNER_KEYS = (
     *("point_2d", "point"),
 )
 """Keys of an object under which its box or its point is."""
+
+CONVENTIONS = {"box_2d": "yxyx_permille"}
+"""The format that the name of a key or a field states: Gemini writes boxes as `box_2d`."""
+
+UNSTATED_FORMAT = "xyxy_px"
+"""The default of box_format. A source with another value states the format itself."""
 
 TURN_KEYS = ("rotation", "angle", "rotationangle")
 """Keys, in lower case and without "_", of the angle of a box that is not upright."""
@@ -85,13 +91,14 @@ def no_rows(width: int, format_name: str) -> Rows:
     return Rows(np.zeros((0, width)), (), (), format_name, "")
 
 
-def read_rows(value: object, format_name: str, width: int) -> Rows:
+def read_rows(value: object, format_name: str, width: int, path: str = "") -> Rows:
     """Returns the boxes (`width` 4) or points (`width` 2) of a record's field.
 
     Args:
       value: the value in any form.
       format_name: the setting box_format or point_format. Keys and loc tokens state their own
         order, and loc tokens their own unit.
+      path: the path of the field. The last name can state the format, as keys of `CONVENTIONS` do.
 
     Raises:
       BadRecord: bad_box or bad_point, if the value has no known form or a number is not finite.
@@ -99,7 +106,11 @@ def read_rows(value: object, format_name: str, width: int) -> Rows:
     kind = "bad_box" if width == 4 else "bad_point"
     if is_nothing(value):
         return no_rows(width, format_name)
-    rows = _read(value, format_name, width, kind)
+    name = path.rpartition(".")[2].removesuffix("[]")
+    if name in CONVENTIONS:
+        rows = _read_inner(name, value, format_name, width, kind)
+    else:
+        rows = _read(value, format_name, width, kind)
     for i in np.flatnonzero(~np.isfinite(rows.numbers).all(1)).tolist():
         raise BadRecord(kind, f"{row_text(rows.numbers, i)} is not finite")
     return rows
@@ -227,12 +238,34 @@ def _read_object(item: Any, format_name: str, width: int, kind: str) -> Rows:
         if width == 2:
             raise BadRecord(kind, f"{short(item)} has no x and y")
         raise BadRecord(kind, _no_keys(item))
-    rows = _read(item[inner], format_name, width, kind)
+    rows = _read_inner(inner, item[inner], format_name, width, kind)
     label = _label(item)
-    return rows._replace(
-        labels=(label,) * len(rows.numbers) if label and not rows.labels else rows.labels,
-        reading=f"{inner}: {rows.reading}",
-    )
+    if label and not rows.labels:
+        return rows._replace(labels=(label,) * len(rows.numbers))
+    return rows
+
+
+def _read_inner(name: str, value: Any, format_name: str, width: int, kind: str) -> Rows:
+    """Returns the rows under a key or a field, whose name states a format if it has a convention.
+
+    Raises:
+      BadRecord: also if a coordinate is larger than the unit of the convention allows.
+    """
+    items = value if isinstance(value, list | tuple) else [value]
+    has_keys = any(isinstance(item, Mapping) for item in items)
+    convention = CONVENTIONS.get(name, format_name)
+    if format_name != UNSTATED_FORMAT or has_keys or width != 4:
+        convention = format_name
+    rows = _read(value, convention, width, kind)
+    if convention != format_name and rows.format == convention:
+        extent = UNITS[split_format(convention)[1]] or np.inf
+        for i in np.flatnonzero((rows.numbers > extent).any(1)).tolist():
+            raise BadRecord(
+                kind,
+                f"{row_text(rows.numbers, i)} is under {name}, which Gemini writes as "
+                f"{convention}, but a coordinate is above {extent:g}: set box_format",
+            )
+    return rows._replace(reading=f"{name}: {rows.reading}")
 
 
 def _read_labels(value: Mapping[Any, Any], format_name: str, width: int, kind: str) -> Rows:

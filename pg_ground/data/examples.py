@@ -269,7 +269,7 @@ def _read_rows(record: Record, source: Source, element: int) -> tuple[Rows, Rows
     if source.boxes:
         value = coordinates_at(record, source.boxes, element)
         absence = _absence(record, source.boxes, source, element) if value is None else ""
-        boxes = read_rows(value, source.box_format, 4)
+        boxes = read_rows(value, source.box_format, 4, source.boxes)
     if source.points:
         value = coordinates_at(record, source.points, element)
         if source.target == "points":
