@@ -79,12 +79,9 @@ from ml_collections import ConfigDict
 
 from pg_ground import config
 from pg_ground.config import Source
-from pg_ground.types import UserError, nearest
 
 from . import tpu
-from .tpu import V5E_8, V5P_8, Recipe
-
-V6E_8 = "v6e:2x4"
+from .tpu import V5E_8, V5P_8, V6E_8, Recipe
 
 RECIPES: dict[str, Recipe] = {
     "pg1_3b_224_v5e_8": Recipe("pg1_3b_224", V5E_8, 128),
@@ -118,12 +115,6 @@ SFT_QUESTIONS = 320_000
 
 GRPO_QUESTIONS = 256_000
 
-SFT_LEARNING_RATE = 1e-5
-"""The best rate of PaliGemma's transfers to RefCOCO (arXiv 2407.07726, arXiv 2412.03555)."""
-
-SFT_ADAPTER_FACTOR = 10
-"""Adapters need larger steps than the matrices that they are added to."""
-
 
 def get_config(name: str = "pg2_3b_448_v5e_8") -> ConfigDict:
     """Returns the settings of MODEL_SLICE.
@@ -131,9 +122,7 @@ def get_config(name: str = "pg2_3b_448_v5e_8") -> ConfigDict:
     Raises:
       UserError: there is no recipe of this name.
     """
-    if name not in RECIPES:
-        raise UserError(f"configs/refcoco.py:{name} does not exist: {nearest(name, RECIPES)}")
-    recipe = RECIPES[name]
+    recipe = tpu.find_recipe("configs/refcoco.py", name, RECIPES)
     c = tpu.make_config(recipe).unlock()
     c.stages = ("sft", "grpo")
     c.data.dir = "data/refcoco"
@@ -141,12 +130,7 @@ def get_config(name: str = "pg2_3b_448_v5e_8") -> ConfigDict:
     c.data.suffix_length = 8
     c.data.max_boxes = 1
 
-    c.sft.batch_size = 2 * recipe.prompts
-    c.sft.steps = SFT_QUESTIONS // c.sft.batch_size
-    factor = SFT_ADAPTER_FACTOR if recipe.lora else 1
-    c.sft.optimizer.update(
-        lr=SFT_LEARNING_RATE * factor, schedule="cosine", warmup_steps=c.sft.steps // 20, b2=0.95
-    )
+    tpu.set_sft(c, recipe, SFT_QUESTIONS)
     c.sft.sources = {"combined": refer("combined", "train")}
 
     c.grpo.steps = GRPO_QUESTIONS // recipe.prompts

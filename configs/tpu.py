@@ -37,6 +37,7 @@ pg2_28b_224_v5p_16       v5p:2x2x2       64      49.6    59.3      6.27    2.99 
 pg1_3b_224_v5e_256       v5e:16x16     1024       6.1     1.6      0.32    0.30   FLOPs
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -67,6 +68,14 @@ class Recipe(NamedTuple):
 V5E_8 = "v5e:2x4"
 V5P_8 = "v5p:2x2x1"
 """Four chips. They are sold as v5p-8, by their cores."""
+
+V6E_8 = "v6e:2x4"
+
+SFT_LEARNING_RATE = 1e-5
+"""The best rate of most of PaliGemma's transfers (arXiv 2407.07726, arXiv 2412.03555)."""
+
+SFT_ADAPTER_FACTOR = 10
+"""Adapters need larger steps than the matrices that they are added to."""
 
 RECIPES: dict[str, Recipe] = {
     "pg1_3b_224_v5e_8": Recipe("pg1_3b_224", V5E_8, 128),
@@ -99,9 +108,18 @@ def get_config(name: str = "pg1_3b_224_v5e_8") -> ConfigDict:
     Raises:
       UserError: there is no recipe of this name.
     """
-    if name not in RECIPES:
-        raise UserError(f"configs/tpu.py:{name} does not exist: {nearest(name, RECIPES)}")
-    return make_config(RECIPES[name])
+    return make_config(find_recipe("configs/tpu.py", name, RECIPES))
+
+
+def find_recipe(file: str, name: str, recipes: Mapping[str, Recipe]) -> Recipe:
+    """Returns the recipe of this name in a config file.
+
+    Raises:
+      UserError: there is no recipe of this name.
+    """
+    if name not in recipes:
+        raise UserError(f"{file}:{name} does not exist: {nearest(name, recipes)}")
+    return recipes[name]
 
 
 def make_config(recipe: Recipe) -> ConfigDict:
@@ -120,3 +138,14 @@ def make_config(recipe: Recipe) -> ConfigDict:
     c.eval.batch_size = recipe.prompts
     c.eval.max_new_tokens = 64
     return c.lock()
+
+
+def set_sft(c: ConfigDict, recipe: Recipe, questions: int) -> None:
+    """Sets the supervised stage of a recipe: a cosine schedule over so many questions."""
+    c.sft.batch_size = 2 * recipe.prompts
+    c.sft.grad_accum_steps = recipe.grad_accum_steps
+    c.sft.steps = questions // c.sft.batch_size
+    factor = SFT_ADAPTER_FACTOR if recipe.lora else 1
+    c.sft.optimizer.update(
+        lr=SFT_LEARNING_RATE * factor, schedule="cosine", warmup_steps=c.sft.steps // 20, b2=0.95
+    )

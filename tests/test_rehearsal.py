@@ -159,7 +159,7 @@ def test_a_folder_that_exists_is_refused(tmp_path):
 
 def test_the_small_run_has_the_kinds_of_the_real_one():
     real = recipe("pg2_3b_448_lora_v5e_1")
-    small = shrink(real, 4, "data/refcoco", "t.model", "cache")
+    small = shrink(real, 4, "t.model", "cache")
     assert small.model.text.vocab_size == real.model.text.vocab_size == 257_152
     assert small.model.image_size == 448 and small.model.text.depth == small.model.vision.depth == 2
     assert small.model.lora.rank == 4 and small.model.frozen_dtype == "bfloat16"

@@ -68,7 +68,8 @@ def _collective_bytes(setup: Setup, mesh: AnyMesh, jaxpr: core.Jaxpr, trip_count
     """Returns about the bytes of collectives if every weight is gathered whenever it is used.
 
     A forward pass gathers the weights once. A gradient gathers them twice and scatters their
-    gradients, at most in float32. A token gathers them if they stay sharded.
+    gradients, at most in float32. A token gathers them if they stay sharded. Each block of logits
+    may gather the embedding.
     """
     if mesh.size == 1:
         return 0.0
@@ -78,7 +79,12 @@ def _collective_bytes(setup: Setup, mesh: AnyMesh, jaxpr: core.Jaxpr, trip_count
     weights = itemsize * sum(
         float(np.prod(leaf.shape)) for leaf in (setup.trained | setup.frozen).values()
     )
+    model = setup.config.model
+    tokens = max(setup.config.data.suffix_length, setup.config.grpo.max_new_tokens)
+    blocks = tokens / model.logits_block
+    embedding = itemsize * model.text.vocab_size * model.text.width
     gathered = weights * (1 + 4 * gradients + trip_count)
+    gathered += embedding * (1 + 4 * gradients) * blocks
     if mesh.shape["model"] == 1:
         return gathered
     # Devices that split a matrix add up their parts of each result.

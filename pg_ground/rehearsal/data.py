@@ -1,8 +1,11 @@
 """The data of a rehearsal: a sample of the user's questions, or a miniature."""
 
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from pg_ground.config import Config, Source
@@ -10,7 +13,7 @@ from pg_ground.data.datasets import Examples, open_examples
 from pg_ground.data.records import BadRecord, clip_text
 from pg_ground.data.text_budgets import spread
 from pg_ground.evals.benchmarks import find_benchmark
-from pg_ground.rehearsal.miniatures import write_miniatures
+from pg_ground.rehearsal.miniatures import has_addresses, write_miniatures
 from pg_ground.storage.paths import to_path
 from pg_ground.types import UserError
 
@@ -35,7 +38,8 @@ def used_sources(config: Config) -> Iterator[tuple[str, str, Source]]:
 def prepare(config: Config, folder: Path) -> tuple[Config, str]:
     """Returns the config with the folder of the data, and what the data is, in words.
 
-    If the folder `data.dir` does not exist, a miniature is written into `folder`.
+    If the folder `data.dir` does not exist, a miniature is written into `folder`. If its images are
+    on the web, this process serves them until it ends.
 
     Raises:
       UserError: a source has no miniature.
@@ -43,10 +47,25 @@ def prepare(config: Config, folder: Path) -> tuple[Config, str]:
     if has_data(config):
         return config, f"yours, in {config.data.dir}" if config.data.dir else "yours"
     folder.mkdir(parents=True, exist_ok=True)
-    write_miniatures(config, folder)
-    return replace(config, data=replace(config.data, dir=str(folder))), (
-        f"a miniature, because {config.data.dir} does not exist"
+    address = serve(folder) if has_addresses(config) else ""
+    write_miniatures(config, folder, address)
+    fetch = replace(
+        config.data.fetch, cache_dir=str(folder / "fetched"), allow_private=True, retries=1
     )
+    data = replace(config.data, dir=str(folder), fetch=fetch)
+    return replace(config, data=data), f"a miniature, because {config.data.dir} does not exist"
+
+
+def serve(folder: Path) -> str:
+    """Serves the files of a folder on this machine, and returns the address."""
+
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return f"http://127.0.0.1:{server.server_address[1]}"
 
 
 def check_sources(config: Config, is_miniature: bool) -> dict[str, int]:

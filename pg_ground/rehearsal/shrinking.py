@@ -44,29 +44,23 @@ def shrink_model(model: Model) -> Model:
     )
 
 
-def shrink(config: Config, devices: int, data_dir: str, tokenizer: str, cache: str) -> Config:
+def shrink(config: Config, devices: int, tokenizer: str, cache: str) -> Config:
     """Returns the config of the rehearsal of a run.
 
     Rewards, algorithm, sources, dtypes and the kinds of steps are those of `config`.
 
     Args:
       devices: the devices of all processes together.
-      data_dir: the folder of the data.
       tokenizer: the file of the tokenizer.
-      cache: the folder of compiled programs and of fetched images.
+      cache: the folder of compiled programs.
     """
-    fetch = config.data.fetch
-    if data_dir != config.data.dir:  # the images of a miniature are on this machine
-        fetch = replace(fetch, cache_dir=f"{cache}/images", allow_private=True, retries=1)
     return replace(
         config,
         init="",
         model=shrink_model(config.model),
         data=replace(
             config.data,
-            dir=data_dir,
             tokenizer=tokenizer,
-            fetch=fetch,
             workers=0,
             check_records=min(config.data.check_records, 200),
         ),

@@ -76,9 +76,7 @@ class Rehearsal:
             )
         devices = PROCESSES * DEVICES
         axes = self.config.mesh.replica * self.config.mesh.model
-        small = shrink(
-            self.data_config, devices // axes, self.data_config.data.dir, self.tokenizer, self.cache
-        )
+        small = shrink(self.data_config, devices // axes, self.tokenizer, str(self.folder))
         file = write_config(small, self.folder)
         processes = Processes(self.folder, PROCESSES, DEVICES)
         workdir = self.folder / "run"
@@ -148,11 +146,6 @@ class Rehearsal:
         else:
             self.checklist.skip("hours", "libtpu is not installed: pip install -e '.[tpu]'")
         self.checklist.run("disk", lambda: self._check_disk(limits.disk_gb))
-
-    @property
-    def cache(self) -> str:
-        """The folder of compiled programs and fetched images."""
-        return str(self.folder / "cache")
 
     def _check_slice(self) -> str:
         count = tpu_specs.device_count(self.topology)

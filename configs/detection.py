@@ -1,0 +1,130 @@
+"""Detects all objects of an image: COCO, or your own classes in COCO's format.
+
+The argument is MODEL_SLICE, a name of `RECIPES`. All commands run in the folder of the checkout.
+
+1. Rehearse the recipe on this machine. It needs no data, no weights and no TPU:
+
+       python -m pg_ground.rehearse --config=configs/detection.py:pg2_3b_448_v5e_8
+
+2. Get the data: 20 GB to download and 21 GB on the disk, in data/coco/.
+
+       mkdir -p data/coco && cd data/coco
+       curl -LO http://images.cocodataset.org/annotations/annotations_trainval2017.zip
+       curl -LO http://images.cocodataset.org/zips/train2017.zip
+       curl -LO http://images.cocodataset.org/zips/val2017.zip
+       for file in *.zip; do python -m zipfile -e "$file" .; done; cd ../..
+
+   Your own classes: a file of annotations in COCO's format for each split.
+
+       --config.sft.sources.train.uri='coco:MINE/train.json?ask=image&images=MINE/images'
+       --config.grpo.sources.train.uri=… --config.eval.sources.val.uri=…
+
+3. Get the weights and the tokenizer, after you have accepted the licence on the Hub:
+
+       hf auth login
+       hf download google/paligemma2-3b-pt-448 --local-dir weights/pg2_448
+
+4. Check the data, train, score and export:
+
+       python -m pg_ground.rehearse --config=configs/detection.py:pg2_3b_448_v5e_8 --data_only
+       python -m pg_ground.train --config=configs/detection.py:pg2_3b_448_v5e_8 \\
+           --distributed=auto --workdir=gs://BUCKET/runs/coco --config.data.dir=gs://BUCKET/coco \\
+           --config.init=gs://BUCKET/pg2_448 --config.data.tokenizer=gs://BUCKET/pg2_448
+       python -m pg_ground.evaluate --config=… --workdir=… --out=scores
+       python -m pg_ground.convert gs://BUCKET/runs/coco exported
+
+An answer names every object: `<loc…><loc…><loc…><loc…> person ; …`, at most 32 objects of an image
+in training. All objects of an image count in the evaluation, which is COCO's mAP with the
+likelihood of each label as its score. The stages are supervised training and GRPO with the reward
+`detection` of "Tuning computer vision models with task rewards" (arXiv 2302.08242), where mAP rose
+from 39 to 54 for another model. PaliGemma 2 3B at 448 pixels has a mAP of 38.5 by supervised
+training (arXiv 2412.03555).
+
+Hours at best, from the programs that were compiled for each slice on 2026-11-28 (jax 0.10.2; no
+run was timed). GiB is the largest program on a chip.
+
+                                            s a step:             hours:              chip-
+recipe                  slice      prompts  GiB    SFT  sampling, update   SFT, GRPO, eval.   hours
+TABLE
+"""
+
+from ml_collections import ConfigDict
+
+from pg_ground import config
+from pg_ground.config import Source
+
+from . import tpu
+from .tpu import V5E_8, V5P_8, V6E_8, Recipe
+
+RECIPES: dict[str, Recipe] = {
+    "pg1_3b_448_v5e_8": Recipe("pg1_3b_448", V5E_8, 64),
+    "pg2_3b_448_v5e_8": Recipe("pg2_3b_448", V5E_8, 64),
+    "pg2_3b_448_v5p_8": Recipe("pg2_3b_448", V5P_8, 128),
+    "pg2_3b_448_v6e_8": Recipe("pg2_3b_448", V6E_8, 64),
+    "pg2_3b_448_lora_v5e_1": Recipe("pg2_3b_448", "v5e:1x1", 8, lora=True, grad_accum_steps=2),
+    "pg2_3b_448_lora_h100": Recipe("pg2_3b_448", "", 32, lora=True),
+}
+"""MODEL_SLICE."""
+
+OBJECTS = 32
+"""Objects of an image in training. 97 % of COCO's images have at most 25."""
+
+TOKENS = 256
+"""An object has four loc tokens, a name of one or two tokens, and a separator."""
+
+SFT_QUESTIONS = 4 * 118_287
+"""Four passes over train2017."""
+
+GRPO_QUESTIONS = 118_287
+
+
+def get_config(name: str = "pg2_3b_448_v5e_8") -> ConfigDict:
+    """Returns the settings of MODEL_SLICE.
+
+    Raises:
+      UserError: there is no recipe of this name.
+    """
+    recipe = tpu.find_recipe("configs/detection.py", name, RECIPES)
+    c = tpu.make_config(recipe).unlock()
+    c.stages = ("sft", "grpo")
+    c.model.logits_block = 16  # each block gathers the embedding
+    c.data.dir = "data/coco"
+    c.data.prompt_length = 16
+    c.data.suffix_length = TOKENS
+    c.data.max_boxes = 100
+
+    tpu.set_sft(c, recipe, SFT_QUESTIONS)
+    c.sft.sources = {"train": coco("train2017", OBJECTS)}
+
+    c.grpo.steps = GRPO_QUESTIONS // recipe.prompts
+    c.grpo.max_new_tokens = TOKENS
+    c.grpo.rewards = {"detection": 1.0, "format": 0.1}
+    c.grpo.optimizer.warmup_steps = c.grpo.steps // 50
+    c.grpo.sources = {"train": coco("train2017", OBJECTS)}
+
+    c.eval.sources = {"val": coco("val2017", 0)}
+    c.eval.benchmarks = {"val": "detection"}
+    c.eval.examples = 0
+    c.eval.interim_examples = 512
+    c.eval.every = c.grpo.steps // 10
+    c.eval.max_new_tokens = TOKENS
+    c.eval.rollouts = 0
+    c.checkpoint.best = "eval/val/ap"
+    return c.lock()
+
+
+def coco(split: str, max_objects: int) -> ConfigDict:
+    """Returns the images of a split with all their objects: one question for each image."""
+    file = f"{{dir}}/annotations/instances_{split}.json"
+    source = Source(
+        uri=f"coco:{file}?ask=image&images={{dir}}/{split}",
+        boxes="boxes",
+        box_format="xywh_px",
+        label="categories",
+        max_objects=max_objects,
+        empty="keep",
+        flat_boxes="drop",
+        prompt="detect all classes",
+        name="",
+    )
+    return config.section(source)
