@@ -45,7 +45,11 @@ run was timed). GiB is the largest program on a chip.
 
                                             s a step:             hours:              chip-
 recipe                  slice      prompts  GiB    SFT  sampling, update   SFT, GRPO, eval.   hours
-TABLE
+pg1_3b_448_v5e_8        v5e:2x4         64   12.4    1.99   1.58   2.42    2.0  2.1  0.1         33
+pg2_3b_448_v5e_8        v5e:2x4         64   13.4    2.19   2.22   2.70    2.3  2.5  0.1         39
+pg2_3b_448_v5p_8        v5p:2x2x1      128   40.2    3.77   1.97   4.63    1.9  1.7  0.0         15
+pg2_3b_448_v6e_8        v6e:2x4         64   13.3    0.71   1.11   0.79    0.7  1.0  0.0         14
+pg2_3b_448_lora_v5e_1   v5e:1x1          8    9.5    1.55   2.26   2.00    12.7  17.5  0.0       30
 """
 
 from ml_collections import ConfigDict

@@ -15,6 +15,7 @@ from sentencepiece import sentencepiece_model_pb2
 from pg_ground import tokenizer
 from pg_ground.cli import run_recipe
 from pg_ground.config import Config, parse
+from pg_ground.data.datasets import open_examples
 from pg_ground.rehearsal import costs, data
 from pg_ground.rehearsal.miniatures import write_miniatures
 from pg_ground.rehearsal.shrinking import shrink
@@ -124,8 +125,8 @@ def test_another_number_of_questions_than_published_is_found(miniature, tmp_path
     ],
 )
 def test_faults_of_settings_are_one_line(flag, message, tmp_path):
-    message = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
-    pieces = message.FromString(stand_in_tokenizer(2048))
+    proto = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
+    pieces = proto.FromString(stand_in_tokenizer(2048))
     (tmp_path / "SMALL").write_bytes(pieces.SerializeToString())
     pieces.pieces[1000].piece = "<loc00>"  # of 896 to 1919, the loc pieces
     (tmp_path / "WITHOUT").write_bytes(pieces.SerializeToString())
@@ -233,3 +234,48 @@ def test_a_whole_recipe_is_rehearsed(environment, tmp_path):
     assert max(steps) == 5 and (out / "export/model.safetensors").exists()
     metrics = json.loads((out / "scores/eval.json").read_text())
     assert len(metrics["sources"]) == 8
+
+
+FLAGSHIPS = ("detection", "gui", "pixmo_points", "refcoco")
+
+
+@pytest.mark.parametrize("name", FLAGSHIPS)
+def test_every_flagship_recipe_has_a_miniature(name, tmp_path):
+    """Each source is opened and read, as the run does. The images of PixMo are fetched."""
+    module = run_recipe(ROOT / "configs" / f"{name}.py")
+    for recipe_name in module.RECIPES:
+        config = parse(module.get_config(recipe_name))
+    config, kind = data.prepare(config, tmp_path / "data")
+    assert kind.startswith("a miniature, because data/")
+    counts = data.check_sources(config, is_miniature=True)
+    assert counts.keys() == config.eval.sources.keys()
+
+
+def test_pictures_of_pixmo_come_from_the_web(tmp_path):
+    """An image with another hash is a bad record, and the check names its source."""
+    config = parse(run_recipe(ROOT / "configs/pixmo_points.py").get_config())
+    config, _ = data.prepare(config, tmp_path / "data")
+    name, source = "held_out", replace(config.eval.sources["held_out"], sampling="all")
+    examples = open_examples(name, source, config.data, 28)
+    texts = [examples[index].suffix for index in range(len(examples))]
+    assert texts[-1] == "" and all(text.startswith("<loc") for text in texts[:-1])
+    for file in (tmp_path / "data" / "web").glob("pixmo-points-train*"):
+        file.write_bytes(b"another image")
+    shutil.rmtree(tmp_path / "data" / "fetched")
+    with pytest.raises(
+        UserError, match=r"points: 6 of 6 questions cannot be used \(6 wrong_sha256"
+    ):
+        data.check_sources(config, is_miniature=True)
+
+
+def test_the_guide_of_each_flagship_names_its_commands():
+    """A newcomer has only the docstring."""
+    for name in FLAGSHIPS:
+        guide = (ROOT / "configs" / f"{name}.py").read_text().split('"""')[1]
+        for word in ("rehearse", "data/", "hf download", "train", "evaluate", "convert", "Hours"):
+            assert word in guide, (name, word)
+        assert "TABLE" not in guide
+        recipes = run_recipe(ROOT / "configs" / f"{name}.py").RECIPES
+        for line in guide.splitlines():
+            if line.startswith("pg") and "v" in line:
+                assert line.split()[0] in recipes, line

@@ -118,7 +118,7 @@ def _write_rows(
         return
     rows = [
         _row(source, setting, scene, index, file, folder, address)
-        for index, scene in enumerate(scenes(str(file.name), IMAGES))
+        for index, scene in enumerate(scenes(f"{file.parent.parent.name} {file.name}", IMAGES))
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
     if scheme == "parquet":
@@ -147,7 +147,7 @@ def _row(
             raise UserError(f"{setting}: the path {path} has no data in miniature")
         row[path] = value
 
-    name = f"{file.stem}-{index}.png"
+    name = f"{file.parent.parent.name}-{file.stem}-{index}.png"
     content = io.BytesIO()
     scene.image.save(content, "PNG")
     if source.image_sha256:
