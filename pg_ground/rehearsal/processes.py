@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -87,16 +86,15 @@ class Processes:
         """
         processes = self._start("train", self._distributed(arguments))
         deadline = time.monotonic() + TIMEOUT_S
-        while not [done for done in run_directory.steps(workdir) if done >= step]:
-            ended = [process.poll() for process in processes]
-            if any(code is not None for code in ended) or time.monotonic() > deadline:
-                self._wait("train", processes)
-                raise UserError("the run ended before it was killed")
-            time.sleep(POLL_S)
-        for process in processes:
-            process.send_signal(signal.SIGKILL)
-        for process in processes:
-            process.wait()
+        try:
+            while not [done for done in run_directory.steps(workdir) if done >= step]:
+                ended = [process.poll() for process in processes]
+                if any(code is not None for code in ended) or time.monotonic() > deadline:
+                    self._wait("train", processes)
+                    raise UserError("the run ended before it was killed")
+                time.sleep(POLL_S)
+        finally:
+            _kill(processes)
         return max(run_directory.steps(workdir))
 
     def _distributed(self, arguments: Sequence[str]) -> list[list[str]]:
@@ -131,11 +129,11 @@ class Processes:
         try:
             codes = [process.wait(max(1, deadline - time.monotonic())) for process in processes]
         except subprocess.TimeoutExpired:
-            for process in processes:
-                process.kill()
             raise UserError(
                 f"{name} did not end within {TIMEOUT_S} s: {self._log(name, 0)}"
             ) from None
+        finally:  # Ctrl-C ends them too
+            _kill(processes)
         # A process that lost the others exits with 3. Its own error is not the cause.
         for index in sorted(range(len(codes)), key=lambda index: codes[index] == 3):
             if codes[index]:
@@ -152,3 +150,11 @@ class Processes:
 
     def _log(self, name: str, index: int) -> Path:
         return self._folder / f"{name}.{index}.log"
+
+
+def _kill(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ends processes with SIGKILL, and waits for them."""
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.wait()

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from pg_ground.config import Config, Model
+from pg_ground.config import Config, Grpo, Model
 from pg_ground.storage.paths import to_path
 
 DEPTH = 2
@@ -18,6 +18,9 @@ LARGEST_IMAGE = 448
 STEPS = {"sft": 2, "grpo": 3}
 QUESTIONS = 4
 """Held-out questions of each source."""
+
+TOKENS = 64
+"""Longest answer."""
 
 
 def shrink_model(model: Model) -> Model:
@@ -69,6 +72,7 @@ def shrink(config: Config, devices: int, tokenizer: str, cache: str) -> Config:
         eval=replace(
             config.eval,
             examples=QUESTIONS,
+            max_new_tokens=min(config.eval.max_new_tokens, TOKENS),
             interim_examples=min(config.eval.interim_examples, QUESTIONS // 2),
             batch_size=devices,
             at_start=False,
@@ -87,6 +91,8 @@ def _shrink_stage(stage: Any, name: str, devices: int) -> Any:
     """Returns `Sft` or `Grpo` with few steps of few questions: one for each device and part."""
     parts = min(stage.grad_accum_steps, 2)
     stage = replace(stage, steps=STEPS[name], grad_accum_steps=parts)
+    if isinstance(stage, Grpo):
+        stage = replace(stage, max_new_tokens=min(stage.max_new_tokens, TOKENS))
     optimizer = replace(stage.optimizer, warmup_steps=min(stage.optimizer.warmup_steps, 1))
     return replace(stage, batch_size=devices * stage.parts_per_step, optimizer=optimizer)
 
