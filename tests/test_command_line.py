@@ -79,6 +79,7 @@ def test_sampler_and_trainer_agree_at_every_step(tiny_run):
     assert max(differences) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_second_start_of_a_finished_run_changes_nothing(tiny_run, environment, tmp_path):
     workdir = shutil.copytree(tiny_run, tmp_path / "run")
     finished = train_tiny(environment, workdir)

@@ -91,6 +91,7 @@ def test_wrong_settings_are_reported_before_anything_is_compiled(message, capsys
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_wrong_input_is_one_line():
     finished = run("--config=configs/tpu.py", "--topology=v5e:3x3")
     assert (finished.returncode, finished.stdout) == (2, "")

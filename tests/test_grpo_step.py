@@ -129,6 +129,7 @@ def test_a_killed_run_continues_bit_for_bit_with_all_options(
     assert_same_run(straight, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_dry_run_shows_every_reward_and_writes_nothing(recipe, environment, tmp_path):
     done = run(environment, "train", recipe, "--dry_run")
     assert done.returncode == 0, done.stderr

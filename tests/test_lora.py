@@ -66,6 +66,7 @@ def test_every_matrix_can_have_one_and_its_factors_have_its_axes():
         assert not flat[name + "_lora_b"].any() and flat[name + "_lora_a"].all()
 
 
+@pytest.mark.slow
 def test_adapters_are_stacked_over_layers_and_parts():
     _, _, fresh = adapted(PG2)
     text = PG2.text

@@ -88,6 +88,7 @@ def test_a_question_without_a_reward_is_an_error_that_says_what_would_apply(
     assert "first question 0, whose answer is" in message and len(message) < 500
 
 
+@pytest.mark.slow
 def test_one_question_without_a_reward_is_enough(source, tmp_path):
     """One of five answers is no number."""
     source()
@@ -181,6 +182,7 @@ def test_rewards_that_see_no_ground_truth_are_not_enough(source, settings, devic
     assert all(name in message for name in device if device[name]) and len(message) < 500
 
 
+@pytest.mark.slow
 def test_a_source_with_only_shaping_among_others_is_an_error(source):
     """The other source has a reward; the numbers have none but the length."""
     with pytest.raises(UserError, match=r"\(iou\) applies, except length, which see") as error:

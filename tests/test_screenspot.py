@@ -235,6 +235,7 @@ def test_the_log_of_screenspot_pro_is_scored(tmp_path):
     assert "scientific_icon" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

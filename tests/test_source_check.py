@@ -160,6 +160,7 @@ def test_a_source_that_cannot_be_opened_is_named_and_the_others_are_read(tmp_pat
         call("look", recipe(tmp_path, uri, 0.01), "--check")
 
 
+@pytest.mark.slow
 def test_rewards_that_apply_to_no_question_are_a_reason_to_stop(tmp_path, capsys):
     uri, _ = write_coco(tmp_path, 60)
     path = tmp_path / "recipe.py"

@@ -152,6 +152,7 @@ def assert_same_step(
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_micro_batches_do_not_change_a_supervised_step(pg1, whole_steps, parts):
     assert_same_step(run_step(*sft_update(pg1, parts)), whole_steps["sft"])
@@ -336,6 +337,7 @@ def test_any_mesh_makes_the_step_of_one_device(pg2, whole_steps, monkeypatch, na
     assert_same_step(run_step(step, args), whole_steps["grpo"])
 
 
+@pytest.mark.slow
 def test_two_updates_are_policy_gradients_against_the_policy_that_sampled(pg2, whole_steps):
     """The test writes out both updates and compares them with the step.
 

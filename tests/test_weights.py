@@ -301,6 +301,7 @@ def test_a_run_loads_its_newest_checkpoint_or_the_checkpoint_of_the_path(saved, 
     assert not any(leaf.any() for leaf in jax.tree.leaves(older))
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_loads_merged_and_converts(saved, tmp_path):
     sizes, base, _ = saved
     adapted = replace(
