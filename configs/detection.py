@@ -41,7 +41,7 @@ from 39 to 54 for another model. PaliGemma 2 3B at 448 pixels has a mAP of 38.5 
 training (arXiv 2412.03555).
 
 Hours at best, from the programs that were compiled for each slice on 2026-11-28 (jax 0.10.2; no
-run was timed). GiB is the largest program on a chip.
+run was timed). GiB is the largest program on a chip. The evaluations are not counted here.
 
                                             s a step:             hours:              chip-
 recipe                  slice      prompts  GiB    SFT  sampling, update   SFT, GRPO, eval.   hours

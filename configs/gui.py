@@ -30,7 +30,7 @@ The argument is MODEL_SLICE, a name of `RECIPES`. All commands run in the folder
 
 The answer is the box of the element. ScreenSpot counts its centre as the click, and reports
 accuracy by platform and by type of element. The names of WaveUI's fields come from its dataset
-card: run `python -m pg_ground.look --config=configs/gui.py:…` before you train.
+card: look at the data before you train, with `look` and this recipe.
 
 Published: GUI-G1-3B has 90.3 on ScreenSpot, POINTS-GUI-G-8B has 95.7 on ScreenSpot-v2. No PaliGemma
 has a published result.
@@ -40,7 +40,10 @@ run was timed). GiB is the largest program on a chip.
 
                                             s a step:             hours:              chip-
 recipe                  slice      prompts  GiB    SFT  sampling, update   SFT, GRPO, eval.   hours
-TABLE
+pg2_3b_448_v5e_8        v5e:2x4         64   12.3    1.82   0.24   0.96    0.2  0.3  0.0          4
+pg2_3b_896_v5p_8        v5p:2x2x1       32   47.2    3.59   0.56   1.82    0.8  1.0  0.1          7
+pg2_3b_896_v6e_8        v6e:2x4         32   23.9    2.65   0.32   1.32    0.6  0.7  0.1         11
+pg2_3b_448_lora_v5e_1   v5e:1x1          8   11.5    1.26   0.25   0.66    1.1  1.6  0.1          3
 """
 
 from ml_collections import ConfigDict

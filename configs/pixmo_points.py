@@ -42,11 +42,15 @@ the training rows, and the exact counts of PixMo-Count. Point-Bench is the entry
 configs/data.py. Published by others: MolmoPoint-8B 70.7 on Point-Bench (arXiv 2603.28069).
 
 Hours at best, from the programs that were compiled for each slice on 2026-11-28 (jax 0.10.2; no
-run was timed). GiB is the largest program on a chip.
+run was timed). GiB is the largest program on a chip. The evaluations are not counted here.
 
                                             s a step:             hours:              chip-
 recipe                  slice      prompts  GiB    SFT  sampling, update   SFT, GRPO, eval.   hours
-TABLE
+pg1_3b_448_v5e_8        v5e:2x4         64   11.3    1.75   0.54   1.32    1.9  1.0  0.0         24
+pg2_3b_448_v5e_8        v5e:2x4         64   12.5    1.93   0.66   1.46    2.1  1.2  0.0         27
+pg2_3b_448_v5p_8        v5p:2x2x1      128   33.8    3.31   0.63   2.50    1.8  0.9  0.0         11
+pg2_3b_448_v6e_8        v6e:2x4        128   17.1    1.13   0.48   0.80    0.6  0.4  0.0          8
+pg2_3b_448_lora_v5e_1   v5e:1x1          8   11.8    1.34   0.69   1.05    11.6  7.7  0.0        19
 """
 
 from typing import Any
