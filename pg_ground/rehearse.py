@@ -24,7 +24,7 @@ from pg_ground import cli
 from pg_ground.aot import tpu_specs
 from pg_ground.rehearsal import data
 from pg_ground.rehearsal.checklist import Checklist
-from pg_ground.rehearsal.steps import Limits, Rehearsal
+from pg_ground.rehearsal.steps import GPU, Limits, Rehearsal
 from pg_ground.reporting.tables import ascii_table
 from pg_ground.training.data_check import check_data
 from pg_ground.types import UserError
@@ -69,7 +69,8 @@ def main(args: cli.Arguments) -> None:
     # ml_collections keeps FILE:ARG in its flag.
     file: str = args.flags["config"].config_filename  # pyright: ignore[reportAttributeAccessIssue]
     topology = args.flags.topology or topology_of(file)
-    tpu_specs.parse_topology(topology)
+    if topology != GPU:
+        tpu_specs.parse_topology(topology)
     checklist = Checklist(lambda line: print(line, file=sys.stderr, flush=True))
     limits = Limits(args.flags.hours, args.flags.disk_gb)
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as temporary:
@@ -91,17 +92,20 @@ def main(args: cli.Arguments) -> None:
             rehearsal.list_unchecked()
         finally:
             if checklist.items:
-                print(ascii_table(checklist.table(f"Rehearsal for {topology}")))
+                where = "one GPU" if topology == GPU else topology
+                print(ascii_table(checklist.table(f"Rehearsal for {where}")))
 
 
 def topology_of(config_file: str) -> str:
     """Returns the slice that the name of a recipe ends in: `…_v5e_8` is v5e:2x4.
 
-    v4 and v5p are sold by their cores, of which a chip has two.
+    v4 and v5p are sold by their cores, of which a chip has two. `…_h100` is `GPU`.
 
     Raises:
       UserError: the name does not end in a slice.
     """
+    if config_file.endswith("_h100"):
+        return GPU
     match = re.search(r"_(v\d\w?|tpu7x)_(\d+)$", config_file)
     if match:
         version, size = match[1], int(match[2])

@@ -55,6 +55,7 @@ def rehearse_inputs(tmp_path: Path, *flags: str) -> Any:
         ("configs/refcoco.py:pg2_3b_448_v5p_8", "v5p:2x2x1"),
         ("pg2_10b_224_v5e_64", "v5e:8x8"),
         ("mine.py:small_v6e_1", "v6e:1x1"),
+        ("configs/refcoco.py:pg2_3b_224_lora_h100", "gpu"),
     ],
 )
 def test_the_name_of_a_recipe_ends_in_its_slice(name, topology):
@@ -149,6 +150,13 @@ def test_inputs_that_are_right_give_a_checklist(tmp_path):
         assert "not checked" in states[name]
 
 
+def test_a_recipe_of_one_gpu_is_rehearsed(tmp_path):
+    config = "--config=configs/refcoco.py:pg2_3b_224_lora_h100"
+    result = run_here("rehearse", config, "--norun", f"--out={tmp_path / 'out'}")
+    assert result.returncode == 0, result.stderr
+    assert "Rehearsal for one GPU" in result.stdout and "GB of checkpoints" in result.stdout
+
+
 def test_a_folder_that_exists_is_refused(tmp_path):
     (tmp_path / "out").mkdir()
     result = rehearse_inputs(tmp_path)
@@ -202,7 +210,7 @@ def test_hours_are_steps_times_seconds():
 
 def test_disk_is_that_of_the_checkpoints():
     """PaliGemma 1 3B has 2.92 billion parameters; Adam has two numbers for each of them."""
-    size = costs.checkpoint_bytes(recipe(), "v5e:2x4")
+    size = costs.checkpoint_bytes(recipe(), 8)
     assert size == pytest.approx((3 * 3 + 1) * 4 * 2.9235e9, rel=1e-3)  # two, one that is written
 
 

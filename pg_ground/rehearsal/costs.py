@@ -85,9 +85,9 @@ def evaluation_batches(config: Config, questions: Mapping[str, int]) -> int:
     return total
 
 
-def checkpoint_bytes(config: Config, topology: str) -> int:
+def checkpoint_bytes(config: Config, devices: int) -> int:
     """Returns the bytes of all checkpoints that a run keeps at a time, with one being written."""
-    mesh = sharding.abstract_mesh(config.mesh, tpu_specs.device_count(topology))
+    mesh = sharding.abstract_mesh(config.mesh, devices)
     setup = make_setup(config, mesh, None)
     state = max(_bytes(abstract_state(setup, stage.settings)) for stage in make_stages(setup))
     best = _bytes(setup.trained_tree) if config.checkpoint.best else 0

@@ -32,6 +32,10 @@ NEEDS_BYTES = 6e9
 """Free bytes that a rehearsal needs: checkpoints with an embedding of 257,152 rows."""
 
 
+GPU = "gpu"
+"""The topology of one GPU."""
+
+
 class Limits(NamedTuple):
     """What the user has for the real run; 0 is no limit."""
 
@@ -62,8 +66,8 @@ class Rehearsal:
         if self.config.init and self._has_weights():
             run("weights", self._check_weights)
         else:
-            missing = self.config.init or "config.init is empty"
-            self.checklist.skip("weights", f"{missing}: no such checkpoint on this machine")
+            missing = f"{self.config.init} is not on this machine"
+            self.checklist.skip("weights", missing if self.config.init else "config.init is empty")
 
     def run_small(self) -> None:
         """Runs every stage in small, kills and resumes it, evaluates and exports it."""
@@ -140,15 +144,18 @@ class Rehearsal:
         Raises:
           UserError: the programs do not fit, or the run needs more than `limits`.
         """
-        self.checklist.run("compile", self._compile)
+        if self.topology == GPU:
+            self.checklist.skip("compile", "only TPUs are compiled for: memory and hours")
+        else:
+            self.checklist.run("compile", self._compile)
         if self.document:
             self.checklist.run("hours", lambda: self._check_hours(limits.hours))
-        else:
+        elif self.topology != GPU:
             self.checklist.skip("hours", "libtpu is not installed: pip install -e '.[tpu]'")
         self.checklist.run("disk", lambda: self._check_disk(limits.disk_gb))
 
     def _check_slice(self) -> str:
-        count = tpu_specs.device_count(self.topology)
+        count = self._device_count
         mesh = sharding.abstract_mesh(self.config.mesh, count)
         for stage in self.config.stages:
             settings = self.config.stage_settings(stage)
@@ -157,7 +164,11 @@ class Rehearsal:
             sharding.check_batch_size(mesh, part, f"{stage}.batch_size{divisor}")
         if self.config.eval.sources:
             sharding.check_batch_size(mesh, self.config.eval.batch_size, "eval.batch_size")
-        return f"{self.topology}: every batch divides over {count} devices"
+        return f"every batch divides over {count} device{'s' if count > 1 else ''}"
+
+    @property
+    def _device_count(self) -> int:
+        return 1 if self.topology == GPU else tpu_specs.device_count(self.topology)
 
     def _check_data(self) -> str:
         self.data_config, kind = data.prepare(self.config, self.folder / "data")
@@ -217,7 +228,7 @@ class Rehearsal:
         return text
 
     def _check_disk(self, limit_gb: float) -> str:
-        size = costs.checkpoint_bytes(self.config, self.topology)
+        size = costs.checkpoint_bytes(self.config, self._device_count)
         text = f"{size / 1e9:.0f} GB of checkpoints in the working directory"
         if limit_gb and size > limit_gb * 1e9:
             raise UserError(
