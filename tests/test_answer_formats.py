@@ -476,6 +476,51 @@ def test_names_in_loc_text_are_gold_names(text, names, tmp_path):
     assert (report["acc95"], len(report["notes"])) == (1, 2 if "detect cat ; cup\n" in text else 1)
 
 
+@pytest.mark.parametrize("benchmark", ["objects", "detection_f1", "grec"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"{LOC_CAT} cat\n{LOC_CUP} cup",
+        f"{LOC_CAT} cat, {LOC_CUP} cup",
+        f"{LOC_CAT} {LOC_CUP}",
+        f"{LOC_CAT}{LOC_CUP}",
+        f"{LOC_CAT} cat and {LOC_CUP} cup<eos>",
+        f"{LOC_CAT}{SEG} cat\n{LOC_CUP}{SEG} cup\n",
+        f"detect cat ; cup\n{LOC_CAT} cat\n{LOC_CUP} cup",
+    ],
+)
+def test_loc_boxes_without_semicolons_are_invalid_as_they_earn_no_reward(text, benchmark, tmp_path):
+    """The first answer is right, so that the file can be read."""
+    gold = [
+        {"label": "cat", "bbox": [20, 30, 200, 180]},
+        {"label": "cup", "bbox": [300, 200, 420, 330]},
+    ]
+    records = [
+        {"pred": pred, "gold": gold, "width": 640, "height": 480}
+        for pred in (f"{LOC_CAT} cat ; {LOC_CUP} cup", text)
+    ]
+    report, rows = score(tmp_path, records, benchmark)
+    assert report["invalid"] == 1
+    assert [len(row["prediction"]["boxes"]) for row in rows] == [2, 1]
+
+
+def test_one_missing_semicolon_makes_an_answer_invalid(tmp_path):
+    gold = [{"label": "cat", "bbox": [20, 30, 200, 180]}]
+    text = f"{LOC_CAT} cat ; {LOC_CUP} cup\n{LOC_CUP} cup"
+    records = [{"pred": text, "gold": gold, "width": 640, "height": 480}]
+    report, rows = score(tmp_path, records, "objects")
+    assert report["invalid"] == 1
+    assert len(rows[0]["prediction"]["boxes"]) == 2
+
+
+def test_loc_boxes_without_semicolons_are_no_rejection(tmp_path):
+    texts = [f"{LOC_CAT} cat", f"{LOC_CAT} cat\n{LOC_CUP} cup"]
+    records = [{"pred": t, "gold": None, "width": 640, "height": 480} for t in texts]
+    records.append({"pred": texts[0], "gold": [20, 30, 200, 180], "width": 640, "height": 480})
+    _, rows = score(tmp_path, records, "rejection")
+    assert [len(row["prediction"]["boxes"]) for row in rows] == [1, 1, 1]
+
+
 @pytest.mark.parametrize("name", ["plain", "seg", "echo", "special", "eos", "trailing", "case"])
 def test_files_of_loc_text_score_as_they_should(name):
     cases = shared_folder("cases")

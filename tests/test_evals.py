@@ -307,6 +307,44 @@ def test_ground_truth_in_another_format_is_refused(tmp_path):
         score_records(tmp_path, records)
 
 
+@pytest.mark.parametrize(
+    ("write_gold", "unit"),
+    [
+        (lambda b: b * 1000 / SIZE, "permille"),
+        (lambda b: (b * 1000 / SIZE).round(), "permille"),
+        (lambda b: b * 100 / SIZE, "percent"),
+        (lambda b: b * 1023 / SIZE, "bin"),
+    ],
+)
+@pytest.mark.parametrize(
+    "write", [lambda b: b, lambda b: b[[1, 0, 3, 2]]], ids=["xyxy_px", "yxyx_px"]
+)
+def test_without_sizes_pixels_against_another_unit_name_the_gold_format(
+    write, write_gold, unit, tmp_path
+):
+    """No unit of the predictions can be right: they are pixels."""
+    records = [
+        {"extracted_answer": list(write(box)), "ground_truth": list(write_gold(box))}
+        for box in random_boxes()
+    ]
+    with pytest.raises(UserError, match=f"--gold-format=xyxy_{unit}") as error:
+        score_records(tmp_path, records)
+    message = str(error.value)
+    assert "_px --gold-format" in message and "names width and height" in message
+    assert not any(f"--box-format={order}_{unit}" in message for order in ("xyxy", "yxyx"))
+
+
+@pytest.mark.parametrize(("unit", "extent"), [("permille", 1000), ("percent", 100)])
+def test_without_sizes_thousandths_against_pixels_name_the_box_format(unit, extent, tmp_path):
+    records = [
+        {"extracted_answer": list(box * extent / SIZE), "ground_truth": box.tolist()}
+        for box in random_boxes()
+    ]
+    with pytest.raises(UserError, match=f"--box-format=xyxy_{unit} ") as error:
+        score_records(tmp_path, records)
+    assert "--gold-format" not in str(error.value)
+
+
 @pytest.mark.parametrize("has_sizes", [False, True])
 @pytest.mark.parametrize(
     ("unit", "gold_unit"),

@@ -23,6 +23,10 @@ SAME_SCALE = 0.02
 """A scale differs by less from the ratio of two units if both units are shares of the image."""
 
 
+MIN_COVERAGE = 0.5
+"""Numbers are doubted to be in a unit if another unit is used by twice as large a part."""
+
+
 class Fit(NamedTuple):
     """How well boxes fit the ground truth in one format."""
 
@@ -139,38 +143,70 @@ def _scaled_reading(
         return Reading("", Fit(0.0, 0.0))
     x_scale, y_scale = (ratio[len(ratio) // 2] for ratio in ratios)
     text = f"{order} with x scaled by {x_scale:.4g} and y by {y_scale:.4g}"
-    text += _explanation(order, x_scale, y_scale, has_sizes)
+    largest = (max(max(box) for box in predicted), max(max(box) for box in gold))
+    text += _explanation(order, (x_scale, y_scale), largest, has_sizes)
     scales = [(x_scale, y_scale)] * len(predicted)
     return Reading(text, _fit(predicted, gold, scales, f"{order}_frac"))
 
 
-def _explanation(order: str, x_scale: float, y_scale: float, has_sizes: bool) -> str:
+def _explanation(
+    order: str, scales: tuple[float, float], largest: tuple[float, float], has_sizes: bool
+) -> str:
     """Returns the flags that would scale predicted boxes like this, or a question; "" without any.
 
     Args:
+      scales: of x and y.
+      largest: the largest numbers of the predicted boxes and of the gold boxes.
       has_sizes: the image sizes are known, and they do not explain the scale.
     """
     extents = {unit: extent for unit, extent in UNITS.items() if extent is not None}
     for unit, extent in extents.items():
         for gold_unit, gold_extent in extents.items():
             expected = gold_extent / extent
-            is_ratio = all(abs(s / expected - 1) < SAME_SCALE for s in (x_scale, y_scale))
+            is_ratio = all(abs(s / expected - 1) < SAME_SCALE for s in scales)
             if is_ratio and unit != gold_unit:
                 return f" ({_flags(order, unit, gold_unit)})"
-    if all(1 / IMAGE_SIDES[1] <= scale <= 1 / IMAGE_SIDES[0] for scale in (x_scale, y_scale)):
+    if all(1 / IMAGE_SIDES[1] <= scale <= 1 / IMAGE_SIDES[0] for scale in scales):
         text = f" ({_flags(order, 'px', 'frac')}, if the gold boxes are in fractions"
         return text + (")" if has_sizes else " and --fields also names width and height)")
     if has_sizes:
         return " (are these boxes of a resized image?)"
-    units = [
-        unit
-        for unit, extent in extents.items()
-        if IMAGE_SIDES[0] <= x_scale * extent <= IMAGE_SIDES[1]
-    ]
-    names = " or ".join(f"{order}_{unit}" for unit in units)
-    return (
-        f", as --box-format={names} does if --fields also names width and height," if units else ""
+    predicted_units = _possible_units(largest[0], scales)
+    gold_units = _possible_units(largest[1], tuple(1 / scale for scale in scales))
+    coverages = (*predicted_units.values(), *gold_units.values())
+    best = max(coverages, default=0.0)
+    if best in gold_units.values():
+        flags = " or ".join(
+            _flags(order, "px", unit)
+            for unit, coverage in gold_units.items()
+            if coverage >= MIN_COVERAGE * best
+        )
+        return f", as {flags} does if --fields also names width and height,"
+    names = " or ".join(
+        f"{order}_{unit}"
+        for unit, coverage in predicted_units.items()
+        if coverage >= MIN_COVERAGE * best
     )
+    return (
+        f", as --box-format={names} does if --fields also names width and height," if names else ""
+    )
+
+
+def _possible_units(largest: float, scales: Sequence[float]) -> dict[str, float]:
+    """Returns units of numbers that become pixels by `scales` → the part of the unit in use.
+
+    Args:
+      largest: the largest number. A larger number than the extent of a unit is not in this unit.
+      scales: of x and y, the same in all images.
+    """
+    low, high = IMAGE_SIDES
+    return {
+        unit: largest / extent
+        for unit, extent in UNITS.items()
+        if extent is not None
+        and largest <= (1 + SAME_SCALE) * extent
+        and all(low <= scale * extent <= high for scale in scales)
+    }
 
 
 def _flags(order: str, unit: str, gold_unit: str) -> str:

@@ -52,11 +52,16 @@ def _paligemma(text: str) -> list[Location]:
 
     The label is the text behind the tokens of a segment. So a prompt in front of the first token is
     no label. If there is no text behind them, it is the text in front of them.
+
+    A segment with more than four tokens is one location without numbers. Two boxes without a ";"
+    between them are such a segment: training rewards read no box in it either.
     """
     read = []
     for part in text.split(";"):
         ends = [match.end() for match in _LOC.finditer(part)]
-        if ends:
+        if len(ends) > 4:
+            read.append(Location(None))
+        elif ends:
             (segment,) = locations.loc_segments(part)
             (behind,) = locations.loc_segments(part[ends[-1] :])
             read.append(segment._replace(label=behind.label or segment.label))
