@@ -128,6 +128,16 @@ def test_files_images_and_pixels_give_the_same_prediction(params, tmp_path):
             assert answer == expected
 
 
+@pytest.mark.parametrize("bits", [10, 12, 14])
+def test_an_image_that_becomes_dark_is_one_line_of_warning(params, tmp_path, caplog, bits):
+    values = np.linspace(0, 2**bits - 1, 60 * 40).reshape(60, 40).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    predict_file(params, tmp_path / "a.png", "detect cat", "", 1)
+    (message,) = [record.getMessage() for record in caplog.records if "dark" in record.getMessage()]
+    assert message.startswith(f"--image={tmp_path}")
+    assert message.endswith(f"dark: no value above {2**bits - 1} of 65535")
+
+
 def test_a_16_bit_image_has_the_pixels_of_its_file(tmp_path):
     values = np.linspace(0, 2**16 - 1, 60 * 40).reshape(60, 40).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "a.png")

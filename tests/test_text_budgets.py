@@ -204,6 +204,24 @@ def test_right_units_are_not_doubted(tmp_path, tokens, order):
     assert not measure_budget(open_rows(tmp_path, tiny, size=(28, 28)), tokens, DATA).doubts
 
 
+def test_the_notes_say_how_box_2d_was_read_and_pixels_in_it_are_refused(tmp_path, tokens):
+    """Gemini's boxes are y1, x1, y2, x2 in thousandths."""
+    boxes = [[{"box_2d": [50 * i, 0, 50 * i + 40, 1000]}] for i in range(12)]
+    budget = measure_budget(open_rows(tmp_path, boxes), tokens, DATA)
+    assert budget.notes == {"box_2d: lists read as yxyx_permille": "12 of 12"}
+    some = [*boxes[:11], [{"box_2d": [0, 0, 700, 1200]}]]
+    assert list(measure_budget(open_rows(tmp_path, some), tokens, DATA).notes.values()) == [
+        "11 of 11"
+    ]
+    pixels = [[{"box_2d": [0, 0, 1200, 700]}]] * 12
+    with pytest.raises(UserError, match="none of 12 .*coordinate is above 1000: set box_format"):
+        measure_budget(open_rows(tmp_path, pixels), tokens, DATA)
+    stated = open_rows(tmp_path, pixels, settings={"box_format": "xywh_px"})
+    assert measure_budget(stated, tokens, DATA).notes == {
+        "box_2d: lists read as xywh_px": "12 of 12"
+    }
+
+
 def test_a_source_that_begins_with_background_images_is_no_error(tmp_path, tokens):
     rows = [[]] * 40 + [[[0, 0, 900, 700]]] * 2
     budget = measure_budget(open_rows(tmp_path, rows), tokens, DATA)
