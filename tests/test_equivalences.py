@@ -411,6 +411,7 @@ def test_a_shared_prefix_equals_a_repeated_one(tiny, gradient_of):
 # ways to save memory
 
 
+@pytest.mark.slow
 def test_vocabulary_in_blocks_equals_the_whole(pg1, gradient_of):
     x = inputs(pg1.model)
     assert pg1.model.config.logits_block >= T

@@ -149,6 +149,7 @@ def test_a_stored_head_with_the_same_nan_is_not_called_untied(params, tmp_path):
     assert f"{TABLE} (1 of" in load_error(tmp_path / "a")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 def test_the_check_agrees_with_numpy_for_every_pattern_of_bits(dtype):
     size = np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize

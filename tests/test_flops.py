@@ -107,6 +107,7 @@ def xla_flops() -> dict[Sizes, float]:
     return {sizes: flops_by_xla(sizes) for sizes in (SHARED, REPEATED)}
 
 
+@pytest.mark.slow
 def test_a_shared_prefix_costs_at_most_a_fifth_of_repeated_prefixes(xla_flops):
     assert xla_flops[SHARED] <= 0.2 * xla_flops[REPEATED]
 

@@ -246,6 +246,7 @@ def test_greedy_answers_and_their_logps(reference):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "reference",
     ["bigvision_pg2", pytest.param("bigvision_pg1", marks=pytest.mark.slow)],

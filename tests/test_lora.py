@@ -79,6 +79,7 @@ def test_adapters_are_stacked_over_layers_and_parts():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_at_first_the_policy_is_the_base_bit_for_bit(dtype):
     model, base, fresh = adapted(replace(PG2, dtype=dtype))
@@ -95,6 +96,7 @@ def test_without_its_section_the_model_ignores_adapters():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pattern",
     [
@@ -114,6 +116,7 @@ def test_merged_parameters_compute_what_the_adapters_do(pattern):
     assert np.abs(expected - logps(PaliGemma(PG2), base)).max() > 0.05
 
 
+@pytest.mark.slow
 def test_a_pattern_chooses_matrices_by_their_whole_name():
     names = flatten(adapted(PG2, replace(EVERYWHERE, pattern="llm/layers/attn/q_einsum/w"))[2])
     assert set(names) == {"llm/layers/attn/q_einsum/w_lora_a", "llm/layers/attn/q_einsum/w_lora_b"}

@@ -430,6 +430,7 @@ def test_the_gold_text_decides_and_not_the_annotation_beside_it(ask):
         assert np.isnan(score(reward, "[1, 2, 30, 40]", question))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "box",
     [[10, 10, 10.2, 10.2], [299.7, 199.9, 300, 200], [0, 0, 0.4, 200], [150.6, 3.5, 151.4, 4]],

@@ -133,6 +133,7 @@ def test_a_reward_is_named_once():
         load_device_rewards(Grpo(rewards={"count_graded": 1.0}, text_rewards={"count_graded": 1.0}))
 
 
+@pytest.mark.slow
 def test_the_greedy_completion_becomes_the_baseline():
     groups = scored_groups([[1, 0, 0.5], [0, 0, 0.25]])
     scored = split_off_greedy(groups.rollout, groups.answer, groups.rewards, groups.batch)

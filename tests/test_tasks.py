@@ -92,6 +92,7 @@ def test_a_recipe_reads_published_samples(name, file):
         assert re.fullmatch(r"(<loc\d{4}>)+( .+)?", examples[i].suffix)
 
 
+@pytest.mark.slow
 @needs_samples
 def test_the_answer_to_a_pixmo_count_starts_with_thinking(tmp_path):
     records = [

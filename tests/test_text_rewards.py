@@ -1017,6 +1017,7 @@ def test_mathematics():
     assert math.isnan(reward("math", "5", ask("")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("piece", ["{", "(((", " [", "|", "-", "\\(", r"\frac{", "1/", "9", "$"])
 def test_nonsense_is_no_mathematics(piece):
     for text in (piece * (199 // len(piece)), piece * 1000):

@@ -176,6 +176,7 @@ def policy(request) -> Tiny:
     return random_bigram() if request.param == "bigram" else request.getfixturevalue("pg1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["top_entropy", "gspo", "kl_cov"])
 def test_micro_batches_do_not_change_a_step_of_rows_that_read_the_whole_batch(policy, name):
     """Each of two minibatches is an optimizer step, with one part or with two parts."""

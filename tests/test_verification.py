@@ -383,7 +383,9 @@ def test_a_missing_library_is_named_before_anything_is_written(tmp_path, monkeyp
     export.save(tmp_path / "src", random_params(PaliGemma(PG1)), PG1)
     finished = verify(tmp_path / "src", tmp_path / "hf")
     assert finished.returncode == 2
-    assert "--verify needs transformers: pip install 'pg-ground[verify]'" in finished.stderr
+    # Without torch, the line names both.
+    assert "--verify needs " in finished.stderr
+    assert "transformers: pip install 'pg-ground[verify]'" in finished.stderr
     assert not (tmp_path / "hf").exists()
 
 

@@ -120,6 +120,7 @@ def test_save_and_load_are_inverses(saved, tmp_path):
         assert model.config.vision == sizes.vision
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_dtype_stays_unless_the_caller_names_another(saved, tmp_path, dtype):
     sizes, params, _ = saved
@@ -433,6 +434,7 @@ def test_a_run_resamples_its_positions_too(saved, tmp_path):
     np.testing.assert_array_equal(positions, expected)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_of_a_run_gives_an_error_of_one_line(saved, tmp_path):
     write_run(tmp_path / "run", saved[0], saved[1], None)
     files = (tmp_path / "run/checkpoints/20/params").rglob("*")
