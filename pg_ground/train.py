@@ -13,6 +13,7 @@ from absl import flags
 
 from pg_ground import cli
 from pg_ground.parallel import multiprocess, sharding
+from pg_ground.reporting.timeline import process_start
 from pg_ground.storage.paths import to_path
 from pg_ground.training.dry_run import dry_run
 from pg_ground.training.loop import train
@@ -54,9 +55,9 @@ def main(args: cli.Arguments) -> None:
     if args.flags.dry_run:
         print(dry_run(args.config, to_path(workdir, "--workdir") if workdir else None))
     else:
-        multiprocess.print_once(
-            str(train(args.config, to_path(workdir, "--workdir"), args.flags.accept))
-        )
+        folder = to_path(workdir, "--workdir")
+        report = train(args.config, folder, args.flags.accept, process_start())
+        multiprocess.print_once(str(report))
 
 
 if __name__ == "__main__":

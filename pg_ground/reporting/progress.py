@@ -223,8 +223,7 @@ def accuracy(metrics: Mapping[str, float]) -> float | None:
 def progress_line(step: int, total: int, stage: str, metrics: Mapping[str, float]) -> str:
     """Returns one line: stage, step of total, main metrics, examples a second, time left."""
     words = [f"{stage:<4} {step:>{len(str(total))}}/{total}"]
-    words += [f"{short} {metrics[name]:.4g}" for name, short in TERMINAL_METRICS if name in metrics]
-    words += _eval_words(metrics)
+    words += [*metric_words(metrics), *eval_words(metrics)]
     if "perf/images_per_s" in metrics:
         words.append(f"{metrics['perf/images_per_s']:.3g} examples/s")
     seconds = metrics.get("time/step_s", math.nan)
@@ -233,7 +232,12 @@ def progress_line(step: int, total: int, stage: str, metrics: Mapping[str, float
     return "  ".join(words)
 
 
-def _eval_words(metrics: Mapping[str, float]) -> list[str]:
+def metric_words(metrics: Mapping[str, float]) -> list[str]:
+    """Returns each of `TERMINAL_METRICS` that is among `metrics`, with its short name."""
+    return [f"{short} {metrics[name]:.4g}" for name, short in TERMINAL_METRICS if name in metrics]
+
+
+def eval_words(metrics: Mapping[str, float]) -> list[str]:
     """Returns the main metrics of each benchmark among `eval/<benchmark>/<metric>`."""
     by_benchmark: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():

@@ -50,6 +50,21 @@ def describe_machine() -> JsonDict:
     }
 
 
+def chip_count() -> int:
+    """Returns the number of chips of the run, or of its hosts if it is on CPUs.
+
+    A chip of some TPUs has two devices.
+    """
+    devices = jax.devices()
+    if devices[0].platform == "cpu":
+        return jax.process_count()
+    chips = {
+        (getattr(device, "slice_index", 0), *getattr(device, "coords", (device.id,)))
+        for device in devices
+    }
+    return len(chips)
+
+
 def commit(folder: Path) -> str | None:
     """Returns the commit that is checked out in a folder, with `-dirty` if a file differs from it.
 

@@ -1,9 +1,9 @@
-"""The HTML page of a run: results, curves, rollouts, settings, hardware and times.
+"""The HTML page of a run: results, curves, rollouts, settings, hardware, goodput and times.
 
 The page depends only on the files of the run (`config.json`, `metrics.jsonl`, `hardware.json`,
-`samples/`). A run writes it again after each evaluation, picture and checkpoint. The page of
-several runs is a comparison: their curves share a chart, their results share a table, and a table
-lists the settings that differ.
+`timeline.jsonl`, `samples/`). A run writes it again after each evaluation, picture and checkpoint.
+The page of several runs is a comparison: their curves share a chart, their results share a table,
+and a table lists the settings that differ.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import numpy as np
 
 from pg_ground import config
 from pg_ground.parallel.multiprocess import flatten_settings
-from pg_ground.reporting import html_page
+from pg_ground.reporting import goodput, html_page
 from pg_ground.reporting.curves import charts, curves_of, stage_starts
 from pg_ground.reporting.rollout_pictures import UNSCORED, VIRIDIS
 from pg_ground.reporting.run_files import SAMPLES_BYTES, Run, distinct_names, read_run
@@ -44,8 +44,13 @@ def write_report(workdir: FilePath) -> FilePath:
     return write_page([workdir], workdir / FILE)
 
 
-def write_page(workdirs: Sequence[FilePath], path: FilePath) -> FilePath:
+def write_page(
+    workdirs: Sequence[FilePath], path: FilePath, price: float | None = None
+) -> FilePath:
     """Writes the page of one run, or the comparison of several runs, and returns its path.
+
+    Args:
+      price: the price of a chip for an hour; None for a page without money.
 
     Raises:
       UserError: a directory holds no run, or a file of a run is broken.
@@ -56,14 +61,18 @@ def write_page(workdirs: Sequence[FilePath], path: FilePath) -> FilePath:
         read_run(workdir, name, samples_bytes)
         for workdir, name in zip(workdirs, names, strict=True)
     ]
-    write_atomically(path, report_html(runs))
+    write_atomically(path, report_html(runs, price))
     return path
 
 
-def report_html(runs: Sequence[Run]) -> str:
-    """Returns the page of one run, or the comparison of several runs."""
+def report_html(runs: Sequence[Run], price: float | None = None) -> str:
+    """Returns the page of one run, or the comparison of several runs.
+
+    Args:
+      price: the price of a chip for an hour; None for a page without money.
+    """
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
-    body = "\n".join(_body(title, runs))
+    body = "\n".join(_body(title, runs, price))
     return html_page.page(f"{title} · pg_ground", body, _script_data(runs), "report.js")
 
 
@@ -80,8 +89,8 @@ def _script_data(runs: Sequence[Run]) -> JsonDict:
     }
 
 
-def _body(title: str, runs: Sequence[Run]) -> Iterator[str]:
-    sections = {name: content for name, content in _sections(runs).items() if content}
+def _body(title: str, runs: Sequence[Run], price: float | None) -> Iterator[str]:
+    sections = {name: content for name, content in _sections(runs, price).items() if content}
     links = " ".join(f'<a href="#{name.lower()}">{name}</a>' for name in sections)
     notes = "".join(_note(_summary(run, with_name=len(runs) > 1)) for run in runs)
     tiles = _tiles(runs[0]) if len(runs) == 1 else ""
@@ -97,13 +106,13 @@ def _body(title: str, runs: Sequence[Run]) -> Iterator[str]:
     )
 
 
-def _sections(runs: Sequence[Run]) -> dict[str, str]:
+def _sections(runs: Sequence[Run], price: float | None) -> dict[str, str]:
     """Returns the HTML of each section by title, "" for a section without content."""
     table = results(runs[0]) if len(runs) == 1 else comparison(runs)
     times = [
-        html_page.table_html(times_table(run, run.name if len(runs) > 1 else ""))
+        html_page.table_html(table)
         for run in runs
-        if _phase_seconds(run)
+        for table in _time_tables(run, run.name if len(runs) > 1 else "", price)
     ]
     sections = {
         "Results": html_page.table_html(table) if table.rows else "",
@@ -291,6 +300,16 @@ def machines_table(runs: Sequence[Run]) -> Table:
         if name != "from_step"
     ]
     return Table("", ["", *heads], rows)
+
+
+def _time_tables(run: Run, title: str, price: float | None) -> Iterator[Table]:
+    """Yields the goodput and the times of a run, as far as its files have them."""
+    if run.sessions:
+        measured = goodput.measure(run.sessions)
+        cost = goodput.cost_words(measured, run, price)
+        yield goodput.goodput_table(measured, title, cost)
+    if _phase_seconds(run):
+        yield times_table(run, title)
 
 
 def times_table(run: Run, title: str) -> Table:

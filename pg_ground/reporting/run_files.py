@@ -1,4 +1,4 @@
-"""The files of a run that a report reads: settings, metrics, rollouts, hardware."""
+"""The files of a run that a report reads: settings, metrics, rollouts, hardware, timeline."""
 
 import json
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from pg_ground.reporting import provenance
 from pg_ground.reporting.metric_writers import read_metrics
+from pg_ground.reporting.timeline import Session, read_sessions
 from pg_ground.storage.paths import FilePath, absolute, children, file_size
 from pg_ground.types import JsonObject, UserError
 
@@ -28,6 +29,8 @@ class Run(NamedTuple):
     """The number of steps that the gallery does not show, because the page would be too large."""
     machines: Sequence[JsonObject]
     """The content of `hardware.json`."""
+    sessions: Sequence[Session] = ()
+    """The starts of the run in `timeline.jsonl`; none for a run of an earlier version."""
 
     @property
     def stages(self) -> list[tuple[str, int]]:
@@ -40,16 +43,15 @@ def read_run(workdir: FilePath, name: str = "", samples_bytes: int = SAMPLES_BYT
 
     Args:
       name: the name of the run on the page. If it is "", the name of the directory is used.
-      samples_bytes: largest size of the rollouts in bytes.
+      samples_bytes: largest size of the rollouts in bytes; 0 reads none.
 
     Raises:
       UserError: the directory holds no run, or a file of the run is broken.
     """
     if not (workdir / "config.json").is_file():
         raise UserError(f"{workdir} holds no run: there is no config.json in it")
-    files = sorted(
-        (path for path in children(workdir / "samples") if path.suffix == ".json"), key=_step_text
-    )
+    folder = children(workdir / "samples") if samples_bytes else []
+    files = sorted((path for path in folder if path.suffix == ".json"), key=_step_text)
     chosen = evenly_chosen(files, [file_size(path) for path in files], samples_bytes)
     hardware = workdir / provenance.FILE
     return Run(
@@ -59,6 +61,7 @@ def read_run(workdir: FilePath, name: str = "", samples_bytes: int = SAMPLES_BYT
         samples=[_read_json(path) for path in chosen],
         omitted_samples=len(files) - len(chosen),
         machines=_read_json(hardware) if hardware.is_file() else [],
+        sessions=read_sessions(workdir),
     )
 
 

@@ -146,6 +146,11 @@ def file_size(path: FilePath) -> int:
     return path.stat().st_size if isinstance(path, Path) else path.stat().length
 
 
+def modified_time(path: FilePath) -> float:
+    """Returns the Unix time at which a file was written."""
+    return path.stat().st_mtime if isinstance(path, Path) else float(path.stat().mtime)
+
+
 def remove_tree(path: FilePath) -> None:
     """Removes a folder with all that is in it, if there is one."""
     if not path.exists():

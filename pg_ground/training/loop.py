@@ -4,11 +4,12 @@ A run that is started again on the same directory resumes from its newest checkp
 """
 
 import dataclasses
+import hashlib
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -25,8 +26,17 @@ from pg_ground.data.text_budgets import Budget, check_budgets, measure_budget
 from pg_ground.evals.runner import open_eval_sources
 from pg_ground.parallel import multiprocess, sharding
 from pg_ground.params import AbstractParams, pick, unflatten
-from pg_ground.reporting import metric_writers, progress
+from pg_ground.reporting import metric_writers, progress, provenance
 from pg_ground.reporting.tables import Table, ascii_table
+from pg_ground.reporting.timeline import (
+    CHECKPOINT,
+    PICTURES,
+    RESTORE,
+    START_UP,
+    STEPS,
+    Timeline,
+    warnings_to,
+)
 from pg_ground.storage.downloads import tokenizer_file
 from pg_ground.storage.local_copy import open_copy
 from pg_ground.storage.paths import FilePath, remove_tree
@@ -71,16 +81,27 @@ class Resumed(NamedTuple):
     state: TrainState
 
 
-def train(config: Config, workdir: FilePath, accept: Sequence[str] = ()) -> FilePath:
+def train(
+    config: Config, workdir: FilePath, accept: Sequence[str] = (), started: float | None = None
+) -> FilePath:
     """Runs the stages of a run that are not finished, and returns the path of its report.
 
     Args:
       accept: settings that may differ from the run that is already in `workdir`.
+      started: Unix time at which the process started, for the goodput; None is now.
 
     Raises:
       UserError: something in `config` does not fit the data, the devices, the checkpoint or the run
         already in `workdir`.
     """
+    timeline = Timeline(started)
+    with warnings_to(timeline):
+        return _train(config, workdir, accept, timeline)
+
+
+def _train(
+    config: Config, workdir: FilePath, accept: Sequence[str], timeline: Timeline
+) -> FilePath:
     inputs = prepare(config)
     if multiprocess.is_main_process():
         run_directory.check_can_write(workdir)
@@ -94,19 +115,29 @@ def train(config: Config, workdir: FilePath, accept: Sequence[str] = ()) -> File
     for stage in inputs.stages:
         check_stage(inputs, stage, streams[stage.name])
     check_run_config(workdir, config, accept)
-    frozen = store_frozen(workdir, inputs.setup.frozen, all_params)
+    with timeline.during(START_UP if is_new else RESTORE):
+        frozen = store_frozen(workdir, inputs.setup.frozen, all_params)
     trained = None if all_params is None else pick(all_params, inputs.setup.trained.__contains__)
     del all_params
 
     with ExitStack() as stack:
-        checkpoints = manager.Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
-        stack.enter_context(checkpoints)
-        states = {stage.name: stage.abstract_state for stage in inputs.stages}
-        resumed = resume_point(checkpoints, states)
-        resumed_step = None if resumed is None else resumed.step
         is_main = multiprocess.is_main_process()
         record = (run_directory.RECORD_FILES, run_directory.RECORD_FOLDERS) if is_main else ()
         files = stack.enter_context(open_copy(workdir, *record))
+        # It ends when the last checkpoint is complete, and before the files are uploaded.
+        stack.enter_context(timeline)
+        checkpoints = manager.Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+        stack.enter_context(checkpoints)
+        states = {stage.name: stage.abstract_state for stage in inputs.stages}
+        with timeline.during(RESTORE):
+            resumed = resume_point(checkpoints, states)
+        resumed_step = None if resumed is None else resumed.step
+        eval_every = {
+            name: steps_between_evals(config, name, sum(map(len, batches.datasets)))
+            for name, batches in streams.items()
+        }
+        facts = run_facts(config, eval_every)
+        timeline.open(files.path if is_main else None, resumed_step, facts)
         writer = stack.enter_context(
             metric_writers.open_metrics(
                 files.path, resumed_step, config.log.wandb, dataclasses.asdict(config)
@@ -122,78 +153,94 @@ def train(config: Config, workdir: FilePath, accept: Sequence[str] = ()) -> File
             make_evaluate(
                 inputs.setup, inputs.mesh, frozen, eval_sources, inputs.tokenizer, bad_records
             ),
-            {
-                name: steps_between_evals(config, name, sum(map(len, batches.datasets)))
-                for name, batches in streams.items()
-            },
+            eval_every,
             bad_records,
             resumed_step,
+            timeline,
         )
         print_sizes(inputs)
         runtime = Runtime(inputs.mesh, frozen, inputs.tokenizer, workdir)
         run_stages(inputs, runtime, streams, recorder, trained, resumed)
-        return recorder.close()
+        timeline.enter(PICTURES)
+        path = recorder.close()
+        timeline.enter(CHECKPOINT)
+        return path
+
+
+def run_facts(config: Config, eval_every: Mapping[str, int]) -> JsonObject:
+    """Returns the values in the line of a start in the timeline.
+
+    Args:
+      eval_every: steps between evaluations by stage.
+    """
+    text = json.dumps(dataclasses.asdict(config), sort_keys=True)
+    return {
+        "chips": provenance.chip_count(),
+        "eval_every": dict(eval_every),
+        "settings": hashlib.sha256(text.encode()).hexdigest()[:12],
+    }
 
 
 def resume_point(
     checkpoints: manager.Checkpoints, abstract_states: Mapping[str, Callable[[], TrainState]]
 ) -> Resumed | None:
-    """Returns the newest checkpoint that can be restored; None if there is no checkpoint.
+    """Returns the newest checkpoint that all processes can restore; None if there is no checkpoint.
 
-    Damaged newer ones are renamed, so that their steps can be written again.
+    Damaged newer ones no longer count as complete, so that their steps can be written again.
 
     Args:
       abstract_states: returns the abstract train state of a stage, by the stage's name.
 
     Raises:
-      UserError: no checkpoint can be restored, the newest one belongs to other settings, or it is
-        damaged and cannot be renamed.
+      UserError: no checkpoint can be restored, or the newest one belongs to other settings.
     """
-    damaged: dict[int, manager.Damaged] = {}
-    for step in checkpoints.steps():
+    damaged: dict[int, str] = {}
+    for step in multiprocess.all_gather(checkpoints.steps())[0]:
+        resumed, problem = None, ""
         try:
-            record = checkpoints.record(step)
-            abstract_state = abstract_states.get(record.get("stage", ""))
-            if abstract_state is None:
-                raise UserError(
-                    f"{checkpoints.directory / str(step)} was written in the stage "
-                    f"{record.get('stage')!r:.40}, which config.stages lacks"
-                )
-            state = checkpoints.restore(step, abstract_state())
+            resumed = _restore(checkpoints, step, abstract_states)
         except manager.Damaged as error:
-            _check_can_set_aside(checkpoints.directory / str(step), error)
-            damaged[step] = error
+            problem = str(error)
+        # The damage can be in the shards of one process only.
+        problems = [text for text in multiprocess.all_gather(problem) if text]
+        if problems:
+            damaged[step] = problems[0]
             continue
-        _set_aside(checkpoints, damaged, step)
-        return Resumed(step, record, state)
+        if damaged:
+            _withdraw(checkpoints, damaged, step)
+        return resumed
     if damaged:
         raise UserError(
             f"no checkpoint of {checkpoints.directory} can be restored: "
-            f"{first_problems([str(error) for error in damaged.values()], limit=3)}: bring a copy "
+            f"{first_problems(list(damaged.values()), limit=3)}: bring a copy "
             "of one back, or choose another --workdir to start again"
         )
     return None
 
 
-def _check_can_set_aside(folder: FilePath, error: manager.Damaged) -> None:
-    """Raises UserError if this process cannot rename a checkpoint: others use it too, or a bucket
-    holds it."""
-    if jax.process_count() == 1 and isinstance(folder, Path):
-        return
-    older = run_directory.older_checkpoint(folder)
-    remedy = f"remove it to continue from {older}" if older else "bring a copy of it back"
-    raise UserError(f"{error}: {remedy}") from error
+def _restore(
+    checkpoints: manager.Checkpoints,
+    step: int,
+    abstract_states: Mapping[str, Callable[[], TrainState]],
+) -> Resumed:
+    """Returns a checkpoint. Raises UserError as `resume_point` does, and `manager.Damaged`."""
+    record = checkpoints.record(step)
+    abstract_state = abstract_states.get(record.get("stage", ""))
+    if abstract_state is None:
+        raise UserError(
+            f"{checkpoints.directory / str(step)} was written in the stage "
+            f"{record.get('stage')!r:.40}, which config.stages lacks"
+        )
+    return Resumed(step, record, checkpoints.restore(step, abstract_state()))
 
 
-def _set_aside(
-    checkpoints: manager.Checkpoints, damaged: Mapping[int, manager.Damaged], step: int
-) -> None:
-    """Renames damaged checkpoints, and logs it."""
-    folders = checkpoints.set_aside(list(damaged)) if damaged else []
-    for error, folder in zip(damaged.values(), folders, strict=True):
+def _withdraw(checkpoints: manager.Checkpoints, damaged: Mapping[int, str], step: int) -> None:
+    """Makes damaged checkpoints incomplete, and logs it once."""
+    checkpoints.withdraw(list(damaged))
+    for problem in damaged.values() if multiprocess.is_main_process() else ():
         logger.warning(
-            "%s: the run continues from checkpoint %d; the damaged one is now %s",
-            error, step, folder,
+            "%s: the run continues from checkpoint %d, and writes the damaged one again",
+            problem, step,
         )  # fmt: skip
 
 
@@ -241,11 +288,13 @@ def run_stage(
     timer = StepTimer()
     put_batch = partial(sharding.put_batch, runtime.mesh)
     with PrefetchIterator(stream, put_batch) as batches, stage.open(runtime, state):
+        recorder.timeline.enter(STEPS)
         for number in range(int(state.step), stage.settings.steps):
             progress.set_step(stage.name, recorder.offset(stage.name) + number + 1)
             read_seconds = timer.start_step()
             state, output = stage.step(state, batches, number, timer)
             recorder.on_step_end(stage.name, number + 1, state, batches, output, read_seconds)
+        recorder.timeline.enter(START_UP)  # of the next stage, if there is one
     return state
 
 

@@ -23,6 +23,7 @@ from pg_ground.parallel import multiprocess
 from pg_ground.reporting import drawing, progress, provenance, report, run_files
 from pg_ground.reporting.metric_writers import MetricsWriter
 from pg_ground.reporting.tables import ascii_table
+from pg_ground.reporting.timeline import CHECKPOINT, EVALUATION, PICTURES, PROFILER, Timeline
 from pg_ground.rewards import workers
 from pg_ground.storage.files import write_atomically
 from pg_ground.storage.local_copy import LocalCopy
@@ -62,6 +63,7 @@ class Recorder:
         eval_every: Mapping[str, int],
         bad_records: BadRecords,
         resumed_step: int | None,
+        timeline: Timeline | None = None,
     ):
         """Args:
         files: the working directory of the run, and its local copy.
@@ -71,12 +73,15 @@ class Recorder:
           end.
         resumed_step: the step of the checkpoint that the run resumes from. Everything later is
           written again.
+        timeline: gets the time of steps, evaluations, checkpoints and pictures; None if nobody
+          reads it.
         """
         self.config = config
         self.files = files
         self.writer = writer
         self.checkpoints = checkpoints
         self.bad_records = bad_records
+        self.timeline = timeline or Timeline()
         self._evaluate = evaluate
         self._eval_every = eval_every
         self._stage_steps = {name: config.stage_settings(name).steps for name in config.stages}
@@ -125,14 +130,15 @@ class Recorder:
     def evaluate(self, step: int, stage: str, params: Params, is_interim: bool) -> None:
         """Writes the held-out metrics of the policy's parameters, and saves the parameters if
         they are the best so far."""
-        with progress.phase("evaluation"):
+        with progress.phase("evaluation"), self.timeline.during(EVALUATION, interim=is_interim):
             metrics = self._evaluate(params, is_interim)
         if metrics:
             self._write(step, stage, metrics)
         if self.config.checkpoint.best:
             goodness = metric_goodness(self.config.checkpoint.best, metrics)
             if self._best is None or goodness > self._best.goodness:
-                manager.save_best(self.files.folder, step, params)
+                with self.timeline.during(CHECKPOINT):
+                    manager.save_best(self.files.folder, step, params)
                 self._best = Best(step, goodness)
         self._update_report()
 
@@ -176,7 +182,8 @@ class Recorder:
         if evaluate:
             self.evaluate(step, stage, state.params[POLICY], not is_last)
         if draw and output.draw_samples is not None:
-            self._write_samples(step, stage, output.draw_samples())
+            with self.timeline.during(PICTURES):
+                self._write_samples(step, stage, output.draw_samples())
         if save:
             self._save(step, stage, state, batches, output)
         self._trace(step)
@@ -192,11 +199,13 @@ class Recorder:
     ) -> None:
         """Waits for the metrics of a step, and writes a line if one is due."""
         values = read()
+        self.timeline.add_step(stage, step, values)
         self._check_rewards(step, values)
         for name, value in values.items():
             self._window.setdefault(name, []).append(float(value))
         if log:
             means = {name: mean_of_finite(values) for name, values in self._window.items()}
+            self.timeline.flush()
             self._write(step, stage, means | dict(bad_counts), is_last)
             self._window = {}
 
@@ -243,7 +252,7 @@ class Recorder:
             "best": self._best,
             "processes": multiprocess.all_gather(process_state | dict(output.saved)),
         }
-        with progress.phase("checkpoint"):
+        with progress.phase("checkpoint"), self.timeline.during(CHECKPOINT):
             # A run that resumes from this checkpoint reads the metrics up to this step.
             self.files.upload()
             self.checkpoints.save(step, state, record)
@@ -254,7 +263,8 @@ class Recorder:
         at the end of the run."""
         first, last = self.config.log.profile_steps
         if self._is_tracing and step == min(last, self.total_steps):
-            jax.profiler.stop_trace()
+            with self.timeline.during(PROFILER):
+                jax.profiler.stop_trace()
             self._is_tracing = False
         if first and step == first - 1 and step < self.total_steps:
             jax.profiler.start_trace(self.files.path / "profile")
@@ -275,6 +285,11 @@ class Recorder:
         """Writes the report so far. A failure is logged once, and does not end the run."""
         if self.writer is None:
             return
+        with self.timeline.during(PICTURES):
+            self._try_to_write_report()
+        self.files.upload_sometimes()
+
+    def _try_to_write_report(self) -> None:
         try:
             report.write_report(self.files.path)
         except Exception as error:
@@ -284,7 +299,6 @@ class Recorder:
                     "%s was not updated: %s: %s", report.FILE, type(error).__name__, message
                 )
             self._report_failed = True
-        self.files.upload_sometimes()
 
     def close(self) -> FilePath:
         """Returns the path of the report. Process 0 writes it and prints the table of results."""
