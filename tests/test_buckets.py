@@ -24,6 +24,7 @@ from configs import tiny
 from pg_ground import config
 from pg_ground.checkpoints import export
 from pg_ground.models import PaliGemma
+from pg_ground.reporting import timeline
 from pg_ground.tokenizer import load as load_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("gcsfs")]
@@ -154,8 +155,10 @@ def download(storage: Storage, prefix: str, folder: Path) -> Path:
 def test_a_killed_run_in_a_bucket_resumes_bit_for_bit(storage, bucket_run, local_run, tmp_path):
     copy = download(storage, "run", tmp_path)
     assert_same_run(copy, local_run)
-    small = {"config.json", "hardware.json", "metrics.jsonl", "report.html"}
+    small = {"config.json", "hardware.json", "metrics.jsonl", "timeline.jsonl", "report.html"}
     assert small <= {path.name for path in copy.iterdir()}
+    killed, resumed = timeline.read_sessions(copy)
+    assert (killed.end, resumed.is_finished) == (None, True), "the bucket has both starts"
     assert sorted(path.name for path in (copy / "samples").iterdir()) == sorted(
         path.name for path in (local_run / "samples").iterdir()
     )
@@ -286,6 +289,25 @@ def test_a_checkpoint_that_was_begun_in_the_bucket_does_not_count(
     resumed = run(remote, train, tmp_path)
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(download(storage, "begun", tmp_path), local_run)
+
+
+def test_a_damaged_checkpoint_in_the_bucket_is_written_again(
+    storage, bucket_run, environment, local_run, data, tmp_path
+):
+    for name in storage.names("run/"):
+        storage.objects[name.replace("run/", "damaged/", 1)] = storage.objects[name]
+    steps = {int(name.split("/")[2]) for name in storage.names("damaged/checkpoints/")}
+    newest = f"damaged/checkpoints/{max(steps)}"
+    for name in storage.names(f"{newest}/rest/"):
+        if "/d/" in name:
+            storage.put(name, storage.objects[name].data[:10])
+    remote = environment | storage.environment | {"DATA": "gs://bucket/data"}
+    train = ["train", f"--config={data}/recipe.py", "--workdir=gs://bucket/damaged"]
+    resumed = run(remote, train, tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stderr.count(f"gs://bucket/{newest} is damaged (") == 1, resumed.stderr
+    assert "and writes the damaged one again" in resumed.stderr
+    assert_same_run(download(storage, "damaged", tmp_path), local_run)
 
 
 def test_images_have_addresses(storage, environment, data, tmp_path):

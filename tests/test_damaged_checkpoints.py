@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import pytest
 from commands import ROOT, assert_same_run, run, run_here, train_tiny
 
-from pg_ground.checkpoints import run_directory
+from pg_ground.checkpoints import manager, run_directory
 from pg_ground.checkpoints.manager import Checkpoints, Damaged, save_tree
+from pg_ground.parallel import multiprocess
 from pg_ground.params import flatten
 from pg_ground.training.grpo import GrpoStage
 from pg_ground.training.loop import resume_point, store_frozen
@@ -117,15 +118,14 @@ def resume(folder: Path) -> tuple[int, float]:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_checkpoint_without_a_file_is_set_aside(saved, tmp_path, caplog, name):
+def test_a_run_continues_before_a_checkpoint_without_a_file(saved, tmp_path, caplog, name):
     folder = tmp_path / "checkpoints"
     shutil.copytree(saved, folder)
     damage, reason = FAULTS[name]
     damage(folder / "7")
     assert resume(folder) == (5, 5.0)
     assert f"{folder}/7 is damaged (" in caplog.text and reason in caplog.text
-    assert f"continues from checkpoint 5; the damaged one is now {folder}/7.damaged" in caplog.text
-    assert (folder / "7.damaged").is_dir()
+    assert "continues from checkpoint 5, and writes the damaged one again" in caplog.text
     caplog.clear()
     assert resume(folder) == (7, 7.0)
     assert not caplog.text
@@ -141,7 +141,7 @@ def test_a_checkpoint_that_was_only_begun_is_named(saved, tmp_path, caplog):
 
 
 @pytest.mark.slow
-def test_damaged_values_are_noticed_and_set_aside(saved, tmp_path):
+def test_a_run_continues_before_damaged_values(saved, tmp_path):
     """In another process: orbax leaves work in its process after the error."""
     program = (
         "import sys, json, pathlib\n"
@@ -164,18 +164,18 @@ def test_damaged_values_are_noticed_and_set_aside(saved, tmp_path):
     assert finished.stdout.splitlines() == ["[5, 5.0]"] * len(folders)
     for folder in folders:
         assert finished.stderr.count(f"{folder}/7 is damaged (") == 1
-        assert (folder / "7.damaged").is_dir() and (folder / "7").is_dir()
+        assert not run_directory.fault(folder / "7")
     assert "Traceback" not in finished.stderr
 
 
-def test_several_damaged_checkpoints_are_set_aside(saved, tmp_path, caplog):
+def test_a_run_continues_before_several_damaged_checkpoints(saved, tmp_path, caplog):
     folder = tmp_path / "checkpoints"
     shutil.copytree(saved, folder)
     remove("params")(folder / "7")
     remove("record")(folder / "5")
     assert resume(folder) == (2, 2.0)
     assert caplog.text.count("continues from checkpoint 2") == 2
-    assert sorted(path.name for path in folder.iterdir()) == ["2", "5.damaged", "7", "7.damaged"]
+    assert [run_directory.is_complete(folder / step) for step in "257"] == [True, False, True]
 
 
 def test_a_run_without_a_whole_checkpoint_does_not_start_anew(saved, tmp_path):
@@ -190,17 +190,35 @@ def test_a_run_without_a_whole_checkpoint_does_not_start_anew(saved, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["2", "5", "7"]
 
 
-def test_several_processes_rename_no_checkpoint(saved, tmp_path, monkeypatch):
+def test_a_process_that_sees_no_damage_goes_back_with_the_others(saved, tmp_path, monkeypatch):
     folder = tmp_path / "checkpoints"
     shutil.copytree(saved, folder)
-    remove("record")(folder / "7")
-    with Checkpoints(folder, keep=9) as checkpoints, monkeypatch.context() as patch:
-        patch.setattr(jax, "process_count", lambda: 2)
-        with pytest.raises(
-            UserError, match=r"record is missing\): remove it to continue from .*/5$"
-        ):
-            resume_point(checkpoints, STATES)
-    assert sorted(path.name for path in folder.iterdir()) == ["2", "5", "7"]
+    elsewhere = iter(["7 is damaged (its second shard)", ""])
+
+    def gather(value):
+        return [value, next(elsewhere)] if value == "" else [value, value]
+
+    monkeypatch.setattr(multiprocess, "all_gather", gather)
+    with Checkpoints(folder, keep=9) as checkpoints:
+        resumed = resume_point(checkpoints, STATES)
+    assert resumed is not None and resumed.step == resumed.record["step"] == 5
+    assert sorted(run_directory.steps(tmp_path)) == [2, 5]
+
+
+def test_the_steps_are_those_of_process_0(saved, tmp_path, monkeypatch):
+    """A network drive can show another process an older list."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(saved, folder)
+    with Checkpoints(folder, keep=9) as checkpoints:
+        all_steps = checkpoints.steps()
+        monkeypatch.setattr(checkpoints, "steps", lambda: all_steps[1:])
+        monkeypatch.setattr(
+            multiprocess,
+            "all_gather",
+            lambda value: [value if isinstance(value, str) else all_steps],
+        )
+        resumed = resume_point(checkpoints, STATES)
+    assert resumed is not None and resumed.step == 7
 
 
 def test_a_checkpoint_of_other_settings_is_not_damaged(saved, tmp_path):
@@ -224,14 +242,11 @@ def test_an_error_of_the_machine_is_no_damage(saved, tmp_path, monkeypatch):
     shutil.copytree(saved, folder)
     for error in (MemoryError("no memory"), PermissionError(13, "Permission denied")):
         with Checkpoints(folder, keep=9) as checkpoints:
-            restore = checkpoints._manager.restore
 
-            def fail(step, args, error=error, restore=restore):
-                if "record" in args.keys():  # noqa: SIM118 (it is not a dict)
-                    return restore(step, args=args)
+            def fail(folder, abstract, error=error):
                 raise ValueError("orbax") from error
 
-            monkeypatch.setattr(checkpoints._manager, "restore", fail)
+            monkeypatch.setattr(manager, "_restore_part", fail)
             with pytest.raises(ValueError, match="orbax"):
                 resume_point(checkpoints, STATES)
     assert sorted(path.name for path in folder.iterdir()) == ["2", "5", "7"]

@@ -7,6 +7,7 @@ with gloo.
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,11 +26,12 @@ from commands import ROOT, arrays, assert_same_run, command, rows, write_recipe
 from PIL import Image
 
 from pg_ground import config, tokenizer
-from pg_ground.checkpoints import manager
+from pg_ground.checkpoints import manager, run_directory
 from pg_ground.config import Data, Source
 from pg_ground.data.bad_records import BadRecords
 from pg_ground.data.batches import training_batches
 from pg_ground.parallel import multiprocess, sharding
+from pg_ground.reporting import timeline
 from pg_ground.training.recorder import process_record
 from pg_ground.types import POLICY, Batch, TrainState, UserError
 
@@ -265,8 +267,11 @@ def test_if_a_process_dies_the_other_ends_and_the_run_resumes_exactly(
         r"^error: another process of this run ended: (process 1|.*Gloo.*); start all of them again"
     )
     assert re.search(line, stderr, re.M), stderr
+    (session,) = timeline.read_sessions(workdir)
+    assert session.end is None, "who watches the run waits for its next start"
     train_together(process_environment, recipe, 2, workdir)
     assert_same_run(run_of_two[0], workdir)
+    assert [session.is_finished for session in timeline.read_sessions(workdir)] == [False, True]
 
 
 @pytest.mark.slow
@@ -296,6 +301,28 @@ def test_another_number_of_processes_resumes(run_of_two, process_environment, re
     assert_same_run(run_of_two[0], workdir)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["params/_METADATA", "rest/ocdbt.process_1/d"])
+def test_two_processes_continue_before_a_damaged_checkpoint(
+    run_of_two, process_environment, recipe, tmp_path, part
+):
+    """Only process 1 reads the values that it has written."""
+    workdir = tmp_path / "run"
+    shutil.copytree(run_of_two[0], workdir)
+    newest = max(run_directory.steps(workdir))
+    damaged = workdir / "checkpoints" / str(newest) / part
+    for file in damaged.iterdir() if damaged.is_dir() else [damaged]:
+        file.write_bytes(file.read_bytes()[:10])
+    flags = [(recipe, f"--workdir={workdir}")] * 2
+    results = finish(start(process_environment, flags))
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert_same_run(run_of_two[0], workdir)
+    warnings = [stderr.count(" is damaged (") for _, _, stderr in results]
+    assert warnings == [1, 0], results[0][2]
+    assert "and writes the damaged one again" in results[0][2]
+
+
+@pytest.mark.slow
 def test_different_settings_are_refused_before_anything_is_compiled(
     process_environment, recipe, tmp_path
 ):
@@ -324,6 +351,7 @@ def test_a_wrong_address_is_refused(distributed):
         multiprocess.initialize(distributed)
 
 
+@pytest.mark.slow
 def test_a_missing_cluster_is_reported_in_one_line(process_environment, recipe, tmp_path):
     finished = subprocess.run(
         command("train", recipe, f"--workdir={tmp_path}", "--distributed=auto"),
@@ -337,6 +365,7 @@ def test_a_missing_cluster_is_reported_in_one_line(process_environment, recipe, 
     assert re.search(r"^error: --distributed=auto: ", finished.stderr, re.M), finished.stderr
 
 
+@pytest.mark.slow
 def test_a_process_that_waits_in_vain_for_the_others_reports_it(process_environment):
     program = (
         "from pg_ground.parallel import multiprocess; multiprocess.JOIN_TIMEOUT_S = 2; "

@@ -15,7 +15,6 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -26,11 +25,13 @@ from jaxtyping import PyTree
 
 from pg_ground.checkpoints.run_directory import (
     BEST,
+    CHECKPOINT_METADATA,
     COMMIT_FILE,
-    DAMAGED,
+    RECORD_FILE,
     fault,
     is_complete,
     older_checkpoint,
+    read_json,
 )
 from pg_ground.parallel.multiprocess import all_gather, barrier
 from pg_ground.params import AbstractParams, flatten
@@ -111,44 +112,55 @@ class Checkpoints:
         Raises:
           Damaged: the record is missing or cannot be read.
         """
-        _check_parts(self.directory / str(step), ("record",))
-        items = ocp.args.Composite(record=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=items)["record"]
+        folder = self.directory / str(step)
+        _check_parts(folder, ("record",))
+        return read_json(folder / "record" / RECORD_FILE)
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
         """Returns the state of a checkpoint with the shapes, dtypes and shardings of `abstract`.
+
+        A process reads its own shards and waits for no other process. So a process that fails can
+        tell the others.
 
         Raises:
           UserError: the checkpoint has other arrays. An earlier version of this package or other
             settings wrote it.
           Damaged: the checkpoint should have these arrays, but they cannot be read.
         """
+        folder = self.directory / str(step)
         parts = {"params": abstract.params[POLICY], "rest": _without_policy(abstract)}
-        _check_parts(self.directory / str(step), tuple(parts))
-        items = {name: ocp.args.StandardRestore(part) for name, part in parts.items()}
+        _check_parts(folder, tuple(parts))
         try:
             with _QuietRestore():
-                restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+                restored = {name: _restore_part(folder / name, parts[name]) for name in parts}
         except Exception as error:
             if _is_of_machine(error):
                 raise
-            raise _restore_error(self.directory / str(step), parts, error) from error
+            raise _restore_error(folder, parts, error) from error
         fields = restored["rest"]
         params = {POLICY: restored["params"]} | fields.pop("other_params", {})
         return TrainState(params=params, **fields)
 
-    def set_aside(self, steps: Sequence[int]) -> list[Path]:
-        """Renames the folders of checkpoints of this machine, so that their steps can be written
-        again. Returns the new folders.
+    def withdraw(self, steps: Sequence[int]) -> None:
+        """Makes checkpoints incomplete, so that their steps can be written again.
+
+        Their other files stay until then. No folder is renamed: most buckets rename none.
         """
-        folders = []
-        for step in steps:
-            folder = Path(self.directory) / str(step)
-            target = folder.with_name(folder.name + DAMAGED)
-            remove_tree(target)
-            folders.append(folder.rename(target))
+        barrier("all processes know the damaged checkpoints")
+        if jax.process_index() == 0:
+            for step in steps:
+                # Without its metadata, no older orbax can have written a complete checkpoint.
+                for name in (COMMIT_FILE, CHECKPOINT_METADATA):
+                    (self.directory / str(step) / name).unlink(missing_ok=True)
+        barrier("damaged checkpoints are incomplete")
         self._manager.reload()
-        return folders
+
+
+def _restore_part(folder: FilePath, abstract: PyTree) -> JsonDict:
+    """Returns one tree of a checkpoint. The checkpoint manager of orbax would wait for all
+    processes."""
+    handler = ocp.StandardCheckpointHandler()
+    return handler.restore(epath.Path(absolute(folder)), args=ocp.args.StandardRestore(abstract))
 
 
 def _check_parts(folder: FilePath, parts: Sequence[str]) -> None:
@@ -243,7 +255,7 @@ def _warn_of_incomplete(directory: FilePath) -> None:
     for folder in folders:
         if complete and int(folder.name) > max(complete) and not is_complete(folder):
             logger.warning(
-                "%s is not complete: the run ended while it was written, and continues from "
+                "%s is not complete: the run ended before it was written whole, and continues from "
                 "checkpoint %d",
                 folder, max(complete),
             )  # fmt: skip

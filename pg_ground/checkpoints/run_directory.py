@@ -24,7 +24,8 @@ BEST = "best"
 CONFIG_FILE = "config.json"
 
 RECORD_FILES = (
-    *("config.json", "hardware.json", "metrics.jsonl", "bad_records.jsonl", "wandb.json"),
+    *("config.json", "hardware.json", "metrics.jsonl", "timeline.jsonl"),
+    *("bad_records.jsonl", "wandb.json"),
 )
 RECORD_FOLDERS = ("samples", "tb")
 """The files and folders that a run which resumes reads or continues, besides its arrays."""
@@ -46,8 +47,11 @@ TREE_METADATA = "_METADATA"
 NO_DATA = (TREE_METADATA, COMMIT_FILE, "_sharding", "array_metadatas")
 """Files and folders of a tree that hold no values."""
 
-DAMAGED = ".damaged"
-"""Ends the name of a checkpoint that a run has set aside."""
+CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
+"""Orbax's file with the times at which a checkpoint was begun and completed."""
+
+RECORD_FILE = "metadata"
+"""Orbax's file with the JSON of the part `record`."""
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +167,7 @@ def fault(step: FilePath, parts: Sequence[str] = PARTS) -> str:
     """
     for part in parts:
         names = {path.name for path in children(step / part)}
-        file = "metadata" if part == "record" else TREE_METADATA
+        file = RECORD_FILE if part == "record" else TREE_METADATA
         if not names - {COMMIT_FILE}:
             return f"{part} is {'empty' if (step / part).is_dir() else 'missing'}"
         if file not in names:
@@ -216,9 +220,8 @@ def is_complete(folder: FilePath) -> bool:
     """
     if (folder / COMMIT_FILE).is_file():
         return True
-    metadata = folder / "_CHECKPOINT_METADATA"
     try:
-        return read_json(metadata).get("commit_timestamp_nsecs") is not None
+        return read_json(folder / CHECKPOINT_METADATA).get("commit_timestamp_nsecs") is not None
     except (OSError, UserError):
         return False
 

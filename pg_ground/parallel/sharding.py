@@ -184,9 +184,11 @@ def check_batch_size(mesh: AnyMesh, batch_size: int, setting: str) -> None:
     """Raises UserError, naming `setting`, if the mesh does not split `batch_size` rows evenly."""
     shards = mesh.shape["replica"] * mesh.shape["data"]
     if batch_size % shards:
+        lower = batch_size // shards * shards
+        nearest = [str(size) for size in (lower, lower + shards) if size]
         raise UserError(
-            f"config.{setting} is {batch_size}: "
-            f"it must be a multiple of {shards}, replica * data of the mesh"
+            f"config.{setting} is {batch_size}: it must be a multiple of {shards}, "
+            f"replica * data of the mesh: {' or '.join(nearest)}"
         )
 
 
