@@ -10,6 +10,7 @@ A name that says `yxyx` means fractions of the image, y first. Functions that tr
 order and unit.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -54,17 +55,23 @@ def whole_corners(
       extent: units along the first and the second axis of the image: loc bins or pixels.
     """
     xp = _namespace(fractions)
-    limit = np.array(extent)
-    low, high = (
-        xp.clip(xp.round(corner * limit.astype(fractions.dtype)), 0, limit)
-        for corner in (fractions[..., :2], fractions[..., 2:])
-    )
-    # The sum comes before the product: a compiled program could fuse a sum of products.
-    middle = xp.floor(centre(fractions) * limit.astype(fractions.dtype))
+    limits = _limits(extent, fractions.dtype)
+    whole = xp.minimum(xp.maximum(xp.round(fractions * limits), 0), limits)
+    low, high = whole[..., :2], whole[..., 2:]
     is_flat = low == high
-    unit = xp.clip(middle, 0, limit - 1)
+    if xp is np and not is_flat.any():
+        return whole.astype(np.int32)
+    # The sum comes before the product: a compiled program could fuse a sum of products.
+    middle = xp.floor(centre(fractions) * limits[:2])
+    unit = xp.clip(middle, 0, limits[:2] - 1)
     corners = [xp.where(is_flat, unit, low), xp.where(is_flat, unit + 1, high)]
     return xp.concatenate(corners, axis=-1).astype(np.int32)
+
+
+@functools.lru_cache(maxsize=256)
+def _limits(extent: tuple[int, int], dtype: np.dtype) -> Float[np.ndarray, " 4"]:
+    """Returns the extent of each coordinate of a box."""
+    return np.array((*extent, *extent), dtype)
 
 
 def decode_loc(bins: Int[Array, "..."]) -> Float[Array, "..."]:
@@ -81,12 +88,16 @@ def corners(order: str, a: Any, b: Any, c: Any, d: Any) -> tuple[Any, Any, Any, 
     Args:
       order: meaning of the four numbers a, b, c, d: "xyxy", "yxyx", "xywh" or "cxcywh".
     """
-    return {
-        "xyxy": (a, b, c, d),
-        "yxyx": (b, a, d, c),
-        "xywh": (a, b, a + c, b + d),
-        "cxcywh": (a - c / 2, b - d / 2, a + c / 2, b + d / 2),
-    }[order]
+    match order:
+        case "xyxy":
+            return a, b, c, d
+        case "yxyx":
+            return b, a, d, c
+        case "xywh":
+            return a, b, a + c, b + d
+        case "cxcywh":
+            return a - c / 2, b - d / 2, a + c / 2, b + d / 2
+    raise KeyError(order)
 
 
 def host_boxes(rows: Iterable[Sequence[float | int] | None]) -> Float[np.ndarray, "N 4"]:

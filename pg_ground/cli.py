@@ -399,6 +399,8 @@ def _user_error(error: Exception, values: flags.FlagValues) -> UserError:
         if name.startswith("config."):
             return UserError(f"--{name} needs --config=FILE beside it")
         names = [flag for flag in values if "." not in flag and flag != "h"]
+        if name.startswith("no"):
+            names += [f"no{flag}" for flag in names if values[flag].boolean and flag != "help"]
         return UserError(f"--{name} does not exist: {nearest(name, names)}")
     if isinstance(error, flags.IllegalFlagValueError) and error.__context__ is not None:
         # absl's text is `flag --NAME=VALUE: REASON`
@@ -652,6 +654,8 @@ def _flag_lines(command: Command, values: flags.FlagValues) -> Iterator[str]:
         )
         head = f"-h, {head}" if name == "help" else head
         default = "" if flag.boolean or not flag.default else f" Default: {flag.default}."
+        if flag.boolean and flag.default:
+            default = f" It is on; --no{name} turns it off."
         if name == "config" and command.default_config:
             default = f" Default: {command.default_config}."
         yield textwrap.fill(

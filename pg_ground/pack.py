@@ -1,11 +1,13 @@
 """Packs the records of a config into array_record files, with the images inside.
 
 Pods read these files fast. Each source becomes OUT/NAME-00000-of-00016.array_record and so on. The
-records keep their fields. The encoded bytes of the image replace its file name or its URL.
+records keep their order and their fields. The encoded bytes of the image replace its file name or
+its URL. Sources that read the same records share the files.
 
-In a config, the source is then uri="arrayrecord:OUT/NAME@16.array_record", with the same paths. The
-command prints one JSON object with the new uri and the number of records of each source. A record
-without a usable image is left out and counted.
+In a config, the source is then uri="arrayrecord:OUT/NAME@16.array_record", with the same paths, and
+gives the same batches. The command prints one JSON object with the new uri and the number of usable
+records of each source. A record without a usable image keeps its place as a bad record. It is
+counted by the kind of its fault.
 """
 
 import json

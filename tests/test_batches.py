@@ -490,6 +490,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @WORKERS
 def test_closed_workers_leave_no_shared_memory(tmp_path, workers):
     uri = make_source(tmp_path, "a", 50).uri
@@ -503,6 +504,7 @@ def test_closed_workers_leave_no_shared_memory(tmp_path, workers):
     assert done.returncode == 0 and "leaked" not in done.stderr, done.stderr
 
 
+@pytest.mark.slow
 @WORKERS
 def test_a_closed_stream_continues_where_it_was(tmp_path, tokens, workers):
     sources = three_sources(tmp_path)

@@ -419,6 +419,7 @@ def test_an_interrupt_ends_with_130_and_one_line_that_says_how_to_go_on(capsys):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help", TINY]], ids=["", "train"])
 def test_a_reader_that_ends_early_is_no_error(arguments):
     """`pg-ground train --help | head` closes the pipe before the command has written everything."""

@@ -10,6 +10,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -336,6 +337,34 @@ def test_a_slow_server_is_given_up(server, fetch, part):
         left.set()
     assert kind == "fetch_failed" and ("0.2 s" in text or "timed out" in text) and "2 tries" in text
     assert blobs(fetch) == []
+
+
+@pytest.mark.parametrize("start", [b"", b"\x16\x03\x03\x40\x00", b"\x16\x03\x03\x40\x00\x02"])
+def test_a_slow_handshake_is_given_up(fetch, start):
+    """A TLS record of 16 KB comes byte by byte. Python gives the whole handshake one deadline."""
+    left = threading.Event()
+
+    def answer_slowly(listener: socket.socket) -> None:
+        client, _ = listener.accept()
+        with client, contextlib.suppress(OSError):
+            client.sendall(start)
+            while not left.wait(0.02):
+                if start:
+                    client.sendall(b"\0")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer_slowly, args=(listener,))
+        thread.start()
+        url = f"https://127.0.0.1:{listener.getsockname()[1]}/a"
+        begin = time.monotonic()
+        try:
+            kind, text = kind_and_text(url, replace(fetch, timeout_s=0.3, retries=0))
+        finally:
+            seconds = time.monotonic() - begin
+            left.set()
+            thread.join()
+    assert kind == "fetch_failed" and ("0.3 s" in text or "timed out" in text), text
+    assert seconds < 10
 
 
 def test_too_large_by_its_header_is_not_read(server, fetch):

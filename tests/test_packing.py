@@ -1,17 +1,22 @@
-"""Packed sources give the same questions as before, with the images inside the records."""
+"""Packed sources give the same questions in the same order, with the images inside the records."""
 
+import datetime
+import decimal
 import io
 import json
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from pg_ground.config import Data, Fetch, Source
-from pg_ground.data.datasets import open_examples
+from pg_ground.data.datasets import Examples, open_examples
 from pg_ground.data.packing import pack
 from pg_ground.data.record_fields import field_at
+from pg_ground.data.records import BadRecord
 from pg_ground.types import UserError
 
 
@@ -37,17 +42,24 @@ def photos(tmp_path):
     return Source(uri=f"jsonl:{folder}/a.jsonl", image="meta.image", boxes="box")
 
 
+def bad_record(examples: Examples, index: int) -> tuple[str, str]:
+    with pytest.raises(BadRecord) as bad:
+        examples[index]
+    return bad.value.kind, str(bad.value)
+
+
 def test_packed_sources_hold_the_same_questions(photos, tmp_path):
     before = open_examples("a", photos, Data(), 16)
     done = pack([{"a": photos}, {"a": photos}, {}], Fetch(), tmp_path / "out", 3)
     assert done["a"]["records"] == 6 and done["a"]["corrupt_image"] == 1
     after = open_examples("a", replace(photos, uri=done["a"]["uri"]), Data(), 16)
-    packed = {after[i].prompt: after[i] for i in range(len(after))}
+    assert len(after) == len(before) == 7
     for i in (0, 1, 3, 4, 5, 6):
-        original = before[i]
-        copy = packed[original.prompt]
-        np.testing.assert_array_equal(copy.image, original.image)
-        assert (copy.suffix, copy.size) == (original.suffix, original.size)
+        np.testing.assert_array_equal(after[i].image, before[i].image)
+        for name in ("prompt", "suffix", "size", "index"):
+            assert getattr(after[i], name) == getattr(before[i], name)
+    bad = [bad_record(examples, 2) for examples in (before, after)]
+    assert bad[0] == bad[1] and bad[0][0] == "corrupt_image"
     record = after.record(0)[0]
     assert record["n"] is None and record["x"] == [1.5, "é"]
     assert record["meta"]["image"]["path"] == "0.jpg"
@@ -110,3 +122,74 @@ def test_a_source_with_one_image_per_element_is_not_packed(tmp_path, path, image
     source = Source(uri=f"jsonl:{tmp_path}/a.jsonl", image=path, boxes="box")
     with pytest.raises(UserError, match="a source with one image per element cannot be packed"):
         pack([{"a": source}], Fetch(), tmp_path / "out", 1)
+
+
+BROKEN = {
+    "cut": '{"image": "a.png", "phrase": "cat", "box": [0, 0, 9',
+    "list": "[1, 2]",
+    "no image": '{"phrase": "cat", "box": [0, 0, 9, 9]}',
+    "null": '{"image": null, "phrase": "cat", "box": [0, 0, 9, 9]}',
+    "several": '{"image": ["a.png", "a.png"], "phrase": "cat", "box": [0, 0, 9, 9]}',
+    "missing": '{"image": "b.png", "phrase": "cat", "box": [0, 0, 9, 9]}',
+    "corrupt": '{"image": "c.png", "phrase": "cat", "box": [0, 0, 9, 9]}',
+    "address": '{"image": "http://127.0.0.1:9/a.png", "phrase": "cat", "box": [0, 0, 9, 9]}',
+    "flat": '{"image": "a.png", "phrase": "cat", "box": [9, 9, 9, 9]}',
+    "no phrase": '{"image": "a.png", "box": [0, 0, 9, 9]}',
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("shards", [1, 2, 9])
+def test_a_bad_record_keeps_its_place_and_its_kind(tmp_path, name, shards):
+    Image.new("RGB", (20, 30)).save(tmp_path / "a.png")
+    (tmp_path / "c.png").write_bytes(b"no image")
+    good = [json.dumps({"image": "a.png", "phrase": f"cat {i}", "box": [0, 0, 9, 9]}) for i in "01"]
+    (tmp_path / "a.jsonl").write_text("\n".join((good[0], BROKEN[name], good[1])))
+    source = Source(uri=f"jsonl:{tmp_path}/a.jsonl", boxes="box")
+    packed = pack([{"a": source}], Fetch(), tmp_path / "out", shards)["a"]
+    before = open_examples("a", source, Data(), 16)
+    after = open_examples("a", replace(source, uri=packed["uri"]), Data(), 16)
+    assert len(after) == 3
+    assert [after[i].prompt for i in (0, 2)] == ["detect cat 0", "detect cat 1"]
+    kinds = [bad_record(examples, 1)[0] for examples in (before, after)]
+    assert kinds[1] == kinds[0]
+
+
+@pytest.mark.parametrize("fault", ["missing", "corrupt"])
+def test_a_record_of_several_questions_keeps_all_of_them(tmp_path, fault):
+    Image.new("RGB", (20, 30)).save(tmp_path / "a.png")
+    (tmp_path / "corrupt.png").write_bytes(b"no image")
+    texts = [["a", "b", "c"], ["d", "e"], ["f"]]
+    files = ["a.png", f"{fault}.png", "a.png"]
+    rows = [
+        {"image": file, "box": [0, 0, 9, 9], "texts": [{"raw": text} for text in row]}
+        for file, row in zip(files, texts, strict=True)
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = Source(uri=f"jsonl:{tmp_path}/a.jsonl", phrase="texts[].raw", boxes="box")
+    packed = pack([{"a": source}], Fetch(), tmp_path / "out", 2)["a"]
+    after = open_examples("a", replace(source, uri=packed["uri"]), Data(), 16)
+    assert len(after) == 6
+    assert [after[i].prompt[-1] for i in (0, 1, 2, 5)] == ["a", "b", "c", "f"]
+    assert {bad_record(after, i)[0] for i in (3, 4)} == {f"{fault}_image"}
+
+
+def test_values_that_are_no_json_are_packed_as_text(tmp_path):
+    file = io.BytesIO()
+    Image.new("RGB", (20, 30)).save(file, "PNG")
+    row = {
+        "image": {"bytes": file.getvalue(), "path": "a.png"},
+        "phrase": "cat",
+        "box": [0, 0, 9, 9],
+        "day": datetime.date(2026, 11, 28),
+        "time": datetime.datetime(2026, 11, 28, 12, 30),
+        "price": decimal.Decimal("3.50"),
+        "pieces": decimal.Decimal("3.00"),
+    }
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    source = Source(uri=f"parquet:{tmp_path}/a.parquet", boxes="box", name="{price} {pieces}")
+    packed = pack([{"a": source}], Fetch(), tmp_path / "out", 1)["a"]
+    after = open_examples("a", replace(source, uri=packed["uri"]), Data(), 16)
+    assert after[0].suffix == open_examples("a", source, Data(), 16)[0].suffix
+    assert after[0].suffix.endswith(" 3.50 3")
+    assert after.record(0)[0]["day"] == "2026-11-28"

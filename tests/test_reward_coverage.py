@@ -337,12 +337,13 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
         ("--dry_run",),
-        pytest.param(("--workdir=RUN",), marks=pytest.mark.slow),
-        pytest.param((), marks=pytest.mark.slow),
+        ("--workdir=RUN",),
+        (),
     ],
 )
 def test_a_run_whose_rewards_apply_to_nothing_ends_with_one_line(

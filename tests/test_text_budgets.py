@@ -41,7 +41,8 @@ def test_budgets_name_the_question_that_needs_most(tmp_path, tokens):
     for lengths, message in (
         (
             {"prompt_length": 4, "suffix_length": 99, "max_boxes": 9},
-            r"question 0 needs data\.prompt_length=\d+, but it is 4: raise it$",
+            r"question 0 needs data\.prompt_length=(\d+), but it is 4: "
+            r"set --config\.data\.prompt_length=\1$",
         ),
         (
             {"suffix_length": 9, "max_boxes": 9, "prompt_length": 32},

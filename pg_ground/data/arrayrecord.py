@@ -20,7 +20,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from google.protobuf.message import DecodeError
 
-from pg_ground.data.records import BadRecord, Records
+from pg_ground.data.records import BadRecord, Records, check_usable
 from pg_ground.storage.files import copy_file
 from pg_ground.storage.paths import FilePath, expand_path, to_path
 from pg_ground.types import JsonDict, UserError
@@ -118,7 +118,9 @@ class ArrayRecords:
             data = self._source[range(len(self))[index]]
         except RuntimeError as error:  # array_record raises nothing else
             raise BadRecord("corrupt_record", str(error)) from error
-        return self._decode(data)
+        record = self._decode(data)
+        check_usable(record)
+        return record
 
 
 def open_array_record(location: str) -> Records:

@@ -1,5 +1,6 @@
 """Counts and lists the records that cannot be used."""
 
+import re
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -11,6 +12,9 @@ MIN_RECORDS = 100
 
 Otherwise a bad first record would be a share of 100 %.
 """
+
+RECORD = re.compile(r"record \d+[:,] ")
+"""The beginning of a message that names its record."""
 
 
 class BadRecords:
@@ -75,11 +79,14 @@ class BadRecords:
         entries = [entry for entry in self.entries() if entry["source"] == source]
         kinds = Counter(entry["kind"] for entry in entries).most_common()
         first = entries[0]
+        message = first["message"]
+        if not RECORD.match(message):
+            message = f"record {first['index']}: {message}"
         raise UserError(
             f"source {source}: {len(entries)} of {read} records read cannot be used "
             f"({', '.join(f'{count} {kind}' for kind, count in kinds)}), but "
             f"data.bad_record_share allows {max_share:g}; "
-            f"record {first['index']}: {first['message']}"
+            f"{message}"
         )
 
     def _exceeds(self, source: str, max_share: float) -> bool:

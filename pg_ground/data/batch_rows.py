@@ -1,6 +1,6 @@
 """`Example` → one row of a `Batch`: token ids and annotation slots of fixed lengths."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,8 +15,18 @@ from pg_ground.types import POINTS, TEXT, Batch, Boxes, Example, Gold, Points
 from pg_ground.vocab import EOS, PAD, SEG_TOKENS, Vocab
 
 
-def to_batch_row(example: Example, tokenizer: Tokenizer, data: Data, source_position: int) -> Batch:
+def to_batch_row(
+    example: Example,
+    tokenizer: Tokenizer,
+    data: Data,
+    source_position: int,
+    cut_answers: bool = False,
+) -> Batch:
     """Returns one row of a `Batch` without the B axis, padded to the lengths in `data`.
+
+    Args:
+      cut_answers: whether a longer answer in loc tokens is cut at `data.suffix_length`. The row
+        still has all of its objects.
 
     Raises:
       BadRecord: too_long or too_many_boxes, with the setting to raise; bad_text, if the answer in
@@ -26,17 +36,19 @@ def to_batch_row(example: Example, tokenizer: Tokenizer, data: Data, source_posi
     prompt, prompt_mask = _pad(
         tokenizer.prefix(example.prompt), data.prompt_length, "prompt_length", example.prompt
     )
-    suffix, suffix_mask = _pad(
-        tokenizer.suffix(example.suffix), data.suffix_length, "suffix_length", example.suffix
-    )
-    names = _name_ids(example.names, tokenizer, data)
+    names = [tokenizer.text(" " + name) for name in example.names]  # as they follow a loc token
+    ids = tokenizer.suffix(example.suffix)
+    is_long = len(ids) > data.suffix_length
+    cuts = is_long and cut_answers and _can_cut(example, names, data)
+    written = ids[: data.suffix_length] if cuts else ids
+    suffix, suffix_mask = _pad(written, data.suffix_length, "suffix_length", example.suffix)
     if example.target != TEXT:
-        _check_read_back(suffix[suffix_mask].tolist(), names.tolist(), example, tokenizer.vocab)
+        _check_read_back(ids, names, example, tokenizer.vocab)
     gold = Gold(
         boxes=Boxes(*(_pad_slots(leaf, data.max_boxes) for leaf in example.boxes)),
         points=Points(*(_pad_slots(leaf, data.max_boxes) for leaf in example.points)),
         target=np.asarray(example.target, np.int32),
-        names=names,
+        names=_name_rows(names, data),
         masks=_pad_slots(example.masks, data.max_boxes),
     )
     return Batch(
@@ -52,10 +64,17 @@ def to_batch_row(example: Example, tokenizer: Tokenizer, data: Data, source_posi
     )
 
 
+def _can_cut(example: Example, names: Sequence[Sequence[int]], data: Data) -> bool:
+    """Returns whether the objects of an answer say all of it, and the tokens of each name fit."""
+    return example.target != TEXT and max(map(len, names), default=0) <= data.suffix_length
+
+
 def _check_read_back(
     ids: Sequence[int], names: Sequence[Sequence[int]], example: Example, vocab: Vocab
 ) -> None:
     """Raises BadRecord (bad_text) if the reader of answers does not read the gold answer as it is.
+
+    `ids` are the tokens of the answer, and `names` the tokens of each name.
 
     Device rewards read token ids (`rewards.answer_reader`). A ";" that is one piece with a letter
     of a name is no separator, and a name that the tokenizer does not know is the same as another.
@@ -70,21 +89,22 @@ def _check_read_back(
             f"the answer {short(example.suffix)} is read back as {len(segments)} objects, "
             f"not {len(labels)}",
         )
-    written = [[token for token in names[i] if token != PAD] for i in range(len(example.names))]
-    for i, name in enumerate(written):
-        if name in written[:i]:
-            first = example.names[written.index(name)]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            first = example.names[names.index(name)]
             raise BadRecord(
                 "bad_text",
                 f"the names {short(first)} and {short(example.names[i])} are the same tokens",
             )
-    texts = loc_segments(example.suffix) if labels else []
-    for label, name, text in zip(labels, segments, texts, strict=True):
-        expected = example.names[label] if example.names else ""
-        if name != (written[label] if written else []) or text.label != expected:
-            raise BadRecord(
-                "bad_text", f"a name of the answer {short(example.suffix)} is read back differently"
-            )
+    expected = [names[label] if names else [] for label in labels]
+    # The text of other names is read back as it is.
+    is_safe = not any(";" in name or "<" in name for name in example.names)
+    texts = [] if is_safe or not labels else loc_segments(example.suffix)
+    text_labels = [example.names[label] for label in labels] if texts else []
+    if segments[: len(labels)] != expected or [text.label for text in texts] != text_labels:
+        raise BadRecord(
+            "bad_text", f"a name of the answer {short(example.suffix)} is read back differently"
+        )
 
 
 def _segments(ids: Sequence[int], vocab: Vocab) -> list[list[int]]:
@@ -127,7 +147,9 @@ def _pad(
         )
     row = np.full(length, PAD, np.int32)
     row[: len(ids)] = ids
-    return row, np.arange(length) < len(ids)
+    mask = np.zeros(length, bool)
+    mask[: len(ids)] = True
+    return row, mask
 
 
 def _pad_slots(values: Any, count: int) -> np.ndarray:
@@ -137,10 +159,9 @@ def _pad_slots(values: Any, count: int) -> np.ndarray:
     return slots
 
 
-def _name_ids(names: Iterable[str], tokenizer: Tokenizer, data: Data) -> Int[np.ndarray, "C W"]:
-    """Returns the token ids of each name as it follows a loc token, with a space in front."""
+def _name_rows(names: Sequence[Sequence[int]], data: Data) -> Int[np.ndarray, "C W"]:
+    """Returns the token ids of each name, with PAD behind them."""
     rows = np.full((data.max_boxes, data.suffix_length), PAD, np.int32)
-    for row, name in zip(rows, names, strict=False):
-        ids = tokenizer.text(" " + name)
+    for row, ids in zip(rows, names, strict=False):
         row[: len(ids)] = ids
     return rows

@@ -31,8 +31,10 @@ class Examples:
         data: Data,
         image_size: int,
         seed: int = 0,
+        cut_answers: bool = False,
     ):
         self.name = name
+        self.cut_answers = cut_answers
         self.source = source
         self._records = records
         self._data = data
@@ -171,7 +173,12 @@ def _without_surplus(example: Example, max_boxes: int) -> Example:
 
 
 def open_examples(
-    source_name: str, source: Source, data: Data, image_size: int, seed: int = 0
+    source_name: str,
+    source: Source,
+    data: Data,
+    image_size: int,
+    seed: int = 0,
+    cut_answers: bool = False,
 ) -> Examples:
     """Returns the questions of one source.
 
@@ -181,6 +188,8 @@ def open_examples(
       data: settings that all sources share.
       image_size: pixels, square.
       seed: of sampling and of random choices among objects and elements.
+      cut_answers: whether the rows of a batch cut an answer in loc tokens at `data.suffix_length`.
+        An evaluation does, because it compares the objects of a question, not the text.
 
     Raises:
       UserError: the source cannot be opened, or its entry names a format that does not exist.
@@ -190,4 +199,4 @@ def open_examples(
     records = open_records(
         source.uri, source_name, source.empty == "keep", source.flat_boxes == "bad"
     )
-    return Examples(source_name, source, records, data, image_size, seed)
+    return Examples(source_name, source, records, data, image_size, seed, cut_answers)

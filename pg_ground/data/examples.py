@@ -142,7 +142,11 @@ def to_example(
         bad_text, or empty.
     """
     prompt, annotation = read_question(record, source, element)
-    opened = open_oriented(image_value(record, source, element, fetch), folder, deep_images)
+    value = image_value(record, source, element, fetch)
+    try:
+        opened = open_oriented(value, folder, deep_images)
+    except BadRecord as bad:
+        raise with_address(bad, record, source, element) from None
     image = opened.image
     size = image.size if isinstance(image, Image.Image) else (image.shape[1], image.shape[0])
     frame = Frame(size, 1, "")
@@ -217,6 +221,17 @@ def image_address(record: Record, source: Source, element: int) -> str:
     except BadRecord:
         return ""
     return name if is_url(name) else ""
+
+
+def with_address(bad: BadRecord, record: Record, source: Source, element: int) -> BadRecord:
+    """Returns an error about a fetched image with the address of the image.
+
+    Errors about other images are returned unchanged: they name the file, or its size in bytes.
+    """
+    address = image_address(record, source, element)
+    if not address or address in str(bad):
+        return bad
+    return BadRecord(bad.kind, f"{address!r:.200}: {bad}")
 
 
 def image_sha256(record: Record, source: Source, element: int) -> str | None:
@@ -425,7 +440,7 @@ def loc_text(
     is_box = fractions.ndim == 2 and fractions.shape[1] == 4
     rows = whole_corners(fractions) if is_box else encode_loc(fractions)
     tokens = codes or ("",) * len(names)
-    for bins, name, mask in zip(rows, names, tokens, strict=True):
+    for bins, name, mask in zip(rows.tolist(), names, tokens, strict=True):
         loc = "".join(f"<loc{code:04d}>" for code in bins) + mask
         texts.append(f"{loc} {name}" if name else loc)
     return " ; ".join(texts)
@@ -452,32 +467,50 @@ def to_yxyx(
     if widen:
         fractions = _widened(fractions, size)
     yxyx = np.clip(fractions, 0, 1).astype(np.float32)
-    for i in np.flatnonzero((yxyx[:, 2:] <= yxyx[:, :2]).any(1)).tolist():
-        has_area = (fractions[i, 2:] > fractions[i, :2]).all()
-        reason = f"is outside an image of {size_text(size)} pixels" if has_area else "has no area"
-        is_flat = (fractions[i, 2:] == fractions[i, :2]).any()
-        others = "" if is_flat else _fits_as(rows[i], box_format, size)
-        raise BadRecord("bad_box", f"{row_text(rows, i)} as {box_format} {reason}{others}")
+    _check_boxes(rows, yxyx, fractions, box_format, size)
+    return yxyx
+
+
+def _check_boxes(
+    rows: Float[np.ndarray, "K 4"],
+    yxyx: Float[np.ndarray, "K 4"],
+    fractions: Float[np.ndarray, "K 4"],
+    box_format: str,
+    size: tuple[int, int],
+) -> None:
+    """Raises BadRecord as `to_yxyx` does.
+
+    Args:
+      rows: boxes in the format.
+      yxyx: the boxes in fractions, clipped.
+      fractions: the boxes in fractions, before they were clipped.
+    """
+    is_flat = yxyx[:, 2:] <= yxyx[:, :2]
+    is_far = np.abs(fractions - 0.5) > 0.5 + FAR_BEYOND
+    order, unit = split_format(box_format)
     largest = np.abs(rows).max(1)
     # a box of zeros fits every unit; it is here only if boxes without area are allowed
-    is_tiny = (largest > 0) & (largest <= 1)
-    if split_format(box_format)[1] in ("frac", "percent"):
-        is_tiny[:] = False
+    is_tiny = (largest > 0) & (largest <= 1) & (unit not in ("frac", "percent"))
+    if not (is_flat.any() or is_far.any() or is_tiny.any()):
+        return
+    for i in np.flatnonzero(is_flat.any(1)).tolist():
+        has_area = (fractions[i, 2:] > fractions[i, :2]).all()
+        reason = f"is outside an image of {size_text(size)} pixels" if has_area else "has no area"
+        has_no_side = (fractions[i, 2:] == fractions[i, :2]).any()
+        others = "" if has_no_side else _fits_as(rows[i], box_format, size)
+        raise BadRecord("bad_box", f"{row_text(rows, i)} as {box_format} {reason}{others}")
     for i in np.flatnonzero(is_tiny).tolist():
-        order = split_format(box_format)[0]
         raise BadRecord(
             "bad_box",
             f"{row_text(rows, i)} as {box_format} has no coordinate above 1; it fits as "
             f"{order}_frac",
         )
-    is_far = (fractions < -FAR_BEYOND) | (fractions > 1 + FAR_BEYOND)
     for i in np.flatnonzero(is_far.any(1)).tolist():
         raise BadRecord(
             "bad_box",
             f"{row_text(rows, i)} as {box_format} reaches far beyond an image of "
             f"{size_text(size)} pixels{_fits_as(rows[i], box_format, size)}",
         )
-    return yxyx
 
 
 def _fits_as(numbers: Float[np.ndarray, " N"], format_name: str, size: tuple[int, int]) -> str:
@@ -497,9 +530,11 @@ def _widened(
     fractions: Float[np.ndarray, "K 4"], size: tuple[int, int]
 ) -> Float[np.ndarray, "K 4"]:
     """Returns boxes with one pixel where a side in the image has no length."""
+    is_flat = _has_no_length(fractions)
+    if not is_flat.any():
+        return fractions
     pixel = 1 / np.array(size[::-1])
     low, high = fractions[:, :2], fractions[:, 2:]
-    is_flat = _has_no_length(fractions)
     first = np.where(is_flat, np.minimum(low, 1 - pixel), low)
     return np.concatenate([first, np.where(is_flat, first + pixel, high)], axis=1)
 
@@ -577,8 +612,11 @@ def _without_flat(objects: Objects, source: Source, boxes: Rows, frame: Frame) -
 
 
 def _take(objects: Objects, indices: Int[np.ndarray, " n"]) -> Objects:
-    """Returns some of the objects. Arrays of another length than the labels stay whole."""
+    """Returns the objects at increasing indices. Arrays of another length than the labels stay
+    whole."""
     count = len(objects.labels)
+    if len(indices) == count:
+        return objects
     yxyx, yx, masks = (
         rows[indices] if len(rows) == count else rows
         for rows in (objects.yxyx, objects.yx, objects.masks)

@@ -6,6 +6,7 @@ turn it. Some tools annotate the stored pixels, and other tools the upright imag
 """
 
 import decimal
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -56,13 +57,19 @@ def recorded_size(record: Record, source: Source, element: int = 0) -> tuple[int
         return None
     if source.size != "auto":
         return _named_size(record, source.size, element)
-    coordinates = {*paths_of(source.boxes), *paths_of(source.points)}
-    for fields in SIZE_FIELDS:
-        if coordinates.isdisjoint(fields):
+    for fields in _size_fields(source.boxes, source.points):
+        if fields[0] in record:
             sides = [_to_side(record.get(field)) for field in fields]
             if all(sides):
                 return sides[0], sides[1]
     return None
+
+
+@functools.lru_cache(maxsize=64)
+def _size_fields(boxes: str, points: str) -> list[tuple[str, str]]:
+    """Returns the `SIZE_FIELDS` that hold no coordinates of a source."""
+    coordinates = {*paths_of(boxes), *paths_of(points)}
+    return [fields for fields in SIZE_FIELDS if coordinates.isdisjoint(fields)]
 
 
 def _named_size(record: Record, text: str, element: int) -> tuple[int, int] | None:

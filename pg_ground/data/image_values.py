@@ -9,7 +9,7 @@ from urllib.request import url2pathname
 
 import numpy as np
 
-from pg_ground.data.records import BadRecord, short
+from pg_ground.data.records import BadRecord, check_usable, short
 
 DATA_URI = re.compile(r"\s*data:", re.IGNORECASE)
 
@@ -101,7 +101,7 @@ def unwrap(value: object) -> Any:
     Returns other values unchanged.
 
     Raises:
-      BadRecord: missing_image, if there are several images or none.
+      BadRecord: missing_image, if there are several images or none; or the fault of a packed image.
     """
     while isinstance(value, list | tuple | Mapping):
         value = _inner_image(value) if isinstance(value, Mapping) else _only_item(value)
@@ -110,6 +110,7 @@ def unwrap(value: object) -> Any:
 
 def _inner_image(fields: Mapping[str, object]) -> object:
     """Returns the bytes of {bytes, path}, or else the path."""
+    check_usable(fields)
     if not {"bytes", "path"} & fields.keys():
         names = ", ".join(short(name, 20) for name in list(fields)[:5]) or "none"
         raise BadRecord(

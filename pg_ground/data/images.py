@@ -1,5 +1,6 @@
 """Images: from bytes, files and arrays to RGB pixels, and to the square that the model sees."""
 
+import codecs
 import io
 import struct
 import zlib
@@ -32,6 +33,8 @@ CANNOT_DECODE = (
     Image.DecompressionBombError,
 )
 """Pillow raises these if a file is no image, is cut off, or unpacks to too many pixels."""
+
+BOM_AND_BLANKS = codecs.BOM_UTF8 + b" \t\r\n"
 
 ORIENTATION = 0x0112
 """The EXIF tag that says how a camera was turned."""
@@ -148,7 +151,8 @@ def _decode(file: Any, name: str, deep_images: str) -> Opened:
             # Pillow forgets how the file stores the pixels if it loads them, also for EXIF.
             is_cut = image.mode not in DEEP_MODES and ";16" in str(image.tile)
             orientation = _orientation(image)
-            ImageOps.exif_transpose(image, in_place=True)
+            if orientation != 1:
+                ImageOps.exif_transpose(image, in_place=True)
             image.load()  # now, while the file is open
             # Pillow's size of a TIFF is upright already before it turns the pixels.
             width, height = image.size[::-1] if orientation >= 5 else image.size
@@ -157,11 +161,18 @@ def _decode(file: Any, name: str, deep_images: str) -> Opened:
                 note = depth_note(np.asarray(image), image.mode, deep_images)
             return Opened(to_rgb(image, deep_images), orientation, (width, height), note)
     except UnidentifiedImageError as error:
-        raise BadRecord("corrupt_image", f"{name}: no image format that Pillow knows") from error
+        text = "an HTML page" if _is_page(file) else "no image format that Pillow knows"
+        raise BadRecord("corrupt_image", f"{name}: {text}") from error
     except BadRecord as bad:
         raise BadRecord(bad.kind, f"{name}: {bad}") from None
     except CANNOT_DECODE as error:
         raise BadRecord("corrupt_image", f"{name}: {error}") from error
+
+
+def _is_page(file: Any) -> bool:
+    """Returns whether a file is an HTML page, which servers send for images that are gone."""
+    file.seek(0)
+    return file.read(200).lstrip(BOM_AND_BLANKS).lower().startswith((b"<!doctype html", b"<html"))
 
 
 def _upper_bytes_note(image: Image.Image) -> str:

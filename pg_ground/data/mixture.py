@@ -122,7 +122,8 @@ def prepare_row(
       draw: decides which element of a list is used, if the source draws elements at random.
     """
     try:
-        return to_batch_row(dataset.example(index, draw), tokenizer, data, position)
+        example = dataset.example(index, draw)
+        return to_batch_row(example, tokenizer, data, position, dataset.cut_answers)
     except BadRecord as bad:
         return UnusableRow(bad.kind, str(bad))
 

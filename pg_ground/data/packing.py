@@ -1,4 +1,8 @@
-"""Writes the records of sources into array_record files that hold the images too."""
+"""Writes the records of sources into array_record files that hold the images too.
+
+The files have the records in their order. A record that cannot be used keeps its place: reading it
+gives a bad record of the same kind. So a packed source gives the same batches as before.
+"""
 
 import io
 import sys
@@ -12,13 +16,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from pg_ground.config import Fetch, Source
-from pg_ground.data.arrayrecord import write_array_record
-from pg_ground.data.examples import image_value
+from pg_ground.data.arrayrecord import NUMERIC_KINDS, write_array_record
+from pg_ground.data.examples import image_value, with_address
 from pg_ground.data.image_files import find_spelling
 from pg_ground.data.image_values import image_name, plain_image
 from pg_ground.data.images import load_image, load_nonzero
-from pg_ground.data.record_fields import field_at, with_field
-from pg_ground.data.records import BadRecord, Records, image_folder
+from pg_ground.data.record_fields import field_at, plain_text, with_field
+from pg_ground.data.records import BadRecord, Records, image_folder, unusable_fields
 from pg_ground.data.sources import open_records
 from pg_ground.storage.paths import FilePath, join
 from pg_ground.types import JsonDict, UserError
@@ -36,22 +40,38 @@ def pack(
       num_shards: number of files of each source.
 
     Returns:
-      By the source's name: the uri of the files, the number of records written, and the number of
-      records left out by the kind of fault.
+      By the source's name: the uri of the files, the number of usable records, and the number of
+      the other records by the kind of fault. Sources that read the same records share the files.
 
     Raises:
       UserError: a source cannot be opened, two different sources have one name, or a file exists.
     """
-    packed = {}
+    packed: dict[str, JsonDict] = {}
+    written: dict[tuple[Any, ...], JsonDict] = {}
     folder.mkdir(parents=True, exist_ok=True)
     for name, source in _unique_sources(sections).items():
-        existing = next(iter(folder.glob(f"{name}-*-of-*.array_record")), None)
-        if existing is not None:
-            raise UserError(f"{existing} exists already: remove it, or choose another --out")
-        counts = _pack_source(name, source, fetch, folder, num_shards)
-        uri = f"arrayrecord:{folder / name}@{num_shards}.array_record"
-        packed[name] = {"uri": uri, **counts}
+        contents = _contents(source)
+        if contents not in written:
+            existing = next(iter(folder.glob(f"{name}-*-of-*.array_record")), None)
+            if existing is not None:
+                raise UserError(f"{existing} exists already: remove it, or choose another --out")
+            counts = _pack_source(name, source, fetch, folder, num_shards)
+            uri = f"arrayrecord:{folder / name}@{num_shards}.array_record"
+            written[contents] = {"uri": uri, **counts}
+        packed[name] = written[contents]
     return packed
+
+
+def _contents(source: Source) -> tuple[Any, ...]:
+    """Returns the settings that decide the contents of a source's files."""
+    return (
+        source.uri,
+        source.image,
+        source.image_sha256,
+        source.image_root,
+        source.empty == "keep",
+        source.flat_boxes == "bad",
+    )
 
 
 def _unique_sources(sections: Sequence[Mapping[str, Source]]) -> dict[str, Source]:
@@ -79,7 +99,9 @@ def _pack_source(
     with tqdm(total=len(records), desc=name, file=sys.stderr) as bar:
         for shard in range(num_shards):
             path = folder / f"{name}-{shard:05d}-of-{num_shards:05d}.array_record"
-            indices = range(shard, len(records), num_shards)
+            # Whole stretches, because a reader goes through the files one after the other.
+            start, stop = (len(records) * number // num_shards for number in (shard, shard + 1))
+            indices = range(start, stop)
             write_array_record(path, _packed_records(records, source, fetch, indices, counts, bar))
     return counts
 
@@ -93,24 +115,45 @@ def _packed_records(
     bar: Any,
 ) -> Iterator[JsonDict]:
     """Yields records with their images in them. Counts them as "records", or by kind of fault."""
+    folder = image_folder(records, source)
     for index in indices:
         bar.update()
         try:
             record = records[index]
-            image = image_value(record, source, 0, fetch)
-            content = encoded_image(image, image_folder(records, source))
-            name = image_name(field_at(record, source.image))
-            # The name says which questions are about the same image.
-            packed = {"bytes": content, "path": name} if name else content
-            record = with_field(record, source.image, packed)
-        except BadRecord as bad:
-            counts[bad.kind] += 1
+        except BadRecord as fault:
+            counts[fault.kind] += 1
+            yield unusable_fields(fault)
             continue
+        try:
+            record, bad = _with_image(record, source, fetch, folder)
         except UserError as error:
             reason = "a source with one image per element cannot be packed"
             raise UserError(f"source {source.uri}: {error}: {reason}") from None
-        counts["records"] += 1
+        counts[bad.kind if bad else "records"] += 1
         yield _to_plain(record)
+
+
+def _with_image(
+    record: JsonDict, source: Source, fetch: Fetch, folder: FilePath | None
+) -> tuple[JsonDict, BadRecord | None]:
+    """Returns a record with its image, or with the fault of its image, and the fault.
+
+    Raises:
+      UserError: the path of the image goes through several elements of a list.
+    """
+    try:
+        image = image_value(record, source, 0, fetch)
+        content = encoded_image(image, folder)
+        name = image_name(field_at(record, source.image))
+        # The name says which questions are about the same image.
+        packed = {"bytes": content, "path": name} if name else content
+        return with_field(record, source.image, packed), None
+    except BadRecord as bad:
+        fault = with_address(bad, record, source, 0)
+    try:
+        return with_field(record, source.image, unusable_fields(fault)), fault
+    except BadRecord:  # without the field, reading the record gives the same fault again
+        return record, fault
 
 
 def encoded_image(image: object, root: FilePath | None) -> bytes:
@@ -143,9 +186,18 @@ def _encode_pixels(pixels: np.ndarray) -> bytes:
 
 
 def _to_plain(value: object) -> Any:
-    """Returns a value with numpy scalars and tuples as Python's numbers and lists."""
+    """Returns a value with numpy scalars and tuples as Python's numbers and lists.
+
+    Dates and other values that array_record files cannot hold become text.
+    """
     if isinstance(value, dict):
         return {str(name): _to_plain(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [_to_plain(inner) for inner in value]
-    return value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, np.generic):
+        return _to_plain(value.item())
+    if isinstance(value, np.ndarray):
+        return value if value.dtype.kind in NUMERIC_KINDS else _to_plain(value.tolist())
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        return value
+    return plain_text(value) or str(value)

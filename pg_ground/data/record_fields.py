@@ -76,12 +76,16 @@ def field_at(record: Record, path: str, element: int = 0) -> Any:
     Raises:
       BadRecord: missing_field, with the names of the fields that exist.
     """
-    return _descend(record, steps_of(path), path, element)
+    steps = steps_of(path)
+    if len(steps) == 1 and isinstance(record, dict) and path in record and path[-1:] != "]":
+        return record[path]
+    return _descend(record, steps, path, element)
 
 
-def steps_of(path: str) -> list[str]:
+@functools.lru_cache(maxsize=1024)
+def steps_of(path: str) -> tuple[str, ...]:
     """Returns the names and numbers of a path one by one: a[1].b and a.1.b are a, 1, b."""
-    return _BRACKETS.sub(r".\1", path).split(".")
+    return tuple(_BRACKETS.sub(r".\1", path).split("."))
 
 
 def field_or_none(record: Record, path: str, element: int = 0) -> Any:
@@ -314,27 +318,47 @@ def fill_template(template: str, record: Record, phrase: str, element: int = 0) 
       UserError: the Jinja file is missing or does not parse.
     """
 
-    def field_text(match: re.Match[str]) -> str:
-        if match[1] is None:
-            return match[0][0]
-        if not _FIELD_PATH.fullmatch(match[1]):
-            return match[0]
-        path = phrase if match[1] == "phrase" else match[1]
-        value = _template_field(record, path, element)
-        text = plain_text(value)
-        if text is None or not text.strip():
-            raise BadRecord(
-                "bad_text", f"{path} is {short(value)}, which makes no text for {short(template)}"
-            )
-        return text
-
     if template.endswith(".jinja"):
         fields = dict(record)
         value = field_or_none(record, phrase, element)
         if value is not None:
             fields["phrase"] = value
         return " ".join(_render(template, fields).split())
-    return " ".join(_BRACES.sub(field_text, template).split())
+    texts = []
+    for text, field in _template_parts(template):
+        texts.append(text)
+        if field is not None:
+            path = phrase if field == "phrase" else field
+            texts.append(_field_text(template, record, path, element))
+    return " ".join("".join(texts).split())
+
+
+@functools.lru_cache(maxsize=256)
+def _template_parts(template: str) -> tuple[tuple[str, str | None], ...]:
+    """Returns the parts of a template: a text, and the path of the field after it or None."""
+    parts: list[tuple[str, str | None]] = []
+    end = 0
+    for match in _BRACES.finditer(template):
+        text = template[end : match.start()]
+        end = match.end()
+        if match[1] is None:
+            parts.append((text + match[0][0], None))
+        elif _FIELD_PATH.fullmatch(match[1]):
+            parts.append((text, match[1]))
+        else:
+            parts.append((text + match[0], None))
+    return (*parts, (template[end:], None))
+
+
+def _field_text(template: str, record: Record, path: str, element: int) -> str:
+    """Returns the field at `path` as text. Raises BadRecord as `fill_template` does."""
+    value = _template_field(record, path, element)
+    text = plain_text(value)
+    if text is None or not text.strip():
+        raise BadRecord(
+            "bad_text", f"{path} is {short(value)}, which makes no text for {short(template)}"
+        )
+    return text
 
 
 def _template_field(record: Record, path: str, element: int) -> Any:

@@ -2,8 +2,8 @@
 
 import difflib
 import reprlib
-from collections.abc import Iterable
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
 
 from pg_ground.config import Source
 from pg_ground.storage.paths import FilePath, join
@@ -30,6 +30,22 @@ class BadRecord(Exception):
     def __init__(self, kind: str, message: str):
         super().__init__(clip_text(_printable(message), MAX_MESSAGE))
         self.kind = kind
+
+
+UNUSABLE = "unusable"
+"""The only field of a packed record, or of a packed image, that cannot be used."""
+
+
+def unusable_fields(bad: BadRecord) -> JsonDict:
+    """Returns a record, or the value of an image field, that `check_usable` refuses as `bad`."""
+    return {UNUSABLE: {"kind": bad.kind, "message": str(bad)}}
+
+
+def check_usable(fields: Mapping[str, Any]) -> None:
+    """Raises the BadRecord for which `unusable_fields` returned `fields`."""
+    fault = fields.get(UNUSABLE) if len(fields) == 1 else None
+    if isinstance(fault, Mapping) and fault.keys() == {"kind", "message"}:
+        raise BadRecord(str(fault["kind"]), str(fault["message"]))
 
 
 def short(value: object, limit: int = MAX_QUOTE) -> str:

@@ -1,12 +1,13 @@
 """Reads every record of a source once, as training does, and says how the records were read."""
 
+import contextlib
 import functools
 import multiprocessing
 import os
 import time
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -50,6 +51,7 @@ class SourceId(NamedTuple):
     data: Data
     image_size: int
     seed: int
+    cut_answers: bool = False
 
 
 @dataclass
@@ -124,16 +126,19 @@ def check_source(source_id: SourceId, workers: int, progress: Callable[[int], ob
         count = min(count, DRAWN)
     findings = Findings()
     spans = [(first, min(first + SPAN, count)) for first in range(0, count, SPAN)]
-    for part, size in _read_spans(source_id, spans, workers if count >= FEW_QUESTIONS else 1):
-        findings.merge(part)
-        progress(size)
+    workers = workers if count >= FEW_QUESTIONS else 1
+    # Closing matters: an error or Ctrl-C ends the processes.
+    with contextlib.closing(_read_spans(source_id, spans, workers)) as parts:
+        for part, size in parts:
+            findings.merge(part)
+            progress(size)
     problems, budget = _problems(dataset, source_id.data, findings, count)
     return Check(source_id.name, count, findings, budget, problems, time.monotonic() - start)
 
 
 def _read_spans(
     source_id: SourceId, spans: Sequence[tuple[int, int]], workers: int
-) -> Iterator[tuple[Findings, int]]:
+) -> Generator[tuple[Findings, int]]:
     """Yields the findings of each span, in order, and its number of questions."""
     workers = min(workers or os.cpu_count() or 1, len(spans))
     if workers <= 1:
@@ -141,7 +146,7 @@ def _read_spans(
             yield check_span(source_id, first, stop), stop - first
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context) as pool, _killed_on_error(pool):
         futures = {
             pool.submit(check_span, source_id, first, stop): i
             for i, (first, stop) in enumerate(spans)
@@ -154,6 +159,19 @@ def _read_spans(
                 first, stop = spans[following]
                 yield results.pop(following), stop - first
                 following += 1
+
+
+@contextlib.contextmanager
+def _killed_on_error(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """Kills the processes of a pool if the block ends early: they would go on reading."""
+    others = set(multiprocessing.active_children())
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
+        raise
 
 
 @functools.lru_cache(maxsize=1)
@@ -175,7 +193,7 @@ def check_span(source_id: SourceId, first: int, stop: int) -> Findings:
     for index in range(first, stop):
         try:
             example = dataset[index]
-            row = to_batch_row(example, tokenizer, data, 0)
+            row = to_batch_row(example, tokenizer, data, 0, dataset.cut_answers)
         except BadRecord as bad:
             if bad.kind == "empty":
                 findings.empty += 1

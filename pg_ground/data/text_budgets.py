@@ -85,6 +85,8 @@ class Budget(NamedTuple):
     """How records were read if they left that open → "12 of 16" records."""
     doubts: list[str]
     """What is probably not meant, in words."""
+    cut_answers: bool = False
+    """Whether answers may be longer than `data.suffix_length`: an evaluation cuts them."""
 
 
 def measure_budget(dataset: Examples, tokenizer: Tokenizer, data: Data) -> Budget:
@@ -144,6 +146,7 @@ def measure_budget(dataset: Examples, tokenizer: Tokenizer, data: Data) -> Budge
             *foreign_tokens([question.prompt for question in questions.values()]),
             *invisible_characters([question.prompt for question in questions.values()]),
         ],
+        dataset.cut_answers and dataset.source.suffix == "loc" and dataset.source.target != "text",
     )
 
 
@@ -337,11 +340,11 @@ def check_budgets(budgets: Sequence[Budget], data: Data) -> None:
         needs = Needs(budget.prompt_tokens, budget.suffix_tokens, budget.objects)
         for setting, need in needs._asdict().items():
             limit = getattr(data, setting)
-            if need <= limit:
+            if need <= limit or (setting == "suffix_length" and budget.cut_answers):
                 continue
-            remedy = "raise it"
+            remedy = f"set --config.data.{setting}={need}"
             if setting != "prompt_length":
-                remedy += ", or set max_objects of the source"
+                remedy += ", or max_objects of the source"
             raise UserError(
                 f"source {budget.source}: question {budget.worst[setting]} needs "
                 f"data.{setting}={need}, but it is {limit}: {remedy}"
