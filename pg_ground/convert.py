@@ -13,8 +13,9 @@ never sees a part of DST on this machine: it is renamed when it is complete.
 
 --verify=N compares DST, a Hugging Face directory, with SRC: transformers answers questions about N
 drawn images from DST, and each token of each answer must be the token that SRC answers here. If DST
-exists already, it is compared and not written. transformers is an extra: pip install
-'pg-ground[verify]'.
+exists already, it is compared and not written. --verify_data=FOLDER adds N images of a folder, and
+--verify_data=FILE.py:NAME adds N questions of the held-out sources of a config. transformers is an
+extra: pip install 'pg-ground[verify]'.
 
 --push=ORG/NAME also uploads that directory to the Hugging Face Hub.
 """
@@ -26,6 +27,7 @@ from absl import flags
 from pg_ground import cli
 from pg_ground.checkpoints.conversion import DTYPES, convert
 from pg_ground.checkpoints.scales import Scales
+from pg_ground.config import Config
 from pg_ground.evals import verification
 from pg_ground.reporting.model_card import model_card
 from pg_ground.storage.downloads import checkpoint_path
@@ -63,6 +65,12 @@ def define_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )
     flags.DEFINE_string(
+        "verify_data",
+        "",
+        "FILE.py:NAME, whose eval.sources ask as many questions more, or a folder of images.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
         "push", "", "ORG/NAME: uploads DST to the Hugging Face Hub.", flag_values=values
     )
     flags.DEFINE_boolean(
@@ -92,6 +100,7 @@ def main(args: cli.Arguments) -> None:
     if not repo and args.flags["private"].present:
         raise UserError("--private says whether --push makes a private model: --push is absent")
     check_verify(args.flags.verify, target)
+    data = verification_data(args.flags.verify_data, args.flags.verify)
     if repo:
         check_push(repo, target)
     is_directory = target.suffix not in (".npz", ".orbax")
@@ -103,7 +112,7 @@ def main(args: cli.Arguments) -> None:
         print(target)
     if args.flags.verify:
         line = verification.verify(
-            source, target, args.flags.verify, args.flags.tokenizer, scales, sizes
+            source, target, args.flags.verify, args.flags.tokenizer, scales, sizes, data
         )
         print(line)
     if repo:
@@ -122,6 +131,24 @@ def check_verify(count: int, target: FilePath) -> None:
         )
     if count:
         verification.check_installed()
+
+
+def verification_data(value: str, count: int) -> Config | FilePath | None:
+    """Returns the config or the folder that --verify_data names.
+
+    Raises:
+      UserError: it is neither, or --verify is absent.
+    """
+    if not value:
+        return None
+    if not count:
+        raise UserError(f"--verify_data={value}: --verify=N is absent, the number of questions")
+    if value.partition(":")[0].endswith(".py"):
+        return cli.parse_config([f"--config={value}"])
+    folder = to_path(value, "--verify_data")
+    if not folder.is_dir():
+        raise UserError(f"--verify_data={value} is no folder, and no FILE.py or FILE.py:NAME")
+    return folder
 
 
 def check_push(repo: str, target: FilePath) -> None:

@@ -13,8 +13,8 @@ Both ways write eval.json and predictions.jsonl to --out. For a policy, --out is
 the run or of the checkpoint if the flag is absent; for a file of predictions nothing is written
 then. docs/evaluation.md describes the benchmarks and their protocols.
 
---coco, --supervision and --lmms_eval also write the predicted boxes there, in the formats of these
-programs.
+--coco, --supervision, --lmms_eval and --vlmevalkit also write the predicted boxes there, in the
+formats of these programs.
 """
 
 import json

@@ -1,6 +1,9 @@
-"""`evaluate --coco --supervision --lmms_eval`: other programs score the files as we do."""
+"""`evaluate --coco --supervision --lmms_eval --vlmevalkit`: other programs score the files as we
+do."""
 
+import base64
 import contextlib
+import csv
 import importlib
 import io
 import json
@@ -11,6 +14,8 @@ import pytest
 from commands import run_here
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from pg_ground.evals import exports
 
 LABELS = ("cat", "dog", "red circle", "<loc> & é")
 
@@ -162,11 +167,134 @@ def test_lmms_eval_scores_the_samples_as_we_do(tmp_path):
     assert accuracy == pytest.approx(ours["acc50"])
 
 
+# VLMEvalKit
+
+
+def write_boxes(path: Path, boxes: list, gold: list, **fields: object) -> None:
+    """Writes a predictions.jsonl with a question for each pair of boxes."""
+    write_rows(path, "rec", len(boxes), False)
+    rows = [json.loads(line) | fields for line in path.read_text().splitlines()]
+    for row, box, target in zip(rows, boxes, gold, strict=True):
+        row["prediction"] = {"boxes": [{"label": "cat", "xyxy_px": box}]}
+        row["gold"] = {"boxes": [{"label": "cat", "xyxy_px": target}]}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_tsv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file, delimiter="\t"))
+
+
+def plain_precision(folder: Path) -> dict[str, float]:
+    """Returns the share of hits by split, by VLMEvalKit's rules of coordinates.
+
+    Four numbers up to 1.5 are fractions, up to 1000 they are thousandths, and else they are pixels.
+    The corners of a box can have any order, and a box ends at the border of the image.
+    """
+    answers = {
+        row["index"]: row["prediction"] for row in read_tsv(folder / "vlmevalkit_predictions.tsv")
+    }
+    hits: dict[str, list[bool]] = {}
+    for row in read_tsv(folder / "vlmevalkit.tsv"):
+        assert len(base64.b64decode(row["image"], validate=True)) > 48
+        size = np.array([float(row["width"]), float(row["height"])])
+        b = np.array([float(row[f"bbox_{name}"]) for name in ("x1", "y1", "x2", "y2")])
+        text = answers.pop(row["index"])
+        a = np.array([float(number) for number in text.strip("[]").split(",") if number] or [0] * 4)
+        scale = size if a.max() <= 1.5 else size / 1000 if a.max() <= 1000 else 1
+        corners = np.clip(np.sort(a.reshape(2, 2) * scale, axis=0), 0, size)
+        overlap = np.clip(
+            np.minimum(corners[1], b[2:]) - np.maximum(corners[0], b[:2]), 0, None
+        ).prod()
+        union = (corners[1] - corners[0]).prod() + (b[2:] - b[:2]).prod() - overlap
+        hits.setdefault(row["split"], []).append(bool(overlap / union >= 0.5))
+    assert not answers
+    return {split: float(np.mean(values)) for split, values in hits.items()}
+
+
+def write_inside(path: Path, seed: int) -> None:
+    """Writes 60 questions whose predicted boxes lie in the image. Some have no answer, or corners
+    in the wrong order."""
+    write_rows(path, "rec", 60, False, seed=seed)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for i, row in enumerate(rows):
+        for box in row["prediction"]["boxes"]:
+            if box["xyxy_px"] is not None:
+                box["xyxy_px"] = np.clip(box["xyxy_px"], 0, [640, 480] * 2).tolist()
+                if i % 9 == 0:
+                    box["xyxy_px"] = box["xyxy_px"][2:] + box["xyxy_px"][:2]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_plain_reader_of_the_files_for_vlmevalkit_has_our_accuracy(tmp_path, seed):
+    write_inside(tmp_path / "p.jsonl", seed)
+    ours = evaluate(tmp_path / "p.jsonl", "--vlmevalkit")
+    assert 0.2 < ours["acc50"] < 1
+    assert plain_precision(tmp_path / "out") == {"val": pytest.approx(ours["acc50"])}
+
+
+def test_vlmevalkit_scores_the_files_as_we_do(tmp_path, monkeypatch):
+    pytest.importorskip("vlmeval")
+    task = importlib.import_module("vlmeval.dataset.refcoco")
+    write_inside(tmp_path / "p.jsonl", 0)
+    ours = evaluate(tmp_path / "p.jsonl", "--vlmevalkit")
+    monkeypatch.setenv("LMUData", str(tmp_path / "out"))
+    dataset = task.RefCOCODataset("vlmevalkit")
+    table = dataset.evaluate(str(tmp_path / "out" / "vlmevalkit_predictions.tsv"))
+    scores = dict(zip(table["Split"], table["Precision@1"], strict=True))
+    assert scores["val"] == pytest.approx(100 * ours["acc50"])
+
+
+@pytest.mark.parametrize(
+    ("size", "box", "gold", "hit"),
+    [
+        ([640, 480], [0, 0, 600, 400], [0, 0, 600, 400], 1),  # pixels would be thousandths
+        ([2000, 1500], [1200, 900, 1900, 1400], [1200, 900, 1900, 1400], 1),
+        ([640, 480], [300, 200, 300, 400], [0, 0, 600, 400], 0),  # no width
+        ([640, 480], [600, 400, 0, 0], [0, 0, 600, 400], 0),  # corners in the wrong order
+        ([640, 480], None, [0, 0, 600, 400], 0),
+        ([1000, 10], [0, 0, 0.5, 9], [0, 0, 0.5, 9], 1),  # numbers below 1.5 are pixels here
+        (None, [30, 20, 300, 400], [30, 20, 300, 400], 1),  # the size is unknown
+        (None, [30, 20, 90, 400], [30, 20, 300, 400], 0),
+        ([640, 480], [-900, 0, 2000, 480], [0, 0, 640, 480], 1),  # cut at the border
+    ],
+)
+def test_boxes_for_vlmevalkit_have_its_scale(tmp_path, size, box, gold, hit):
+    write_boxes(tmp_path / "p.jsonl", [box], [gold], size_px=size)
+    evaluate(tmp_path / "p.jsonl", "--vlmevalkit")
+    assert plain_precision(tmp_path / "out") == {"val": hit}
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "split"),
+    [
+        ("refcoco_testA", "RefCOCO_testA"),
+        ("refcoco+_val", "RefCOCO+_val"),
+        ("refcocog_test", "RefCOCOg_test"),
+        ("lisa_grounding", "val"),
+    ],
+)
+def test_splits_have_the_names_of_vlmevalkit(tmp_path, benchmark, split):
+    boxes = [[0, 0, 9, 9]]
+    write_boxes(tmp_path / "p.jsonl", boxes, boxes, benchmark=benchmark, prompt='a "b"\n\tc')
+    # `evaluate` refuses a part of a benchmark's questions.
+    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    exports.write_exports(tmp_path, rows, ["vlmevalkit"])
+    assert plain_precision(tmp_path) == {split: 1.0}
+    for name in ("vlmevalkit", "vlmevalkit_predictions"):
+        assert read_tsv(tmp_path / f"{name}.tsv")[0]["question"] == 'a "b"\n\tc'
+
+
+# files that cannot be written
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--coco"], "--coco writes a file: --out=DIR is needed"),
         (["--lmms_eval", "--out=OUT"], "--lmms_eval needs questions with one gold box: none of 3"),
+        (["--vlmevalkit", "--out=OUT"], "--vlmevalkit needs questions with one gold box: none of"),
     ],
 )
 def test_files_that_cannot_be_written_are_errors(tmp_path, flags, message):

@@ -13,18 +13,22 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from commands import run_here
+from commands import ROOT, run_here
 from conftest import PG1, PG2, random_params
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 from sentencepiece import sentencepiece_model_pb2
 
+from pg_ground import cli
+from pg_ground import convert as convert_command
 from pg_ground.checkpoints import export, manager
 from pg_ground.checkpoints.conversion import convert
 from pg_ground.checkpoints.run_directory import COMMIT_FILE
 from pg_ground.config import Config, Lora, Sft, Source
-from pg_ground.evals import verification
+from pg_ground.evals import verification, verification_questions
 from pg_ground.models import PaliGemma
 from pg_ground.tokenizer import load as load_tokenizer
+from pg_ground.types import UserError
 from pg_ground.vocab import LOC_TOKENS, SEG_TOKENS
 
 TOKENIZER = Path(export.__file__).parents[1] / "assets" / "tiny.model"
@@ -125,6 +129,28 @@ def test_answers_of_few_tokens_are_a_warning(tmp_path, caplog):
     line = verification.verify(tmp_path / "src", tmp_path / "hf", 1)
     assert line.startswith("1 of 1 answers equal, 32 tokens (2 different")
     assert "fewer than 4 different tokens, so they say little" in caplog.text
+
+
+def write_photos(folder: Path) -> None:
+    """Writes photos of several sizes, smaller and larger than the model's images."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i, size in enumerate([(80, 50), (12, 9), (33, 70)]):
+        pixels = rng.integers(0, 255, (*size, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.{('jpg', 'PNG', 'webp')[i]}")
+    (folder / "notes.txt").write_text("no image")
+
+
+@pytest.mark.slow
+@transformers_too
+@pytest.mark.parametrize("exported", ["pg2"], indirect=True)
+@pytest.mark.parametrize("kind", ["folder", "config"])
+def test_a_users_images_are_asked_about_too(exported, tmp_path, kind):
+    write_photos(tmp_path / "photos")
+    data = tmp_path / "photos" if kind == "folder" else f"{ROOT / 'configs/tiny.py'}"
+    finished = verify(exported.source, exported.folder, f"--verify_data={data}", count=3)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.startswith("6 of 6 answers equal")
 
 
 # exports that are wrong
@@ -354,14 +380,56 @@ def test_a_sliding_window_is_found(exported, tmp_path):
 
 
 def test_questions_are_different_and_not_all_square():
-    questions = verification.draw_questions(8, 21)
+    questions = verification_questions.draw_questions(8, 21)
     assert len({question.prompt for question in questions}) == 8
     shapes = {question.image.shape[:2] for question in questions}
     assert len(shapes) == 3 and min(map(min, shapes)) > 21
-    again = verification.draw_questions(8, 21)
+    again = verification_questions.draw_questions(8, 21)
     assert all(np.array_equal(a.image, b.image) for a, b in zip(questions, again, strict=True))
     tokenizer = load_tokenizer()
     assert all(tokenizer.decode(tokenizer.text(q.prompt)) == q.prompt for q in questions)
+
+
+def test_a_users_images_have_the_drawn_prompts(tmp_path):
+    write_photos(tmp_path / "photos")
+    drawn = verification_questions.draw_questions(8, 21)
+    questions = verification_questions.make_questions(8, 21, tmp_path / "photos")
+    assert [question.prompt for question in questions[8:]] == [q.prompt for q in drawn[:3]]
+    assert [question.image.shape[:2] for question in questions[8:]] == [(80, 50), (12, 9), (33, 70)]
+
+
+def test_the_sources_of_a_config_ask_in_turn():
+    config = cli.parse_config([f"--config={ROOT / 'configs/tiny.py'}"])
+    questions = verification_questions.make_questions(4, 21, config)[4:]
+    words = [question.prompt.split()[0] for question in questions]
+    assert words == ["detect", "point", "detect", "point"]
+    assert all(min(question.image.shape[:2]) > 21 for question in questions)
+
+
+@pytest.mark.parametrize(
+    ("value", "count", "message"),
+    [
+        ("photos", 0, "--verify=N is absent"),
+        ("nowhere", 1, "is no folder, and no FILE.py or FILE.py:NAME"),
+        ("empty", 1, "has no image: names end in .jpg"),
+        ("broken", 1, "a.jpg: no image format that Pillow knows"),
+        ("no_sources.py", 1, "the config has no eval.sources"),
+    ],
+)
+def test_data_that_cannot_be_asked_about_is_one_line(tmp_path, value, count, message):
+    write_photos(tmp_path / "photos")
+    for name in ("empty", "broken"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "broken" / "a.jpg").write_text("no image")
+    shutil.copy(ROOT / "configs/tiny.py", tmp_path)
+    (tmp_path / "no_sources.py").write_text(
+        "from . import tiny\n\n\ndef get_config():\n    c = tiny.get_config().unlock()\n"
+        "    c.eval.sources = {}\n    return c.lock()\n"
+    )
+    with pytest.raises(UserError) as raised:
+        data = convert_command.verification_data(str(tmp_path / value), count)
+        verification_questions.make_questions(count, 21, data)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_only_a_hugging_face_directory_is_verified(tmp_path):

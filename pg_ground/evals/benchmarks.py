@@ -239,26 +239,71 @@ def find_benchmark(name: str, setting: str) -> Benchmark:
 def check_question_count(rows: Sequence[Row], name: str) -> None:
     """Raises UserError unless rows of one mode are all the questions of the benchmark `name`."""
     benchmark = find_benchmark(name, "benchmark")
-    count = len({str(row["id"]) for row in rows})
-    part = name.partition("@")[2]
-    if part and part != str(count):
-        raise UserError(f"{name} has {part} questions, but there are {count}")
-    if part or benchmark.question_count is None:
+    fault = count_fault(name, len({str(row["id"]) for row in rows}))
+    is_part = "@" in name
+    if is_part and fault:
+        raise UserError(fault)
+    if is_part or benchmark.question_count is None:
         return
-    alternative = next(
-        other_name
-        for other_name, other in BENCHMARKS.items()
-        if other.kind == benchmark.kind and other.question_count is None
-    )
-    if count != benchmark.question_count:
+    alternative = without_size(name)
+    if fault:
         raise UserError(
-            f"{name} has {benchmark.question_count} questions, but there are {count}: "
-            f"--benchmark={alternative} takes any number and reports under its own name"
+            f"{fault}: --benchmark={alternative} takes any number and reports under its own name"
         )
     if benchmark.tasks:
         cv_bench.check_task_counts(rows, benchmark.tasks)
     if benchmark.groups:
         question_groups.check_group_counts(benchmark.groups, rows, alternative)
+
+
+def count_fault(name: str, count: int) -> str:
+    """Returns in words how `count` differs from the number of questions of a benchmark, or of its
+    part; "" if it does not differ."""
+    part = name.partition("@")[2]
+    expected = part or find_benchmark(name, "benchmark").question_count
+    if expected is None or str(expected) == str(count):
+        return ""
+    return f"{name} has {expected} questions, but there are {count}"
+
+
+def without_size(name: str) -> str:
+    """Returns the benchmark of the same kind as `name` that takes any number of questions."""
+    kind = find_benchmark(name, "benchmark").kind
+    return next(
+        other_name
+        for other_name, other in BENCHMARKS.items()
+        if other.kind == kind and other.question_count is None
+    )
+
+
+def source_count_faults(counts: Mapping[str, int], configured: Mapping[str, str]) -> str:
+    """Returns in one line which sources have another number of questions than their benchmarks,
+    and what helps; "" if none differs.
+
+    Args:
+      counts: the number of questions of each held-out source.
+      configured: `eval.benchmarks`.
+    """
+    faults = {
+        name: count_fault(configured[name], count)
+        for name, count in counts.items()
+        if configured.get(name)
+    }
+    faults = {name: fault for name, fault in faults.items() if fault}
+    if not faults:
+        return ""
+    first = next(iter(faults))
+    # A later source with the name of its benchmark is named by its benchmark, for a shorter line.
+    texts = [
+        fault
+        if name != first and configured[name] == name
+        else f"config.eval.sources.{name}: {fault}"
+        for name, fault in faults.items()
+    ]
+    return (
+        f"{'; '.join(texts)}: files are missing; for a part of a benchmark name another, "
+        f"--config.eval.benchmarks.{first}={without_size(configured[first])} takes any number"
+    )
 
 
 def score_rows(rows: Sequence[Row]) -> list[JsonDict]:

@@ -3,14 +3,19 @@
     coco         coco_gold.json and coco_results.json: pycocotools computes the AP from them.
     supervision  supervision.jsonl: each line has the arguments of `supervision.Detections`.
     lmms_eval    lmms_eval.jsonl: samples of its RefCOCO tasks, for questions with one gold box.
+    vlmevalkit   vlmevalkit.tsv and vlmevalkit_predictions.tsv: a data set for its RefCOCODataset,
+                 and answers that it scores, for questions with one gold box.
 
 Greedy answers and answers of a file are written. Sampled answers are not.
 """
 
+import csv
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from pg_ground.boxes import host_boxes, is_proper
 from pg_ground.evals.rows import SAMPLED, Row
 from pg_ground.storage.files import write_atomically
 from pg_ground.storage.paths import FilePath
@@ -178,6 +183,67 @@ def lmms_eval_file(rows: Sequence[Row]) -> dict[str, str]:
     return {"lmms_eval.jsonl": "".join(lines)}
 
 
+PIXEL = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
+)
+"""A PNG of one pixel. VLMEvalKit needs an image of more than 64 characters, and scores without it.
+"""
+
+
+def vlmevalkit_files(rows: Sequence[Row]) -> dict[str, str]:
+    """Returns a data set and its predictions as VLMEvalKit's `RefCOCODataset` reads them, by name.
+
+    The index of a question is its position. A split is a benchmark of RefCOCO, or else a source.
+    Predicted boxes are fractions of the image's sides, because VLMEvalKit reads pixels up to 1,000
+    as thousandths. They are cut at the border of the image, as VLMEvalKit cuts them. A box whose
+    corners are in the wrong order has IoU 0, so it is no answer: VLMEvalKit would swap them.
+
+    Raises:
+      UserError: no question has exactly one gold box.
+    """
+    questions: list[JsonDict] = []
+    answers: list[JsonDict] = []
+    for row in rows:
+        gold = row["gold"]["boxes"]
+        if len(gold) != 1:
+            continue
+        first = next(iter(_predicted(row)), {"xyxy_px": None})["xyxy_px"]
+        box = first if is_proper(host_boxes([first])[0]) else None
+        target = gold[0]["xyxy_px"]
+        # Without the image's size, any frame that contains both boxes gives their IoU.
+        side = max(*target, *(box or ()), 1.0)
+        width, height = row["size_px"] or (side, side)
+        question: JsonDict = {"index": len(questions), "question": row["prompt"]}
+        corners = zip(("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2"), target, strict=True)
+        questions.append({
+            **question, "split": _refcoco_split(row), "width": width, "height": height,
+            **dict(corners), "file_name": row["image"], "image": PIXEL,
+        })  # fmt: skip
+        fractions = (
+            [min(max(value, 0.0), 1.0) for value in _fractions(box, width, height)] if box else []
+        )
+        answers.append({**question, "prediction": json.dumps(fractions) if box else ""})
+    if not questions:
+        raise UserError(f"--vlmevalkit needs questions with one gold box: none of {len(rows)} has")
+    return {"vlmevalkit.tsv": _tsv(questions), "vlmevalkit_predictions.tsv": _tsv(answers)}
+
+
+def _refcoco_split(row: Row) -> str:
+    """Returns the split as VLMEvalKit writes it: `refcoco+_testA` is RefCOCO+_testA."""
+    benchmark = row["benchmark"]
+    return benchmark.replace("refcoco", "RefCOCO") if "refcoco" in benchmark else row["source"]
+
+
+def _tsv(records: Sequence[JsonDict]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(
+        text, list(records[0]), delimiter="\t", quoting=csv.QUOTE_ALL, lineterminator="\n"
+    )
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
 def _fractions(xyxy: Sequence[float], width: float, height: float) -> list[float]:
     return [value / side for value, side in zip(xyxy, (width, height) * 2, strict=True)]
 
@@ -190,5 +256,6 @@ FORMATS: dict[str, Callable[[Sequence[Row]], dict[str, str]]] = {
     "coco": coco_files,
     "supervision": supervision_file,
     "lmms_eval": lmms_eval_file,
+    "vlmevalkit": vlmevalkit_files,
 }
 """A function of rows that returns the texts of files by name, for each flag of `evaluate`."""

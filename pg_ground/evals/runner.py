@@ -98,9 +98,20 @@ def open_eval_sources(
                 f"config.eval.sources.{name}.mask"
             )
     return {
-        name: open_examples(f"eval/{name}", source, data, image_size)
+        name: open_examples(
+            f"eval/{name}", source, data, image_size, cut_answers=cuts_answers(settings, name)
+        )
         for name, source in settings.sources.items()
     }
+
+
+def cuts_answers(settings: config.Eval, name: str) -> bool:
+    """Returns whether an evaluation may cut the gold answers of a source: only objects count.
+
+    The text rewards of the benchmark `environment` read the gold answer.
+    """
+    benchmark = settings.benchmarks.get(name, "") or default_benchmark(settings.sources[name])
+    return benchmarks.find_benchmark(benchmark, f"config.eval.benchmarks.{name}").kind != "reward"
 
 
 def evaluate_sources(

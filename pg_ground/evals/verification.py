@@ -1,6 +1,6 @@
 """Compares an exported Hugging Face directory with the checkpoint that it was exported from.
 
-transformers answers questions about drawn images from the directory, through its own processor and
+transformers answers questions about images from the directory, through its own processor and
 `generate`. This package answers the same questions with the weights of the checkpoint. Both compute
 in float32 on the CPU, with the weights rounded to the dtype of the directory. Greedy answers must
 then be equal token by token. In bfloat16 many logits would be ties, and rounding would decide.
@@ -24,10 +24,10 @@ from pg_ground.checkpoints import weights
 from pg_ground.checkpoints.conversion import written_model
 from pg_ground.checkpoints.hugging_face_config import preprocessor_config, read_config_file
 from pg_ground.checkpoints.scales import Scales
-from pg_ground.config import Model
+from pg_ground.config import Config, Model
 from pg_ground.data.images import resize
-from pg_ground.data.synthetic import COLOURS, FORMS, Scenes
 from pg_ground.evals.transformers_answers import HubAnswer, HubAnswers, Question, greedy_answers
+from pg_ground.evals.verification_questions import make_questions
 from pg_ground.models import PaliGemma
 from pg_ground.params import unflatten
 from pg_ground.rl.rollout import sample
@@ -41,8 +41,6 @@ from pg_ground.vocab import LOC_TOKENS, SEG_TOKENS
 logger = logging.getLogger(__name__)
 
 MAX_NEW_TOKENS = 32
-
-PROMPTS = ("detect {0}", "detect {0} ; {1}", "segment {0}", "{0}")
 
 GREY_LEVEL = 1 / 127.5
 """One of 255 grey levels, in pixel values from -1 to 1. Libraries round a resized pixel up or
@@ -79,24 +77,6 @@ def check_installed() -> None:
         )
 
 
-def draw_questions(count: int, image_size: int) -> list[Question]:
-    """Returns `count` drawn scenes with a prompt each, the same every time.
-
-    Two of three images are not square, and all are larger than the model's images. So a wrong
-    resize or crop shows.
-    """
-    side = min(image_size * 3 // 2 + 16, 1024)
-    scenes = Scenes("heldout", side, colours=len(COLOURS), forms=len(FORMS))
-    questions = []
-    for i in range(count):
-        image = scenes[i]["image"]
-        height, width = ((side, side), (side * 3 // 4, side), (side, side * 2 // 3))[i % 3]
-        names = (scenes[i]["phrase"], scenes[i + count]["phrase"])
-        prompt = PROMPTS[i % len(PROMPTS)].format(*names)
-        questions.append(Question(image[:height, :width], prompt))
-    return questions
-
-
 class OurAnswer(NamedTuple):
     """The greedy answer of this package to a question."""
 
@@ -123,6 +103,7 @@ def verify(
     tokenizer: str = "",
     scales: Scales = Scales(),  # noqa: B008 (it cannot be changed)
     sizes: FilePath | None = None,
+    data: Config | FilePath | None = None,
 ) -> str:
     """Returns one line that says how many answers of transformers equal the answers of `source`.
 
@@ -132,6 +113,7 @@ def verify(
       folder: a Hugging Face directory.
       count: number of drawn images and prompts.
       tokenizer, scales, sizes: the arguments of `convert`.
+      data: a config or a folder of images, about which up to `count` more questions are asked.
 
     Raises:
       UserError: an answer differs, an input differs, or a file cannot be read. The text has the
@@ -141,7 +123,7 @@ def verify(
     checkpoint = weights.open_checkpoint(source, keep_final_softcap=True)
     model = replace(written_model(source, folder, checkpoint, scales, sizes), dtype="float32")
     source_tokenizer = _tokenizer(source, tokenizer, model.text.vocab_size)
-    questions = draw_questions(count, model.image_size)
+    questions = make_questions(count, model.image_size, data)
     hub = _hub_answers(folder, model, questions)
     faults = _input_faults(model, source_tokenizer, questions, hub) + _config_faults(folder, model)
     gc.collect()  # the weights of transformers are freed before ours are read
