@@ -106,8 +106,8 @@ def prefix_compilations(tokens: int) -> tuple[Compilation, Compilation]:
     return shared, repeated
 
 
-def compile_programs(compilation: Compilation) -> dict[str, Any]:
-    """Returns the programs in the JSON document of the compile command.
+def compile_document(name: str, config: str, topology: str, *flags: str) -> dict[str, Any]:
+    """Returns the JSON document of the compile command.
 
     Raises:
       UserError: the command wrote no document.
@@ -118,17 +118,16 @@ def compile_programs(compilation: Compilation) -> dict[str, Any]:
             sys.executable,
             "-m",
             "pg_ground.compile",
-            f"--config={compilation.config}",
-            f"--topology={compilation.topology}",
-            f"--programs={compilation.programs}",
+            f"--config={config}",
+            f"--topology={topology}",
             f"--json={document}",
-            *compilation.flags,
+            *flags,
         ]
         finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if not document.exists():
             message = (finished.stderr or finished.stdout).strip().splitlines()[-1]
-            raise UserError(f"{compilation.name}: {message}")
-        return json.loads(document.read_text())["programs"]
+            raise UserError(f"{name}: {message}")
+        return json.loads(document.read_text())
 
 
 def table_row(compilation: Compilation, name: str, program: dict[str, Any]) -> list[str]:
@@ -172,7 +171,13 @@ def main(argv: Sequence[str]) -> None:
         for compilation in compilations:
             if names and compilation.name not in names:
                 continue
-            programs = compile_programs(compilation)
+            programs = compile_document(
+                compilation.name,
+                compilation.config,
+                compilation.topology,
+                f"--programs={compilation.programs}",
+                *compilation.flags,
+            )["programs"]
             document[f"{title}/{compilation.name}, {compilation.topology}"] = programs
             for name, program in programs.items():
                 rows.append(table_row(compilation, name, program))

@@ -97,10 +97,11 @@ def minimum_work(
     trip_count = decode_steps if program.decode_steps else 1
     flops = jobs.useful_flops(setup.config, setup.mesh, name, trip_count)
     if program.decode_steps:
-        return MinimumWork(flops, _sampling_bytes(setup, stage, decode_steps, group_size))
+        batch_size = stage.settings.batch_size
+        return MinimumWork(flops, sampling_bytes(setup, batch_size, decode_steps, group_size))
     if is_update(program):
-        return MinimumWork(flops, _update_bytes(setup, stage))
-    return MinimumWork(flops, _weight_bytes(setup, setup.trained | setup.frozen))
+        return MinimumWork(flops, update_bytes(setup, stage))
+    return MinimumWork(flops, weight_bytes(setup, setup.trained | setup.frozen))
 
 
 def is_update(program: Program) -> bool:
@@ -108,8 +109,8 @@ def is_update(program: Program) -> bool:
     return bool(program.donate_argnums)
 
 
-def _sampling_bytes(setup: Setup, stage: Stage, decode_steps: int, group_size: int) -> float:
-    """Returns the bytes of sampling.
+def sampling_bytes(setup: Setup, batch_size: int, decode_steps: int, group_size: int) -> float:
+    """Returns the bytes of sampling `group_size` completions for each of `batch_size` prompts.
 
     The prefix reads all weights once. Every token reads the decoder's weights, keys and values.
     """
@@ -117,18 +118,17 @@ def _sampling_bytes(setup: Setup, stage: Stage, decode_steps: int, group_size: i
     decoder = {name: leaf for name, leaf in all_params.items() if name.startswith("llm/")}
 
     def cache_bytes(group: int) -> float:
-        batch_size = stage.settings.batch_size
         work = memory_model.device_work(setup.mesh, batch_size, group, decode_steps)
         return memory_model.cache_bytes(setup.architecture, setup.mesh, work) * setup.mesh.size
 
     prefix_cache = cache_bytes(0)
     completion_cache = cache_bytes(group_size) - prefix_cache
     # The completions' cache grows with every token, so half of it is read on average.
-    bytes_per_token = _weight_bytes(setup, decoder) + prefix_cache + completion_cache / 2
-    return _weight_bytes(setup, all_params) + decode_steps * bytes_per_token
+    bytes_per_token = weight_bytes(setup, decoder) + prefix_cache + completion_cache / 2
+    return weight_bytes(setup, all_params) + decode_steps * bytes_per_token
 
 
-def _update_bytes(setup: Setup, stage: Stage) -> float:
+def update_bytes(setup: Setup, stage: Stage) -> float:
     """Returns the bytes of the updates of a step.
 
     An update reads the weights twice (forward and backward). It reads and writes the gradients,
@@ -136,13 +136,13 @@ def _update_bytes(setup: Setup, stage: Stage) -> float:
     """
     param_bytes = jnp.dtype(setup.config.model.param_dtype).itemsize
     trained_bytes = param_bytes * parameter_count(setup.trained)
-    weight_bytes = _weight_bytes(setup, setup.trained | setup.frozen)
+    read_bytes = weight_bytes(setup, setup.trained | setup.frozen)
     optimizer_bytes = sharding.bytes_per_device(stage.abstract_state().opt_state) * setup.mesh.size
-    bytes_per_update = 2 * weight_bytes + 2 * (2 * trained_bytes + optimizer_bytes)
+    bytes_per_update = 2 * read_bytes + 2 * (2 * trained_bytes + optimizer_bytes)
     return stage.settings.updates_per_step * bytes_per_update
 
 
-def _weight_bytes(setup: Setup, params: AbstractParams) -> float:
+def weight_bytes(setup: Setup, params: AbstractParams) -> float:
     """Returns the bytes of parameters in the dtype of activations."""
     return jnp.dtype(setup.config.model.dtype).itemsize * parameter_count(params)
 

@@ -1,4 +1,4 @@
-"""Published figures of the TPU versions: memory, peak rates, and the slices that are sold.
+"""Published figures of TPUs and of one GPU: memory, peak rates, and the slices that are sold.
 
 Peaks and memory: cloud.google.com/tpu/docs (system architecture of each version). Link bandwidths:
 jax-ml.github.io/scaling-book (chapter 2), all axes of the torus in both directions. `hbm_bytes` is
@@ -35,6 +35,9 @@ CHIPS: dict[str, Chip] = {
     # Half a chip: jax counts the two chiplets of a chip as two devices.
     "tpu7x": Chip(94.75 * GIB, 1153 * TERA, 3690 * GB, 600 * GB),
 }
+
+H100 = Chip(80 * GB, 989 * TERA, 3350 * GB, 450 * GB)
+"""NVIDIA H100 SXM, by its data sheet: dense bfloat16, and NVLink in one direction."""
 
 TOPOLOGIES: dict[str, tuple[str, ...]] = {
     "v4": ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8"),

@@ -4,8 +4,12 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from pg_ground.data.records import clip_text
 from pg_ground.reporting.tables import Table
 from pg_ground.types import UserError
+
+LONGEST = 200
+"""Characters of an error in the table. The last line of the command has the whole error."""
 
 DONE, FAILED, UNCHECKED = "ok", "FAILED", "not checked"
 
@@ -41,7 +45,11 @@ class Checklist:
         try:
             finding = check()
         except UserError as error:
-            self.items.append(Item(name, FAILED, str(error), time.monotonic() - start))
+            finding = clip_text(str(error), LONGEST)
+            self.items.append(Item(name, FAILED, finding, time.monotonic() - start))
+            raise
+        except (KeyboardInterrupt, SystemExit):
+            self.items.append(Item(name, FAILED, "stopped", time.monotonic() - start))
             raise
         self.items.append(Item(name, DONE, finding, time.monotonic() - start))
         self._announce(f"{name}: {finding} ({self.items[-1].seconds:.0f} s)")

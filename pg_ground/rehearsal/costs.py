@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 
-from pg_ground.aot import jobs, tpu_specs
+from pg_ground.aot import jobs
 from pg_ground.config import Config
 from pg_ground.parallel import sharding
 from pg_ground.reporting.tables import Table
@@ -39,28 +39,28 @@ class Costs(NamedTuple):
 
 
 def run_costs(
-    config: Config, topology: str, document: JsonObject, questions: Mapping[str, int]
+    config: Config, devices: int, document: JsonObject, questions: Mapping[str, int]
 ) -> Costs:
     """Returns the time of all steps and evaluations of a run.
 
     Args:
-      document: the result of `aot.compilation.compile_run`.
+      devices: number of devices, which jax counts.
+      document: the programs by `aot.compilation.compile_run` or `aot.estimates.estimate_run`.
       questions: held-out questions by source, where they are known.
     """
-    mesh = sharding.abstract_mesh(config.mesh, tpu_specs.device_count(topology))
+    mesh = sharding.abstract_mesh(config.mesh, devices)
     seconds = dict.fromkeys(config.stages, 0.0)
     for name, program in document["programs"].items():
         if name == "evaluation":
             continue
         stage = jobs.stage_name(config, mesh, name)
-        settings = config.stage_settings(stage)
-        updates = settings.updates_per_step if name == "update" else 1
-        seconds[stage] += settings.steps * updates * program["step_s"]
+        # The program `update` does all updates of a step.
+        seconds[stage] += config.stage_settings(stage).steps * program["step_s"]
     if "evaluation" in document["programs"]:
         batches = evaluation_batches(config, questions)
         seconds["evaluations"] = batches * document["programs"]["evaluation"]["step_s"]
     hours = {name: value / 3600 for name, value in seconds.items()}
-    return Costs(hours, tpu_specs.device_count(topology))
+    return Costs(hours, devices)
 
 
 def evaluation_batches(config: Config, questions: Mapping[str, int]) -> int:

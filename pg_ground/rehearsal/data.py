@@ -8,11 +8,14 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from PIL import Image
+
 from pg_ground.config import Config, Source
 from pg_ground.data.datasets import Examples, open_examples
 from pg_ground.data.records import BadRecord, clip_text
 from pg_ground.data.text_budgets import spread
-from pg_ground.evals.benchmarks import find_benchmark
+from pg_ground.evals.benchmarks import find_benchmark, source_count_faults
+from pg_ground.rehearsal import typed_paths
 from pg_ground.rehearsal.miniatures import has_addresses, write_miniatures
 from pg_ground.storage.paths import to_path
 from pg_ground.types import UserError
@@ -22,9 +25,27 @@ SAMPLE = 64
 
 
 def has_data(config: Config) -> bool:
-    """Returns whether the folder of the data exists, or no source needs one."""
+    """Returns whether the folder of the data has files, or no source needs one."""
+    return not _absence(config)
+
+
+def _absence(config: Config) -> str:
+    """Returns why the folder of the data cannot be read; "" if it can, or if no source needs it."""
     uses_dir = any("{dir}" in source.uri for _, _, source in used_sources(config))
-    return not uses_dir or to_path(config.data.dir, "config.data.dir").exists()
+    return typed_paths.absence(to_path(config.data.dir, "config.data.dir")) if uses_dir else ""
+
+
+def missing(config: Config, defaults: Config, advice: str = "") -> str:
+    """Returns the error of a folder of data without files.
+
+    Args:
+      defaults: the settings of the recipe without the user's flags.
+      advice: what helps, if the user did not type another folder.
+    """
+    if config.data.dir != defaults.data.dir:
+        return typed_paths.missing("config.data.dir", to_path(config.data.dir, "config.data.dir"))
+    fault = f"config.data.dir ({config.data.dir}) {_absence(config)}"
+    return f"{fault}: {advice}" if advice else fault
 
 
 def used_sources(config: Config) -> Iterator[tuple[str, str, Source]]:
@@ -38,8 +59,8 @@ def used_sources(config: Config) -> Iterator[tuple[str, str, Source]]:
 def prepare(config: Config, folder: Path) -> tuple[Config, str]:
     """Returns the config with the folder of the data, and what the data is, in words.
 
-    If the folder `data.dir` does not exist, a miniature is written into `folder`. If its images are
-    on the web, this process serves them until it ends.
+    If the folder `data.dir` does not exist or is empty, a miniature is written into `folder`. If
+    its images are on the web, this process serves them until it ends.
 
     Raises:
       UserError: a source has no miniature.
@@ -53,7 +74,7 @@ def prepare(config: Config, folder: Path) -> tuple[Config, str]:
         config.data.fetch, cache_dir=str(folder / "fetched"), allow_private=True, retries=1
     )
     data = replace(config.data, dir=str(folder), fetch=fetch)
-    return replace(config, data=data), f"a miniature, because {config.data.dir} does not exist"
+    return replace(config, data=data), f"a miniature, because {config.data.dir} {_absence(config)}"
 
 
 def serve(folder: Path) -> str:
@@ -88,11 +109,9 @@ def check_sources(config: Config, is_miniature: bool) -> dict[str, int]:
             expected = benchmark and find_benchmark(benchmark, setting).question_count
             if expected and is_miniature:
                 counts[name] = expected
-            elif expected and len(examples) != expected:
-                raise UserError(
-                    f"{setting}: {benchmark} has {expected} questions, but there are "
-                    f"{len(examples)}"
-                )
+    faults = "" if is_miniature else source_count_faults(counts, config.eval.benchmarks)
+    if faults:
+        raise UserError(faults)
     return counts
 
 
@@ -112,3 +131,21 @@ def _check_sample(examples: Examples, share: float, setting: str) -> None:
             f"{setting}: {sum(bad.values())} of {len(indices)} questions cannot be used ({kinds}); "
             f"{clip_text(first, 300)}"
         )
+
+
+def first_image(config: Config) -> Image.Image:
+    """Returns the image of the first usable question of the last stage.
+
+    Raises:
+      UserError: no question of its first source can be used.
+    """
+    stage = config.stages[-1]
+    name, source = next(iter(config.stage_settings(stage).sources.items()))
+    examples = open_examples(f"{stage}/{name}", source, config.data, config.model.image_size)
+    reason = ""
+    for index in range(len(examples)):
+        try:
+            return Image.fromarray(examples[index].image)
+        except BadRecord as bad:
+            reason = reason or f"question {index}: {bad}"
+    raise UserError(f"config.{stage}.sources.{name}: no question can be used; {reason}")

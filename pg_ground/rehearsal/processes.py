@@ -1,12 +1,15 @@
 """The commands that a rehearsal runs, as a user runs them: in processes of their own."""
 
+import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +19,9 @@ from pg_ground.types import UserError
 
 TIMEOUT_S = 900
 POLL_S = 0.2
+
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a process at once, without its `finally` clauses. Ctrl-C raises an exception."""
 
 CONFIG_FILE = '''"""The settings of a rehearsal."""
 
@@ -29,6 +35,31 @@ def get_config():
     settings = json.loads(Path(__file__).with_name("settings.json").read_text())
     return ConfigDict(settings, allow_dotted_keys=True)
 '''
+
+
+@contextlib.contextmanager
+def signals_exit() -> Iterator[None]:
+    """Lets the signals of `ENDING_SIGNALS` end the block as `sys.exit` does, with 128 + the signal.
+
+    So the processes that the block has started end with it. A signal that this process ignores, as
+    under `nohup`, stays ignored. Only the main thread can do this.
+    """
+
+    def exit_by(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in ENDING_SIGNALS}
+    handlers = {number: old for number, old in handlers.items() if old == signal.SIG_DFL}
+    for number in handlers:
+        signal.signal(number, exit_by)
+    try:
+        yield
+    finally:
+        for number, old in handlers.items():
+            signal.signal(number, old)
 
 
 def write_config(config: Config, folder: Path) -> Path:
@@ -64,8 +95,8 @@ class Processes:
         Raises:
           UserError: it fails. The text is its error line.
         """
-        processes = self._start(name, [list(arguments)], {"JAX_NUM_CPU_DEVICES": "1"})
-        self._wait(name, processes)
+        with self._started(name, [list(arguments)], {"JAX_NUM_CPU_DEVICES": "1"}) as processes:
+            self._wait(name, processes)
         return self._log(name, 0).read_text(errors="replace")
 
     def train(self, *arguments: str) -> None:
@@ -74,7 +105,8 @@ class Processes:
         Raises:
           UserError: a process fails.
         """
-        self._wait("train", self._start("train", self._distributed(arguments)))
+        with self._started("train", self._distributed(arguments)) as processes:
+            self._wait("train", processes)
 
     def train_until_killed(self, workdir: Path, step: int, *arguments: str) -> int:
         """Runs `train` until checkpoint `step` is complete, and kills all processes with SIGKILL.
@@ -84,17 +116,14 @@ class Processes:
         Raises:
           UserError: a process fails, or the run ends before the kill.
         """
-        processes = self._start("train", self._distributed(arguments))
         deadline = time.monotonic() + TIMEOUT_S
-        try:
+        with self._started("train", self._distributed(arguments)) as processes:
             while not [done for done in run_directory.steps(workdir) if done >= step]:
                 ended = [process.poll() for process in processes]
                 if any(code is not None for code in ended) or time.monotonic() > deadline:
                     self._wait("train", processes)
                     raise UserError("the run ended before it was killed")
                 time.sleep(POLL_S)
-        finally:
-            _kill(processes)
         return max(run_directory.steps(workdir))
 
     def _distributed(self, arguments: Sequence[str]) -> list[list[str]]:
@@ -108,23 +137,36 @@ class Processes:
             for index in range(self._count)
         ]
 
-    def _start(
+    @contextlib.contextmanager
+    def _started(
         self, name: str, lines: Sequence[Sequence[str]], environment: dict[str, str] | None = None
-    ) -> list[subprocess.Popen[bytes]]:
-        processes = []
-        for index, arguments in enumerate(lines):
-            with self._log(name, index).open("wb") as log:
-                processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", f"pg_ground.{name}", *arguments],
-                        env=self._environment | (environment or {}),
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
+    ) -> Iterator[list[subprocess.Popen[bytes]]]:
+        """Starts a process for each line of arguments. All of them end with the block.
+
+        An error, Ctrl-C and `signals_exit` end the block too, also while processes are started.
+        """
+        processes: list[subprocess.Popen[bytes]] = []
+        try:
+            for index, arguments in enumerate(lines):
+                with self._log(name, index).open("wb") as log:
+                    processes.append(
+                        subprocess.Popen(
+                            [sys.executable, "-m", f"pg_ground.{name}", *arguments],
+                            env=self._environment | (environment or {}),
+                            stdout=log,
+                            stderr=subprocess.STDOUT,
+                        )
                     )
-                )
-        return processes
+            yield processes
+        finally:
+            _kill(processes)
 
     def _wait(self, name: str, processes: Sequence[subprocess.Popen[bytes]]) -> None:
+        """Waits for the end of processes.
+
+        Raises:
+          UserError: a process fails, or one does not end in time.
+        """
         deadline = time.monotonic() + TIMEOUT_S
         try:
             codes = [process.wait(max(1, deadline - time.monotonic())) for process in processes]
@@ -132,8 +174,6 @@ class Processes:
             raise UserError(
                 f"{name} did not end within {TIMEOUT_S} s: {self._log(name, 0)}"
             ) from None
-        finally:  # Ctrl-C ends them too
-            _kill(processes)
         # A process that lost the others exits with 3. Its own error is not the cause.
         for index in sorted(range(len(codes)), key=lambda index: codes[index] == 3):
             if codes[index]:
