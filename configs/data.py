@@ -1,7 +1,7 @@
-"""Real datasets as entries: look at one, train on it, or copy it into your own recipe.
+r"""Real datasets as entries: look at one, train on it, or copy it into your own recipe.
 
-python -m pg_ground.look --config=configs/data.py:refcoco_refer --out=look.html \\
-    --config.sft.sources.refcoco_refer.uri=refer:DIR?…
+python -m pg_ground.look --config=configs/data.py:refcoco_refer --out=look.html \
+    --config.sft.sources.refcoco_refer.uri='refer:DIR?…'
 
 The argument names an entry of `ENTRIES`, or several entries joined by "+", which are mixed. The
 uris below show the form. A flag sets the uri of your files. Images at addresses are fetched once
@@ -23,7 +23,7 @@ ENTRIES: dict[str, Source] = {
     # ---- Referring expressions: one question for each sentence ----
     # Files of the UNC refer toolkit: refcoco, refcoco+, refcocog, or big_vision's combined set.
     "refcoco_refer": Source(
-        uri="refer:DIR?dataset=refcoco&split_by=unc&split=train&images=DIR/images/train2014",
+        uri="refer:DIR?dataset=refcoco&split_by=unc&split=train&images=DIR/train2014",
         phrase="sentences[].raw",
         boxes="bbox",
         box_format="xywh_px",
@@ -31,7 +31,7 @@ ENTRIES: dict[str, Source] = {
     ),
     # gRefCOCO's files: several targets, one or none. Set c.eval.benchmarks = {"grefcoco": "grec"}.
     "grefcoco": Source(
-        uri="refer:DIR?dataset=grefcoco&split_by=unc&split=val&images=DIR/images/train2014",
+        uri="refer:DIR?dataset=grefcoco&split_by=unc&split=val&images=DIR/train2014",
         phrase="sentences[].raw",
         boxes="boxes",
         box_format="xywh_px",

@@ -1,36 +1,43 @@
-"""Detects all objects of an image: COCO, or your own classes in COCO's format.
+r"""Detects all objects of an image: COCO, or your own classes in COCO's format.
 
-The argument is MODEL_SLICE, a name of `RECIPES`. All commands run in the folder of the checkout.
+The argument is MODEL_SLICE, a name of `RECIPES`. All commands run in the folder of the checkout, in
+its environment (`. .venv/bin/activate`).
 
 1. Rehearse the recipe on this machine. It needs no data, no weights and no TPU:
 
        python -m pg_ground.rehearse --config=configs/detection.py:pg2_3b_448_v5e_8
 
-2. Get the data: 20 GB to download and 21 GB on the disk, in data/coco/.
+2. Get the data: 20 GB to download, into data/coco/. The disk needs 41 GB until the
+   .zip files are removed, and 21 GB afterwards.
 
        mkdir -p data/coco && cd data/coco
-       curl -LO http://images.cocodataset.org/annotations/annotations_trainval2017.zip
-       curl -LO http://images.cocodataset.org/zips/train2017.zip
-       curl -LO http://images.cocodataset.org/zips/val2017.zip
-       for file in *.zip; do python -m zipfile -e "$file" .; done; cd ../..
+       curl -fLO http://images.cocodataset.org/annotations/annotations_trainval2017.zip
+       curl -fLO http://images.cocodataset.org/zips/train2017.zip
+       curl -fLO http://images.cocodataset.org/zips/val2017.zip
+       for file in *.zip; do python -m zipfile -e "$file" . && rm "$file"; done; cd ../..
 
    Your own classes: a file of annotations in COCO's format for each split.
 
        --config.sft.sources.train.uri='coco:MINE/train.json?ask=image&images=MINE/images'
        --config.grpo.sources.train.uri=… --config.eval.sources.val.uri=…
 
-3. Get the weights and the tokenizer, after you have accepted the licence on the Hub:
+3. Get the weights and the tokenizer, 12 GB at most, after you have accepted the licence on the Hub:
 
        hf auth login
        hf download google/paligemma2-3b-pt-448 --local-dir weights/pg2_448
 
-4. Check the data, train, score and export:
+4. Check the data, copy it to a bucket, train, score and export:
 
-       python -m pg_ground.rehearse --config=configs/detection.py:pg2_3b_448_v5e_8 --data_only
-       python -m pg_ground.train --config=configs/detection.py:pg2_3b_448_v5e_8 \\
-           --distributed=auto --workdir=gs://BUCKET/runs/coco --config.data.dir=gs://BUCKET/coco \\
+       python -m pg_ground.rehearse --config=configs/detection.py:pg2_3b_448_v5e_8 --data_only \
+           --config.data.tokenizer=weights/pg2_448
+       gcloud storage cp -r data/coco gs://BUCKET/coco
+       gcloud storage cp -r weights/pg2_448 gs://BUCKET/pg2_448
+       python -m pg_ground.train --config=configs/detection.py:pg2_3b_448_v5e_8 \
+           --distributed=auto --workdir=gs://BUCKET/runs/coco --config.data.dir=gs://BUCKET/coco \
            --config.init=gs://BUCKET/pg2_448 --config.data.tokenizer=gs://BUCKET/pg2_448
-       python -m pg_ground.evaluate --config=… --workdir=… --out=scores
+       python -m pg_ground.evaluate --config=configs/detection.py:pg2_3b_448_v5e_8 \
+           --workdir=gs://BUCKET/runs/coco --out=scores \
+           --config.data.dir=gs://BUCKET/coco --config.data.tokenizer=gs://BUCKET/pg2_448
        python -m pg_ground.convert gs://BUCKET/runs/coco exported
 
 An answer names every object: `<loc…><loc…><loc…><loc…> person ; …`, at most 32 objects of an image
@@ -50,6 +57,10 @@ pg2_3b_448_v5e_8        v5e:2x4         64   13.4    2.19   2.22   2.70    2.3  
 pg2_3b_448_v5p_8        v5p:2x2x1      128   40.2    3.77   1.97   4.63    1.9  1.7  0.0         15
 pg2_3b_448_v6e_8        v6e:2x4         64   13.3    0.71   1.11   0.79    0.7  1.0  0.0         14
 pg2_3b_448_lora_v5e_1   v5e:1x1          8    9.5    1.55   2.26   2.00    12.7  17.5  0.0       30
+pg2_3b_448_lora_h100    H100 *          32   31.5    1.23   0.94   1.60    2.5  2.6  0.0          5
+
+* By arithmetic, at best: nothing was compiled for a GPU. The operations of each program are divided
+by 989 TFLOP/s, the bytes of weights and caches by 3.35 TB/s. One H100 has 74.5 GiB (80 GB).
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,7 @@
-"""Finds the elements of interfaces: trains on WaveUI, and measures ScreenSpot-v2 at 896 pixels.
+r"""Finds the elements of interfaces: trains on WaveUI, and measures ScreenSpot-v2 at 896 pixels.
 
-The argument is MODEL_SLICE, a name of `RECIPES`. All commands run in the folder of the checkout.
+The argument is MODEL_SLICE, a name of `RECIPES`. All commands run in the folder of the checkout, in
+its environment (`. .venv/bin/activate`).
 
 1. Rehearse the recipe on this machine. It needs no data, no weights and no TPU:
 
@@ -14,18 +15,23 @@ The argument is MODEL_SLICE, a name of `RECIPES`. All commands run in the folder
 
    Your own screenshots: an entry such as `gui_boxes` of configs/data.py.
 
-3. Get the weights and the tokenizer, after you have accepted the licence on the Hub:
+3. Get the weights and the tokenizer, 12 GB at most, after you have accepted the licence on the Hub:
 
        hf auth login
        hf download google/paligemma2-3b-pt-896 --local-dir weights/pg2_896
 
-4. Check the data, train, score and export:
+4. Check the data, copy it to a bucket, train, score and export:
 
-       python -m pg_ground.rehearse --config=configs/gui.py:pg2_3b_896_v5p_8 --data_only
-       python -m pg_ground.train --config=configs/gui.py:pg2_3b_896_v5p_8 --distributed=auto \\
-           --workdir=gs://BUCKET/runs/gui --config.data.dir=gs://BUCKET/gui \\
+       python -m pg_ground.rehearse --config=configs/gui.py:pg2_3b_896_v5p_8 --data_only \
+           --config.data.tokenizer=weights/pg2_896
+       gcloud storage cp -r data/gui gs://BUCKET/gui
+       gcloud storage cp -r weights/pg2_896 gs://BUCKET/pg2_896
+       python -m pg_ground.train --config=configs/gui.py:pg2_3b_896_v5p_8 --distributed=auto \
+           --workdir=gs://BUCKET/runs/gui --config.data.dir=gs://BUCKET/gui \
            --config.init=gs://BUCKET/pg2_896 --config.data.tokenizer=gs://BUCKET/pg2_896
-       python -m pg_ground.evaluate --config=… --workdir=… --out=scores
+       python -m pg_ground.evaluate --config=configs/gui.py:pg2_3b_896_v5p_8 \
+           --workdir=gs://BUCKET/runs/gui --out=scores \
+           --config.data.dir=gs://BUCKET/gui --config.data.tokenizer=gs://BUCKET/pg2_896
        python -m pg_ground.convert gs://BUCKET/runs/gui exported
 
 The answer is the box of the element. ScreenSpot counts its centre as the click, and reports
@@ -44,6 +50,10 @@ pg2_3b_448_v5e_8        v5e:2x4         64   12.3    1.82   0.24   0.96    0.2  
 pg2_3b_896_v5p_8        v5p:2x2x1       32   47.2    3.59   0.56   1.82    0.8  1.0  0.1          7
 pg2_3b_896_v6e_8        v6e:2x4         32   23.9    2.65   0.32   1.32    0.6  0.7  0.1         11
 pg2_3b_448_lora_v5e_1   v5e:1x1          8   11.5    1.26   0.25   0.66    1.1  1.6  0.1          3
+pg2_3b_448_lora_h100    H100 *          32   24.6    1.00   0.20   0.53    0.2  0.3  0.0          1
+
+* By arithmetic, at best: nothing was compiled for a GPU. The operations of each program are divided
+by 989 TFLOP/s, the bytes of weights and caches by 3.35 TB/s. One H100 has 74.5 GiB (80 GB).
 """
 
 from ml_collections import ConfigDict

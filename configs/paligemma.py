@@ -1,9 +1,9 @@
-"""Improves published PaliGemma weights by GRPO on your boxes.
+r"""Improves published PaliGemma weights by GRPO on your boxes.
 
-python -m pg_ground.train --config=configs/paligemma.py:pg2_3b_448 --workdir=runs/pg2 \\
-    --config.init=paligemma2-3b-pt-448.b16.npz \\
-    --config.data.tokenizer=paligemma_tokenizer.model \\
-    --config.grpo.sources.boxes.uri=jsonl:/data/train.jsonl \\
+python -m pg_ground.train --config=configs/paligemma.py:pg2_3b_448 --workdir=runs/pg2 \
+    --config.init=paligemma2-3b-pt-448.b16.npz \
+    --config.data.tokenizer=paligemma_tokenizer.model \
+    --config.grpo.sources.boxes.uri=jsonl:/data/train.jsonl \
     --config.eval.sources.boxes.uri=jsonl:/data/val.jsonl
 
 The argument is VARIANT_PIXELS. VARIANT is pg1_3b, pg2_3b, pg2_10b or pg2_28b. PIXELS is 224, 448 or

@@ -1,6 +1,6 @@
-"""Trains a small model by GRPO on photographs with boxes in pixels, from a JSON-lines file.
+r"""Trains a small model by GRPO on photographs with boxes in pixels, from a JSON-lines file.
 
-python -m pg_ground.train --config=configs/photos.py --workdir=runs/photos \\
+python -m pg_ground.train --config=configs/photos.py --workdir=runs/photos \
     --config.grpo.sources.photos.uri=jsonl:PATH/triples.jsonl
 
 A line of the file:

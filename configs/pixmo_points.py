@@ -1,6 +1,7 @@
-"""Points to things: trains on PixMo-Points, whose images are streamed from the web.
+r"""Points to things: trains on PixMo-Points, whose images are streamed from the web.
 
-The argument is MODEL_SLICE, a name of `RECIPES`. All commands run in the folder of the checkout.
+The argument is MODEL_SLICE, a name of `RECIPES`. All commands run in the folder of the checkout, in
+its environment (`. .venv/bin/activate`).
 
 1. Rehearse the recipe on this machine. It needs no data, no weights and no TPU. The miniature's
    images come from a web server on this machine:
@@ -18,28 +19,36 @@ The argument is MODEL_SLICE, a name of `RECIPES`. All commands run in the folder
        python -m pg_ground.prefetch --config=configs/pixmo_points.py:pg2_3b_448_v5e_8
 
    An address that is dead, or whose image has another hash, is a bad record. Some are dead today;
-   a run goes on while less than 30 % of the records are bad (`data.bad_record_share`). For a pod,
-   pack the records with their images: `python -m pg_ground.pack --config=… --out=gs://BUCKET/packed`
-   prints the uris of the sources.
+   a run goes on while less than 30 % of the records are bad (`data.bad_record_share`). After the
+   prefetch, `--config.data.fetch.offline=True` asks no dead address again. For a pod, pack the
+   records with their images; the batches stay the same. The command prints the sources' uris:
 
-3. Get the weights and the tokenizer, after you have accepted the licence on the Hub:
+       python -m pg_ground.pack --config=configs/pixmo_points.py:pg2_3b_448_v5e_8 \
+           --config.data.fetch.offline=True --out=gs://BUCKET/packed
+
+3. Get the weights and the tokenizer, 12 GB at most, after you have accepted the licence on the Hub:
 
        hf auth login
        hf download google/paligemma2-3b-pt-448 --local-dir weights/pg2_448
 
-4. Train, score and export:
+4. Copy the files to a bucket, train, score and export:
 
-       python -m pg_ground.train --config=configs/pixmo_points.py:pg2_3b_448_v5e_8 \\
-           --distributed=auto --workdir=gs://BUCKET/runs/pixmo \\
-           --config.data.dir=gs://BUCKET/pixmo \\
+       gcloud storage cp -r data/pixmo gs://BUCKET/pixmo
+       gcloud storage cp -r weights/pg2_448 gs://BUCKET/pg2_448
+       python -m pg_ground.train --config=configs/pixmo_points.py:pg2_3b_448_v5e_8 \
+           --distributed=auto --workdir=gs://BUCKET/runs/pixmo \
+           --config.data.dir=gs://BUCKET/pixmo \
            --config.init=gs://BUCKET/pg2_448 --config.data.tokenizer=gs://BUCKET/pg2_448
-       python -m pg_ground.evaluate --config=… --workdir=… --out=scores
+       python -m pg_ground.evaluate --config=configs/pixmo_points.py:pg2_3b_448_v5e_8 \
+           --workdir=gs://BUCKET/runs/pixmo --out=scores \
+           --config.data.dir=gs://BUCKET/pixmo --config.data.tokenizer=gs://BUCKET/pg2_448
        python -m pg_ground.convert gs://BUCKET/runs/pixmo exported
 
-A question asks for all things of a label, at most 16. A label that is not on the image has an empty
-answer. The evaluation is precision, recall and F1 of PixMo-Points-Eval and of a held-out part of
-the training rows, and the exact counts of PixMo-Count. Point-Bench is the entry `point_bench` of
-configs/data.py. Published by others: MolmoPoint-8B 70.7 on Point-Bench (arXiv 2603.28069).
+A question asks for all things of a label, at most 16 in training and 40 in the evaluation; of more
+things, random ones count. A label that is not on the image has an empty answer. The evaluation is
+precision, recall and F1 of PixMo-Points-Eval and of a held-out part of the training rows, and the
+exact counts of PixMo-Count. Point-Bench is the entry `point_bench` of configs/data.py. Published by
+others: MolmoPoint-8B 70.7 on Point-Bench (arXiv 2603.28069).
 
 Hours at best, from the programs that were compiled for each slice on 2026-11-28 (jax 0.10.2; no
 run was timed). GiB is the largest program on a chip. The evaluations are not counted here.
@@ -51,6 +60,10 @@ pg2_3b_448_v5e_8        v5e:2x4         64   12.5    1.93   0.66   1.46    2.1  
 pg2_3b_448_v5p_8        v5p:2x2x1      128   33.8    3.31   0.63   2.50    1.8  0.9  0.0         11
 pg2_3b_448_v6e_8        v6e:2x4        128   17.1    1.13   0.48   0.80    0.6  0.4  0.0          8
 pg2_3b_448_lora_v5e_1   v5e:1x1          8   11.8    1.34   0.69   1.05    11.6  7.7  0.0        19
+pg2_3b_448_lora_h100    H100 *          32   25.5    1.07   0.30   0.84    2.3  1.3  0.0          4
+
+* By arithmetic, at best: nothing was compiled for a GPU. The operations of each program are divided
+by 989 TFLOP/s, the bytes of weights and caches by 3.35 TB/s. One H100 has 74.5 GiB (80 GB).
 """
 
 from typing import Any
@@ -76,6 +89,9 @@ RECIPES: dict[str, Recipe] = {
 POINTS = 16
 """Things of a question in training."""
 
+LARGEST = 40
+"""Things of a question in an evaluation. Of more things, this many random ones count."""
+
 TOKENS = 80
 """A point has two loc tokens, and a separator of two tokens at most."""
 
@@ -98,10 +114,12 @@ def get_config(name: str = "pg2_3b_448_v5e_8") -> ConfigDict:
     c.model.logits_block = 8  # each block gathers the embedding
     c.data.dir = "data/pixmo"
     c.data.fetch.cache_dir = "data/pixmo/images"
+    c.data.fetch.concurrency = 32
+    c.data.fetch.retries = 1  # each try of a dead host takes 20 s
     c.data.bad_record_share = 0.3
     c.data.prompt_length = 48
     c.data.suffix_length = TOKENS
-    c.data.max_boxes = 40
+    c.data.max_boxes = LARGEST
 
     tpu.set_sft(c, recipe, SFT_QUESTIONS)
     c.sft.sources = training_sources()
@@ -117,11 +135,15 @@ def get_config(name: str = "pg2_3b_448_v5e_8") -> ConfigDict:
 
     test = "parquet:{dir}/pixmo-points-eval/data/test-*.parquet"
     c.eval.sources = {
-        "held_out": points(ROWS, sampling="end:1%"),
-        "points_eval": points(test),
-        "counts": counts("parquet:{dir}/pixmo-count/data/test-*.parquet"),
+        "held_out": points(ROWS, sampling="end:1%", max_objects=LARGEST),
+        "points_eval": points(test, max_objects=LARGEST),
+        "counts_eval": counts("parquet:{dir}/pixmo-count/data/test-*.parquet"),
     }
-    c.eval.benchmarks = {"held_out": "pointing", "points_eval": "pointing", "counts": "counting"}
+    c.eval.benchmarks = {
+        "held_out": "pointing",
+        "points_eval": "pointing",
+        "counts_eval": "counting",
+    }
     c.eval.examples = 0
     c.eval.interim_examples = 256
     c.eval.every = c.grpo.steps // 10

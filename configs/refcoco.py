@@ -1,52 +1,69 @@
-"""Trains PaliGemma on RefCOCO, RefCOCO+ and RefCOCOg, and measures acc@.5 on all eight splits.
+r"""Trains PaliGemma on RefCOCO, RefCOCO+ and RefCOCOg, and measures acc@.5 on all eight splits.
 
 The argument is MODEL_SLICE, a name of `RECIPES`: pg2_3b_448_v5e_8 is PaliGemma 2 3B at 448 pixels
-on a v5e slice of eight chips. All commands run in the folder of the checkout.
+on a v5e slice of eight chips. All commands run in the folder of the checkout, in its environment
+(`. .venv/bin/activate`).
 
-1. Rehearse the recipe on this machine. It needs no data, no weights and no TPU:
+1. Rehearse the recipe on this machine. It needs no data, no weights and no TPU, but about five
+   minutes on two cores and 6 GB of disk for a while. libtpu (150 MB) tells the hours on the slice:
 
+       pip --python .venv/bin/python install -e '.[tpu]'
        python -m pg_ground.rehearse --config=configs/refcoco.py:pg2_3b_448_v5e_8
 
-2. Get the data: 13 GB to download, and 14 GB on the disk, in data/refcoco/.
+2. Get the data into data/refcoco/: 13 GB to download. The disk needs 27 GB until the .zip files are
+   removed, and 14 GB afterwards.
 
        mkdir -p data/refcoco && cd data/refcoco
        site=bvisionweb1.cs.unc.edu/licheng/referit/data
-       curl -LO https://web.archive.org/web/20220413011718if_/https://$site/refcoco.zip
-       curl -LO https://web.archive.org/web/20220413011656if_/https://$site/refcoco+.zip
-       curl -LO https://web.archive.org/web/20220413012904if_/https://$site/refcocog.zip
-       curl -LO http://images.cocodataset.org/zips/train2014.zip
-       for file in *.zip; do python -m zipfile -e "$file" .; done; cd ../..
+       curl -fLO https://web.archive.org/web/20220413011718if_/https://$site/refcoco.zip
+       curl -fLO https://web.archive.org/web/20220413011656if_/https://$site/refcoco+.zip
+       curl -fLO https://web.archive.org/web/20220413012904if_/https://$site/refcocog.zip
+       curl -fLO http://images.cocodataset.org/zips/train2014.zip
+       for file in *.zip; do python -m zipfile -e "$file" . && rm "$file"; done; cd ../..
 
    (The site of the annotations is offline; these are archived copies.) Training uses big_vision's
    combined set: the train splits of the three datasets, without any image of a val or test split.
    `--config.data.dir=gs://BUCKET/refcoco` reads another folder. configs/data.py has other forms of
    the same data: tfds, big_vision's builder, and rows on the Hub.
 
-3. Get the weights and the tokenizer. Accept the licence on the Hub, then
+3. Get the weights and the tokenizer, 12 GB at most. Accept the licence on the Hub, then
 
        hf auth login
        hf download google/paligemma2-3b-pt-448 --local-dir weights/pg2_448
 
-4. Check your files. The first command reads every record once; the second repeats the rehearsal on
-   your data:
+4. Check your files. The first command reads every record once, with its image; it takes from
+   twenty minutes to hours, by the number of cores. The second repeats the rehearsal on your data:
 
-       python -m pg_ground.rehearse --config=configs/refcoco.py:pg2_3b_448_v5e_8 --data_only
-       python -m pg_ground.rehearse --config=configs/refcoco.py:pg2_3b_448_v5e_8 \\
+       python -m pg_ground.rehearse --config=configs/refcoco.py:pg2_3b_448_v5e_8 --data_only \
+           --config.data.tokenizer=weights/pg2_448
+       python -m pg_ground.rehearse --config=configs/refcoco.py:pg2_3b_448_v5e_8 \
            --config.init=weights/pg2_448 --config.data.tokenizer=weights/pg2_448
 
-5. Train on the slice (docs/tpu.md leads to one), then score all splits and export:
+5. Copy the files to a bucket. Train on the slice (docs/tpu.md leads to one), and export. The run
+   writes 121 GB of checkpoints at most:
 
-       python -m pg_ground.train --config=configs/refcoco.py:pg2_3b_448_v5e_8 --distributed=auto \\
-           --workdir=gs://BUCKET/runs/refcoco --config.data.dir=gs://BUCKET/refcoco \\
+       gcloud storage cp -r data/refcoco gs://BUCKET/refcoco
+       gcloud storage cp -r weights/pg2_448 gs://BUCKET/pg2_448
+       python -m pg_ground.train --config=configs/refcoco.py:pg2_3b_448_v5e_8 --distributed=auto \
+           --workdir=gs://BUCKET/runs/refcoco --config.data.dir=gs://BUCKET/refcoco \
            --config.init=gs://BUCKET/pg2_448 --config.data.tokenizer=gs://BUCKET/pg2_448
-       python -m pg_ground.evaluate --config=… --workdir=… --out=scores
+       python -m pg_ground.report --workdir=gs://BUCKET/runs/refcoco --out=report.html
        python -m pg_ground.convert gs://BUCKET/runs/refcoco exported
 
-The stages are supervised training and GRPO with the reward IoU. A `mix` checkpoint knows the task:
-`--config.stages='("grpo",)'` starts GRPO at once. Between the stages and at the end, all 57,457
-held-out questions are answered; in between, 512 of each split.
+   `report --watch` shows the run while it trains. The run scores all splits at its end. To write
+   every answer to a file, score them again:
 
-No published PaliGemma has acc@.5 on RefCOCO. Published by others, val/testA/testB of RefCOCO,
+       python -m pg_ground.evaluate --config=configs/refcoco.py:pg2_3b_448_v5e_8 \
+           --workdir=gs://BUCKET/runs/refcoco --out=scores \
+           --config.data.dir=gs://BUCKET/refcoco --config.data.tokenizer=gs://BUCKET/pg2_448
+
+The stages are supervised training and GRPO with the reward IoU. A checkpoint such as
+paligemma2-3b-mix-448 knows the task: `--config.stages='("grpo",)'` starts GRPO at once. At the end
+of each stage all 57,457 held-out questions are answered. During a stage, an evaluation answers 512
+questions of each split.
+
+acc@.5 is the share of answers whose box has an IoU of at least 0.5 with the right box. Google has
+published no acc@.5 of PaliGemma on RefCOCO. Published by others, val/testA/testB of RefCOCO,
 of RefCOCO+, and val/test of RefCOCOg: EGM-Qwen3-VL-4B by GRPO (arXiv 2601.13633)
 93.5/95.1/90.0, 89.7/93.1/84.9, 90.4/90.8.
 
@@ -68,9 +85,11 @@ pg2_3b_896_v5p_8        v5p:2x2x1       32   47.2    3.59   0.56   1.82    5.0  
 pg2_3b_896_v6e_8        v6e:2x4         32   23.9    2.65   0.32   1.32    3.7  3.6  1.0         67
 pg2_3b_224_lora_v5e_1   v5e:1x1         16    9.0    0.71   0.15   0.42    2.0  2.6  0.4          5
 pg2_3b_448_lora_v5e_1   v5e:1x1          8   11.5    1.26   0.25   0.66    7.0  8.1  1.5         17
+pg2_3b_224_lora_h100    H100 *          64   15.3    0.56   0.12   0.34    0.4  0.5  0.1          1
+pg2_3b_448_lora_h100    H100 *          32   24.6    1.00   0.20   0.53    1.4  1.6  0.3          3
 
-The recipes for one H100 were not compiled. One H100 has 80 GB, and the memory that a run prints at
-its start (by arithmetic) is far below: adapters on a bfloat16 base.
+* By arithmetic, at best: nothing was compiled for a GPU. The operations of each program are divided
+by 989 TFLOP/s, the bytes of weights and caches by 3.35 TB/s. One H100 has 74.5 GiB (80 GB).
 """
 
 from typing import Any

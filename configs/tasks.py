@@ -1,6 +1,6 @@
-"""The reward recipes of four other systems, with PaliGemma's form of the answers.
+r"""The reward recipes of four other systems, with PaliGemma's form of the answers.
 
-python -m pg_ground.train --config=configs/tasks.py:grounding --workdir=runs/grounding \\
+python -m pg_ground.train --config=configs/tasks.py:grounding --workdir=runs/grounding \
     --config.grpo.sources.questions.uri=jsonl:DIR/triples.jsonl
 
 SFT teaches the form of the answer, then GRPO improves it. The argument is a name in `TASKS`. Both

@@ -1,8 +1,8 @@
-"""Recipes for TPU slices: PaliGemma 1 and 2, with every parameter or with adapters.
+r"""Recipes for TPU slices: PaliGemma 1 and 2, with every parameter or with adapters.
 
 python -m pg_ground.compile --config=configs/tpu.py:pg1_3b_224_v5e_8 --topology=v5e:2x4
-python -m pg_ground.train --config=configs/tpu.py:pg1_3b_224_v5e_8 --distributed=auto \\
-    --workdir=/shared/run --config.init=… --config.data.tokenizer=… \\
+python -m pg_ground.train --config=configs/tpu.py:pg1_3b_224_v5e_8 --distributed=auto \
+    --workdir=/shared/run --config.init=… --config.data.tokenizer=… \
     --config.grpo.sources.boxes.uri=… --config.eval.sources.boxes.uri=…
 
 The argument is a name in `RECIPES`. Data, weights and rewards are those of configs/paligemma.py.
