@@ -71,6 +71,7 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = pg_ground.trian
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["function", "module"])
 def test_a_command_module_does_not_hide_the_function_of_its_name(first):
     """In both orders of import, with every form of the import statement."""

@@ -104,6 +104,7 @@ def test_checkpoints_of_an_older_orbax_without_commit_files_are_continued(
     assert (workdir / "checkpoints" / "13").is_dir()
 
 
+@pytest.mark.slow
 def test_other_settings_in_the_same_directory_are_refused(tiny_run):
     flags = ("--config=configs/tiny.py", f"--workdir={tiny_run}", "--config.grpo.group_size=2")
     finished = run_here("train", *flags)

@@ -88,6 +88,7 @@ def test_at_first_the_policy_is_the_base_bit_for_bit(dtype):
     )
 
 
+@pytest.mark.slow
 def test_without_its_section_the_model_ignores_adapters():
     """The base is there as a reference policy in the very arrays of the policy."""
     _, base, fresh = adapted(PG2)

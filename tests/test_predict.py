@@ -37,6 +37,7 @@ def random_completions(
     return np.where(mask, tokens, PAD), mask
 
 
+@pytest.mark.slow
 def test_predict_and_rewards_read_the_same_answers():
     """Coordinates of answers are rounded to 1e-4 pixels."""
     pieces = tokenizer.load()

@@ -219,6 +219,7 @@ def test_scores_are_float32_in_order_and_nan_where_a_reward_does_not_apply(files
     assert capfd.readouterr().out == "", "rewards do not write to the run's stdout"
 
 
+@pytest.mark.slow
 def test_defect_26_an_exception_in_a_reward_kills_the_run(files, caplog):
     """A reward that fails for one completion loses that score and no other. The first error is
     logged, and the run goes on.
@@ -470,6 +471,7 @@ def test_the_text_rewards_of_the_package_import_no_jax():
     assert ran.stdout == "[]\n"
 
 
+@pytest.mark.slow
 def test_a_worker_ends_with_a_run_that_is_killed(files):
     (files.folder / "killed.py").write_text(
         "import os, time\n"

@@ -144,6 +144,7 @@ def test_the_greedy_completion_becomes_the_baseline():
     np.testing.assert_allclose(advantages, [[0.5, -0.5], [-0.25, -0.25]])
 
 
+@pytest.mark.slow
 def test_a_penalty_in_the_reward_moves_advantages():
     groups = scored_groups([[1.0, 0.0], [0.0, 1.0]])
     # The policy gives the first completion 3 nats more than the reference does.

@@ -118,6 +118,7 @@ def test_tokens_outside_the_loss_mask_are_read(grpo_step, rollout):
     assert abs(gradient_norm(state) - gradient_norm(other)) > 1e-4
 
 
+@pytest.mark.slow
 def test_a_critic_is_trained_beside_the_policy(pg1, rollout):
     """The critic is a value head on hidden states. Its tree has a name, its loss reaches the tree,
     and its values make advantages per token.

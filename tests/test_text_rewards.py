@@ -876,7 +876,7 @@ def annotations(draw) -> tuple[tuple[int, int], np.ndarray]:
     return size, np.clip(np.array(boxes), 0, 1).astype(np.float32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(annotations(), st.integers(0, 3))
 def test_no_answer_beats_the_gold_answer(annotation, axis):
     """The gold text of a JSON source is compared with each edge moved by a pixel, and with boxes a

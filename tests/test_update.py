@@ -158,7 +158,8 @@ def test_micro_batches_do_not_change_a_supervised_step(pg1, whole_steps, parts):
     assert_same_step(run_step(*sft_update(pg1, parts)), whole_steps["sft"])
 
 
-@pytest.mark.parametrize("parts", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [2, 4])
 def test_defect_15_micro_batches_do_not_change_a_policy_gradient_step(pg2, whole_steps, parts):
     """Our losses are divided by the tokens of the whole batch, and the metrics of all parts add up.
 
@@ -261,7 +262,8 @@ def on_devices(mesh: Any, args: tuple[Any, ...], num_states: int) -> tuple[Any, 
     return (*sharded, *(sharding.put_batch(mesh, tree) for tree in args[num_states:]))
 
 
-@pytest.mark.parametrize("stage", [pytest.param("sft", marks=pytest.mark.slow), "grpo"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_eight_devices_make_the_step_of_one(request, whole_steps, monkeypatch, stage):
     """Real runs do not split arrays up to 4 MiB. This test splits all arrays."""
     monkeypatch.setattr(sharding, "SMALL_BYTES", 0)
