@@ -89,7 +89,8 @@ def check_vocab_size(tokenizer: Tokenizer, vocab_size: int) -> None:
     if tokenizer.vocab.size != vocab_size:
         raise UserError(
             f"the tokenizer (config.data.tokenizer, or --tokenizer of predict) has "
-            f"{tokenizer.vocab.size} tokens, but the model (model.text.vocab_size) has {vocab_size}"
+            f"{tokenizer.vocab.size} tokens, but the model (model.text.vocab_size) has "
+            f"{vocab_size}: use the tokenizer.model of the model's own checkpoint"
         )
 
 
@@ -127,7 +128,10 @@ def _read(model: bytes, name: str) -> sentencepiece.SentencePieceProcessor:
     except RuntimeError:
         loaded = False
     if not loaded:
-        raise UserError(f"tokenizer {name}: {len(model)} bytes that are not a sentencepiece model")
+        raise UserError(
+            f"tokenizer {name}: {len(model)} bytes that are not a sentencepiece model: "
+            "use the tokenizer.model of the model's own checkpoint"
+        )
     return pieces
 
 

@@ -213,7 +213,7 @@ def test_a_part_of_a_benchmark_has_the_number_in_its_name(miniature):
         ("--config.eval.batch_size=12", "config.eval.batch_size is 12: it must be a multiple of 8"),
         ("--config.mesh.model=3", "8 devices"),
         ("--config.data.tokenizer=WITHOUT", "is not piece"),
-        ("--config.data.tokenizer=SMALL", "but the model (model.text.vocab_size) has 257152"),
+        ("--config.data.tokenizer=SMALL", "has 257152: use the tokenizer.model of the model's own"),
     ],
 )
 def test_faults_of_settings_are_one_line(flag, message, tmp_path):
@@ -312,6 +312,27 @@ def test_the_stand_in_of_the_tokenizer_has_room_for_a_users_texts(miniature, tmp
     tiny = parse(run_recipe(ROOT / "configs" / "tiny.py").get_config())
     rehearsal = Rehearsal(tiny, tiny, "v5e:1x1", tmp_path, Checklist(print))
     assert rehearsal.small_config().data.prompt_length == tiny.data.prompt_length
+
+
+@pytest.mark.slow
+def test_sources_with_one_cause_share_their_lines(copy):
+    shutil.rmtree(copy / "train2014")
+    result = data_only(copy)
+    assert result.returncode == 2
+    lines = result.stdout.splitlines()
+    assert sum("there is no file" in line for line in lines) == 3  # of the first source
+    assert sum(line.rstrip().endswith("  as sft/combined") for line in lines) == 8
+    error = error_line(result)
+    assert "source sft/combined: " in error and error.count("cannot be used") == 1
+    assert "also eval/refcoco_val, eval/refcoco_testA, eval/refcoco_testB, and 5 more" in error
+
+
+@pytest.mark.parametrize("name", ["refs(umd).p", "instances.json"])
+def test_a_cut_file_is_unpacked_again(copy, name):
+    file = copy / "refcocog" / name
+    file.write_bytes(file.read_bytes()[:-100])
+    error = error_line(rehearse_inputs(copy.parent, f"--config.data.dir={copy}"))
+    assert name in error and error.endswith("if the file was cut, unpack its archive again")
 
 
 def test_many_faults_are_printed_and_the_error_names_the_first(here):
@@ -644,7 +665,7 @@ def test_a_source_without_a_picture_is_one_line(tmp_path):
     config = pixmo_with_bad_rows(tmp_path / "data", 6)
     with pytest.raises(UserError) as error:
         data.first_image(config)
-    text = "config.grpo.sources.counts: no question can be used; question 0: "
+    text = "config.grpo.sources.counts: no question can be used; record 0: "
     assert str(error.value).startswith(text) and "\n" not in str(error.value)
 
 

@@ -79,14 +79,11 @@ class BadRecords:
         entries = [entry for entry in self.entries() if entry["source"] == source]
         kinds = Counter(entry["kind"] for entry in entries).most_common()
         first = entries[0]
-        message = first["message"]
-        if not RECORD.match(message):
-            message = f"record {first['index']}: {message}"
         raise UserError(
             f"source {source}: {len(entries)} of {read} records read cannot be used "
             f"({', '.join(f'{count} {kind}' for kind, count in kinds)}), but "
             f"data.bad_record_share allows {max_share:g}; "
-            f"{message}"
+            f"{numbered(first['index'], first['message'])}"
         )
 
     def _exceeds(self, source: str, max_share: float) -> bool:
@@ -104,6 +101,11 @@ def exceeds_share(bad: int, read: int, size: int, max_share: float) -> bool:
       max_share: a value of `data.bad_record_share`.
     """
     return bad > max_share * min(max(read, MIN_RECORDS), size) or bad == size
+
+
+def numbered(index: int, message: str) -> str:
+    """Returns the message of a bad record. If it names no record, `index` is written before it."""
+    return message if RECORD.match(message) else f"record {index}: {message}"
 
 
 def in_words(entries: Sequence[Record]) -> str:

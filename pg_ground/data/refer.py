@@ -31,6 +31,8 @@ COMBINED = (("refcocog", "umd"), ("refcoco", "unc"), ("refcoco+", "unc"))
 
 REFS_FILES = ("refs(*).p", "grefs(*).p", "grefs(*).json")
 
+GET_AGAIN = "if the file was cut, unpack its archive again"
+
 CANNOT_UNPICKLE = (
     pickle.UnpicklingError,
     EOFError,
@@ -265,8 +267,7 @@ def _read_refs(folder: FilePath, dataset: str, split_by: str, source: str) -> li
     except CANNOT_UNPICKLE as error:
         raise UserError(
             f"{source}: {path} is no {'JSON' if path.suffix == '.json' else 'pickle'} of refs, "
-            f"or not all of one: "
-            f"{str(error) or type(error).__name__}"
+            f"or not all of one: {str(error) or type(error).__name__}; {GET_AGAIN}"
         ) from error
     values = entries if isinstance(entries, list) else [entries]
     refs = [_to_ref(value, dataset, f"ref {i} of {name}") for i, value in enumerate(values)]
@@ -387,7 +388,9 @@ def _read_coco(
         tables = [content[name] for name in SINGULAR]
     except (OSError, ImportError) as error:
         raise UserError(f"{source}: {error}; coco=FILE names COCO annotations elsewhere") from error
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except ValueError as error:
+        raise UserError(f"{_no_coco(path, source, repr(error))}; {GET_AGAIN}") from error
+    except (TypeError, KeyError, RecursionError) as error:
         raise UserError(_no_coco(path, source, repr(error))) from error
     by_key = []
     for name, table in zip(SINGULAR, tables, strict=True):

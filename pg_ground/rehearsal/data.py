@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from pg_ground.config import Config, Source
+from pg_ground.data.bad_records import numbered
 from pg_ground.data.datasets import Examples, open_examples
 from pg_ground.data.records import BadRecord, clip_text
 from pg_ground.data.text_budgets import spread
@@ -124,7 +125,7 @@ def _check_sample(examples: Examples, share: float, setting: str) -> None:
             examples[index]
         except BadRecord as error:
             bad[error.kind] += 1
-            first = first or f"question {index}: {error}"
+            first = first or numbered(index, str(error))
     if not indices or sum(bad.values()) > share * len(indices):
         kinds = ", ".join(f"{count} {kind}" for kind, count in bad.most_common())
         raise UserError(
@@ -147,5 +148,5 @@ def first_image(config: Config) -> Image.Image:
         try:
             return Image.fromarray(examples[index].image)
         except BadRecord as bad:
-            reason = reason or f"question {index}: {bad}"
+            reason = reason or numbered(index, str(bad))
     raise UserError(f"config.{stage}.sources.{name}: no question can be used; {reason}")

@@ -1,6 +1,7 @@
 """Paths of a run that do not exist. If the user typed one as a flag, it is a mistake of typing."""
 
 import difflib
+from pathlib import Path
 
 from pg_ground.storage.downloads import checkpoint_path
 from pg_ground.storage.paths import FilePath, children, to_path
@@ -27,12 +28,13 @@ def nearest_path(path: FilePath) -> str:
         return ""
     if not folder.is_dir():
         return nearest_path(folder)
-    names = [child.name for child in children(folder)]
+    names = [child.name for child in children(folder) if not child.name.startswith(".")]
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
     if close:
         return f"did you mean {folder / close[0]}?"
     listed = first_problems(names, ", ", SHOWN)
-    return f"{folder} has {listed:.150}" if names else f"{folder} is empty"
+    where = "this folder" if folder == Path() else folder
+    return f"{where} has {listed:.150}" if names else f"{where} is empty"
 
 
 def missing(setting: str, path: FilePath) -> str:

@@ -1,5 +1,6 @@
 """Tables of the findings about sources: what was read, what is bad, and how records were read."""
 
+import re
 from collections.abc import Iterator, Sequence
 
 from pg_ground.data.source_check import Check, name_collisions
@@ -11,6 +12,11 @@ MAX_COLLISIONS = 5
 
 MAX_TEXT = 200
 """Characters of a fault that are shown."""
+
+SOURCE = re.compile(r"^source .*?: ")
+"""The beginning of a message that names its source."""
+
+DIGITS = re.compile(r"\d+")
 
 
 def tables(checks: Sequence[Check]) -> Iterator[Table]:
@@ -47,14 +53,32 @@ def _overview(checks: Sequence[Check]) -> Table:
 
 
 def _faults(checks: Sequence[Check]) -> Table:
+    """Returns the first faults of each kind. A source whose faults look like those of an earlier
+    source has one row: a missing folder of images makes every record of every source bad."""
     rows = []
+    shown: dict[tuple[str, str], str] = {}
     for check in checks:
         for kind, count in check.findings.bad.most_common():
-            for i, (index, text) in enumerate(check.findings.faults[kind]):
+            faults = check.findings.faults[kind]
+            forms = [(kind, fault_form(text)) for _, text in faults]
+            if all(form in shown for form in forms):
+                first_index = str(faults[0][0])
+                rows.append([check.name, kind, str(count), first_index, f"as {shown[forms[0]]}"])
+                continue
+            for i, (index, text) in enumerate(faults):
                 name, number = (check.name, str(count)) if i == 0 else ("", "")
                 rows.append([name, kind if i == 0 else "", number, str(index), text[:MAX_TEXT]])
+            shown |= {form: check.name for form in forms if form not in shown}
     columns = ["source", "kind", "records", "question", "what is wrong"]
     return Table("records that cannot be used", columns, rows)
+
+
+def fault_form(text: str) -> str:
+    """Returns a message without the name of its source and without its numbers.
+
+    Messages with the same form have the same cause.
+    """
+    return DIGITS.sub("0", SOURCE.sub("", text))
 
 
 def _readings(checks: Sequence[Check]) -> Table:

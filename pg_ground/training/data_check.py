@@ -53,7 +53,7 @@ def check_data(config: Config, workers: int) -> None:
     if not has_tokenizer:
         for note in (SMALL_TOKENIZER, *_long_texts(config.data, checks)):
             multiprocess.print_once(note)
-    problems = [problem for check in checks for problem in check.problems]
+    problems = _distinct_problems(checks)
     if "grpo" in config.stages:
         usable = {check.name for check in checks if check.budget is not None}
         usable |= {name for name, first_name in copies.items() if first_name in usable}
@@ -67,6 +67,23 @@ def check_data(config: Config, workers: int) -> None:
     if texts:
         raise UserError("; ".join(texts))
     multiprocess.print_once("training can start with these records")
+
+
+def _distinct_problems(checks: Sequence[Check]) -> list[str]:
+    """Returns the reasons for which training would stop. Sources with the same cause share one."""
+    problems: dict[str, str] = {}
+    others: dict[str, list[str]] = {}
+    for check in checks:
+        for problem in check.problems:
+            form = data_report.fault_form(problem)
+            if form in problems:
+                others[form].append(check.name)
+            else:
+                problems[form], others[form] = problem, []
+    return [
+        problem + (f" (also {first_problems(others[form], ', ', SHOWN)})" if others[form] else "")
+        for form, problem in problems.items()
+    ]
 
 
 def small_tokenizer_fits(config: Config) -> bool:
