@@ -103,9 +103,9 @@ def exceeds_share(bad: int, read: int, size: int, max_share: float) -> bool:
     return bad > max_share * min(max(read, MIN_RECORDS), size) or bad == size
 
 
-def numbered(index: int, message: str) -> str:
-    """Returns the message of a bad record. If it names no record, `index` is written before it."""
-    return message if RECORD.match(message) else f"record {index}: {message}"
+def numbered(index: int, message: str, noun: str = "record") -> str:
+    """Returns the message of a bad record. If it names no record, `noun` and `index` precede it."""
+    return message if RECORD.match(message) else f"{noun} {index}: {message}"
 
 
 def in_words(entries: Sequence[Record]) -> str:

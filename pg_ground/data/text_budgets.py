@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pg_ground.config import Data
-from pg_ground.data.bad_records import exceeds_share
+from pg_ground.data.bad_records import exceeds_share, numbered
 from pg_ground.data.chat_turns import turn_notes
 from pg_ground.data.datasets import Examples
 from pg_ground.data.examples import (
@@ -108,7 +108,7 @@ def measure_budget(dataset: Examples, tokenizer: Tokenizer, data: Data) -> Budge
         try:
             questions[index] = _measure(dataset, index, tokenizer)
         except BadRecord as bad:
-            failures.append(f"question {index}: {bad}")
+            failures.append(numbered(index, str(bad), "question"))
             # Many records may say that nothing is there. A field that is absent may be a typo.
             says_nothing = bad.kind == "empty" and str(bad) == nothing_there(dataset.source)
             empty += bad.kind == "empty"
@@ -226,7 +226,7 @@ def _probe(dataset: Examples, indices: Sequence[int]) -> dict[int, Example]:
             examples[index] = dataset[index]
         except BadRecord as bad:
             if bad.kind != "too_many_boxes":  # `check_budgets` names the setting to raise
-                failures.append(f"question {index}: {bad}")
+                failures.append(numbered(index, str(bad), "question"))
     if failures and len(failures) == len(indices):
         raise _none_usable(dataset, failures)
     return examples

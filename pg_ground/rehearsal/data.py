@@ -125,7 +125,7 @@ def _check_sample(examples: Examples, share: float, setting: str) -> None:
             examples[index]
         except BadRecord as error:
             bad[error.kind] += 1
-            first = first or numbered(index, str(error))
+            first = first or numbered(index, str(error), "question")
     if not indices or sum(bad.values()) > share * len(indices):
         kinds = ", ".join(f"{count} {kind}" for kind, count in bad.most_common())
         raise UserError(
@@ -148,5 +148,5 @@ def first_image(config: Config) -> Image.Image:
         try:
             return Image.fromarray(examples[index].image)
         except BadRecord as bad:
-            reason = reason or numbered(index, str(bad))
+            reason = reason or numbered(index, str(bad), "question")
     raise UserError(f"config.{stage}.sources.{name}: no question can be used; {reason}")
