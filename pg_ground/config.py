@@ -332,6 +332,11 @@ class Source:
         "boxes or points that a record keeps, a random choice in their order; 0 is all",
         minimum=0,
     )
+    where: str = setting(
+        "",
+        "filter over the record's fields, as \"task != 'Count' and len(objects) > 1\": only the "
+        'records that satisfy it exist; "" keeps all',
+    )
     sampling: str = setting(
         "all",
         'records used: "all", "first:N", "end:N" or "random:N"; N can be a share such as 12.5%',

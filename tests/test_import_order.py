@@ -72,6 +72,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "image_files",
             "pixel_depth",
             "record_fields",
+            "row_filters",
             "chat_turns",
             "names",
             "images",

@@ -13,7 +13,7 @@ from pg_ground.data.masks import whole_masks
 from pg_ground.data.record_fields import count_elements, field_at, list_path, with_setting
 from pg_ground.data.records import BadRecord, Records, image_folder
 from pg_ground.data.sampling import sample_indices
-from pg_ground.data.sources import open_records, with_dir
+from pg_ground.data.sources import filter_records, open_records, with_dir
 from pg_ground.types import Example, JsonDict, UserError
 
 
@@ -41,18 +41,23 @@ class Examples:
         self._image_size = image_size
         self._seed = seed
         self._folder = image_folder(records, source)
-        self._record_indices = sample_indices(len(records), source.sampling, seed)
+        kept = filter_records(records, source, name)
+        count = len(kept.indices)
+        self._record_indices = kept.indices[sample_indices(count, source.sampling, seed)]
         if not len(self._record_indices):
             raise UserError(
-                f"source {name}: sampling {source.sampling!r} keeps none of {len(records)} records"
+                f"source {name}: sampling {source.sampling!r} keeps none of {count} records"
             )
+        self.filter_note = kept.note
+        """How many records `source.where` keeps, in words; "" without a filter."""
         self._list_path = list_path(source)
         self._starts = self._first_questions() if self._splits_lists() else None
 
     @property
     def notes(self) -> tuple[str, ...]:
         """How the reader of the source understood it, in words."""
-        return getattr(self._records, "notes", ())
+        of_filter = (self.filter_note,) if self.filter_note else ()
+        return (*of_filter, *getattr(self._records, "notes", ()))
 
     def _splits_lists(self) -> bool:
         return bool(self._list_path) and self.source.element == "all"

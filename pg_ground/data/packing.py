@@ -23,7 +23,7 @@ from pg_ground.data.image_values import image_name, plain_image
 from pg_ground.data.images import load_image, load_nonzero
 from pg_ground.data.record_fields import field_at, plain_text, with_field
 from pg_ground.data.records import BadRecord, Records, image_folder, unusable_fields
-from pg_ground.data.sources import open_records
+from pg_ground.data.sources import filter_records, open_records
 from pg_ground.storage.paths import FilePath, join
 from pg_ground.types import JsonDict, UserError
 
@@ -66,6 +66,7 @@ def _contents(source: Source) -> tuple[Any, ...]:
     """Returns the settings that decide the contents of a source's files."""
     return (
         source.uri,
+        source.where,
         source.image,
         source.image_sha256,
         source.image_root,
@@ -75,7 +76,7 @@ def _contents(source: Source) -> tuple[Any, ...]:
 
 
 def _unique_sources(sections: Sequence[Mapping[str, Source]]) -> dict[str, Source]:
-    """Returns the sources by name. Raises UserError if one name has two different uris."""
+    """Returns the sources by name. Raises UserError if one name has two uris or two filters."""
     sources: dict[str, Source] = {}
     for section in sections:
         for name, source in section.items():
@@ -84,6 +85,11 @@ def _unique_sources(sections: Sequence[Mapping[str, Source]]) -> dict[str, Sourc
                 raise UserError(
                     f"two sources are called {name}: {first.uri} and {source.uri}; "
                     f"give them different names"
+                )
+            if first.where != source.where:
+                raise UserError(
+                    f"two sources called {name} have different filters ({first.where!r} and "
+                    f"{source.where!r} in where): give them different names"
                 )
     return sources
 
@@ -96,12 +102,13 @@ def _pack_source(
         source.uri, keep_empty=source.empty == "keep", flat_is_bad=source.flat_boxes == "bad"
     )
     counts: Counter[str] = Counter()
-    with tqdm(total=len(records), desc=name, file=sys.stderr) as bar:
+    kept = filter_records(records, source, name).indices
+    with tqdm(total=len(kept), desc=name, file=sys.stderr) as bar:
         for shard in range(num_shards):
             path = folder / f"{name}-{shard:05d}-of-{num_shards:05d}.array_record"
             # Whole stretches, because a reader goes through the files one after the other.
-            start, stop = (len(records) * number // num_shards for number in (shard, shard + 1))
-            indices = range(start, stop)
+            start, stop = (len(kept) * number // num_shards for number in (shard, shard + 1))
+            indices = kept[start:stop].tolist()
             write_array_record(path, _packed_records(records, source, fetch, indices, counts, bar))
     return counts
 

@@ -33,6 +33,11 @@ class MissingField(BadRecord):
         self.path = path
         self.reason = reason
 
+    @property
+    def is_absent(self) -> bool:
+        """Whether a field outside of lists is absent or null."""
+        return isinstance(self, _Absent)
+
 
 class _Absent(MissingField):
     """A path that leads to no value, because a field outside of lists is absent or null."""

@@ -2,7 +2,7 @@
 
 import difflib
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from pg_ground.config import Source
@@ -112,6 +112,20 @@ class Records(Protocol):
 
     def __getitem__(self, index: int, /) -> JsonDict:
         """Returns record `index`, or raises `BadRecord`."""
+        ...
+
+
+@runtime_checkable
+class ColumnRecords(Records, Protocol):
+    """Records of a table whose columns can be read alone, without the images in other columns."""
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The names of the columns."""
+        ...
+
+    def read_columns(self, names: Sequence[str]) -> Iterator[JsonDict | BadRecord]:
+        """Yields every record, in order, with these columns only, or why it cannot be read."""
         ...
 
 

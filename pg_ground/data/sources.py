@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from urllib.parse import parse_qsl
 
+import numpy as np
+
 from pg_ground.config import Source
 from pg_ground.data import synthetic
 from pg_ground.data.arrayrecord import open_array_record
@@ -17,9 +19,13 @@ from pg_ground.data.pointarena import open_pointarena
 from pg_ground.data.records import Records
 from pg_ground.data.refer import open_refer
 from pg_ground.data.relations import open_relations
+from pg_ground.data.row_filters import Kept, RowFilter
 from pg_ground.data.tables import open_json, open_json_lines, open_parquet, open_yaml
 from pg_ground.data.tfds import open_tfds
 from pg_ground.types import UserError, nearest
+
+MAX_DRAWN = 2**17
+"""The largest number of drawn scenes that a filter draws, which takes about a minute."""
 
 
 def with_dir(source: Source, folder: str) -> Source:
@@ -54,10 +60,39 @@ def open_records(
     except UserError as error:
         if not entry:
             raise
-        section, slash, name = entry.rpartition("/")
-        setting = f"config.{section}.sources.{name}.uri" if slash else f"sources.{name}.uri"
         reason = str(error).removeprefix(f"source {uri}: ")
-        raise UserError(f"{setting} ({uri}): {reason}") from error
+        raise UserError(f"{setting_name(entry, 'uri')} ({uri}): {reason}") from error
+
+
+def setting_name(entry: str, field: str) -> str:
+    """Returns the name of a setting of a source, as an error has it.
+
+    Args:
+      entry: the config entry, as `grpo/photos` or `photos`.
+      field: of the source.
+    """
+    section, slash, name = entry.rpartition("/")
+    return f"config.{section}.sources.{name}.{field}" if slash else f"sources.{name}.{field}"
+
+
+def filter_records(records: Records, source: Source, entry: str) -> Kept:
+    """Returns the records that `source.where` keeps, all if it is empty.
+
+    Args:
+      entry: the config entry, as `grpo/photos` or `photos`.
+
+    Raises:
+      UserError: see `RowFilter`; or the records are scenes that are drawn, and there are too many.
+    """
+    if not source.where:
+        return Kept(np.arange(len(records)), "")
+    setting = setting_name(entry, "where")
+    if source.uri.startswith("synthetic:") and len(records) > MAX_DRAWN:
+        raise UserError(
+            f"{setting} draws all of {len(records)} scenes: add scenes=N to the uri "
+            f"(at most {MAX_DRAWN})"
+        )
+    return RowFilter(source.where, setting).choose(records)
 
 
 def _open_synthetic(location: str) -> Records:

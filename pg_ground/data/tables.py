@@ -6,7 +6,7 @@ import json
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -274,6 +274,27 @@ class Parquet:
             where = f"row group {number} of {self._paths[file].name}"
             raise BadRecord("bad_parquet", f"{where}: {one_line(error)}") from error
 
+    @property
+    def columns(self) -> list[str]:
+        return self._footers[0].schema.to_arrow_schema().names
+
+    def read_columns(self, names: Sequence[str]) -> Iterator[JsonDict | BadRecord]:
+        """Yields every row, in order, with the columns `names`, or why it cannot be read."""
+        for group, (file, number) in enumerate(self._groups):
+            classes = self._names[file]
+            try:
+                rows = self._read(group, names).to_pylist()
+            except CANNOT_PARSE as error:
+                where = f"row group {number} of {self._paths[file].name}"
+                bad = BadRecord("bad_parquet", f"{where}: {one_line(error)}")
+                yield from [bad] * int(self._starts[group + 1] - self._starts[group])
+                continue
+            for row in rows:
+                try:
+                    yield with_class_names(row, classes) if classes else row
+                except BadRecord as bad:
+                    yield bad
+
     def _row_group(self, group: int) -> pa.Table:
         """Returns a row group. Threads that ask for the same group wait for one reading of it."""
         with self._lock:
@@ -299,12 +320,13 @@ class Parquet:
                 return
             self._decoded.popitem(last=False)
 
-    def _read(self, group: int) -> pa.Table:
+    def _read(self, group: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """Returns a row group, or only some of its columns."""
         file, number = self._groups[group]
         # A new handle for each reading: pyarrow's handles are not safe to share between threads.
         with self._paths[file].open("rb") as handle:
             parquet = pq.ParquetFile(handle, metadata=self._footers[file], pre_buffer=True)
-            return parquet.read_row_group(number)
+            return parquet.read_row_group(number, columns=columns and list(columns))
 
 
 def _notes(declared: Sequence[Names], default: Names) -> tuple[str, ...]:

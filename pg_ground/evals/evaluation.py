@@ -1,5 +1,7 @@
 """Evaluates a checkpoint or a run on the held-out sources of a config."""
 
+import logging
+
 from pg_ground.checkpoints import weights
 from pg_ground.config import Config
 from pg_ground.data.bad_records import BadRecords
@@ -12,6 +14,8 @@ from pg_ground.storage.paths import FilePath, to_path
 from pg_ground.tokenizer import check_vocab_size
 from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.types import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -43,6 +47,9 @@ def evaluate(
     check_vocab_size(tokenizer, model.config.text.vocab_size)
     programs = make_eval_programs(model, tokenizer.vocab, config.eval, config.grpo)
     sources = open_eval_sources(config.eval, config.data, config.model.image_size)
+    for examples in sources.values():
+        if examples.filter_note:
+            logger.info("source %s: %s", examples.name, examples.filter_note)
     context = EvalContext(
         config.eval, config.data, config.seed, tokenizer, mesh, BadRecords(), config.grpo
     )

@@ -92,6 +92,8 @@ def has_addresses(config: Config) -> bool:
 
 
 def _write_source(source: Source, folder: Path, setting: str, address: str) -> None:
+    if source.where:
+        raise UserError(f"{setting}.where ({source.where:.80}) has no data in miniature")
     scheme, _, location = source.uri.partition(":")
     path, _, query = location.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True, encoding="utf-8"))
