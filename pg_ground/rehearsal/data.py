@@ -14,11 +14,13 @@ from pg_ground.config import Config, Source
 from pg_ground.data.bad_records import numbered
 from pg_ground.data.datasets import Examples, open_examples
 from pg_ground.data.records import BadRecord, clip_text
-from pg_ground.data.text_budgets import spread
+from pg_ground.data.text_budgets import measure_budget, spread
 from pg_ground.evals.benchmarks import find_benchmark, source_count_faults
+from pg_ground.evals.runner import cuts_answers
 from pg_ground.rehearsal import typed_paths
 from pg_ground.rehearsal.miniatures import has_addresses, write_miniatures
 from pg_ground.storage.paths import to_path
+from pg_ground.tokenizer import Tokenizer
 from pg_ground.types import UserError
 
 SAMPLE = 64
@@ -132,6 +134,26 @@ def _check_sample(examples: Examples, share: float, setting: str) -> None:
             f"{setting}: {sum(bad.values())} of {len(indices)} questions cannot be used ({kinds}); "
             f"{clip_text(first, 300)}"
         )
+
+
+def longest_suffix(config: Config, tokenizer: Tokenizer) -> int:
+    """Returns the largest number of suffix tokens in a sample of each source.
+
+    Answers that an evaluation may cut do not count.
+    """
+    settings = replace(config.data, check_records=SAMPLE)
+    budgets = []
+    for section, name, source in used_sources(config):
+        examples = open_examples(
+            f"{section}/{name}",
+            source,
+            settings,
+            config.model.image_size,
+            config.seed,
+            section == "eval" and cuts_answers(config.eval, name),
+        )
+        budgets.append(measure_budget(examples, tokenizer, settings))
+    return max(budget.suffix_tokens for budget in budgets if not budget.cut_answers)
 
 
 def first_image(config: Config) -> Image.Image:
