@@ -543,6 +543,18 @@ def test_the_stand_in_has_paligemmas_ids(tmp_path):
     assert loaded.decode(loaded.suffix("red circle")) == "red circle"
 
 
+def test_the_small_run_has_room_for_the_suffixes_of_its_data(tmp_path):
+    config = parse(run_recipe(ROOT / "configs" / "detection.py").get_config("pg2_3b_448_v5e_8"))
+    write_miniatures(config, tmp_path)
+    config = replace(config, data=replace(config.data, dir=str(tmp_path)))
+    file = tmp_path / "t.model"
+    file.write_bytes(stand_in_tokenizer(257_152))
+    pieces = tokenizer.load(str(file))
+    examples = open_examples("sft/train", config.sft.sources["train"], config.data, 56)
+    longest = max(len(pieces.suffix(example.suffix)) for example in examples)
+    assert data.longest_suffix(config, pieces) == longest < config.data.suffix_length / 4
+
+
 # costs
 
 
