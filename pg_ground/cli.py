@@ -37,6 +37,8 @@ from pg_ground.parallel import multiprocess
 from pg_ground.parallel.multiprocess import ProcessGroup
 from pg_ground.reporting import progress
 from pg_ground.storage.paths import is_bucket_error, local_path, to_path
+from pg_ground.training import entry_flags
+from pg_ground.training.entry_flags import Change
 from pg_ground.types import UserError, nearest
 
 DISTRIBUTED = "distributed"
@@ -65,7 +67,9 @@ SETTINGS_HELP = """\
 --config=FILE:ARG passes ARG to that function. configs/NAME.py is also found in the package.
 --config.a.b=VALUE then changes one setting; the last value counts. A setting that neither the
 file nor a flag changes keeps its default, which pg_ground/config.py holds. A tuple is written
-'("a", "b")' or a,b. --help together with --config=FILE prints every setting of that file with
+'("a", "b")' or a,b. Flags also add rewards, sources and benchmarks, and None removes one:
+--config.grpo.rewards.iou=1, --config.eval.sources.NAME.uri=URI, --config.eval.sources.NAME=None.
+--help together with --config=FILE prints every setting of that file with
 its value and its meaning.
 """
 
@@ -304,8 +308,11 @@ def parse(command: Command, argv: Sequence[str], group: ProcessGroup | None = No
     command.define_flags(values)
     argv = [_with_underscores(argument, values) for argument in argv]
     if command.takes_config:
+        argv, changes = entry_flags.take_changes(argv)
         argv = _config_first(argv, command.default_config)
-        _define_config(values, argv)
+        if changes and not (argv and argv[0].startswith("--config=")):
+            raise UserError(f"{changes[0].flag} needs --config=FILE beside it")
+        _define_config(values, argv, changes)
     try:
         positional = values([command.program, *argv])[1:]
     except (flags.Error, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -422,11 +429,13 @@ class _ConfigFileParser(flags.ArgumentParser):
     ml_collections' own parser hides the cause of a failure behind several lines.
     """
 
-    def __init__(self, overrides: Sequence[str]):
+    def __init__(self, overrides: Sequence[str], changes: Sequence[Change]):
         self._overrides = overrides
+        self._changes = changes
 
     def parse(self, argument: str) -> config_dict.ConfigDict:
         tree = load(argument)
+        entry_flags.apply_changes(tree, self._changes)
         for name in self._overrides:
             check_setting(tree, name)
         return tree
@@ -451,8 +460,14 @@ class _TupleParser(tuple_parser.TupleParser):
 config_flags.register_flag_parser_for_type(tuple, _TupleParser())
 
 
-def _define_config(values: flags.FlagValues, argv: Sequence[str]) -> None:
-    """Defines --config and one flag for each `--config.a.b` in `argv`."""
+def _define_config(
+    values: flags.FlagValues, argv: Sequence[str], changes: Sequence[Change]
+) -> None:
+    """Defines --config and one flag for each `--config.a.b` in `argv`.
+
+    Args:
+      changes: what other flags say about rewards, sources and benchmarks.
+    """
     config_flags.DEFINE_config_file(
         "config",
         None,
@@ -462,7 +477,7 @@ def _define_config(values: flags.FlagValues, argv: Sequence[str]) -> None:
         sys_argv=["", *argv],
     )
     overrides = [name for name in map(_setting_name, argv) if name]
-    values["config"].parser = _ConfigFileParser(overrides)
+    values["config"].parser = _ConfigFileParser(overrides, changes)
 
 
 def _setting_name(argument: str) -> str:
@@ -600,11 +615,6 @@ def check_setting(tree: config_dict.ConfigDict, name: str) -> None:
         path = ".".join(["config", *parts[:depth]])
         if not isinstance(node, config_dict.ConfigDict):
             raise UserError(f"{flag}: {path} is a value, not a section")
-        if not node:
-            raise UserError(
-                f"{flag}: {path} is empty, and is filled in the config file: "
-                f"c.{path.removeprefix('config.')} = {{'{part}': …}}"
-            )
         if part not in node:
             new_name = config.renamed_setting(".".join(map(str, parts)))
             if new_name is not None:
@@ -612,9 +622,7 @@ def check_setting(tree: config_dict.ConfigDict, name: str) -> None:
             raise UserError(config.unknown_setting(f"{path}.{part}", node))
         node = node[part]
     if isinstance(node, config_dict.ConfigDict):
-        names = ", ".join(sorted(node.keys()))
-        mend = f"set one of {names}" if names else "it is filled in the config file"
-        raise UserError(f"{flag} is a section: {mend}")
+        raise UserError(f"{flag} is a section: set one of {', '.join(sorted(node.keys()))}")
 
 
 # help

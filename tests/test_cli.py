@@ -143,6 +143,73 @@ def test_a_key_may_be_any_text(recipe):
     assert settings.grpo.rewards["mine.py:centred"] == 0.25
 
 
+def test_flags_add_change_and_remove_rewards(recipe):
+    rewards = cli.parse_config([TINY]).grpo.rewards
+    assert rewards == {"iou": 1.0, "gaussian_point": 1.0, "format": 0.2}
+    added = ["--config.grpo.rewards.detection=0.5", "--config.grpo.rewards.iou=(1, 0.5, 100)"]
+    settings = cli.parse_config([*added, TINY, "--config.grpo.rewards.format", "None"])
+    assert settings.grpo.rewards == {
+        "iou": (1.0, 0.5, 100),
+        "gaussian_point": 1.0,
+        "detection": 0.5,
+    }
+    name = "--config.grpo.text_rewards.mine.py:centred"
+    assert cli.parse_config([TINY, f"{name}=-1"]).grpo.text_rewards == {"mine.py:centred": -1.0}
+    changed = cli.parse_config([recipe, "--config.grpo.rewards.mine.py:centred=None"])
+    assert changed.grpo.rewards == {"iou": 1.0}
+    emptied = cli.parse_config([TINY, "--config.grpo.rewards=None", "--config.grpo.rewards.iou=2"])
+    assert emptied.grpo.rewards == {"iou": 2.0}
+
+
+def test_flags_add_and_remove_sources_and_benchmarks(recipe):
+    settings = cli.parse_config(
+        [
+            TINY,
+            "--config.eval.sources.val.uri=jsonl:val.jsonl",
+            "--config.eval.sources.val.boxes=box",
+            "--config.eval.sources.val.where=task != 'Count'",
+            "--config.eval.sources.points=None",
+            "--config.eval.benchmarks.val=refcoco_val",
+        ]
+    )
+    assert list(settings.eval.sources) == ["boxes", "val"]
+    expected = Source(uri="jsonl:val.jsonl", boxes="box", where="task != 'Count'")
+    assert settings.eval.sources["val"] == expected
+    assert settings.eval.benchmarks == {"val": "refcoco_val"}
+    replaced = cli.parse_config(
+        [
+            recipe,
+            "--config.grpo.sources=None",
+            "--config.grpo.sources.my-data.uri=jsonl:a",
+            '--config.grpo.sources["b.c"].uri=jsonl:b',
+            "--config.grpo.sources.my-data.target=points",
+            "--config.grpo.sources.my-data.points=p",
+            '--config.grpo.sources["b.c"].boxes=box',
+        ]
+    )
+    assert replaced.grpo.sources == {
+        "my-data": Source(uri="jsonl:a", target="points", points="p"),
+        "b.c": Source(uri="jsonl:b", boxes="box"),
+    }
+
+
+def test_flags_change_the_source_that_two_stages_share():
+    file = f"--config={ROOT}/configs/tasks.py:relations"
+    for flags_of_both in (
+        ["--config.sft.sources.questions=None", "--config.grpo.sources.questions=None"],
+        ["--config.sft.sources.questions=None"],
+    ):
+        settings = cli.parse_config(
+            [
+                file,
+                *flags_of_both,
+                "--config.grpo.sources.mine.uri=jsonl:a",
+                "--config.grpo.sources.mine.boxes=box",
+            ]
+        )
+        assert list(settings.grpo.sources) == list(settings.sft.sources) == ["mine"]
+
+
 def test_a_file_gets_its_argument(recipe):
     assert cli.parse_config([f"{recipe}:project"]).log.wandb == "project"
 
@@ -196,10 +263,68 @@ ERRORS = {
         [TINY, "--config.seed.a=4"],
         "--config.seed.a: config.seed is a value, not a section",
     ),
-    "an entry of an empty section": (
-        [TINY, "--config.eval.benchmarks.boxes=rec"],
-        "--config.eval.benchmarks.boxes: config.eval.benchmarks is empty, and is filled in the "
-        "config file: c.eval.benchmarks = {'boxes': …}",
+    "an unknown benchmark": (
+        [TINY, "--config.eval.benchmarks.boxes=refcoco_vall"],
+        "config.eval.benchmarks.boxes 'refcoco_vall' does not exist: did you mean refcoco_val?",
+    ),
+    "an unknown reward": (
+        [TINY, "--config.grpo.rewards.detecton=1"],
+        "config.grpo.rewards.detecton does not exist: did you mean detection?",
+    ),
+    "an unknown text reward": (
+        [TINY, "--config.grpo.text_rewards.list_iuo=1"],
+        "config.grpo.text_rewards.list_iuo does not exist: did you mean list_iou?",
+    ),
+    "a text reward among the others": (
+        [TINY, "--config.grpo.rewards.list_iou=1"],
+        "config.grpo.rewards.list_iou does not exist: the reward is "
+        "config.grpo.text_rewards.list_iou",
+    ),
+    "a word for a weight": (
+        [TINY, "--config.grpo.rewards.iou=high"],
+        "--config.grpo.rewards.iou=high: it must be a number or (start, end, steps); None removes",
+    ),
+    "a schedule of two numbers": (
+        [TINY, "--config.grpo.rewards.iou=(1, 2)"],
+        "config.grpo.rewards.iou is (1, 2), but it must have 3 elements",
+    ),
+    "a weight without a value": (
+        [TINY, "--config.grpo.rewards.iou"],
+        "--config.grpo.rewards.iou has no value: flags look like --name=value",
+    ),
+    "a reward that cannot be removed": (
+        [TINY, "--config.grpo.rewards.iuo=None"],
+        "config.grpo.rewards.iuo cannot be removed: did you mean iou?",
+    ),
+    "a misspelt source": (
+        [TINY, "--config.grpo.sources.box.weight=2"],
+        "config.grpo.sources.box does not exist: did you mean boxes? "
+        "(--config.grpo.sources.box.uri=… adds a source)",
+    ),
+    "a misspelt field of a new source": (
+        [TINY, "--config.eval.sources.a.uri=jsonl:a", "--config.eval.sources.a.promt=b"],
+        "config.eval.sources.a.promt does not exist: did you mean prompt?",
+    ),
+    "a source as a value": (
+        [TINY, "--config.eval.sources.a=jsonl:a"],
+        "--config.eval.sources.a is a section: set one of uri, image, ",
+    ),
+    "a table as a value": (
+        [TINY, "--config.eval.sources=jsonl:a"],
+        "--config.eval.sources is a table with boxes, points: set one of its entries; None remo",
+    ),
+    "a field of a source that a later flag removes": (
+        [TINY, "--config.eval.sources.boxes.uri=jsonl:a", "--config.eval.sources.boxes=None"],
+        "--config.eval.sources.boxes.uri has no meaning: a later flag removes "
+        "config.eval.sources.boxes",
+    ),
+    "a stage without sources": (
+        [TINY, "--config.grpo.sources=None"],
+        "config.grpo.sources is {}: it must be at least one source",
+    ),
+    "an entry without a file": (
+        ["--config.grpo.rewards.iou=1"],
+        "--config.grpo.rewards.iou needs --config=FILE beside it",
     ),
     "no such file": (
         ["--config=configs/nowhere.py"],
@@ -290,7 +415,7 @@ def test_help_has_purpose_flags_example_and_settings(name, flag, capsys):
     text = capsys.readouterr().out
     assert ended.value.code == 0
     assert text.startswith(f"Usage: pg-ground {name} ")
-    assert module.__doc__.splitlines()[0] in text
+    assert str(module.__doc__).splitlines()[0] in text
     assert "\n  -h, --help " in text
     assert f"\nExample:\n  pg-ground {name} " in text
     assert ("How settings are found:" in text) == module.COMMAND.takes_config
@@ -352,13 +477,16 @@ def end_of(
         if position is not None:
             progress.set_step(position.stage, position.step)
             with progress.phase(position.phase):
-                raise error
+                if error is not None:
+                    raise error
         if error is not None:
             raise error
 
     with pytest.raises(SystemExit) as ended:
         cli.run(TRAIN, main, [TINY])
-    return ended.value.code, capsys.readouterr().err.splitlines()
+    code = ended.value.code
+    assert isinstance(code, int)
+    return code, capsys.readouterr().err.splitlines()
 
 
 def test_a_command_that_succeeds_ends_with_0(capsys):

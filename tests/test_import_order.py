@@ -197,6 +197,7 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "reward_coverage",
             "rollout_samples",
             "run_config",
+            "entry_flags",
             "recorder",
             "evaluation",
             "sft",
