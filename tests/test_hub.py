@@ -14,6 +14,7 @@ import pytest
 from pg_ground.data import hub
 from pg_ground.data.hub import open_hub
 from pg_ground.data.records import Records
+from pg_ground.data.row_filters import RowFilter
 from pg_ground.types import UserError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -361,3 +362,50 @@ def test_a_missing_network_becomes_one_line(cache, monkeypatch, error):
 
     monkeypatch.setattr(hub.HfApi, "list_repo_files", refuse)
     assert "offline=1 reads what is in the cache" in refusal("org/ds@train")
+
+
+def test_slices_and_sums_of_splits_are_those_of_datasets(cache):
+    put(
+        cache,
+        {
+            "data/train-00000-of-00002.parquet": table(*range(6)),
+            "data/train-00001-of-00002.parquet": table(*range(6, 10)),
+            "data/validation-00000-of-00001.parquet": table(20, 21, 22),
+        },
+    )
+    for split, expected in {
+        "train[:10%]": [0],
+        "train[:25%]": [0, 1],  # round(2.5) of Python, as `datasets`
+        "train[5:7]": [5, 6],
+        "train[-2:]": [8, 9],
+        "train[-20%:-10%]": [8],
+        "train[:20%]+validation": [0, 1, 20, 21, 22],
+        "validation[1:]+train[50%:80%]+validation[:1]": [21, 22, 5, 6, 7, 20],
+        "train[:]": list(range(10)),
+    }.items():
+        assert values(f"org/ds@{split}?offline=1") == expected, split
+    for split, reason in {
+        "train[:11]": "the slice train[:11] reaches beyond the split, which has 10 rows",
+        "train[:101%]": "the slice train[:101%] reaches beyond the split, which has 100 percent",
+        "validation[:10%]": "the slice validation[:10%] holds none of the 3 rows of the split",
+        "train[:2]+test": "no split 'test'; there are @train, @validation",
+        "train[1]": "no split 'train[1]'; there are @train, @validation",
+    }.items():
+        assert refusal(f"org/ds@{split}?offline=1").startswith(reason), split
+
+
+def test_several_datasets_are_one_source(cache):
+    put(cache, {"train.parquet": table(1, 2), "test.parquet": table(3)})
+    put(cache, {"train.parquet": table(4, 5, 6), "test.parquet": table(7)}, repo="org/other")
+    assert values("org/ds,org/other@train?offline=1") == [1, 2, 4, 5, 6]
+    assert values("org/ds,org/other@train[:34%]+test?offline=1") == [1, 3, 4, 7]
+    assert values("org/other@test,org/ds@train?offline=1") == [7, 1, 2]
+    assert "no split 'val'; there are " in refusal("org/ds,org/other@val?offline=1")
+
+
+def test_only_the_columns_of_a_filter_are_read_of_a_slice(cache):
+    put(cache, {"train.parquet": table(*range(10)), "test.parquet": table(20, 21)})
+    records = open_hub("org/ds@train[2:8]+test?offline=1")
+    kept = RowFilter("n > 6", "where").choose(records)
+    assert [records[i]["n"] for i in kept.indices.tolist()] == [7, 20, 21]
+    assert kept.note == "where keeps 3 of 8 records"

@@ -85,6 +85,8 @@ ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
             "synthetic",
             "class_names",
             "tables",
+            "splits",
+            "arrow_files",
             "coco",
             "hub",
             "arrayrecord",

@@ -19,7 +19,8 @@ from huggingface_hub.errors import (
 
 from pg_ground.data.class_names import names_of_card
 from pg_ground.data.records import Records, list_names
-from pg_ground.data.tables import one_line, open_parquet_files, split_options
+from pg_ground.data.splits import Part, choose_rows, parse_split
+from pg_ground.data.tables import Parquet, one_line, open_parquet_files, split_options
 from pg_ground.storage.downloads import CANNOT_GET, reason
 from pg_ground.types import UserError
 
@@ -41,7 +42,7 @@ Older files have a hash behind the numbers.
 
 
 def open_hub(location: str) -> Records:
-    """Returns the rows of one split of a dataset.
+    """Returns the rows of splits of datasets, one after the other.
 
     Files that are not in the cache of `huggingface_hub` are downloaded, unless `offline=1`. The
     split's files are those that the dataset's README declares, or those at the Hub's usual paths.
@@ -49,17 +50,45 @@ def open_hub(location: str) -> Records:
     `revision=refs/convert/parquet`.
 
     Args:
-      location: `ORG/NAME@SPLIT?config=NAME&revision=REV&offline=0`.
+      location: `ORG/NAME@SPLIT?config=NAME&revision=REV&offline=0`. SPLIT can be a slice or a sum,
+        such as `train[:10%]+val` (`splits.py`). `A,B@SPLIT` are the splits of several datasets, and
+        `A@SPLIT,B@OTHER` too. All files of a split are downloaded, also for a slice.
 
     Raises:
       UserError: the dataset, split, config or option does not exist, cannot be fetched, or cannot
-        be read.
+        be read; or a slice reaches beyond its split, or holds no row.
     """
     uri = f"hf:{location}"
     name, options = split_options("hf", location, ("config", "revision", "offline"))
-    repo, _, split = name.partition("@")
     if options.get("offline", "0") not in ("0", "1"):
         raise UserError(f"source {uri}: offline is {options['offline']}, but it must be 0 or 1")
+    opened: dict[tuple[str, str], Parquet] = {}
+    parts: list[tuple[Part, Parquet]] = []
+    for repo, text in _splits_of_repos(name):
+        for part in parse_split(text):
+            key = (repo, part.split)
+            if key not in opened:
+                opened[key] = _open_split(repo, part.split, options, uri)
+            parts.append((part, opened[key]))
+    return choose_rows(parts, parts[0][1].root, uri)
+
+
+def _splits_of_repos(name: str) -> list[tuple[str, str]]:
+    """Returns each dataset of `A,B@SPLIT` with its splits.
+
+    A dataset without @ has the splits of the next one.
+    """
+    pairs: list[tuple[str, str]] = []
+    following = ""
+    for item in reversed(name.split(",")):
+        repo, at, split = item.strip().partition("@")
+        following = split if at else following
+        pairs.insert(0, (repo, following))
+    return pairs
+
+
+def _open_split(repo: str, split: str, options: Mapping[str, str], uri: str) -> Parquet:
+    """Returns all rows of one split of a dataset. The options are those of the uri."""
     revision = options.get("revision")
     is_offline = options.get("offline") == "1"
     try:

@@ -13,6 +13,7 @@ import numpy as np
 from pg_ground.config import Source
 from pg_ground.data import synthetic
 from pg_ground.data.arrayrecord import open_array_record
+from pg_ground.data.arrow_files import open_arrow, open_csv
 from pg_ground.data.coco import open_coco
 from pg_ground.data.hub import open_hub
 from pg_ground.data.pointarena import open_pointarena
@@ -106,7 +107,9 @@ def _open_relations(location: str) -> Records:
 
 SCHEMES: dict[str, Callable[[str], Records]] = {
     "arrayrecord": open_array_record,
+    "arrow": open_arrow,
     "coco": open_coco,
+    "csv": open_csv,
     "hf": open_hub,
     "json": open_json,
     "jsonl": open_json_lines,

@@ -82,7 +82,7 @@ class JsonLines:
                     self._content = to_utf8(file.read(), f"source {uri}: {path.name}")
                     self._spans = _line_spans(io.BytesIO(self._content))
         except CANNOT_OPEN as error:
-            raise _cannot_open(uri, error) from error
+            raise cannot_open(uri, error) from error
         if not self._spans:
             raise UserError(
                 f"source {uri}: the file has no lines; each record is one JSON object on a line"
@@ -242,7 +242,7 @@ class Parquet:
         self._default_names = names or {}
         declared = [names_of_schema(footer.schema.to_arrow_schema().metadata) for footer in footers]
         self._names = [in_file or self._default_names for in_file in declared]
-        self.notes = _notes(declared, self._default_names)
+        self.notes = class_notes(declared, self._default_names)
         self._paths = paths
         self._footers = footers
         self._groups = [
@@ -329,7 +329,7 @@ class Parquet:
             return parquet.read_row_group(number, columns=columns and list(columns))
 
 
-def _notes(declared: Sequence[Names], default: Names) -> tuple[str, ...]:
+def class_notes(declared: Sequence[Names], default: Names) -> tuple[str, ...]:
     """Returns what the start-up table says about the names of classes."""
     in_files = {path: len(classes) for names in declared for path, classes in names.items()}
     if all(declared):
@@ -384,9 +384,9 @@ def open_json(location: str) -> Records:
     uri = f"json:{location}"
     path, key = _split_key(location, uri)
     try:
-        files, root = _matching_files(path)
+        files, root = matching_files(path)
     except CANNOT_OPEN as error:
-        raise _cannot_open(uri, error) from error
+        raise cannot_open(uri, error) from error
     if not files:
         raise UserError(f"source {uri}: no file matches")
     entries = [entry for file in files for entry in _json_entries(file, key, uri)]
@@ -407,7 +407,7 @@ def _json_entries(path: FilePath, key: str, uri: str) -> list[Any]:
     return value
 
 
-def _matching_files(path: FilePath) -> tuple[list[FilePath], FilePath]:
+def matching_files(path: FilePath) -> tuple[list[FilePath], FilePath]:
     """Returns the files that a path or a glob pattern names, sorted, and their common folder."""
     fixed = next((i for i, part in enumerate(path.parts) if set(part) & set("*?[")), None)
     if fixed is None or path.exists():
@@ -432,9 +432,9 @@ def open_parquet(location: str) -> Records:
         if path.is_dir():
             paths, root = sorted(path.glob("*.parquet")), path
         else:
-            paths, root = _matching_files(path)
+            paths, root = matching_files(path)
     except CANNOT_OPEN as error:
-        raise _cannot_open(uri, error) from error
+        raise cannot_open(uri, error) from error
     if not paths:
         raise UserError(
             f"source {uri}: no file matches; "
@@ -464,7 +464,7 @@ def open_parquet_files(
             with path.open("rb") as file:
                 return pq.read_metadata(file)
         except (FileNotFoundError, IsADirectoryError, ImportError) as error:
-            raise _cannot_open(uri, error) from error
+            raise cannot_open(uri, error) from error
         except CANNOT_PARSE as error:
             raise UserError(
                 f"source {uri}: {path.name} is no whole parquet file: {one_line(error)}"
@@ -565,7 +565,7 @@ def _split_key(location: str, uri: str) -> tuple[FilePath, str]:
     try:
         is_file = "#" not in location or to_path(location, f"source {uri}").is_file()
     except CANNOT_OPEN as error:
-        raise _cannot_open(uri, error) from error
+        raise cannot_open(uri, error) from error
     if is_file:
         return to_path(location, f"source {uri}"), ""
     name, _, key = location.rpartition("#")
@@ -579,7 +579,7 @@ def load_json(path: FilePath, uri: str) -> Any:
       UserError: the file cannot be opened or unpacked, or is not one JSON value.
     """
     try:
-        return json.loads(unpack(_read_bytes(path, uri), f"source {uri}: {path.name}"))
+        return json.loads(unpack(read_bytes(path, uri), f"source {uri}: {path.name}"))
     except UnicodeDecodeError as error:
         raise UserError(f"source {uri}: not one JSON value: {not_utf8(error)}") from error
     except (ValueError, RecursionError) as error:
@@ -588,12 +588,12 @@ def load_json(path: FilePath, uri: str) -> Any:
         ) from error
 
 
-def _read_bytes(path: FilePath, uri: str) -> bytes:
+def read_bytes(path: FilePath, uri: str) -> bytes:
     try:
         with path.open("rb") as file:
             return file.read()
     except CANNOT_OPEN as error:
-        raise _cannot_open(uri, error) from error
+        raise cannot_open(uri, error) from error
 
 
 def _yaml_entries(path: FilePath, uri: str) -> list[dict[str, str]]:
@@ -602,7 +602,7 @@ def _yaml_entries(path: FilePath, uri: str) -> list[dict[str, str]]:
         with path.open("rb") as file:
             value = yaml.safe_load(file)
     except CANNOT_OPEN as error:
-        raise _cannot_open(uri, error) from error
+        raise cannot_open(uri, error) from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"source {uri}: not YAML: {one_line(error)}") from error
     form = 'datasets: [{json_path: a.json, sampling_strategy: "random:50%"}]'
@@ -635,7 +635,7 @@ def _open_json_file(name: str, folder: FilePath) -> Records:
     return open_json_lines(location) if is_lines else open_json(location)
 
 
-def _cannot_open(uri: str, error: OSError | ImportError) -> UserError:
+def cannot_open(uri: str, error: OSError | ImportError) -> UserError:
     text = error.strerror if isinstance(error, OSError) else None
     return UserError(f"source {uri}: {text or one_line(error)}")
 

@@ -37,7 +37,7 @@ FOREIGN = {
     b"\x1f\x9d": "a file of compress: unpack it",
     b"\xff\x06\x00\x00sNaPpY": "a file of snappy: unpack it",
     b"PAR1": "a parquet file: use parquet:PATH",
-    b"ARROW1": "an Arrow file: save it as parquet",
+    b"ARROW1": "an Arrow file: use arrow:PATH",
     b"SQLite format 3\x00": "a SQLite database",
     b"\xd0\xcf\x11\xe0": "an Excel sheet",
     b"\x89HDF": "an HDF5 file",
@@ -70,12 +70,13 @@ def codec(head: bytes) -> str:
     return encoding if encoding == "utf-8-sig" or b"\0" in head else "utf-8"
 
 
-def unpack(data: bytes, name: str) -> bytes:
+def unpack(data: bytes, name: str, form: str = "JSON") -> bytes:
     """Returns the content of a file, which is unpacked if it is compressed (twice at most).
 
     Args:
       data: all bytes of the file.
       name: the beginning of the error's text.
+      form: what the file should be, for the error.
 
     Raises:
       UserError: the file breaks off, is damaged, unpacks to more than `MAX_DECODED_BYTES`, or has
@@ -87,13 +88,13 @@ def unpack(data: bytes, name: str) -> bytes:
         data = _unpack_once(data, name)
     for magic, text in FOREIGN.items():
         if data.startswith(magic):
-            raise UserError(f"{name} is not JSON, but {text}")
+            raise UserError(f"{name} is not {form}, but {text}")
     if data[257:262] == b"ustar":
-        raise UserError(f"{name} is not JSON, but a tar archive: unpack it")
+        raise UserError(f"{name} is not {form}, but a tar archive: unpack it")
     return data
 
 
-def to_utf8(data: bytes, name: str) -> bytes:
+def to_utf8(data: bytes, name: str, form: str = "JSON") -> bytes:
     """Returns the content of a file of JSON in UTF-8, without a byte order mark.
 
     A surrogate without its partner stays, so that only its line is no UTF-8.
@@ -101,11 +102,12 @@ def to_utf8(data: bytes, name: str) -> bytes:
     Args:
       data: all bytes of the file.
       name: the beginning of the error's text.
+      form: what the file should be, for the error.
 
     Raises:
       UserError: see `unpack`; or the file breaks off inside a character.
     """
-    data = unpack(data, name)
+    data = unpack(data, name, form)
     encoding = codec(data[:HEAD_BYTES])
     if encoding == "utf-8":
         return data
