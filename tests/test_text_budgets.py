@@ -68,6 +68,49 @@ def test_a_wrong_path_is_refused_with_the_fields_that_exist(tmp_path, tokens):
         measure_budget(open_examples("a", Source(uri=uri, boxes="box"), DATA, SIDE), tokens, DATA)
 
 
+@pytest.mark.parametrize(
+    "prompt", ["detect { phrase }", "detect {{ phrase }}", "detect {{phrase}}"]
+)
+def test_a_field_that_stays_text_is_doubted(prompt, tmp_path, tokens):
+    names = [{"phrase": name, "box": [0, 0, 4, 4]} for name in ("cat", "dog")]
+    source = Source(uri=write_lines(tmp_path, names), boxes="box", prompt=prompt)
+    budget = measure_budget(open_examples("a", source, DATA, SIDE), tokens, DATA)
+    text = prompt.removeprefix("detect ").replace("{{", "{").replace("}}", "}")
+    expected = f"prompt has {text} as text, the same for all questions: {{phrase}} is the field"
+    assert budget.doubts == [expected]
+
+
+def test_braces_that_name_no_field_are_not_doubted(tmp_path, tokens):
+    uri = write_lines(tmp_path, [{"phrase": "cat", "box": [0, 0, 4, 4]}])
+    prompt = r"{phrase}: \boxed{{{phrase}}} {{answer}} {{\"bbox_2d\": [x1]}}"
+    source = Source(uri=uri, boxes="box", prompt=prompt)
+    data = replace(DATA, prompt_length=99)
+    assert not measure_budget(open_examples("a", source, data, SIDE), tokens, data).doubts
+
+
+def test_texts_of_missing_values_are_doubted_with_the_filter_that_drops_them(tmp_path, tokens):
+    names = ["cat", "nan", "NULL", "nancy", "None", "dog"]
+    uri = write_lines(tmp_path, [{"phrase": name, "box": [0, 0, 4, 4]} for name in names])
+    source = Source(uri=uri, boxes="box")
+    (doubt,) = measure_budget(open_examples("a", source, DATA, SIDE), tokens, DATA).doubts
+    counts, _, mend = doubt.partition("; where = ")
+    assert counts == (
+        "3 of 6 questions have 'NULL', 'None', 'nan' in phrase, as a missing value is written"
+    )
+    where = ast.literal_eval(mend.removesuffix(" leaves them out"))
+    examples = open_examples("a", replace(source, where=where), DATA, SIDE)
+    assert [example.prompt for example in examples] == ["detect cat", "detect nancy", "detect dog"]
+    assert not measure_budget(examples, tokens, DATA).doubts
+
+
+def test_none_is_an_answer(tmp_path, tokens):
+    answers = ["none", "n/a", "two", "nan"]
+    uri = write_lines(tmp_path, [{"question": "how many?", "answer": text} for text in answers])
+    source = Source(uri=uri, target="text", prompt="answer {question}", suffix="{answer}")
+    (doubt,) = measure_budget(open_examples("a", source, DATA, SIDE), tokens, DATA).doubts
+    assert doubt.startswith("1 of 4 questions have 'nan' in answer, as a missing value is written")
+
+
 def test_a_folder_without_the_images_is_refused(tmp_path, tokens):
     uri = write_lines(tmp_path, [{"phrase": "cat", "box": [0, 0, 4, 4]}] * 30)
     lost = open_examples("a", Source(uri=uri, boxes="box", image_root="nowhere"), DATA, SIDE)

@@ -4,7 +4,7 @@ import decimal
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -22,6 +22,9 @@ _BRACKETS = re.compile(r"\[(-?\d+)\]")
 _BRACES = re.compile(r"\{\{|\}\}|\{([^{}]*)\}")
 _FIELD_PATH = re.compile(r"[^\s{}\"':,][^{}\"':,\n]*")
 """The path between braces. Other text between braces is text: `\\boxed{}`, `{"bbox_2d": [x1]}`."""
+
+_BRACED_NAME = re.compile(r"\{\s*([^\s{}]+)\s*\}")
+"""A name between braces in a filled template."""
 
 
 class MissingField(BadRecord):
@@ -303,6 +306,21 @@ def placeholders(template: str) -> list[str]:
     """Returns the paths of the fields that a template names between braces."""
     paths = [match[1] for match in _BRACES.finditer(template)]
     return [path for path in paths if path is not None and _FIELD_PATH.fullmatch(path)]
+
+
+def unfilled_fields(template: str, fields: Collection[str]) -> list[str]:
+    """Returns the texts such as "{ phrase }" that name a field, but stay text in a template.
+
+    `{{ phrase }}` is a field in Jinja, and here it writes "{ phrase }".
+
+    Args:
+      fields: names of fields.
+    """
+    if template.endswith(".jinja"):
+        return []
+    parts = _template_parts(template)
+    text = "".join(text if path is None else f"{text}\0" for text, path in parts)
+    return [match[0] for match in _BRACED_NAME.finditer(text) if match[1] in fields]
 
 
 def fill_template(template: str, record: Record, phrase: str, element: int = 0) -> str:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pg_ground.config import Data
+from pg_ground.config import Data, Source
 from pg_ground.data.bad_records import exceeds_share, numbered
 from pg_ground.data.chat_turns import turn_notes
 from pg_ground.data.datasets import Examples
@@ -23,11 +23,16 @@ from pg_ground.data.fetch import cache_fault
 from pg_ground.data.frames import recorded_size
 from pg_ground.data.names import INVISIBLE, SPECIAL_TOKENS, code_point
 from pg_ground.data.pixel_depth import DARK
-from pg_ground.data.record_fields import with_setting
+from pg_ground.data.record_fields import (
+    field_or_none,
+    placeholders,
+    unfilled_fields,
+    with_setting,
+)
 from pg_ground.data.records import BadRecord, short
 from pg_ground.data.units import Coordinates, check_units
 from pg_ground.tokenizer import Tokenizer
-from pg_ground.types import Example, UserError
+from pg_ground.types import Example, Record, UserError, first_problems
 
 PROBED_IMAGES = 16
 """Questions of a source whose images are opened."""
@@ -42,6 +47,15 @@ FOREIGN_TOKENS = re.compile(
 )
 """Special tokens and tokens of other models' chats. PaliGemma learned none of them as text."""
 
+
+MISSING = frozenset({"nan", "none", "null", "nil", "n/a", "<na>", "nat", "undefined"})
+"""Texts that tables and programs write for a value that is missing, in lower case."""
+
+ANSWERS = frozenset({"none", "n/a"})
+"""Texts of these that can be the right answer to a question."""
+
+SHOWN = 3
+"""Texts that a doubt quotes."""
 
 WHOLE_SOURCE = "all"
 """The number of records of a note that the reader of a source made when it was opened."""
@@ -67,6 +81,8 @@ class Question(NamedTuple):
     """The http(s) address of the image; "" if the image is no address."""
     notes: tuple[str, ...]
     """Which elements of lists are read, if others are not."""
+    missing: dict[str, str]
+    """The fields of the templates whose text says that there is no value, and these texts."""
 
 
 class Budget(NamedTuple):
@@ -143,6 +159,8 @@ def measure_budget(dataset: Examples, tokenizer: Tokenizer, data: Data) -> Budge
             *_unit_doubts(dataset, questions, probed),
             *address_doubts,
             *_dark_doubts(probed),
+            *_missing_doubts(questions),
+            *_template_doubts(dataset, readable[0]),
             *foreign_tokens([question.prompt for question in questions.values()]),
             *invisible_characters([question.prompt for question in questions.values()]),
         ],
@@ -184,7 +202,52 @@ def _measured(dataset: Examples, index: int, tokenizer: Tokenizer) -> Question:
         recorded_size(record, source, element),
         image_address(record, source, element),
         turn_notes(record, source, element),
+        _missing_values(record, source, element),
     )
+
+
+def _missing_values(record: Record, source: Source, element: int) -> dict[str, str]:
+    """Returns the fields of the templates whose text is that of a missing value, such as nan."""
+    values = {}
+    texts = {source.prompt: MISSING, source.name: MISSING, source.suffix: MISSING - ANSWERS}
+    for template, missing in texts.items():
+        for name in placeholders(template):
+            path = source.phrase if name == "phrase" else name
+            text = field_or_none(record, path, element)
+            if isinstance(text, str) and text.strip().casefold() in missing:
+                values[path] = text.strip()
+    return values
+
+
+def _missing_doubts(questions: Mapping[int, Question]) -> list[str]:
+    """Returns in words how many texts of each field say that there is no value."""
+    texts: dict[str, Counter[str]] = {}
+    for question in questions.values():
+        for path, text in question.missing.items():
+            texts.setdefault(path, Counter())[text] += 1
+    doubts = []
+    for path, found in texts.items():
+        shown = first_problems(sorted(map(repr, found)), ", ", SHOWN)
+        counts = f"{found.total()} of {len(questions)} questions have {shown} in {path}"
+        mend = "" if "[]" in path else f'; where = "{path} not in {sorted(found)}" leaves them out'
+        doubts.append(f"{counts}, as a missing value is written{mend:.150}")
+    return doubts
+
+
+def _template_doubts(dataset: Examples, index: int) -> list[str]:
+    """Returns in words which fields of the templates stay as they are written.
+
+    Args:
+      index: a question whose record can be read.
+    """
+    source = dataset.source
+    fields = {"phrase", *dataset.record(index)[0]}
+    return [
+        f"{setting} has {text} as text, the same for all questions: {text.replace(' ', '')} is the "
+        "field"
+        for setting in ("prompt", "suffix", "name")
+        for text in unfilled_fields(getattr(source, setting), fields)
+    ]
 
 
 def _address_doubts(dataset: Examples, questions: Mapping[int, Question], data: Data) -> list[str]:
