@@ -118,6 +118,30 @@ def test_a_head_that_is_not_tied_does_not_become_the_embedding(base, tmp_path):
     assert f"the shape ({V}, 32), and {TABLE} ({V + 64}, 32)" in message
 
 
+# which file has a tensor
+
+
+def test_a_tensor_in_two_shards_is_refused(golden, tmp_path):
+    folder = tmp_path / "a"
+    shutil.copytree(golden / "hf_pg1/sharded", folder)
+    first, second = sorted(folder.glob("model-*.safetensors"))[:2]
+    name, array = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: array + 1}, second)
+    assert f"{second.name} has {name}, and {first.name} too" in load_error(folder)
+
+
+def test_a_single_file_beside_an_index_is_read_and_said(golden, base, expected, tmp_path, caplog):
+    folder = tmp_path / "a"
+    shutil.copytree(golden / "hf_pg1/sharded", folder)
+    for shard in folder.glob("model-*.safetensors"):
+        save_file({name: array + 1 for name, array in load_file(shard).items()}, shard)
+    shutil.copy(base / "model.safetensors", folder)
+    assert_loads(folder, expected)
+    assert (
+        "has model.safetensors and model.safetensors.index.json: the first is read" in caplog.text
+    )
+
+
 # rows beyond the vocabulary
 
 

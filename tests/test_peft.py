@@ -413,3 +413,10 @@ def test_a_merged_model_beside_the_config_of_an_adapter_is_a_model(base, tmp_pat
     np.testing.assert_array_equal(
         params["llm/layers/mlp/linear"], expected["llm/layers/mlp/linear"]
     )
+
+
+def test_a_model_and_an_adapter_in_one_folder_are_refused(base, arrays, tmp_path):
+    folder = write_adapter(tmp_path / "a", base, factors(arrays, modules=[QUERY]))
+    shutil.copy(base / "model.safetensors", folder)
+    shutil.copy(base / "config.json", folder)
+    assert "holds the weights of a model and of an adapter" in load_error(folder)

@@ -26,7 +26,7 @@ from pg_ground.checkpoints.hugging_face_names import (
     Row,
     table,
 )
-from pg_ground.checkpoints.peft import Adapter
+from pg_ground.checkpoints.peft import TENSOR_FILE, Adapter
 from pg_ground.checkpoints.safetensors_files import HubTensor, list_tensors
 from pg_ground.checkpoints.tensor_files import (
     BlockIndex,
@@ -63,8 +63,14 @@ def open_directory(
     Raises:
       UserError: a file, a layer or a tensor is missing, unknown, cut short, or has another shape
         than in layer 0 (the error lists the first 20), the head is not tied to the embedding, the
-        embedding has rows of added tokens, or adapters are not merged.
+        embedding has rows of added tokens, adapters are not merged, or the directory holds both a
+        model and an adapter.
     """
+    if (folder / TENSOR_FILE).is_file():
+        raise UserError(
+            f"{folder} holds the weights of a model and of an adapter ({TENSOR_FILE}): move one of "
+            "the two to another folder"
+        )
     hub = read_config(folder)
     files: dict[str, HubTensor] = {
         name: tensor for name, tensor in list_tensors(folder).items() if not name.endswith(IGNORED)

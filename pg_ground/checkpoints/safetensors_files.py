@@ -1,6 +1,7 @@
 """The tensors of a Hugging Face directory: `model.safetensors`, or shards with an index."""
 
 import json
+import logging
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -15,6 +16,8 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float6
 
 OTHER_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5", "*.gguf")
 """Files of weights that a directory can have in place of `model.safetensors`."""
+
+logger = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -64,7 +67,12 @@ class Tensor(NamedTuple):
 
 
 def list_tensors(folder: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a directory by their names in the hub's spelling."""
+    """Returns the tensors of a directory by their names in the hub's spelling.
+
+    Raises:
+      UserError: a file is missing or cannot be read, a tensor is not where the index says, or two
+        files have it.
+    """
     index = folder / "model.safetensors.index.json"
     tensors: dict[str, Tensor] = {}
     for file, names in _list_files(folder, index).items():
@@ -74,7 +82,12 @@ def list_tensors(folder: Path) -> dict[str, Tensor]:
                 f"{path} does not exist, but {index.name} says that it holds {names[0]} "
                 f"and {len(names) - 1} more"
             )
-        tensors |= tensors_of_file(path)
+        found = tensors_of_file(path)
+        twice = sorted(found.keys() & tensors.keys())
+        if twice:
+            first = tensors[twice[0]].path.name
+            raise UserError(f"{path} has {first_problems(twice, ', ', 3)}, and {first} too")
+        tensors |= found
         # An index can list both names of the tied tensor. The file then has one of them.
         stored = {*tensors, EMBED_TOKENS, HEAD}
         missing = [name for name in names if hub_name(name) not in stored]
@@ -90,7 +103,14 @@ def _list_files(folder: Path, index: Path) -> dict[str, list[str]]:
     single = folder / "model.safetensors"
     if not index.is_file() and not single.is_file():
         raise UserError(_no_weights(folder, single.name, index.name))
-    if not index.is_file():
+    if single.is_file():
+        if index.is_file():
+            logger.warning(
+                "%s has %s and %s: the first is read, as in transformers",
+                folder,
+                single.name,
+                index.name,
+            )
         return {single.name: []}
     try:
         weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
