@@ -386,12 +386,10 @@ def _read_csv(file: FilePath, uri: str, delimiter: str) -> pa.Table:
             strings_can_be_null=True,
             quoted_strings_can_be_null=True,
         )
-        return pa_csv.read_csv(
-            io.BytesIO(content),
-            # One block: a row with an image in it may be longer than a block of the default size.
-            pa_csv.ReadOptions(block_size=min(len(content) + 1, 2**31 - 1)),
-            pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-            conversion,
-        )
+        # One block: a row with an image in it may be longer than a block of the default size.
+        # No threads: if the program ends soon, pyarrow's threads can abort it.
+        reading = pa_csv.ReadOptions(use_threads=False, block_size=min(len(content) + 1, 2**31 - 1))
+        parsing = pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True)
+        return pa_csv.read_csv(pa.BufferReader(content), reading, parsing, conversion)
     except (*CANNOT_PARSE, csv.Error) as error:
         raise UserError(f"source {uri}: {file.name} is no CSV: {one_line(error)}") from error
