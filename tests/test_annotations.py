@@ -411,8 +411,9 @@ def test_paths_that_lead_nowhere_name_the_nearest_field(tmp_path):
 def test_names_with_the_grammar_of_answers(tmp_path, name, replaced, escaped):
     row = {"box": [10, 10, 40, 30], "phrase": name}
     assert "set unsafe_names to replace or escape" in fault(tmp_path, row)
-    assert example(tmp_path, row, unsafe_names="replace").names == (replaced,)
-    assert example(tmp_path, row, unsafe_names="escape").names == (escaped,)
+    for setting, expected in (("replace", replaced), ("escape", escaped)):
+        question = example(tmp_path, row, unsafe_names=setting)
+        assert (question.names, question.prompt) == ((expected,), f"detect {expected}")
     assert example(tmp_path, row, suffix="json").names == (name,), "JSON can hold every name"
     labels = row | {"label": ["ok"], "box": [[10, 10, 40, 30]]}
     assert example(tmp_path, labels, label="label").names == ("ok",)

@@ -267,7 +267,12 @@ def read_question(record: Record, source: Source, element: int) -> tuple[str, An
         labels = _to_labels(field_at(record, source.label, element), count)
     elif not labels and source.name and count:
         labels = (_fill(source.name, record, source, element),) * count
-    labels = tuple(safe_name(_without(label, source), source) for label in labels)
+    names = tuple(_without(label, source) for label in labels)
+    labels = tuple(safe_name(name, source) for name in names)
+    for name, label in zip(names, labels, strict=True):
+        if name != label:
+            # The prompt asks for the name of the answer.
+            prompt = prompt.replace(" ".join(name.split()), label)
     return prompt, Annotation(boxes, points, labels, rows.codes, count, absence)
 
 
