@@ -12,7 +12,7 @@ from commands import ROOT, call, run_here
 
 from pg_ground import __main__ as program
 from pg_ground import cli
-from pg_ground.config import Source
+from pg_ground.config import Config, Source
 from pg_ground.reporting import progress
 from pg_ground.types import UserError
 
@@ -191,6 +191,23 @@ def test_flags_add_and_remove_sources_and_benchmarks(recipe):
         "my-data": Source(uri="jsonl:a", target="points", points="p"),
         "b.c": Source(uri="jsonl:b", boxes="box"),
     }
+
+
+def test_flags_add_to_a_table_that_the_recipe_leaves_out(tmp_path):
+    source = {"uri": "synthetic:train", "boxes": "box"}
+    content = {"stages": ("sft",), "sft": {"steps": 1, "sources": {"a": source}}}
+    file = tmp_path / "part.py"
+    file.write_text(
+        "from ml_collections import ConfigDict\n"
+        f"def get_config():\n    return ConfigDict({content!r})\n"
+    )
+    flags = ("eval.benchmarks.val=refcoco_val", "eval.sources.val.uri=jsonl:val.jsonl")
+    more = ("eval.sources.val.boxes=box", "grpo.rewards.detection=0.5")
+    settings = cli.parse_config([f"--config={file}", *(f"--config.{f}" for f in (*flags, *more))])
+    assert settings.eval.benchmarks == {"val": "refcoco_val"}
+    assert settings.eval.sources == {"val": Source(uri="jsonl:val.jsonl", boxes="box")}
+    assert settings.grpo.rewards == {**Config().grpo.rewards, "detection": 0.5}
+    assert settings.sft.steps == 1
 
 
 def test_flags_change_the_source_that_two_stages_share():

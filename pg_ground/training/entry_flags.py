@@ -143,11 +143,20 @@ def apply_changes(tree: config_dict.ConfigDict, changes: Sequence[Change]) -> No
 
 
 def _section(tree: config_dict.ConfigDict, change: Change) -> config_dict.ConfigDict | None:
-    """Returns the table of a change, or None if a recipe has no such section."""
+    """Returns the table of a change. If a recipe leaves it out, the table has its defaults.
+
+    None if a value stands in the place of a section, which `config.parse` refuses.
+    """
     node: Any = tree
+    defaults: Any = config.section(Config())
     for name in change.table.split("."):
-        if not isinstance(node, config_dict.ConfigDict) or name not in node:
-            return None  # `config.parse` takes the defaults
+        defaults = defaults[name]
+        if not isinstance(node, config_dict.ConfigDict):
+            return None
+        if name not in node:
+            is_table = name == change.table.rpartition(".")[2]
+            with node.unlocked():
+                node[name] = defaults if is_table else config_dict.ConfigDict()
         node = node[name]
     return node if isinstance(node, config_dict.ConfigDict) else None
 
@@ -233,8 +242,8 @@ def _check_reward(change: Change) -> None:
     if change.table in others:
         return
     if others:
-        raise UserError(f"{change.entry} does not exist: the reward is config.{others[0]}."
-                        f"{change.key}")  # fmt: skip
+        place = f"config.{others[0]}.{change.key}"
+        raise UserError(f"{change.entry} does not exist: the reward is {place}")
     raise UserError(f"{change.entry} does not exist: {nearest(change.key, known[change.table])}")
 
 
