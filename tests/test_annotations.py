@@ -194,6 +194,54 @@ def test_a_turned_box_is_a_bad_box(tmp_path):
     assert "rotation 45" in fault(tmp_path, {"box": [box | {"rotation": 45}]})
 
 
+FOUR = {"x1": 10, "y1": 10, "x2": 40, "y2": 10, "x3": 40, "y3": 30, "x4": 10, "y4": 30}
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        FOUR,
+        {f"{key[0].upper()}_{key[1]}": str(number) for key, number in FOUR.items()},
+        {f"{key[0]}{int(key[1]) - 1}": number for key, number in FOUR.items()},
+        FOUR | {"xmin": 10, "ymin": 10, "xmax": 40, "ymax": 30, "label": "red square"},
+        [FOUR],
+        {key: [number] for key, number in FOUR.items()},
+        {"bbox": FOUR},
+        json.dumps(FOUR),
+        {"xtl": 10, "ytl": 10, "xtr": 40, "ytr": 10, "xbr": 40, "ybr": 30, "xbl": 10, "ybl": 30},
+        {"x1": 10, "y1": 10, "x2": 40, "y2": 30, "x3": None, "y3": None},
+        {"points": [[10, 10], [40, 30]]},
+        [{"label": "red square", "points": [[10, 10], [40, 30]], "shape_type": "rectangle"}],
+        {"corners": [[10, 10], [40, 10], [40, 30], [10, 30]]},
+    ],
+    ids=str,
+)
+def test_corners_under_keys_are_read_as_lists_of_corners_are(tmp_path, box):
+    assert example(tmp_path, {"box": box}).suffix == BOX
+
+
+@pytest.mark.parametrize(
+    ("box", "reason"),
+    [
+        (FOUR | {"y2": 10.5, "y4": 29.5}, "four corners of no upright rectangle"),
+        ({key: FOUR[key] for key in list(FOUR)[:6]}, "3 corners"),
+        ({key: FOUR[key] for key in list(FOUR)[:5]}, "3 corners"),
+        (FOUR | {"x5": 10, "y5": 20}, "5 corners"),
+        (FOUR | {"y4": None}, "4 corners"),
+        (FOUR | {"xmin": 0, "ymin": 0, "xmax": 4, "ymax": 4}, "states two boxes"),
+        (FOUR | {"rotation": 30}, "rotation 30"),
+        ({"x1": 1, "x_1": 12, "y1": 1, "x2": 40, "y2": 30}, "two values of x1"),
+        ({"xtl": 10, "ytl": 10, "xtr": 40, "ytr": 12, "xbr": 40, "ybr": 30}, "3 corners"),
+        ({"points": [[10, 10], [40, 10], [40, 30]]}, "not 4 numbers"),
+        ({"points": [[20, 20], [30, 30]], "shape_type": "circle"}, "the shape 'circle'"),
+        ({"topLeft": {"x": 10, "y": 10}, "bottomRight": {"x": 40, "y": 30}}, "is no box"),
+    ],
+)
+def test_two_of_more_corners_are_never_a_box(tmp_path, box, reason):
+    text = fault(tmp_path, {"box": box})
+    assert text.startswith("bad_box") and reason in text, text
+
+
 def test_percent_in_an_answer_states_its_unit(tmp_path):
     text = "<p>red square</p> {<12><25><50><75>}"
     result = example(tmp_path, {"box": text}, name="")

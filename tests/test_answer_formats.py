@@ -201,6 +201,31 @@ def test_the_same_100_answers_have_the_same_score_in_every_format(name, tmp_path
         assert form in report["notes"][0]
 
 
+def four_corners(box: Sequence[int], name: str) -> dict[str, Any]:
+    x1, y1, x2, y2 = map(int, box)
+    xs, ys = (x1, x2, x2, x1), (y1, y1, y2, y2)
+    return {"label": name} | {
+        f"{axis}{i + 1}": numbers[i] for i in range(4) for axis, numbers in (("x", xs), ("y", ys))
+    }
+
+
+@pytest.mark.parametrize("is_text", [False, True])
+def test_four_corners_under_keys_are_a_box_and_two_of_them_are_none(tmp_path, is_text):
+    def write(box: Sequence[int], name: str) -> Any:
+        answer = four_corners(box, name)
+        return json.dumps(answer) if is_text else answer
+
+    def turned(box: Sequence[int], name: str) -> Any:
+        answer = four_corners(box, name)
+        answer["y2"] += 1
+        return json.dumps(answer) if is_text else answer
+
+    report, _ = score(tmp_path, records_in(write))
+    assert (report["acc50"], report["invalid"]) == (0.85, 0)
+    some = [*records_in(write)[:90], *records_in(turned)[90:]]
+    assert score(tmp_path, some)[0]["invalid"] == 10
+
+
 @pytest.mark.parametrize("name", [n for n, (form, _) in WRITERS.items() if form != "plain"])
 def test_a_unit_that_is_relative_fits_an_image_of_any_size(name, tmp_path):
     """The answers of the square images, about images of 640 x 480 pixels."""

@@ -201,7 +201,14 @@ def test_a_value_without_a_location_has_none(value):
 
 @pytest.mark.parametrize(
     "value",
-    [{"bbox_2d": [1, 2, 3]}, [[1, 2, 3]], [{"bbox_2d": None}], '{"bbox_2d": [1, 2, "x", 4]}'],
+    [
+        {"bbox_2d": [1, 2, 3]},
+        [[1, 2, 3]],
+        [{"bbox_2d": None}],
+        '{"bbox_2d": [1, 2, "x", 4]}',
+        {"x1": 1, "y1": 1, "x2": 9, "y2": 1, "x3": 9, "y3": 9},
+        "x1=1, y1=1, x2=9, y2=2, x3=9, y3=9, x4=1, y4=9",
+    ],
 )
 def test_a_location_that_cannot_be_read_still_counts(value):
     assert [location.numbers for location in locations.read_any(value, 4)] == [None]

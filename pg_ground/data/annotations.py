@@ -14,6 +14,7 @@ from pg_ground.data.box_formats import UNITS, split_format
 from pg_ground.data.record_fields import plain_text
 from pg_ground.data.records import BadRecord, short
 from pg_ground.readers.gold_text import read_gold_text
+from pg_ground.readers.locations import corner_names, plain_key
 
 BOX_KEYS: dict[tuple[str, ...], str] = {
     ("x1", "y1", "x2", "y2"): "xyxy",
@@ -44,6 +45,12 @@ INNER_KEYS = (
     *("point_2d", "point"),
 )
 """Keys of an object under which its box or its point is."""
+
+CORNERS_KEYS = ("points", "corners", "vertices")
+"""Keys of an object under which the corners of its box are."""
+
+SHAPES = (None, "", "rectangle", "rect", "polygon", "box")
+"""Values of the key `shape_type` whose `points` are corners. Those of a circle are others."""
 
 CONVENTIONS = {"box_2d": "yxyx_permille"}
 """The format that the name of a key or a field states: Gemini writes boxes as `box_2d`."""
@@ -175,10 +182,16 @@ def _read_keys(value: Mapping[Any, Any], format_name: str, width: int, kind: str
 
     The values are numbers, or lists with one number for each row.
     """
-    fields = {str(key).lower().replace("_", ""): item for key, item in value.items()}
+    fields = {plain_key(key): item for key, item in value.items()}
     candidates: list[tuple[tuple[str, ...], str, Any]] = []
+    filled = (key for key, item in fields.items() if not is_nothing(item))
+    corners = corner_names(filled) if width == 4 else []
+    if corners:
+        rows = _corner_rows(value, fields, corners, format_name, kind)
+        candidates.append((tuple(f"x{name} y{name}" for name in corners), "xyxy", rows))
+    named = {f"{axis}{name}" for axis in "xy" for name in corners}
     for keys, order in (BOX_KEYS if width == 4 else POINT_KEYS).items():
-        if all(key in fields for key in keys):
+        if all(key in fields for key in keys) and named.isdisjoint(keys):
             columns = _columns([fields[key] for key in keys])
             if columns is not None:
                 candidates.append((keys, order, columns))
@@ -188,6 +201,7 @@ def _read_keys(value: Mapping[Any, Any], format_name: str, width: int, kind: str
     if turn not in (0, None, "0", [0] * len(candidates[0][2])):
         raise BadRecord(kind, f"{short(value)} with rotation {short(turn)}, but boxes are upright")
     keys, order, columns = candidates[0]
+    _check_spellings(value, fields, keys, kind)
     if order == "xywh" and keys[0] == "x" and format_name.startswith("cxcywh"):
         order = "cxcywh"  # some tools name the centre x and y
     if width == 4:
@@ -199,6 +213,37 @@ def _read_keys(value: Mapping[Any, Any], format_name: str, width: int, kind: str
     label = _label(value)
     labels = (label,) * len(columns) if label else ()
     return Rows(columns, labels, (), f"{order}_{unit}", f"keys {' '.join(keys)} ({order})")
+
+
+def _check_spellings(
+    value: Mapping[Any, Any], fields: Mapping[str, Any], keys: Sequence[str], kind: str
+) -> None:
+    """Raises BadRecord if two spellings of a key, such as x1 and x_1, have different values."""
+    if len(fields) == len(value):
+        return
+    used = " ".join(keys).split()
+    for key, item in value.items():
+        name = plain_key(key)
+        if name in used and repr(fields[name]) != repr(item):
+            raise BadRecord(kind, f"{short(value)} has two values of {name}")
+
+
+def _corner_rows(
+    value: Mapping[Any, Any],
+    fields: Mapping[str, Any],
+    corners: Sequence[str],
+    format_name: str,
+    kind: str,
+) -> Float[np.ndarray, "K 4"]:
+    """Returns the boxes (xyxy) of an object whose keys name the corners, such as x1 y1 … x4 y4."""
+    names = [f"{axis}{corner}" for corner in corners for axis in "xy"]
+    columns = _columns([fields.get(name) for name in names])
+    if len(corners) != 4 or columns is None:
+        raise BadRecord(
+            kind, f"{short(value)} has the keys of {len(corners)} corners: a box has 2 or 4"
+        )
+    polygons = columns.reshape(-1, 4, 2).tolist()
+    return _read_lists(polygons, f"xyxy_{split_format(format_name)[1]}", 4, kind).numbers
 
 
 def _to_xyxy(rows: Float[np.ndarray, "K 4"], order: str) -> Float[np.ndarray, "K 4"]:
@@ -239,7 +284,9 @@ def _read_object(item: Any, format_name: str, width: int, kind: str) -> Rows:
     rows = _read_keys(item, format_name, width, kind)
     if rows is not None:
         return rows
-    inner = next((key for key in INNER_KEYS if key in item), None)
+    inner = next((key for key in _inner_keys(width) if key in item), None)
+    if width == 4 and item.get("shape_type") not in SHAPES:
+        raise BadRecord(kind, f"{short(item)} has the shape {short(item['shape_type'])}, no box")
     if inner is None:
         if width == 2:
             raise BadRecord(kind, f"{short(item)} has no x and y")
@@ -249,6 +296,10 @@ def _read_object(item: Any, format_name: str, width: int, kind: str) -> Rows:
     if label and not rows.labels:
         return rows._replace(labels=(label,) * len(rows.numbers))
     return rows
+
+
+def _inner_keys(width: int) -> tuple[str, ...]:
+    return INNER_KEYS + CORNERS_KEYS if width == 4 else INNER_KEYS
 
 
 def _read_inner(name: str, value: Any, format_name: str, width: int, kind: str) -> Rows:
@@ -276,7 +327,7 @@ def _read_inner(name: str, value: Any, format_name: str, width: int, kind: str) 
 
 def _read_labels(value: Mapping[Any, Any], format_name: str, width: int, kind: str) -> Rows:
     """Returns the rows of `{label: boxes}`, or of an object that has its box under a key."""
-    if any(key in value for key in INNER_KEYS):
+    if any(key in value for key in _inner_keys(width)):
         return _read_object(value, format_name, width, kind)
     parts = []
     for label, inner in value.items():

@@ -277,6 +277,8 @@ def _read_object(value: Mapping[Any, Any], width: int) -> list[Location]:
     label = next((value[key] for key in _LABEL_KEYS if isinstance(value.get(key), str)), "")
     scores = [json_number(value[key], strict=False) for key in _SCORE_KEYS if key in value]
     score = scores[0] if scores else None
+    if width == 4 and (names := corner_names(map(plain_key, value))):
+        return [Location(_corner_box(value, names), label, score, "xyxy")]
     named = _named_numbers(value, width)
     if named:
         order, numbers = named
@@ -315,12 +317,51 @@ count: `x_min`, `xMin` and `xmin` are one name.
 """
 
 
+_CORNER_KEY = re.compile(r"[xy]([0-9]|tl|tr|br|bl)")
+
+
+def plain_key(key: object) -> str:
+    """Returns the name of a key for comparisons: in lower case and without "_"."""
+    return str(key).lower().replace("_", "")
+
+
+def corner_names(keys: Iterable[str]) -> list[str]:
+    """Returns the corners that the keys of a box name, if these are three or more; else nothing.
+
+    `x1 y1 x2 y2 x3 y3 x4 y4` are the corners 1, 2, 3 and 4. Two of them alone are another box.
+
+    Args:
+      keys: as `plain_key` returns them.
+    """
+    matches = filter(None, map(_CORNER_KEY.fullmatch, keys))
+    names = sorted({match[1] for match in matches})
+    return next((part for part in _by_kind(names) if len(part) > 2), [])
+
+
+def _by_kind(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    numbers = [name for name in names if name.isdigit()]
+    return numbers, [name for name in names if not name.isdigit()]
+
+
+def _corner_box(value: Mapping[Any, Any], names: Sequence[str]) -> tuple[float, ...] | None:
+    """Returns the upright box with four corners that have names; None if there is no such box."""
+    plain = {plain_key(key): part for key, part in value.items()}
+    corners = [_numbers([plain.get(f"x{n}"), plain.get(f"y{n}")], 2, strict=False) for n in names]
+    points = {corner for corner in corners if corner is not None}
+    (low_x, high_x), (low_y, high_y) = (
+        (min((p[i] for p in points), default=0.0), max((p[i] for p in points), default=0.0))
+        for i in (0, 1)
+    )
+    is_upright = points == {(x, y) for x in (low_x, high_x) for y in (low_y, high_y)}
+    return (low_x, low_y, high_x, high_y) if len(points) == 4 and is_upright else None
+
+
 def _named_numbers(value: Mapping[Any, Any], width: int) -> tuple[str, list[Any]] | None:
     """Returns the order and the numbers of an object whose numbers have names. None if it has none.
 
     An object with a width or a height is a box, not a point.
     """
-    plain = {str(key).lower().replace("_", ""): part for key, part in value.items()}
+    plain = {plain_key(key): part for key, part in value.items()}
     for order, keys in _NAMED_NUMBERS[width]:
         if all(key in plain for key in keys):
             is_point_of_box = width == 2 and _named_numbers(value, 4) is not None
@@ -421,7 +462,7 @@ def _read_bare(text: str, width: int) -> list[Location]:
 
 
 _NAME_AND_NUMBER = re.compile(
-    rf"""\b(x_?min|y_?min|x_?max|y_?max|[xy][012]|left|top|right|bottom|width|height|[xywh])\b"""
+    rf"""\b(x_?min|y_?min|x_?max|y_?max|[xy][0-9]|left|top|right|bottom|width|height|[xywh])\b"""
     rf"""["']?\s*[:=>]\s*["']?({NUMBER})""",
     re.IGNORECASE,
 )
@@ -430,11 +471,15 @@ _NAME_AND_NUMBER = re.compile(
 def _named_in_text(text: str) -> list[Location]:
     """Returns the boxes whose numbers have names: `xmin=1, ymin=2, xmax=3, ymax=4`.
 
-    `_NAMED_NUMBERS` has the names. They may be in any order, also as tags of XML.
+    `_NAMED_NUMBERS` has the names. They may be in any order, also as tags of XML. Three or four
+    corners (`x3=5`) in prose cannot be read.
     """
     boxes: list[Location] = []
     fields: dict[str, str] = {}
-    for name, number in _NAME_AND_NUMBER.findall(text):
+    found = _NAME_AND_NUMBER.findall(text)
+    if corner_names(plain_key(name) for name, _ in found):
+        return [Location(None)]
+    for name, number in found:
         if name in fields:
             fields = {}
         fields[name] = number
