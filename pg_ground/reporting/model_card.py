@@ -179,7 +179,8 @@ def _public_uri(uri: str) -> str:
     """Returns the part of a uri that is no path of a machine: the scheme, and a public name."""
     scheme, _, location = uri.partition(":")
     location = location.partition("?")[0]
-    is_public = scheme in PUBLIC_SCHEMES or (scheme == "hf" and _hub_name(location))
+    of_hub = scheme == "hf" and all(map(_dataset_name, location.split(",")))
+    is_public = scheme in PUBLIC_SCHEMES or of_hub
     is_path = "\\" in location or location.startswith((".", "/", "~"))
     return f"{scheme}:{location}" if is_public and not is_path else f"{scheme} files"
 
@@ -192,7 +193,13 @@ def _hub_datasets(run: Run) -> set[str]:
         for source in run.config[stage].get("sources", {}).values()
     ]
     locations = [uri.removeprefix("hf:").partition("?")[0] for uri in uris if uri.startswith("hf:")]
-    return {_hub_name(location) for location in locations} - {""}
+    names = {_dataset_name(item) for location in locations for item in location.split(",")}
+    return names - {""}
+
+
+def _dataset_name(item: str) -> str:
+    """Returns ORG/NAME of one dataset of `hf:A,B@SPLIT`, "" if it is a path."""
+    return _hub_name(item.strip().partition("@")[0])
 
 
 def _prompt(run: Run) -> str:
