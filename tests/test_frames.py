@@ -4,6 +4,7 @@ Each image is drawn: one red rectangle on black, stored as a phone stores it. Th
 must mark the red pixels of the upright image.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,14 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco
 
+from pg_ground import tokenizer
 from pg_ground.config import Data, Source
 from pg_ground.data.datasets import Examples, open_examples
+from pg_ground.data.frames import AFTER, BEFORE, UNDECIDED
 from pg_ground.data.records import BadRecord
+from pg_ground.data.source_check import SourceId, check_source
+from pg_ground.data.text_budgets import Budget, measure_budget
+from pg_ground.types import UserError
 
 WIDTH, HEIGHT = 80, 60
 """The stored image."""
@@ -47,7 +53,8 @@ def open_row(folder: Path, row: dict[str, Any], **settings: Any) -> Examples:
         "height": HEIGHT,
     }
     (folder / "rows.jsonl").write_text(json.dumps(default | row), encoding="utf-8")
-    source = Source(uri=f"jsonl:{folder}/rows.jsonl", **({"boxes": "box"} | settings))
+    settings = {"boxes": "box"} | settings
+    source = Source(uri=f"jsonl:{folder}/rows.jsonl", **settings)
     return open_examples("a", source, DATA, 64)
 
 
@@ -78,7 +85,7 @@ def test_boxes_of_the_stored_frame_are_turned_with_the_image(tmp_path, orientati
     }
     mask = np.zeros((HEIGHT, WIDTH), np.uint8)
     mask[y1:y2, x1:x2] = 1
-    run_lengths = coco.encode(np.asfortranarray(mask))
+    run_lengths: Any = coco.encode(np.asfortranarray(mask))
     rows["rle"] = {"size": [HEIGHT, WIDTH], "counts": run_lengths["counts"].decode()}
     for field, value in rows.items():
         check_on_red(open_row(tmp_path, {field: value}, mask=field)[0])
@@ -113,7 +120,92 @@ def test_boxes_of_an_image_that_was_resized_are_scaled(tmp_path, size):
     save(tmp_path / "i.png", 6, size)
     example = open_row(tmp_path, {})[0]
     check_on_red(example)
-    assert example.notes == ("another size than the file, before EXIF",)
+    assert example.notes == ("another size than the file; the frame before EXIF",)
+
+
+RED = (48, 6, 72, 24)
+
+
+def write_coco(folder: Path, orientations: list[int], square: int = -1, **image: Any) -> Source:
+    """Writes one image for each orientation, with its boxes before EXIF. One image is square."""
+    images, annotations = [], []
+    for i, orientation in enumerate(orientations):
+        size = (60, 60) if i == square else (WIDTH, HEIGHT)
+        pixels = np.zeros((size[1], size[0], 3), np.uint8)
+        box = (36, 6, 54, 24) if i == square else RED
+        pixels[box[1] : box[3], box[0] : box[2]] = (255, 0, 0)
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(pixels).save(folder / f"{i}.png", exif=exif)
+        sides = {"width": size[0], "height": size[1]}
+        images.append({"id": i, "file_name": f"{i}.png"} | sides | image)
+        bbox = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+        annotations.append({"id": i, "image_id": i, "category_id": 1, "bbox": bbox})
+    categories = [{"id": 1, "name": "bar"}]
+    text = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "coco.json").write_text(json.dumps(text), encoding="utf-8")
+    uri = f"coco:{folder}/coco.json?ask=category"
+    return Source(uri=uri, phrase="category", boxes="boxes", box_format="xywh_px")
+
+
+def measure(source: Source) -> Budget:
+    return measure_budget(open_examples("a", source, DATA, 64), tokenizer.load(), DATA)
+
+
+def test_images_that_may_be_before_exif_are_an_error_beside_images_that_are(tmp_path):
+    source = write_coco(tmp_path, [6, 6, 3, 6, 8, 2], square=3)
+    text = "3 images are before EXIF, as the size says, and no size says it of 3 others"
+    with pytest.raises(UserError) as error:
+        measure(source)
+    assert (
+        str(error.value) == f"source a: the boxes of {text}: frame = 'stored' reads all before EXIF"
+    )
+    check = check_source(SourceId("a", source, DATA, 64, 0), 1, lambda n: None)
+    assert text in check.problems[0]
+    stored = dataclasses.replace(source, frame="stored")
+    assert measure(stored).doubts == []
+    for example in map(open_examples("a", stored, DATA, 64).example, range(6)):
+        check_on_red(example)
+
+
+def test_an_image_after_exif_in_the_same_source_makes_it_a_doubt(tmp_path):
+    source = write_coco(tmp_path, [6, 6, 3])
+    coco_file = tmp_path / "coco.json"
+    content = json.loads(coco_file.read_text())
+    content["images"][1] |= {"width": HEIGHT, "height": WIDTH}
+    content["annotations"][1]["bbox"] = [6, 6, 20, 20]
+    coco_file.write_text(json.dumps(content))
+    budget = measure(source)
+    assert budget.notes == {AFTER: "1 of 3", BEFORE: "1 of 3", UNDECIDED: "1 of 3"}
+    (doubt,) = budget.doubts
+    assert "1 others, which are read after EXIF, as 1 are: frame = 'stored' reads all" in doubt
+    check = check_source(SourceId("a", source, DATA, 64, 0), 1, lambda n: None)
+    assert not check.problems and check.budget and check.budget.doubts == [doubt]
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_record_without_a_size_says_how_it_is_read(tmp_path, orientation):
+    row = {"box": [4, 4, 20, 20], "width": None}
+    save(tmp_path / "i.png", orientation)
+    assert open_row(tmp_path, row)[0].notes == (UNDECIDED,)
+    assert "frame = 'stored'" in UNDECIDED
+    for frame in ("upright", "stored"):
+        assert open_row(tmp_path, row, frame=frame)[0].notes == ()
+    save(tmp_path / "i.png", 1)
+    assert open_row(tmp_path, row)[0].notes == ()
+
+
+def test_boxes_beyond_an_image_that_exif_turns_name_the_frame(tmp_path):
+    """Boxes that reach a little beyond the upright image of 60 x 80 pixels, or far beyond it."""
+    source = write_coco(tmp_path, [6] * 9, width=None, height=None)
+    with pytest.raises(UserError, match=r"9 of 9 objects .*before EXIF: set frame = 'stored'$"):
+        measure(source)
+    save(tmp_path / "i.png", 6)
+    far = {"box": [4, 4, WIDTH * 1.17, 20], "width": None}
+    for row in (far, far | {"box": [61, 4, 79, 20]}):
+        with pytest.raises(BadRecord, match=r"before EXIF turns the image \(frame = 'stored'\)$"):
+            open_row(tmp_path, row)[0]
+    assert len(open_row(tmp_path, row, frame="stored")[0].boxes.yxyx) == 1
 
 
 def test_percent_is_turned_and_needs_no_size(tmp_path):

@@ -27,6 +27,8 @@ from pg_ground.data.box_formats import (
 from pg_ground.data.chat_turns import check_prompt_roles, turn_notes
 from pg_ground.data.fetch import cached, is_url
 from pg_ground.data.frames import (
+    EXCHANGED,
+    UPRIGHT,
     Frame,
     find_frame,
     recorded_size,
@@ -59,6 +61,9 @@ LONGEST_SCHEME = 40
 
 FAR_BEYOND = 0.5
 """The part of a side by which a box may reach beyond the image. It is clipped to the image."""
+
+FITS_AS = "; it fits as "
+"""In an error about coordinates, before the formats that fit."""
 
 
 def check_formats(source: Source, source_name: str) -> None:
@@ -153,7 +158,10 @@ def to_example(
     if len(annotation.boxes.numbers) or len(annotation.points.numbers):
         frame = find_frame(recorded_size(record, source, element), opened, source.frame)
     asks_points = source.target == "points"
-    objects = _objects(record, source, annotation, element, frame, mask_size, folder)
+    try:
+        objects = _objects(record, source, annotation, element, frame, mask_size, folder)
+    except BadRecord as bad:
+        raise _with_frame(bad, annotation, opened, frame, source) from None
     keep = select_objects(
         objects.yx if asks_points else objects.yxyx,
         objects.labels,
@@ -185,7 +193,32 @@ def to_example(
         source=source_name,
         index=index,
         notes=(*_notes(annotation, frame, opened), *turn_notes(record, source, element)),
+        stored=_other_frame(opened, frame),
     )
+
+
+def _other_frame(opened: Opened, frame: Frame) -> tuple[int, int] | None:
+    """Returns the size of the image before EXIF, if EXIF exchanges the sides and the coordinates
+    are read after it."""
+    is_exchanged = opened.orientation >= EXCHANGED and frame.size == opened.stored[::-1]
+    return opened.stored if is_exchanged and frame.orientation == UPRIGHT else None
+
+
+def _with_frame(
+    bad: BadRecord, annotation: Annotation, opened: Opened, frame: Frame, source: Source
+) -> BadRecord:
+    """Returns an error about coordinates, with the setting `frame` if they fit before EXIF only."""
+    stored = _other_frame(opened, frame)
+    if stored is None or bad.kind not in ("bad_box", "bad_point"):
+        return bad
+    boxes, points = annotation.boxes, annotation.points
+    try:
+        to_yxyx(boxes.numbers, boxes.format, stored, source.flat_boxes != "bad")
+        to_yx(points.numbers, points.format, stored)
+    except BadRecord:
+        return bad
+    text = str(bad).partition(FITS_AS)[0]
+    return BadRecord(bad.kind, f"{text}; it fits before EXIF turns the image (frame = 'stored')")
 
 
 def _notes(annotation: Annotation, frame: Frame, opened: Opened) -> tuple[str, ...]:
@@ -522,7 +555,7 @@ def _fits_as(numbers: Float[np.ndarray, " N"], format_name: str, size: tuple[int
     """Returns `; it fits as xyxy_bin (box_format)` for the formats that fit, or ""."""
     setting = "box_format" if len(numbers) == 4 else "point_format"
     formats = fitting_formats(numbers, format_name, size)
-    return f"; it fits as {', '.join(formats)} ({setting})" if formats else ""
+    return f"{FITS_AS}{', '.join(formats)} ({setting})" if formats else ""
 
 
 def _has_no_length(fractions: Float[np.ndarray, "K 4"]) -> Bool[np.ndarray, "K 2"]:

@@ -7,7 +7,7 @@ turn it. Some tools annotate the stored pixels, and other tools the upright imag
 
 import decimal
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from pg_ground.config import Source
 from pg_ground.data.images import Opened
 from pg_ground.data.record_fields import field_or_none, paths_of
 from pg_ground.data.records import BadRecord, short
-from pg_ground.types import Record
+from pg_ground.types import Record, UserError
 
 SIZE_FIELDS = (("width", "height"), ("image_width", "image_height"))
 """Fields that state the size of an image, if the source does not name others."""
@@ -34,6 +34,20 @@ FrameKey = tuple[tuple[int, int], int]
 
 UPRIGHT: int = 1
 """The EXIF orientation of an image that needs no turn."""
+
+EXCHANGED: int = 5
+"""EXIF orientations from here on exchange width and height."""
+
+COPY = "another size than the file"
+
+BEFORE = "the frame before EXIF"
+AFTER = "the frame after EXIF, as the size says"
+UNDECIDED = (
+    "the frame after EXIF, but no size says so: frame = 'stored' reads the frame before EXIF"
+)
+"""Notes about an image that EXIF turns, if the frame is not stated."""
+
+REMEDY = "frame = 'stored' reads all before EXIF"
 
 
 class Frame(NamedTuple):
@@ -102,7 +116,7 @@ def find_frame(recorded: tuple[int, int] | None, opened: Opened, frame: str) -> 
       recorded: the size that the record states.
       opened: the image.
       frame: the setting: "upright", "stored", or "auto". "auto" takes the frame that the recorded
-        size fits, and the upright frame if both fit.
+        size fits, and the upright frame if both fit or there is no size; a note says so.
 
     Raises:
       BadRecord: wrong_size, if the recorded size is no size of this image or of a resized copy.
@@ -112,23 +126,48 @@ def find_frame(recorded: tuple[int, int] | None, opened: Opened, frame: str) -> 
     upright: FrameKey = (size, UPRIGHT)
     stored: FrameKey = (opened.stored, opened.orientation)
     candidates = [stored] if frame == "stored" else [upright]
-    if frame == "auto" and opened.orientation != UPRIGHT and opened.stored != size:
+    if frame == "auto" and opened.orientation != UPRIGHT:
         candidates.append(stored)
-    if recorded is None or recorded == candidates[0][0]:
-        return Frame(*candidates[0], "")
-    for file_size, orientation in candidates:
-        note = "" if orientation == UPRIGHT else "the frame before EXIF"
-        if recorded == file_size:
-            return Frame(recorded, orientation, note)
-    for file_size, orientation in candidates:
-        if _is_copy(recorded, file_size):
-            note = "another size than the file" + (
-                "" if orientation == UPRIGHT else ", before EXIF"
-            )
-            return Frame(recorded, orientation, note)
+    note = UNDECIDED if len(candidates) > 1 else ""
+    if recorded is None:
+        return Frame(*candidates[0], note)
+    exact = [candidate for candidate in candidates if candidate[0] == recorded]
+    fitting = exact or [candidate for candidate in candidates if _is_copy(recorded, candidate[0])]
+    if fitting:
+        orientation = fitting[0][1]
+        if len(fitting) < len(candidates):
+            note = AFTER if orientation == UPRIGHT else BEFORE
+        notes = filter(None, ("" if exact else COPY, note))
+        return Frame(recorded, orientation, "; ".join(notes))
     states = f"the record says {size_text(recorded)}, but the image has {size_text(size)} pixels"
     turned = f" ({size_text(opened.stored)} before EXIF)" if opened.stored != size else ""
     raise BadRecord("wrong_size", f"{states}{turned}: set size or frame of the source")
+
+
+def check_frames(source: str, notes: Mapping[str, int]) -> list[str]:
+    """Returns a doubt about the frames of a source's records in words, or nothing.
+
+    Args:
+      source: its name, for the text.
+      notes: the notes of the examples → their numbers.
+
+    Raises:
+      UserError: the sizes of some records say that they are before EXIF. No size says that a record
+        is after EXIF. Other records would be read so without a reason.
+    """
+    before, after, undecided = (
+        sum(count for note, count in notes.items() if ending in note.split("; "))
+        for ending in (BEFORE, AFTER, UNDECIDED)
+    )
+    if not before or not undecided:
+        return []
+    text = (
+        f"the boxes of {before} images are before EXIF, as the size says, and no size says it of "
+        f"{undecided} others"
+    )
+    if not after:
+        raise UserError(f"source {source}: {text}: {REMEDY}")
+    return [f"{text}, which are read after EXIF, as {after} are: {REMEDY}"]
 
 
 def _is_copy(first: tuple[int, int], second: tuple[int, int]) -> bool:
@@ -179,7 +218,7 @@ def turn_mask(mask: Bool[np.ndarray, "H W"], orientation: int) -> Bool[np.ndarra
     """Returns a mask of the stored frame in the upright frame."""
     if orientation == UPRIGHT:
         return mask
-    if orientation >= 5:
+    if orientation >= EXCHANGED:
         mask = mask.T
     # After the exchange of the axes: 2, 6 and 3, 7 flip x; 4, 8 and 3, 7 flip y.
     if orientation in (3, 4, 7, 8):

@@ -16,6 +16,7 @@ from pg_ground.config import Data, Source
 from pg_ground.data.bad_records import BadRecords
 from pg_ground.data.batch_rows import to_batch_row
 from pg_ground.data.datasets import Examples, open_examples
+from pg_ground.data.frames import REMEDY, check_frames
 from pg_ground.data.names import INVISIBLE
 from pg_ground.data.records import BadRecord
 from pg_ground.data.text_budgets import Budget, check_budgets, measure_budget
@@ -228,6 +229,9 @@ def _problems(
     budget = None
     try:
         budget = measure_budget(dataset, _tokenizer(data.tokenizer), data)
+        others = [doubt for doubt in budget.doubts if not doubt.endswith(REMEDY)]
+        frames = check_frames(dataset.name, findings.notes)  # of all records, not of the probed
+        budget = budget._replace(doubts=[*others, *frames])
         check_budgets([budget], data)
         bad_records.check(data.bad_record_share)
     except UserError as error:

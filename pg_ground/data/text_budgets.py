@@ -20,7 +20,7 @@ from pg_ground.data.examples import (
     read_question,
 )
 from pg_ground.data.fetch import cache_fault
-from pg_ground.data.frames import recorded_size
+from pg_ground.data.frames import check_frames, recorded_size
 from pg_ground.data.names import INVISIBLE, SPECIAL_TOKENS, code_point
 from pg_ground.data.pixel_depth import DARK
 from pg_ground.data.record_fields import (
@@ -158,6 +158,7 @@ def measure_budget(dataset: Examples, tokenizer: Tokenizer, data: Data) -> Budge
         [
             *_unit_doubts(dataset, questions, probed),
             *address_doubts,
+            *check_frames(dataset.name, Counter(note for e in probed.values() for note in e.notes)),
             *_dark_doubts(probed),
             *_missing_doubts(questions),
             *_template_doubts(dataset, readable[0]),
@@ -310,7 +311,15 @@ def _unit_doubts(
         check_units(
             dataset.name,
             setting,
-            [Coordinates(row.numbers, row.format, sizes.get(i)) for i, row in by_index.items()],
+            [
+                Coordinates(
+                    row.numbers,
+                    row.format,
+                    sizes.get(i),
+                    probed[i].stored if i in probed else None,
+                )
+                for i, row in by_index.items()
+            ],
         )
         for setting, by_index in rows.items()
     ]

@@ -56,6 +56,8 @@ class Coordinates(NamedTuple):
     format: str
     size: tuple[int, int] | None
     """Width and height of the image; None if the image was not opened."""
+    stored: tuple[int, int] | None = None
+    """Width and height before EXIF, if the coordinates may belong to that frame."""
 
 
 def check_units(source: str, setting: str, records: Sequence[Coordinates]) -> str:
@@ -75,6 +77,9 @@ def check_units(source: str, setting: str, records: Sequence[Coordinates]) -> st
     format_name = records[0].format
     records = [record for record in records if record.format == format_name]
     measured = [record for record in records if record.size is not None]
+    before_exif = _before_exif(measured, format_name)
+    if before_exif:
+        raise UserError(f"source {source}: {before_exif}: set frame = 'stored'")
     fault = (
         _fractions(records, format_name)
         or _one_corner(measured, format_name)
@@ -153,6 +158,15 @@ def _beyond(records: Sequence[Coordinates], format_name: str) -> str:
     if not fitting:
         return ""
     return f"{words}, none as {' or '.join(fitting[:2])}"
+
+
+def _before_exif(records: Sequence[Coordinates], format_name: str) -> str:
+    """Returns a fault if many objects reach beyond the image, and none does before EXIF."""
+    words = _many_beyond(records, format_name)
+    stored = [record._replace(size=record.stored or record.size) for record in records]
+    if not words or any(_count_beyond(record, format_name) for record in stored):
+        return ""
+    return f"{words}, none in the frame before EXIF"
 
 
 def _many_beyond(records: Sequence[Coordinates], format_name: str) -> str:
