@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "pg_ground"
 
 ORDER: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("", ("types",)),
-    ("storage", ("paths", "codecs", "files", "local_copy", "downloads", "uploads")),
+    ("storage", ("json_values", "paths", "codecs", "files", "local_copy", "downloads", "uploads")),
     ("", ("vocab", "params")),
     (
         "rl",

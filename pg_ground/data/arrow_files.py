@@ -28,6 +28,7 @@ from pg_ground.data.tables import (
     CANNOT_OPEN,
     CANNOT_PARSE,
     cannot_open,
+    check_columns,
     class_notes,
     load_json,
     matching_files,
@@ -130,8 +131,8 @@ def open_arrow(location: str) -> Records:
         `DatasetDict`, and can be a slice or a sum such as `train[:10%]+test` (`splits.py`).
 
     Raises:
-      UserError: there is no such file, a file is no whole Arrow file or has other columns than the
-        first file, the split does not exist, or there are no rows.
+      UserError: there is no such file, a file is no whole Arrow file, has two columns with one name
+        or has other columns than the first file, the split does not exist, or there are no rows.
     """
     uri = f"arrow:{location}"
     name, options = split_options("arrow", location, ("split",))
@@ -254,6 +255,7 @@ def _open_files(
     columns: set[str] = set()
     for file in files:
         schema, parts = _read_file(file, uri)
+        check_columns(schema, file.name, uri)
         different = sorted((columns or set(schema.names)) ^ set(schema.names))
         if different:
             raise UserError(

@@ -10,6 +10,7 @@ from pg_ground.data.class_names import shared_names
 from pg_ground.data.record_fields import plain_text
 from pg_ground.data.records import BadRecord, Records, clip_text, short
 from pg_ground.data.tables import BadEntry, RecordList, describe, load_json, split_options
+from pg_ground.storage.json_values import Repeated, fields_of
 from pg_ground.storage.paths import to_path
 from pg_ground.types import JsonDict, UserError
 
@@ -146,14 +147,15 @@ def positions_by_id(entries: Sequence[Any], list_name: str, source: str) -> dict
     """
     positions: dict[Key, int] = {}
     for position, entry in enumerate(entries):
-        key = id_key(entry.get("id")) if isinstance(entry, dict) else None
+        value = fields_of(entry).get("id")
+        key = id_key(value)
         if key is None:
             continue
         first = positions.setdefault(key, position)
         if first != position:
             both = f"{_entry_label(entries, first)} and {_entry_label(entries, position)}"
             raise UserError(
-                f"{source}: entries {both} of {list_name} have the same id {short(entry['id'])}"
+                f"{source}: entries {both} of {list_name} have the same id {short(value)}"
             )
     return positions
 
@@ -197,10 +199,13 @@ def _categories(
     positions = positions_by_id(entries, "categories", f"source {uri}")
     categories = {}
     for key, position in positions.items():
-        value = entries[position].get("name")
+        entry = entries[position]
+        value = fields_of(entry).get("name")
         where = where_text(entries, position, "categories", file_name)
         fault = f"{where} has the name {short(value)}, which is no text"
         name = name_text(value)
+        if isinstance(entry, Repeated):
+            name, fault = None, f"{where}: {entry.fault}"
         # Prompts and answers have single spaces, so names that differ in blanks are one class.
         categories[key] = Category(" ".join(name.split()) if name else None, "" if name else fault)
     with_id = set(positions.values())
@@ -221,7 +226,7 @@ def _images(
     by_id: dict[Key, ImageObjects | BadEntry] = {}
     for position, entry in enumerate(entries):
         missing = "file_name" if position in keys else "id"
-        name = _image_name(entry) if position in keys else None
+        name = _image_name(entry) if position in keys and isinstance(entry, dict) else None
         if name is None:
             image = entry_without(entries, position, "images", missing, file_name)
         elif not isinstance(name, str) or not name.strip():
@@ -289,6 +294,8 @@ def _add_annotation(
     rules: _Rules,
 ) -> None:
     """Adds an annotation to its image. Raises BadRecord without the place of the entry."""
+    if isinstance(entry, Repeated):
+        raise BadRecord("bad_json", entry.fault)
     if not isinstance(entry, dict):
         raise BadRecord("bad_entry", f"it is {short(entry)}, not an object")
     crowd = read_flag(entry.get("iscrowd"))  # some files of this form do not have it
@@ -312,7 +319,7 @@ def _add_annotation(
 
 
 def _key_of(entry: Any, name: str) -> Key | None:
-    return id_key(entry.get(name)) if isinstance(entry, dict) else None
+    return id_key(fields_of(entry).get(name))
 
 
 def _no_such(entry: JsonDict, name: str, keys: Iterable[Key]) -> str:
@@ -444,6 +451,8 @@ def entry_without(
     """Returns the bad entry at a position that is no object, or has no field `name`."""
     where = where_text(entries, position, list_name, file_name)
     entry = entries[position]
+    if isinstance(entry, Repeated):
+        return BadEntry("bad_json", f"{where}: {entry.fault}")
     if not isinstance(entry, dict):
         return BadEntry("bad_entry", f"{where}: it is {short(entry)}, not an object")
     if entry.get(name) is None:
@@ -453,14 +462,13 @@ def entry_without(
 
 def where_text(entries: Sequence[Any], position: int, list_name: str, file_name: str) -> str:
     """Returns, for example, `annotation 20 (id 999) of train.json`."""
-    entry = entries[position]
-    has_id = isinstance(entry, dict) and entry.get("id") is not None
-    number = f"{position} (id {short(entry['id'])})" if has_id else str(position)
+    value = fields_of(entries[position]).get("id")
+    number = f"{position} (id {short(value)})" if value is not None else str(position)
     return f"{SINGULAR[list_name]} {number} of {file_name}"
 
 
 def _entry_label(entries: Sequence[Any], position: int) -> str:
     """Returns the position of an entry, with its file name or its name if it has one."""
-    entry = entries[position]
-    label = entry.get("file_name", entry.get("name"))
+    fields = fields_of(entries[position])
+    label = fields.get("file_name", fields.get("name"))
     return f"{position}" if label is None else f"{position} ({clip_text(str(label), 40)})"

@@ -5,7 +5,6 @@ The toolkit is github.com/lichengunc/refer. The uri is `refer:DIR?dataset=…&sp
 (github.com/henghuiding/gRefCOCO) has `grefs(SPLIT_BY).p` or `grefs(SPLIT_BY).json` instead.
 """
 
-import json
 import pickle
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ from pg_ground.data.coco import SINGULAR, Key, id_key, positions_by_id, read_bbo
 from pg_ground.data.records import BadRecord, Records, clip_text, list_names, short
 from pg_ground.data.tables import BadEntry, split_options
 from pg_ground.storage.codecs import unpack
+from pg_ground.storage.json_values import Repeated, RepeatedKey, decode_json_lists, fields_of
 from pg_ground.storage.paths import FilePath, to_path
 from pg_ground.types import JsonDict, UserError, nearest
 
@@ -62,9 +62,9 @@ class Ref(NamedTuple):
 class Coco(NamedTuple):
     """COCO annotations by the keys of their ids."""
 
-    images: dict[Any, JsonDict]
-    annotations: dict[Any, JsonDict]
-    categories: dict[Any, JsonDict]
+    images: dict[Any, JsonDict | Repeated]
+    annotations: dict[Any, JsonDict | Repeated]
+    categories: dict[Any, JsonDict | Repeated]
 
 
 class Refs:
@@ -264,6 +264,8 @@ def _read_refs(folder: FilePath, dataset: str, split_by: str, source: str) -> li
             f"{source}: {path}: {error.strerror or error}; "
             f"the refs files in the folder: {_refs_files(path.parent)}"
         ) from error
+    except RepeatedKey as error:
+        raise UserError(f"{source}: in {path}, {error}") from error
     except CANNOT_UNPICKLE as error:
         raise UserError(
             f"{source}: {path} is no {'JSON' if path.suffix == '.json' else 'pickle'} of refs, "
@@ -290,7 +292,7 @@ def _refs_path(folder: FilePath, dataset: str, split_by: str) -> FilePath:
 
 def _load_refs(path: FilePath, source: str) -> Any:
     if path.suffix == ".json":
-        return json.loads(unpack(path.read_bytes(), f"{source}: {path.name}"))
+        return decode_json_lists(unpack(path.read_bytes(), f"{source}: {path.name}"))
     with path.open("rb") as file:
         # The published files were written by Python 2.
         return PlainUnpickler(file, encoding="latin1").load()
@@ -301,6 +303,10 @@ def _to_ref(entry: object, dataset: str, where: str) -> Ref:
 
     The `ann_id` of gRefCOCO may be a list. Its `no_target` must agree with it.
     """
+    if isinstance(entry, Repeated):
+        value = entry.fields.get("split")
+        split = _canonical_split(value) if isinstance(value, str) else None
+        return Ref(dataset, split, BadEntry("bad_json", f"{where}: {entry.fault}"))
     if not isinstance(entry, dict):
         return Ref(dataset, None, BadEntry("bad_entry", f"{where} is {short(entry)}, not a dict"))
     value = entry.get("split")
@@ -384,10 +390,12 @@ def _read_coco(
         same id.
     """
     try:
-        content = json.loads(unpack(path.read_bytes(), f"{source}: {path.name}"))
+        content = decode_json_lists(unpack(path.read_bytes(), f"{source}: {path.name}"))
         tables = [content[name] for name in SINGULAR]
     except (OSError, ImportError) as error:
         raise UserError(f"{source}: {error}; coco=FILE names COCO annotations elsewhere") from error
+    except RepeatedKey as error:
+        raise UserError(f"{source}: in {path}, {error}") from error
     except ValueError as error:
         raise UserError(f"{_no_coco(path, source, repr(error))}; {GET_AGAIN}") from error
     except (TypeError, KeyError, RecursionError) as error:
@@ -402,7 +410,9 @@ def _read_coco(
         by_key.append({key: table[position] for key, position in positions.items()})
     images, annotations, categories = by_key
     annotations = {key: row for key, row in annotations.items() if key in ids}
-    image_keys = image_ids | {id_key(row.get("image_id")) for row in annotations.values()}
+    image_keys = image_ids | {
+        id_key(fields_of(row).get("image_id")) for row in annotations.values()
+    }
     return Coco(
         {key: row for key, row in images.items() if key in image_keys}, annotations, categories
     )
@@ -413,11 +423,16 @@ def _no_coco(path: FilePath, source: str, reason: str) -> str:
     return f"{source}: {path} does not hold COCO's images, annotations and categories: {text}"
 
 
-def _look_up(table: dict[Any, JsonDict], kind: str, row: JsonDict, name: str) -> JsonDict:
+def _look_up(
+    table: dict[Any, JsonDict | Repeated], kind: str, row: JsonDict, name: str
+) -> JsonDict:
     """Returns the row of `table` with the id `row[name]`. Raises BadRecord (missing_`kind`)."""
     key = id_key(row.get(name))
     if key is None or key not in table:
         raise BadRecord(
             f"missing_{kind}", f"there is no {kind} with the {name} {short(row.get(name))}"
         )
-    return table[key]
+    entry = table[key]
+    if isinstance(entry, Repeated):
+        raise BadRecord("bad_json", f"{kind} {short(row.get(name))}: {entry.fault}")
+    return entry

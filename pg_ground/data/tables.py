@@ -34,6 +34,13 @@ from pg_ground.storage.codecs import (
     unpack,
     without_compression,
 )
+from pg_ground.storage.json_values import (
+    Repeated,
+    RepeatedKey,
+    decode_json,
+    decode_json_lists,
+    repeated_key,
+)
 from pg_ground.storage.paths import FilePath, absolute, expand_path, is_address, to_path
 from pg_ground.types import JsonDict, UserError, nearest
 
@@ -107,7 +114,7 @@ class JsonLines:
     def __getitem__(self, index: int) -> JsonDict:
         where = f"byte {self._spans[index][0]} of {self._path.name}"
         try:
-            record = json.loads(self._line(index))
+            record = decode_json(self._line(index))
         except UnicodeDecodeError as error:
             raise BadRecord("bad_json", f"{where}: {not_utf8(error)}") from error
         except (ValueError, RecursionError) as error:
@@ -214,6 +221,8 @@ class RecordList:
         record = self.entries[index]
         if isinstance(record, BadEntry):
             raise BadRecord(record.kind, record.message)
+        if isinstance(record, Repeated):
+            raise BadRecord("bad_json", f"entry {index} of {self.name}: {record.fault}")
         if not isinstance(record, dict):
             raise BadRecord(
                 "bad_json", f"entry {index} of {self.name}: {short(record)} is not a JSON object"
@@ -399,7 +408,9 @@ def _json_entries(path: FilePath, key: str, uri: str) -> list[Any]:
         if not isinstance(value, dict) or part not in value:
             raise UserError(f"source {uri}: no {part!r} in {describe(value)}")
         value = value[part]
-    if not isinstance(value, list) or not any(isinstance(entry, dict) for entry in value):
+    if not isinstance(value, list) or not any(
+        isinstance(entry, dict | Repeated) for entry in value
+    ):
         raise UserError(
             f"source {uri}: this is {describe(value)}, but it must be a list of objects, "
             f"or have one at a key (json:PATH#key)"
@@ -455,8 +466,8 @@ def open_parquet_files(
       names: the names of classes, for files that declare none.
 
     Raises:
-      UserError: a file is missing, is no parquet, or has other columns than the first file; or
-        there are no rows.
+      UserError: a file is missing, is no parquet, has two columns with one name, or has other
+        columns than the first file; or there are no rows.
     """
 
     def footer(path: FilePath) -> pq.FileMetaData:
@@ -472,6 +483,8 @@ def open_parquet_files(
 
     with ThreadPoolExecutor(16) as pool:
         footers = list(pool.map(footer, paths))
+    for path, other in zip(paths, footers, strict=True):
+        check_columns(other.schema.to_arrow_schema(), path.name, uri)
     columns = set(footers[0].schema.to_arrow_schema().names)
     for path, other in zip(paths, footers, strict=True):
         different = sorted(columns ^ set(other.schema.to_arrow_schema().names))
@@ -485,6 +498,13 @@ def open_parquet_files(
         files = list_names([path.name for path in paths])
         raise UserError(f"source {uri}: there are no rows in {files}")
     return rows
+
+
+def check_columns(schema: pa.Schema, file_name: str, uri: str) -> None:
+    """Raises UserError if two columns have one name: a row would keep the last of them only."""
+    name = repeated_key(schema.names)
+    if name is not None:
+        raise UserError(f"source {uri}: two columns of {file_name} are called {short(name)}")
 
 
 def open_yaml(location: str) -> Records:
@@ -575,11 +595,16 @@ def _split_key(location: str, uri: str) -> tuple[FilePath, str]:
 def load_json(path: FilePath, uri: str) -> Any:
     """Returns the value in a file of JSON, which may be compressed.
 
+    An entry of a list in which a key is there twice is a `Repeated`.
+
     Raises:
-      UserError: the file cannot be opened or unpacked, or is not one JSON value.
+      UserError: the file cannot be opened or unpacked, is not one JSON value, or has a key twice
+        outside of all lists.
     """
     try:
-        return json.loads(unpack(read_bytes(path, uri), f"source {uri}: {path.name}"))
+        return decode_json_lists(unpack(read_bytes(path, uri), f"source {uri}: {path.name}"))
+    except RepeatedKey as error:
+        raise UserError(f"source {uri}: in {path.name}, {error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"source {uri}: not one JSON value: {not_utf8(error)}") from error
     except (ValueError, RecursionError) as error:
@@ -596,13 +621,25 @@ def read_bytes(path: FilePath, uri: str) -> bytes:
         raise cannot_open(uri, error) from error
 
 
+class _UniqueLoader(yaml.SafeLoader):
+    """Raises RepeatedKey if a mapping has a key twice, of which YAML keeps the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        key = repeated_key([key.value for key, _ in node.value if isinstance(key.value, str)])
+        if key is not None:
+            raise RepeatedKey(key)
+        return super().construct_mapping(node, deep)
+
+
 def _yaml_entries(path: FilePath, uri: str) -> list[dict[str, str]]:
     """Returns the entries of `datasets`, each with a `json_path` and a `sampling_strategy`."""
     try:
         with path.open("rb") as file:
-            value = yaml.safe_load(file)
+            value = yaml.load(file, _UniqueLoader)
     except CANNOT_OPEN as error:
         raise cannot_open(uri, error) from error
+    except RepeatedKey as error:
+        raise UserError(f"source {uri}: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"source {uri}: not YAML: {one_line(error)}") from error
     form = 'datasets: [{json_path: a.json, sampling_strategy: "random:50%"}]'

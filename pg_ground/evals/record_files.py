@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pg_ground.evals.rows import is_row_file
-from pg_ground.readers.locations import load_value
+from pg_ground.readers.locations import Several, load_value
 from pg_ground.storage.codecs import not_utf8, to_utf8, without_compression
+from pg_ground.storage.json_values import DECODER, RepeatedKey, decode_json
 from pg_ground.storage.paths import FilePath
 from pg_ground.types import JsonDict, JsonObject, UserError, nearest
 
@@ -47,8 +48,8 @@ def read_records(path: FilePath, rows: str = "", pred: str = "") -> RecordFile:
       pred: the dotted path of the prediction, by which a record is recognised.
 
     Raises:
-      UserError: the file is missing, is empty, is not JSON (with the line), or has no records or
-        several lists of records.
+      UserError: the file is missing, is empty, is not JSON (with the line), has an object with a
+        key twice, or has no records or several lists of records.
     """
     text = _read_text(path)
     suffix = without_compression(path.name.lower())
@@ -243,6 +244,10 @@ def _value_at(value: Any, parts: Sequence[str]) -> Any:
         return value
     if isinstance(value, str):
         value = load_value(value)
+    if isinstance(value, Several):
+        found = [_value_at(part, parts) for part in value if has_value(part, ".".join(parts))]
+        if found:
+            return found
     if isinstance(value, list) and parts[0].isdecimal():
         return _value_at(value[int(parts[0])], parts[1:])
     if isinstance(value, Mapping):
@@ -329,7 +334,11 @@ def _parse(text: str, path: FilePath) -> Any:
     `jq .` write them.
     """
     try:
-        return json.loads(text)
+        return decode_json(text)
+    except RepeatedKey as error:
+        document_error = _document_error(text)
+        if document_error is None:
+            raise UserError(f"--predictions={path}: {error}") from None
     except (ValueError, RecursionError) as error:
         document_error = error
     try:
@@ -338,22 +347,33 @@ def _parse(text: str, path: FilePath) -> Any:
         return _consecutive_objects(text, path, lines_error)
 
 
+def _document_error(text: str) -> Exception | None:
+    """Returns why a text is not one JSON document; None if it is one."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return error
+    return None
+
+
 def _consecutive_objects(text: str, path: FilePath, lines_error: UserError) -> list[Any]:
     """Returns the objects that stand one after the other in a text.
 
     Args:
       lines_error: is raised if the text does not begin with an object over several lines.
     """
-    decoder = json.JSONDecoder()
     values: list[Any] = []
     end = _separator_end(text, 0)
     while end < len(text):
         if text[end] != "{":
             raise lines_error
         try:
-            value, end = decoder.raw_decode(text, end)
+            value, end = DECODER.raw_decode(text, end)
         except RecursionError:
             raise lines_error from None
+        except RepeatedKey as error:
+            line = text.count("\n", 0, end) + 1
+            raise UserError(f"--predictions={path}: the object at line {line}: {error}") from None
         except json.JSONDecodeError as error:
             # one object a line: the error of the line is better
             if not values or text.count("\n", 0, end) <= len(values):
@@ -388,7 +408,9 @@ def _parse_lines(text: str, path: FilePath, document_error: Exception) -> list[A
         if not line.strip():
             continue
         try:
-            records.append(json.loads(line))
+            records.append(decode_json(line))
+        except RepeatedKey as error:
+            raise UserError(f"--predictions={path}: line {number}: {error}") from None
         except (ValueError, RecursionError) as error:
             is_document = text.lstrip()[0] == "[" or not records
             wrong_line = getattr(document_error, "lineno", number) if is_document else number

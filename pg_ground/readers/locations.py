@@ -12,6 +12,7 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 from pg_ground.readers.parsers import answer_text, json_number, sections
@@ -82,7 +83,7 @@ def _read_records(text: str, key: str, width: int) -> Reading:
     ok = cut.form != "broken" and entries is not None
     ok_unlabelled = ok and bool(entries)
     locations = []
-    for entry in _objects_in_prose(cut.answer, key) if entries is None else entries:
+    for entry in _split(_objects_in_prose(cut.answer, key) if entries is None else entries):
         fields = entry if isinstance(entry, dict) else {}
         label = fields.get("label")
         locations.append(Location(_numbers(fields.get(key), width, strict=True), _text(label)))
@@ -100,9 +101,11 @@ def ovd(text: str) -> Reading:
     """
     cut = sections(text)
     whole = load_literal(cut.answer)
-    ok = cut.form in ("answer", "think_answer") and isinstance(whole, list)
+    is_list = isinstance(whole, list) and not isinstance(whole, Several)
+    ok = cut.form in ("answer", "think_answer") and is_list
+    entries = whole if isinstance(whole, list) else _objects_in_prose(cut.answer, "Position")
     locations = []
-    for entry in whole if isinstance(whole, list) else _objects_in_prose(cut.answer, "Position"):
+    for entry in _split(entries):
         fields = entry if isinstance(entry, dict) else {}
         numbers = _numbers(fields.get("Position"), 4, strict=True)
         confidence = json_number(fields.get("Confidence", 1), strict=True)
@@ -123,11 +126,12 @@ def dict_boxes(text: str) -> Reading:
     """
     cut = sections(text)
     whole = load_literal(cut.answer)
-    ok = cut.form != "broken" and isinstance(whole, dict)
-    if not isinstance(whole, dict):
+    ok = cut.form != "broken" and isinstance(whole, dict | Several)
+    if not isinstance(whole, dict | Several):
         whole = _outer_dict(cut.answer)
+    parts = whole if isinstance(whole, Several) else [whole] if isinstance(whole, dict) else ()
     locations = []
-    for key, entries in whole.items() if isinstance(whole, dict) else ():
+    for key, entries in (item for part in parts for item in part.items()):
         label = key if isinstance(key, str) else f"{json_number(key, strict=True):.0f}"
         ok &= isinstance(key, str | int) and isinstance(entries, list)
         for entry in entries if isinstance(entries, list) else [entries]:
@@ -653,25 +657,91 @@ def load_value(text: str) -> Any:
     return value if isinstance(value, list | dict) else _outer_dict(answer)
 
 
+class Several(list[dict[Any, Any]]):
+    """The objects of a text that writes them as one object with a name twice or more often."""
+
+
+def _keep_all(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any] | Several:
+    """Returns the object with these names and values. No value of a repeated name is lost.
+
+    Lists of lists or of objects with one name are one list: `{"cat": [[…]], "cat": [[…]]}` is
+    `{"cat": [[…], […]]}`. If a name has other values, each is in an object of its own. All objects
+    have the label and the score, if it is there once: `{"label": "cat", "bbox": […], "bbox": […]}`
+    is two cats.
+    """
+    fields = dict(pairs)
+    if len(fields) == len(pairs):
+        return fields
+    values: dict[Any, list[Any]] = {}
+    for name, value in pairs:
+        values.setdefault(name, []).append(value)
+    repeated = {name: parts for name, parts in values.items() if len(parts) > 1}
+    if all(_is_list_of_parts(value) for parts in repeated.values() for value in parts):
+        return fields | {name: list(chain(*parts)) for name, parts in repeated.items()}
+    once = {name: parts[0] for name, parts in values.items() if len(parts) == 1}
+    objects = [dict(once)]
+    shared = {name: once[name] for name in (*_LABEL_KEYS, *_SCORE_KEYS) if name in once}
+    for name, parts in repeated.items():
+        while len(objects) < len(parts):
+            objects.append(dict(shared))
+        for fields, value in zip(objects, parts, strict=False):
+            fields[name] = value
+    return Several(objects)
+
+
+def _is_list_of_parts(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(
+        isinstance(part, list | tuple | dict) for part in value
+    )
+
+
+def _split(entries: Iterable[Any]) -> list[Any]:
+    """Returns a list with the objects of each `Several` in its place."""
+    return [
+        part for entry in entries for part in (entry if isinstance(entry, Several) else [entry])
+    ]
+
+
+# A decoder that is made once: `json.loads(object_pairs_hook=…)` makes one for each text.
+_DECODER = json.JSONDecoder(object_pairs_hook=_keep_all)
+
+
 def _load_json(text: str) -> Any:
-    """Returns a JSON value; None for any other text."""
+    """Returns a JSON value; None for any other text. `_keep_all` says what a repeated name is."""
     try:
-        return json.loads(text)
+        return _DECODER.decode(text)
     except (ValueError, RecursionError):
         return None
 
 
 def load_literal(text: str) -> Any:
-    """Returns a JSON value or a Python literal; None for any other text."""
+    """Returns a JSON value or a Python literal; None for any other text.
+
+    `_keep_all` says what an object is in which a name is there twice.
+    """
     value = _load_json(text)
     if value is None and len(text) <= MAX_LITERAL:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Python warns of unknown escapes
-                return ast.literal_eval(text.strip())
+                return _literal(ast.parse(text.strip(), mode="eval").body)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             return None
     return value
+
+
+def _literal(node: ast.expr) -> Any:
+    """Returns the value of a literal, as `ast.literal_eval` does, with all values of each name."""
+    if isinstance(node, ast.Constant):
+        return node.value
+    if isinstance(node, ast.Dict) and None not in node.keys:
+        names = [_literal(name) for name in node.keys if name]
+        return _keep_all(list(zip(names, map(_literal, node.values), strict=True)))
+    if isinstance(node, ast.List):
+        return list(map(_literal, node.elts))
+    if isinstance(node, ast.Tuple):
+        return tuple(map(_literal, node.elts))
+    return ast.literal_eval(node)
 
 
 def _numbers(values: object, width: int, strict: bool) -> tuple[float, ...] | None:
