@@ -292,7 +292,7 @@ class Source:
     size: str = setting(
         "auto",
         'paths of the image size that the coordinates belong to, as "meta.width,meta.height"; auto '
-        'is width,height or image_width,image_height; "" compares nothing',
+        'is width,height, image_width,image_height and the like; "" compares nothing',
     )
     frame: str = setting(
         "auto",

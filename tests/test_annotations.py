@@ -249,6 +249,39 @@ def test_percent_in_an_answer_states_its_unit(tmp_path):
     assert result.names == ("red square",) and "minigpt" in result.notes[0]
 
 
+LABEL_STUDIO = {"x": 12.5, "y": 25, "width": 37.5, "height": 50, "rotation": 0}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"rectanglelabels": ["red square"]},
+        {"original_width": 80, "original_height": 40},
+        {"rectanglelabels": ["red square"], "original_width": 800, "original_height": 400},
+    ],
+    ids=str,
+)
+def test_boxes_of_label_studio_are_percent_unless_the_source_states_a_unit(tmp_path, more):
+    for box in (LABEL_STUDIO | more, [LABEL_STUDIO | more]):
+        result = example(tmp_path, {"box": box})
+        assert result.suffix == BOX
+        (note,) = result.notes
+        assert note == "keys x y width height (xywh) of Label Studio read as xywh_percent"
+    pixels = {"x": 10, "y": 10, "width": 30, "height": 20} | more
+    assert example(tmp_path, {"box": pixels}, box_format="xywh_px").suffix == BOX
+    text = fault(tmp_path, {"box": pixels | {"width": 120}})
+    assert "above 100: box_format = 'xywh_px' reads pixels" in text
+    assert "rotation 5" in fault(tmp_path, {"box": LABEL_STUDIO | more | {"rotation": 5}})
+
+
+def test_names_and_points_of_label_studio_are_read(tmp_path):
+    box = LABEL_STUDIO | {"rectanglelabels": ["dark car"]}
+    assert example(tmp_path, {"box": [box]}).names == ("dark car",)
+    point = {"x": 25, "y": 50, "width": 0.5, "keypointlabels": ["tip"]}
+    read = example(tmp_path, {"point": [point]}, boxes="", points="point", target="points")
+    assert read.suffix == "<loc0512><loc0256> tip"
+
+
 @pytest.mark.parametrize("unit", ["px", "permille", "bin"])
 def test_fractions_in_another_unit_are_a_bad_box(tmp_path, unit):
     text = fault(tmp_path, {"box": [0.1, 0.2, 0.5, 0.6]}, box_format=f"xyxy_{unit}")

@@ -17,7 +17,7 @@ from pycocotools import mask as coco
 from pg_ground import tokenizer
 from pg_ground.config import Data, Source
 from pg_ground.data.datasets import Examples, open_examples
-from pg_ground.data.frames import AFTER, BEFORE, UNDECIDED
+from pg_ground.data.frames import AFTER, BEFORE, COPY, SIZE_FIELDS, UNDECIDED
 from pg_ground.data.records import BadRecord
 from pg_ground.data.source_check import SourceId, check_source
 from pg_ground.data.text_budgets import Budget, measure_budget
@@ -255,6 +255,32 @@ def test_a_size_that_says_nothing_is_not_compared(tmp_path, row):
     save(tmp_path / "i.png", 1)
     row = row | ({"height": None} if row == {"width": 999} else {})
     check_on_red(open_row(tmp_path, row)[0])
+
+
+@pytest.mark.parametrize("file_size", [(WIDTH, HEIGHT), (WIDTH // 2, HEIGHT // 2)])
+@pytest.mark.parametrize(
+    ("row", "settings"),
+    [
+        *(({first: WIDTH, second: HEIGHT}, {}) for first, second in SIZE_FIELDS),
+        ({"img_width": str(WIDTH), "img_height": float(HEIGHT)}, {}),
+        ({"meta": {"width": WIDTH, "height": HEIGHT}}, {}),
+        ({"size": {"width": WIDTH, "height": HEIGHT, "depth": 3}}, {}),
+        ({"image": {"path": "i.png", "width": WIDTH, "height": HEIGHT}}, {}),
+        ({"meta": {"width": 1, "height": 9, "box": list(BOX)}, "img_w": WIDTH, "img_h": HEIGHT},
+         {"boxes": "meta.box"}),
+    ],
+)  # fmt: skip
+def test_the_usual_fields_of_a_size_are_compared_with_the_image(tmp_path, file_size, row, settings):
+    save(tmp_path / "i.png", 1, file_size)
+    example = open_row(tmp_path, {"width": None, "height": None} | row, **settings)[0]
+    check_on_red(example)
+    assert example.notes == (() if file_size == (WIDTH, HEIGHT) else (COPY,))
+
+
+@pytest.mark.parametrize("row", [{"w": 9, "h": 7}, {"meta": {"w": 9}}, {"meta": [1, 2]}])
+def test_sides_that_may_be_those_of_a_box_are_no_size(tmp_path, row):
+    save(tmp_path / "i.png", 1)
+    check_on_red(open_row(tmp_path, {"width": None, "height": None} | row)[0])
 
 
 def test_the_comparison_can_be_switched_off_and_texts_need_none(tmp_path):

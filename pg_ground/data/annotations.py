@@ -58,6 +58,12 @@ CONVENTIONS = {"box_2d": "yxyx_permille"}
 UNSTATED_FORMAT = "xyxy_px"
 """The default of box_format. A source with another value states the format itself."""
 
+UNSTATED_FORMATS = (UNSTATED_FORMAT, "xy_px")
+"""The defaults of box_format and point_format."""
+
+LABEL_STUDIO_KEYS = ("rectanglelabels", "keypointlabels", "originalwidth")
+"""Keys, in lower case and without "_", of the objects of Label Studio, which are in percent."""
+
 TURN_KEYS = ("rotation", "angle", "rotationangle")
 """Keys, in lower case and without "_", of the angle of a box that is not upright."""
 
@@ -66,6 +72,9 @@ NOTHING = ("", "[]", "{}", "null", "none", "nan")
 
 LABEL_KEYS = ("label", "name", "category", "class")
 """Keys of an object under which its name is."""
+
+LABEL_LISTS = ("rectanglelabels", "keypointlabels")
+"""Keys of an object under which a list with its name is."""
 
 
 class Rows(NamedTuple):
@@ -212,7 +221,18 @@ def _read_keys(value: Mapping[Any, Any], format_name: str, width: int, kind: str
     unit = split_format(format_name)[1]
     label = _label(value)
     labels = (label,) * len(columns) if label else ()
-    return Rows(columns, labels, (), f"{order}_{unit}", f"keys {' '.join(keys)} ({order})")
+    reading = f"keys {' '.join(keys)} ({order})"
+    if format_name in UNSTATED_FORMATS and any(key in fields for key in LABEL_STUDIO_KEYS):
+        unit = "percent"
+        reading += " of Label Studio"
+        if columns.max() > 101:  # a box may reach a little beyond the image
+            remedy = f": box_format = '{order}_px' reads pixels" if width == 4 else ""
+            raise BadRecord(
+                kind,
+                f"{row_text(columns, 0)} has the keys of Label Studio, which writes percent, but a "
+                f"number is above 100{remedy}",
+            )
+    return Rows(columns, labels, (), f"{order}_{unit}", reading)
 
 
 def _check_spellings(
@@ -273,7 +293,10 @@ def _numeric(value: Any) -> Any:
 
 
 def _label(value: Mapping[Any, Any]) -> str:
-    texts = (plain_text(value[key]) for key in LABEL_KEYS if key in value)
+    names = [value[key] for key in LABEL_KEYS if key in value]
+    lists = [value[key] for key in LABEL_LISTS if key in value]
+    names += [item[0] for item in lists if isinstance(item, list | tuple) and len(item) == 1]
+    texts = map(plain_text, names)
     return next((" ".join(text.split()) for text in texts if text and text.strip()), "")
 
 

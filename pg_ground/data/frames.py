@@ -7,7 +7,8 @@ turn it. Some tools annotate the stored pixels, and other tools the upright imag
 
 import decimal
 import functools
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +21,25 @@ from pg_ground.data.record_fields import field_or_none, paths_of
 from pg_ground.data.records import BadRecord, short
 from pg_ground.types import Record, UserError
 
-SIZE_FIELDS = (("width", "height"), ("image_width", "image_height"))
-"""Fields that state the size of an image, if the source does not name others."""
+SIZE_FIELDS = (
+    ("width", "height"),
+    ("image_width", "image_height"),
+    ("imageWidth", "imageHeight"),
+    ("img_width", "img_height"),
+    ("imgWidth", "imgHeight"),
+    ("image_w", "image_h"),
+    ("img_w", "img_h"),
+    ("original_width", "original_height"),
+    ("originalWidth", "originalHeight"),
+    ("orig_width", "orig_height"),
+)
+"""Fields that state the size of an image, if the source does not name others.
+
+`w` and `h` may be sides of a box.
+"""
+
+SIZE_PARENTS = ("image", "size", "image_size", "image_info", "img_info", "meta", "metadata")
+"""Fields whose object may have the `SIZE_FIELDS`, if the record itself has none."""
 
 RATIO_TOLERANCE = 0.02
 """A copy's side may differ by one pixel from the exact ratio, and by this share of the side."""
@@ -71,7 +89,17 @@ def recorded_size(record: Record, source: Source, element: int = 0) -> tuple[int
         return None
     if source.size != "auto":
         return _named_size(record, source.size, element)
-    for fields in _size_fields(source.boxes, source.points):
+    own, parents = _size_fields(source.boxes, source.points)
+    size = _size_of(record, own)
+    for parent in parents:
+        if size is None and isinstance(fields := record.get(parent), Mapping):
+            size = _size_of(fields, SIZE_FIELDS)
+    return size
+
+
+def _size_of(record: Record, names: Sequence[tuple[str, str]]) -> tuple[int, int] | None:
+    """Returns the first size that the fields of a record state; None if they state none."""
+    for fields in names:
         if fields[0] in record:
             sides = [_to_side(record.get(field)) for field in fields]
             if all(sides):
@@ -80,10 +108,14 @@ def recorded_size(record: Record, source: Source, element: int = 0) -> tuple[int
 
 
 @functools.lru_cache(maxsize=64)
-def _size_fields(boxes: str, points: str) -> list[tuple[str, str]]:
-    """Returns the `SIZE_FIELDS` that hold no coordinates of a source."""
+def _size_fields(boxes: str, points: str) -> tuple[list[tuple[str, str]], list[str]]:
+    """Returns the `SIZE_FIELDS` and the `SIZE_PARENTS` that hold no coordinates of a source."""
     coordinates = {*paths_of(boxes), *paths_of(points)}
-    return [fields for fields in SIZE_FIELDS if coordinates.isdisjoint(fields)]
+    roots = {re.split(r"[.\[]", path)[0] for path in coordinates}
+    return (
+        [fields for fields in SIZE_FIELDS if coordinates.isdisjoint(fields)],
+        [parent for parent in SIZE_PARENTS if parent not in roots],
+    )
 
 
 def _named_size(record: Record, text: str, element: int) -> tuple[int, int] | None:
