@@ -150,8 +150,9 @@ class Example(NamedTuple):
     """Record number within that source."""
     notes: tuple[str, ...] = ()
     """How the record was read if the record left that open, in words."""
-    stored: tuple[int, int] | None = None
-    """Width and height before EXIF, if EXIF exchanges the sides and the boxes are read after it."""
+    frames: tuple[tuple[int, int], ...] = ()
+    """Width and height of the frame in which the coordinates were read. Then those before EXIF, if
+    EXIF exchanges the sides and the coordinates were read after it."""
 
 
 class Batch(NamedTuple):

@@ -200,6 +200,7 @@ def test_boxes_beyond_an_image_that_exif_turns_name_the_frame(tmp_path):
     source = write_coco(tmp_path, [6] * 9, width=None, height=None)
     with pytest.raises(UserError, match=r"9 of 9 objects .*before EXIF: set frame = 'stored'$"):
         measure(source)
+    assert measure(dataclasses.replace(source, frame="stored")).doubts == []
     save(tmp_path / "i.png", 6)
     far = {"box": [4, 4, WIDTH * 1.17, 20], "width": None}
     for row in (far, far | {"box": [61, 4, 79, 20]}):

@@ -193,7 +193,7 @@ def to_example(
         source=source_name,
         index=index,
         notes=(*_notes(annotation, frame, opened), *turn_notes(record, source, element)),
-        stored=_other_frame(opened, frame),
+        frames=(frame.size, *filter(None, (_other_frame(opened, frame),))),
     )
 
 

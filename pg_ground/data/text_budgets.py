@@ -300,7 +300,7 @@ def _unit_doubts(
     dataset: Examples, questions: Mapping[int, Question], probed: Mapping[int, Example]
 ) -> list[str]:
     """Returns doubts about the units of boxes and points. Raises UserError if one is wrong."""
-    sizes = {index: example.size for index, example in probed.items()} | {
+    sizes = {index: (*e.frames, e.size)[0] for index, e in probed.items()} | {
         index: question.size for index, question in questions.items() if question.size
     }
     rows = {
@@ -316,7 +316,7 @@ def _unit_doubts(
                     row.numbers,
                     row.format,
                     sizes.get(i),
-                    probed[i].stored if i in probed else None,
+                    next(iter(probed[i].frames[1:]), None) if i in probed else None,
                 )
                 for i, row in by_index.items()
             ],
