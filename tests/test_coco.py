@@ -54,11 +54,12 @@ def write(tmp_path):
 
 def questions(path: Path, ask: str, **entry: Any) -> tuple[list[tuple[str, str]], list[str]]:
     """Returns the questions (prompt and answer), and the bad records (`kind: message`)."""
+    form = ask.partition("&")[0]
     settings: dict[str, Any] = {
-        "phrase": PHRASES[ask],
-        "prompt": "detect all" if ask == "image" else "detect {phrase}",
+        "phrase": PHRASES[form],
+        "prompt": "detect all" if form == "image" else "detect {phrase}",
         "boxes": "boxes",
-        "label": "" if ask == "category" else "categories",
+        "label": "" if form == "category" else "categories",
         "box_format": "xywh_px",
     }
     source = Source(uri=f"coco:{path}?ask={ask}", **settings | entry)
@@ -472,3 +473,72 @@ def test_annotations_without_an_image_cast_doubt_on_empty_answers(write, ask, or
     whole = write(instances(annotations=[thing(i, i) for i in range(4)] + lost))
     records = open_records(f"coco:{whole}?ask={ask}", "mine", True, True)
     assert not any("no image of the file" in note for note in notes_of(records))
+
+
+def count(path: Path, ask: str, **entry: Any) -> tuple[list[tuple[str, str]], list[str]]:
+    """Returns the questions for the number of objects, and the bad records."""
+    prompt = "how many?" if ask.startswith("image") else "how many {phrase}?"
+    return questions(path, ask, **{"prompt": prompt, "suffix": "count"} | entry)
+
+
+RED_COUNT = ("how many red square?", "1")
+BLUE_COUNT = ("how many blue square?", "1")
+
+
+@pytest.mark.parametrize(
+    ("entry", "counted"),
+    [
+        (thing(9, 3, 0, bbox=[1, 2, "x", 4]), [BLUE_COUNT]),
+        (thing(9, 3, 0, bbox=[5, 5, 0, 0]), [BLUE_COUNT]),
+        (thing(9, 3, 0, iscrowd="maybe"), [BLUE_COUNT]),
+        (thing(9, 3, 1, bbox=None), [RED_COUNT]),
+        (thing(9, 3, 9), []),
+        (thing(9, 3, 0, iscrowd=1), [BLUE_COUNT]),
+        (thing(9, 3, 5, iscrowd=1), []),
+    ],
+)
+@pytest.mark.parametrize("crowd", [0, 1])
+def test_a_count_beside_lost_objects_or_crowds_is_a_bad_record(write, entry, counted, crowd):
+    """Image 3 has a red and a blue square, and the entry. The other images have a red one."""
+    path = write(instances(annotations=[*instances()["annotations"], entry]))
+    unknown = entry["category_id"] > 1
+    is_lost = bool(entry.get("iscrowd") != 1 or (crowd and unknown))
+    good, bad = count(path, f"category&crowd={crowd}")
+    assert good == [RED_COUNT] * 3 + counted
+    what = "annotations that cannot be used" if is_lost else "crowds"
+    text = f"bad_count: the count is unknown: 'a.png' has {what} (1)"
+    are_counts = [fault.startswith(text) for fault in bad]
+    assert are_counts == [True] * (2 - len(counted)) + [False] * is_lost
+    good, bad = count(path, f"list&crowd={crowd}")
+    assert good == [RED_COUNT] * 3 and len(bad) == 1 + is_lost
+    good, bad = count(path, f"image&crowd={crowd}", label="")
+    is_counted = unknown and "iscrowd" not in entry  # this question needs no name
+    assert [answer for _, answer in good] == ["1"] * 3 + ["3"] * is_counted
+
+
+def test_a_crowd_of_another_class_does_not_change_a_count(write):
+    crowd = thing(9, 0, 1, iscrowd=1)
+    path = write(instances(annotations=[*instances()["annotations"], crowd]))
+    assert count(path, "list")[0][0] == RED_COUNT
+    assert count(path, "category") == ([RED_COUNT] * 4 + [BLUE_COUNT], [])
+    good, bad = count(path, "image")
+    assert [answer for _, answer in good] == ["1", "1", "2"] and "crowds (1)" in bad[0]
+
+
+def test_nothing_is_counted_as_0_beside_a_crowd(write):
+    path = write(instances(annotations=[thing(0, 0), thing(1, 1, 0, iscrowd=1)]))
+    good, bad = count(path, "image", empty="keep")
+    assert [answer for _, answer in good] == ["1", "0", "0"]
+    assert len(bad) == 1 and "crowds (1)" in bad[0]
+
+
+def test_answers_that_lack_objects_are_said(write):
+    lost = [thing(9, 3, bbox=None), thing(10, 3, bbox=None), thing(11, 0, bbox=None)]
+    text = "annotations that cannot be used: their objects are in no answer"
+    for n, note in ((3, f"2 images have {text}"), (1, f"1 image has {text}"), (0, "")):
+        path = write(instances(annotations=[*instances()["annotations"], *lost[:n]]))
+        for ask in PHRASES:
+            assert "".join(line for line in readings(path, ask) if text in line) == note
+    path = write(instances(annotations=[*instances()["annotations"], thing(9, 777)]))
+    text = "1 annotation names no image of the file: some counts may be wrong"
+    assert notes_of(open_records(f"coco:{path}", counts=True)) == (text,)

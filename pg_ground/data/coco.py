@@ -1,7 +1,7 @@
 """COCO's instances as records: one for each image, or one for each image and category."""
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -51,11 +51,28 @@ class ImageObjects:
     iscrowd: list[int] = field(default_factory=list)
     crowds: tuple[str | None, ...] = ()
     """The names of the crowds that are left out."""
-    lost: int = 0
-    """The number of annotations that cannot be used."""
+    lost: tuple[str | None, ...] = ()
+    """The names of the annotations that cannot be used. None is a name that is unknown."""
+
+    def count_fault(self, names: Collection[str] | None) -> str:
+        """Returns why objects with these names cannot be counted, in words; "" if they can be.
+
+        Args:
+          names: None stands for all names.
+        """
+        kept = zip(self.categories, self.iscrowd, strict=True)
+        crowds = (*self.crowds, *(category.name for category, crowd in kept if crowd))
+        for some, what in ((self.lost, "annotations that cannot be used"), (crowds, "crowds")):
+            n = sum(names is None or name is None or name in names for name in some)
+            if n:
+                image = short(self.fields["image"])
+                return f"the count is unknown: {image} has {what} ({n}) beside the objects"
+        return ""
 
 
-def open_coco(location: str, keep_empty: bool = False, flat_is_bad: bool = True) -> Records:
+def open_coco(
+    location: str, keep_empty: bool = False, flat_is_bad: bool = True, counts: bool = False
+) -> Records:
     """Returns the objects of COCO's instances as records.
 
     With `ask=image` there is one record for each image: `image` (its file name), `width`, `height`,
@@ -74,6 +91,8 @@ def open_coco(location: str, keep_empty: bool = False, flat_is_bad: bool = True)
       keep_empty: whether an image without any annotation is a question too. With `ask=category`
         and `ask=list`, such images ask for one category each, in turn.
       flat_is_bad: whether a box without width or height is a bad entry.
+      counts: whether the questions ask for the number of objects. If an image shows a crowd of what
+        is counted, or has an annotation of it that cannot be used, the question is a bad record.
 
     Raises:
       UserError: the file or an option does not exist, the file is no JSON or has not COCO's form,
@@ -96,7 +115,7 @@ def open_coco(location: str, keep_empty: bool = False, flat_is_bad: bool = True)
     rules = _Rules(crowd == "1", ask != "image", flat_is_bad)
     bad += _add_annotations(lists["annotations"], by_id, categories, rules, path.name, uri)
     names = dict.fromkeys(category.name for category in categories.values() if category.name)
-    entries, count = _to_records(images, ask, list(names) if keep_empty else [])
+    entries, count = _to_records(images, ask, list(names) if keep_empty else [], counts)
     entries += bad
     _check_usable(entries, ask, uri)
     text = "background image asks" if count == 1 else "background images ask"
@@ -105,9 +124,14 @@ def open_coco(location: str, keep_empty: bool = False, flat_is_bad: bool = True)
     notes += tuple(shared_names(named))
     orphans = sum(entry.kind == "missing_image" for entry in bad)
     has_background = any(isinstance(i, ImageObjects) and not (i.boxes or i.lost) for i in images)
-    if keep_empty and orphans and has_background:
+    doubt = "counts" if counts else "empty answers" if keep_empty and has_background else ""
+    if orphans and doubt:
         text = "annotation names" if orphans == 1 else "annotations name"
-        notes += (f"{orphans} {text} no image of the file: some empty answers may be wrong",)
+        notes += (f"{orphans} {text} no image of the file: some {doubt} may be wrong",)
+    partial = sum(isinstance(i, ImageObjects) and bool(i.boxes and i.lost) for i in images)
+    if partial and not counts:
+        text = f"{partial} {'image has' if partial == 1 else 'images have'}"
+        notes += (f"{text} annotations that cannot be used: their objects are in no answer",)
     root = to_path(options["images"], f"source {uri}") if "images" in options else path.parent
     return RecordList(entries, path.name, root, notes)
 
@@ -282,7 +306,8 @@ def _add_annotations(
             where = where_text(entries, position, "annotations", file_name)
             bad.append(BadEntry(fault.kind, f"{where}: {fault}"))
             if image:
-                image.lost += 1
+                category = categories.get(_key_of(entry, "category_id"))
+                image.lost += (category.name if category else None,)
     return bad
 
 
@@ -361,7 +386,7 @@ def _is_finite(value: object) -> bool:
 
 
 def _to_records(
-    images: Sequence[ImageObjects | BadEntry], ask: str, names: Sequence[str]
+    images: Sequence[ImageObjects | BadEntry], ask: str, names: Sequence[str], counts: bool
 ) -> tuple[list[JsonDict | BadEntry], int]:
     """Returns the records of all images, and how many images without objects ask for a class.
 
@@ -370,6 +395,7 @@ def _to_records(
       ask: a value of `COCO_RECORDS`.
       names: the classes that images without annotations ask for, in turn; empty if these images
         ask for nothing.
+      counts: whether the questions ask for the number of objects.
     """
     records: list[JsonDict | BadEntry] = []
     background: list[JsonDict | BadEntry] = []
@@ -381,10 +407,9 @@ def _to_records(
             # Whether the image shows an object is unknown, so an empty answer may be wrong.
             text = f"no annotation of {short(image.fields['image'])} can be used"
             records += [BadEntry("empty", text)] if ask != "category" else []
-        elif ask == "image":
-            records.append(_image_record(image))
-        elif image.boxes or not names:
-            records += _split_by_category(image) if ask == "category" else [_list_record(image)]
+        elif ask == "image" or image.boxes or not names:
+            parts = _questions(image, ask)
+            records += [_countable(part, image, ask) for part in parts] if counts else parts
         else:
             question = _question_of_nothing(image, names, count, ask)
             count += isinstance(question, dict)
@@ -393,6 +418,26 @@ def _to_records(
             elif isinstance(question, dict):
                 background.append(question)
     return records + background, count
+
+
+def _questions(image: ImageObjects, ask: str) -> list[JsonDict | BadEntry]:
+    """Returns the records of an image."""
+    if ask == "category":
+        return _split_by_category(image)
+    return [_image_record(image) if ask == "image" else _list_record(image)]
+
+
+def _countable(record: JsonDict | BadEntry, image: ImageObjects, ask: str) -> JsonDict | BadEntry:
+    """Returns a record of an image, or why the objects that it asks for cannot be counted."""
+    if isinstance(record, BadEntry):
+        return record
+    names = None
+    if ask == "category":
+        names = (record["category"],)
+    elif ask == "list":
+        names = record["categories"]
+    fault = image.count_fault(names)
+    return BadEntry("bad_count", fault) if fault else record
 
 
 def _question_of_nothing(

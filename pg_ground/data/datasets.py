@@ -202,6 +202,10 @@ def open_examples(
     source = with_dir(source, data.dir)
     check_formats(source, source_name)
     records = open_records(
-        source.uri, source_name, source.empty == "keep", source.flat_boxes == "bad"
+        source.uri,
+        source_name,
+        source.empty == "keep",
+        source.flat_boxes == "bad",
+        source.suffix == "count",
     )
     return Examples(source_name, source, records, data, image_size, seed, cut_answers)

@@ -99,7 +99,10 @@ def _pack_source(
 ) -> Counter[str]:
     """Writes the files of one source and returns the counts of its records."""
     records = open_records(
-        source.uri, keep_empty=source.empty == "keep", flat_is_bad=source.flat_boxes == "bad"
+        source.uri,
+        keep_empty=source.empty == "keep",
+        flat_is_bad=source.flat_boxes == "bad",
+        counts=source.suffix == "count",
     )
     counts: Counter[str] = Counter()
     kept = filter_records(records, source, name).indices

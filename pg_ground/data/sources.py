@@ -35,7 +35,11 @@ def with_dir(source: Source, folder: str) -> Source:
 
 
 def open_records(
-    uri: str, entry: str = "", keep_empty: bool = False, flat_is_bad: bool = True
+    uri: str,
+    entry: str = "",
+    keep_empty: bool = False,
+    flat_is_bad: bool = True,
+    counts: bool = False,
 ) -> Records:
     """Returns the records of `uri`.
 
@@ -45,6 +49,8 @@ def open_records(
       keep_empty: whether images without objects are questions. Only `coco:` makes questions of
         images; the records of the other schemes are the same.
       flat_is_bad: whether a box without width or height is a bad entry of `coco:`.
+      counts: whether the questions ask for the number of objects. The objects of an image of
+        `coco:` cannot be counted if there are crowds, or annotations that cannot be used.
 
     Raises:
       UserError: the scheme does not exist, or the file is missing or has no records.
@@ -56,7 +62,7 @@ def open_records(
                 f"source {uri}: no scheme {scheme!r}; {nearest(scheme, SCHEMES)} (as in jsonl:PATH)"
             )
         if scheme == "coco":
-            return open_coco(location, keep_empty, flat_is_bad)
+            return open_coco(location, keep_empty, flat_is_bad, counts)
         return SCHEMES[scheme](location)
     except UserError as error:
         if not entry:
