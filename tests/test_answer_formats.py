@@ -137,6 +137,12 @@ def sides(box: Sequence[int], name: str) -> list[dict[str, Any]]:
     return [{"label": name, "x": x1, "y": y1, "width": x2 - x1, "height": y2 - y1}]
 
 
+def label_studio(box: Sequence[int], name: str) -> dict[str, Any]:
+    x1, y1, x2, y2 = (100 * edge / SIDE for edge in box)
+    sides = {"x": x1, "y": y1, "width": x2 - x1, "height": y2 - y1, "rotation": 0}
+    return {**sides, "label": name, "rectanglelabels": [name]}
+
+
 WRITERS: dict[str, tuple[str, Callable[[Sequence[int], str], Any]]] = {
     "paligemma": ("paligemma", paligemma),
     "florence": ("florence", florence),
@@ -149,6 +155,7 @@ WRITERS: dict[str, tuple[str, Callable[[Sequence[int], str], Any]]] = {
     "gemini": ("gemini", gemini),
     "cogvlm": ("cogvlm", cogvlm),
     "moondream": ("moondream", moondream),
+    "label_studio": ("label_studio", label_studio),
     "xmin keys in Python": ("plain", python_corners),
     "Qwen2.5-VL's JSON": ("plain", qwen25_json),
     "a detector's lists": ("plain", detector_lists),

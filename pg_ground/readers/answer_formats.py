@@ -410,6 +410,14 @@ FORMATS: dict[str, AnswerFormat] = {
             re.compile(r"""["']point["']\s*:\s*\["""),
         ),
         AnswerFormat(
+            "label_studio",
+            'Label Studio\'s `{"x": 10, "y": 20, "width": 30, "height": 40, "rectanglelabels": '
+            '["cat"]}`: percent',
+            "xywh_percent",
+            "xy_percent",
+            re.compile(r"""["'](?:rectangle|keypoint)labels["']\s*:"""),
+        ),
+        AnswerFormat(
             "moondream",
             'Moondream\'s `{"x_min": .1, "y_min": .2, "x_max": .3, "y_max": .4}` or '
             '`{"x": .1, "y": .2}`: fractions',
