@@ -13,6 +13,7 @@ from PIL import Image
 from pg_ground.config import Data, Source
 from pg_ground.data.datasets import open_examples
 from pg_ground.data.records import BadRecord
+from pg_ground.data.sources import open_records
 from pg_ground.readers import locations
 from pg_ground.rewards.text_rewards import TEXT_REWARDS, TextExample
 from pg_ground.types import UserError
@@ -152,6 +153,19 @@ def test_an_entry_of_refer_with_a_key_twice_is_one_bad_record(folder):
     )
     uri = refer(folder, REF, whole, '"annotations": [], ')
     assert "instances.json, the key 'annotations' is there twice" in refusal(uri, **settings)
+
+
+def test_a_question_of_point_bench_with_a_key_twice_is_one_bad_record(folder):
+    whole = '{"category": "c", "mask_filename": "m.png", "image_filename": "a.png"'
+    write(folder / "data.json", f'[{whole}}}, {whole}, "category": "d"}}, 5]')
+    records = open_records(f"pointarena:{folder}")
+    assert len(records) == 3 and records[0]["category"] == "c"
+    for index, message in (
+        (1, "question 1 .*: the key 'category' is there twice"),
+        (2, "is 5, not"),
+    ):
+        with pytest.raises(BadRecord, match=message):
+            records[index]
 
 
 @pytest.mark.parametrize("scheme", ["parquet", "arrow"])

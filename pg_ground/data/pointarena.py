@@ -8,6 +8,7 @@ from typing import Any
 
 from pg_ground.data.records import BadRecord, Records, short
 from pg_ground.data.tables import BadEntry, RecordList, load_json
+from pg_ground.storage.json_values import Repeated
 from pg_ground.storage.paths import to_path
 from pg_ground.types import JsonDict, UserError
 
@@ -42,11 +43,9 @@ def open_pointarena(location: str) -> Records:
 def _record(entry: Any, number: int) -> JsonDict | BadEntry:
     """Returns a question with its paths, or why it has none."""
     try:
-        return {
-            **entry,
-            "image": "/".join((IMAGES, *_names(entry, "image_filename", number))),
-            "mask": "/".join((MASKS, *_names(entry, "mask_filename", number))),
-        }
+        image = "/".join((IMAGES, *_names(entry, "image_filename", number)))
+        mask = "/".join((MASKS, *_names(entry, "mask_filename", number)))
+        return {**entry, "image": image, "mask": mask}
     except BadRecord as bad:
         return BadEntry(bad.kind, str(bad))
 
@@ -54,6 +53,8 @@ def _record(entry: Any, number: int) -> JsonDict | BadEntry:
 def _names(entry: Any, field: str, number: int) -> tuple[str, str]:
     """Returns the category of a question and the name of a file in the category's folder."""
     where = f"question {number} of data.json"
+    if isinstance(entry, Repeated):
+        raise BadRecord("bad_json", f"{where}: {entry.fault}")
     if not isinstance(entry, dict):
         raise BadRecord("bad_json", f"{where} is {short(entry)}, not a JSON object")
     for name in ("category", field):
