@@ -1,7 +1,8 @@
 r"""Detects all objects of an image: COCO, or your own classes in COCO's format.
 
 The argument is MODEL_SLICE, a name of `RECIPES`. All commands run in the folder of the checkout, in
-its environment (`. .venv/bin/activate`).
+its environment (`python3 -m venv --without-pip .venv` if there is none, then
+`. .venv/bin/activate`; README.md installs the package).
 
 1. Rehearse the recipe on this machine. It needs no data, no weights and no TPU:
 
@@ -11,9 +12,9 @@ its environment (`. .venv/bin/activate`).
    .zip files are removed, and 21 GB afterwards.
 
        mkdir -p data/coco && cd data/coco
-       curl -fLO http://images.cocodataset.org/annotations/annotations_trainval2017.zip
-       curl -fLO http://images.cocodataset.org/zips/train2017.zip
-       curl -fLO http://images.cocodataset.org/zips/val2017.zip
+       curl -fLOC - http://images.cocodataset.org/annotations/annotations_trainval2017.zip
+       curl -fLOC - http://images.cocodataset.org/zips/train2017.zip
+       curl -fLOC - http://images.cocodataset.org/zips/val2017.zip
        for file in *.zip; do python -m zipfile -e "$file" . && rm "$file"; done; cd ../..
 
    Your own classes: a file of annotations in COCO's format for each split.

@@ -1,7 +1,8 @@
 r"""Finds the elements of interfaces: trains on WaveUI, and measures ScreenSpot-v2 at 896 pixels.
 
 The argument is MODEL_SLICE, a name of `RECIPES`. All commands run in the folder of the checkout, in
-its environment (`. .venv/bin/activate`).
+its environment (`python3 -m venv --without-pip .venv` if there is none, then
+`. .venv/bin/activate`; README.md installs the package).
 
 1. Rehearse the recipe on this machine. It needs no data, no weights and no TPU:
 

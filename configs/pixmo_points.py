@@ -1,7 +1,8 @@
 r"""Points to things: trains on PixMo-Points, whose images are streamed from the web.
 
 The argument is MODEL_SLICE, a name of `RECIPES`. All commands run in the folder of the checkout, in
-its environment (`. .venv/bin/activate`).
+its environment (`python3 -m venv --without-pip .venv` if there is none, then
+`. .venv/bin/activate`; README.md installs the package).
 
 1. Rehearse the recipe on this machine. It needs no data, no weights and no TPU. The miniature's
    images come from a web server on this machine:

@@ -2,10 +2,11 @@ r"""Trains PaliGemma on RefCOCO, RefCOCO+ and RefCOCOg, and measures acc@.5 on a
 
 The argument is MODEL_SLICE, a name of `RECIPES`: pg2_3b_448_v5e_8 is PaliGemma 2 3B at 448 pixels
 on a v5e slice of eight chips. All commands run in the folder of the checkout, in its environment
-(`. .venv/bin/activate`).
+(`python3 -m venv --without-pip .venv` if there is none, then `. .venv/bin/activate`).
 
-1. Rehearse the recipe on this machine. It needs no data, no weights and no TPU, but about five
-   minutes on two cores and 6 GB of disk for a while. libtpu (150 MB) tells the hours on the slice:
+1. Rehearse the recipe on this machine. It needs no data, no weights and no TPU, but five minutes on
+   two idle cores (up to fifteen on busy ones), and 6 GB of disk for a while. libtpu (150 MB) tells
+   the hours on the slice:
 
        pip --python .venv/bin/python install -e '.[tpu]'
        python -m pg_ground.rehearse --config=configs/refcoco.py:pg2_3b_448_v5e_8
@@ -15,10 +16,10 @@ on a v5e slice of eight chips. All commands run in the folder of the checkout, i
 
        mkdir -p data/refcoco && cd data/refcoco
        site=bvisionweb1.cs.unc.edu/licheng/referit/data
-       curl -fLO https://web.archive.org/web/20220413011718if_/https://$site/refcoco.zip
-       curl -fLO https://web.archive.org/web/20220413011656if_/https://$site/refcoco+.zip
-       curl -fLO https://web.archive.org/web/20220413012904if_/https://$site/refcocog.zip
-       curl -fLO http://images.cocodataset.org/zips/train2014.zip
+       curl -fLOC - https://web.archive.org/web/20220413011718if_/https://$site/refcoco.zip
+       curl -fLOC - https://web.archive.org/web/20220413011656if_/https://$site/refcoco+.zip
+       curl -fLOC - https://web.archive.org/web/20220413012904if_/https://$site/refcocog.zip
+       curl -fLOC - http://images.cocodataset.org/zips/train2014.zip
        for file in *.zip; do python -m zipfile -e "$file" . && rm "$file"; done; cd ../..
 
    (The site of the annotations is offline; these are archived copies.) Training uses big_vision's
@@ -40,7 +41,8 @@ on a v5e slice of eight chips. All commands run in the folder of the checkout, i
            --config.init=weights/pg2_448 --config.data.tokenizer=weights/pg2_448
 
 5. Copy the files to a bucket. Train on the slice (docs/tpu.md leads to one), and export. The run
-   writes 121 GB of checkpoints at most:
+   writes 121 GB of checkpoints at most. `pip --python .venv/bin/python install -e '.[gcs]'` lets
+   this machine read gs://BUCKET:
 
        gcloud storage cp -r data/refcoco gs://BUCKET/refcoco
        gcloud storage cp -r weights/pg2_448 gs://BUCKET/pg2_448

@@ -20,6 +20,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from pg_ground import cli
@@ -75,6 +76,7 @@ def main(args: cli.Arguments) -> None:
             raise UserError(f"--data_only: {data.missing(config, defaults, _get_data(file))}")
         if config.data.tokenizer:
             existing_path(config.data.tokenizer, "config.data.tokenizer")
+        jax.config.update("jax_platforms", "cpu")  # with libtpu installed, jax would look for a TPU
         with signals_exit():
             check_data(config, workers=0)
         return

@@ -399,7 +399,8 @@ def test_data_that_the_recipe_names_may_be_absent(here, folder, fault):
     result = run_here("rehearse", f"--config={RECIPE}", "--nocompile", "--norun", cwd=here)
     assert result.returncode == 0, result.stderr
     assert f"a miniature, because data/refcoco {fault}" in result.stdout
-    assert "config.init (checkpoint.npz) is not on this machine" in result.stdout
+    assert "there is no checkpoint.npz here: --config.init=FOLDER names yours" in result.stdout
+    assert f"nothing is in {here / 'data/refcoco'}" in result.stdout
     result = run_here("rehearse", f"--config={RECIPE}", "--data_only", cwd=here)
     assert result.returncode == 2 and error_line(result) == (
         f"error: --data_only: config.data.dir (data/refcoco) {fault}: get the data first "
@@ -449,7 +450,7 @@ def test_a_folder_of_weights_lacks_a_file(tmp_path):
     [
         (("--hours=0.1",), "--hours=0.1 cannot be checked: libtpu is not installed: pip install"),
         (("--hours=2", "--nocompile"), "--hours=2 cannot be checked: leave --nocompile out"),
-        (("--disk_gb=0.001", "--nocompile"), "--disk_gb=0.001: the run needs"),
+        (("--disk_gb=0.001", "--nocompile"), "--disk_gb=0.001: the run writes"),
         (("--hours=2", "--data_only"), "--hours=2 is not checked with --data_only"),
         (("--disk_gb=2", "--data_only"), "--disk_gb=2 is not checked with --data_only"),
     ],
@@ -588,7 +589,7 @@ def test_disk_is_that_of_the_checkpoints():
     ("flag", "message"),
     [
         ("--hours=0.1", "--hours=0.1: the run needs"),
-        ("--disk_gb=50", "--disk_gb=50: the run needs"),
+        ("--disk_gb=50", "--disk_gb=50: the run writes 117 GB"),
     ],
 )
 def test_a_slice_that_is_too_small_is_found(flag, message, environment, tmp_path):

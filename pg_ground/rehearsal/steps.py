@@ -20,6 +20,7 @@ from pg_ground.rehearsal.stand_in_tokenizer import stand_in_tokenizer
 from pg_ground.rehearsal.typed_paths import existing_path
 from pg_ground.reporting.tables import ascii_table
 from pg_ground.storage.downloads import checkpoint_path, tokenizer_file
+from pg_ground.storage.paths import absolute, to_path
 from pg_ground.tokenizer import check_vocab_size
 from pg_ground.tokenizer import load as load_tokenizer
 from pg_ground.training.data_check import small_tokenizer_fits, with_room
@@ -86,7 +87,8 @@ class Rehearsal:
         elif init != self.defaults.init or self._has_weights():
             run("weights", self._check_weights)
         else:
-            self.checklist.skip("weights", f"config.init ({init}) is not on this machine")
+            reason = f"there is no {init} here: --config.init=FOLDER names yours"
+            self.checklist.skip("weights", reason)
 
     def run_small(self) -> None:
         """Runs every stage in small, kills and resumes it, evaluates and exports it."""
@@ -110,7 +112,8 @@ class Rehearsal:
             step = processes.train_until_killed(workdir, kill_at, *arguments)
             return (
                 f"{' → '.join(steps)} on {PROCESSES} processes of {DEVICES} devices, {DEPTH} "
-                f"layers, {small.model.text.vocab_size} tokens; killed after checkpoint {step}"
+                f"layers, {small.model.text.vocab_size} tokens; killed on purpose after "
+                f"checkpoint {step}"
             )
 
         def resume() -> str:
@@ -330,19 +333,19 @@ class Rehearsal:
 
     def _check_disk(self, limit_gb: float) -> str:
         size = costs.checkpoint_bytes(self.config, self._device_count)
-        text = f"{size / 1e9:.0f} GB of checkpoints in the working directory"
+        text = f"{size / 1e9:.0f} GB of checkpoints in its --workdir at most"
         if limit_gb and size > limit_gb * 1e9:
-            raise UserError(
-                f"--disk_gb={limit_gb:g}: the run needs {text}; "
-                f"config.checkpoint.keep={self.config.checkpoint.keep} can be less"
-            )
+            keep = self.config.checkpoint.keep
+            fewer = f"; --config.checkpoint.keep=1 writes less (now {keep})" if keep > 1 else ""
+            raise UserError(f"--disk_gb={limit_gb:g}: the run writes {text}{fewer}")
         return text
 
     def list_unchecked(self) -> None:
         """Adds what no rehearsal can check."""
         skip = self.checklist.skip
         if self.is_miniature:
-            skip("your data", f"nothing is in {self.config.data.dir}")
+            folder = absolute(to_path(self.config.data.dir, "config.data.dir"))
+            skip("your data", f"nothing is in {folder}")
         skip("speed", "no chip ran: hours are at best, and data or links can be slower")
         skip("account", "quota, permissions of buckets and the network of the slice")
 
