@@ -300,9 +300,9 @@ ERRORS = {
         ["--config=configs/tiny.py", "--config.checkpoint.best=eval/dogs/acc50"],
         r'must be "eval/boxes/…"',
     ),
-    "an entry of an empty section": (
-        ["--config=configs/tiny.py", "--config.eval.benchmarks.boxes=rec"],
-        r"config\.eval\.benchmarks is empty, and is filled in the config file: c\.eval\.bench",
+    "a field of a source that does not exist": (
+        ["--config=configs/tiny.py", "--config.eval.sources.dogs.boxes=box"],
+        r"config\.eval\.sources\.dogs does not exist: .*\.sources\.dogs\.uri=… adds a source",
     ),
     "a missing checkpoint": (
         ["--config=configs/tiny.py", "--config.init=none.npz"],
