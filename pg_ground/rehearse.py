@@ -142,8 +142,10 @@ def topology_of(config_file: str) -> str:
             if tpu_specs.chip_count(shape) == chips:
                 return f"{version}:{shape}"
     name = _default_recipe(config_file)
-    more = f", or name a recipe: --config={config_file}:{name}" if name else ""
-    raise UserError(f"--topology is needed: one of {tpu_specs.topology_names()}{more}")
+    topology = f"--topology=…, one of {tpu_specs.topology_names()}"
+    if name:
+        raise UserError(f"a recipe is needed: --config={config_file}:{name}, or {topology}")
+    raise UserError(f"a slice is needed: {topology}")
 
 
 def _default_recipe(config_file: str) -> str:

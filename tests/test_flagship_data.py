@@ -339,8 +339,8 @@ def test_a_file_with_another_number_of_questions_is_one_line(published, tmp_path
         rehearsal.check_sources(small_images(tmp_path), is_miniature=False)
     assert str(error.value) == (
         f"config.eval.sources.{name}: {name} has {count} questions, but there are {count - 1}: "
-        "files are missing; for a part of a benchmark name another, "
-        f"--config.eval.benchmarks.{name}=rec takes any number"
+        "files are missing; if these are all questions that you have, give each of these sources "
+        f"--config.eval.benchmarks.{name}=rec"
     )
 
 

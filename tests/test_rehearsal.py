@@ -85,20 +85,20 @@ def test_the_name_of_a_recipe_ends_in_its_slice(name, topology):
 
 @pytest.mark.parametrize("name", ["mine.py", "mine.py:pg2_3b_448", "mine.py:x_v5e_7"])
 def test_another_name_needs_the_flag(name):
-    with pytest.raises(UserError, match="--topology is needed: one of v4"):
+    with pytest.raises(UserError, match="a slice is needed: --topology=…, one of v4"):
         topology_of(name)
 
 
 def test_a_file_without_a_name_has_a_default_recipe():
     result = run_here("rehearse", "--config=configs/refcoco.py")
-    assert result.returncode == 2 and error_line(result).endswith(
-        ", or name a recipe: --config=configs/refcoco.py:pg2_3b_448_v5e_8"
+    assert result.returncode == 2 and error_line(result).startswith(
+        "error: a recipe is needed: --config=configs/refcoco.py:pg2_3b_448_v5e_8, or --topology=…"
     )
     others = ("configs/tiny.py", "configs/tiny_.py", "configs/refcoco.py:pg2_3b_448")
     for name in others:
         with pytest.raises(UserError) as error:
             topology_of(name)
-        assert "name a recipe" not in str(error.value)
+        assert "recipe" not in str(error.value)
 
 
 def test_flags_that_are_on_say_how_to_turn_them_off():
@@ -189,8 +189,8 @@ def test_every_split_with_another_number_of_questions_is_named(miniature, tmp_pa
     assert error.count("but there are 24") == 7 and "refcoco_val" not in error
     assert error.count("config.eval.sources.") == 1 and max(map(len, lines)) < 260
     assert error.endswith(
-        "files are missing; for a part of a benchmark name another, "
-        "--config.eval.benchmarks.refcoco+_testA=rec takes any number"
+        "files are missing; if these are all questions that you have, give each of these sources "
+        "--config.eval.benchmarks.refcoco+_testA=rec"
     )
 
 
@@ -328,21 +328,50 @@ def test_sources_with_one_cause_share_their_lines(copy):
     assert error.endswith(f" (also {others})")
 
 
+def test_a_folder_beside_the_right_one_is_named(copy):
+    for folder in (copy / "refcoco", copy.parent):
+        error = error_line(rehearse_inputs(copy.parent / "a", f"--config.data.dir={folder}"))
+        assert error.endswith(
+            f"No such file or directory; it is in {copy}, which must be the folder"
+        )
+
+
+def test_an_archive_that_is_not_unpacked_is_named(copy):
+    shutil.move(copy / "refcocog", copy.parent / "elsewhere")
+    (copy / "refcocog.zip").write_bytes(b"PK")
+    error = error_line(rehearse_inputs(copy.parent / "a", f"--config.data.dir={copy}"))
+    assert error.endswith(f"No such file or directory; unpack {copy / 'refcocog.zip'} there")
+
+
+@pytest.mark.slow
+def test_a_check_of_the_data_ends_with_the_number_of_bad_records(copy):
+    picture = sorted((copy / "train2014").iterdir())[0]
+    picture.write_bytes(picture.read_bytes()[:-60])
+    result = data_only(copy, "--config.data.bad_record_share=0.5")
+    assert result.returncode == 0, result.stderr
+    last = result.stdout.splitlines()[-1]
+    assert re.fullmatch(
+        r"training can start with these records, without the \d+ that cannot be used", last
+    )
+
+
 @pytest.mark.parametrize("name", ["refs(umd).p", "instances.json"])
 def test_a_cut_file_is_unpacked_again(copy, name):
     file = copy / "refcocog" / name
     file.write_bytes(file.read_bytes()[:-100])
     error = error_line(rehearse_inputs(copy.parent, f"--config.data.dir={copy}"))
-    assert name in error and error.endswith("if the file was cut, unpack its archive again")
+    assert name in error and error.endswith("if the file was cut, download and unpack it again")
 
 
 def test_many_faults_are_printed_and_the_error_names_the_first(here):
     flags = (f"--config={RECIPE}", "--data_only", "--config.data.dir=weights")
     result = run_here("rehearse", *flags, cwd=here)
     assert result.returncode == 2
-    error, lines = error_line(result), result.stdout.splitlines()
-    assert error.endswith("; and 6 more") and "config.sft.sources.combined.uri" in error
-    assert sum(line.startswith("config.eval.sources.") for line in lines) == 8
+    error = error_line(result)
+    assert "config.sft.sources.combined.uri" in error and not error.endswith(" more")
+    # Three files are missing. Several sources need each.
+    assert error.count("No such file or directory") == 3
+    assert "(also eval/refcoco_testA, eval/refcoco_testB)" in error
 
 
 # paths

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pg_ground import config
-from pg_ground.storage.paths import GCS_PACKAGES, FilePath, children
+from pg_ground.storage.paths import INSTALL_GCS, FilePath, children
 from pg_ground.types import JsonDict, UserError
 
 BEST = "best"
@@ -244,9 +244,7 @@ def check_can_write(workdir: FilePath) -> None:
         # Orbax asks for the kind of bucket.
         importlib.import_module("google.cloud.storage").Client().get_bucket(workdir.parts[2])
     except ImportError:
-        raise UserError(
-            f"--workdir={workdir} needs google-cloud-storage: pip install {GCS_PACKAGES}"
-        ) from None
+        raise UserError(f"--workdir={workdir} needs google-cloud-storage: {INSTALL_GCS}") from None
     # The client of the bucket, its transport and its login have exceptions of their own.
     except Exception as error:
         words = " ".join(str(error).split())[:200] or type(error).__name__

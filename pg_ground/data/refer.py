@@ -5,6 +5,7 @@ The toolkit is github.com/lichengunc/refer. The uri is `refer:DIR?dataset=…&sp
 (github.com/henghuiding/gRefCOCO) has `grefs(SPLIT_BY).p` or `grefs(SPLIT_BY).json` instead.
 """
 
+import itertools
 import pickle
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -15,7 +16,7 @@ from pg_ground.data.records import BadRecord, Records, clip_text, list_names, sh
 from pg_ground.data.tables import BadEntry, split_options
 from pg_ground.storage.codecs import unpack
 from pg_ground.storage.json_values import Repeated, RepeatedKey, decode_json_lists, fields_of
-from pg_ground.storage.paths import FilePath, to_path
+from pg_ground.storage.paths import FilePath, children, to_path
 from pg_ground.types import JsonDict, UserError, nearest
 
 DATASETS = ("refcoco", "refcoco+", "refcocog", "grefcoco", "combined")
@@ -31,7 +32,10 @@ COMBINED = (("refcocog", "umd"), ("refcoco", "unc"), ("refcoco+", "unc"))
 
 REFS_FILES = ("refs(*).p", "grefs(*).p", "grefs(*).json")
 
-GET_AGAIN = "if the file was cut, unpack its archive again"
+MAX_FOLDERS = 20
+"""Folders in which a refs file is looked for that is not where it should be."""
+
+GET_AGAIN = "if the file was cut, download and unpack it again"
 
 CANNOT_UNPICKLE = (
     pickle.UnpicklingError,
@@ -261,8 +265,7 @@ def _read_refs(folder: FilePath, dataset: str, split_by: str, source: str) -> li
         entries = _load_refs(path, source)
     except OSError as error:
         raise UserError(
-            f"{source}: {path}: {error.strerror or error}; "
-            f"the refs files in the folder: {_refs_files(path.parent)}"
+            f"{source}: {path}: {error.strerror or error}; {_where_else(folder, path)}"
         ) from error
     except RepeatedKey as error:
         raise UserError(f"{source}: in {path}, {error}") from error
@@ -336,6 +339,22 @@ class PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(
             f"it asks for {module_name}.{global_name}, but it may hold plain values only"
         )
+
+
+def _where_else(folder: FilePath, path: FilePath) -> str:
+    """Returns in words where a refs file is that is not at `path`.
+
+    Args:
+      folder: DIR of the uri.
+    """
+    dataset, name = path.parent.name, path.name
+    archive = folder / f"{dataset}.zip"
+    if archive.is_file():
+        return f"unpack {archive} there"
+    for near in (folder.parent, *itertools.islice(children(folder), MAX_FOLDERS)):
+        if (near / dataset / name).exists():
+            return f"it is in {near}, which must be the folder"
+    return f"the refs files in the folder: {_refs_files(path.parent)}"
 
 
 def _refs_files(folder: FilePath) -> str:

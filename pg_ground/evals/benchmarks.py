@@ -301,8 +301,8 @@ def source_count_faults(counts: Mapping[str, int], configured: Mapping[str, str]
         for name, fault in faults.items()
     ]
     return (
-        f"{'; '.join(texts)}: files are missing; for a part of a benchmark name another, "
-        f"--config.eval.benchmarks.{first}={without_size(configured[first])} takes any number"
+        f"{'; '.join(texts)}: files are missing; if these are all questions that you have, give "
+        f"each of these sources --config.eval.benchmarks.{first}={without_size(configured[first])}"
     )
 
 

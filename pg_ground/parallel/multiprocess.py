@@ -96,7 +96,10 @@ def initialize(distributed: str) -> str:
             shutdown_timeout_seconds=HEARTBEAT_TIMEOUT_S,
         )
     except (ValueError, RuntimeError) as error:  # no cluster, or no process 0
-        raise UserError(f"--distributed={distributed}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        if not address and "coordinator_address" in reason:
+            reason = "there is no TPU slice, Slurm or MPI here: leave it out on one machine"
+        raise UserError(f"--distributed={distributed}: {reason}") from None
     finally:
         timer.cancel()
     return address["host"] if address else ""

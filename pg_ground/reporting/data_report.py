@@ -13,8 +13,8 @@ MAX_COLLISIONS = 5
 MAX_TEXT = 200
 """Characters of a fault that are shown."""
 
-SOURCE = re.compile(r"^source .*?: ")
-"""The beginning of a message that names its source."""
+SOURCE = re.compile(r"^(?:source .*?|config\.\S+ \(.*?\)): ")
+"""The beginning of a message that names its source, or the setting of a source."""
 
 DIGITS = re.compile(r"\d+")
 

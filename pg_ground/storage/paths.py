@@ -26,8 +26,8 @@ Both have the same methods. Use `file_size` and `remove_tree` for sizes and for 
 PACKAGES = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
 """The schemes of addresses → the package that reads and writes there."""
 
-GCS_PACKAGES = "gcsfs google-cloud-storage google-cloud-storage-control"
-"""The packages of the extra `gcs`."""
+INSTALL_GCS = "pip --python .venv/bin/python install -e '.[gcs]' in the checkout"
+"""How the packages of buckets are installed, in an environment as README.md makes it."""
 
 BUCKET_CLIENTS = (
     *("gcsfs", "google.auth", "google.api_core", "google.cloud"),
@@ -70,8 +70,8 @@ def to_path(path: str | os.PathLike[str], name: str) -> FilePath:
         known = ", ".join(f"{known}://" for known in PACKAGES)
         raise UserError(f"{name}: {text} is an address, but only {known} can be read and written")
     if importlib.util.find_spec(PACKAGES[scheme]) is None:
-        needed = GCS_PACKAGES if scheme == "gs" else PACKAGES[scheme]
-        raise UserError(f"{name}: {text} needs {PACKAGES[scheme]}: pip install {needed}")
+        install = INSTALL_GCS if scheme == "gs" else f"pip install {PACKAGES[scheme]}"
+        raise UserError(f"{name}: {text} needs {PACKAGES[scheme]}: {install}")
     return epath.Path(text)
 
 

@@ -66,7 +66,9 @@ def check_data(config: Config, workers: int) -> None:
     texts += _count_problems(config, checks, copies)
     if texts:
         raise UserError("; ".join(texts))
-    multiprocess.print_once("training can start with these records")
+    bad = sum(check.findings.bad.total() for check in checks)
+    without = f", without the {bad} that cannot be used" if bad else ""
+    multiprocess.print_once(f"training can start with these records{without}")
 
 
 def _distinct_problems(checks: Sequence[Check]) -> list[str]:
