@@ -329,8 +329,8 @@ def test_sources_with_one_cause_share_their_lines(copy):
 
 
 def test_a_folder_beside_the_right_one_is_named(copy):
-    for folder in (copy / "refcoco", copy.parent):
-        error = error_line(rehearse_inputs(copy.parent / "a", f"--config.data.dir={folder}"))
+    for name, folder in (("inner", copy / "refcoco"), ("outer", copy.parent)):
+        error = error_line(rehearse_inputs(copy.parent / name, f"--config.data.dir={folder}"))
         assert error.endswith(
             f"No such file or directory; it is in {copy}, which must be the folder"
         )
@@ -371,7 +371,7 @@ def test_many_faults_are_printed_and_the_error_names_the_first(here):
     assert "config.sft.sources.combined.uri" in error and not error.endswith(" more")
     # Three files are missing. Several sources need each.
     assert error.count("No such file or directory") == 3
-    assert "(also eval/refcoco_testA, eval/refcoco_testB)" in error
+    assert "(also eval/refcoco_testB, eval/refcoco_val)" in error
 
 
 # paths
