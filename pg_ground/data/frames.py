@@ -29,13 +29,11 @@ SIZE_FIELDS = (
     ("imgWidth", "imgHeight"),
     ("image_w", "image_h"),
     ("img_w", "img_h"),
-    ("original_width", "original_height"),
-    ("originalWidth", "originalHeight"),
-    ("orig_width", "orig_height"),
 )
 """Fields that state the size of an image, if the source does not name others.
 
-`w` and `h` may be sides of a box.
+`w` and `h` may be sides of a box. `original_width` may be the size before someone made the images
+and the boxes smaller.
 """
 
 SIZE_PARENTS = ("image", "size", "image_size", "image_info", "img_info", "meta", "metadata")
