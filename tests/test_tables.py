@@ -662,7 +662,7 @@ def test_reader_survives_pickling_and_threads(tmp_path, number):
 
 
 @pytest.mark.slow
-def test_hundred_thousand_records_open_in_about_a_second(tmp_path):
+def test_hundred_thousand_records_do_not_take_quadratic_time(tmp_path):
     rows = [
         {
             "image_path": f"{i}.jpg",
@@ -684,7 +684,8 @@ def test_hundred_thousand_records_open_in_about_a_second(tmp_path):
         start = time.process_time()
         records = opener(f"{tmp_path}/{name}")
         assert len(records) == 100_000 and records[99_999] == rows[-1]
-        assert time.process_time() - start < 3  # 0.02 to 0.5 on a quiet core
+        # 0.02 to 0.5 on a quiet core, 4.6 on a busy one in a large process. Quadratic: minutes.
+        assert time.process_time() - start < 30
 
 
 @needs_samples
