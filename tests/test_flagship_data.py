@@ -1,6 +1,6 @@
 """The data of the flagship recipes on files of the true layout: counts, scores, web, packed files.
 
-Every source is that of the recipe. Only the images of the model are smaller.
+Every source comes from the recipe. Only the images of the model are smaller.
 """
 
 import hashlib
@@ -755,7 +755,7 @@ def check_every_record(name: str, config: Config) -> None:
 
 @pytest.mark.slow
 def test_all_objects_of_a_crowded_image_count_in_the_evaluation(tmp_path):
-    """An answer that is longer than those of training is no bad record of an evaluation."""
+    """An answer that is longer than the limit of training is no bad record of an evaluation."""
     config = written("detection", tmp_path)
     add_crowded_image(tmp_path)
     check_every_record("detection", config)

@@ -78,7 +78,7 @@ def exported(run_folder) -> Path:
 
 def test_the_hub_reads_the_metadata_of_an_exported_run(exported):
     card = ModelCard.load(exported / "README.md")
-    data: Any = card.data  # the fields are those of the README
+    data: Any = card.data  # has the fields of the README
     assert (data.license, data.library_name) == ("gemma", "transformers")
     assert data.pipeline_tag == "image-text-to-text"
     assert data.base_model == "google/paligemma2-3b-pt-448"

@@ -1,8 +1,8 @@
 """Memory and time of a run's programs on one device, by arithmetic: nothing is compiled.
 
 This is for devices that no compiler is asked for, such as a GPU. Operations are counted in the
-program, recomputation included. Bytes are those of weights, caches and optimizer, so a program
-needs at least the time that is stated. Memory is the memory model's.
+program, recomputation included. Only the bytes of weights, caches and optimizer are counted, so a
+program needs at least the time that is stated. Memory is the memory model's.
 """
 
 from collections.abc import Sequence

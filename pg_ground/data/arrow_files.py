@@ -243,7 +243,7 @@ def _open_files(
 
     Args:
       default: the class names, for files that declare none.
-      split: for the error, if the files are those of a split.
+      split: the split that the files hold, for the error.
     """
     if not files:
         raise UserError(

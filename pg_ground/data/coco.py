@@ -63,10 +63,10 @@ class ImageObjects:
         kept = zip(self.categories, self.iscrowd, strict=True)
         crowds = (*self.crowds, *(category.name for category, crowd in kept if crowd))
         for some, what in ((self.lost, "annotations that cannot be used"), (crowds, "crowds")):
-            n = sum(names is None or name is None or name in names for name in some)
-            if n:
+            count = sum(names is None or name is None or name in names for name in some)
+            if count:
                 image = short(self.fields["image"])
-                return f"the count is unknown: {image} has {what} ({n}) beside the objects"
+                return f"the count is unknown: {image} has {what} ({count}) beside the objects"
         return ""
 
 

@@ -88,7 +88,7 @@ def _splits_of_repos(name: str) -> list[tuple[str, str]]:
 
 
 def _open_split(repo: str, split: str, options: Mapping[str, str], uri: str) -> Parquet:
-    """Returns all rows of one split of a dataset. The options are those of the uri."""
+    """Returns all rows of one split of a dataset. The options come from the uri."""
     revision = options.get("revision")
     is_offline = options.get("offline") == "1"
     try:

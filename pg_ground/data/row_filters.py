@@ -123,7 +123,7 @@ class RowFilter:
     def choose(self, records: Records) -> Kept:
         """Returns which records satisfy the expression. All records are read once.
 
-        If the reader can read single columns, only those of the expression are read.
+        If the reader can read single columns, only the columns of the expression are read.
 
         Raises:
           UserError: no record has a field that the expression names; no record satisfies the
@@ -402,7 +402,7 @@ def _kind(value: object) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Returns a value with numpy's numbers and arrays as those of Python."""
+    """Returns a value in which numpy's numbers and arrays are Python's numbers and lists."""
     if isinstance(value, np.generic | np.ndarray):
         return _plain(value.item() if isinstance(value, np.generic) else value.tolist())
     if isinstance(value, list | tuple):

@@ -208,7 +208,7 @@ def _measured(dataset: Examples, index: int, tokenizer: Tokenizer) -> Question:
 
 
 def _missing_values(record: Record, source: Source, element: int) -> dict[str, str]:
-    """Returns the fields of the templates whose text is that of a missing value, such as nan."""
+    """Returns the fields of the templates whose text stands for a missing value, such as nan."""
     values = {}
     texts = {source.prompt: MISSING, source.name: MISSING, source.suffix: MISSING - ANSWERS}
     for template, missing in texts.items():

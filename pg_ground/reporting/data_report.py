@@ -53,8 +53,11 @@ def _overview(checks: Sequence[Check]) -> Table:
 
 
 def _faults(checks: Sequence[Check]) -> Table:
-    """Returns the first faults of each kind. A source whose faults look like those of an earlier
-    source has one row: a missing folder of images makes every record of every source bad."""
+    """Returns the first faults of each kind.
+
+    If the faults of a source look like the faults of an earlier source, it has one row: a missing
+    folder of images makes every record of every source bad.
+    """
     rows = []
     shown: dict[tuple[str, str], str] = {}
     for check in checks:

@@ -1,7 +1,7 @@
 """Goodput, cost and time left of a run, from its files.
 
 Goodput is the share of the time since the first start in which the devices made steps that count.
-Everything else has a cause, and the causes add up to the whole time. The words are those of Cloud
+Everything else has a cause, and the causes add up to the whole time. The words come from Cloud
 TPU's ML Goodput: goodput, and badput by cause.
 """
 

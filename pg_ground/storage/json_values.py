@@ -122,7 +122,7 @@ def _find_repeated(value: Any) -> Repeated | None:
 
 
 def fields_of(entry: object) -> JsonDict:
-    """Returns the fields of an entry: those that are there once, if a key is there twice.
+    """Returns the fields of an entry. If a key is there twice, it is left out.
 
     A value that is no object has none.
     """

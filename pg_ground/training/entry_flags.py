@@ -58,7 +58,7 @@ def _tables(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def take_changes(argv: Sequence[str]) -> tuple[list[str], list[Change]]:
-    """Returns the arguments without those that set entries, and what these say.
+    """Returns the arguments that set no entries, and the changes that the others say.
 
     A flag of a field of a source stays among the arguments: config_flags reads its value. It is
     among the changes too, because it may add the source.
